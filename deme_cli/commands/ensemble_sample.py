@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def ensemble_sample() -> None:
+    """Placeholder."""

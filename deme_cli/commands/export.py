@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def export() -> None:
+    """Placeholder."""

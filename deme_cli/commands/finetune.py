@@ -1,0 +1,181 @@
+"""`deme finetune`: train one expert, all of them, the plain control, or a base from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deme_cli import console
+from deme_cli.commands.options import (
+    ConfigPath,
+    Device,
+    DryRun,
+    Dtype,
+    Force,
+    Json,
+    Quiet,
+    begin,
+    option,
+)
+from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.errors import ConfigError, MissingError
+
+if TYPE_CHECKING:
+    from deme_cli.training.plan import Plan
+
+_C, _RATE, _MORE = FinetuneConfig, "Optimisation", "More"
+
+
+def finetune(
+    range: Annotated[
+        str, typer.Option("--range", help="i/N, start:stop, 1/1 (the plain control), or all.")
+    ] = "",
+    p: Annotated[float | None, option(_C, "p", "--p")] = None,
+    steps: Annotated[int | None, option(_C, "steps", "--steps")] = None,
+    consistency: Annotated[float | None, option(_C, "consistency", "--consistency")] = None,
+    projection: Annotated[str | None, option(_C, "projection", "--projection")] = None,
+    data: Annotated[str | None, option(DataConfig, "source", "--data")] = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="The base artifact [default: that of deme.toml].")
+    ] = None,
+    from_scratch: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-scratch",
+            help="Train a base of your own: TOML or JSON with [model] and [scheduler].",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", help="Processes for --range all.", min=1)] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Insist on continuing: fail where no run is kept.")
+    ] = False,
+    batch_size: Annotated[
+        int | None, option(_C, "batch_size", "--batch-size", "-b", panel=_RATE)
+    ] = None,
+    accumulation: Annotated[
+        int | None, option(_C, "accumulation", "--accumulation", panel=_RATE)
+    ] = None,
+    lr: Annotated[float | None, option(_C, "lr", "--lr", panel=_RATE)] = None,
+    lr_schedule: Annotated[
+        str | None, option(_C, "lr_schedule", "--lr-schedule", panel=_RATE)
+    ] = None,
+    warmup: Annotated[int | None, option(_C, "warmup", "--warmup", panel=_RATE)] = None,
+    ema_decay: Annotated[float | None, option(_C, "ema_decay", "--ema-decay", panel=_RATE)] = None,
+    weight_decay: Annotated[
+        float | None, option(_C, "weight_decay", "--weight-decay", panel=_RATE)
+    ] = None,
+    beta1: Annotated[float | None, option(_C, "beta1", "--beta1", panel=_RATE)] = None,
+    beta2: Annotated[float | None, option(_C, "beta2", "--beta2", panel=_RATE)] = None,
+    grad_clip: Annotated[float | None, option(_C, "grad_clip", "--grad-clip", panel=_RATE)] = None,
+    timesteps: Annotated[str | None, option(_C, "timesteps", "--timesteps", panel=_MORE)] = None,
+    antithetic: Annotated[
+        bool | None,
+        option(_C, "antithetic", "--antithetic/--independent", panel=_MORE),
+    ] = None,
+    flip: Annotated[
+        bool | None, option(DataConfig, "horizontal_flip", "--flip/--no-flip", panel=_MORE)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, option(_C, "checkpoint_every", "--checkpoint-every", panel=_MORE)
+    ] = None,
+    held_out: Annotated[int | None, option(_C, "held_out", "--held-out", panel=_MORE)] = None,
+    seed: Annotated[int | None, option(_C, "seed", "--seed", panel=_MORE)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Artifact to write [default: ft_{i}of{N}.safetensors]."
+        ),
+    ] = None,
+    config: ConfigPath = None,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the expert of one timestep range (Eq. 3-6); run the same command again to continue.
+
+    Example: deme finetune --range 2/4 --p 0.1
+    """
+    run = begin(config, quiet=quiet)
+    settings = run.settings(
+        FinetuneConfig,
+        p=p, steps=steps, consistency=consistency, projection=projection, batch_size=batch_size,
+        accumulation=accumulation, lr=lr, lr_schedule=lr_schedule, warmup=warmup,
+        ema_decay=ema_decay, weight_decay=weight_decay, beta1=beta1, beta2=beta2,
+        grad_clip=grad_clip, timesteps=timesteps, antithetic=antithetic,
+        checkpoint_every=checkpoint_every, held_out=held_out, seed=seed,
+    )  # fmt: skip
+    if bool(range) == bool(from_scratch):
+        raise ConfigError(
+            "finetune takes either --range (as in 2/4, or all) or --from-scratch FILE"
+        )
+
+    from deme_cli.training.plan import Job, plan_base, plan_experts
+
+    job = Job(
+        base=base or run.base,
+        images=run.settings(DataConfig, source=data, horizontal_flip=flip),
+        settings=settings,
+        device=device,
+        dtype=dtype,
+        force=force,
+        config_path=config,
+    )
+    if from_scratch:
+        plans = [plan_base(job, from_scratch, output or Path("base.safetensors"))]
+    else:
+        plans = plan_experts(job, run, range, output)
+    if resume:
+        _require_kept_runs(plans)
+    if dry_run:
+        for plan in plans:
+            console.note(plan.describe())
+        return
+    waiting = [plan for plan in plans if not plan.is_done]
+    if len(waiting) > 1 and jobs > 1:
+        _train_side_by_side(waiting, jobs)
+    else:
+        for plan in waiting:
+            _train(plan)
+    console.result_paths([plan.output for plan in plans], as_json=as_json)
+
+
+def _require_kept_runs(plans: list[Plan]) -> None:
+    """What --resume insists on: every run that is not done has a checkpoint."""
+    from deme_cli.training.places import checkpoint_path
+
+    for plan in plans:
+        if not plan.is_done and not checkpoint_path(plan.output).exists():
+            raise MissingError(f"{plan.output}: no unfinished run is kept here; leave out --resume")
+
+
+def _train(plan: Plan) -> None:
+    """Train one run in this process, with a progress bar."""
+    from deme_cli.training.finetune import train
+
+    run = plan.prepare()
+    label = f"expert {plan.range_text}" if plan.choice else "base"
+    with console.progress(label, run.config.steps, "update") as bar:
+        for record in train(run):
+            bar.advance(record.step, f"loss {record.loss:.4g}")
+
+
+def _train_side_by_side(plans: list[Plan], num_processes: int) -> None:
+    """Train each run in a process of its own, and show their joint progress."""
+    from deme_cli.training.jobs import RangeProcess, run_jobs
+    from deme_cli.training.places import metrics_path
+
+    children = [
+        RangeProcess(
+            plan.range_text, plan.job.arguments(plan.range_text), metrics_path(plan.output)
+        )
+        for plan in plans
+    ]
+    total = plans[0].job.settings.steps * len(plans)
+    with console.progress(f"{len(plans)} experts", total, "update") as bar:
+        for steps in run_jobs(children, at_once=num_processes):
+            bar.advance(sum(steps.values()), "  ".join(f"{k}: {v}" for k, v in steps.items()))

@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def merge() -> None:
+    """Placeholder."""

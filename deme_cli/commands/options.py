@@ -1,0 +1,53 @@
+"""Options that several commands share, as `Annotated` aliases, and what all of them do first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deme_cli import console
+from deme_cli.config import DTYPES, RunFile, help_of, read_run_file
+
+COMMON = "Common"
+
+
+def option(config: type, name: str, *flags: str, panel: str | None = None) -> Any:
+    """A Typer option for one setting of `config`; its help is the setting's own sentence."""
+    return typer.Option(
+        *flags, help=help_of(config, name), rich_help_panel=panel, show_default=False
+    )
+
+
+ConfigPath = Annotated[
+    Path | None,
+    typer.Option("--config", help="The deme.toml to read [default: ./deme.toml].",
+                 rich_help_panel=COMMON, show_default=False),
+]  # fmt: skip
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:i or mps.", rich_help_panel=COMMON)
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help=f"Precision: {', '.join(DTYPES)}.", rich_help_panel=COMMON)
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=COMMON)
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=COMMON)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Only results and errors.", rich_help_panel=COMMON)
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, say what would run, and stop.",
+                 rich_help_panel=COMMON),
+]  # fmt: skip
+
+
+def begin(config: Path | None, *, quiet: bool) -> RunFile:
+    """What every command does first: mind --quiet, read deme.toml."""
+    console.set_quiet(quiet)
+    return read_run_file(config)

@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def split() -> None:
+    """Placeholder."""

@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def stats() -> None:
+    """Placeholder."""

@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def task_vector() -> None:
+    """Placeholder."""

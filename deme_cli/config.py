@@ -1,0 +1,319 @@
+"""Settings: one frozen dataclass per procedure, its defaults, its checks, and how they are found.
+
+Precedence: command line, then `deme.toml`, then the defaults here, and nowhere else. A config that
+exists is a config that can run. Each setting carries the sentence that `--help` and the comments of
+`deme.toml` show.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from deme_cli.errors import ConfigError, MissingError
+from deme_cli.timesteps import TimestepRange
+
+CONFIG_NAME = "deme.toml"
+DTYPES = ("fp32", "bf16", "fp16")
+PROJECTIONS = ("fold", "block", "none")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+TIMESTEP_DRAWS = ("per-sample", "per-batch")
+SAMPLERS = ("ddim", "ddpm", "pndm", "dpm++", "euler", "heun", "unipc", "deis", "lms")
+SPACINGS = ("leading", "linspace", "trailing")
+RESIZES = ("clean", "legacy_pytorch", "legacy_tensorflow")
+OBJECTIVES = ("loss", "fid")
+SEARCHES = ("none", "grid")
+
+
+def setting(default: Any, help: str, *, choices: Sequence[str] = ()) -> Any:
+    """A field with its one-sentence help and, for words, the words allowed."""
+    return field(default=default, metadata={"help": help, "choices": tuple(choices)})
+
+
+def help_of(config: type, name: str) -> str:
+    """The sentence for `--help`: what the setting means, its choices and its default."""
+    for item in fields(config):
+        if item.name == name:
+            text = item.metadata["help"]
+            if item.metadata["choices"]:
+                text += f" ({', '.join(item.metadata['choices'])})"
+            if item.default not in (None, MISSING, ""):
+                shown = (
+                    str(item.default).lower() if isinstance(item.default, bool) else item.default
+                )
+                text += f" [default: {shown}]"
+            return text
+    raise AssertionError(f"{config.__name__} has no setting {name!r}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checks that hold for every table: the words are known and the types fit."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            choices = item.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise ConfigError(f"{item.name} = {value!r}: expected one of {', '.join(choices)}")
+        self.check()
+
+    def check(self) -> None:
+        """What the words alone cannot say; each table adds its own."""
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} = {value}: expected a number above 0")
+
+    def _not_negative(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{name} = {value}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Settings):
+    """[model]: where the base came from and where its artifact lies."""
+
+    source: str = setting("", "what `deme split` imported")
+    base: str = setting("base.safetensors", "the imported base, beside this file")
+
+
+@dataclass(frozen=True)
+class DataConfig(Settings):
+    """[data]: the training images."""
+
+    source: str = setting("", "known name, folder of images, hub dataset id, or samples artifact")
+    horizontal_flip: bool | None = setting(
+        None, "mirror images at random in training; unset: yes, except for digits"
+    )
+
+
+@dataclass(frozen=True)
+class SplitConfig(Settings):
+    """[split]: how [0, T) is divided."""
+
+    n: int = setting(4, "number of timestep ranges, one expert each")
+    by: str = setting("uniform", "how to divide", choices=("uniform",))
+    ranges: list[str] | None = setting(None, "the ranges themselves, as start:stop")
+
+    def check(self) -> None:
+        self._positive("n")
+
+    @property
+    def timestep_ranges(self) -> list[TimestepRange]:
+        spans = []
+        for text in self.ranges or []:
+            start, _, stop = text.partition(":")
+            if not (start.isdigit() and stop.isdigit()):
+                raise ConfigError(f"[split] ranges: {text!r} is not start:stop")
+            spans.append(TimestepRange(int(start), int(stop)))
+        return spans
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Settings):
+    """[finetune]: what one expert minimises and how (Eq. 3-6, rates of the released recipe)."""
+
+    p: float = setting(0.3, "probability of drawing a timestep from all of [0, T) (Eq. 6)")
+    steps: int = setting(20_000, "optimizer updates")
+    batch_size: int = setting(64, "images per optimizer update, before accumulation")
+    accumulation: int = setting(1, "batches whose gradients make one update")
+    lr: float = setting(5e-5, "peak learning rate")
+    lr_schedule: str = setting("constant", "learning rate over the run", choices=LR_SCHEDULES)
+    warmup: int = setting(0, "updates over which the learning rate rises from 0")
+    consistency: float = setting(
+        1.0, "weight of the consistency loss against the frozen base (Eq. 4); 0 turns it off"
+    )
+    projection: str = setting(
+        "fold", "placement of the channel-wise projection", choices=PROJECTIONS
+    )
+    timesteps: str = setting(
+        "per-sample",
+        "who draws between the range and [0, T): each image, or a whole batch as the official code",
+        choices=TIMESTEP_DRAWS,
+    )
+    antithetic: bool = setting(
+        False, "draw timesteps in mirrored pairs t and start + stop - 1 - t, as the official code"
+    )
+    ema_decay: float = setting(
+        0.9999, "largest decay of the weights' moving average; 0 turns it off"
+    )
+    weight_decay: float = setting(1e-6, "AdamW weight decay")
+    beta1: float = setting(0.95, "AdamW first-moment decay")
+    beta2: float = setting(0.999, "AdamW second-moment decay")
+    grad_clip: float = setting(1.0, "largest gradient norm; 0 turns clipping off")
+    checkpoint_every: int = setting(1000, "updates between checkpoints")
+    held_out: int = setting(
+        512, "held-out draws whose loss is logged at every checkpoint; 0 logs none"
+    )
+    seed: int = setting(0, "seed of data order, timesteps, noise and flips")
+
+    def check(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ConfigError(f"p = {self.p}: expected a probability from 0 to 1")
+        self._positive("steps", "batch_size", "accumulation", "lr", "checkpoint_every")
+        self._not_negative("warmup", "consistency", "weight_decay", "grad_clip", "held_out", "seed")
+        for name in ("ema_decay", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected 0 or more, below 1")
+
+
+@dataclass(frozen=True)
+class MergeConfig(Settings):
+    """[merge]: the coefficients w_i of Eq. 8 and how they are found."""
+
+    coefficients: list[float] | None = setting(None, "w_i, one per expert; unset: 1/N each")
+    search: str = setting("none", "how to choose the coefficients", choices=SEARCHES)
+    objective: str = setting("loss", "what a search minimises", choices=OBJECTIVES)
+    grid: list[Any] | None = setting(
+        None,
+        "values tried for every expert, or one list per expert; unset: 0, 0.5, 1 (N <= 4), 0, 1",
+    )
+    num: int = setting(2048, "held-out draws (loss) or images (fid) per candidate")
+    steps: int = setting(20, "sampling steps per candidate image (objective fid)")
+    batch_size: int = setting(256, "images denoised at a time")
+    seed: int = setting(1_000_003, "seed of the candidates' noise; disjoint from the seeds of eval")
+
+    def check(self) -> None:
+        self._positive("num", "steps", "batch_size")
+        self._not_negative("seed")
+
+
+@dataclass(frozen=True)
+class SampleConfig(Settings):
+    """[sample]: how images are drawn."""
+
+    num: int = setting(64, "number of images")
+    sampler: str = setting("ddim", "diffusers scheduler that denoises", choices=SAMPLERS)
+    steps: int = setting(50, "denoising steps")
+    eta: float = setting(0.0, "noise added by DDIM: 0 none, 1 as much as DDPM")
+    spacing: str | None = setting(
+        None, "spacing of the steps in [0, T); unset: the checkpoint's own", choices=SPACINGS
+    )
+    batch_size: int = setting(256, "images denoised at a time; does not change the images")
+    seed: int = setting(0, "image i depends on (seed, i) alone")
+
+    def check(self) -> None:
+        self._positive("num", "steps", "batch_size")
+        self._not_negative("eta", "seed")
+
+
+@dataclass(frozen=True)
+class EvalConfig(Settings):
+    """[eval]: what is measured, against what, on how many images. Sampling follows [sample]."""
+
+    fid: str | None = setting(None, "reference of the Fréchet distance")
+    kid: str | None = setting(None, "reference of the kernel distance")
+    features: str | None = setting(
+        None,
+        "inception, clip, digits or a TorchScript file; unset: digits for digits, else inception",
+    )
+    resize: str = setting("clean", "how images come to the extractor's size", choices=RESIZES)
+    num: int = setting(50_000, "images per row and repeat")
+    repeats: int = setting(1, "independent seeds per row; their mean and sd are shown")
+    batch_size: int = setting(128, "images per forward of the extractor")
+    seed: int = setting(0, "first seed; repeat r uses seed + r")
+
+    def check(self) -> None:
+        self._positive("num", "repeats", "batch_size")
+        self._not_negative("seed")
+
+
+TABLES: dict[str, type[Settings]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "split": SplitConfig,
+    "finetune": FinetuneConfig,
+    "merge": MergeConfig,
+    "sample": SampleConfig,
+    "eval": EvalConfig,
+}
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A parsed `deme.toml`: its folder (paths in it are relative to that) and its tables."""
+
+    folder: Path
+    tables: Mapping[str, Mapping[str, Any]]
+    path: Path | None = None
+
+    def settings(self, config: type[AnySettings], **options: Any) -> AnySettings:
+        """The config of one procedure; `options` are from the command line, None if not given."""
+        table = next(name for name, kind in TABLES.items() if kind is config)
+        given = {name: value for name, value in options.items() if value is not None}
+        try:
+            return config(**{**self.tables.get(table, {}), **given})
+        except ConfigError as error:
+            raise ConfigError(f"[{table}] {error}") from error
+
+    def resolve(self, path: str) -> Path:
+        """A path written in this file, seen from its folder."""
+        return self.folder / path
+
+    @property
+    def base(self) -> Path:
+        return self.resolve(self.settings(ModelConfig).base)
+
+
+def read_run_file(path: Path | None) -> RunFile:
+    """The `deme.toml` at `path`, or in the current folder; empty tables where there is none.
+
+    Raises MissingError if a named file is absent, ConfigError on syntax, unknown keys, wrong types.
+    """
+    chosen = path or Path(CONFIG_NAME)
+    if not chosen.exists():
+        if path is not None:
+            raise MissingError(f"{path}: no such file; `deme split` writes one")
+        return RunFile(Path("."), {})
+    import tomli
+
+    try:
+        document = tomli.loads(chosen.read_text(encoding="utf-8"))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{chosen}: not valid TOML: {error}") from error
+    for table, values in document.items():
+        if table not in TABLES:
+            raise ConfigError(f"{chosen}: unknown table [{table}]{_nearest(table, TABLES)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{chosen}: {table} should be a table, as in [{table}]")
+        known = {item.name: item for item in fields(TABLES[table])}
+        for key, value in values.items():
+            if key not in known:
+                raise ConfigError(
+                    f"{chosen}: unknown key {key!r} in [{table}]{_nearest(key, known)}"
+                )
+            values[key] = _typed(value, known[key].type, f"{chosen}: [{table}] {key}")
+    return RunFile(chosen.parent, document, chosen)
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _typed(value: Any, declared: str, where: str) -> Any:
+    """A TOML value as the declared type; integers may stand for floats, nothing else converts."""
+    names = {part.split("[")[0].strip() for part in declared.split("|")}
+    if type(value) is int and "float" in names and "int" not in names:
+        return float(value)
+    if type(value).__name__ not in names:
+        raise ConfigError(f"{where} = {value!r}: expected {declared}")
+    return value
+
+
+def parse_numbers(text: str, what: str) -> list[float]:
+    """`0.1,0.2` as numbers. Raises ConfigError naming `what`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{what} {text!r}: expected numbers separated by commas") from error

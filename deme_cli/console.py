@@ -1,0 +1,126 @@
+"""The one place that writes to the terminal: results to stdout, everything else to stderr.
+
+On a terminal, progress is a bar with rate and time left; without one, a plain line now and then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+_PLAIN_SECONDS = 10.0
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Silence everything but results and errors."""
+    global _quiet
+    _quiet = quiet
+
+
+def stderr_console() -> Any:
+    """A rich console on stderr; it honours NO_COLOR and what the terminal can show."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=_quiet, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """One line for the person who watches."""
+    if not _quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    if not _quiet:
+        stderr_console().print("[yellow]warning:[/yellow]", text, markup=True)
+
+
+def error(text: str) -> None:
+    """One line that says what was wrong; shown even with --quiet."""
+    print(f"deme: {text}", file=sys.stderr, flush=True)
+
+
+def result_paths(paths: Sequence[Path], *, as_json: bool, **measured: Any) -> None:
+    """The paths a command wrote, one per line, or as one JSON document with what it measured."""
+    if as_json:
+        result_json({"paths": [str(path) for path in paths], **measured})
+    else:
+        for path in paths:
+            print(path, flush=True)
+
+
+def result_json(document: dict[str, Any]) -> None:
+    """Exactly one JSON document on stdout."""
+    print(json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=2), flush=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stderr: first column left-aligned, the others right-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    sheet = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        sheet.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        sheet.add_row(*row)
+    stderr_console().print(sheet)
+
+
+class Progress:
+    """How far a procedure is: `advance(done, note)` with `done` out of `total` units."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self._start: tuple[float, int] | None = None
+        self._shown = time.monotonic()
+        self._bar = self._task = None
+        if not _quiet and sys.stderr.isatty():
+            self._open_bar()
+
+    def _open_bar(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(), console=stderr_console(),
+        )  # fmt: skip
+        self._bar.start()
+        self._task = self._bar.add_task(self.label, total=self.total, rate="", note="")
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Show that `done` units are finished (a resumed run starts above 0)."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (now, done)
+        elapsed, moved = now - self._start[0], done - self._start[1]
+        rate = f"{moved / elapsed:.3g} {self.unit}/s" if moved and elapsed > 0 else ""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rate=rate, note=note)
+        elif not _quiet and (now - self._shown >= _PLAIN_SECONDS or done >= self.total):
+            self._shown = now
+            parts = [f"{self.label}: {done}/{self.total}", rate, note]
+            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, unit: str = "it") -> Iterator[Progress]:
+    """A progress display that is closed whatever happens."""
+    display = Progress(label, total, unit)
+    try:
+        yield display
+    finally:
+        display.close()

@@ -1,0 +1,1 @@
+"""Images for training and reference: sources, and the embedded digits."""

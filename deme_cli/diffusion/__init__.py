@@ -1,0 +1,1 @@
+"""The diffusion model and its mathematics: noise schedule, denoiser, channel-wise projection."""

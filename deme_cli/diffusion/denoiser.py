@@ -1,0 +1,145 @@
+"""The network that predicts noise, with the schedule it was trained for, as one thing to pass around.
+
+A denoiser comes from an artifact of kind base, expert or merged. Which diffusers classes are taken
+is told here, in one place, from the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.diffusion.projection import attach_projections, has_projections
+from deme_cli.diffusion.schedule import NoiseSchedule, read_schedule
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.records import DenoiserRecord
+
+Weights = Mapping[str, Tensor]
+BACKBONES = ("UNet2DModel",)
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network in evaluation mode, its schedule, and the record it came with."""
+
+    network: nn.Module
+    schedule: NoiseSchedule
+    record: DenoiserRecord
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return sample_shape(self.record.model_config)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+
+def predict(network: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
+    """The network's output at (x_t, t).  x_t: (B, C, H, W)   t: (B,) or ()   ->   (B, C, H, W)"""
+    return network(x_t, t, return_dict=False)[0]
+
+
+def sample_shape(model_config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a diffusers model config describes."""
+    size = model_config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return model_config["in_channels"], height, width
+
+
+def build_network(model_config: Mapping[str, Any], where: str = "the model") -> nn.Module:
+    """A network with random weights for a diffusers config.
+
+    Raises ArtifactError for classes deme does not take, and for configs that diffusers refuses.
+    """
+    import diffusers
+
+    name = model_config.get("_class_name")
+    if name not in BACKBONES:
+        raise ArtifactError(f"{where}: backbone {name!r}; deme takes {', '.join(BACKBONES)}")
+    if not model_config.get("sample_size"):
+        raise ArtifactError(f"{where}: the model config lacks sample_size")
+    if model_config.get("in_channels") != model_config.get("out_channels"):
+        raise ArtifactError(
+            f"{where}: {model_config.get('out_channels')} output channels for "
+            f"{model_config.get('in_channels')} input channels; learned variances are not supported"
+        )
+    try:
+        return getattr(diffusers, name).from_config(dict(model_config))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{where}: unusable model config: {error}") from error
+
+
+def load_weights_into(network: nn.Module, weights: Weights, where: str) -> None:
+    """Put `weights` into `network`, attaching block projections if they are among them.
+
+    Raises ArtifactError naming the first name or shape that disagrees.
+    """
+    if has_projections(weights):
+        attach_projections(network, "block")
+    own = network.state_dict()
+    for name, tensor in own.items():
+        if name not in weights:
+            raise ArtifactError(f"{where}: lacks the parameter {name!r} of its model config")
+        if tensor.shape != weights[name].shape:
+            raise ArtifactError(
+                f"{where}: {name!r} has shape {tuple(weights[name].shape)}, "
+                f"its model config says {tuple(tensor.shape)}"
+            )
+    if unknown := sorted(set(weights) - set(own)):
+        raise ArtifactError(f"{where}: parameter {unknown[0]!r} is not in its model config")
+    network.load_state_dict(weights)
+
+
+def assemble(
+    record: DenoiserRecord,
+    weights: Weights,
+    where: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "fp32",
+) -> Denoiser:
+    """The denoiser that a record and its tensors describe, in evaluation mode."""
+    network = build_network(record.model_config, where)
+    load_weights_into(network, weights, where)
+    if dtype != "fp32":
+        network.to(TORCH_DTYPES[dtype])
+    network.to(choose_device(device)).eval().requires_grad_(False)
+    return Denoiser(network, read_schedule(record.scheduler_config, where), record)
+
+
+def load_denoiser(path: Path, *, device: str = "cpu", dtype: str = "fp32") -> Denoiser:
+    """The denoiser in an artifact of kind base, expert or merged."""
+    record = read_record(path, "base", "expert", "merged")
+    return assemble(record, load_tensors(path), str(path), device=device, dtype=dtype)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` (cuda, else mps, else cpu), or the device of that name.
+
+    Raises ConfigError for a name torch does not know, MissingError where it is not on this machine.
+    """
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: expected auto, cpu, cuda, cuda:i or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MissingError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs"
+        )
+    return device

@@ -1,0 +1,80 @@
+"""Failures the user can act on. One class per exit code (`deme` prints the message, no traceback).
+
+A message says where, what was expected, what was found and what to do; lower case, no period.
+Anything that is not a `DemeError` is a bug and keeps its traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class DemeError(Exception):
+    """Something the user can mend; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(DemeError):
+    """Wrong usage or configuration."""
+
+    exit_code = 2
+
+
+class MissingError(DemeError):
+    """A file, dataset, weight, hub or disk that is needed is missing or unreachable."""
+
+    exit_code = 3
+
+
+class ArtifactError(DemeError):
+    """An artifact or data is wrong: corrupt, mismatched, or of another base."""
+
+    exit_code = 4
+
+
+class NumericsError(DemeError):
+    """The numbers failed: NaN, a non-finite loss or distance."""
+
+    exit_code = 5
+
+
+class GateError(DemeError):
+    """A gate such as `eval --max-fid` was not met."""
+
+    exit_code = 6
+
+
+class Stopped(DemeError):
+    """A signal ended the run, its state saved: 75 for SIGTERM and SIGUSR1, 130 for Ctrl-C."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+_STORAGE_ADVICE = {
+    errno.ENOSPC: "no space left on the disk; free some or choose another place with --output",
+    errno.EDQUOT: "the disk quota is used up; free some or choose another place with --output",
+    errno.EACCES: "no permission to write there; choose another place with --output",
+    errno.EPERM: "no permission to write there; choose another place with --output",
+    errno.EROFS: "the file system is read-only; choose another place with --output",
+    errno.EFBIG: "the file system takes no file this large; choose another place with --output",
+    errno.ENOTDIR: "part of this path is a file, not a folder; choose another place with --output",
+    errno.EISDIR: "a folder of this name exists; choose another place with --output",
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Translate what the operating system says while `path` is written into a `MissingError`."""
+    try:
+        yield
+    except OSError as error:
+        advice = _STORAGE_ADVICE.get(error.errno or 0)
+        if advice is None:
+            raise
+        raise MissingError(f"{path}: {advice}") from error

@@ -1,0 +1,1 @@
+"""Measuring images: features, Fréchet and kernel distances, protocol cards."""

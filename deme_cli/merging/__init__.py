@@ -1,0 +1,1 @@
+"""Task vectors, their merge into one network, and the search for its coefficients."""

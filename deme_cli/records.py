@@ -1,0 +1,186 @@
+"""The typed record in each artifact's header: what it is, where it came from, what it belongs to.
+
+A record is JSON in the safetensors metadata under the key `deme`, so reading one needs no tensor
+and no torch. There are six kinds. Fields absent from a file fail by name; unknown fields of a newer
+minor version are ignored; a newer `version` is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from deme_cli import __version__
+from deme_cli.errors import ArtifactError
+from deme_cli.timesteps import TimestepRange
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What every artifact says of itself. `fingerprint` is set by the writer."""
+
+    kind: ClassVar[str] = ""
+    fingerprint: str = ""
+    created_by: str = f"deme {__version__}"
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": self.kind, "version": VERSION, **asdict(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserRecord(Record):
+    """Any artifact whose tensors are a denoiser's, or differences of them.
+
+    `model_config` is the diffusers config (with `_class_name`), `scheduler_config` likewise.
+    """
+
+    source: str
+    model_config: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    num_train_timesteps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRecord(DenoiserRecord):
+    """The starting point. `training` holds the settings where deme trained it from scratch."""
+
+    kind: ClassVar[str] = "base"
+    training: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRecord(DenoiserRecord):
+    """A denoiser finetuned on one range. `base` is the fingerprint of what it started from.
+
+    `projection` is `block`, `fold` or `none`; an expert trained with `fold` is already folded.
+    `training` holds every setting; `data` names the images and their fingerprint.
+    """
+
+    kind: ClassVar[str] = "expert"
+    range: list[int]
+    index: int | None = None
+    of: int | None = None
+    base: str
+    p: float
+    steps: int
+    seed: int
+    projection: str
+    data: dict[str, Any]
+    training: dict[str, Any]
+
+    @property
+    def timesteps(self) -> TimestepRange:
+        return TimestepRange(*self.range)
+
+    @property
+    def label(self) -> str:
+        return f"{self.index}of{self.of}" if self.of else f"{self.range[0]}-{self.range[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskVectorRecord(ExpertRecord):
+    """tau_i = theta_i - theta. `expert` is the fingerprint of theta_i; `norms` are L2 norms:
+    `total`, `relative` (to the base), and one per top-level block."""
+
+    kind: ClassVar[str] = "task-vector"
+    expert: str
+    norms: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedRecord(DenoiserRecord):
+    """theta + sum_i w_i tau_i. `parents` are {path, kind, fingerprint, range} in the order of
+    `coefficients`; `search` is None for given coefficients."""
+
+    kind: ClassVar[str] = "merged"
+    base: str
+    parents: list[dict[str, Any]]
+    coefficients: list[float]
+    method: str
+    projection: str
+    search: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesRecord(Record):
+    """Images. `protocol` is the card: how, by which model, from which seed they were drawn."""
+
+    kind: ClassVar[str] = "samples"
+    protocol: dict[str, Any]
+    prompts: list[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsRecord(Record):
+    """Mean and covariance of features. `extractor` is {name, sha256}; `resize` the resize mode."""
+
+    kind: ClassVar[str] = "statistics"
+    n: int
+    extractor: dict[str, Any]
+    resize: str
+    source: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+KINDS: dict[str, type[Record]] = {
+    kind.kind: kind
+    for kind in (
+        BaseRecord,
+        ExpertRecord,
+        TaskVectorRecord,
+        MergedRecord,
+        SamplesRecord,
+        StatisticsRecord,
+    )
+}
+
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "dict": (dict,),
+    "list": (list,),
+    "None": (type(None),),
+}
+
+
+def parse_record(text: str, where: str) -> Record:
+    """The record that a header's `deme` string holds. Raises ArtifactError naming what is wrong."""
+    try:
+        document = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{where}: the deme record is not valid JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("kind") not in KINDS:
+        found = document.get("kind") if isinstance(document, dict) else document
+        raise ArtifactError(
+            f"{where}: unknown kind of artifact {found!r}; known: {', '.join(KINDS)}"
+        )
+    if document.get("version") != VERSION:
+        raise ArtifactError(
+            f"{where}: record version {document.get('version')!r}, this deme reads {VERSION}; "
+            f"update deme or write the file again"
+        )
+    kind = KINDS[document["kind"]]
+    values = {}
+    for declared in fields(kind):
+        if declared.name in document:
+            values[declared.name] = _checked(document[declared.name], declared, where)
+        elif declared.default is MISSING and declared.default_factory is MISSING:
+            raise ArtifactError(f"{where}: the {kind.kind} record lacks {declared.name!r}")
+    return kind(**values)
+
+
+def _checked(value: Any, declared: Any, where: str) -> Any:
+    """`value` if its JSON type is the declared one."""
+    allowed: tuple[type, ...] = ()
+    for option in declared.type.split(" | "):
+        allowed += _JSON_TYPES[option.split("[")[0]]
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise ArtifactError(
+            f"{where}: {declared.name!r} in the record should be {declared.type}, "
+            f"found {type(value).__name__}"
+        )
+    return value

@@ -1,0 +1,1 @@
+"""Drawing images from one denoiser or an ensemble of experts."""

@@ -1,0 +1,266 @@
+"""One training run, told from start to end: an expert of a base, or a base from scratch.
+
+The procedure yields a `TrainStep` now and then and leaves one artifact. Beside it, hidden, lies the
+checkpoint from which the same call continues; `metrics.jsonl` beside it keeps the curve.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deme_cli.artifacts import claim, fingerprint, write_artifact
+from deme_cli.config import FinetuneConfig
+from deme_cli.data.images import ImageData
+from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser
+from deme_cli.diffusion.projection import attach_projections, fold_weights
+from deme_cli.errors import NumericsError, writing
+from deme_cli.interrupts import StopRequests
+from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
+from deme_cli.timesteps import RangeChoice
+from deme_cli.training.batches import BatchSource
+from deme_cli.training.held_out import HeldOutLoss
+from deme_cli.training.objective import expert_loss
+from deme_cli.training.places import checkpoint_path, metrics_path
+from deme_cli.training.plan import NOT_RESULT
+from deme_cli.training.state import TrainingState, learning_rate
+
+_REPORT_EVERY = 10  # updates; reading a loss makes a GPU wait
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, on what, how, and where it ends.
+
+    With `from_scratch` the denoiser's random weights are trained into a base: no frozen copy, no
+    consistency, no projection.
+    """
+
+    denoiser: Denoiser
+    choice: RangeChoice
+    data: ImageData
+    held_out: ImageData | None
+    flip: bool
+    config: FinetuneConfig
+    output: Path
+    dtype: str = "fp32"
+    from_scratch: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the result: a kept run continues only if all of it agrees."""
+        settings = asdict(self.config)
+        for name in NOT_RESULT:
+            settings.pop(name)
+        return {
+            "range": str(self.choice.range),
+            "base": self.denoiser.record.fingerprint,
+            "data": self.data.fingerprint,
+            "flip": self.flip,
+            "dtype": self.dtype,
+            **settings,
+        }
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """The state of the run after update `step`; losses are means since the last record."""
+
+    step: int
+    loss: float
+    denoising: float
+    consistency: float
+    lr: float
+    images_per_second: float
+    held_out: float | None = None
+
+
+def train(run: Run) -> Iterator[TrainStep]:
+    """Train `run` to its end and write its artifact, continuing from a checkpoint if one is kept.
+
+    Raises NumericsError on a loss that is not finite (the last good checkpoint stays), Stopped
+    after a signal once the state is saved, ConfigError if the kept run has other settings or
+    another process writes the same output.
+    """
+    config, checkpoint = run.config, checkpoint_path(run.output)
+    with ExitStack() as stack:
+        stack.enter_context(claim(metrics_path(run.output)))
+        requests = stack.enter_context(StopRequests())
+        network, base = _networks(run)
+        state = TrainingState(network, config, scale_loss=run.dtype == "fp16")
+        if checkpoint.exists():
+            state.restore(checkpoint, run.identity, run.output)
+        log = stack.enter_context(MetricsLog(run.output, state.step))
+        span, total = run.choice.range, run.denoiser.schedule.num_train_timesteps
+        source = BatchSource(run.data, span, total, config, flip=run.flip)
+        held_out = HeldOutLoss.of(run.held_out, span, run.denoiser.schedule, config.held_out)
+        window = _Window(network)
+        while state.step < config.steps:
+            for micro in range(config.accumulation):
+                window.add(_backward(run, state, base, source, micro))
+            state.update()
+            at_checkpoint = state.step % config.checkpoint_every == 0
+            if state.step % _REPORT_EVERY == 0 or at_checkpoint or state.step == config.steps:
+                record = window.close(state, config)
+                if at_checkpoint:
+                    record = _keep(run, state, held_out, record)
+                log.add(record)
+                yield record
+            if requests.asked:
+                _require_finite(state, run)
+                state.save(checkpoint, run.identity)
+                raise requests.stopped(
+                    f"stopped at update {state.step} of {config.steps}; "
+                    f"run the same command again to continue"
+                )
+        _require_finite(state, run)
+        _write_result(run, state, base)
+        checkpoint.unlink(missing_ok=True)
+
+
+def _networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
+    """The network to train, with projections, and the frozen base (None when it is not needed)."""
+    network = copy.deepcopy(run.denoiser.network).train().requires_grad_(True)
+    if run.from_scratch:
+        return network, None
+    attach_projections(network, run.config.projection)
+    network.to(run.denoiser.device)
+    return network, run.denoiser.network
+
+
+def _backward(
+    run: Run, state: TrainingState, base: nn.Module | None, source: BatchSource, micro: int
+) -> torch.Tensor:
+    """Gradients of one batch, and its (total, denoising, consistency) losses.  -> (3,)"""
+    device, half = run.denoiser.device, TORCH_DTYPES[run.dtype]
+    batch = source.batch(state.step, micro)
+    with torch.autocast(device.type, half, enabled=run.dtype != "fp32"):
+        loss = expert_loss(
+            state.network,
+            base,
+            run.denoiser.schedule,
+            x0=batch.x0.to(device, non_blocking=True),
+            eps=batch.eps.to(device, non_blocking=True),
+            t=batch.t.to(device, non_blocking=True),
+            consistency=run.config.consistency,
+        )
+    state.scaler.scale(loss.total / run.config.accumulation).backward()
+    return torch.stack([loss.total.detach(), loss.denoising, loss.consistency])
+
+
+class _Window:
+    """Sums the losses between two records on the device, so that the loop does not wait for it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._zero = torch.zeros(3, device=next(network.parameters()).device)
+        self._open()
+
+    def _open(self) -> None:
+        self._sum, self._count, self._start = self._zero.clone(), 0, time.monotonic()
+
+    def add(self, losses: torch.Tensor) -> None:
+        self._sum += losses
+        self._count += 1
+
+    def close(self, state: TrainingState, config: FinetuneConfig) -> TrainStep:
+        """The record of the window. Raises NumericsError if its loss is not finite."""
+        total, denoising, consistency = (self._sum / self._count).tolist()
+        if not torch.isfinite(self._sum).all():
+            raise NumericsError(
+                f"the loss became {total} by update {state.step}; the last good checkpoint is "
+                f"kept: lower --lr, or use --dtype bf16 or fp32, with --force to start anew"
+            )
+        rate = self._count * config.batch_size / max(time.monotonic() - self._start, 1e-9)
+        self._open()
+        lr = learning_rate(state.step - 1, config)
+        return TrainStep(state.step, total, denoising, consistency, lr, rate)
+
+
+def _keep(
+    run: Run, state: TrainingState, held_out: HeldOutLoss | None, record: TrainStep
+) -> TrainStep:
+    """Save the checkpoint; the record gains the held-out loss of the averaged weights."""
+    _require_finite(state, run)
+    state.save(checkpoint_path(run.output), run.identity)
+    if held_out is None:
+        return record
+    value = held_out.of_weights(state.network, state.averaged_weights())
+    return TrainStep(**{**asdict(record), "held_out": value})
+
+
+def _require_finite(state: TrainingState, run: Run) -> None:
+    if not state.is_finite():
+        raise NumericsError(
+            f"a weight became infinite or NaN by update {state.step}; the last good checkpoint is "
+            f"kept: lower --lr, with --force to start anew"
+        )
+
+
+def _write_result(run: Run, state: TrainingState, base: nn.Module | None) -> None:
+    """Write the artifact: the averaged weights, folded where the projection is `fold`."""
+    config, record = run.config, run.denoiser.record
+    weights = state.averaged_weights()
+    model = {
+        "source": record.source,
+        "model_config": record.model_config,
+        "scheduler_config": record.scheduler_config,
+        "num_train_timesteps": record.num_train_timesteps,
+    }
+    data = {"source": run.data.source, "fingerprint": run.data.fingerprint, "num": len(run.data)}
+    settings = {**asdict(config), "dtype": run.dtype, "flip": run.flip}
+    result: DenoiserRecord
+    if run.from_scratch:
+        result = BaseRecord(**model, training={**settings, "data": data})
+    else:
+        assert base is not None
+        assert fingerprint(base.state_dict()) == record.fingerprint, "the frozen base was changed"
+        if config.projection == "fold":
+            weights = fold_weights(weights, state.network)
+        result = ExpertRecord(
+            **model,
+            range=[run.choice.range.start, run.choice.range.stop],
+            index=run.choice.index,
+            of=run.choice.of,
+            base=record.fingerprint,
+            p=config.p,
+            steps=state.step,
+            seed=config.seed,
+            projection=config.projection,
+            data=data,
+            training=settings,
+        )
+    write_artifact(run.output, weights, result)
+
+
+class MetricsLog:
+    """The curve beside the output: one TrainStep a line, cut back to where a run resumes."""
+
+    def __init__(self, output: Path, step: int) -> None:
+        self.path = metrics_path(output)
+        kept = []
+        if step and self.path.exists():
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if line and json.loads(line)["step"] <= step]
+        with writing(self.path):
+            self._file = self.path.open("w")
+            self._file.writelines(f"{line}\n" for line in kept)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def add(self, record: TrainStep) -> None:
+        with writing(self.path):
+            self._file.write(json.dumps(asdict(record)) + "\n")
+            self._file.flush()

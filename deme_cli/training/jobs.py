@@ -1,0 +1,94 @@
+"""Several experts side by side: one process per range, watched through their metrics files.
+
+Ranges are independent, so they run as processes of the same command line, the processor's cores
+divided among them. Who watches passes signals on; each process saves its own state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deme_cli.errors import DemeError
+from deme_cli.interrupts import StopRequests
+
+_POLL_SECONDS = 0.5
+
+
+class JobFailed(DemeError):
+    """A process of `--range all` ended with an error; carries its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass
+class RangeProcess:
+    """One range: its command line (after `deme`), its curve, and its process once started."""
+
+    label: str
+    arguments: Sequence[str]
+    metrics: Path
+    process: subprocess.Popen[str] | None = field(default=None)
+
+    def start(self, num_threads: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "deme_cli", *self.arguments],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    @property
+    def step(self) -> int:
+        """Updates done, as far as its metrics file tells."""
+        try:
+            lines = self.metrics.read_text().splitlines()
+            return json.loads(lines[-1])["step"] if lines else 0
+        except (OSError, json.JSONDecodeError):
+            return 0  # not written yet, or a line half written
+
+
+def run_jobs(jobs: Sequence[RangeProcess], *, at_once: int) -> Iterator[dict[str, int]]:
+    """Run all jobs, at most `at_once` at a time; yields updates done per label now and then.
+
+    Raises JobFailed with the first failing process's message (the others are asked to stop and
+    save), Stopped after a signal, once every process has saved its state.
+    """
+    num_threads = max(1, (os.cpu_count() or 1) // at_once)
+    waiting, running = list(jobs), []
+    with StopRequests() as requests:
+        while waiting or running:
+            while waiting and len(running) < at_once and not requests.asked:
+                running.append(waiting.pop(0))
+                running[-1].start(num_threads)
+            time.sleep(_POLL_SECONDS)
+            yield {job.label: job.step for job in jobs if job.process}
+            if requests.asked:
+                _stop(running)
+                raise requests.stopped("all ranges saved; run the same command again to continue")
+            for job in [job for job in running if job.process.poll() is not None]:
+                running.remove(job)
+                if job.process.returncode:
+                    _stop(running)
+                    message = job.process.stderr.read().strip().splitlines()
+                    reason = message[-1].removeprefix("deme: ") if message else "no message"
+                    raise JobFailed(f"range {job.label}: {reason}", job.process.returncode)
+
+
+def _stop(running: Sequence[RangeProcess]) -> None:
+    """Ask the processes to save and stop, and wait for them."""
+    for job in running:
+        if job.process.poll() is None:
+            job.process.terminate()
+    for job in running:
+        job.process.communicate()

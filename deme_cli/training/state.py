@@ -1,0 +1,158 @@
+"""What a training run consists of between two updates, and its checkpoint on disk.
+
+Network (with its projections), moving average, AdamW's moments, loss scale, number of updates done.
+The learning rate is a function of the update and every random draw of (seed, update), so
+nothing else needs to be kept. A checkpoint appears whole or not at all and is verified when read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from deme_cli.artifacts import (
+    fingerprint,
+    load_tensors,
+    read_header,
+    write_artifact,
+)
+from deme_cli.config import FinetuneConfig
+from deme_cli.errors import ArtifactError, ConfigError
+from deme_cli.records import Record
+
+_ADAM = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord(Record):
+    """The header of a checkpoint: the run it belongs to and how far it is. Not an artifact kind."""
+
+    kind: ClassVar[str] = "checkpoint"
+    identity: dict[str, Any]
+    step: int
+    loss_scale: dict[str, Any]
+
+
+def learning_rate(step: int, config: FinetuneConfig) -> float:
+    """The rate of update `step` (from 0): warm-up, then constant, or down to 0 (linear, cosine)."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / (config.warmup + 1)
+    if config.lr_schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    if config.lr_schedule == "linear":
+        return config.lr * (1 - done)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class TrainingState:
+    """The network under training with everything that `step` updates change."""
+
+    def __init__(self, network: nn.Module, config: FinetuneConfig, *, scale_loss: bool) -> None:
+        device = next(network.parameters()).device
+        self.network, self.config, self.step = network, config, 0
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=1e-8,  # the released recipe (REFERENCE 1.1)
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
+        self.ema = EMAModel(
+            network.parameters(),
+            decay=config.ema_decay,
+            use_ema_warmup=True,
+            inv_gamma=1.0,
+            power=0.75,
+            foreach=True,
+        )
+
+    def update(self) -> None:
+        """One optimizer update from the gradients at hand, then the moving average."""
+        parameters = list(self.network.parameters())
+        if self.config.grad_clip:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.config.ema_decay:
+            self.ema.step(parameters)
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The weights that the run is for: the moving average, or the last ones without it."""
+        weights = {name: tensor.detach() for name, tensor in self.network.state_dict().items()}
+        if self.config.ema_decay:
+            names = [name for name, _ in self.network.named_parameters()]
+            weights.update(zip(names, self.ema.shadow_params, strict=True))
+        return weights
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        parameters = list(self.network.named_parameters())
+        for (name, parameter), average in zip(parameters, self.ema.shadow_params, strict=True):
+            tensors[f"ema.{name}"] = average
+            for key in _ADAM:
+                if parameter in self.optimizer.state:
+                    tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
+        return tensors
+
+    def save(self, path: Path, identity: dict[str, Any]) -> None:
+        """Write the checkpoint of the run that `identity` describes."""
+        record = CheckpointRecord(
+            identity=identity, step=self.step, loss_scale=self.scaler.state_dict()
+        )
+        write_artifact(path, self._tensors(), record)
+
+    def restore(self, path: Path, identity: dict[str, Any], output: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises ConfigError if it belongs to a run with other settings (naming the first that
+        differs), ArtifactError if its bytes are not those that were written.
+        """
+        document = json.loads(read_header(path).metadata["deme"])
+        require_same_run(document["identity"], identity, output)
+        tensors = load_tensors(path)
+        if fingerprint(tensors) != document["fingerprint"]:
+            raise ArtifactError(f"{path}: the checkpoint is corrupt; --force starts the run anew")
+        own = self.network.state_dict()
+        self.network.load_state_dict({name: tensors[f"network.{name}"] for name in own})
+        for index, (name, parameter) in enumerate(self.network.named_parameters()):
+            self.ema.shadow_params[index].copy_(tensors[f"ema.{name}"])
+            self.optimizer.state[parameter] = {
+                key: tensors[f"{key}.{name}"].to(
+                    parameter.device if key != "step" else "cpu", copy=True
+                )
+                for key in _ADAM
+            }
+        self.step = self.ema.optimization_step = document["step"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(document["loss_scale"])
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a number (asks the device once)."""
+        norms = torch._foreach_norm([p.detach() for p in self.network.parameters()])
+        return bool(torch.isfinite(torch.stack(norms)).all())
+
+
+def require_same_run(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
+    """Check that a kept run is the one asked for; raises ConfigError naming what differs."""
+    for name in wanted:
+        if found.get(name) != wanted[name]:
+            raise ConfigError(
+                f"{output}: an unfinished run with {name} = {found.get(name)!r} is kept here, not "
+                f"{wanted[name]!r}; use the same settings to continue, --force to start anew, "
+                f"or another --output"
+            )

@@ -1,0 +1,122 @@
+"""Tiny real models and data: an 8x8 UNet, experts made by perturbing it, a folder of ten images."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.diffusion.denoiser import build_network
+from deme_cli.records import BaseRecord, ExpertRecord
+from deme_cli.timesteps import split_uniform
+
+torch.set_num_threads(1)
+
+NUM_TRAIN_TIMESTEPS = 100
+TINY_MODEL = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+TINY_SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+    "beta_start": 0.001,
+    "beta_end": 0.2,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "clip_sample": True,
+}
+
+
+def write_tiny_base(path: Path, *, seed: int = 0, **model_config: object) -> BaseRecord:
+    """A base artifact with random weights; `model_config` overrides TINY_MODEL."""
+    config = {**TINY_MODEL, **model_config}
+    torch.manual_seed(seed)
+    network = build_network(config)
+    record = BaseRecord(
+        source="tiny",
+        model_config=config,
+        scheduler_config=TINY_SCHEDULER,
+        num_train_timesteps=NUM_TRAIN_TIMESTEPS,
+    )
+    return write_artifact(path, network.state_dict(), record)
+
+
+def write_tiny_expert(
+    path: Path, base_path: Path, *, index: int, of: int, scale: float = 0.02
+) -> ExpertRecord:
+    """An expert artifact: the base plus Gaussian noise of `scale`, seeded by its index."""
+    base = read_record(base_path, "base")
+    generator = torch.Generator().manual_seed(100 + index)
+    weights = {
+        name: tensor + scale * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_tensors(base_path).items()
+    }
+    span = split_uniform(of, base.num_train_timesteps)[index - 1]
+    fields = {key: asdict(base)[key] for key in ("source", "model_config", "scheduler_config")}
+    record = ExpertRecord(
+        **fields,
+        num_train_timesteps=base.num_train_timesteps,
+        range=[span.start, span.stop],
+        index=index,
+        of=of,
+        base=base.fingerprint,
+        p=0.3,
+        steps=0,
+        seed=0,
+        projection="none",
+        data={"source": "digits", "fingerprint": ""},
+        training={},
+    )
+    return write_artifact(path, weights, record)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: `base.safetensors` and four experts `ft_1of4.safetensors` ... beside it."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny_base(tmp_path / "base.safetensors")
+    for index in range(1, 5):
+        path = tmp_path / f"ft_{index}of4.safetensors"
+        write_tiny_expert(path, tmp_path / "base.safetensors", index=index, of=4)
+    return tmp_path
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Ten 8x8 grey PNG images in a folder."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image, mode="L").save(folder / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def deme() -> Callable[..., Result]:
+    """Run a `deme` command line in this process. A DemeError is the result's `exception`."""
+    from deme_cli.app import app
+
+    runner = CliRunner()
+    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
