@@ -14,6 +14,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ _DTYPE_CODES = {
     "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 _CHUNK_BYTES = 1 << 22
+_THREADED_BYTES = 1 << 18  # below this, handing a piece to a thread costs more than hashing it
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +289,8 @@ class ArtifactWriter:
     with ArtifactWriter(path, layout, record) as writer:
         for spec in layout: writer.write(bytes of spec)   # in any number of pieces
     writer.record                                          # carries the fingerprint
+
+    Large pieces are hashed on a second thread while the first hands them to the file.
     """
 
     def __init__(self, path: Path, layout: Sequence[TensorSpec], record: Record) -> None:
@@ -295,6 +299,7 @@ class ArtifactWriter:
         self._digests: dict[TensorSpec, str] = {}
         self._current = hashlib.sha256()
         self._filled = 0
+        self._hasher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deme-hash")
 
     def __enter__(self) -> ArtifactWriter:
         require_space(self.path, sum(spec.num_bytes for spec in self.layout))
@@ -311,10 +316,21 @@ class ArtifactWriter:
         return self
 
     def write(self, data: Any) -> None:
-        """Append bytes of the next tensors of the layout."""
+        """Append bytes of the next tensors of the layout; `data` is free again on return."""
         view = memoryview(data).cast("B")
-        with writing(self.path):
-            self._file.write(view)
+        if len(view) < _THREADED_BYTES:
+            with writing(self.path):
+                self._file.write(view)
+            self._hash(view)
+            return
+        hashing = self._hasher.submit(self._hash, view)
+        try:
+            with writing(self.path):
+                self._file.write(view)
+        finally:
+            hashing.result()
+
+    def _hash(self, view: memoryview) -> None:
         while len(view):
             spec = self.layout[len(self._digests)]
             taken = view[: spec.num_bytes - self._filled]
@@ -359,6 +375,7 @@ class ArtifactWriter:
         if hasattr(self, "_file"):
             with suppress(OSError):  # a full disk: the partial file goes anyway
                 self._file.close()
+        self._hasher.shutdown()
         self._partial.unlink(missing_ok=True)
         self._claim.__exit__(None, None, None)
 

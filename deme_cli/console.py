@@ -24,11 +24,15 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def is_quiet() -> bool:
+    return _quiet
+
+
 def stderr_console() -> Any:
     """A rich console on stderr; it honours NO_COLOR and what the terminal can show."""
     from rich.console import Console
 
-    return Console(stderr=True, quiet=_quiet, highlight=False, soft_wrap=True)
+    return Console(stderr=True, quiet=_quiet, highlight=False, markup=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
@@ -39,7 +43,9 @@ def note(text: str) -> None:
 
 def warn(text: str) -> None:
     if not _quiet:
-        stderr_console().print("[yellow]warning:[/yellow]", text, markup=True)
+        from rich.text import Text
+
+        stderr_console().print(Text.assemble(("warning: ", "yellow"), text))
 
 
 def error(text: str) -> None:

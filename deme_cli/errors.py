@@ -63,6 +63,7 @@ _STORAGE_ADVICE = {
     errno.EPERM: "no permission to write there; choose another place with --output",
     errno.EROFS: "the file system is read-only; choose another place with --output",
     errno.EFBIG: "the file system takes no file this large; choose another place with --output",
+    errno.EEXIST: "part of this path is a file, not a folder; choose another place with --output",
     errno.ENOTDIR: "part of this path is a file, not a folder; choose another place with --output",
     errno.EISDIR: "a folder of this name exists; choose another place with --output",
 }

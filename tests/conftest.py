@@ -23,6 +23,7 @@ from deme_cli.records import BaseRecord, ExpertRecord
 from deme_cli.timesteps import split_uniform
 
 torch.set_num_threads(1)
+pytest_plugins = ["stand_ins"]
 
 NUM_TRAIN_TIMESTEPS = 100
 TINY_MODEL = {

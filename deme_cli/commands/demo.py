@@ -1,5 +1,184 @@
-"""placeholder"""
+"""`deme demo`: the whole pipeline on the embedded digits, each step a real command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deme_cli import console
+from deme_cli.commands.options import Json, Quiet
+from deme_cli.errors import ConfigError
+
+NUM_RANGES = 4
+MODELS = ("base", "control", "ensemble", "merged")
 
 
-def demo() -> None:
-    """Placeholder."""
+@dataclass(frozen=True)
+class Size:
+    """How much the demo trains and draws; `quick` only shows that the commands run."""
+
+    steps: int
+    candidates: int
+    num: int
+    repeats: int = 3
+
+
+FULL = Size(steps=400, candidates=1000, num=4000)
+QUICK = Size(steps=4, candidates=20, num=80)
+
+
+def demo(
+    context: typer.Context,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to make and work in.")
+    ] = Path("deme-demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A trial run in a minute; its figures mean nothing.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Work in a folder that exists, replacing its files.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Split, finetune, merge and measure the embedded digits model; ends in a table and a picture.
+
+    Example: deme demo
+    """
+    console.set_quiet(quiet)
+    if output.exists() and not force:
+        raise ConfigError(f"{output} exists; add --force to work in it, or choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    start, size = time.monotonic(), QUICK if quick else FULL
+    before = Path.cwd()
+    os.chdir(output)
+    try:
+        rows = _pipeline(context, size)
+        paths = [output / "demo.png", output / "eval.json"]
+    finally:
+        os.chdir(before)
+    minutes = (time.monotonic() - start) / 60
+    console.note(f"done in {minutes:.1f} minutes; look at {paths[0]}")
+    console.result_paths(paths, as_json=as_json, rows=rows, minutes=minutes)
+
+
+def _pipeline(context: typer.Context, size: Size) -> list[dict[str, Any]]:
+    """Run the commands in the current folder; returns the rows of the evaluation."""
+    experts = [f"ft_{index}of{NUM_RANGES}.safetensors" for index in range(1, NUM_RANGES + 1)]
+    models = ["base.safetensors", "control.safetensors", *experts, "merged.safetensors"]
+
+    _run(context, f"split digits -n {NUM_RANGES} --force")
+    _train_experts_beside_control(size)
+    _run(context, f"task-vector {' '.join(experts)} --force")
+    _run(
+        context,
+        f"merge {' '.join(experts)} --search grid --objective fid --num {size.candidates} --force",
+    )
+    _run(
+        context,
+        f"eval {' '.join(models)} --fid digits --num {size.num} --repeats {size.repeats} "
+        f"--output eval.json --force",
+    )
+    for model in MODELS:
+        command = f"sample {model}.safetensors"
+        if model == "ensemble":
+            command = f"ensemble-sample {' '.join(experts)}"
+        _run(context, f"{command} -n 24 -o {model}-samples.safetensors --force", quiet=True)
+    rows = json.loads(Path("eval.json").read_text())["rows"]
+    _draw(rows, experts, size)
+    return rows
+
+
+def _show(command: str) -> None:
+    console.note(f"\n$ deme {command}")
+
+
+def _run(context: typer.Context, command: str, *, quiet: bool = False) -> None:
+    """Print one `deme` command line and run it in this process, its results shown with the rest."""
+    _show(command)
+    words = shlex.split(command) + (["--quiet"] if quiet or console.is_quiet() else [])
+    was_quiet = console.is_quiet()
+    with contextlib.redirect_stdout(sys.stderr):
+        context.find_root().command.main(args=words, prog_name="deme", standalone_mode=False)
+    console.set_quiet(was_quiet)
+
+
+def _train_experts_beside_control(size: Size) -> None:
+    """The four experts in one process, plain finetuning with as many updates in another."""
+    from deme_cli.training.jobs import RangeProcess, run_jobs
+    from deme_cli.training.places import metrics_path
+
+    experts = f"finetune --range all --steps {size.steps} --force"
+    control = (
+        f"finetune --range 1/1 --p 0 --consistency 0 --projection none "
+        f"--steps {NUM_RANGES * size.steps} -o control.safetensors --force"
+    )
+    _show(f"{experts}      # and beside it, as control:")
+    _show(control)
+    curves = [
+        metrics_path(Path(f"ft_{i}of{NUM_RANGES}.safetensors")) for i in range(1, NUM_RANGES + 1)
+    ]
+    processes = [
+        RangeProcess("experts", [*shlex.split(experts), "--quiet"], curves),
+        RangeProcess(
+            "control", [*shlex.split(control), "--quiet"], [metrics_path(Path("control"))]
+        ),
+    ]
+    for path in (*curves, metrics_path(Path("control"))):
+        path.unlink(missing_ok=True)
+    with console.progress("finetune", 2 * NUM_RANGES * size.steps, "update") as bar:
+        for steps in run_jobs(processes, at_once=2):
+            bar.advance(sum(steps.values()), "  ".join(f"{k} {v}" for k, v in steps.items()))
+
+
+def _draw(rows: list[dict[str, Any]], experts: list[str], size: Size) -> None:
+    """The held-out losses by range, as a table, and the picture of everything."""
+    from deme_cli.analysis.summary import SummaryRow, draw_summary
+    from deme_cli.timesteps import split_uniform
+    from deme_cli.training.held_out import losses_by_range
+
+    ranges = split_uniform(NUM_RANGES, 1000)
+    files = [*(f"{model}.safetensors" for model in MODELS if model != "ensemble"), *experts]
+    losses = losses_by_range([Path(file) for file in files], ranges, "digits")
+    base = losses[Path("base.safetensors")]
+    console.table(
+        "Held-out loss by range (change against the base)",
+        ["model", *map(str, ranges)],
+        [
+            [
+                path.stem,
+                *(f"{v:.5f} {100 * (v / b - 1):+.1f}%" for v, b in zip(values, base, strict=True)),
+            ]
+            for path, values in losses.items()
+        ],
+    )
+    metric = "frechet_digits"
+    own = [losses[Path(expert)][index] for index, expert in enumerate(experts)]
+    by_model = {"ensemble": tuple(own)}  # each range denoised by its expert
+    for model in MODELS:
+        by_model.setdefault(model, losses.get(Path(f"{model}.safetensors"), ()))
+    summary = [
+        SummaryRow(
+            model,
+            Path(f"{model}-samples.safetensors"),
+            tuple(row["metrics"][metric]["values"]),
+            by_model[model],
+        )
+        for model, row in zip(MODELS, rows, strict=True)
+    ]
+    protocol = (
+        f"Fréchet distance on digit features, {size.num} images, {size.repeats} seeds shared by "
+        f"all rows, DDIM; coefficients searched on other seeds and data"
+    )
+    draw_summary(
+        summary, [str(span) for span in ranges], Path("demo.png"), metric=metric, protocol=protocol
+    )

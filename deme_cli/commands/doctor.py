@@ -1,5 +1,99 @@
-"""placeholder"""
+"""`deme doctor`: what is on this machine, and what a run would need from elsewhere."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import TYPE_CHECKING, Any
+
+from deme_cli import __version__, console
+from deme_cli.commands.options import Json, Quiet
+
+if TYPE_CHECKING:
+    from deme_cli.evaluation.inventory import Item
+
+LIBRARIES = (
+    "torch", "diffusers", "accelerate", "safetensors", "clean-fid", "open-clip-torch", "datasets",
+    "scikit-learn", "scipy", "numpy",
+)  # fmt: skip
 
 
-def doctor() -> None:
-    """Placeholder."""
+def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
+    """List the libraries, the device, and the files that runs need: there or missing, whence.
+
+    Example: deme doctor
+    """
+    console.set_quiet(quiet)
+    from deme_cli.evaluation.assets import cache_folder
+    from deme_cli.evaluation.inventory import take_inventory
+
+    versions = {"deme": __version__, "python": platform.python_version(), **_versions()}
+    items = list(take_inventory())
+    device = _device()
+    _show(versions, device, items, str(cache_folder()))
+    if as_json:
+        console.result_json(
+            {
+                "versions": versions,
+                "device": device,
+                "cache": str(cache_folder()),
+                "items": [_document(item) for item in items],
+            }
+        )
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _device() -> dict[str, Any]:
+    """What `--device auto` takes, and its name and memory where it is a GPU."""
+    import torch
+
+    from deme_cli.diffusion.denoiser import choose_device
+
+    device = choose_device("auto")
+    if device.type != "cuda":
+        return {"auto": device.type, "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "auto": device.type,
+        "gpus": torch.cuda.device_count(),
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def _document(item: Item) -> dict[str, Any]:
+    return {
+        "name": item.name,
+        "needed_for": item.needed_for,
+        "present": item.path is not None,
+        "path": str(item.path) if item.path else None,
+        "whence": item.whence,
+        "sha256": item.sha256,
+        "intact": item.intact,
+    }
+
+
+def _show(
+    versions: dict[str, str | None], device: dict[str, Any], items: list[Item], cache: str
+) -> None:
+    console.note("  ".join(f"{name} {version or 'MISSING'}" for name, version in versions.items()))
+    console.note("device " + "  ".join(f"{key} {value}" for key, value in device.items()))
+    for item in items:
+        if item.path is None:
+            checksum = f"  sha256 {item.sha256}" if item.sha256 else ""
+            console.note(f"missing  {item.name}  for {item.needed_for}\n"
+                         f"         from {item.whence}{checksum}")  # fmt: skip
+        else:
+            remark = "  (another checksum than published)" if item.intact is False else ""
+            console.note(f"present  {item.name}  for {item.needed_for}\n"
+                         f"         {item.path}{remark}")  # fmt: skip
+    console.note(f"put missing files into {cache} (DEME_CACHE chooses another folder)")

@@ -1,5 +1,90 @@
-"""placeholder"""
+"""`deme export`: an artifact as a diffusers pipeline folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deme_cli import console
+from deme_cli.artifacts import Header, read_header, record_of, require_space
+from deme_cli.commands.options import Force, Json, Quiet
+from deme_cli.errors import ArtifactError, ConfigError
+from deme_cli.records import DenoiserRecord, ExpertRecord
+
+_KINDS = ("base", "expert", "merged")
+_PROJECTIONS = "channel_projection."
+
+Merged = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MERGED", help="A merged artifact; a base or an expert also.", show_default=False
+    ),
+]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The pipeline folder to write.", show_default=False)
+]
 
 
-def export() -> None:
-    """Placeholder."""
+def export(
+    merged: Merged,
+    folder: Folder,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a diffusers pipeline folder with a model card, and check it against the artifact.
+
+    Example: deme export merged.safetensors my-ddpm
+    """
+    console.set_quiet(quiet)
+    header = read_header(merged)
+    record = _require_plain_denoiser(header)
+    _require_folder(folder, force=force)
+    require_space(folder, merged.stat().st_size)
+
+    from deme_cli.diffusion.denoiser import load_denoiser
+    from deme_cli.diffusion.export import export_pipeline
+    from deme_cli.diffusion.model_card import model_card
+
+    check = export_pipeline(load_denoiser(merged), folder, model_card(record, merged), force=force)
+    if isinstance(record, ExpertRecord):
+        console.warn(f"{merged} is the expert of timesteps {record.timesteps} only")
+    console.note(
+        f"check: the pipeline, loaded again, differs from {merged} by at most "
+        f"{check.max_difference:.3g} at timesteps {', '.join(map(str, check.timesteps))} (float32)"
+    )
+    console.note(f"fill in the licence in {folder / 'README.md'} before you share it")
+    console.result_paths(
+        [folder], as_json=as_json, max_difference=check.max_difference, timesteps=check.timesteps,
+        fingerprint=record.fingerprint,
+    )  # fmt: skip
+
+
+def _require_plain_denoiser(header: Header) -> DenoiserRecord:
+    """The record of an artifact that plain diffusers can hold."""
+    record = record_of(header)
+    if record.kind not in _KINDS:
+        raise ArtifactError(
+            f"{header.path}: expected a base, expert or merged artifact, found {record.kind!r}"
+        )
+    if any(name.startswith(_PROJECTIONS) for name in header.tensors):
+        raise ArtifactError(
+            f"{header.path}: carries block projections, which no diffusers network has and which "
+            f"cannot be folded into one (skips are taken before them); finetune with "
+            f"--projection fold to export, or use it with `deme sample`"
+        )
+    return record
+
+
+def _require_folder(folder: Path, *, force: bool) -> None:
+    """Only an exported pipeline is ever replaced, and only with --force."""
+    if not folder.exists():
+        return
+    if not force:
+        raise ConfigError(f"{folder} exists; add --force to replace it, or choose another DIR")
+    if not (folder / "model_index.json").exists():
+        raise ConfigError(
+            f"{folder} is no diffusers pipeline and is not replaced; choose another DIR"
+        )

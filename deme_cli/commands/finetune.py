@@ -171,7 +171,7 @@ def _train_side_by_side(plans: list[Plan], num_processes: int) -> None:
 
     children = [
         RangeProcess(
-            plan.range_text, plan.job.arguments(plan.range_text), metrics_path(plan.output)
+            plan.range_text, plan.job.arguments(plan.range_text), [metrics_path(plan.output)]
         )
         for plan in plans
     ]

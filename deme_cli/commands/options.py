@@ -15,14 +15,13 @@ COMMON = "Common"
 
 def option(config: type, name: str, *flags: str, panel: str | None = None) -> Any:
     """A Typer option for one setting of `config`; its help is the setting's own sentence."""
-    return typer.Option(
-        *flags, help=help_of(config, name), rich_help_panel=panel, show_default=False
-    )
+    text = help_of(config, name).replace("[", r"\[")  # else rich takes [default: 4] for markup
+    return typer.Option(*flags, help=text, rich_help_panel=panel, show_default=False)
 
 
 ConfigPath = Annotated[
     Path | None,
-    typer.Option("--config", help="The deme.toml to read [default: ./deme.toml].",
+    typer.Option("--config", help=r"The deme.toml to read \[default: ./deme.toml].",
                  rich_help_panel=COMMON, show_default=False),
 ]  # fmt: skip
 Device = Annotated[

@@ -1,5 +1,184 @@
-"""placeholder"""
+"""`deme split`: import the base, divide [0, T), and write what every later command reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deme_cli import console
+from deme_cli.artifacts import require_output, write_artifact, write_whole
+from deme_cli.commands.options import DryRun, Force, Json, Quiet, option
+from deme_cli.config import CONFIG_NAME, RunFile, SplitConfig
+from deme_cli.errors import DemeError
+from deme_cli.timesteps import TimestepRange, split_uniform
+
+if TYPE_CHECKING:
+    from deme_cli.diffusion.checkpoints import ImportedModel
+    from deme_cli.records import BaseRecord
+
+BASE_NAME = "base.safetensors"
+# Training data guessed from a model's name, by a word in it.
+_DATA_BY_NAME = {
+    "digits": "digits",
+    "cifar10": "cifar10",
+    "cifar-10": "cifar10",
+    "church": "lsun-church",
+    "bedroom": "lsun-bedroom",
+}
+_C = SplitConfig
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="digits, a diffusers folder, a hub id, or a base or merged artifact.",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Training images: a folder, parquet file, hub dataset id, samples artifact, digits or "
+        r"cifar10 \[default: guessed from the model's name].",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help=f"Folder for {CONFIG_NAME} and {BASE_NAME}.")
+]
 
 
-def split() -> None:
-    """Placeholder."""
+def split(
+    model: Model = "digits",
+    n: Annotated[int | None, option(_C, "n", "-n", "--num-ranges")] = None,
+    data: Data = None,
+    by: Annotated[str | None, option(_C, "by", "--by")] = None,
+    output: Output = Path("."),
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Import a pretrained model and divide its timesteps into ranges, one expert each.
+
+    Example: deme split digits -n 4
+    """
+    console.set_quiet(quiet)
+    settings = RunFile(Path("."), {}).settings(SplitConfig, n=n, by=by)
+    paths = [output / BASE_NAME, output / CONFIG_NAME]
+    for path in paths:
+        require_output(path, force=force)
+    _check_model(model, settings)
+
+    from deme_cli.diffusion.checkpoints import base_record, import_model
+
+    imported = import_model(model)
+    record = base_record(imported)
+    ranges = split_uniform(settings.n, record.num_train_timesteps)
+    images = _choose_data(data, record)
+    text = _run_file_text(record, settings, ranges, images, output)
+    if not dry_run:
+        record = write_artifact(paths[0], imported.weights, record)
+        write_whole(paths[1], [text.encode()])
+    _show(record, imported, ranges, images)
+    console.result_paths(
+        [] if dry_run else paths, as_json=as_json, dry_run=dry_run,
+        **_measured(record, imported, ranges, images),
+    )  # fmt: skip
+
+
+def _check_model(model: str, settings: SplitConfig) -> None:
+    """What the model's files say without its tensors: it is there, and its T can be divided."""
+    from deme_cli.diffusion.locate import locate_model, peek_timesteps
+
+    if num_train_timesteps := peek_timesteps(locate_model(model)):
+        split_uniform(settings.n, num_train_timesteps)
+
+
+def _choose_data(data: str | None, record: BaseRecord) -> str:
+    """The data as given, else the guess from the model's name; warns where nothing can be found."""
+    from deme_cli.data.places import find_place
+
+    words = record.source.lower()
+    guess = next((known for word, known in _DATA_BY_NAME.items() if word in words), "")
+    chosen = guess if data is None else data
+    if not chosen:
+        console.warn("no --data given: set source under [data] before `deme finetune`")
+        return chosen
+    try:
+        find_place(chosen)
+    except DemeError as error:
+        console.warn(f"the training images are not there yet: {error}")
+    return chosen
+
+
+def _run_file_text(
+    record: BaseRecord,
+    settings: SplitConfig,
+    ranges: list[TimestepRange],
+    images: str,
+    output: Path,
+) -> str:
+    """deme.toml for this run. Local image paths become absolute where the file lies elsewhere."""
+    from deme_cli.data.digits import DIGITS_SETTINGS
+    from deme_cli.run_file import render_run_file
+
+    if output.resolve() != Path.cwd() and (here := Path(images).expanduser()).exists() and images:
+        images = str(here.resolve())
+    live: dict[str, dict[str, Any]] = {
+        "model": {"source": record.source, "base": BASE_NAME},
+        "data": {"source": images},
+        "split": {"n": settings.n, "by": settings.by, "ranges": [str(span) for span in ranges]},
+    }
+    if images == "digits":
+        live |= DIGITS_SETTINGS
+    return render_run_file(live)
+
+
+def _show(
+    record: BaseRecord, imported: ImportedModel, ranges: list[TimestepRange], images: str
+) -> None:
+    """What was read, and the ranges with the signal-to-noise ratios at their ends."""
+    from deme_cli.diffusion.schedule import decibels, read_schedule
+
+    schedule = read_schedule(record.scheduler_config)
+    noise = decibels(schedule.alphas_cumprod).tolist()
+    for assumed in imported.notes:
+        console.warn(assumed)
+    facts = _measured(record, imported, ranges, images)
+    shape = " x ".join(map(str, facts["image_shape"]))
+    console.note(
+        f"{record.source}: {record.model_config['_class_name']}, "
+        f"{facts['parameters']:,} parameters, T = {record.num_train_timesteps}, "
+        f"predicts {schedule.prediction_type}, images {shape}"
+    )
+    console.table(
+        f"{len(ranges)} ranges of [0, {record.num_train_timesteps}), data: {images or 'not set'}",
+        ["range", "timesteps", "number", "SNR from (dB)", "to (dB)"],
+        [
+            [f"{index}/{len(ranges)}", str(span), str(len(span)),
+             f"{noise[span.start]:.1f}", f"{noise[span.stop - 1]:.1f}"]
+            for index, span in enumerate(ranges, start=1)
+        ],
+    )  # fmt: skip
+
+
+def _measured(
+    record: BaseRecord, imported: ImportedModel, ranges: list[TimestepRange], images: str
+) -> dict[str, Any]:
+    """What `--json` tells besides the paths."""
+    from deme_cli.diffusion.denoiser import sample_shape
+
+    return {
+        "source": record.source,
+        "data": images,
+        "fingerprint": record.fingerprint,
+        "parameters": sum(tensor.numel() for tensor in imported.weights.values()),
+        "num_train_timesteps": record.num_train_timesteps,
+        "prediction_type": record.scheduler_config.get("prediction_type", "epsilon"),
+        "image_shape": list(sample_shape(record.model_config)),
+        "ranges": [str(span) for span in ranges],
+        "notes": list(imported.notes),
+    }

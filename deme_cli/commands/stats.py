@@ -1,5 +1,104 @@
-"""placeholder"""
+"""`deme stats`: reference statistics of a set of images, for `deme eval --fid`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deme_cli import console
+from deme_cli.artifacts import require_output, write_artifact
+from deme_cli.commands.options import ConfigPath, Device, Force, Json, Quiet, begin, option
+from deme_cli.config import EvalConfig
+from deme_cli.errors import ConfigError
+
+_C = EvalConfig
 
 
-def stats() -> None:
-    """Placeholder."""
+def stats(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Images: a folder, parquet file, hub dataset id, samples, digits or cifar10.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The statistics artifact.")],
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            help=r"train, test or all \[default: test for digits, train for cifar10, else all].",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            "--size",
+            help=r"Bring images to SIZE x SIZE pixels first, scaled and cropped "
+            r"\[default: their own size].",
+            show_default=False,
+        ),
+    ] = None,
+    features: Annotated[str | None, option(_C, "features", "--features")] = None,
+    resize: Annotated[str | None, option(_C, "resize", "--resize")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights", help="File of the Inception or CLIP weights.", show_default=False
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, option(_C, "batch_size", "--batch-size", "-b")] = None,
+    config: ConfigPath = None,
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make reference statistics of images: mean and covariance of their features.
+
+    Example: deme stats digits -o digits-train.safetensors --split train
+    """
+    run = begin(config, quiet=quiet)
+    settings = run.settings(EvalConfig, features=features, resize=resize, batch_size=batch_size)
+    require_output(output, force=force)
+    if size is not None and size < 1:
+        raise ConfigError(f"--size {size}: expected a number of pixels above 0")
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"--output {output}: expected a name that ends in .safetensors")
+
+    from deme_cli.commands.fetching import fetch
+    from deme_cli.evaluation.references import find_images
+    from deme_cli.evaluation.weights import choose_features, find_weights, weights_assets
+
+    chosen = choose_features(settings.features, [data])
+    reference = find_images(data, split)
+    fetch(weights_assets(chosen, settings.resize, weights))
+    found = find_weights(chosen, settings.resize, weights)
+
+    from deme_cli.evaluation.features import open_extractor
+    from deme_cli.evaluation.references import open_reference_images
+    from deme_cli.evaluation.statistics import (
+        Statistics,
+        measure_statistics,
+        statistics_artifact,
+    )
+
+    extractor = open_extractor(found, device=device, batch_size=settings.batch_size)
+    images = open_reference_images(reference, None if size is None else (3, size, size))
+    with console.progress(f"looking at {data}", len(images), "image") as bar:
+        for record in measure_statistics(images, extractor):
+            if not isinstance(record, Statistics):
+                bar.advance(record.done)
+            else:
+                tensors, made = statistics_artifact(
+                    record, images, extractor, split=reference.split or "all"
+                )
+    made = write_artifact(output, tensors, made)
+    console.result_paths(
+        [output], as_json=as_json, n=made.n, num_features=len(tensors["mu"]),
+        extractor=made.extractor, resize=made.resize, source=made.source, data=made.data,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The network that predicts noise, with the schedule it was trained for, as one thing to pass around.
+"""The network that predicts noise, with the schedule it was trained for, as one thing.
 
 A denoiser comes from an artifact of kind base, expert or merged. Which diffusers classes are taken
 is told here, in one place, from the config.
@@ -71,6 +71,8 @@ def build_network(model_config: Mapping[str, Any], where: str = "the model") -> 
         raise ArtifactError(f"{where}: backbone {name!r}; deme takes {', '.join(BACKBONES)}")
     if not model_config.get("sample_size"):
         raise ArtifactError(f"{where}: the model config lacks sample_size")
+    if model_config.get("class_embed_type") or model_config.get("num_class_embeds"):
+        raise ArtifactError(f"{where}: class-conditional models are not supported")
     if model_config.get("in_channels") != model_config.get("out_channels"):
         raise ArtifactError(
             f"{where}: {model_config.get('out_channels')} output channels for "

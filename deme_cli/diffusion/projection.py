@@ -1,4 +1,4 @@
-"""Channel-wise projection: P(F_t) = W F_t with W in R^{C x C}, the identity at the start (section 3.2).
+"""Channel-wise projection: P(F_t) = W F_t, W in R^{C x C} the identity at the start (section 3.2).
 
 Two placements. `block` is the paper's: one matrix after every down, mid and up block, on the main
 path (the skips are taken before it). It cannot be folded into the network everywhere, because
@@ -20,7 +20,7 @@ PREFIX = "channel_projection"
 
 
 class ChannelProjection(nn.Module):
-    """F -> W F over the channels of (B, C, H, W) maps or (..., C) tokens; W starts as the identity."""
+    """F -> W F over the channels of (B, C, H, W) maps or (..., C) tokens; W starts as identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -96,8 +96,8 @@ class _ProjectOutput:
 def fold_weights(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """`fold`-placed projections multiplied into the layers they follow: W K and W b.
 
-    weights: the parameters of `network` with its `channel_projection.*`; the result has the names of
-    the plain network and gives the same outputs up to rounding (the product is taken in float64).
+    weights: the parameters of `network` with its `channel_projection.*`; the result has the names
+    of the plain network and gives the same outputs up to rounding (the product is in float64).
     """
     folded = {name: tensor for name, tensor in weights.items() if not has_projections([name])}
     for site, _ in fold_sites(network):

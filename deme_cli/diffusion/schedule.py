@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deme_cli.errors import ArtifactError
@@ -29,7 +28,7 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the denoiser should output at (x_t, t): eps, x_0, or v (Salimans & Ho 2022, app. D)."""
+        """What to predict at (x_t, t): eps, x_0, or v (Salimans & Ho 2022, app. D)."""
         if self.prediction_type == "epsilon":
             return eps
         if self.prediction_type == "sample":
@@ -75,3 +74,8 @@ def add_noise(x0: Tensor, eps: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Ten
 def snr(alphas_cumprod: Tensor) -> Tensor:
     """Signal-to-noise ratio abar / (1 - abar) per timestep."""
     return alphas_cumprod / (1 - alphas_cumprod)
+
+
+def decibels(alphas_cumprod: Tensor) -> Tensor:
+    """The signal-to-noise ratio per timestep in dB: 10 log10(snr)."""
+    return 10 * snr(alphas_cumprod).log10()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deme_cli.data.images import ImageData, to_unit
+from deme_cli.data.images import ImageData, open_images, to_unit
+from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.diffusion.schedule import NoiseSchedule, add_noise
 from deme_cli.timesteps import TimestepRange
 
@@ -49,3 +51,21 @@ class HeldOutLoss:
             output = functional_call(network, dict(weights), inputs, {"return_dict": False})[0]
             total += (output - target.to(device)).square().double().sum().item()
         return total / self.target.numel()
+
+
+def losses_by_range(
+    models: Sequence[Path], ranges: Sequence[TimestepRange], source: str, *, num: int = 2048
+) -> dict[Path, tuple[float, ...]]:
+    """The held-out loss of each model artifact on each range, all on the same draws."""
+    losses = {}
+    for path in models:
+        denoiser = load_denoiser(path)
+        images = open_images(source, shape=denoiser.sample_shape, split="held-out")
+        weights = denoiser.network.state_dict()
+        values = []
+        for span in ranges:
+            draws = HeldOutLoss.of(images, span, denoiser.schedule, num)
+            assert draws is not None
+            values.append(draws.of_weights(denoiser.network, weights))
+        losses[path] = tuple(values)
+    return losses

@@ -35,7 +35,7 @@ class RangeProcess:
 
     label: str
     arguments: Sequence[str]
-    metrics: Path
+    metrics: Sequence[Path]
     process: subprocess.Popen[str] | None = field(default=None)
 
     def start(self, num_threads: int) -> None:
@@ -50,12 +50,8 @@ class RangeProcess:
 
     @property
     def step(self) -> int:
-        """Updates done, as far as its metrics file tells."""
-        try:
-            lines = self.metrics.read_text().splitlines()
-            return json.loads(lines[-1])["step"] if lines else 0
-        except (OSError, json.JSONDecodeError):
-            return 0  # not written yet, or a line half written
+        """Updates done, as far as its metrics files tell."""
+        return sum(last_step(path) for path in self.metrics)
 
 
 def run_jobs(jobs: Sequence[RangeProcess], *, at_once: int) -> Iterator[dict[str, int]]:
@@ -83,6 +79,15 @@ def run_jobs(jobs: Sequence[RangeProcess], *, at_once: int) -> Iterator[dict[str
                     message = job.process.stderr.read().strip().splitlines()
                     reason = message[-1].removeprefix("deme: ") if message else "no message"
                     raise JobFailed(f"range {job.label}: {reason}", job.process.returncode)
+
+
+def last_step(metrics: Path) -> int:
+    """The update of the last record in a metrics file; 0 where there is none yet."""
+    try:
+        lines = metrics.read_text().splitlines()
+        return json.loads(lines[-1])["step"] if lines else 0
+    except (OSError, json.JSONDecodeError):  # not written yet, or a line half written
+        return 0
 
 
 def _stop(running: Sequence[RangeProcess]) -> None:

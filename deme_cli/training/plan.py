@@ -134,8 +134,9 @@ def plan_experts(job: Job, run: RunFile, range_text: str, output: Path | None) -
 
 def plan_base(job: Job, description: Path, output: Path) -> Plan:
     """The plan that trains a base from the [model] and [scheduler] in a TOML or JSON file."""
+    document = read_description(description)
     _require_free(job, output)
-    return Plan(job, "base", None, output, read_description(description))
+    return Plan(job, "base", None, output, document)
 
 
 def _require_free(job: Job, output: Path) -> None:

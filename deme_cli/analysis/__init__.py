@@ -1,0 +1,1 @@
+"""Pictures that explain a run, one file per figure."""

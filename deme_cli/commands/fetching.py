@@ -1,0 +1,27 @@
+"""Fetch the files that measuring needs, with a bar, where their hosts can be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from deme_cli import console
+
+if TYPE_CHECKING:
+    from deme_cli.evaluation.assets import Asset
+
+
+def fetch(assets: Sequence[Asset]) -> None:
+    """See to it that every asset is on this machine.
+
+    Raises MissingError within two seconds where one is neither here nor within reach.
+    """
+    from deme_cli.evaluation.assets import download, require_assets
+
+    for asset in require_assets(assets):
+        with console.progress(f"fetching {asset.name}", 100, "%") as bar:
+
+            def advance(done: int, total: int, bar: console.Progress = bar) -> None:
+                bar.advance(100 * done // total)
+
+            download(asset, advance)

@@ -1,0 +1,63 @@
+"""The embedded data: scikit-learn's 1,797 handwritten digits, 8x8 pixels in 17 grey levels.
+
+They come from the test part of Alpaydin and Kaynak's optical recognition set (UCI, 1998) and ship
+with scikit-learn, so that the whole pipeline runs without a download. A mirrored digit is no digit:
+they are never flipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deme_cli.errors import MissingError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+EMBEDDED = Path(__file__).parent / "embedded"
+BASE_PATH = EMBEDDED / "digits-base.safetensors"
+LARGEST_LEVEL = 16
+TEST_EVERY = 5
+
+# What `deme split digits` writes live into deme.toml, by table: settings for a model this small.
+DIGITS_SETTINGS: dict[str, dict[str, Any]] = {
+    "finetune": {
+        "steps": 400,
+        "batch_size": 128,
+        "lr": 1e-3,
+        "lr_schedule": "cosine",
+        "warmup": 20,
+        "checkpoint_every": 200,
+    },
+    "merge": {"num": 1000},
+    "sample": {"steps": 20},
+    "eval": {"fid": "digits", "num": 4000, "repeats": 3},
+}
+
+
+def load_digits_images(split: str) -> np.ndarray:
+    """The digits as uint8 (n, 8, 8, 1); levels 0..16 become round(v * 255 / 16).
+
+    split: `test` is every fifth image (index % 5 == 4), `train` the rest, `all` both in order.
+    """
+    import numpy as np
+
+    levels = np.loadtxt(_digits_file(), delimiter=",")[:, :-1].reshape(-1, 8, 8, 1)  # last: label
+    images = np.rint(levels * (255 / LARGEST_LEVEL)).astype(np.uint8)
+    is_test = np.arange(len(images)) % TEST_EVERY == TEST_EVERY - 1
+    return {"all": images, "test": images[is_test], "train": images[~is_test]}[split]
+
+
+def _digits_file() -> Path:
+    """The table inside scikit-learn, found without importing it (which takes seconds)."""
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise MissingError(
+            "the digits come with scikit-learn; install it: pip install scikit-learn"
+        )
+    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if not path.exists():
+        raise MissingError(f"{path}: scikit-learn's digits are missing; install scikit-learn again")
+    return path

@@ -1,0 +1,191 @@
+"""Images to train on and to compare with: one door for every place they may come from.
+
+Images come out as uint8 (B, C, H, W); `to_unit` maps them to [-1, 1]. Sets of at most 2 GiB are
+decoded once and kept, larger ones batch by batch.
+B batch, C channels (1 grey, 3 colour), H height, W width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from deme_cli.artifacts import load_tensors
+from deme_cli.data.digits import load_digits_images
+from deme_cli.data.places import Place, find_place
+from deme_cli.data.sources import ArraySource, FolderSource, Source, TableSource, is_grey
+from deme_cli.data.tables import held_out_table, read_tables
+from deme_cli.errors import ArtifactError, ConfigError
+
+SPLITS = ("train", "held-out", "all")
+HELD_OUT_EVERY = 50
+KEEP_BYTES = 2 << 30
+_THREADED_PIXELS = 96 * 96  # below this, decoders hold the interpreter's lock most of the time
+Shape = tuple[int, int, int]  # (C, H, W)
+
+
+class ImageData:
+    """Images of one shape, by number. `fingerprint` names the whole source they were taken from.
+
+    can_flip: whether a mirrored image is as good as the original.
+    """
+
+    def __init__(
+        self, origin: Source, indices: Sequence[int], *, source: str, shape: Shape, can_flip: bool
+    ) -> None:
+        self._origin, self._indices = origin, indices
+        self.source, self.shape, self.can_flip = source, shape, can_flip
+        self.fingerprint = origin.fingerprint
+        self._kept: Tensor | None = None
+        if len(self) * int(np.prod(shape)) <= KEEP_BYTES:
+            self._kept = self._decode(range(len(self)))
+        else:
+            self._decode([0])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """Images by their number in this set: uint8 (B, C, H, W).
+
+        Raises ArtifactError naming a broken image.
+        """
+        if self._kept is not None:
+            return self._kept[torch.as_tensor(indices, dtype=torch.long)]
+        return self._decode(indices)
+
+    def _decode(self, indices: Iterable[int]) -> Tensor:
+        """Read and fit images; in threads where they are large enough to gain by it."""
+        chosen = [self._indices[index] for index in indices]
+        out = np.empty((len(chosen), *self.shape), dtype=np.uint8)
+
+        def fill(place: int) -> None:
+            out[place] = fit(self._origin.decode(chosen[place]), self.shape)
+
+        _, height, width = self._origin.size(chosen[0]) if chosen else self.shape
+        if height * width < _THREADED_PIXELS:
+            for place in range(len(chosen)):
+                fill(place)
+        else:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                for _ in pool.map(fill, range(len(chosen))):
+                    pass
+        return torch.from_numpy(out)
+
+
+def open_images(source: str, *, shape: Shape | None, split: str = "train") -> ImageData:
+    """The images that an argument names, at `shape` (C, H, W); None keeps the size they share.
+
+    A shape scales the short side, crops the centre and converts the channels. split: `held-out` is
+    the test split where the source has one, else every 50th image (index % 50 == 49, or the last),
+    which `train` then leaves out; `all` is both.
+    Raises MissingError, ArtifactError or ConfigError, naming the source or the broken image.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+    place = find_place(source)
+    origin, indices = _open_split(place, split)
+    if not indices:
+        raise ArtifactError(f"{source}: too few images for the split {split!r}")
+    return ImageData(
+        origin, indices, source=source, shape=shape or _own_shape(origin, indices),
+        can_flip=place.kind != "digits",
+    )  # fmt: skip
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1]: v / 127.5 - 1."""
+    return images.float() / 127.5 - 1
+
+
+def fit(image: Image.Image, shape: Shape) -> np.ndarray:
+    """An image as uint8 (C, H, W): short side scaled (bicubic), centre cropped, channels converted.
+
+    Palettes are resolved, alpha is dropped, 16 bits become 8.
+    """
+    channels, height, width = shape
+    if is_grey(image) and image.mode not in ("1", "L", "LA"):
+        image = _to_eight_bits(image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (modes I and I;16) scaled to 8; floats are taken as levels 0 to 255."""
+    levels = np.asarray(image).astype(np.float64)
+    scale = 1.0 if image.mode == "F" else 255 / 65535
+    return Image.fromarray(np.rint(levels * scale).clip(0, 255).astype(np.uint8))
+
+
+def _open_split(place: Place, split: str) -> tuple[Source, Sequence[int]]:
+    """The source of a split and the numbers of its images in that source."""
+    if place.kind == "digits":
+        name = {"train": "train", "held-out": "test", "all": "all"}[split]
+        origin: Source = ArraySource("digits", load_digits_images(name))
+        return origin, range(len(origin))
+    if place.kind == "folder":
+        origin = FolderSource(place)
+    elif place.kind == "samples":
+        origin = ArraySource(place.source, _read_samples(place))
+    else:
+        tables = read_tables(place)
+        if test := held_out_table(tables):
+            return _open_table(place, tables, test, split)
+        origin = TableSource(place.source, _join(tables.values()))
+    return origin, _every_fiftieth(len(origin), split)
+
+
+def _open_table(
+    place: Place, tables: dict, test: str, split: str
+) -> tuple[TableSource, Sequence[int]]:
+    """A split of a dataset that has its own test split."""
+    train = [table for name, table in tables.items() if name != test]
+    chosen = {"train": train, "held-out": [tables[test]], "all": [*train, tables[test]]}[split]
+    origin = TableSource(place.source, _join(chosen))
+    return origin, range(len(origin))
+
+
+def _join(tables: Iterable) -> object:
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets(list(tables))
+
+
+def _read_samples(place: Place) -> np.ndarray:
+    images = load_tensors(place.path).get("images")
+    if images is None or images.dtype != torch.uint8 or images.ndim != 4:
+        raise ArtifactError(f"{place.source}: expected a uint8 tensor `images` (n, H, W, C)")
+    if images.shape[-1] not in (1, 3):
+        raise ArtifactError(f"{place.source}: {images.shape[-1]} channels; expected 1 or 3")
+    return images.numpy()
+
+
+def _every_fiftieth(count: int, split: str) -> Sequence[int]:
+    """Numbers of the images of a split of a source without a test split of its own."""
+    held_out = list(range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)) or [count - 1]
+    if split == "all":
+        return range(count)
+    return held_out if split == "held-out" else sorted(set(range(count)) - set(held_out))
+
+
+def _own_shape(origin: Source, indices: Sequence[int]) -> Shape:
+    """The size that all images share, grey if all are grey."""
+    channels, *first = origin.size(indices[0])
+    for index in indices[1:]:
+        own_channels, *size = origin.size(index)
+        if size != first:
+            raise ArtifactError(
+                f"{origin.name(index)} is {size[1]}x{size[0]}, {origin.name(indices[0])} "
+                f"{first[1]}x{first[0]}; give images of one size"
+            )
+        channels = max(channels, own_channels)
+    return channels, *first

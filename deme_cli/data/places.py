@@ -1,0 +1,108 @@
+"""What an image argument names: found out cheaply, before torch or a decoder is imported.
+
+A command calls `find_place` first, so that a missing folder or dataset is told at once.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from deme_cli.artifacts import read_record
+from deme_cli.errors import ConfigError, MissingError
+from deme_cli.hub import is_dataset_cached, is_hub_id, offline_reason
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+KNOWN_DATASETS = {"cifar10": "uoft-cs/cifar10"}
+FOLDERS_ONLY = {
+    "lsun-church": "LSUN church_outdoor",
+    "lsun-bedroom": "LSUN bedroom",
+    "coco": "COCO",
+    "imagenet": "ImageNet",
+    "parti": "PartiPrompts images",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where images lie. kind: `digits`, `folder`, `parquet`, `samples` or `hub`.
+
+    `files` are the image or parquet files of a folder, sorted by relative name.
+    """
+
+    kind: str
+    source: str
+    path: Path | None = None
+    files: tuple[Path, ...] = ()
+    hub_id: str | None = None
+
+
+def find_place(source: str) -> Place:
+    """The place that an image argument names.
+
+    Raises MissingError where nothing is there, or the hub is out of reach and its cache empty;
+    ArtifactError for an artifact of another kind; ConfigError for what no images can be read from.
+    """
+    if source == "digits":
+        return Place("digits", source)
+    if source in FOLDERS_ONLY:
+        raise MissingError(
+            f"{source}: deme has no download for {FOLDERS_ONLY[source]}; get the images from their "
+            f"publisher, unpack them, and give the folder instead"
+        )
+    path = Path(source).expanduser()
+    if source not in KNOWN_DATASETS and os.path.lexists(path):
+        return _local(source, path)
+    hub_id = KNOWN_DATASETS.get(source, source)
+    if not is_hub_id(hub_id) or path.suffix in (".safetensors", ".parquet"):
+        raise MissingError(
+            f"{source}: no such file or folder; images are a folder, a parquet file, a samples "
+            f"artifact, a hub dataset (owner/name), digits or cifar10"
+        )
+    if not is_dataset_cached(hub_id) and (reason := offline_reason()):
+        raise MissingError(
+            f"{source}: no such folder, not in the hub's cache as {hub_id}, and {reason}; "
+            f"connect to the network, or give a folder of images or a parquet file"
+        )
+    return Place("hub", source, hub_id=hub_id)
+
+
+def _local(source: str, path: Path) -> Place:
+    """The place at an existing path."""
+    if path.is_dir():
+        if images := find_files(path, IMAGE_SUFFIXES):
+            return Place("folder", source, path, tuple(images))
+        if tables := find_files(path, (".parquet",)):
+            return Place("parquet", source, path, tuple(tables))
+        kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+        raise MissingError(f"{source}: the folder holds no images ({kinds}) and no parquet files")
+    if not path.exists():
+        raise MissingError(f"{source}: a link to nothing")
+    if path.suffix == ".parquet":
+        return Place("parquet", source, path, (path,))
+    if path.suffix == ".safetensors":
+        read_record(path, "samples")
+        return Place("samples", source, path)
+    raise ConfigError(
+        f"{source}: expected a folder of images, a .parquet file or a samples artifact"
+    )
+
+
+def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files under `folder` with these suffixes, sorted by relative name; hidden ones are left out.
+
+    Raises MissingError for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise MissingError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    found = []
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(root, name) for name in files
+            if name.lower().endswith(suffixes) and not name.startswith(".")
+        ]  # fmt: skip
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())

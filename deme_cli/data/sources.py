@@ -1,0 +1,191 @@
+"""Where encoded images lie: an array, a folder, rows of a table. Nothing here resizes.
+
+A source has images by number, a name for each (for messages), and a fingerprint. EXIF orientation
+is applied here; colours are converted where images take their shape (images.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from deme_cli.data.places import Place
+from deme_cli.errors import ArtifactError, MissingError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the image by a quarter
+_BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class Source(Protocol):
+    """Numbered images that are decoded one at a time."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """The image as messages call it."""
+        ...
+
+    def decode(self, index: int) -> Image.Image:
+        """The image, upright. Raises ArtifactError naming it if it is broken."""
+        ...
+
+    def size(self, index: int) -> tuple[int, int, int]:
+        """(C, H, W) from the image's header, C = 1 for grey and 3 for anything else."""
+        ...
+
+
+class ArraySource:
+    """uint8 images (n, H, W, C) with C = 1 or 3; the fingerprint is of their bytes and shape."""
+
+    def __init__(self, label: str, images: np.ndarray) -> None:
+        self.label, self.images = label, np.ascontiguousarray(images)
+        digest = hashlib.sha256(f"{images.shape}\n".encode())
+        digest.update(memoryview(self.images).cast("B"))
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"{self.label}: image {index}"
+
+    def decode(self, index: int) -> Image.Image:
+        image = self.images[index]
+        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+    def size(self, index: int) -> tuple[int, int, int]:
+        height, width, channels = self.images.shape[1:]
+        return channels, height, width
+
+
+class FolderSource:
+    """Image files under a folder; the fingerprint is of their relative names and sizes."""
+
+    def __init__(self, place: Place) -> None:
+        self.paths = place.files
+        self.fingerprint = _fingerprint(
+            f"{path.relative_to(place.path).as_posix()}\0{path.stat().st_size}"
+            for path in self.paths
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def decode(self, index: int) -> Image.Image:
+        return _decode(self.paths[index], self.name(index))
+
+    def size(self, index: int) -> tuple[int, int, int]:
+        return _size(self.paths[index], self.name(index))
+
+
+class TableSource:
+    """The image column of a table; the fingerprint is of the sizes of its encoded images."""
+
+    def __init__(self, label: str, rows: Dataset) -> None:
+        from datasets import Image as ImageFeature
+
+        self.label, self.column = label, _image_column(label, rows)
+        self.rows = rows.select_columns([self.column]).cast_column(
+            self.column, ImageFeature(decode=False)
+        )
+        self.fingerprint = _fingerprint(_encoded_sizes(self.rows, self.column))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"{self.label}: row {index}"
+
+    def decode(self, index: int) -> Image.Image:
+        return _decode(self._encoded(index), self.name(index))
+
+    def size(self, index: int) -> tuple[int, int, int]:
+        return _size(self._encoded(index), self.name(index))
+
+    def _encoded(self, index: int) -> io.BytesIO | Path:
+        value = self.rows[index][self.column]
+        if value is None or (value["bytes"] is None and value["path"] is None):
+            raise ArtifactError(f"{self.name(index)} holds no image; leave such rows out")
+        return Path(value["path"]) if value["bytes"] is None else io.BytesIO(value["bytes"])
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether an image has no colour, by its mode."""
+    return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+
+
+def _open(encoded: Path | io.BytesIO, name: str) -> Image.Image:
+    try:
+        return Image.open(encoded)
+    except FileNotFoundError as error:
+        raise MissingError(f"{name}: no such file") from error
+    except PermissionError as error:
+        raise MissingError(f"{name}: no permission to read it") from error
+    except _BROKEN as error:
+        raise ArtifactError(f"{name}: not a readable image; remove or mend it") from error
+
+
+def _decode(encoded: Path | io.BytesIO, name: str) -> Image.Image:
+    with _open(encoded, name) as image:
+        try:
+            image.load()
+            return ImageOps.exif_transpose(image)
+        except _BROKEN as error:
+            raise ArtifactError(f"{name}: broken image ({error}); remove or mend it") from error
+
+
+def _size(encoded: Path | io.BytesIO, name: str) -> tuple[int, int, int]:
+    with _open(encoded, name) as image:
+        width, height = image.size
+        if image.getexif().get(_ORIENTATION, 1) >= 5:
+            width, height = height, width
+        return 1 if is_grey(image) else 3, height, width
+
+
+def _image_column(label: str, rows: Dataset) -> str:
+    """The column that holds images: declared so, or bytes that `datasets` can read as images."""
+    from datasets import Image as ImageFeature
+
+    declared = [name for name, kind in rows.features.items() if isinstance(kind, ImageFeature)]
+    candidates = declared or [n for n, kind in rows.features.items() if _holds_bytes(kind)]
+    for name in ("image", "img", *candidates):
+        if name in candidates:
+            return name
+    raise ArtifactError(f"{label}: no column holds images; columns: {', '.join(rows.features)}")
+
+
+def _holds_bytes(kind: object) -> bool:
+    if isinstance(kind, dict):
+        return set(kind) == {"bytes", "path"}
+    return getattr(kind, "dtype", None) in ("binary", "large_binary")
+
+
+def _encoded_sizes(rows: Dataset, column: str) -> Iterable[str]:
+    """The length of each row's encoded image, from the table's offsets: no image is read."""
+    import pyarrow.compute
+
+    for batch in rows.with_format("arrow").iter(batch_size=10_000):
+        images = batch.column(column).combine_chunks()
+        lengths = pyarrow.compute.binary_length(pyarrow.compute.struct_field(images, "bytes"))
+        yield from (str(length) for length in lengths.to_pylist())
+
+
+def _fingerprint(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()

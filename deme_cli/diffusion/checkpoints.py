@@ -1,0 +1,175 @@
+"""Models from outside: a diffusers pipeline folder, a bare unet folder, a hub id, an artifact.
+
+One door for what `deme split` imports and for any MODEL argument. Weights come out under the names
+of the installed diffusers (it renames the attention layers of old checkpoints), in float32; T and
+the noise schedule are the checkpoint's own. Pickled weights are read with `weights_only=True`
+(diffusers' loader does), so that no code in them runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from deme_cli.artifacts import fingerprint, load_tensors, read_header, read_record
+from deme_cli.diffusion.denoiser import (
+    Denoiser,
+    assemble,
+    build_network,
+    load_denoiser,
+    load_weights_into,
+)
+from deme_cli.diffusion.locate import WEIGHTS, locate_model, read_json, scheduler_file, unet_folder
+from deme_cli.diffusion.projection import has_projections
+from deme_cli.diffusion.schedule import read_schedule
+from deme_cli.errors import ArtifactError
+from deme_cli.records import BaseRecord
+
+DEFAULT_SCHEDULER = "no scheduler config found; took diffusers' DDPM defaults (T = 1000, linear)"
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """A denoiser's float32 weights and what was read beside them.
+
+    `notes` tell what was assumed, `training` how deme trained it where it did.
+    """
+
+    weights: dict[str, Tensor]
+    model_config: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    source: str
+    notes: tuple[str, ...] = ()
+    training: dict[str, Any] | None = None
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T. Raises ArtifactError where the scheduler config is unusable."""
+        return read_schedule(self.scheduler_config, self.source).num_train_timesteps
+
+
+def import_model(source: str) -> ImportedModel:
+    """The model that `digits`, a diffusers folder, a hub id, or a base or merged artifact names.
+
+    Raises MissingError where nothing is there, ArtifactError for what is broken or not supported.
+    """
+    place = locate_model(source)
+    return _import_folder(place, source) if place.is_dir() else _import_artifact(place, source)
+
+
+def open_denoiser(argument: str, *, device: str = "cpu", dtype: str = "fp32") -> Denoiser:
+    """The denoiser that any MODEL argument names: an artifact, a diffusers folder, a hub id.
+
+    Raises what `import_model` and `load_denoiser` raise.
+    """
+    place = locate_model(argument)
+    if place.is_file():
+        return load_denoiser(place, device=device, dtype=dtype)
+    model = _import_folder(place, argument)
+    return assemble(base_record(model), model.weights, argument, device=device, dtype=dtype)
+
+
+def base_record(model: ImportedModel) -> BaseRecord:
+    """The record of an imported model, with the fingerprint of its weights."""
+    return BaseRecord(
+        source=model.source,
+        model_config=model.model_config,
+        scheduler_config=model.scheduler_config,
+        num_train_timesteps=model.num_train_timesteps,
+        training=model.training,
+        fingerprint=fingerprint(model.weights),
+    )
+
+
+def _import_artifact(path: Path, source: str) -> ImportedModel:
+    """A base as it is, with its own source; a merged model as the base of another round."""
+    record = read_record(path, "base", "merged")
+    weights = load_tensors(path)
+    if has_projections(weights):
+        raise ArtifactError(
+            f"{path}: carries block projections, which a plain base cannot hold; "
+            f"finetune with --projection fold to go on from its merged model"
+        )
+    load_weights_into(build_network(record.model_config, source), weights, source)
+    if isinstance(record, BaseRecord) and source != "digits":
+        source = record.source
+    return ImportedModel(
+        weights, record.model_config, record.scheduler_config, source,
+        training=getattr(record, "training", None),
+    )  # fmt: skip
+
+
+def _import_folder(folder: Path, source: str) -> ImportedModel:
+    """A pipeline folder (model_index.json) or a bare unet folder (config.json)."""
+    unet = unet_folder(folder)
+    build_network(read_json(unet / "config.json"), source)
+    scheduler_config, notes = _read_scheduler(folder, source)
+    weights, model_config = _load_unet(unet)
+    return ImportedModel(weights, model_config, scheduler_config, source, notes)
+
+
+def _read_scheduler(folder: Path, source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The complete scheduler config beside a model, and a note where there is none."""
+    import diffusers
+
+    path = scheduler_file(folder)
+    config = read_json(path) if path else {"_class_name": "DDPMScheduler"}
+    name = config.get("_class_name")
+    scheduler_class = getattr(diffusers, str(name), None)
+    if not (inspect.isclass(scheduler_class) and "beta_schedule" in _parameters(scheduler_class)):
+        raise ArtifactError(
+            f"{path}: scheduler {name!r} has no discrete betas; deme takes the DDPM family"
+        )
+    try:
+        scheduler = scheduler_class.from_config(config)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: unusable scheduler config: {error}") from error
+    complete = _plain_config(scheduler.config)
+    read_schedule(complete, source)
+    return complete, () if path else (DEFAULT_SCHEDULER,)
+
+
+def _parameters(scheduler_class: type) -> Any:
+    return inspect.signature(scheduler_class).parameters
+
+
+def _load_unet(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and complete config through diffusers; all parameters must be there, and no other."""
+    import diffusers
+    import torch
+
+    for path in folder.glob(f"{WEIGHTS}*.safetensors"):
+        read_header(path)
+    diffusers.logging.set_verbosity(logging.CRITICAL)
+    try:
+        network, report = diffusers.UNet2DModel.from_pretrained(
+            folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True,
+            low_cpu_mem_usage=False,
+        )  # fmt: skip
+    except RuntimeError as error:
+        mismatch = next((line for line in str(error).splitlines() if "mismatch" in line), error)
+        raise ArtifactError(
+            f"{folder}: weights of another network: {str(mismatch).strip()}"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(
+            f"{folder}: the weights cannot be read: they are broken, or a pickle of more than "
+            f"tensors (nothing in it was run); get {WEIGHTS}.safetensors instead"
+        ) from error
+    for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "hold the unknown parameter")):
+        if report[kind]:
+            raise ArtifactError(f"{folder}: the weights {what} {sorted(report[kind])[0]!r}")
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    return weights, _plain_config(network.config)
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    """A diffusers config as JSON holds it, without its notes on this machine."""
+    kept = {name: value for name, value in config.items() if not name.startswith("_")}
+    return json.loads(json.dumps({"_class_name": config["_class_name"], **kept}))

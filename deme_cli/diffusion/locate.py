@@ -1,0 +1,180 @@
+"""What a MODEL argument names: found, and fetched from the hub, before torch is imported.
+
+The hub's cache is asked first, so that a model once fetched needs no network again. Only what makes
+a denoiser is fetched: configs and one set of weights, safetensors where there is a choice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from deme_cli.artifacts import read_record
+from deme_cli.data.digits import BASE_PATH
+from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.hub import is_hub_id, is_model_cached, offline_reason
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS = "diffusion_pytorch_model"
+_SECONDS = 10.0
+_CONFIGS = (
+    "model_index.json",
+    "config.json",
+    "scheduler_config.json",
+    "unet/config.json",
+    "scheduler/scheduler_config.json",
+)
+
+
+def locate_model(source: str) -> Path:
+    """The artifact (base, expert or merged) or diffusers folder that a MODEL argument names.
+
+    Raises MissingError where nothing is there, within seconds where the hub is out of reach;
+    ArtifactError for a file or folder that holds no model.
+    """
+    if source == "digits":
+        if not BASE_PATH.exists():
+            raise MissingError(f"{BASE_PATH}: the embedded base is missing; install deme again")
+        return BASE_PATH
+    path = Path(source).expanduser()
+    if path.suffix in PICKLED and path.is_file():
+        raise ArtifactError(
+            f"{path}: weights alone do not tell their network; give the folder that holds them "
+            f"beside config.json"
+        )
+    if path.is_file():
+        read_record(path, "base", "expert", "merged")
+        return path
+    folder = path if path.is_dir() else _from_hub(source)
+    unet_folder(folder)
+    return folder
+
+
+def unet_folder(folder: Path) -> Path:
+    """Where a model folder keeps config.json and weights: `unet/`, or the folder itself.
+
+    Raises MissingError where it has neither, ArtifactError for pipelines in a latent space.
+    """
+    index = folder / "model_index.json"
+    parts = read_json(index) if index.exists() else {}
+    if latent := sorted({"vae", "vqvae", "text_encoder"} & parts.keys()):
+        raise ArtifactError(
+            f"{folder}: a pipeline with {latent[0]!r}; deme takes UNet2DModel pipelines that draw "
+            f"pixels, such as DDPMPipeline"
+        )
+    for place in (folder / "unet", folder):
+        if (place / "config.json").exists():
+            if any(place.glob(f"{WEIGHTS}*")):
+                return place
+            raise MissingError(
+                f"{place}: no weights ({WEIGHTS}.safetensors or .bin) beside config.json"
+            )
+    raise MissingError(
+        f"{folder}: not a diffusers model: it has no unet/config.json or config.json"
+    )
+
+
+def scheduler_file(folder: Path) -> Path | None:
+    """The scheduler config of a model folder: in it, or in `scheduler/` within or beside it."""
+    places = (
+        folder / "scheduler" / "scheduler_config.json",
+        folder / "scheduler_config.json",
+        folder.resolve().parent / "scheduler" / "scheduler_config.json",
+    )
+    return next((place for place in places if place.exists()), None)
+
+
+def peek_timesteps(place: Path) -> int | None:
+    """T of a located model, where its files say so without torch."""
+    if place.is_file():
+        return read_record(place, "base", "expert", "merged").num_train_timesteps
+    path = scheduler_file(place)
+    number = read_json(path).get("num_train_timesteps") if path else None
+    return number if type(number) is int else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table. Raises ArtifactError if it is none, MissingError if it cannot be read."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise MissingError(f"{path}: no permission to read it") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ArtifactError(
+            f"{path}: expected a table of settings, found {type(document).__name__}"
+        )
+    return document
+
+
+def _from_hub(hub_id: str) -> Path:
+    """The folder of a hub model's configs and weights, from the cache or fetched into it."""
+    if not is_hub_id(hub_id) or Path(hub_id).suffix in (".safetensors", *PICKLED):
+        raise MissingError(
+            f"{hub_id}: no such file or folder; a model is an artifact, a diffusers folder, "
+            f"a hub id (owner/name) or digits"
+        )
+    if cached := _cached(hub_id):
+        return cached
+    if reason := offline_reason():
+        raise MissingError(
+            f"{hub_id}: no such folder, not in the hub's cache, and {reason}; connect to the "
+            f"network, or give the folder of a downloaded diffusers model"
+        )
+    return _download(hub_id)
+
+
+def _cached(hub_id: str) -> Path | None:
+    """The cached snapshot, if it holds a model's config and weights."""
+    if not is_model_cached(hub_id):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True))
+        unet_folder(folder)
+    except (OSError, MissingError):  # the hub library's errors for a part of a model are OSErrors
+        return None
+    return folder
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        info = HfApi().model_info(hub_id, timeout=_SECONDS)
+        names = wanted_files([sibling.rfilename for sibling in info.siblings or []])
+        folder = snapshot_download(hub_id, allow_patterns=names, etag_timeout=_SECONDS)
+    except GatedRepoError as error:
+        raise MissingError(
+            f"{hub_id}: this model is gated; accept its terms on its page, then `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise MissingError(
+            f"{hub_id}: no such folder, and no such model on the hub (a private one needs "
+            f"`hf auth login`)"
+        ) from error
+    except OSError as error:
+        raise MissingError(f"{hub_id}: could not be fetched from the hub: {error}") from error
+    return Path(folder)
+
+
+def wanted_files(names: Iterable[str]) -> list[str]:
+    """Of a repository's files: configs, and the unet's weights in one format, without variants."""
+    names = set(names)
+    root = "unet/" if "unet/config.json" in names else ""
+    endings = {
+        name.removeprefix(root + WEIGHTS): name for name in names if name.startswith(root + WEIGHTS)
+    }
+    whole = [
+        name for ending, name in endings.items()
+        if ending.startswith(("-", ".safetensors", ".bin")) and ".fp16." not in ending
+    ]  # fmt: skip
+    safe = [name for name in whole if ".safetensors" in name]
+    return [name for name in _CONFIGS if name in names] + sorted(safe or whole)

@@ -1,0 +1,123 @@
+"""The Fréchet distance between two Gaussians, and the running mean and covariance it is taken on.
+
+d features, n images. Everything is float64: the distance is a small difference of large sums.
+
+    |mu_1 - mu_2|^2 + Tr S_1 + Tr S_2 - 2 Tr (S_1 S_2)^(1/2)          (Dowson & Landau 1982)
+
+With S_1 = L L^T the eigenvalues of S_1 S_2 are those of the symmetric L^T S_2 L, so that the last
+trace is a sum of square roots of real numbers: no matrix root, no complex part, no offset on the
+diagonal. The factors come from a Cholesky decomposition with pivots, which tells the rank; where a
+covariance is singular (n <= d) the matrix has the size of the smaller rank and the answer holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import lapack
+
+from deme_cli.errors import ArtifactError, ConfigError, NumericsError
+
+_INDEFINITE = 1e-4  # largest remainder of the factorisation, as a share of the largest variance
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (d,) and covariance (d, d) of the features of n images (0 if nobody noted n)."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    n: int
+
+
+class RunningStatistics:
+    """Mean and covariance of features that come in batches; two of them can be merged.
+
+    The sum of squares is kept about the running mean (Chan et al. 1983), so nothing cancels.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._mean = np.zeros(0)
+        self._scatter = np.zeros((0, 0))
+
+    def add(self, features: np.ndarray) -> None:
+        """Take in features (B, d). Raises NumericsError if they are not finite."""
+        features = np.asarray(features, dtype=np.float64)
+        if not np.isfinite(features).all():
+            raise NumericsError("the features are not finite; the images or the extractor are bad")
+        if len(features):
+            mean = features.mean(axis=0)
+            centred = features - mean
+            self._take(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: RunningStatistics) -> None:
+        """Take in what another one has seen."""
+        if other.n:
+            self._take(other.n, other._mean, other._scatter)
+
+    def _take(self, n: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        if not self.n:
+            self.n, self._mean, self._scatter = n, mean.copy(), scatter.copy()
+            return
+        total = self.n + n
+        shift = mean - self._mean
+        self._scatter += scatter
+        self._scatter += np.outer(shift, shift * (self.n * n / total))
+        self._mean = self._mean + shift * (n / total)
+        self.n = total
+
+    def statistics(self) -> Statistics:
+        """The mean and the unbiased covariance. Raises ConfigError for fewer than two images."""
+        if self.n < 2:
+            raise ConfigError(f"a covariance needs at least 2 images, there are {self.n}")
+        return Statistics(self._mean.copy(), self._scatter / (self.n - 1), self.n)
+
+
+def frechet_distance(
+    mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray
+) -> float:
+    """The squared Fréchet distance between N(mu1, sigma1) and N(mu2, sigma2).
+
+    mu: (d,)   sigma: (d, d), symmetric, may be singular. Raises ArtifactError where the sizes
+    disagree, NumericsError on numbers that are not finite or no covariance.
+    """
+    mu1, sigma1, mu2, sigma2 = (
+        np.asarray(part, dtype=np.float64) for part in (mu1, sigma1, mu2, sigma2)
+    )
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
+        raise ArtifactError(
+            f"statistics of {mu1.size} and of {mu2.size} features cannot be compared; "
+            f"make both with the same --features"
+        )
+    for part in (mu1, sigma1, mu2, sigma2):
+        if not np.isfinite(part).all():
+            raise NumericsError("a mean or covariance of features is not finite")
+    shift = mu1 - mu2
+    distance = shift @ shift + np.trace(sigma1) + np.trace(sigma2)
+    return max(float(distance - 2 * trace_of_root(sigma1, sigma2)), 0.0)
+
+
+def trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
+    """Tr (S_1 S_2)^(1/2) of two covariances (d, d)."""
+    factor, sigma = _factor(sigma1), sigma2
+    if (other := _factor(sigma2)).shape[1] < factor.shape[1]:
+        factor, sigma = other, sigma1
+    eigenvalues = np.linalg.eigvalsh(factor.T @ sigma @ factor)
+    return float(np.sqrt(eigenvalues.clip(min=0)).sum())
+
+
+def _factor(sigma: np.ndarray) -> np.ndarray:
+    """L (d, r) with L L^T = S, r the rank of S up to rounding.
+
+    Raises NumericsError if S is not positive semi-definite.
+    """
+    packed, pivots, rank, _ = lapack.dpstrf(sigma, lower=1)
+    factor = np.empty((len(sigma), rank))
+    factor[pivots - 1] = np.tril(packed[:, :rank])
+    if rank < len(sigma):
+        remainder = np.abs(sigma - factor @ factor.T).max()
+        if remainder > _INDEFINITE * np.abs(np.diagonal(sigma)).max():
+            raise NumericsError("a covariance of features is not positive semi-definite")
+    return factor

@@ -1,0 +1,152 @@
+"""The feature networks: Inception as clean-fid runs it, CLIP's visual tower, any TorchScript.
+
+clean-fid prints, downloads and warns on its own: here it is kept from all three, and its networks
+read the files that we chose. Nothing is unpickled but tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deme_cli.artifacts import load_tensors
+from deme_cli.errors import ArtifactError
+from deme_cli.evaluation.weights import FeatureWeights
+
+CLIP_MODEL = "ViT-B-32-quickgelu"  # OpenAI trained with QuickGELU
+CLIP_SIZE = 224
+Network = Callable[[Tensor], Tensor]  # float32 (B, 3, H, W) in [0, 255] -> (B, d)
+Resizer = Callable[[np.ndarray], np.ndarray]  # one image (H, W, 3) -> (H', W', 3)
+
+
+def load_inception(weights: FeatureWeights, device: torch.device) -> Network:
+    """Inception at its last pooling, with the normalisation of clean-fid's resize mode."""
+    if weights.resize == "legacy_pytorch":
+        network = load_pytorch_inception(weights.path).to(device)
+        return lambda x: network(x / 255)[0]
+    script = load_script(weights.path, device)
+    if weights.resize == "legacy_tensorflow":  # resizes and normalises within
+        return lambda x: script(x, return_features=True)
+    if not hasattr(script, "layers"):
+        raise ArtifactError(
+            f"{weights.path}: not of Inception's interface (no submodule `layers`); a TorchScript "
+            f"of images to features goes with --features FILE"
+        )
+    return lambda x: script.layers((x - 128) / 128)
+
+
+def load_script(path: Path, device: torch.device) -> torch.jit.ScriptModule:
+    """A TorchScript module in evaluation mode."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.jit is on its way out
+            return torch.jit.load(str(path), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: not a readable TorchScript file ({last_line(error)}); fetch it again"
+        ) from error
+
+
+def load_pytorch_inception(path: Path) -> nn.Module:
+    """clean-fid's port of pytorch-fid's Inception, with a state dict from a file we chose."""
+    if is_torchscript(path):
+        raise ArtifactError(
+            f"{path}: a TorchScript; --resize legacy_pytorch takes the state dict of pytorch-fid"
+        )
+    state = read_state_dict(path)
+    with quiet_clean_fid():
+        from cleanfid import inception_pytorch
+
+        fetch = inception_pytorch.load_state_dict_from_url
+        inception_pytorch.load_state_dict_from_url = lambda *args, **options: state
+        try:
+            return inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False).eval()
+        except (RuntimeError, AttributeError) as error:
+            raise ArtifactError(
+                f"{path}: not the weights of pytorch-fid's Inception ({last_line(error)})"
+            ) from error
+        finally:
+            inception_pytorch.load_state_dict_from_url = fetch
+
+
+def load_clip(path: Path, device: torch.device) -> Network:
+    """The visual tower of CLIP ViT-B/32 from OpenAI's file or an open_clip state dict."""
+    import open_clip
+
+    state = load_script(path, "cpu").state_dict() if is_torchscript(path) else read_state_dict(path)
+    tower = open_clip.create_model(CLIP_MODEL, pretrained=None).visual
+    visual = {
+        name.removeprefix("visual."): tensor.float()
+        for name, tensor in state.items()
+        if name.startswith("visual.")
+    }
+    try:
+        tower.load_state_dict(visual)
+    except RuntimeError as error:
+        raise ArtifactError(f"{path}: not the weights of CLIP {CLIP_MODEL}") from error
+    tower.to(device).eval().requires_grad_(False)
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD, device=device).view(3, 1, 1)
+    return lambda x: tower((x / 255 - mean) / std)
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive (rather than a state dict)."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file or of a torch file, of which nothing else is unpickled."""
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ArtifactError(f"{path}: not a readable file of weights; fetch it again") from error
+    if not isinstance(state, dict):
+        raise ArtifactError(f"{path}: expected a table of weights, found {type(state).__name__}")
+    return state
+
+
+def inception_resizer(resize: str) -> Resizer | None:
+    """clean-fid's own resizer of a mode; None for legacy_tensorflow, whose network resizes."""
+    if resize == "legacy_tensorflow":
+        return None
+    with quiet_clean_fid():
+        from cleanfid.resize import build_resizer
+
+        return build_resizer(resize)
+
+
+def clip_resizer() -> Resizer:
+    """Short side to 224 (bicubic) and centre crop, as in clean-fid's `clip_features`."""
+    from PIL import Image
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    steps = Compose([Resize(CLIP_SIZE, InterpolationMode.BICUBIC), CenterCrop(CLIP_SIZE)])
+    return lambda image: np.asarray(steps(Image.fromarray(image)))
+
+
+@contextlib.contextmanager
+def quiet_clean_fid() -> Iterator[None]:
+    """Swallow what clean-fid prints, and undo what it does to the warning filters."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

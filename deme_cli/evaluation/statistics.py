@@ -1,0 +1,43 @@
+"""The procedure of `deme stats`: mean and covariance of the features of a set of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from deme_cli.data.images import ImageData
+from deme_cli.evaluation.features import Extractor, image_features
+from deme_cli.evaluation.frechet import RunningStatistics, Statistics
+from deme_cli.evaluation.targets import TargetProgress
+from deme_cli.records import StatisticsRecord
+
+
+def measure_statistics(
+    data: ImageData, extractor: Extractor
+) -> Iterator[TargetProgress | Statistics]:
+    """Look at all images; yields progress, then the Statistics."""
+    running = RunningStatistics()
+    for features in image_features(data, extractor):
+        running.add(features)
+        yield TargetProgress(running.n, len(data))
+    yield running.statistics()
+
+
+def statistics_artifact(
+    statistics: Statistics, data: ImageData, extractor: Extractor, *, split: str
+) -> tuple[dict[str, np.ndarray], StatisticsRecord]:
+    """The tensors and the record of a `statistics` artifact."""
+    tensors = {
+        "mu": statistics.mu,
+        "sigma": statistics.sigma,
+        "n": np.array(statistics.n, dtype=np.int64),
+    }
+    record = StatisticsRecord(
+        n=statistics.n,
+        extractor=extractor.weights.extractor,
+        resize=extractor.resize,
+        source=data.source,
+        data={"fingerprint": data.fingerprint, "split": split, "shape": list(data.shape)},
+    )
+    return tensors, record

@@ -1,0 +1,98 @@
+"""From the distances of every repeat to the figures of the table: means, spreads, differences.
+
+R repeats. Rows of one repeat share their starting noise, so the difference of two rows is taken
+within each repeat before it is averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deme_cli.evaluation.measure import Measured
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row minus the first row: mean and sd over the R shared repeats, and the 95 % interval of
+    the mean (Student's t with R - 1 degrees of freedom)."""
+
+    to: str
+    mean: float
+    sd: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of one row. `sd` is over repeats, None where there is one."""
+
+    value: float
+    sd: float | None
+    n: int
+    values: tuple[float, ...]
+    difference: Difference | None = None
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """As `--json` shows it."""
+        shown: dict[str, Any] = {
+            "value": self.value,
+            "sd": self.sd,
+            "n": self.n,
+            "repeats": len(self.values),
+            "values": list(self.values),
+        }
+        if self.difference is not None:
+            shown["difference"] = {
+                "to": self.difference.to,
+                "mean": self.difference.mean,
+                "sd": self.difference.sd,
+                "interval": list(self.difference.interval),
+            }
+        return shown
+
+
+def summarise(measured: Sequence[Measured]) -> dict[str, dict[str, Figure]]:
+    """Figures by row and metric, rows in the order in which they were first measured."""
+    rows: dict[str, list[Measured]] = {}
+    for record in measured:
+        rows.setdefault(record.row, []).append(record)
+    first = next(iter(rows.values()))
+    return {
+        name: {
+            metric: _figure(metric, records, first if records is not first else [])
+            for metric in records[0].values
+        }
+        for name, records in rows.items()
+    }
+
+
+def _figure(metric: str, records: Sequence[Measured], first: Sequence[Measured]) -> Figure:
+    values = np.array([record.values[metric] for record in records])
+    sd = float(values.std(ddof=1)) if len(values) > 1 else None
+    return Figure(
+        value=float(values.mean()),
+        sd=sd,
+        n=records[0].n,
+        values=tuple(values.tolist()),
+        difference=_difference(metric, records, first),
+    )
+
+
+def _difference(
+    metric: str, records: Sequence[Measured], first: Sequence[Measured]
+) -> Difference | None:
+    """The paired difference over the repeats that both rows have; None for fewer than two."""
+    from scipy.special import stdtrit
+
+    others = {record.repeat: record.values[metric] for record in first}
+    pairs = [r.values[metric] - others[r.repeat] for r in records if r.repeat in others]
+    if len(pairs) < 2:
+        return None
+    mean, sd = float(np.mean(pairs)), float(np.std(pairs, ddof=1))
+    half = float(stdtrit(len(pairs) - 1, 0.975)) * sd / len(pairs) ** 0.5
+    return Difference(first[0].row, mean, sd, (mean - half, mean + half))

@@ -1,0 +1,71 @@
+"""The points of a grid search: every combination of a few values for each coefficient.
+
+Besides the grid, the base (all 0) and the mean (1/N each) are tried, so that a result can be
+judged; they may win as well. No torch.
+N experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from deme_cli.config import parse_numbers
+from deme_cli.errors import ConfigError
+
+Grid = tuple[tuple[float, ...], ...]  # the values tried for each expert
+Point = tuple[float, ...]  # a coefficient for each expert
+MAX_CANDIDATES = 1_000_000
+DEFAULT_VALUES = ((4, (0.0, 0.5, 1.0)), (8, (0.0, 1.0)))  # up to N experts: at most 81, 256 points
+
+
+def parse_grid(text: str) -> list[Any]:
+    """`0,0.5,1` as one list for every expert, `0,1;0,0.5` as one list per expert."""
+    lists = [parse_numbers(part, "--grid") for part in text.split(";")]
+    return lists if len(lists) > 1 else lists[0]
+
+
+def resolve_grid(values: Sequence[Any] | None, num_experts: int) -> Grid:
+    """The values for each expert: given for all, given for each, or the default.
+
+    Raises ConfigError on a wrong number of lists, on what is no finite number, on an empty list, on
+    more than MAX_CANDIDATES points, and without values for more than eight experts.
+    """
+    if values is None:
+        for most, default in DEFAULT_VALUES:
+            if num_experts <= most:
+                return (default,) * num_experts
+        raise ConfigError(
+            f"{num_experts} experts make {2**num_experts} candidates with two values each; name "
+            f"them, as in --grid 0,{1 / num_experts:.2g}, or one list per expert as in "
+            f"--grid '0,1;0;0,0.5;...'"
+        )
+    lists = list(values) if any(isinstance(v, list) for v in values) else [values] * num_experts
+    if len(lists) != num_experts:
+        raise ConfigError(
+            f"the grid has {len(lists)} lists of values for {num_experts} experts; "
+            f"give one list for all, or one for each"
+        )
+    grid = tuple(_checked_values(entry) for entry in lists)
+    if (count := math.prod(len(entry) for entry in grid)) > MAX_CANDIDATES:
+        raise ConfigError(f"the grid has {count} candidates; give fewer values")
+    return grid
+
+
+def _checked_values(values: Any) -> tuple[float, ...]:
+    """Distinct finite numbers in ascending order."""
+    numeric = isinstance(values, list | tuple) and len(values) > 0
+    if not numeric or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    ):
+        raise ConfigError(f"grid values {values!r}: expected a list of finite numbers")
+    return tuple(sorted({float(v) for v in values}))
+
+
+def grid_points(grid: Grid) -> list[Point]:
+    """The base, the mean, and every combination of the grid that is neither."""
+    count = len(grid)
+    first = [(0.0,) * count, (1 / count,) * count]
+    return [*first, *(point for point in itertools.product(*grid) if point not in first)]

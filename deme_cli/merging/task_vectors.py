@@ -1,0 +1,180 @@
+"""Task vectors tau_i = theta_i - theta: their files, how long they are, how they point.
+
+Norms and cosines are summed in float64 over pieces of the files, so nothing is held whole. A block
+projection W_i differs from the identity: its vector is W_i - I. No torch.
+N experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deme_cli.artifacts import DTYPE_BYTES, ArtifactWriter, TensorSpec
+from deme_cli.errors import ArtifactError, NumericsError
+from deme_cli.merging.lineage import Family, Parent, is_projection
+from deme_cli.merging.pieces import (
+    COMPUTED_IN,
+    INTEGERS,
+    PIECE,
+    Run,
+    Sources,
+    plan_runs,
+    to_bytes,
+    to_numbers,
+)
+from deme_cli.records import TaskVectorRecord
+
+_BLOCK = re.compile(r"(?:down_blocks|up_blocks)\.\d+|mid_block|channel_projection")
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """How far each expert moved, and how alike the moves are.
+
+    norms: per expert L2 norms `total`, `relative` (to the base) and one per top-level block.
+    cosines: (N, N); None where a task vector is zero.
+    """
+
+    norms: list[dict[str, float]]
+    cosines: list[list[float | None]]
+
+
+def block_of(name: str) -> str:
+    """The top-level block a parameter belongs to: down_blocks.0, mid_block, ..., or other."""
+    match = _BLOCK.match(name)
+    return match[0] if match else "other"
+
+
+def measure(family: Family, advance: Callable[[int], None] = lambda n: None) -> Measurements:
+    """Norms and pairwise cosines of the experts' task vectors, in one pass over the files.
+
+    advance: told the number of parameters passed so far.
+    Raises NumericsError naming an expert whose difference is not finite.
+    """
+    count = len(family.parents)
+    base_square, done = 0.0, 0
+    grams: dict[str, np.ndarray] = {}  # (N, N) inner products per block
+    with Sources(family.headers) as sources:
+        for run in plan_runs(_layout(family), family.headers, lambda spec: block_of(spec.name)):
+            gram = grams.setdefault(block_of(run.specs[0].name), np.zeros((count, count)))
+            for start, stop in run.spans(PIECE):
+                if run.dtype not in INTEGERS:
+                    theta, taus = _differences(sources, family, run, start, stop)
+                    gram += taus @ taus.T
+                    if run.begins[0] is not None:
+                        base_square += float(theta @ theta)
+                done += stop - start
+                advance(done)
+    return _measurements(family, grams, base_square)
+
+
+def write_task_vector(
+    family: Family,
+    index: int,
+    norms: dict[str, float],
+    output: Path,
+    advance: Callable[[int], None] = lambda n: None,
+) -> TaskVectorRecord:
+    """Write tau of the family's expert `index` into `output`, in the dtypes of the base.
+
+    Integers must be those of the base; their difference is zero. Raises ArtifactError if not.
+    """
+    parent = family.parents[index]
+    alone = Family(family.base, family.base_record, (parent,))
+    layout, done = _layout(alone), 0
+    with (
+        Sources(alone.headers) as sources,
+        ArtifactWriter(output, layout, _record(parent, norms)) as writer,
+    ):
+        for run in plan_runs(layout, alone.headers):
+            out = np.empty(PIECE * DTYPE_BYTES[run.dtype], np.uint8)
+            for start, stop in run.spans(PIECE):
+                piece = out[: (stop - start) * DTYPE_BYTES[run.dtype]]
+                if run.dtype in INTEGERS:
+                    _zeros_if_equal(sources, alone, run, start, piece)
+                else:
+                    difference = _differences(sources, alone, run, start, stop)[1][0]
+                    to_bytes(difference.astype(COMPUTED_IN[run.dtype]), run.dtype, piece)
+                writer.write(piece)
+                done += stop - start
+                advance(done)
+    assert isinstance(writer.record, TaskVectorRecord)
+    return writer.record
+
+
+def _layout(family: Family) -> list[TensorSpec]:
+    """The base's tensors and the experts' projections, in the order of files."""
+    specs = [*family.base.tensors.values(), *family.projections]
+    for spec in specs:
+        integer = spec.dtype in INTEGERS and not is_projection(spec.name)
+        if spec.dtype not in COMPUTED_IN and not integer:
+            raise ArtifactError(
+                f"{family.base.path}: {spec.name!r} of {spec.dtype} cannot be subtracted"
+            )
+    return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
+
+
+def _differences(
+    sources: Sources, family: Family, run: Run, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """theta (n,) and every theta_i - theta (N, n) in float64, for elements start .. stop - 1."""
+    size = stop - start
+    raw = np.empty(size * DTYPE_BYTES[run.dtype], np.uint8)
+    scratch = np.empty(size, np.float32)
+    numbers = np.empty((len(family.parents) + 1, size))
+    for source in range(len(numbers)):
+        sources.read(source, run, start, raw)
+        numbers[source] = to_numbers(raw, run.dtype, scratch)
+    taus = numbers[1:]
+    taus -= numbers[0]
+    return numbers[0], taus
+
+
+def _zeros_if_equal(
+    sources: Sources, family: Family, run: Run, start: int, out: np.ndarray
+) -> None:
+    """Fill `out` with zeros, after a check that the expert's integers are the base's."""
+    theirs = np.empty_like(out)
+    sources.read(0, run, start, out)
+    sources.read(1, run, start, theirs)
+    if not np.array_equal(out, theirs):
+        raise ArtifactError(
+            f"{family.parents[0].path}: {run.name_at(start)!r} of integers ({run.dtype}) differs "
+            f"from {family.base.path}; integers have no task vector"
+        )
+    out[:] = 0
+
+
+def _measurements(family: Family, grams: dict[str, np.ndarray], base_square: float) -> Measurements:
+    """Norms and cosines from the inner products of each block and the base's squared norm."""
+    if not 0 < base_square < np.inf:
+        raise NumericsError(f"{family.base.path}: its weights are all zero or not finite")
+    gram = sum(grams.values(), np.zeros((len(family.parents),) * 2))
+    for index, parent in enumerate(family.parents):
+        if not np.isfinite(gram[index, index]):
+            raise NumericsError(f"{parent.path}: holds weights that are not finite")
+    totals = np.sqrt(np.diag(gram))
+    norms = []
+    for index, total in enumerate(totals):
+        blocks = {name: float(np.sqrt(grams[name][index, index])) for name in sorted(grams)}
+        relative = float(total / np.sqrt(base_square))
+        norms.append({"total": float(total), "relative": relative, **blocks})
+    cosines: list[list[float | None]] = [
+        [float(np.clip(dot / (a * b), -1, 1)) if a * b else None
+         for dot, b in zip(row, totals, strict=True)]
+        for row, a in zip(gram, totals, strict=True)
+    ]  # fmt: skip
+    return Measurements(norms, cosines)
+
+
+def _record(parent: Parent, norms: dict[str, float]) -> TaskVectorRecord:
+    """The expert's record with `expert` and `norms`."""
+    fields = asdict(parent.record)
+    fields.pop("created_by")
+    expert = fields.pop("fingerprint")
+    return TaskVectorRecord(**fields, expert=expert, norms=norms)

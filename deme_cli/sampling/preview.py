@@ -1,0 +1,51 @@
+"""The preview: the first images side by side, enlarged so that small ones can be seen."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from deme_cli.artifacts import write_whole
+
+MAX_IMAGES = 64
+_GAP, _PAPER = 2, 255  # pixels between images, and their level
+_LEAST_WIDTH = 256
+
+
+def preview_path(output: Path) -> Path:
+    """`ensemble.png` for `ensemble.safetensors`, `images.png` beside the folder `images`."""
+    stem = output.stem if output.suffix == ".safetensors" else output.resolve().name
+    return output.parent / f"{stem}.png"
+
+
+def grid(images: np.ndarray) -> np.ndarray:
+    """Images side by side, each pixel enlarged to a square.  uint8 (n, H, W, C) -> (H', W', C)"""
+    num, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(num))
+    rows = math.ceil(num / columns)
+    scale = max(1, math.ceil((_LEAST_WIDTH - _GAP * (columns + 1)) / (columns * width)))
+    high, wide = height * scale + _GAP, width * scale + _GAP
+    sheet = np.full((rows * high + _GAP, columns * wide + _GAP, channels), _PAPER, np.uint8)
+    large = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    for index, image in enumerate(large):
+        top, left = _GAP + index // columns * high, _GAP + index % columns * wide
+        sheet[top : top + height * scale, left : left + width * scale] = image
+    return sheet
+
+
+def write_preview(path: Path, images: np.ndarray) -> None:
+    """Write the first images as one PNG file."""
+    write_whole(path, [png_bytes(grid(images[:MAX_IMAGES]))])
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """One image (H, W, C) uint8 as a PNG file, C of 1 or 3; of others the first channels show."""
+    channels = image.shape[2]
+    shown = image[:, :, :3] if channels >= 3 else image[:, :, 0]
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(shown)).save(buffer, format="PNG")
+    return buffer.getvalue()

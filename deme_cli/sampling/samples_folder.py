@@ -1,0 +1,150 @@
+"""Images as a folder of PNG files, 000000.png and on, that can be resumed and extended.
+
+`samples.json` holds the protocol card; the PNG files themselves are the state. A file appears whole
+or not at all, and on resuming each is read back, so that one a crash broke is drawn again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from deme_cli.artifacts import claim, require_space, write_whole
+from deme_cli.errors import ConfigError, writing
+from deme_cli.sampling.preview import png_bytes
+from deme_cli.sampling.sampler import ImageBatch
+from deme_cli.sampling.store import Order
+
+CARD_NAME = "samples.json"
+_NUMBERED = re.compile(r"\d{6,}\.png")
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class SamplesFolder:
+    """Collects the images of one order. Enter it, add batches from `first` on, then finish.
+
+    A folder with fewer images than ordered is extended. Raises ConfigError if it is finished, is
+    being written, or holds images of another protocol, unless the order says `force`; and if it
+    holds images that deme did not number, always.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.first = 0
+        self._card_path = order.path / CARD_NAME
+
+    def __enter__(self) -> SamplesFolder:
+        order = self.order
+        if order.shape[2] not in (1, 3):
+            raise ConfigError(
+                f"{order.path}: PNG files hold 1 or 3 channels, this model has {order.shape[2]}; "
+                f"name an artifact with --output, as in samples.safetensors"
+            )
+        self._claim = claim(self._card_path)
+        self._claim.__enter__()
+        try:
+            self._prepare()
+        except BaseException:
+            self._claim.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._claim.__exit__(None, None, None)
+
+    def _prepare(self) -> None:
+        """Find out which images are there, and make room for the others."""
+        order, found = self.order, self._numbered()
+        card, whole = self._read_card(), _whole_images(found)
+        if found and order.force and (whole >= order.num or not card or not order.is_same(card)):
+            for path in found:
+                path.unlink()
+        elif found:
+            self._require_unfinished(found, card, whole)
+            self.first = order.kept(whole)
+        require_space(order.path, (order.num - self.first) * order.image_bytes)
+        text = json.dumps({"schema_version": 1, "protocol": order.card}, indent=2)
+        write_whole(self._card_path, [text.encode(), b"\n"])
+
+    def _numbered(self) -> list[Path]:
+        """The PNG files with a number for a name; other images in the folder are refused."""
+        images = [p for p in self.order.path.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES]
+        for path in images:
+            if not _NUMBERED.fullmatch(path.name):
+                raise ConfigError(f"{path}: not drawn by deme; choose another --output")
+        return sorted(images, key=lambda path: int(path.stem))
+
+    def _read_card(self) -> dict[str, Any] | None:
+        """The card of the images that are there, or None without a readable one."""
+        try:
+            return json.loads(self._card_path.read_text(encoding="utf-8"))["protocol"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _require_unfinished(
+        self, found: list[Path], card: dict[str, Any] | None, whole: int
+    ) -> None:
+        """Check that the images found are the beginning of this order."""
+        where = self.order.path
+        if card is None:
+            raise ConfigError(
+                f"{where}: holds images without {CARD_NAME}; choose another --output, or add "
+                f"--force to replace them"
+            )
+        self.order.require_same(card, where)
+        if whole >= self.order.num or int(found[-1].stem) >= self.order.num:
+            raise ConfigError(
+                f"{where} exists with {len(found)} images; add --force to replace them, or choose "
+                f"another --output"
+            )
+
+    def add(self, batch: ImageBatch) -> None:
+        """Write the next images; they are kept from here on."""
+        for index, image in enumerate(batch.images, batch.start):
+            path = self._path(index)
+            partial = path.with_suffix(".partial")
+            with writing(path):
+                partial.write_bytes(png_bytes(image))
+                os.replace(partial, path)
+
+    def head(self, num: int) -> np.ndarray:
+        """The first `num` images, uint8 (num, H, W, C)."""
+        paths = [self._path(index) for index in range(min(num, self.order.num))]
+        images = [np.asarray(Image.open(path)) for path in paths]
+        return np.stack(images).reshape(-1, *self.order.shape)
+
+    def finish(self) -> Path:
+        """Nothing is left to do: every image is in its place."""
+        return self.order.path
+
+    def _path(self, index: int) -> Path:
+        return self.order.path / f"{index:06d}.png"
+
+
+def _whole_images(paths: list[Path]) -> int:
+    """How many images from 000000.png on are there without a gap and can be read."""
+    for index, path in enumerate(paths):
+        if int(path.stem) != index or not _is_readable(path):
+            return index
+    return len(paths)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):  # what Pillow raises for a PNG cut short
+        return False
+    return True

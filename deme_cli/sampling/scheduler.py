@@ -1,0 +1,126 @@
+"""The sampler: a diffusers scheduler on the checkpoint's own schedule, with its steps laid out.
+
+diffusers carries the mathematics of every sampler. Here is only which class a name stands for, what
+of it the user may set, and which combinations diffusers would accept and then denoise wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deme_cli.config import SampleConfig
+from deme_cli.errors import ConfigError
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "lms": "LMSDiscreteScheduler",
+}
+PNDM_WARMUP = 4  # Runge-Kutta steps before the linear multistep ones (Liu et al. 2022, section 3.3)
+
+
+def build_scheduler(scheduler_config: Mapping[str, Any], config: SampleConfig) -> Any:
+    """The scheduler `config.sampler` on the checkpoint's schedule, its timesteps set (on the CPU).
+
+    Raises ConfigError where the sampler cannot do what is asked with this checkpoint.
+    """
+    import diffusers
+
+    _require_settings(config)
+    changes: dict[str, Any] = {}
+    if config.spacing is not None:
+        changes["timestep_spacing"] = config.spacing
+    if config.sampler == "dpm++":
+        changes["algorithm_type"] = "dpmsolver++"
+    try:
+        kind = getattr(diffusers, SCHEDULERS[config.sampler])
+        scheduler = kind.from_config(_complete(scheduler_config), **changes)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"sampler {config.sampler} does not fit this model's schedule ({error}); "
+            f"try ddpm or ddim"
+        ) from error
+    _require_steps(scheduler, config)
+    scheduler.set_timesteps(config.steps)
+    _require_timesteps(scheduler, config)
+    return scheduler
+
+
+def _complete(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler config with the defaults of the checkpoint's own class filled in.
+
+    Left open, they would be the sampler's: HeunDiscreteScheduler takes other betas than DDPM.
+    """
+    import diffusers
+
+    name = scheduler_config.get("_class_name", "DDPMScheduler")
+    own = getattr(diffusers, name, diffusers.DDPMScheduler).from_config(dict(scheduler_config))
+    return {key: value for key, value in own.config.items() if not key.startswith("_")}
+
+
+def _require_settings(config: SampleConfig) -> None:
+    if config.eta and config.sampler != "ddim":
+        raise ConfigError(
+            f"eta = {config.eta:g} works with the sampler ddim alone, not with {config.sampler}"
+        )
+
+
+def _require_steps(scheduler: Any, config: SampleConfig) -> None:
+    """What diffusers would refuse late, or answer with noise."""
+    horizon = scheduler.config.num_train_timesteps
+    lowest, highest = 1, horizon
+    if config.sampler == "pndm" and not scheduler.config.skip_prk_steps:
+        lowest, highest = PNDM_WARMUP, horizon // 2  # its half steps would be empty beyond
+    if not lowest <= config.steps <= highest:
+        raise ConfigError(
+            f"steps = {config.steps}: the sampler {config.sampler} takes {lowest} to {highest} "
+            f"steps with this model's {horizon} timesteps"
+        )
+    if config.sampler == "pndm" and scheduler.config.prediction_type == "sample":
+        raise ConfigError("the sampler pndm cannot use a model that predicts x_0; choose another")
+
+
+def _require_timesteps(scheduler: Any, config: SampleConfig) -> None:
+    """All timesteps lie in [0, T): an offset or rounding may push the ends out."""
+    horizon = scheduler.config.num_train_timesteps
+    outside = [t for t in scheduler.timesteps.tolist() if not 0 <= t <= horizon - 1]
+    if outside:
+        raise ConfigError(
+            f"{config.steps} steps of {config.sampler} with {scheduler.config.timestep_spacing} "
+            f"spacing visit timestep {outside[0]:g}, outside 0 to {horizon - 1}; "
+            f"change --steps or --spacing"
+        )
+
+
+def uses_noise(config: SampleConfig) -> bool:
+    """Whether the sampler draws fresh noise in its steps."""
+    return config.sampler == "ddpm" or (config.sampler == "ddim" and config.eta > 0)
+
+
+def take_step(
+    scheduler: Any,
+    output: Tensor,
+    t: float,
+    x_t: Tensor,
+    *,
+    config: SampleConfig,
+    generators: list[torch.Generator] | None,
+) -> Tensor:
+    """x_t -> x_{t'} by one step of the sampler.  output, x_t: (B, C, H, W) float32"""
+    if config.sampler == "ddim":
+        return scheduler.step(
+            output, t, x_t, eta=config.eta, generator=generators, return_dict=False
+        )[0]
+    if config.sampler == "ddpm":
+        return scheduler.step(output, t, x_t, generator=generators, return_dict=False)[0]
+    return scheduler.step(output, t, x_t, return_dict=False)[0]

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=deme
+#SBATCH --array=1-4
+#SBATCH --gres=gpu:1
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+# One expert per array task. Two minutes before the time limit SLURM sends SIGUSR1: deme saves its
+# state and exits with 75, the task is put back into the queue, and the same command continues.
+#
+#   deme split google/ddpm-cifar10-32 --data cifar10 -n 4
+#   array=$(sbatch --parsable examples/slurm_array.sh)
+#   sbatch --dependency=afterok:$array --gres=gpu:1 \
+#          --wrap 'deme merge ft_*.safetensors --search grid --objective fid --num 5000'
+set -uo pipefail
+N=${SLURM_ARRAY_TASK_COUNT:-4}
+
+deme finetune --range "$SLURM_ARRAY_TASK_ID/$N" --p 0.3 --dtype bf16 &
+child=$!
+trap 'kill -USR1 $child' USR1
+wait $child
+code=$?
+while kill -0 $child 2>/dev/null; do wait $child; code=$?; done   # a trapped signal ends one wait
+if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base
+
+from deme_cli.artifacts import read_record
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
+
+QUICK = ["--data", "digits", "--steps", 3, "--batch-size", 4, "--device", "cpu", "--held-out", 0]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_tiny_base(tmp_path / "base.safetensors")
+    return tmp_path
+
+
+def test_one_range_becomes_one_expert_and_its_path_is_the_result(deme, folder: Path) -> None:
+    done = deme("finetune", "--range", "2/4", "--p", 0.1, *QUICK)
+    assert done.exit_code == 0, done.exception
+    assert done.stdout == "ft_2of4.safetensors\n"
+    record = read_record(folder / "ft_2of4.safetensors", "expert")
+    assert (record.p, record.range, record.steps) == (0.1, [25, 50], 3)
+
+
+def test_a_free_span_is_named_by_its_ends_and_json_is_one_document(deme, folder: Path) -> None:
+    done = deme("finetune", "--range", "10:30", "--json", *QUICK)
+    assert json.loads(done.stdout) == {"schema_version": 1, "paths": ["ft_10-30.safetensors"]}
+    assert read_record(folder / "ft_10-30.safetensors", "expert").index is None
+
+
+def test_all_ranges_follow_the_split_and_finished_ones_are_kept(deme, folder: Path) -> None:
+    (folder / "deme.toml").write_text('[split]\nn = 2\nranges = ["0:20", "20:100"]\n')
+    first = deme("finetune", "--range", "1/2", *QUICK)
+    assert first.exit_code == 0, first.exception
+    before = (folder / "ft_1of2.safetensors").stat().st_mtime_ns
+    done = deme("finetune", "--range", "all", *QUICK)
+    assert done.stdout.split() == ["ft_1of2.safetensors", "ft_2of2.safetensors"]
+    assert (folder / "ft_1of2.safetensors").stat().st_mtime_ns == before
+    assert read_record(folder / "ft_2of2.safetensors").range == [20, 100]
+    other = deme("finetune", "--range", "all", "--lr", 1e-3, *QUICK)
+    assert isinstance(other.exception, ConfigError)
+    assert "another lr" in str(other.exception)
+
+
+def test_ranges_side_by_side_equal_ranges_one_after_another(deme, folder: Path) -> None:
+    (folder / "deme.toml").write_text("[split]\nn = 2\n")
+    done = deme("finetune", "--range", "all", "--jobs", 2, *QUICK)
+    assert done.exit_code == 0, done.exception
+    path = folder / "ft_2of2.safetensors"
+    together = read_record(path).fingerprint
+    deme("finetune", "--range", "2/2", "--force", *QUICK)
+    assert read_record(path).fingerprint == together
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(deme, folder: Path) -> None:
+    done = deme("finetune", "--range", "all", "--dry-run", *QUICK)
+    assert "ft_4of4.safetensors: timesteps 75:100, 3 updates, 12 images" in done.stderr
+    assert done.stdout == ""
+    assert [path.name for path in folder.iterdir()] == ["base.safetensors"]
+
+
+def test_a_base_of_ones_own_is_trained_from_a_description(deme, folder: Path) -> None:
+    document = {"model": TINY_MODEL, "scheduler": TINY_SCHEDULER}
+    (folder / "tiny.json").write_text(json.dumps(document))
+    done = deme("finetune", "--from-scratch", "tiny.json", "-o", "own.safetensors", *QUICK)
+    assert done.exit_code == 0, done.exception
+    record = read_record(folder / "own.safetensors", "base")
+    assert record.num_train_timesteps == 100
+    assert record.training["steps"] == 3
+    again = deme("finetune", "--range", "1/2", "--base", "own.safetensors", *QUICK)
+    assert again.exit_code == 0, again.exception
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "word"),
+    [
+        (["--range", "5/4"], ConfigError, "1 <= i <= N"),
+        (["--range", "0/4"], ConfigError, "1 <= i <= N"),
+        (["--range", "a/b"], ConfigError, "expected i/N"),
+        (["--range", "500:250"], ConfigError, "start < stop"),
+        (["--range", "0:2000"], ConfigError, "<= 100"),
+        (["--range", "1/2", "--p", 1.5], ConfigError, "probability from 0 to 1"),
+        (["--range", "1/2", "--base", "none.safetensors"], MissingError, "no base there"),
+        (["--range", "1/2", "--device", "toaster"], ConfigError, "--device toaster"),
+        (["--range", "1/2", "--resume"], MissingError, "no unfinished run"),
+        (["--range", "all", "-o", "x.safetensors"], ConfigError, "--range all writes one for each"),
+        ([], ConfigError, "either --range"),
+        (["--from-scratch", "none.toml"], MissingError, "cannot be read"),
+        (["--range", "1/2", "--base", "wrong.safetensors"], ArtifactError, "kind 'base'"),
+        (["--range", "1/2", "--data", ""], ConfigError, "no training images"),
+        (["--range", "1/2", "--data", "nowhere"], MissingError, "nowhere"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(deme, folder, options: list, kind: type, word: str) -> None:
+    if "wrong.safetensors" in options:
+        from conftest import write_tiny_expert
+
+        write_tiny_expert(folder / "wrong.safetensors", folder / "base.safetensors", index=1, of=2)
+    done = deme("finetune", *QUICK, *options)
+    assert isinstance(done.exception, kind), done.exception
+    assert word in str(done.exception)
+    assert "\n" not in str(done.exception)
+
+
+def test_a_description_that_lacks_a_table_or_is_no_toml_is_refused(deme, folder: Path) -> None:
+    (folder / "half.toml").write_text("[model]\nsample_size = 8\n")
+    done = deme("finetune", "--from-scratch", "half.toml", "-o", "own.safetensors", *QUICK)
+    assert "lacks the table [scheduler]" in str(done.exception)
+    (folder / "bad.toml").write_text("[model")
+    done = deme("finetune", "--from-scratch", "bad.toml", "-o", "own.safetensors", *QUICK)
+    assert "neither valid TOML nor JSON" in str(done.exception)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from deme_cli.artifacts import read_header, read_record
+from deme_cli.errors import ArtifactError, MissingError
+
+
+def test_inspect_tells_what_the_header_says(run_folder: Path, deme: Callable) -> None:
+    result = deme("inspect", "base.safetensors", "ft_2of4.safetensors", "--json")
+    document = json.loads(result.stdout)
+    assert document["schema_version"] == 1
+    for artifact, name in zip(document["artifacts"], ("base", "ft_2of4"), strict=True):
+        path = run_folder / f"{name}.safetensors"
+        header, record = read_header(path), read_record(path)
+        assert artifact == {
+            "path": f"{name}.safetensors",
+            "kind": record.kind,
+            "parameters": header.num_parameters,
+            "tensors": len(header.tensors),
+            "fingerprint": record.fingerprint,
+            "record": asdict(record),
+        }
+    assert document["artifacts"][1]["record"]["range"] == [25, 50]
+
+
+def test_inspect_shows_ranges_parents_coefficients_and_norms(
+    run_folder: Path, deme: Callable
+) -> None:
+    deme("merge", *sorted(run_folder.glob("ft_*")), "-w", "0.1,0.2,0.3,0.4")
+    deme("task-vector", "ft_2of4.safetensors")
+    shown = deme("inspect", "merged.safetensors", "tv_2of4.safetensors").stdout
+    for fact in ("0.1, 0.2, 0.3, 0.4", "75:100  expert", "25:50", "mid_block = ", "task-vector"):
+        assert fact in shown
+    assert "block_out_channels" not in shown
+
+
+def test_verify_finds_a_changed_byte(run_folder: Path, deme: Callable) -> None:
+    path = run_folder / "ft_1of4.safetensors"
+    result = deme("inspect", "--verify", path)
+    assert result.exit_code == 0
+    assert "the fingerprint is right" in result.stderr
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert deme("inspect", path).exit_code == 0
+    result = deme("inspect", "--verify", "--json", path)
+    assert isinstance(result.exception, ArtifactError)
+    assert "altered or damaged" in str(result.exception)
+    assert result.stdout == ""
+
+
+def test_what_is_no_artifact_is_named(run_folder: Path, deme: Callable) -> None:
+    (run_folder / "notes.txt").write_text("hello")
+    assert isinstance(deme("inspect", "notes.txt").exception, ArtifactError)
+    assert isinstance(deme("inspect", "absent.safetensors").exception, MissingError)

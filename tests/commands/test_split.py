@@ -1,0 +1,219 @@
+"""`deme split` imports any base, divides [0, T), and writes a run file that every command reads."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base
+from diffusers import DDPMPipeline, DDPMScheduler
+from typer.testing import Result
+
+from deme_cli.artifacts import fingerprint_file, read_record, write_artifact
+from deme_cli.config import TABLES, DataConfig, FinetuneConfig, SplitConfig, read_run_file
+from deme_cli.data.digits import DIGITS_SETTINGS
+from deme_cli.diffusion import locate
+from deme_cli.diffusion.denoiser import build_network
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.records import MergedRecord
+from deme_cli.run_file import render_run_file
+
+Deme = Callable[..., Result]
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base artifact outside the current folder, which is empty."""
+    write_tiny_base(tmp_path / "tiny.safetensors")
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    return tmp_path / "tiny.safetensors"
+
+
+def test_split_writes_the_base_and_the_run_file(deme: Deme, source: Path) -> None:
+    result = deme("split", source, "-n", 4, "--data", "digits")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == ["base.safetensors", "deme.toml"]
+    run = read_run_file(None)
+    ranges = [str(span) for span in run.settings(SplitConfig).timestep_ranges]
+    assert ranges == ["0:25", "25:50", "50:75", "75:100"]
+    assert run.settings(DataConfig).source == "digits"
+    assert run.base == Path("base.safetensors")
+    assert read_record(Path("base.safetensors"), "base").source == "tiny"
+    assert fingerprint_file(Path("base.safetensors")) == fingerprint_file(source)
+    assert "predicts epsilon, images 1 x 8 x 8" in result.stderr
+
+
+def test_ranges_need_not_divide_the_timesteps(deme: Deme, source: Path) -> None:
+    document = json.loads(deme("split", source, "-n", 3, "--json", "--data", "digits").stdout)
+    assert document["schema_version"] == 1
+    assert document["ranges"] == ["0:34", "34:67", "67:100"]
+    assert document["parameters"] == 44_969
+    assert document["fingerprint"] == fingerprint_file(Path("base.safetensors"))
+
+
+def test_a_diffusers_folder_becomes_a_base(deme: Deme, source: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pipeline = DDPMPipeline(build_network(TINY_MODEL), DDPMScheduler.from_config(TINY_SCHEDULER))
+    pipeline.save_pretrained(tmp_path / "my-cifar10-ddpm")
+    result = deme("split", tmp_path / "my-cifar10-ddpm", "-n", 2)
+    assert result.exit_code == 0
+    assert read_run_file(None).settings(DataConfig).source == "cifar10"
+    assert "the training images are not there yet" in result.stderr
+    expected = fingerprint_file(
+        tmp_path / "my-cifar10-ddpm/unet/diffusion_pytorch_model.safetensors"
+    )
+    assert fingerprint_file(Path("base.safetensors")) == expected
+
+
+def test_what_a_model_lacks_is_warned_of(deme: Deme, source: Path, tmp_path: Path) -> None:
+    build_network(TINY_MODEL).save_pretrained(tmp_path / "bare")
+    result = deme("split", tmp_path / "bare")
+    assert "took diffusers' DDPM defaults" in result.stderr
+    assert "set source under [data]" in result.stderr
+
+
+def test_the_embedded_digits_are_the_default(
+    deme: Deme, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locate, "BASE_PATH", source)
+    assert deme("split", "-q").exit_code == 0
+    run = read_run_file(None)
+    assert read_record(Path("base.safetensors"), "base").source == "digits"
+    assert run.settings(DataConfig).source == "digits"
+    for table, values in DIGITS_SETTINGS.items():
+        assert values.items() <= run.tables.get(table, {}).items()
+
+
+def test_a_merged_model_starts_another_round(deme: Deme, source: Path, tmp_path: Path) -> None:
+    base = read_record(source, "base")
+    record = MergedRecord(
+        source="tiny",
+        model_config=base.model_config,
+        scheduler_config=base.scheduler_config,
+        num_train_timesteps=100,
+        base=base.fingerprint,
+        parents=[],
+        coefficients=[],
+        method="linear",
+        projection="none",
+    )
+    weights = build_network(TINY_MODEL).state_dict()
+    merged = write_artifact(tmp_path / "merged.safetensors", weights, record)
+    assert deme("split", tmp_path / "merged.safetensors", "--data", "digits").exit_code == 0
+    again = read_record(Path("base.safetensors"), "base")
+    assert again.fingerprint == merged.fingerprint
+    assert again.source == str(tmp_path / "merged.safetensors")
+
+
+def test_an_existing_run_is_kept_unless_forced(deme: Deme, source: Path) -> None:
+    deme("split", source, "-n", 2, "--data", "digits")
+    result = deme("split", source, "-n", 4, "--data", "digits")
+    assert isinstance(result.exception, ConfigError)
+    assert "base.safetensors exists; add --force" in str(result.exception)
+    assert deme("split", source, "-n", 4, "--data", "digits", "--force").exit_code == 0
+    assert read_run_file(None).settings(SplitConfig).n == 4
+
+
+def test_a_run_goes_to_the_folder_that_is_named(
+    deme: Deme, source: Path, image_folder: Path
+) -> None:
+    Path("photos").symlink_to(image_folder)
+    result = deme("split", source, "-o", "runs/a", "--data", "photos")
+    assert result.stdout.splitlines() == ["runs/a/base.safetensors", "runs/a/deme.toml"]
+    written = read_run_file(Path("runs/a/deme.toml")).settings(DataConfig).source
+    assert Path(written).is_absolute()
+    assert Path(written).samefile(image_folder)
+
+
+def test_a_dry_run_shows_the_ranges_and_writes_nothing(deme: Deme, source: Path) -> None:
+    result = deme("split", source, "-n", 4, "--dry-run", "--json", "--data", "digits")
+    document = json.loads(result.stdout)
+    assert document["dry_run"] is True
+    assert document["paths"] == []
+    assert document["ranges"] == ["0:25", "25:50", "50:75", "75:100"]
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["-n", 0], ConfigError, "n = 0: expected a number above 0"),
+        (["-n", 101], ConfigError, "cannot divide 100 timesteps into 101 ranges"),
+        (["--by", "magic"], ConfigError, "'magic': expected one of uniform"),
+    ],
+)
+def test_wrong_settings_say_what_was_expected(
+    deme: Deme, source: Path, arguments: list, error: type, message: str
+) -> None:
+    result = deme("split", source, *arguments)
+    assert isinstance(result.exception, error)
+    assert message in str(result.exception)
+    assert list(Path().iterdir()) == []
+
+
+def test_a_model_that_is_no_model_is_refused(deme: Deme, source: Path, tmp_path: Path) -> None:
+    assert isinstance(deme("split", "nowhere").exception, MissingError)
+    (tmp_path / "x.safetensors").write_bytes(b"broken")
+    result = deme("split", tmp_path / "x.safetensors")
+    assert isinstance(result.exception, ArtifactError)
+    assert "not a whole safetensors file" in str(result.exception)
+
+
+def test_wrong_arguments_fail_before_torch_is_imported(source: Path) -> None:
+    lines = [
+        "import sys",
+        "from deme_cli.__main__ import main",
+        "try:",
+        "    main()",
+        "except SystemExit as stop:",
+        "    print(stop.code, [n for n in ('torch', 'diffusers', 'numpy') if n in sys.modules])",
+    ]
+    for arguments in (["nowhere"], [str(source), "-n", "0"], ["a/b"], [str(source), "-n", "101"]):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join(lines), "split", *arguments],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert re.fullmatch(r"[23] \[\]\n", done.stdout), (arguments, done)
+        assert time.monotonic() - began < 20
+
+
+def test_every_setting_is_in_the_run_file_with_its_sentence() -> None:
+    text = render_run_file({})
+    for table, config in TABLES.items():
+        section = text.split(f"[{table}]\n")[1]
+        for item in fields(config):
+            assert f"# {item.metadata['help']}" in section
+            assert f"# {item.name} = " in section
+
+
+def test_every_commented_setting_can_be_switched_on(tmp_path: Path) -> None:
+    text = re.sub(r"^# (\w+ = )", r"\1", render_run_file({}), flags=re.MULTILINE)
+    path = tmp_path / "deme.toml"
+    path.write_text(text.replace('ranges = ""', 'ranges = ["0:50", "50:100"]'))
+    run = read_run_file(path)
+    for table, config in TABLES.items():
+        assert run.tables[table].keys() == {item.name for item in fields(config)}
+        run.settings(config)
+
+
+def test_live_settings_come_back_as_they_were(tmp_path: Path) -> None:
+    live = {
+        "model": {"source": 'a "quoted" \\ näme\n\x7f'},
+        "finetune": {"p": 0.25, "steps": 7, "lr": 1e-7, "antithetic": True},
+        "merge": {"coefficients": [0.1, 2.0], "grid": [[0, 1], [0.5]]},
+    }
+    (tmp_path / "deme.toml").write_text(render_run_file(live))
+    run = read_run_file(tmp_path / "deme.toml")
+    for table, values in live.items():
+        assert run.tables[table] == values
+    assert run.settings(FinetuneConfig).antithetic is True

@@ -1,0 +1,89 @@
+"""`deme stats`: reference statistics as an artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import Result
+
+from deme_cli.artifacts import read_record
+from deme_cli.errors import ConfigError, MissingError
+from deme_cli.evaluation.features import load_extractor
+from deme_cli.records import StatisticsRecord
+
+Deme = Callable[..., Result]
+
+
+def test_statistics_of_a_folder_are_the_mean_and_covariance_of_its_features(
+    image_folder: Path, tmp_path: Path, deme: Deme
+) -> None:
+    output = tmp_path / "ref.safetensors"
+    made = deme("stats", image_folder, "-o", output, "--features", "digits", "-b", "3")
+    assert made.stdout.strip() == str(output)
+    from deme_cli.data.images import open_images
+
+    data = open_images(str(image_folder), shape=None, split="all")
+    images = data.batch(range(10)).permute(0, 2, 3, 1).numpy()
+    features = load_extractor("digits").features(images)
+    arrays = load_file(output)
+    assert arrays["mu"].dtype == arrays["sigma"].dtype == np.float64
+    assert arrays["n"] == 10
+    np.testing.assert_allclose(arrays["mu"], features.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(arrays["sigma"], np.cov(features, rowvar=False), atol=1e-6)
+    record = read_record(output, "statistics")
+    assert isinstance(record, StatisticsRecord)
+    assert record.extractor == load_extractor("digits").weights.extractor
+    assert record.data["split"] == "all"
+
+
+def test_inception_statistics_carry_their_resize_mode(
+    image_folder: Path, tmp_path: Path, stand_in: Path, deme: Deme
+) -> None:
+    output = tmp_path / "ref.safetensors"
+    made = deme(
+        "stats", image_folder, "-o", output, "--weights", stand_in, "--resize",
+        "legacy_tensorflow", "--size", "12", "--json",
+    )  # fmt: skip
+    found = json.loads(made.stdout)
+    assert (found["resize"], found["num_features"]) == ("legacy_tensorflow", 2048)
+    assert found["data"]["shape"] == [3, 12, 12]
+
+
+def test_the_split_can_be_chosen(tmp_path: Path, deme: Deme) -> None:
+    for split, n in (("train", 1438), ("test", 359), ("all", 1797)):
+        output = tmp_path / f"{split}.safetensors"
+        made = deme("stats", "digits", "-o", output, "--split", split, "--json")
+        assert json.loads(made.stdout)["n"] == n
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        (("digits", "-o", "ref.npz"), ConfigError, "ends in .safetensors"),
+        (("digits", "-o", "r.safetensors", "--size", "0"), ConfigError, "--size 0"),
+        (("digits", "-o", "r.safetensors", "--split", "dev"), ConfigError, "split 'dev'"),
+        (("nowhere", "-o", "r.safetensors"), MissingError, "nowhere"),
+        (("cifar10", "-o", "r.safetensors"), MissingError, "cifar10"),
+        (("digits", "-o", "r.safetensors", "--features", "clip"), MissingError, "ViT-B-32.pt"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, deme: Deme,
+    arguments: tuple, kind: type, words: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    error = deme("stats", *arguments).exception
+    assert isinstance(error, kind)
+    assert words in str(error)
+
+
+def test_existing_statistics_are_not_replaced_unasked(tmp_path: Path, deme: Deme) -> None:
+    output = tmp_path / "ref.safetensors"
+    assert deme("stats", "digits", "-o", output).exit_code == 0
+    assert "--force" in str(deme("stats", "digits", "-o", output).exception)
+    assert deme("stats", "digits", "-o", output, "--force").exit_code == 0

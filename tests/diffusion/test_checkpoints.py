@@ -1,0 +1,313 @@
+"""Models come in from diffusers folders of any age, from the hub's cache, and from artifacts."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base, write_tiny_expert
+from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors.torch import load_file, save_file
+
+from deme_cli.artifacts import fingerprint, load_tensors, read_record, write_artifact
+from deme_cli.diffusion import locate
+from deme_cli.diffusion.checkpoints import base_record, import_model, open_denoiser
+from deme_cli.diffusion.denoiser import build_network
+from deme_cli.diffusion.locate import locate_model, peek_timesteps, wanted_files
+from deme_cli.diffusion.projection import attach_projections
+from deme_cli.errors import ArtifactError, MissingError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PICKLE = "diffusion_pytorch_model.bin"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DDPM pipeline as diffusers saves it, `pipe`, and with pickled weights, `pickled`."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    network = build_network(TINY_MODEL)
+    pipeline = DDPMPipeline(network, DDPMScheduler.from_config(TINY_SCHEDULER))
+    pipeline.save_pretrained(folder / "pipe")
+    pipeline.save_pretrained(folder / "pickled", safe_serialization=False)
+    return folder
+
+
+@pytest.fixture
+def pipe(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved / "pipe", tmp_path / "pipe"))
+
+
+@pytest.fixture
+def pickled(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved / "pickled", tmp_path / "pickled"))
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_pipeline_folder_gives_its_weights_and_configs(pipe: Path) -> None:
+    model = import_model(str(pipe))
+    assert fingerprint(model.weights) == fingerprint(load_file(pipe / "unet" / WEIGHTS))
+    assert model.num_train_timesteps == 100
+    assert model.model_config["block_out_channels"] == [8, 16]
+    assert model.scheduler_config["beta_end"] == 0.2
+    assert model.notes == ()
+
+
+def test_no_path_of_this_machine_enters_the_configs(pipe: Path) -> None:
+    model = import_model(str(pipe))
+    assert str(pipe) not in json.dumps([model.model_config, model.scheduler_config])
+
+
+def test_pickled_weights_are_the_same_model(pipe: Path, pickled: Path) -> None:
+    expected = fingerprint(import_model(str(pipe)).weights)
+    assert fingerprint(import_model(str(pickled)).weights) == expected
+
+
+def test_a_bare_unet_folder_takes_the_scheduler_beside_it(pipe: Path) -> None:
+    model = import_model(str(pipe / "unet"))
+    assert model.num_train_timesteps == 100
+    assert model.notes == ()
+
+
+def test_a_bare_unet_folder_without_scheduler_says_what_was_assumed(
+    pipe: Path, tmp_path: Path
+) -> None:
+    model = import_model(str(shutil.copytree(pipe / "unet", tmp_path / "alone" / "unet")))
+    assert model.num_train_timesteps == 1000
+    assert "DDPM defaults" in model.notes[0]
+
+
+@pytest.mark.parametrize("fixture", ["pipe", "pickled"])
+def test_everything_at_the_root_is_a_pipeline_too(
+    fixture: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(fixture)
+    expected = fingerprint(import_model(str(folder)).weights)
+    for part in ("unet", "scheduler"):
+        for path in (folder / part).iterdir():
+            shutil.move(path, folder / path.name)
+        (folder / part).rmdir()
+    model = import_model(str(folder))
+    assert fingerprint(model.weights) == expected
+    assert model.num_train_timesteps == 100
+
+
+def test_attention_names_of_old_checkpoints_become_the_current_ones(pipe: Path) -> None:
+    weights = load_file(pipe / "unet" / WEIGHTS)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def old_name(name: str) -> str:
+        for new, before in old.items():
+            name = name.replace(f".{new}.", f".{before}.")
+        return name
+
+    renamed = {old_name(name): tensor for name, tensor in weights.items()}
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, pipe / "unet" / WEIGHTS)
+    assert fingerprint(import_model(str(pipe)).weights) == fingerprint(weights)
+
+
+def test_a_schedule_of_trained_betas_is_read(pipe: Path) -> None:
+    path = pipe / "scheduler" / "scheduler_config.json"
+    betas = [0.1, 0.2, 0.3]
+    change_json(path, trained_betas=betas, num_train_timesteps=3, _class_name="DDIMScheduler")
+    denoiser = open_denoiser(str(pipe))
+    assert denoiser.schedule.num_train_timesteps == 3
+    assert denoiser.schedule.alphas_cumprod[-1].item() == pytest.approx(0.9 * 0.8 * 0.7)
+
+
+class Malicious:
+    """A pickle that, if it were run, would create a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("plain_pickle", [True, False])
+def test_code_in_pickled_weights_is_never_run(
+    pickled: Path, tmp_path: Path, plain_pickle: bool
+) -> None:
+    trap = tmp_path / "trap"
+    path = pickled / "unet" / PICKLE
+    document = {**torch.load(path, weights_only=True), "surprise": Malicious(trap)}
+    if plain_pickle:
+        path.write_bytes(pickle.dumps(document, protocol=2))
+    else:
+        torch.save(document, path)
+    with pytest.raises(ArtifactError, match="nothing in it was run"):
+        import_model(str(pickled))
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"text", lambda b: b""])
+def test_damaged_weights_are_named(
+    pipe: Path, pickled: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    for folder, name in ((pipe, WEIGHTS), (pickled, PICKLE)):
+        path = folder / "unet" / name
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(ArtifactError, match=r"safetensors|cannot be read"):
+            import_model(str(folder))
+
+
+def test_parameters_that_do_not_fit_are_named(pipe: Path) -> None:
+    path = pipe / "unet" / WEIGHTS
+    weights = load_file(path)
+    save_file({k: v for k, v in weights.items() if k != "conv_in.weight"}, path)
+    with pytest.raises(ArtifactError, match=r"lack 'conv_in\.weight'"):
+        import_model(str(pipe))
+    save_file({**weights, "surprise": torch.zeros(1)}, path)
+    with pytest.raises(ArtifactError, match="unknown parameter 'surprise'"):
+        import_model(str(pipe))
+    save_file({**weights, "conv_in.weight": torch.zeros(1)}, path)
+    with pytest.raises(ArtifactError, match=r"another network: size mismatch for conv_in\.weight"):
+        import_model(str(pipe))
+
+
+def test_a_config_that_is_not_json_is_named(pipe: Path) -> None:
+    (pipe / "unet" / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"config\.json: not valid JSON"):
+        import_model(str(pipe))
+    (pipe / "unet" / "config.json").write_text("[]")
+    with pytest.raises(ArtifactError, match=r"config\.json: expected a table"):
+        import_model(str(pipe))
+
+
+def test_a_folder_without_weights_or_config_says_so(pipe: Path, tmp_path: Path) -> None:
+    (pipe / "unet" / WEIGHTS).unlink()
+    with pytest.raises(MissingError, match=r"no weights .*beside config\.json"):
+        import_model(str(pipe))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingError, match="not a diffusers model"):
+        import_model(str(tmp_path / "empty"))
+
+
+def test_a_latent_pipeline_is_refused(pipe: Path) -> None:
+    change_json(pipe / "model_index.json", vqvae=["diffusers", "VQModel"])
+    with pytest.raises(ArtifactError, match="a pipeline with 'vqvae'"):
+        import_model(str(pipe))
+
+
+@pytest.mark.parametrize("name", ["ScoreSdeVeScheduler", "EDMEulerScheduler", "logging", "Nope"])
+def test_a_scheduler_without_betas_is_refused(pipe: Path, name: str) -> None:
+    change_json(pipe / "scheduler" / "scheduler_config.json", _class_name=name)
+    with pytest.raises(ArtifactError, match=f"scheduler '{name}' has no discrete betas"):
+        import_model(str(pipe))
+
+
+def test_an_unknown_beta_schedule_is_named(pipe: Path) -> None:
+    change_json(pipe / "scheduler" / "scheduler_config.json", beta_schedule="cubic")
+    with pytest.raises(ArtifactError, match="unusable scheduler config: cubic"):
+        import_model(str(pipe))
+
+
+def test_an_artifact_is_imported_as_it_is_and_keeps_its_source(tmp_path: Path) -> None:
+    record = write_tiny_base(tmp_path / "b.safetensors")
+    model = import_model(str(tmp_path / "b.safetensors"))
+    assert model.source == "tiny"
+    assert base_record(model).fingerprint == record.fingerprint
+
+
+def test_an_expert_is_no_base(run_folder: Path) -> None:
+    with pytest.raises(ArtifactError, match="expected an artifact of kind 'base' or 'merged'"):
+        import_model("ft_1of4.safetensors")
+
+
+def test_block_projections_make_no_base(tmp_path: Path) -> None:
+    path = tmp_path / "b.safetensors"
+    record = write_tiny_base(path)
+    network = build_network(TINY_MODEL)
+    network.load_state_dict(load_tensors(path))
+    attach_projections(network, "block")
+    write_artifact(path, network.state_dict(), record)
+    with pytest.raises(ArtifactError, match="block projections"):
+        import_model(str(path))
+
+
+def test_any_model_argument_opens_as_a_denoiser(pipe: Path, tmp_path: Path) -> None:
+    write_tiny_base(tmp_path / "base.safetensors")
+    write_tiny_expert(tmp_path / "ft.safetensors", tmp_path / "base.safetensors", index=1, of=2)
+    for argument in (pipe, tmp_path / "base.safetensors", tmp_path / "ft.safetensors"):
+        denoiser = open_denoiser(str(argument))
+        assert denoiser.record.fingerprint == fingerprint(denoiser.network.state_dict())
+
+
+def test_weights_without_config_ask_for_their_folder(pickled: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"give the folder that holds them beside config\.json"):
+        import_model(str(pickled / "unet" / PICKLE))
+
+
+def test_a_name_that_is_nothing_says_what_a_model_is() -> None:
+    for name in ("nothing", "lost.safetensors", "a/lost.safetensors"):
+        with pytest.raises(MissingError, match="a model is an artifact, a diffusers folder"):
+            import_model(name)
+
+
+def test_a_missing_embedded_base_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(locate, "BASE_PATH", tmp_path / "digits-base.safetensors")
+    with pytest.raises(MissingError, match="the embedded base is missing"):
+        import_model("digits")
+    record = write_tiny_base(tmp_path / "digits-base.safetensors")
+    model = import_model("digits")
+    assert (model.source, base_record(model).fingerprint) == ("digits", record.fingerprint)
+
+
+def test_timesteps_are_told_without_torch(pipe: Path, run_folder: Path) -> None:
+    assert peek_timesteps(locate_model(str(pipe))) == 100
+    assert peek_timesteps(locate_model("base.safetensors")) == 100
+    assert read_record(run_folder / "base.safetensors").num_train_timesteps == 100
+
+
+def test_a_hub_id_without_network_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    began = time.monotonic()
+    with pytest.raises(MissingError, match="not in the hub's cache, and HF_HUB_OFFLINE is set"):
+        import_model("somebody/some-ddpm")
+    assert time.monotonic() - began < 2
+
+
+def test_a_hub_model_in_the_cache_needs_no_network(
+    pipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = tmp_path / "hub" / "models--somebody--some-ddpm"
+    commit = "0" * 40
+    shutil.copytree(pipe, model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    imported = import_model("somebody/some-ddpm")
+    assert imported.source == "somebody/some-ddpm"
+    assert fingerprint(imported.weights) == fingerprint(import_model(str(pipe)).weights)
+
+
+def test_only_configs_and_one_set_of_weights_are_fetched() -> None:
+    both = [
+        "README.md",
+        "config.json",
+        "model_index.json",
+        "scheduler_config.json",
+        PICKLE,
+        WEIGHTS,
+    ]
+    assert wanted_files(both) == [
+        "model_index.json",
+        "config.json",
+        "scheduler_config.json",
+        WEIGHTS,
+    ]
+    nested = ["unet/config.json", f"unet/{PICKLE}", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    assert wanted_files(nested) == ["unet/config.json", f"unet/{PICKLE}"]

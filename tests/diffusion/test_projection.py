@@ -1,0 +1,198 @@
+"""Projections start as the identity, count as in the paper, and fold into a plain network."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_MODEL
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from deme_cli.diffusion.denoiser import build_network, predict
+from deme_cli.diffusion.projection import (
+    PREFIX,
+    attach_projections,
+    block_sites,
+    fold_sites,
+    fold_weights,
+)
+
+CIFAR10 = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [128, 256, 256, 256],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 2,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+    "attention_head_dim": None,
+}
+LSUN = {
+    **CIFAR10,
+    "sample_size": 256,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
+}
+STABLE_DIFFUSION = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+SKIP_BLOCKS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [32, 64],  # these blocks fix their own number of groups
+    "down_block_types": ["SkipDownBlock2D", "AttnSkipDownBlock2D"],
+    "up_block_types": ["AttnSkipUpBlock2D", "SkipUpBlock2D"],
+}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "attention": {},
+    "three levels": {
+        "block_out_channels": [8, 16, 16],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 2,
+    },
+    "resnet resamplers": {
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+    },
+    "skips": SKIP_BLOCKS,
+    "no attention": {
+        "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D"],
+        "add_attention": False,
+        "downsample_padding": 0,
+    },
+    "no middle": {"mid_block_type": None},
+}
+
+
+def network_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build_network({**TINY_MODEL, **NETWORKS[name]}).eval().requires_grad_(False)
+
+
+def outputs(network: nn.Module) -> torch.Tensor:
+    parameter = next(network.parameters())
+    generator = torch.Generator().manual_seed(1)
+    channels = network.config.in_channels
+    x_t = torch.randn(3, channels, 8, 8, generator=generator).to(parameter.dtype)
+    return predict(network, x_t, torch.tensor([0, 40, 99]))
+
+
+def make_random(network: nn.Module) -> None:
+    """Give every projection a random matrix around the identity."""
+    generator = torch.Generator().manual_seed(2)
+    for projection in network.get_submodule(PREFIX).values():
+        noise = torch.randn(projection.weight.shape, generator=generator)
+        projection.weight.data.add_(0.3 * noise.to(projection.weight))
+
+
+def num_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("network_class", "config", "plain", "matrices", "projected"),
+    [
+        (UNet2DModel, CIFAR10, 35_746_307, 9, 491_520),
+        (UNet2DModel, LSUN, 113_673_219, 13, 1_638_400),
+        (UNet2DConditionModel, STABLE_DIFFUSION, 859_520_964, 9, 9_216_000),
+    ],
+    ids=["cifar10", "lsun", "stable-diffusion"],
+)
+def test_block_projections_have_the_sizes_of_the_paper(
+    network_class: type, config: dict[str, Any], plain: int, matrices: int, projected: int
+) -> None:
+    with torch.device("meta"):
+        network = network_class.from_config(config)
+        assert num_parameters(network) == plain
+        attach_projections(network, "block")
+    assert len(network.get_submodule(PREFIX)) == matrices
+    assert num_parameters(network) - plain == projected
+
+
+def test_stable_diffusion_grows_by_the_share_the_paper_tells() -> None:
+    share = 9_216_000 / (859_520_964 + 9_216_000)
+    assert share == pytest.approx(0.010609, abs=1e-6)
+
+
+@pytest.mark.parametrize("placement", ["block", "fold", "none"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_identity_projections_leave_outputs_equal(name: str, placement: str) -> None:
+    network = network_of(name)
+    before = outputs(network)
+    attach_projections(network, placement)
+    torch.testing.assert_close(outputs(network), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("placement", ["block", "fold"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_other_matrices_change_the_outputs(name: str, placement: str) -> None:
+    network = network_of(name)
+    before = outputs(network)
+    attach_projections(network, placement)
+    make_random(network)
+    assert (outputs(network) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"]
+)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folded_equals_unfolded(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    plain = network_of(name).to(dtype)
+    projected = copy.deepcopy(plain)
+    attach_projections(projected, "fold")
+    projected.to(dtype)
+    make_random(projected)
+    folded = fold_weights(projected.state_dict(), plain)
+    assert folded.keys() == plain.state_dict().keys()
+    plain.load_state_dict(folded)
+    torch.testing.assert_close(outputs(plain), outputs(projected), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_block_carries_a_projection_in_both_placements(name: str) -> None:
+    network = network_of(name)
+    folded = [site for site, _ in fold_sites(network)]
+    for block, _ in block_sites(network):
+        assert any(site.startswith(f"{block}.") for site in folded), block
+
+
+@pytest.mark.parametrize("placement", ["block", "fold"])
+def test_gradients_reach_every_projection(placement: str) -> None:
+    network = network_of("three levels")
+    attach_projections(network, placement)
+    network.requires_grad_(True)
+    outputs(network).square().sum().backward()
+    for name, projection in network.get_submodule(PREFIX).items():
+        assert projection.weight.grad.abs().sum() > 0, name
+
+
+def test_a_copy_owns_its_projections() -> None:
+    network = network_of("attention")
+    attach_projections(network, "block")
+    before = outputs(network)
+    twin = copy.deepcopy(network)
+    make_random(twin)
+    assert not torch.equal(outputs(twin), before)
+    assert torch.equal(outputs(network), before)

@@ -1,0 +1,73 @@
+"""The forward process is diffusers' own, for every schedule and prediction type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from deme_cli.diffusion.schedule import add_noise, decibels, read_schedule, snr
+from deme_cli.errors import ArtifactError
+
+SCHEDULES: list[dict[str, Any]] = [
+    {"num_train_timesteps": 1000, "beta_schedule": "linear"},
+    {"num_train_timesteps": 300, "beta_schedule": "squaredcos_cap_v2"},
+    {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_end": 0.012},
+    {"num_train_timesteps": 4, "trained_betas": [0.1, 0.2, 0.3, 0.4]},
+]
+
+
+def draw(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(4, 3, 8, 8, generator=generator) for _ in range(2))
+    t = torch.tensor([0, 1, num_train_timesteps // 2, num_train_timesteps - 1])
+    return x0, eps, t
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+def test_noise_is_added_as_diffusers_adds_it(config: dict[str, Any]) -> None:
+    schedule = read_schedule(config)
+    x0, eps, t = draw(schedule.num_train_timesteps)
+    expected = DDPMScheduler.from_config(config).add_noise(x0, eps, t)
+    ours = add_noise(x0, eps, t, schedule.alphas_cumprod)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+def test_snr_is_that_of_diffusers(config: dict[str, Any]) -> None:
+    schedule = read_schedule(config)
+    everything = torch.arange(schedule.num_train_timesteps)
+    expected = compute_snr(DDPMScheduler.from_config(config), everything)
+    torch.testing.assert_close(snr(schedule.alphas_cumprod).float(), expected, rtol=2e-4, atol=0)
+
+
+def test_the_last_snr_of_the_linear_schedule_is_the_published_one() -> None:
+    ratios = snr(read_schedule({"num_train_timesteps": 1000}).alphas_cumprod)
+    assert ratios[-1].item() == pytest.approx(4.0e-5, rel=0.02)
+    assert decibels(torch.tensor([0.5])).item() == pytest.approx(0.0)
+
+
+def test_the_velocity_target_is_that_of_diffusers() -> None:
+    config = {"num_train_timesteps": 1000, "prediction_type": "v_prediction"}
+    x0, eps, t = draw(1000)
+    expected = DDPMScheduler.from_config(config).get_velocity(x0, eps, t)
+    torch.testing.assert_close(read_schedule(config).target(x0, eps, t), expected)
+
+
+def test_noise_and_sample_targets_are_the_noise_and_the_sample() -> None:
+    x0, eps, t = draw(1000)
+    assert read_schedule({"prediction_type": "epsilon"}).target(x0, eps, t) is eps
+    assert read_schedule({"prediction_type": "sample"}).target(x0, eps, t) is x0
+
+
+def test_an_unknown_prediction_type_is_named() -> None:
+    with pytest.raises(ArtifactError, match="prediction type 'flow'"):
+        read_schedule({"prediction_type": "flow"})
+
+
+def test_a_schedule_that_diffusers_refuses_is_named() -> None:
+    with pytest.raises(ArtifactError, match="unusable scheduler config: cubic"):
+        read_schedule({"beta_schedule": "cubic"}, "somewhere")

@@ -1,0 +1,151 @@
+"""The Fréchet distance: closed forms, clean-fid as the oracle, singular covariances."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from deme_cli.errors import ArtifactError, ConfigError, NumericsError
+from deme_cli.evaluation.frechet import RunningStatistics, frechet_distance, trace_of_root
+
+
+def draw_features(n: int, d: int, seed: int) -> np.ndarray:
+    """Correlated features with a falling spectrum, as those of a network."""
+    generator = np.random.default_rng(seed)
+    mixing = generator.standard_normal((d, d)) * np.exp(-np.arange(d) / (d / 4))
+    return generator.standard_normal((n, d)) @ mixing.T + generator.standard_normal(d)
+
+
+def gaussian(n: int, d: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    features = draw_features(n, d, seed)
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def clean_fid_distance(*statistics: np.ndarray) -> float:
+    """clean-fid's own figure; it asks scipy for `disp=False`, which scipy 1.18 no longer takes."""
+    from cleanfid import fid
+
+    def sqrtm(matrix: np.ndarray, disp: bool = True) -> object:
+        root = scipy.linalg.sqrtm(matrix)
+        return root if disp else (root, 0.0)
+
+    class Linalg:
+        pass
+
+    Linalg.sqrtm = staticmethod(sqrtm)
+    before, fid.linalg = fid.linalg, Linalg
+    try:
+        return float(fid.frechet_distance(*statistics))
+    finally:
+        fid.linalg = before
+
+
+def test_shifted_gaussians_are_the_squared_shift_apart() -> None:
+    mu, sigma = gaussian(100, 12, seed=0)
+    shift = np.linspace(-1, 2, 12)
+    assert frechet_distance(mu, sigma, mu + shift, sigma) == pytest.approx(shift @ shift, rel=1e-10)
+
+
+def test_scaled_gaussians_differ_by_the_closed_form() -> None:
+    sigma = np.diag([1.0, 4.0, 9.0])
+    expected = (1 - 2) ** 2 * np.trace(sigma)  # Tr(S) + Tr(4 S) - 2 Tr(2 S)
+    assert frechet_distance(np.zeros(3), sigma, np.zeros(3), 4 * sigma) == pytest.approx(expected)
+
+
+def test_a_gaussian_is_at_distance_zero_from_itself() -> None:
+    mu, sigma = gaussian(500, 32, seed=1)
+    assert frechet_distance(mu, sigma, mu, sigma) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("d", [5, 64, 200])
+def test_the_distance_equals_that_of_clean_fid(d: int) -> None:
+    first, second = gaussian(4 * d, d, seed=2), gaussian(5 * d, d, seed=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = clean_fid_distance(*first, *second)
+    assert frechet_distance(*first, *second) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_distance_is_symmetric() -> None:
+    first, second = gaussian(90, 40, seed=4), gaussian(30, 40, seed=5)
+    assert frechet_distance(*first, *second) == pytest.approx(
+        frechet_distance(*second, *first), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize(("n1", "n2"), [(20, 200), (200, 20), (20, 30), (64, 64)])
+def test_singular_covariances_give_the_sum_of_singular_values(n1: int, n2: int) -> None:
+    d = 64
+    x, y = draw_features(n1, d, seed=6), draw_features(n2, d, seed=7)
+    root1 = (x - x.mean(axis=0)) / np.sqrt(n1 - 1)  # S = root^T root
+    root2 = (y - y.mean(axis=0)) / np.sqrt(n2 - 1)
+    expected = np.linalg.svd(root1 @ root2.T, compute_uv=False).sum()
+    found = trace_of_root(np.cov(x, rowvar=False), np.cov(y, rowvar=False))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_constant_features_leave_only_the_shift() -> None:
+    nothing = np.zeros((4, 4))
+    assert frechet_distance(np.zeros(4), nothing, np.full(4, 3.0), nothing) == 36
+
+
+def test_float32_statistics_are_accepted() -> None:
+    first, second = gaussian(300, 50, seed=8), gaussian(300, 50, seed=9)
+    single = [part.astype(np.float32) for part in second]
+    assert frechet_distance(*first, *single) == pytest.approx(
+        frechet_distance(*first, *second), rel=1e-4
+    )
+
+
+def test_a_number_that_is_not_finite_is_refused() -> None:
+    mu, sigma = gaussian(20, 4, seed=10)
+    with pytest.raises(NumericsError, match="not finite"):
+        frechet_distance(mu, sigma, np.full(4, np.nan), sigma)
+
+
+def test_a_matrix_that_is_no_covariance_is_refused() -> None:
+    with pytest.raises(NumericsError, match="positive semi-definite"):
+        frechet_distance(np.zeros(2), np.array([[0.0, 1.0], [1.0, 0.0]]), np.zeros(2), np.eye(2))
+
+
+def test_statistics_of_different_sizes_are_refused() -> None:
+    with pytest.raises(ArtifactError, match="3 and of 4 features"):
+        frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
+
+
+@pytest.mark.parametrize("sizes", [[100], [1] * 100, [99, 1], [3, 50, 47]])
+def test_running_statistics_equal_those_of_all_features_at_once(sizes: list[int]) -> None:
+    features = draw_features(100, 7, seed=11) + 1e4  # far from zero, where sums would cancel
+    running = RunningStatistics()
+    for part in np.split(features, np.cumsum(sizes)[:-1]):
+        running.add(part)
+    found = running.statistics()
+    assert found.n == 100
+    np.testing.assert_allclose(found.mu, features.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), rtol=1e-8, atol=1e-12)
+
+
+def test_merged_running_statistics_equal_one() -> None:
+    features = draw_features(60, 5, seed=12)
+    parts = [RunningStatistics() for _ in range(3)]
+    for part, rows in zip(parts, np.split(features, [10, 11]), strict=True):
+        part.add(rows)
+    parts[0].merge(parts[1])
+    parts[0].merge(parts[2])
+    parts[0].merge(RunningStatistics())
+    np.testing.assert_allclose(parts[0].statistics().sigma, np.cov(features, rowvar=False))
+
+
+def test_one_image_has_no_covariance() -> None:
+    running = RunningStatistics()
+    running.add(np.ones((1, 3)))
+    with pytest.raises(ConfigError, match="at least 2 images"):
+        running.statistics()
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(NumericsError, match="not finite"):
+        RunningStatistics().add(np.array([[1.0, np.inf]]))

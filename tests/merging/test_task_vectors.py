@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.config import read_run_file
+from deme_cli.diffusion.projection import PREFIX
+from deme_cli.errors import ArtifactError, MissingError, NumericsError
+from deme_cli.merging.lineage import find_base, open_family, open_parents
+from deme_cli.merging.task_vectors import block_of, measure, write_task_vector
+
+NAMES = {
+    "conv_in.weight": "other",
+    "time_embedding.linear_1.bias": "other",
+    "down_blocks.0.resnets.0.conv1.weight": "down_blocks.0",
+    "down_blocks.11.attentions.0.to_q.weight": "down_blocks.11",
+    "mid_block.resnets.0.norm1.weight": "mid_block",
+    "up_blocks.1.resnets.2.conv2.bias": "up_blocks.1",
+}
+PROJECTION = f"{PREFIX}.mid_block.weight"
+
+
+def network(seed: int, *, projected: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: torch.randn(9, 4, generator=generator) for name in NAMES}
+    if projected:
+        weights[PROJECTION] = torch.eye(5) + torch.randn(5, 5, generator=generator)
+    return weights
+
+
+def test_a_parameter_belongs_to_its_top_level_block() -> None:
+    assert {name: block_of(name) for name in NAMES} == NAMES
+    assert block_of(PROJECTION) == "channel_projection"
+
+
+def test_norms_and_cosines_are_those_of_the_flattened_differences(write_family: Callable) -> None:
+    theta = network(0, projected=False)
+    thetas = [network(seed, projected=True) for seed in (1, 2, 3)]
+    base, experts = write_family(theta, thetas, projection="block")
+    measured = measure(open_family(base, open_parents(experts, "expert")))
+
+    identity = {**theta, PROJECTION: torch.eye(5)}
+    taus = [{n: (w[n].double() - identity[n].double()).flatten() for n in w} for w in thetas]
+    flat = [torch.cat([tau[name] for name in sorted(tau)]) for tau in taus]
+    size = torch.cat([tensor.double().flatten() for tensor in theta.values()]).norm()
+    for index, tau in enumerate(taus):
+        norms = measured.norms[index]
+        assert norms["total"] == pytest.approx(flat[index].norm().item(), rel=1e-12)
+        assert norms["relative"] == pytest.approx((flat[index].norm() / size).item(), rel=1e-12)
+        blocks = {block_of(name) for name in tau}
+        assert set(norms) == {"total", "relative", *blocks}
+        for block in blocks:
+            own = torch.cat([tau[name] for name in tau if block_of(name) == block])
+            assert norms[block] == pytest.approx(own.norm().item(), rel=1e-12)
+        for other, vector in enumerate(flat):
+            cosine = torch.nn.functional.cosine_similarity(flat[index], vector, dim=0).item()
+            assert measured.cosines[index][other] == pytest.approx(cosine, abs=1e-12)
+
+
+def test_an_expert_that_did_not_move_has_norm_0_and_no_cosine(write_family: Callable) -> None:
+    theta = network(0, projected=False)
+    base, experts = write_family(theta, [theta, network(1, projected=False)])
+    measured = measure(open_family(base, open_parents(experts, "expert")))
+    assert measured.norms[0]["total"] == 0
+    assert measured.cosines == [[None, None], [None, pytest.approx(1)]]
+
+
+def test_a_task_vector_is_the_difference_with_the_record_of_its_expert(
+    write_family: Callable, tmp_path: Path
+) -> None:
+    theta, other = network(0, projected=False), network(1, projected=False)
+    base, experts = write_family(theta, [other])
+    family = open_family(base, open_parents(experts, "expert"))
+    norms = measure(family).norms[0]
+    record = write_task_vector(family, 0, norms, tmp_path / "tv.safetensors")
+    stored = load_tensors(tmp_path / "tv.safetensors")
+    assert all(torch.equal(stored[name], other[name] - theta[name]) for name in theta)
+    expert = read_record(experts[0])
+    assert record == read_record(tmp_path / "tv.safetensors", "task-vector")
+    assert (record.expert, record.base, record.range) == (
+        expert.fingerprint, expert.base, expert.range
+    )  # fmt: skip
+    assert record.norms == norms
+
+
+def test_weights_that_are_not_finite_are_named(write_family: Callable) -> None:
+    theta, broken = network(0, projected=False), network(1, projected=False)
+    broken["conv_in.weight"][3] = math.inf
+    base, experts = write_family(theta, [broken])
+    with pytest.raises(NumericsError, match=r"ft_1of1.*not finite"):
+        measure(open_family(base, open_parents(experts, "expert")))
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in theta.items()}
+    base, experts = write_family(zeros, [theta])
+    with pytest.raises(NumericsError, match="all zero"):
+        measure(open_family(base, open_parents(experts, "expert")))
+
+
+def test_what_cannot_be_subtracted_is_named(write_family: Callable, tmp_path: Path) -> None:
+    theta = {"a": torch.zeros(4).to(torch.float8_e5m2)}
+    base, experts = write_family(theta, [theta])
+    with pytest.raises(ArtifactError, match="'a' of F8_E5M2 cannot be subtracted"):
+        measure(open_family(base, open_parents(experts, "expert")))
+
+
+def test_the_base_is_the_one_named_the_runs_own_or_one_beside_the_experts(
+    write_family: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theta = network(0, projected=False)
+    base, experts = write_family(theta, [network(1, projected=False)], folder="run")
+    stranger, _ = write_family(network(5, projected=False), [theta], folder="other")
+    parents = open_parents(experts, "expert")
+    monkeypatch.chdir(tmp_path)
+    run = read_run_file(None)
+    assert find_base(parents, run, base) == base
+    assert find_base(parents, run, None) == base
+    with pytest.raises(ArtifactError, match="was finetuned from base"):
+        find_base(parents, run, stranger)
+    with pytest.raises(MissingError, match=r"no such file.*--base"):
+        find_base(parents, run, tmp_path / "absent.safetensors")
+
+    renamed = base.rename(base.with_name("my-base.safetensors"))
+    assert find_base(parents, run, None) == renamed
+    renamed.unlink()
+    with pytest.raises(MissingError, match="name its file with --base"):
+        find_base(parents, run, None)
+    (tmp_path / "deme.toml").write_text('[model]\nbase = "other/base.safetensors"\n')
+    with pytest.raises(ArtifactError, match="name the right one with --base"):
+        find_base(parents, read_run_file(None), None)

@@ -1,0 +1,124 @@
+"""The house: floors hold, rooms stay small, `--help` is light, and every setting has its option."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from deme_cli.config import TABLES
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "deme_cli"
+FILES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = {
+    "torch", "torchvision", "diffusers", "transformers", "accelerate", "optuna", "numpy", "scipy",
+    "sklearn", "datasets", "matplotlib", "cleanfid", "open_clip", "safetensors", "PIL",
+}  # fmt: skip
+GROUND = {
+    "errors", "timesteps", "records", "artifacts", "config", "interrupts", "__init__", "console",
+}  # fmt: skip
+FLOORS = {
+    "diffusion": 1, "data": 1, "training": 2, "sampling": 2, "evaluation": 3, "merging": 4,
+    "analysis": 4, "commands": 5, "app": 6, "__main__": 7,
+}  # fmt: skip
+
+
+def floor_of(module: str) -> int:
+    room = module.removeprefix("deme_cli").lstrip(".").split(".")[0] or "__init__"
+    assert room in GROUND or room in FLOORS, f"{module} is on no floor: add it to the plan"
+    return FLOORS.get(room, 0)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """Modules imported anywhere in a file, and whether that happens when the file is imported."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(node)
+        for scope in ast.walk(tree)
+        if isinstance(scope, (ast.FunctionDef, ast.If))
+        and (isinstance(scope, ast.FunctionDef) or "TYPE_CHECKING" in ast.dump(scope.test))
+        for node in ast.walk(scope)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) not in inside) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.module, id(node) not in inside))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_a_file_imports_only_from_its_own_floor_or_below(path: Path) -> None:
+    own = floor_of(module_of(path))
+    for module, _ in imports_of(path):
+        if module.startswith("deme_cli"):
+            assert floor_of(module) <= own, f"{module_of(path)} imports {module} from above"
+        assert module.split(".")[0] != "click", "Typer carries its own click"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and path.parent.name != "commands":
+            assert node.end_lineno - node.lineno < 60, f"{path.name}:{node.name}"
+
+
+def test_the_ground_floor_and_the_commands_import_nothing_heavy() -> None:
+    for path in FILES:
+        if floor_of(module_of(path)) in (0, 5, 6, 7):
+            for module, at_import in imports_of(path):
+                heavy = at_import and module.split(".")[0] in HEAVY
+                assert not heavy, f"{module_of(path)} imports {module} when it is imported"
+
+
+def test_no_circle_of_imports() -> None:
+    known = {module_of(path) for path in FILES}
+    graph = {
+        module_of(path): {m for m, now in imports_of(path) if now and m in known} for path in FILES
+    }
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        for other in graph[module]:
+            visit(other, (*trail, module))
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from deme_cli.app import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_command_has_help_that_ends_with_an_example(deme) -> None:
+    listed = re.findall(r"^│ ([a-z-]+) ", deme("--help").stdout, re.MULTILINE)
+    commands = [name for name in listed if not name.startswith("-")]
+    assert len(commands) >= 12
+    for name in commands:
+        shown = deme(name, "--help")
+        assert shown.exit_code == 0
+        assert "Example:" in shown.stdout, name
+
+
+def test_every_setting_of_finetune_has_an_option_of_its_name(deme) -> None:
+    shown = deme("finetune", "--help").stdout
+    for item in fields(TABLES["finetune"]):
+        assert f"--{item.name.replace('_', '-')}"[:20] in shown, item.name

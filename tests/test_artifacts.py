@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_tiny_base
+from safetensors.torch import load_file, save_file
+
+from deme_cli import artifacts
+from deme_cli.artifacts import (
+    claim,
+    fingerprint,
+    fingerprint_file,
+    read_header,
+    read_record,
+    require_output,
+    require_space,
+    write_artifact,
+    write_whole,
+)
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.records import KINDS, BaseRecord, StatisticsRecord, parse_record
+
+TENSORS = {
+    "half": torch.randn(5, 3).half(),
+    "brain": torch.randn(7).bfloat16(),
+    "count": torch.tensor(3),
+    "empty": torch.zeros(0, 4),
+    "plain": torch.randn(2, 2),
+}
+RECORD = BaseRecord(source="x", model_config={}, scheduler_config={}, num_train_timesteps=10)
+
+
+def test_what_is_written_is_read_back_by_any_safetensors_tool(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    record = write_artifact(path, TENSORS, RECORD)
+    loaded = load_file(path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+    assert read_record(path, "base") == record
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_fingerprint_depends_on_tensors_alone(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "mine.safetensors", tmp_path / "theirs.safetensors"
+    written = write_artifact(mine, TENSORS, RECORD).fingerprint
+    save_file(TENSORS, theirs)
+    assert written == fingerprint(TENSORS) == fingerprint_file(mine) == fingerprint_file(theirs)
+    as_numpy = {"a": np.arange(6, dtype=np.float32)}
+    assert fingerprint(as_numpy) == fingerprint({"a": torch.arange(6).float()})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"a": torch.zeros(4)},
+        {"b": torch.zeros(2, 2)},
+        {"a": torch.zeros(2, 2, dtype=torch.int32)},
+        {"a": torch.tensor([[0.0, 0.0], [0.0, 1e-30]])},
+    ],
+)
+def test_a_fingerprint_sees_names_shapes_dtypes_and_bytes(changed: dict) -> None:
+    assert fingerprint(changed) != fingerprint({"a": torch.zeros(2, 2)})
+
+
+def test_a_fingerprint_is_the_documented_hash() -> None:
+    tensor = torch.ones(2)
+    digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    line = f"a\0F32\0[2]\0{digest}\n".encode()
+    assert fingerprint({"a": tensor}) == hashlib.sha256(line).hexdigest()
+
+
+def test_every_truncation_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_artifact(path, TENSORS, RECORD)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ArtifactError, match=r"a\.safetensors: "):
+            read_header(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(ArtifactError, match="truncated or padded"):
+        read_header(path)
+
+
+def _file(path: Path, header: object, data: bytes = b"") -> Path:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "word"),
+    [
+        ([1], "not a table"),
+        ({"__metadata__": {"a": 1}}, "table of strings"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, "described wrongly"),
+        ({"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, "described wrongly"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "disagree"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, "disagree"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "does not follow"),
+        ({"a": {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 4 << 60]}}, "truncated"),
+    ],
+)
+def test_a_lying_header_is_refused(tmp_path: Path, header: object, word: str) -> None:
+    with pytest.raises(ArtifactError, match=word):
+        read_header(_file(tmp_path / "a.safetensors", header, b"\0" * 4))
+
+
+def test_a_missing_file_a_folder_and_a_foreign_file_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="no such file"):
+        read_header(tmp_path / "none.safetensors")
+    with pytest.raises(ArtifactError, match="found a folder"):
+        read_header(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ArtifactError, match="not written by deme"):
+        read_record(tmp_path / "foreign.safetensors")
+
+
+def test_another_kind_is_refused_by_name(tmp_path: Path) -> None:
+    write_tiny_base(tmp_path / "base.safetensors")
+    with pytest.raises(ArtifactError, match="expected an artifact of kind 'expert', found 'base'"):
+        read_record(tmp_path / "base.safetensors", "expert")
+
+
+def test_a_record_survives_the_round_trip() -> None:
+    record = StatisticsRecord(n=3, extractor={"name": "digits"}, resize="clean", source="digits")
+    assert parse_record(record.to_json(), "here") == record
+    assert set(KINDS) == {"base", "expert", "task-vector", "merged", "samples", "statistics"}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"kind": "soup"}, "unknown kind of artifact 'soup'"),
+        ({"version": 99}, "record version 99"),
+        ({"source": 5}, "'source' in the record should be str, found int"),
+        ({"num_train_timesteps": True}, "should be int, found bool"),
+        ({"source": None}, "should be str, found NoneType"),
+    ],
+)
+def test_a_wrong_record_is_refused_by_field(change: dict, word: str) -> None:
+    document = {**json.loads(RECORD.to_json()), **change}
+    with pytest.raises(ArtifactError, match=word):
+        parse_record(json.dumps(document), "here")
+
+
+def test_a_record_that_lacks_a_field_is_refused_by_name() -> None:
+    document = json.loads(RECORD.to_json())
+    del document["scheduler_config"]
+    with pytest.raises(ArtifactError, match="lacks 'scheduler_config'"):
+        parse_record(json.dumps(document), "here")
+    with pytest.raises(ArtifactError, match="not valid JSON"):
+        parse_record("{", "here")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_artifact(path, TENSORS, RECORD)
+    before = path.read_bytes()
+    with (
+        pytest.raises(RuntimeError, match="boom"),
+        artifacts.ArtifactWriter(path, artifacts.layout_of(TENSORS), RECORD) as writer,
+    ):
+        writer.write(b"\0" * 3)
+        raise RuntimeError("boom")
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_full_disk_is_a_clear_message_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="free some space"):
+        require_space(tmp_path / "a.safetensors", 1 << 60)
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    (tmp_path / ".a.safetensors.partial").symlink_to("/dev/full")
+    with pytest.raises(MissingError, match="no space left on the disk"):
+        write_artifact(
+            tmp_path / "a.safetensors",
+            {"a": torch.zeros(1_000_000)},
+            replace(RECORD),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_refused_without_force(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.touch()
+    with pytest.raises(ConfigError, match="add --force"):
+        require_output(path, force=False)
+    require_output(path, force=True)
+
+
+def test_a_place_that_takes_no_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MissingError, match="part of this path is a file"):
+        require_output(tmp_path / "file" / "a.safetensors", force=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_write_permission_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(MissingError, match="no permission"):
+        require_output(tmp_path / "a.safetensors", force=False)
+
+
+def test_two_writers_of_one_output_exclude_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with claim(path), pytest.raises(ConfigError, match="being written by another"):
+        write_artifact(path, TENSORS, RECORD)
+    write_artifact(path, TENSORS, RECORD)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_plain_files_appear_whole(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a.txt", [b"one", b"two"])
+    assert (tmp_path / "a.txt").read_bytes() == b"onetwo"
+    assert len(list(tmp_path.iterdir())) == 1
