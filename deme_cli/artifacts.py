@@ -13,130 +13,30 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from deme_cli.errors import ArtifactError, ConfigError, MissingError, writing
+from deme_cli.errors import ArtifactError, writing
+from deme_cli.outputs import claim, require_space
 from deme_cli.records import Record, parse_record
+from deme_cli.tensor_file import (
+    Header,
+    TensorSpec,
+    layout_of,
+    read_header,
+    read_pieces,
+    tensor_bytes,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
-    "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
-_DTYPE_CODES = {
-    "float64": "F64", "int64": "I64", "uint64": "U64", "float32": "F32", "int32": "I32",
-    "uint32": "U32", "float16": "F16", "bfloat16": "BF16", "int16": "I16", "uint16": "U16",
-    "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
-_CHUNK_BYTES = 1 << 22
 _THREADED_BYTES = 1 << 18  # below this, handing a piece to a thread costs more than hashing it
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor's name, safetensors dtype code, shape, and bytes `begin:end` in its file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int = 0
-    end: int = 0
-
-    @property
-    def num_elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_elements * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says before its tensors. `tensors` by name, offsets in the file."""
-
-    path: Path
-    tensors: dict[str, TensorSpec]
-    metadata: dict[str, str]
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(spec.num_elements for spec in self.tensors.values())
-
-
-def read_header(path: Path) -> Header:
-    """The checked header of a safetensors file.
-
-    Raises MissingError if there is no such file, ArtifactError if it is not whole and valid.
-    """
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise ArtifactError(
-                    f"{path}: not a whole safetensors file ({size} bytes, a header of {length})"
-                )
-            document = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise MissingError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise ArtifactError(f"{path}: expected a safetensors file, found a folder") from error
-    except PermissionError as error:
-        raise MissingError(f"{path}: no permission to read it") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not a safetensors file (its header is not JSON)") from error
-    if not isinstance(document, dict):
-        raise ArtifactError(f"{path}: not a safetensors file (its header is not a table)")
-    metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ArtifactError(f"{path}: the header's __metadata__ is not a table of strings")
-    start = 8 + length
-    specs = [_parse_spec(path, name, entry, start) for name, entry in document.items()]
-    position = start
-    for spec in sorted(specs, key=lambda s: (s.begin, s.end)):
-        if spec.begin != position:
-            raise ArtifactError(f"{path}: tensor {spec.name!r} does not follow the one before it")
-        position = spec.end
-    if position != size:
-        raise ArtifactError(
-            f"{path}: truncated or padded: expected {position} bytes, found {size}; "
-            f"copy or make the file again"
-        )
-    return Header(path, {spec.name: spec for spec in specs}, metadata)
-
-
-def _parse_spec(path: Path, name: str, entry: Any, start: int) -> TensorSpec:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        spec = TensorSpec(name, dtype, tuple(shape), start + begin, start + end)
-        sound = (
-            all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-            and spec.end - spec.begin == spec.num_bytes
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{path}: tensor {name!r} is described wrongly in the header"
-        ) from error
-    if not sound:
-        raise ArtifactError(f"{path}: shape and bytes of tensor {name!r} disagree in the header")
-    return spec
 
 
 def record_of(header: Header) -> Record:
@@ -167,30 +67,6 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def layout_of(tensors: Mapping[str, Any]) -> list[TensorSpec]:
-    """Specs of torch or numpy tensors, largest element first so that every tensor is aligned."""
-    specs = []
-    for name, tensor in tensors.items():
-        code = _DTYPE_CODES.get(str(tensor.dtype).removeprefix("torch."))
-        if code is None:
-            raise ArtifactError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be stored")
-        specs.append(TensorSpec(name, code, tuple(tensor.shape)))
-    return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
-
-
-def tensor_bytes(tensor: torch.Tensor | np.ndarray) -> memoryview:
-    """The little-endian bytes of a tensor, without a copy where it is contiguous on the CPU."""
-    if hasattr(tensor, "detach"):
-        import torch
-
-        array = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    else:
-        import numpy as np
-
-        array = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-    return memoryview(array)
-
-
 def combine_digests(digests: Mapping[TensorSpec, str]) -> str:
     """The fingerprint of tensors whose bytes have these SHA-256 digests."""
     total = hashlib.sha256()
@@ -216,71 +92,6 @@ def fingerprint_file(path: Path) -> str:
                 digest.update(piece)
             digests[spec] = digest.hexdigest()
     return combine_digests(digests)
-
-
-def read_pieces(file: Any, spec: TensorSpec, num_bytes: int = _CHUNK_BYTES) -> Iterator[memoryview]:
-    """The bytes of one tensor in pieces of at most `num_bytes`, each valid until the next."""
-    buffer = memoryview(bytearray(min(num_bytes, max(spec.num_bytes, 1))))
-    file.seek(spec.begin)
-    left = spec.end - spec.begin
-    while left:
-        count = file.readinto(buffer[: min(left, len(buffer))])
-        if not count:
-            raise ArtifactError(f"{file.name}: ended while tensor {spec.name!r} was read")
-        yield buffer[:count]
-        left -= count
-
-
-def require_output(path: Path, *, force: bool) -> None:
-    """Check that `path` may be written: absent or `force`, in a folder that takes files."""
-    path = Path(path)
-    if path.exists() and not force:
-        raise ConfigError(f"{path} exists; add --force to replace it, or choose another --output")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.parent / f".{path.name}.{os.getpid()}.probe"
-        try:
-            probe.touch()
-        finally:
-            probe.unlink(missing_ok=True)
-
-
-def require_space(path: Path, num_bytes: int) -> None:
-    """Check that the disk of `path` has room for `num_bytes`; raises MissingError if not."""
-    import shutil
-
-    folder = Path(path).resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise MissingError(
-            f"{path}: needs {num_bytes / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free; "
-            f"free some space or choose another --output"
-        )
-
-
-@contextmanager
-def claim(path: Path) -> Iterator[None]:
-    """Hold the right to write `path`. Raises ConfigError while another process holds it."""
-    from filelock import FileLock, Timeout
-
-    path = Path(path)
-    lock_path = path.parent / f".{path.name}.lock"
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ConfigError(
-                f"{path} is being written by another deme process; wait for it or use --output"
-            ) from error
-    try:
-        yield
-    finally:
-        lock_path.unlink(missing_ok=True)
-        lock.release()
 
 
 class ArtifactWriter:
@@ -401,20 +212,3 @@ def write_artifact(path: Path, tensors: Mapping[str, Any], record: Record) -> Re
         for spec in layout:
             writer.write(tensor_bytes(tensors[spec.name]))
     return writer.record
-
-
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a plain file (PNG, TOML, JSON) so that it appears whole or not at all."""
-    path = Path(path)
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)

@@ -7,13 +7,11 @@ exists is a config that can run. Each setting carries the sentence that `--help`
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from deme_cli.errors import ConfigError, MissingError
+from deme_cli.errors import ConfigError
 from deme_cli.timesteps import TimestepRange
 
 CONFIG_NAME = "deme.toml"
@@ -235,80 +233,6 @@ TABLES: dict[str, type[Settings]] = {
     "sample": SampleConfig,
     "eval": EvalConfig,
 }
-
-AnySettings = TypeVar("AnySettings", bound=Settings)
-
-
-@dataclass(frozen=True)
-class RunFile:
-    """A parsed `deme.toml`: its folder (paths in it are relative to that) and its tables."""
-
-    folder: Path
-    tables: Mapping[str, Mapping[str, Any]]
-    path: Path | None = None
-
-    def settings(self, config: type[AnySettings], **options: Any) -> AnySettings:
-        """The config of one procedure; `options` are from the command line, None if not given."""
-        table = next(name for name, kind in TABLES.items() if kind is config)
-        given = {name: value for name, value in options.items() if value is not None}
-        try:
-            return config(**{**self.tables.get(table, {}), **given})
-        except ConfigError as error:
-            raise ConfigError(f"[{table}] {error}") from error
-
-    def resolve(self, path: str) -> Path:
-        """A path written in this file, seen from its folder."""
-        return self.folder / path
-
-    @property
-    def base(self) -> Path:
-        return self.resolve(self.settings(ModelConfig).base)
-
-
-def read_run_file(path: Path | None) -> RunFile:
-    """The `deme.toml` at `path`, or in the current folder; empty tables where there is none.
-
-    Raises MissingError if a named file is absent, ConfigError on syntax, unknown keys, wrong types.
-    """
-    chosen = path or Path(CONFIG_NAME)
-    if not chosen.exists():
-        if path is not None:
-            raise MissingError(f"{path}: no such file; `deme split` writes one")
-        return RunFile(Path("."), {})
-    import tomli
-
-    try:
-        document = tomli.loads(chosen.read_text(encoding="utf-8"))
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{chosen}: not valid TOML: {error}") from error
-    for table, values in document.items():
-        if table not in TABLES:
-            raise ConfigError(f"{chosen}: unknown table [{table}]{_nearest(table, TABLES)}")
-        if not isinstance(values, dict):
-            raise ConfigError(f"{chosen}: {table} should be a table, as in [{table}]")
-        known = {item.name: item for item in fields(TABLES[table])}
-        for key, value in values.items():
-            if key not in known:
-                raise ConfigError(
-                    f"{chosen}: unknown key {key!r} in [{table}]{_nearest(key, known)}"
-                )
-            values[key] = _typed(value, known[key].type, f"{chosen}: [{table}] {key}")
-    return RunFile(chosen.parent, document, chosen)
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-
-
-def _typed(value: Any, declared: str, where: str) -> Any:
-    """A TOML value as the declared type; integers may stand for floats, nothing else converts."""
-    names = {part.split("[")[0].strip() for part in declared.split("|")}
-    if type(value) is int and "float" in names and "int" not in names:
-        return float(value)
-    if type(value).__name__ not in names:
-        raise ConfigError(f"{where} = {value!r}: expected {declared}")
-    return value
 
 
 def parse_numbers(text: str, what: str) -> list[float]:

@@ -94,7 +94,7 @@ def write_tiny_expert(
 
 @pytest.fixture
 def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: `base.safetensors` and four experts `ft_1of4.safetensors` ... beside it."""
+    """The current folder, with `base.safetensors` and experts `ft_1of4` ... `ft_4of4` in it."""
     monkeypatch.chdir(tmp_path)
     write_tiny_base(tmp_path / "base.safetensors")
     for index in range(1, 5):

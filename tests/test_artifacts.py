@@ -13,20 +13,17 @@ import torch
 from conftest import write_tiny_base
 from safetensors.torch import load_file, save_file
 
-from deme_cli import artifacts
 from deme_cli.artifacts import (
-    claim,
+    ArtifactWriter,
     fingerprint,
     fingerprint_file,
-    read_header,
     read_record,
-    require_output,
-    require_space,
     write_artifact,
-    write_whole,
 )
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.outputs import claim, require_output, require_space, write_whole
 from deme_cli.records import KINDS, BaseRecord, StatisticsRecord, parse_record
+from deme_cli.tensor_file import layout_of, read_header
 
 TENSORS = {
     "half": torch.randn(5, 3).half(),
@@ -164,12 +161,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     path = tmp_path / "a.safetensors"
     write_artifact(path, TENSORS, RECORD)
     before = path.read_bytes()
-    with (
-        pytest.raises(RuntimeError, match="boom"),
-        artifacts.ArtifactWriter(path, artifacts.layout_of(TENSORS), RECORD) as writer,
-    ):
-        writer.write(b"\0" * 3)
-        raise RuntimeError("boom")
+
+    def fail_half_way() -> None:
+        with ArtifactWriter(path, layout_of(TENSORS), RECORD) as writer:
+            writer.write(b"\0" * 3)
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail_half_way()
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import write_whole
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -23,6 +22,7 @@ from deme_cli.commands.options import (
 )
 from deme_cli.commands.sample import Eta, Sampler, Spacing, Steps
 from deme_cli.config import EvalConfig, SampleConfig
+from deme_cli.outputs import write_whole
 
 if TYPE_CHECKING:
     from deme_cli.commands.eval_request import Request

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deme_cli import console
-from deme_cli.artifacts import require_output
 from deme_cli.commands.fetching import fetch
-from deme_cli.config import DTYPES, EvalConfig, RunFile, SampleConfig
+from deme_cli.config import DTYPES, EvalConfig, SampleConfig
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.references import Reference, find_reference, reference_assets
 from deme_cli.evaluation.row_plans import Rows, folder_rows, plan_rows
@@ -18,6 +17,8 @@ from deme_cli.evaluation.weights import (
     find_weights,
     weights_assets,
 )
+from deme_cli.outputs import require_output
+from deme_cli.run_file import RunFile
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import Header, read_header, record_of, require_space
+from deme_cli.artifacts import record_of
 from deme_cli.commands.options import Force, Json, Quiet
 from deme_cli.errors import ArtifactError, ConfigError
+from deme_cli.outputs import require_space
 from deme_cli.records import DenoiserRecord, ExpertRecord
+from deme_cli.tensor_file import Header, read_header
 
 _KINDS = ("base", "expert", "merged")
 _PROJECTIONS = "channel_projection."

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import fingerprint_file, read_header, record_of
+from deme_cli.artifacts import fingerprint_file, record_of
 from deme_cli.commands.options import Json, Quiet
 from deme_cli.errors import ArtifactError
+from deme_cli.tensor_file import read_header
 
 Files = Annotated[
     list[Path], typer.Argument(metavar="FILE", help="Artifacts of any kind.", show_default=False)

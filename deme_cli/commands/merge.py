@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import require_output, require_space
 from deme_cli.commands.merge_search import Found, Order, find_measure, search_coefficients
 from deme_cli.commands.options import (
     ConfigPath,
@@ -24,6 +23,7 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import DTYPES, MergeConfig, parse_numbers
 from deme_cli.errors import ConfigError
+from deme_cli.outputs import require_output, require_space
 
 if TYPE_CHECKING:
     from deme_cli.merging.grid import Grid

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.artifacts import claim, write_whole
-from deme_cli.config import DataConfig, EvalConfig, MergeConfig, RunFile, SampleConfig
+from deme_cli.config import DataConfig, EvalConfig, MergeConfig, SampleConfig
 from deme_cli.errors import ConfigError
 from deme_cli.interrupts import StopRequests
+from deme_cli.outputs import claim, write_whole
+from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
     from deme_cli.merging.grid import Grid

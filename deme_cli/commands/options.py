@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.config import DTYPES, RunFile, help_of, read_run_file
+from deme_cli.config import DTYPES, help_of
+from deme_cli.run_file import RunFile, read_run_file
 
 COMMON = "Common"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import read_record, require_output
+from deme_cli.artifacts import read_record
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -26,6 +26,7 @@ from deme_cli.commands.options import (
 from deme_cli.config import DTYPES, SampleConfig
 from deme_cli.diffusion.locate import locate_model
 from deme_cli.errors import ConfigError
+from deme_cli.outputs import require_output
 from deme_cli.records import DenoiserRecord, ExpertRecord
 
 if TYPE_CHECKING:

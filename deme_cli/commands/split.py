@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import require_output, write_artifact, write_whole
+from deme_cli.artifacts import write_artifact
 from deme_cli.commands.options import DryRun, Force, Json, Quiet, option
-from deme_cli.config import CONFIG_NAME, RunFile, SplitConfig
+from deme_cli.config import CONFIG_NAME, SplitConfig
 from deme_cli.errors import DemeError
+from deme_cli.outputs import require_output, write_whole
+from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, split_uniform
 
 if TYPE_CHECKING:

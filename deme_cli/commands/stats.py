@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import require_output, write_artifact
+from deme_cli.artifacts import write_artifact
 from deme_cli.commands.options import ConfigPath, Device, Force, Json, Quiet, begin, option
 from deme_cli.config import EvalConfig
 from deme_cli.errors import ConfigError
+from deme_cli.outputs import require_output
 
 _C = EvalConfig
 

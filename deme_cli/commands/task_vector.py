@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import require_output, require_space
 from deme_cli.commands.options import ConfigPath, Force, Json, Quiet, begin
 from deme_cli.errors import ConfigError
+from deme_cli.outputs import require_output, require_space
 
 if TYPE_CHECKING:
     from deme_cli.merging.lineage import Family

@@ -26,7 +26,7 @@ DIGITS_SETTINGS: dict[str, dict[str, Any]] = {
     "finetune": {
         "steps": 400,
         "batch_size": 128,
-        "lr": 1e-3,
+        "lr": 2e-3,
         "lr_schedule": "cosine",
         "warmup": 20,
         "checkpoint_every": 200,

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deme_cli.artifacts import fingerprint, load_tensors, read_header, read_record
+from deme_cli.artifacts import fingerprint, load_tensors, read_record
 from deme_cli.diffusion.denoiser import (
     Denoiser,
     assemble,
@@ -30,6 +30,7 @@ from deme_cli.diffusion.projection import has_projections
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError
 from deme_cli.records import BaseRecord
+from deme_cli.tensor_file import read_header
 
 DEFAULT_SCHEDULER = "no scheduler config found; took diffusers' DDPM defaults (T = 1000, linear)"
 

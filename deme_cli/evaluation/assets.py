@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deme_cli.artifacts import write_whole
 from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.outputs import write_whole
 
 _ANSWER_SECONDS = 1.0
 _READ_SECONDS = 30.0

@@ -5,9 +5,9 @@ d features, n images. Everything is float64: the distance is a small difference 
     |mu_1 - mu_2|^2 + Tr S_1 + Tr S_2 - 2 Tr (S_1 S_2)^(1/2)          (Dowson & Landau 1982)
 
 With S_1 = L L^T the eigenvalues of S_1 S_2 are those of the symmetric L^T S_2 L, so that the last
-trace is a sum of square roots of real numbers: no matrix root, no complex part, no offset on the
-diagonal. The factors come from a Cholesky decomposition with pivots, which tells the rank; where a
-covariance is singular (n <= d) the matrix has the size of the smaller rank and the answer holds.
+trace is a sum of square roots of real numbers: no matrix root, no complex part, no added offset.
+Where a covariance is singular (n <= d), L comes from a Cholesky decomposition with pivots, which
+tells the rank, and the matrix has the size of the smaller rank.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import lapack
+from scipy.linalg import eigvalsh, lapack
 
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 
@@ -101,11 +101,34 @@ def frechet_distance(
 
 def trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
     """Tr (S_1 S_2)^(1/2) of two covariances (d, d)."""
+    eigenvalues = _eigenvalues_regular(sigma1, sigma2)
+    if eigenvalues is None:
+        eigenvalues = _eigenvalues_singular(sigma1, sigma2)
+    return float(np.sqrt(eigenvalues.clip(min=0)).sum())
+
+
+def _eigenvalues_regular(sigma1: np.ndarray, sigma2: np.ndarray) -> np.ndarray | None:
+    """Eigenvalues of L^T S_2 L, S_1 = L L^T; None unless both have full rank up to rounding.
+
+    An eigenvalue of 0 comes out as rounding noise of either sign, and noise is what a square root
+    makes large: a single one that is not positive sends both to the other way. LAPACK is called as
+    it likes it best: upper halves in Fortran order, which is what the transposes are.
+    """
+    factor, failed = lapack.dpotrf(sigma1.T, lower=0)  # L^T
+    tiny = len(sigma1) * np.finfo(np.float64).eps * np.diagonal(sigma1).max(initial=0)
+    if failed or (np.diagonal(factor) ** 2).min(initial=np.inf) <= tiny:
+        return None
+    inner, _ = lapack.dsygst(sigma2.T, factor, itype=2, lower=0)  # L^T S_2 L, its upper half
+    eigenvalues = eigvalsh(inner, lower=False, driver="ev", overwrite_a=True, check_finite=False)
+    return eigenvalues if eigenvalues[0] > 0 else None
+
+
+def _eigenvalues_singular(sigma1: np.ndarray, sigma2: np.ndarray) -> np.ndarray:
+    """The same from pivoted factors (d, r), by the one of smaller rank: its matrix has no zeros."""
     factor, sigma = _factor(sigma1), sigma2
     if (other := _factor(sigma2)).shape[1] < factor.shape[1]:
         factor, sigma = other, sigma1
-    eigenvalues = np.linalg.eigvalsh(factor.T @ sigma @ factor)
-    return float(np.sqrt(eigenvalues.clip(min=0)).sum())
+    return eigvalsh(factor.T @ sigma @ factor) if factor.size else np.zeros(0)
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deme_cli.artifacts import write_whole
 from deme_cli.evaluation.measure import Measured
+from deme_cli.outputs import write_whole
 
 
 class Ledger:

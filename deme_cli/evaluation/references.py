@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deme_cli.artifacts import read_header, record_of
+from deme_cli.artifacts import record_of
 from deme_cli.data.places import FOLDERS_ONLY, find_place
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.assets import PUBLISHED_STATISTICS, Asset, statistics_asset
 from deme_cli.evaluation.weights import FeatureWeights, require_same_extractor
 from deme_cli.records import StatisticsRecord
+from deme_cli.tensor_file import read_header
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from deme_cli.artifacts import DTYPE_BYTES, ArtifactWriter, TensorSpec
+from deme_cli.artifacts import ArtifactWriter
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.merging.lineage import Family, is_projection, open_family, open_parents
 from deme_cli.merging.pieces import (
@@ -31,6 +31,7 @@ from deme_cli.merging.pieces import (
     to_numbers,
 )
 from deme_cli.records import MergedRecord
+from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
 
 Terms = list[tuple[int, float]]  # (number of the file: 0 the base, then the parents; coefficient)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deme_cli.artifacts import DTYPE_BYTES, ArtifactWriter, TensorSpec
+from deme_cli.artifacts import ArtifactWriter
 from deme_cli.errors import ArtifactError, NumericsError
 from deme_cli.merging.lineage import Family, Parent, is_projection
 from deme_cli.merging.pieces import (
@@ -28,6 +28,7 @@ from deme_cli.merging.pieces import (
     to_numbers,
 )
 from deme_cli.records import TaskVectorRecord
+from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
 
 _BLOCK = re.compile(r"(?:down_blocks|up_blocks)\.\d+|mid_block|channel_projection")
 

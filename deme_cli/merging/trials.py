@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deme_cli.artifacts import write_whole
 from deme_cli.errors import ConfigError, NumericsError, writing
+from deme_cli.outputs import write_whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deme_cli.artifacts import require_output
 from deme_cli.config import SampleConfig
 from deme_cli.interrupts import StopRequests
+from deme_cli.outputs import require_output
 from deme_cli.sampling.preview import MAX_IMAGES, preview_path, write_preview
 from deme_cli.sampling.sampler import ImageBatch, SamplingExpert, StepProgress, sample_images
 from deme_cli.sampling.samples_file import SamplesFile

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from deme_cli.artifacts import ArtifactWriter, TensorSpec, claim, require_output, require_space
+from deme_cli.artifacts import ArtifactWriter
 from deme_cli.errors import writing
+from deme_cli.outputs import claim, require_output, require_space
 from deme_cli.records import SamplesRecord
 from deme_cli.sampling.sampler import ImageBatch, image_seed
 from deme_cli.sampling.store import Order
+from deme_cli.tensor_file import TensorSpec
 
 _PIECE_BYTES = 1 << 24
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deme_cli.artifacts import claim, require_space, write_whole
 from deme_cli.errors import ConfigError, writing
+from deme_cli.outputs import claim, require_space, write_whole
 from deme_cli.sampling.preview import png_bytes
 from deme_cli.sampling.sampler import ImageBatch
 from deme_cli.sampling.store import Order

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from deme_cli.artifacts import claim, fingerprint, write_artifact
+from deme_cli.artifacts import fingerprint, write_artifact
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.images import ImageData
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser
 from deme_cli.diffusion.projection import attach_projections, fold_weights
 from deme_cli.errors import NumericsError, writing
 from deme_cli.interrupts import StopRequests
+from deme_cli.outputs import claim
 from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.timesteps import RangeChoice
 from deme_cli.training.batches import BatchSource

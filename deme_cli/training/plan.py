@@ -6,14 +6,16 @@ Everything here is checked from headers, before torch is imported; `prepare` loa
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deme_cli.artifacts import read_record, require_output
-from deme_cli.config import DataConfig, FinetuneConfig, RunFile, SplitConfig
+from deme_cli.artifacts import read_record
+from deme_cli.config import DataConfig, FinetuneConfig, SplitConfig
 from deme_cli.errors import ConfigError, MissingError
+from deme_cli.outputs import require_output
 from deme_cli.records import BaseRecord, ExpertRecord
+from deme_cli.run_file import RunFile
 from deme_cli.timesteps import RangeChoice, TimestepRange, parse_range
 from deme_cli.training.places import checkpoint_path
 
@@ -136,7 +138,8 @@ def plan_base(job: Job, description: Path, output: Path) -> Plan:
     """The plan that trains a base from the [model] and [scheduler] in a TOML or JSON file."""
     document = read_description(description)
     _require_free(job, output)
-    return Plan(job, "base", None, output, document)
+    settings = replace(job.settings, p=0.0, consistency=0.0, projection="none")
+    return Plan(replace(job, settings=settings), "base", None, output, document)
 
 
 def _require_free(job: Job, output: Path) -> None:

@@ -17,15 +17,11 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from deme_cli.artifacts import (
-    fingerprint,
-    load_tensors,
-    read_header,
-    write_artifact,
-)
+from deme_cli.artifacts import fingerprint, load_tensors, write_artifact
 from deme_cli.config import FinetuneConfig
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.records import Record
+from deme_cli.tensor_file import read_header
 
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
 

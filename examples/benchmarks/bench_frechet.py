@@ -34,7 +34,7 @@ def gaussian_of(features: np.ndarray) -> Gaussian:
 
 
 def clean_fid_distance(*parts: np.ndarray) -> float:
-    """clean-fid's figure. scipy 1.18 drops the `disp` that it asks for: then `disp` is served here."""
+    """clean-fid's figure; `disp`, which it asks of scipy and scipy 1.18 drops, is served here."""
     import scipy.linalg
     from cleanfid import fid
 

@@ -80,8 +80,9 @@ def write_models(folder: Path, parameters: float, experts: int) -> int:
     import torch
     from diffusers import UNet2DModel
 
-    from deme_cli.artifacts import ArtifactWriter, layout_of
+    from deme_cli.artifacts import ArtifactWriter
     from deme_cli.records import BaseRecord, ExpertRecord
+    from deme_cli.tensor_file import layout_of
     from deme_cli.timesteps import split_uniform
 
     config = model_config(parameters)

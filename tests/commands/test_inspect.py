@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from deme_cli.artifacts import read_header, read_record
+from deme_cli.artifacts import read_record
 from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.tensor_file import read_header
 
 
 def test_inspect_tells_what_the_header_says(run_folder: Path, deme: Callable) -> None:

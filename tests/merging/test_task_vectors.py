@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from deme_cli.artifacts import load_tensors, read_record
-from deme_cli.config import read_run_file
 from deme_cli.diffusion.projection import PREFIX
 from deme_cli.errors import ArtifactError, MissingError, NumericsError
 from deme_cli.merging.lineage import find_base, open_family, open_parents
 from deme_cli.merging.task_vectors import block_of, measure, write_task_vector
+from deme_cli.run_file import read_run_file
 
 NAMES = {
     "conv_in.weight": "other",

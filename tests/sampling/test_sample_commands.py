@@ -19,22 +19,17 @@ from PIL import Image
 from safetensors.numpy import load_file
 from typer.testing import Result
 
-from deme_cli.artifacts import (
-    claim,
-    fingerprint_file,
-    load_tensors,
-    read_header,
-    read_record,
-    write_artifact,
-)
+from deme_cli.artifacts import fingerprint_file, load_tensors, read_record, write_artifact
 from deme_cli.config import SampleConfig
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import Stopped
+from deme_cli.outputs import claim
 from deme_cli.sampling.draw import draw_samples
 from deme_cli.sampling.preview import grid
 from deme_cli.sampling.protocol import protocol_card
 from deme_cli.sampling.sampler import image_seed, single
 from deme_cli.sampling.store import Order
+from deme_cli.tensor_file import read_header
 
 Deme = Callable[..., Result]
 BASE, OUTPUT = Path("base.safetensors"), Path("out.safetensors")

@@ -1,0 +1,79 @@
+"""Places for results: checked before work, claimed during it, filled whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from deme_cli.errors import ConfigError, MissingError, writing
+
+
+def require_output(path: Path, *, force: bool) -> None:
+    """Check that `path` may be written: absent or `force`, in a folder that takes files."""
+    path = Path(path)
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists; add --force to replace it, or choose another --output")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.parent / f".{path.name}.{os.getpid()}.probe"
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def require_space(path: Path, num_bytes: int) -> None:
+    """Check that the disk of `path` has room for `num_bytes`; raises MissingError if not."""
+    import shutil
+
+    folder = Path(path).resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise MissingError(
+            f"{path}: needs {num_bytes / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free; "
+            f"free some space or choose another --output"
+        )
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[None]:
+    """Hold the right to write `path`. Raises ConfigError while another process holds it."""
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    lock_path = path.parent / f".{path.name}.lock"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"{path} is being written by another deme process; wait for it or use --output"
+            ) from error
+    try:
+        yield
+    finally:
+        lock_path.unlink(missing_ok=True)
+        lock.release()
+
+
+def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a plain file (PNG, TOML, JSON) so that it appears whole or not at all."""
+    path = Path(path)
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,165 @@
+"""Safetensors files seen from outside: header, shapes, bytes. Trusts nothing, needs no torch.
+
+Lengths, offsets and shapes are checked against the file before a tensor is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deme_cli.errors import ArtifactError, MissingError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
+    "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+_DTYPE_CODES = {
+    "float64": "F64", "int64": "I64", "uint64": "U64", "float32": "F32", "int32": "I32",
+    "uint32": "U32", "float16": "F16", "bfloat16": "BF16", "int16": "I16", "uint16": "U16",
+    "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor's name, safetensors dtype code, shape, and bytes `begin:end` in its file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int = 0
+    end: int = 0
+
+    @property
+    def num_elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says before its tensors. `tensors` by name, offsets in the file."""
+
+    path: Path
+    tensors: dict[str, TensorSpec]
+    metadata: dict[str, str]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(spec.num_elements for spec in self.tensors.values())
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of a safetensors file.
+
+    Raises MissingError if there is no such file, ArtifactError if it is not whole and valid.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise ArtifactError(
+                    f"{path}: not a whole safetensors file ({size} bytes, a header of {length})"
+                )
+            document = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise MissingError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise ArtifactError(f"{path}: expected a safetensors file, found a folder") from error
+    except PermissionError as error:
+        raise MissingError(f"{path}: no permission to read it") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not a safetensors file (its header is not JSON)") from error
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{path}: not a safetensors file (its header is not a table)")
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ArtifactError(f"{path}: the header's __metadata__ is not a table of strings")
+    start = 8 + length
+    specs = [_parse_spec(path, name, entry, start) for name, entry in document.items()]
+    position = start
+    for spec in sorted(specs, key=lambda s: (s.begin, s.end)):
+        if spec.begin != position:
+            raise ArtifactError(f"{path}: tensor {spec.name!r} does not follow the one before it")
+        position = spec.end
+    if position != size:
+        raise ArtifactError(
+            f"{path}: truncated or padded: expected {position} bytes, found {size}; "
+            f"copy or make the file again"
+        )
+    return Header(path, {spec.name: spec for spec in specs}, metadata)
+
+
+def _parse_spec(path: Path, name: str, entry: Any, start: int) -> TensorSpec:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        spec = TensorSpec(name, dtype, tuple(shape), start + begin, start + end)
+        sound = (
+            all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            and spec.end - spec.begin == spec.num_bytes
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: tensor {name!r} is described wrongly in the header"
+        ) from error
+    if not sound:
+        raise ArtifactError(f"{path}: shape and bytes of tensor {name!r} disagree in the header")
+    return spec
+
+
+def layout_of(tensors: Mapping[str, Any]) -> list[TensorSpec]:
+    """Specs of torch or numpy tensors, largest element first so that every tensor is aligned."""
+    specs = []
+    for name, tensor in tensors.items():
+        code = _DTYPE_CODES.get(str(tensor.dtype).removeprefix("torch."))
+        if code is None:
+            raise ArtifactError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be stored")
+        specs.append(TensorSpec(name, code, tuple(tensor.shape)))
+    return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
+
+
+def tensor_bytes(tensor: torch.Tensor | np.ndarray) -> memoryview:
+    """The little-endian bytes of a tensor, without a copy where it is contiguous on the CPU."""
+    if hasattr(tensor, "detach"):
+        import torch
+
+        array = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    else:
+        import numpy as np
+
+        array = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+    return memoryview(array)
+
+
+def read_pieces(file: Any, spec: TensorSpec, num_bytes: int = _CHUNK_BYTES) -> Iterator[memoryview]:
+    """The bytes of one tensor in pieces of at most `num_bytes`, each valid until the next."""
+    buffer = memoryview(bytearray(min(num_bytes, max(spec.num_bytes, 1))))
+    file.seek(spec.begin)
+    left = spec.end - spec.begin
+    while left:
+        count = file.readinto(buffer[: min(left, len(buffer))])
+        if not count:
+            raise ArtifactError(f"{file.name}: ended while tensor {spec.name!r} was read")
+        yield buffer[:count]
+        left -= count
