@@ -14,7 +14,6 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +109,8 @@ class ArtifactWriter:
         self._digests: dict[TensorSpec, str] = {}
         self._current = hashlib.sha256()
         self._filled = 0
+        from concurrent.futures import ThreadPoolExecutor
+
         self._hasher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deme-hash")
 
     def __enter__(self) -> ArtifactWriter:

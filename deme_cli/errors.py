@@ -66,6 +66,10 @@ _STORAGE_ADVICE = {
     errno.EEXIST: "part of this path is a file, not a folder; choose another place with --output",
     errno.ENOTDIR: "part of this path is a file, not a folder; choose another place with --output",
     errno.EISDIR: "a folder of this name exists; choose another place with --output",
+    errno.ENOTEMPTY: "a folder of this name exists; choose another place with --output",
+    errno.ENOENT: "this place takes no files; choose another place with --output",
+    errno.EINVAL: "this place takes no files; choose another place with --output",
+    errno.ENAMETOOLONG: "the name is too long for the disk; choose a shorter one with --output",
 }
 
 

@@ -13,9 +13,13 @@ from deme_cli.errors import ConfigError, MissingError, writing
 def require_output(path: Path, *, force: bool) -> None:
     """Check that `path` may be written: absent or `force`, in a folder that takes files."""
     path = Path(path)
-    if path.exists() and not force:
-        raise ConfigError(f"{path} exists; add --force to replace it, or choose another --output")
     with writing(path):
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; name a file with --output")
+        if path.exists() and not force:
+            raise ConfigError(
+                f"{path} exists; add --force to replace it, or choose another --output"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.parent / f".{path.name}.{os.getpid()}.probe"
         try:

@@ -60,6 +60,8 @@ def read_run_file(path: Path | None) -> RunFile:
         document = tomli.loads(chosen.read_text(encoding="utf-8"))
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{chosen}: not valid TOML: {error}") from error
+    except OSError as error:
+        raise MissingError(f"{chosen}: cannot be read: {error.strerror}") from error
     for table, values in document.items():
         if table not in TABLES:
             raise ConfigError(f"{chosen}: unknown table [{table}]{_nearest(table, TABLES)}")
@@ -87,6 +89,9 @@ def _typed(value: Any, declared: str, where: str) -> Any:
         return float(value)
     if type(value).__name__ not in names:
         raise ConfigError(f"{where} = {value!r}: expected {declared}")
+    entry = declared.partition("list[")[2].partition("]")[0]
+    if type(value) is list and entry != "Any":
+        return [_typed(one, entry, where) for one in value]
     return value
 
 

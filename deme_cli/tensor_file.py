@@ -89,6 +89,8 @@ def read_header(path: Path) -> Header:
         raise ArtifactError(f"{path}: expected a safetensors file, found a folder") from error
     except PermissionError as error:
         raise MissingError(f"{path}: no permission to read it") from error
+    except OSError as error:
+        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a safetensors file (its header is not JSON)") from error
     if not isinstance(document, dict):

@@ -77,6 +77,11 @@ def parse_range(
         if of < 1 or not 1 <= index <= of:
             raise ConfigError(f"--range {text}: i/N needs 1 <= i <= N, as in 2/4")
         parts = ranges if len(ranges) == of else split_uniform(of, num_train_timesteps)
+        if parts[index - 1].stop > num_train_timesteps:
+            raise ConfigError(
+                f"--range {text}: range {parts[index - 1]} of [split] reaches past the "
+                f"{num_train_timesteps} timesteps of this model; correct deme.toml"
+            )
         return RangeChoice(parts[index - 1], index, of)
     if match := _SPAN.fullmatch(text.strip()):
         start, stop = int(match[1]), int(match[2])

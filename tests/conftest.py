@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -92,14 +94,22 @@ def write_tiny_expert(
     return write_artifact(path, weights, record)
 
 
-@pytest.fixture
-def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with `base.safetensors` and experts `ft_1of4` ... `ft_4of4` in it."""
-    monkeypatch.chdir(tmp_path)
-    write_tiny_base(tmp_path / "base.safetensors")
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base.safetensors` and experts `ft_1of4` ... `ft_4of4`, made once."""
+    folder = tmp_path_factory.mktemp("run")
+    write_tiny_base(folder / "base.safetensors")
     for index in range(1, 5):
-        path = tmp_path / f"ft_{index}of4.safetensors"
-        write_tiny_expert(path, tmp_path / "base.safetensors", index=index, of=4)
+        path = folder / f"ft_{index}of4.safetensors"
+        write_tiny_expert(path, folder / "base.safetensors", index=index, of=4)
+    return folder
+
+
+@pytest.fixture
+def run_folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a copy of the finished run's base and experts in it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -119,5 +129,11 @@ def deme() -> Callable[..., Result]:
     """Run a `deme` command line in this process. A DemeError is the result's `exception`."""
     from deme_cli.app import app
 
-    runner = CliRunner()
-    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
+    def run(*arguments: object) -> Result:
+        words = [str(argument) for argument in arguments]
+        named = [command for command in app.registered_commands if command.name == words[0]]
+        lean = copy.copy(app)  # Typer builds every command anew on each call; one is enough
+        lean.registered_commands = named or app.registered_commands
+        return CliRunner().invoke(lean, words)
+
+    return run

@@ -32,7 +32,7 @@ class Size:
     repeats: int = 3
 
 
-FULL = Size(steps=400, candidates=1000, num=4000)
+FULL = Size(steps=400, candidates=500, num=2000)
 QUICK = Size(steps=4, candidates=20, num=80)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import __version__, console
@@ -24,6 +22,8 @@ def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
     Example: deme doctor
     """
     console.set_quiet(quiet)
+    import platform
+
     from deme_cli.evaluation.assets import cache_folder
     from deme_cli.evaluation.inventory import take_inventory
 
@@ -43,17 +43,20 @@ def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
 
 
 def _versions() -> dict[str, str | None]:
+    from importlib import metadata
+
     found: dict[str, str | None] = {}
     for name in LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             found[name] = None
     return found
 
 
 def _device() -> dict[str, Any]:
     """What `--device auto` takes, and its name and memory where it is a GPU."""
+
     import torch
 
     from deme_cli.diffusion.denoiser import choose_device

@@ -38,7 +38,7 @@ def evaluate(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL|EXPERT|SAMPLES]...",
+            metavar="MODEL|EXPERT|SAMPLES",
             help="Artifacts, diffusers folders, hub ids, folders of images. Experts that cover all "
             "timesteps are one row. Without any: base, experts and merged of this folder.",
             show_default=False,
@@ -64,7 +64,15 @@ def evaluate(
     steps: Steps = None,
     eta: Eta = None,
     spacing: Spacing = None,
-    batch_size: Annotated[int | None, option(_C, "batch_size", "--batch-size", "-b")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            help="Images denoised, and images looked at, per forward; does not change the images.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int | None, option(_C, "seed", "--seed")] = None,
     output: Annotated[
         Path | None,
@@ -96,7 +104,7 @@ def evaluate(
         SampleConfig, sampler=sampler, steps=steps, eta=eta, spacing=spacing,
         batch_size=batch_size, num=settings.num, seed=settings.seed,
     )  # fmt: skip
-    check_options(settings, dtype, max_fid, output, force=force)
+    check_options(settings, max_fid, output, force=force)
     request = prepare(run, settings, sample, weights, models or [], device=device, dtype=dtype)
     if dry_run:
         say_what_would_run(request, as_json=as_json)
@@ -136,14 +144,17 @@ def _measure(request: Request) -> tuple[list[Row], Figures, Cards]:
     }
     ledger = Ledger(Path("."), [config.num, config.repeats, cards])
     measured: list[Measured] = []
+    shown = 0
     with console.progress("measuring", total_images(rows, config), "image") as bar:
         for record in evaluate_rows(
             rows, targets, extractor, sample=request.sample, config=config, ledger=ledger
         ):
             done = sum(finished.n for finished in measured) + record.done
-            bar.advance(done, f"{record.row}, repeat {record.repeat + 1}")
             if isinstance(record, Measured):
                 measured.append(record)
+            if done > shown:
+                shown = done
+                bar.advance(done, f"{record.row}, repeat {record.repeat + 1}")
     return rows, summarise(measured), cards
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deme_cli import console
 from deme_cli.commands.fetching import fetch
-from deme_cli.config import DTYPES, EvalConfig, SampleConfig
+from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.references import Reference, find_reference, reference_assets
 from deme_cli.evaluation.row_plans import Rows, folder_rows, plan_rows
@@ -35,15 +35,13 @@ class Request:
 
 
 def check_options(
-    settings: EvalConfig, dtype: str, max_fid: float | None, output: Path | None, *, force: bool
+    settings: EvalConfig, max_fid: float | None, output: Path | None, *, force: bool
 ) -> None:
     """What the command line alone can get wrong."""
     if not (settings.fid or settings.kid):
         raise ConfigError(
             "nothing to measure against: add --fid REF or --kid REF, as in --fid digits"
         )
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     if max_fid is not None and not settings.fid:
         raise ConfigError("--max-fid needs --fid")
     if output is not None:
@@ -64,6 +62,9 @@ def prepare(
     fid, kid = (_seen_from(run, source) for source in (settings.fid, settings.kid))
     features = choose_features(settings.features, [source for source in (fid, kid) if source])
     resize = settings.resize
+    for source in (fid, kid):
+        if source and Path(source).exists():  # a wrong file is told before missing weights
+            find_reference(source, features, resize)
     assets = weights_assets(features, resize, weights_path)
     if fid:
         assets += reference_assets(fid, features, resize)

@@ -10,7 +10,7 @@ import typer
 from deme_cli import console
 from deme_cli.artifacts import record_of
 from deme_cli.commands.options import Force, Json, Quiet
-from deme_cli.errors import ArtifactError, ConfigError
+from deme_cli.errors import ArtifactError, ConfigError, writing
 from deme_cli.outputs import require_space
 from deme_cli.records import DenoiserRecord, ExpertRecord
 from deme_cli.tensor_file import Header, read_header
@@ -82,8 +82,9 @@ def _require_plain_denoiser(header: Header) -> DenoiserRecord:
 
 def _require_folder(folder: Path, *, force: bool) -> None:
     """Only an exported pipeline is ever replaced, and only with --force."""
-    if not folder.exists():
-        return
+    with writing(folder):
+        if not folder.exists():
+            return
     if not force:
         raise ConfigError(f"{folder} exists; add --force to replace it, or choose another DIR")
     if not (folder / "model_index.json").exists():

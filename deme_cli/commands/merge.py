@@ -21,7 +21,7 @@ from deme_cli.commands.options import (
     begin,
     option,
 )
-from deme_cli.config import DTYPES, MergeConfig, parse_numbers
+from deme_cli.config import MergeConfig, parse_numbers
 from deme_cli.errors import ConfigError
 from deme_cli.outputs import require_output, require_space
 
@@ -98,7 +98,7 @@ def merge(
     from deme_cli.merging.lineage import find_base, open_family, open_parents
 
     run = begin(config, quiet=quiet)
-    _require_one_choice(coefficients, search, dtype)
+    _require_one_choice(coefficients, search)
     settings = run.settings(
         MergeConfig, search=search if coefficients is None else "none", objective=objective,
         grid=None if grid is None else parse_grid(grid), num=num, steps=steps,
@@ -135,12 +135,10 @@ def merge(
         console.result_json({"dry_run": True, "paths": [str(output)]})
 
 
-def _require_one_choice(coefficients: str | None, search: str | None, dtype: str) -> None:
+def _require_one_choice(coefficients: str | None, search: str | None) -> None:
     """Coefficients are given or searched, not both."""
     if coefficients is not None and search not in (None, "none"):
         raise ConfigError("-w gives the coefficients and --search looks for them; keep one")
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
 
 
 def _require_use(settings: MergeConfig, given: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +10,11 @@ import typer
 
 from deme_cli import console
 from deme_cli.config import DTYPES, help_of
+from deme_cli.errors import ConfigError
 from deme_cli.run_file import RunFile, read_run_file
 
 COMMON = "Common"
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 def option(config: type, name: str, *flags: str, panel: str | None = None) -> Any:
@@ -20,17 +23,35 @@ def option(config: type, name: str, *flags: str, panel: str | None = None) -> An
     return typer.Option(*flags, help=text, rich_help_panel=panel, show_default=False)
 
 
+def _known_device(name: str) -> str:
+    """--device, checked before any command loads torch."""
+    if not _DEVICE.fullmatch(name):
+        raise ConfigError(f"--device {name}: expected auto, cpu, cuda, cuda:i or mps")
+    return name
+
+
+def _known_dtype(name: str) -> str:
+    """--dtype, checked before any command loads torch."""
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
+    return name
+
+
 ConfigPath = Annotated[
     Path | None,
     typer.Option("--config", help=r"The deme.toml to read \[default: ./deme.toml].",
                  rich_help_panel=COMMON, show_default=False),
 ]  # fmt: skip
 Device = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda, cuda:i or mps.", rich_help_panel=COMMON)
-]
+    str,
+    typer.Option("--device", help="auto, cpu, cuda, cuda:i or mps.", callback=_known_device,
+                 rich_help_panel=COMMON),
+]  # fmt: skip
 Dtype = Annotated[
-    str, typer.Option("--dtype", help=f"Precision: {', '.join(DTYPES)}.", rich_help_panel=COMMON)
-]
+    str,
+    typer.Option("--dtype", help=f"Precision: {', '.join(DTYPES)}.", callback=_known_dtype,
+                 rich_help_panel=COMMON),
+]  # fmt: skip
 Force = Annotated[
     bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=COMMON)
 ]

@@ -23,9 +23,9 @@ from deme_cli.commands.options import (
     begin,
     option,
 )
-from deme_cli.config import DTYPES, SampleConfig
+from deme_cli.config import SampleConfig
 from deme_cli.diffusion.locate import locate_model
-from deme_cli.errors import ConfigError
+from deme_cli.errors import writing
 from deme_cli.outputs import require_output
 from deme_cli.records import DenoiserRecord, ExpertRecord
 
@@ -55,9 +55,9 @@ class Request:
 
     def check(self) -> None:
         """What can be told before anything heavy is loaded."""
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
-        if self.output.suffix == ".safetensors" and not self.output.is_dir():
+        with writing(self.output):
+            to_artifact = self.output.suffix == ".safetensors" and not self.output.is_dir()
+        if to_artifact:
             require_output(self.output, force=self.force)
 
 

@@ -144,4 +144,6 @@ def choose_device(name: str) -> torch.device:
         raise MissingError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs"
         )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise MissingError("--device mps: this machine has no Metal GPU")
     return device

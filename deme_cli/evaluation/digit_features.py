@@ -14,6 +14,7 @@ interface float32 images (B, 3, H, W) in [0, 255] -> (B, d); make it with
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,8 +133,10 @@ def accuracy(features: DigitFeatures, heads: DigitHeads, split: str) -> float:
 
 def save_features(features: DigitFeatures, path: Path) -> None:
     """Write the feature network as TorchScript that runs anywhere torch does."""
-    scripted = torch.jit.script(features.eval().requires_grad_(False))
-    torch.jit.save(scripted, str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is on its way out
+        scripted = torch.jit.script(features.eval().requires_grad_(False))
+        torch.jit.save(scripted, str(path))
 
 
 def main(path: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.linalg import eigvalsh, lapack
 
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
+from deme_cli.evaluation.threads import fitting_threads
 
 _INDEFINITE = 1e-4  # largest remainder of the factorisation, as a share of the largest variance
 
@@ -101,9 +102,10 @@ def frechet_distance(
 
 def trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
     """Tr (S_1 S_2)^(1/2) of two covariances (d, d)."""
-    eigenvalues = _eigenvalues_regular(sigma1, sigma2)
-    if eigenvalues is None:
-        eigenvalues = _eigenvalues_singular(sigma1, sigma2)
+    with fitting_threads(len(sigma1)):
+        eigenvalues = _eigenvalues_regular(sigma1, sigma2)
+        if eigenvalues is None:
+            eigenvalues = _eigenvalues_singular(sigma1, sigma2)
     return float(np.sqrt(eigenvalues.clip(min=0)).sum())
 
 

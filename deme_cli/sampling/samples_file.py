@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -60,7 +61,10 @@ class SamplesFile:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk: what was flushed is kept
+            self._file.close()
+        if self.unfinished.exists() and self.unfinished.stat().st_size <= len(self._line):
+            self.unfinished.unlink()  # holds no image yet
         self._claim.__exit__(None, None, None)
 
     def _find_images(self) -> int:

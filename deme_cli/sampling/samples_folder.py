@@ -62,6 +62,8 @@ class SamplesFolder:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        if kind is not None and not self._numbered():
+            self._card_path.unlink(missing_ok=True)  # promises images of which there is none
         self._claim.__exit__(None, None, None)
 
     def _prepare(self) -> None:
@@ -115,9 +117,12 @@ class SamplesFolder:
         for index, image in enumerate(batch.images, batch.start):
             path = self._path(index)
             partial = path.with_suffix(".partial")
-            with writing(path):
-                partial.write_bytes(png_bytes(image))
-                os.replace(partial, path)
+            try:
+                with writing(path):
+                    partial.write_bytes(png_bytes(image))
+                    os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def head(self, num: int) -> np.ndarray:
         """The first `num` images, uint8 (num, H, W, C)."""

@@ -177,8 +177,8 @@ class _Window:
         total, denoising, consistency = (self._sum / self._count).tolist()
         if not torch.isfinite(self._sum).all():
             raise NumericsError(
-                f"the loss became {total} by update {state.step}; the last good checkpoint is "
-                f"kept: lower --lr, or use --dtype bf16 or fp32, with --force to start anew"
+                f"the loss became {total} by update {state.step}; only a good checkpoint is kept, "
+                f"if any: lower --lr, or use --dtype bf16 or fp32, with --force to start anew"
             )
         rate = self._count * config.batch_size / max(time.monotonic() - self._start, 1e-9)
         self._open()
@@ -201,8 +201,8 @@ def _keep(
 def _require_finite(state: TrainingState, run: Run) -> None:
     if not state.is_finite():
         raise NumericsError(
-            f"a weight became infinite or NaN by update {state.step}; the last good checkpoint is "
-            f"kept: lower --lr, with --force to start anew"
+            f"a weight became infinite or NaN by update {state.step}; only a good checkpoint is "
+            f"kept, if any: lower --lr, with --force to start anew"
         )
 
 

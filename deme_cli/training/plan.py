@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli.artifacts import read_record
 from deme_cli.config import DataConfig, FinetuneConfig, SplitConfig
-from deme_cli.errors import ConfigError, MissingError
-from deme_cli.outputs import require_output
+from deme_cli.errors import ConfigError, MissingError, NumericsError
+from deme_cli.outputs import require_output, require_space
 from deme_cli.records import BaseRecord, ExpertRecord
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import RangeChoice, TimestepRange, parse_range
@@ -22,6 +22,7 @@ from deme_cli.training.places import checkpoint_path
 if TYPE_CHECKING:
     from deme_cli.training.finetune import Run
 
+_FILES_BESIDE = 5  # of the base's size: a checkpoint (weights, average, two moments), the expert
 NOT_RESULT = ("checkpoint_every", "held_out")  # settings that do not change the weights
 
 
@@ -88,6 +89,11 @@ class Plan:
         else:
             assert self.choice is not None
             denoiser, choice = load_denoiser(job.base, device=device), self.choice
+            if not all(bool(p.isfinite().all()) for p in denoiser.network.parameters()):
+                raise NumericsError(
+                    f"{job.base}: holds weights that are not finite; import it anew with "
+                    f"`deme split`"
+                )
         source, shape = job.images.source, denoiser.sample_shape
         data = open_images(source, shape=shape, split="train")
         flip = job.images.horizontal_flip
@@ -130,6 +136,7 @@ def plan_experts(job: Job, run: RunFile, range_text: str, output: Path | None) -
             _require_same_settings(path, record, job)
         else:
             _require_free(job, path)
+            require_space(path, _FILES_BESIDE * job.base.stat().st_size)
         plans.append(Plan(job, text, choice, path, is_done=done))
     return plans
 

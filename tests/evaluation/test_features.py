@@ -44,9 +44,10 @@ def test_inception_features_equal_those_of_clean_fid(
     from cleanfid.inception_torchscript import InceptionV3W
 
     place = stand_in.rename(stand_in.with_name("inception-2015-12-05.pt"))
-    oracle = InceptionV3W(
-        str(place.parent), download=False, resize_inside=mode == "legacy_tensorflow"
-    )
+    with quiet_clean_fid():
+        oracle = InceptionV3W(
+            str(place.parent), download=False, resize_inside=mode == "legacy_tensorflow"
+        )
     expected = clean_fid_features(colour_folder, oracle, mode)
     extractor = load_extractor("inception", resize=mode, weights=place)
     data = open_images(str(colour_folder), shape=None, split="all")
