@@ -20,8 +20,6 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from deme_cli.app import app
 
-    if not {"-h", "--help"}.isdisjoint(sys.argv) or len(sys.argv) == 1:
-        _import_help_renderer()
     try:
         app()
     except DemeError as error:
@@ -29,25 +27,6 @@ def main() -> None:
             raise
         console.error(str(error))
         sys.exit(error.exit_code)
-
-
-def _import_help_renderer() -> None:
-    """Load Typer's help renderer without two modules it never calls here, half of its import time.
-
-    Help texts are rich markup and not Markdown, and rich tracebacks are off. The placeholders are
-    taken away again: whoever imports these modules later gets the real ones.
-    """
-    from types import ModuleType
-
-    unused = {"rich.markdown": "Markdown", "rich.traceback": "Traceback"}
-    placed = [name for name in unused if name not in sys.modules]
-    for name in placed:
-        sys.modules[name] = ModuleType(name)
-        setattr(sys.modules[name], unused[name], None)
-    import typer.rich_utils  # noqa: F401
-
-    for name in placed:
-        del sys.modules[name]
 
 
 if __name__ == "__main__":

@@ -1,50 +1,93 @@
-"""The Typer app: every subcommand, grouped as they are used. Imports no heavy library."""
+"""The Typer app: every subcommand, grouped as they are used; each is imported when it is called.
+
+Building twelve commands with their options costs more than the rest of `deme --help`, so what it
+lists is a table here, and a command is built when somebody runs it or asks for its help.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+import typer.core
+import typer.main
 
 from deme_cli import __version__
-from deme_cli.commands.demo import demo
-from deme_cli.commands.doctor import doctor
-from deme_cli.commands.ensemble_sample import ensemble_sample
-from deme_cli.commands.eval import evaluate
-from deme_cli.commands.export import export
-from deme_cli.commands.finetune import finetune
-from deme_cli.commands.inspect import inspect
-from deme_cli.commands.merge import merge
-from deme_cli.commands.sample import sample
-from deme_cli.commands.split import split
-from deme_cli.commands.stats import stats
-from deme_cli.commands.task_vector import task_vector
+
+SETTINGS: dict[str, Any] = {
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+    "rich_markup_mode": "rich",
+}
+PIPELINE, MEASURE, LOOK = "Pipeline", "Sample and measure", "Look and share"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A subcommand: its panel, its line in `deme --help`, and its function in commands/."""
+
+    panel: str
+    summary: str
+    function: str
+    module: str = ""
+
+    def build(self, name: str) -> typer.core.TyperCommand:
+        """Import the command and make its options."""
+        module = import_module(f"deme_cli.commands.{self.module or self.function}")
+        one = typer.Typer(**SETTINGS, add_completion=False)
+        one.command(name, rich_help_panel=self.panel)(getattr(module, self.function))
+        return typer.main.get_command(one)
+
+    def line(self, name: str) -> typer.core.TyperCommand:
+        """What stands in the list of commands, without the command."""
+        return typer.core.TyperCommand(name, help=self.summary, rich_help_panel=self.panel)
+
+
+COMMANDS: dict[str, Entry] = {
+    "split": Entry(PIPELINE, "Import a model, divide its timesteps into ranges.", "split"),
+    "finetune": Entry(PIPELINE, "Train the expert of one range (Eq. 3-6).", "finetune"),
+    "task-vector": Entry(PIPELINE, "Subtract the base: norms, cosines.", "task_vector"),
+    "merge": Entry(PIPELINE, "Merge experts into one model (Eq. 8).", "merge"),
+    "sample": Entry(MEASURE, "Draw images from one model.", "sample"),
+    "ensemble-sample": Entry(MEASURE, "Draw images, expert by range (Eq. 7).", "ensemble_sample"),
+    "eval": Entry(MEASURE, "Measure the distance to reference images.", "evaluate", "eval"),
+    "stats": Entry(MEASURE, "Make reference statistics of images.", "stats"),
+    "demo": Entry(LOOK, "Run the whole pipeline on the embedded digits.", "demo"),
+    "inspect": Entry(LOOK, "Show what artifacts are and where from.", "inspect"),
+    "export": Entry(LOOK, "Write a diffusers pipeline folder.", "export"),
+    "doctor": Entry(LOOK, "List what runs need: there or missing.", "doctor"),
+}
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """A group that knows its commands by the table above and builds the one that is called."""
+
+    _lists_commands = False
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> typer.core.TyperCommand | None:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        return entry.line(cmd_name) if self._lists_commands else entry.build(cmd_name)
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+        self._lists_commands = True
+        super().format_help(ctx, formatter)
+        self._lists_commands = False
+
 
 app = typer.Typer(
+    **SETTINGS,
     name="deme",
+    cls=LazyGroup,
     help="Decouple-then-Merge: one diffusion expert per range of timesteps, merged into one model.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
 )
-
-PIPELINE, MEASURE, LOOK = "Pipeline", "Sample and measure", "Look and share"
-for panel, name, command in (
-    (PIPELINE, "split", split),
-    (PIPELINE, "finetune", finetune),
-    (PIPELINE, "task-vector", task_vector),
-    (PIPELINE, "merge", merge),
-    (MEASURE, "sample", sample),
-    (MEASURE, "ensemble-sample", ensemble_sample),
-    (MEASURE, "eval", evaluate),
-    (MEASURE, "stats", stats),
-    (LOOK, "demo", demo),
-    (LOOK, "inspect", inspect),
-    (LOOK, "export", export),
-    (LOOK, "doctor", doctor),
-):
-    app.command(name, rich_help_panel=panel)(command)
 
 
 def _show_version(asked: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 
@@ -130,10 +129,6 @@ def deme() -> Callable[..., Result]:
     from deme_cli.app import app
 
     def run(*arguments: object) -> Result:
-        words = [str(argument) for argument in arguments]
-        named = [command for command in app.registered_commands if command.name == words[0]]
-        lean = copy.copy(app)  # Typer builds every command anew on each call; one is enough
-        lean.registered_commands = named or app.registered_commands
-        return CliRunner().invoke(lean, words)
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     return run

@@ -48,7 +48,7 @@ def test_a_hub_that_refuses_is_told_at_once(endpoint: HTTPServer) -> None:
     endpoint.server_close()
     began = time.monotonic()
     assert "did not answer" in offline_reason()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 7
 
 
 def test_a_hub_that_says_nothing_is_given_up(
@@ -57,7 +57,7 @@ def test_a_hub_that_says_nothing_is_given_up(
     monkeypatch.setattr(hub, "_SECONDS", 0.3)
     began = time.monotonic()
     assert "did not answer" in offline_reason()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 7
 
 
 def test_no_question_is_asked_where_the_user_wants_none(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import record_of
 from deme_cli.commands.options import Force, Json, Quiet
 from deme_cli.errors import ArtifactError, ConfigError, writing
 from deme_cli.outputs import require_space
-from deme_cli.records import DenoiserRecord, ExpertRecord
-from deme_cli.tensor_file import Header, read_header
+
+if TYPE_CHECKING:
+    from deme_cli.records import DenoiserRecord
+    from deme_cli.tensor_file import Header
 
 _KINDS = ("base", "expert", "merged")
 _PROJECTIONS = "channel_projection."
@@ -40,6 +41,9 @@ def export(
 
     Example: deme export merged.safetensors my-ddpm
     """
+    from deme_cli.records import ExpertRecord
+    from deme_cli.tensor_file import read_header
+
     console.set_quiet(quiet)
     header = read_header(merged)
     record = _require_plain_denoiser(header)
@@ -66,6 +70,8 @@ def export(
 
 def _require_plain_denoiser(header: Header) -> DenoiserRecord:
     """The record of an artifact that plain diffusers can hold."""
+    from deme_cli.artifacts import record_of
+
     record = record_of(header)
     if record.kind not in _KINDS:
         raise ArtifactError(

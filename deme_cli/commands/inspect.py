@@ -10,10 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import fingerprint_file, record_of
 from deme_cli.commands.options import Json, Quiet
 from deme_cli.errors import ArtifactError
-from deme_cli.tensor_file import read_header
 
 Files = Annotated[
     list[Path], typer.Argument(metavar="FILE", help="Artifacts of any kind.", show_default=False)
@@ -45,6 +43,9 @@ def inspect(
 
 def _describe(path: Path) -> dict[str, Any]:
     """One artifact as the JSON document shows it."""
+    from deme_cli.artifacts import record_of
+    from deme_cli.tensor_file import read_header
+
     header = read_header(path)
     record = record_of(header)
     return {
@@ -59,6 +60,8 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _verify(artifacts: list[dict[str, Any]]) -> None:
     """Raise ArtifactError for the first artifact whose tensors are not those of its record."""
+    from deme_cli.artifacts import fingerprint_file
+
     for artifact in artifacts:
         found = fingerprint_file(Path(artifact["path"]))
         if found != artifact["fingerprint"]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import read_record
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -24,12 +23,11 @@ from deme_cli.commands.options import (
     option,
 )
 from deme_cli.config import SampleConfig
-from deme_cli.diffusion.locate import locate_model
 from deme_cli.errors import writing
 from deme_cli.outputs import require_output
-from deme_cli.records import DenoiserRecord, ExpertRecord
 
 if TYPE_CHECKING:
+    from deme_cli.records import DenoiserRecord
     from deme_cli.sampling.sampler import SamplingExpert
 
 _C = SampleConfig
@@ -97,6 +95,9 @@ def sample(
 
     Example: deme sample merged.safetensors -n 64
     """
+    from deme_cli.artifacts import read_record
+    from deme_cli.diffusion.locate import locate_model
+
     run = begin(config, quiet=quiet)
     settings = run.settings(
         SampleConfig, num=num, sampler=sampler, steps=steps, eta=eta, spacing=spacing,
@@ -121,6 +122,8 @@ def _default_output(model: str) -> Path:
 
 
 def _warn_of_lone_expert(model: str, record: Any) -> None:
+    from deme_cli.records import ExpertRecord
+
     if isinstance(record, ExpertRecord) and len(record.timesteps) < record.num_train_timesteps:
         console.warn(
             f"{model} is the expert of timesteps {record.timesteps} and will denoise all "

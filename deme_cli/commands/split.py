@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import write_artifact
 from deme_cli.commands.options import DryRun, Force, Json, Quiet, option
 from deme_cli.config import CONFIG_NAME, SplitConfig
 from deme_cli.errors import DemeError
@@ -67,6 +66,8 @@ def split(
 
     Example: deme split digits -n 4
     """
+    from deme_cli.artifacts import write_artifact
+
     console.set_quiet(quiet)
     settings = RunFile(Path("."), {}).settings(SplitConfig, n=n, by=by)
     paths = [output / BASE_NAME, output / CONFIG_NAME]

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import write_artifact
 from deme_cli.commands.options import ConfigPath, Device, Force, Json, Quiet, begin, option
 from deme_cli.config import EvalConfig
 from deme_cli.errors import ConfigError
@@ -63,6 +62,8 @@ def stats(
 
     Example: deme stats digits -o digits-train.safetensors --split train
     """
+    from deme_cli.artifacts import write_artifact
+
     run = begin(config, quiet=quiet)
     settings = run.settings(EvalConfig, features=features, resize=resize, batch_size=batch_size)
     require_output(output, force=force)

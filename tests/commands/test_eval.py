@@ -202,7 +202,7 @@ def test_cifar10_without_network_or_weights_ends_at_once_with_exit_code_3(
         capture_output=True, text=True, env={**environment, **proxy_to_nowhere()},
     )  # fmt: skip
     assert done.returncode == 3
-    assert time.monotonic() - began < 3  # 2 s on a machine with nothing else to do
+    assert time.monotonic() - began < 7  # under 1 s on a machine with nothing else to do
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     for words in ("inception-2015-12-05.pt", "f58cb9b6", "cifar10_clean_train_32.npz", "no answer"):

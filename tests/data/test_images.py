@@ -236,7 +236,7 @@ def test_a_hub_dataset_without_network_fails_at_once_and_says_how_to_go_on(
     began = time.monotonic()
     with pytest.raises(MissingError, match=r"HF_HUB_OFFLINE is set; .*give a folder of images"):
         open_images(source, shape=(3, 32, 32))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 6
 
 
 def test_a_parquet_file_is_read_and_its_image_column_found(tmp_path: Path) -> None:

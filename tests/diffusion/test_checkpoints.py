@@ -277,7 +277,7 @@ def test_a_hub_id_without_network_fails_at_once(monkeypatch: pytest.MonkeyPatch)
     began = time.monotonic()
     with pytest.raises(MissingError, match="not in the hub's cache, and HF_HUB_OFFLINE is set"):
         import_model("somebody/some-ddpm")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 6
 
 
 def test_a_hub_model_in_the_cache_needs_no_network(
