@@ -22,6 +22,7 @@ TIMESTEP_DRAWS = ("per-sample", "per-batch")
 SAMPLERS = ("ddim", "ddpm", "pndm", "dpm++", "euler", "heun", "unipc", "deis", "lms")
 SPACINGS = ("leading", "linspace", "trailing")
 RESIZES = ("clean", "legacy_pytorch", "legacy_tensorflow")
+NOT_RESULT = ("checkpoint_every", "held_out")  # of FinetuneConfig: leave the weights alone
 OBJECTIVES = ("loss", "fid")
 SEARCHES = ("none", "grid")
 

@@ -6,7 +6,7 @@ mkdir -p "${1:-digits-run}" && cd "${1:-digits-run}"
 
 deme split digits -n 4                                # base.safetensors, deme.toml
 deme finetune --range all --jobs 2                    # ft_1of4.safetensors ... ft_4of4.safetensors
-deme finetune --range 1/1 --p 0 --consistency 0 --projection none --steps 1200 \
+deme finetune --range 1/1 --p 0 --consistency 0 --projection none --steps 1600 \
      -o control.safetensors                           # plain finetuning, the same total updates
 deme task-vector ft_*.safetensors                     # how far each expert moved, and which way
 deme merge ft_*.safetensors --search grid --objective fid

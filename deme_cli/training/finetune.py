@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from deme_cli.artifacts import fingerprint, write_artifact
-from deme_cli.config import FinetuneConfig
+from deme_cli.config import NOT_RESULT, FinetuneConfig
 from deme_cli.data.images import ImageData
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser
 from deme_cli.diffusion.projection import attach_projections, fold_weights
@@ -32,7 +32,6 @@ from deme_cli.training.batches import BatchSource
 from deme_cli.training.held_out import HeldOutLoss
 from deme_cli.training.objective import expert_loss
 from deme_cli.training.places import checkpoint_path, metrics_path
-from deme_cli.training.plan import NOT_RESULT
 from deme_cli.training.state import TrainingState, learning_rate
 
 _REPORT_EVERY = 10  # updates; reading a loss makes a GPU wait

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli.artifacts import read_record
-from deme_cli.config import DataConfig, FinetuneConfig, SplitConfig
+from deme_cli.config import NOT_RESULT, DataConfig, FinetuneConfig, SplitConfig
 from deme_cli.errors import ConfigError, MissingError, NumericsError
 from deme_cli.outputs import require_output, require_space
 from deme_cli.records import BaseRecord, ExpertRecord
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from deme_cli.training.finetune import Run
 
 _FILES_BESIDE = 5  # of the base's size: a checkpoint (weights, average, two moments), the expert
-NOT_RESULT = ("checkpoint_every", "held_out")  # settings that do not change the weights
 
 
 @dataclass(frozen=True)
