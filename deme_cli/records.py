@@ -170,7 +170,19 @@ def parse_record(text: str, where: str) -> Record:
             values[declared.name] = _checked(document[declared.name], declared, where)
         elif declared.default is MISSING and declared.default_factory is MISSING:
             raise ArtifactError(f"{where}: the {kind.kind} record lacks {declared.name!r}")
+    if "range" in values:
+        _require_range(values["range"], values["num_train_timesteps"], where)
     return kind(**values)
+
+
+def _require_range(span: list[Any], num_train_timesteps: int, where: str) -> None:
+    """Check that `span` is [start, stop] within [0, T)."""
+    whole = len(span) == 2 and all(type(end) is int for end in span)
+    if not (whole and 0 <= span[0] < span[1] <= num_train_timesteps):
+        raise ArtifactError(
+            f"{where}: 'range' in the record should be [start, stop] within "
+            f"0:{num_train_timesteps}, found {span}"
+        )
 
 
 def _checked(value: Any, declared: Any, where: str) -> Any:

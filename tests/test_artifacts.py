@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny_base
+from conftest import write_tiny_base, write_tiny_expert
 from safetensors.torch import load_file, save_file
 
 from deme_cli.artifacts import (
@@ -145,6 +145,16 @@ def test_a_record_survives_the_round_trip() -> None:
 def test_a_wrong_record_is_refused_by_field(change: dict, word: str) -> None:
     document = {**json.loads(RECORD.to_json()), **change}
     with pytest.raises(ArtifactError, match=word):
+        parse_record(json.dumps(document), "here")
+
+
+@pytest.mark.parametrize("span", [[5], [5, 5], [0, 11], ["a", "b"], [-1, 3], [0, 1, 2]])
+def test_a_range_that_is_none_is_refused(tmp_path: Path, span: list) -> None:
+    write_tiny_base(tmp_path / "base.safetensors")
+    path = tmp_path / "expert.safetensors"
+    record = write_tiny_expert(path, tmp_path / "base.safetensors", index=1, of=2)
+    document = {**json.loads(record.to_json()), "range": span, "num_train_timesteps": 10}
+    with pytest.raises(ArtifactError, match=r"'range' in the record should be \[start, stop\]"):
         parse_record(json.dumps(document), "here")
 
 
