@@ -114,6 +114,9 @@ def finetune(
             "finetune takes either --range (as in 2/4, or all) or --from-scratch FILE"
         )
 
+    if resume and force:
+        raise ConfigError("--resume continues a kept run, --force starts anew; give one of them")
+
     from deme_cli.training.plan import Job, plan_base, plan_experts
 
     job = Job(

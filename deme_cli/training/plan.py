@@ -74,7 +74,10 @@ class Plan:
         return f"{self.output}: {span}, {settings.steps} updates, {images} images{state}"
 
     def prepare(self) -> Run:
-        """Load the base (or draw its random weights) and open the images."""
+        """Load the base (or draw its random weights) and open the images.
+
+        With `force`, a kept run of this output is dropped here, and not before.
+        """
         from deme_cli.data.images import open_images
         from deme_cli.diffusion.denoiser import choose_device, load_denoiser
         from deme_cli.training.finetune import Run
@@ -96,6 +99,8 @@ class Plan:
         source, shape = job.images.source, denoiser.sample_shape
         data = open_images(source, shape=shape, split="train")
         flip = job.images.horizontal_flip
+        if job.force:
+            checkpoint_path(self.output).unlink(missing_ok=True)
         return Run(
             denoiser=denoiser,
             choice=choice,
@@ -152,8 +157,6 @@ def _require_free(job: Job, output: Path) -> None:
     if not job.images.source:
         raise ConfigError("no training images: set [data] source in deme.toml, or use --data")
     require_output(output, force=job.force)
-    if job.force:
-        checkpoint_path(output).unlink(missing_ok=True)
 
 
 def _require_same_settings(output: Path, base: BaseRecord, job: Job) -> None:

@@ -64,6 +64,16 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(deme, folder: Path) ->
     assert [path.name for path in folder.iterdir()] == ["base.safetensors"]
 
 
+def test_a_dry_run_with_force_leaves_a_kept_run_alone(deme, folder: Path) -> None:
+    kept = folder / ".ft_1of2.checkpoint"
+    kept.write_bytes(b"kept")
+    done = deme("finetune", "--range", "1/2", "--force", "--dry-run", *QUICK)
+    assert done.exit_code == 0, done.exception
+    assert kept.read_bytes() == b"kept"
+    assert deme("finetune", "--range", "1/2", "--force", *QUICK).exit_code == 0
+    assert not kept.exists()
+
+
 def test_a_base_of_ones_own_is_trained_from_a_description(deme, folder: Path) -> None:
     document = {"model": TINY_MODEL, "scheduler": TINY_SCHEDULER}
     (folder / "tiny.json").write_text(json.dumps(document))
@@ -88,6 +98,7 @@ def test_a_base_of_ones_own_is_trained_from_a_description(deme, folder: Path) ->
         (["--range", "1/2", "--base", "none.safetensors"], MissingError, "no base there"),
         (["--range", "1/2", "--device", "toaster"], ConfigError, "--device toaster"),
         (["--range", "1/2", "--resume"], MissingError, "no unfinished run"),
+        (["--range", "1/2", "--resume", "--force"], ConfigError, "give one of them"),
         (["--range", "all", "-o", "x.safetensors"], ConfigError, "--range all writes one for each"),
         ([], ConfigError, "either --range"),
         (["--from-scratch", "none.toml"], MissingError, "cannot be read"),
