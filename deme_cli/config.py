@@ -1,17 +1,16 @@
 """Settings: one frozen dataclass per procedure, its defaults, its checks, and how they are found.
 
-Precedence: command line, then `deme.toml`, then the defaults here, and nowhere else. A config that
-exists is a config that can run. Each setting carries the sentence that `--help` and the comments of
-`deme.toml` show.
+Precedence: command line, then `deme.toml`, then the defaults here, and nowhere else. Each setting
+carries the sentence that `--help` and the comments of `deme.toml` show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 from deme_cli.errors import ConfigError
+from deme_cli.settings import Settings, setting
 from deme_cli.timesteps import TimestepRange
 
 CONFIG_NAME = "deme.toml"
@@ -21,59 +20,14 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 TIMESTEP_DRAWS = ("per-sample", "per-batch")
 SAMPLERS = ("ddim", "ddpm", "pndm", "dpm++", "euler", "heun", "unipc", "deis", "lms")
 SPACINGS = ("leading", "linspace", "trailing")
+PROTOCOLS = (
+    "ddim-cifar10", "lsun-church-50k", "lsun-bedroom-50k", "bk-sdm-coco30k", "parti", "imagenet",
+)  # fmt: skip
 RESIZES = ("clean", "legacy_pytorch", "legacy_tensorflow")
-NOT_RESULT = ("checkpoint_every", "held_out")  # of FinetuneConfig: leave the weights alone
+CROPS = ("centre", "random")
+NOT_RESULT = ("checkpoint_every", "held_out", "cache")  # of FinetuneConfig: leave the weights alone
 OBJECTIVES = ("loss", "fid")
 SEARCHES = ("none", "grid")
-
-
-def setting(default: Any, help: str, *, choices: Sequence[str] = ()) -> Any:
-    """A field with its one-sentence help and, for words, the words allowed."""
-    return field(default=default, metadata={"help": help, "choices": tuple(choices)})
-
-
-def help_of(config: type, name: str) -> str:
-    """The sentence for `--help`: what the setting means, its choices and its default."""
-    for item in fields(config):
-        if item.name == name:
-            text = item.metadata["help"]
-            if item.metadata["choices"]:
-                text += f" ({', '.join(item.metadata['choices'])})"
-            if item.default not in (None, MISSING, ""):
-                shown = (
-                    str(item.default).lower() if isinstance(item.default, bool) else item.default
-                )
-                text += f" [default: {shown}]"
-            return text
-    raise AssertionError(f"{config.__name__} has no setting {name!r}")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Checks that hold for every table: the words are known and the types fit."""
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            choices = item.metadata.get("choices")
-            if choices and value is not None and value not in choices:
-                raise ConfigError(f"{item.name} = {value!r}: expected one of {', '.join(choices)}")
-        self.check()
-
-    def check(self) -> None:
-        """What the words alone cannot say; each table adds its own."""
-
-    def _positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} = {value}: expected a number above 0")
-
-    def _not_negative(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{name} = {value}: expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -82,6 +36,9 @@ class ModelConfig(Settings):
 
     source: str = setting("", "what `deme split` imported")
     base: str = setting("base.safetensors", "the imported base, beside this file")
+    pipeline: str | None = setting(
+        None, "folder or hub id with the VAE and text encoders; unset: where the model came from"
+    )
 
 
 @dataclass(frozen=True)
@@ -92,6 +49,16 @@ class DataConfig(Settings):
     horizontal_flip: bool | None = setting(
         None, "mirror images at random in training; unset: yes, except for digits"
     )
+    captions: str | None = setting(
+        None, "column of the captions or classes; unset: text, caption, prompt, or label"
+    )
+    crop: str = setting("centre", "what of an image is kept in training", choices=CROPS)
+    resolution: int | None = setting(
+        None, "pixels per side in training; unset: the size the model was made for"
+    )
+
+    def check(self) -> None:
+        self._positive("resolution")
 
 
 @dataclass(frozen=True)
@@ -152,11 +119,22 @@ class FinetuneConfig(Settings):
     held_out: int = setting(
         512, "held-out draws whose loss is logged at every checkpoint; 0 logs none"
     )
+    caption_dropout: float = setting(
+        0.1, "share of captions or classes left out, so that guidance keeps working"
+    )
+    cache: str = setting(
+        "auto",
+        "latents and text embeddings on disk: auto (beside the base), off, or a folder; "
+        "does not change the draws",
+    )
     seed: int = setting(0, "seed of data order, timesteps, noise and flips")
 
     def check(self) -> None:
-        if not 0 <= self.p <= 1:
-            raise ConfigError(f"p = {self.p}: expected a probability from 0 to 1")
+        for name in ("p", "caption_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)}: expected a probability from 0 to 1"
+                )
         self._positive("steps", "batch_size", "accumulation", "lr", "checkpoint_every")
         self._not_negative("warmup", "consistency", "weight_decay", "grad_clip", "held_out", "seed")
         for name in ("ema_decay", "beta1", "beta2"):
@@ -189,27 +167,60 @@ class MergeConfig(Settings):
 class SampleConfig(Settings):
     """[sample]: how images are drawn."""
 
-    num: int = setting(64, "number of images")
-    sampler: str = setting("ddim", "diffusers scheduler that denoises", choices=SAMPLERS)
+    num: int | None = setting(None, "number of images; unset: 64, or as many as the prompts make")
+    sampler: str | None = setting(
+        None,
+        "diffusers scheduler that denoises; unset: ddim, or euler for flow models",
+        choices=SAMPLERS,
+    )
     steps: int = setting(50, "denoising steps")
     eta: float = setting(0.0, "noise added by DDIM: 0 none, 1 as much as DDPM")
     spacing: str | None = setting(
         None, "spacing of the steps in [0, T); unset: the checkpoint's own", choices=SPACINGS
     )
+    guidance: float | None = setting(
+        None, "classifier-free guidance scale, 1 for none; unset: that of the model's pipeline"
+    )
+    prompts: str | None = setting(
+        None,
+        "prompts: a file (txt, csv, tsv, json), parti, coco, imagenet, digits, or text:PROMPT",
+    )
+    prompt_column: str | None = setting(
+        None, "column of the prompts in a table; unset: prompt, caption or text"
+    )
+    classes: str | None = setting(
+        None, "classes to draw in turn, as 0,3,7 or 0-9; unset: all that the model knows"
+    )
+    per_prompt: int = setting(1, "images of each prompt")
+    resolution: int | None = setting(
+        None, "pixels per side that the model draws; unset: the size it was made for"
+    )
+    resize: int | None = setting(None, "pixels per side of the images kept (bicubic)")
     batch_size: int = setting(256, "images denoised at a time; does not change the images")
     seed: int = setting(0, "image i depends on (seed, i) alone")
 
     def check(self) -> None:
-        self._positive("num", "steps", "batch_size")
-        self._not_negative("eta", "seed")
+        self._positive("num", "steps", "batch_size", "per_prompt", "resolution", "resize")
+        self._not_negative("eta", "seed", "guidance")
 
 
 @dataclass(frozen=True)
 class EvalConfig(Settings):
     """[eval]: what is measured, against what, on how many images. Sampling follows [sample]."""
 
+    protocol: str | None = setting(
+        None, "a published protocol that fixes sampler, counts and extractor", choices=PROTOCOLS
+    )
     fid: str | None = setting(None, "reference of the Fréchet distance")
     kid: str | None = setting(None, "reference of the kernel distance")
+    clip_score: bool = setting(False, "measure the CLIP score of prompts and images")
+    clip_model: str = setting("ViT-g-14", "open_clip architecture of the CLIP score")
+    clip_weights: str = setting(
+        "laion2b_s34b_b88k", "open_clip weights of the CLIP score: a tag, a file or local-dir:"
+    )
+    accuracy: str | None = setting(
+        None, "classifier that should recognise the prompted class: digits or a TorchScript file"
+    )
     features: str | None = setting(
         None,
         "inception, clip, digits or a TorchScript file; unset: digits for digits, else inception",
@@ -219,6 +230,7 @@ class EvalConfig(Settings):
     repeats: int = setting(1, "independent seeds per row; their mean and sd are shown")
     batch_size: int = setting(128, "images per forward of the extractor")
     seed: int = setting(0, "first seed; repeat r uses seed + r")
+    mixed: bool = setting(False, "allow rows that were drawn under different protocols")
 
     def check(self) -> None:
         self._positive("num", "repeats", "batch_size")
@@ -234,11 +246,3 @@ TABLES: dict[str, type[Settings]] = {
     "sample": SampleConfig,
     "eval": EvalConfig,
 }
-
-
-def parse_numbers(text: str, what: str) -> list[float]:
-    """`0.1,0.2` as numbers. Raises ConfigError naming `what`."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"{what} {text!r}: expected numbers separated by commas") from error

@@ -109,7 +109,9 @@ class Progress:
         if self._start is None:
             self._start = (now, done)
         elapsed, moved = now - self._start[0], done - self._start[1]
-        rate = f"{moved / elapsed:.3g} {self.unit}/s" if moved and elapsed > 0 else ""
+        speed = moved / elapsed if moved and elapsed > 0 else 0.0
+        shown = f"{speed:.3g}" if speed < 1000 else f"{speed:.0f}"  # no 1.36e+03
+        rate = f"{shown} {self.unit}/s" if speed else ""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rate=rate, note=note)
         elif not _quiet and (now - self._shown >= _PLAIN_SECONDS or done >= self.total):

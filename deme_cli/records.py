@@ -35,12 +35,15 @@ class DenoiserRecord(Record):
     """Any artifact whose tensors are a denoiser's, or differences of them.
 
     `model_config` is the diffusers config (with `_class_name`), `scheduler_config` likewise.
+    `companions` holds the SHA-256 of each frozen part of the pipeline around the denoiser (VAE,
+    text encoders, tokenizers), by its name; empty for models that draw pixels from noise alone.
     """
 
     source: str
     model_config: dict[str, Any]
     scheduler_config: dict[str, Any]
     num_train_timesteps: int
+    companions: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +109,14 @@ class MergedRecord(DenoiserRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesRecord(Record):
-    """Images. `protocol` is the card: how, by which model, from which seed they were drawn."""
+    """Images. `protocol` is the card: how, by which model, from which seed they were drawn.
+
+    `prompts` and `classes`, where there are any, hold one entry per image."""
 
     kind: ClassVar[str] = "samples"
     protocol: dict[str, Any]
     prompts: list[str] | None = None
+    classes: list[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

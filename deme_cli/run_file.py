@@ -12,8 +12,9 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deme_cli.config import CONFIG_NAME, TABLES, ModelConfig, Settings
+from deme_cli.config import CONFIG_NAME, TABLES, ModelConfig
 from deme_cli.errors import ConfigError, MissingError
+from deme_cli.settings import Settings
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -38,6 +39,11 @@ class RunFile:
     def resolve(self, path: str) -> Path:
         """A path written in this file, seen from its folder."""
         return self.folder / path
+
+    def seen(self, place: str) -> str:
+        """A file as given, or, where nothing of that name is here, beside this `deme.toml`."""
+        is_beside = not Path(place).exists() and self.resolve(place).exists()
+        return str(self.resolve(place)) if is_beside else place
 
     @property
     def base(self) -> Path:
@@ -107,6 +113,16 @@ _EXAMPLES: dict[str, Any] = {
     "fid": "cifar10",
     "kid": "cifar10",
     "features": "inception",
+    "pipeline": "path/to/pipeline",
+    "captions": "text",
+    "resolution": 512,
+    "num": 64,
+    "resize": 256,
+    "guidance": 7.5,
+    "prompts": "prompts.txt",
+    "prompt_column": "prompt",
+    "classes": "0-9",
+    "accuracy": "digits",
 }
 
 

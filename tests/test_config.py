@@ -4,16 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from deme_cli.config import (
-    EvalConfig,
-    FinetuneConfig,
-    MergeConfig,
-    SampleConfig,
-    SplitConfig,
-    parse_numbers,
-)
+from deme_cli.config import EvalConfig, FinetuneConfig, MergeConfig, SampleConfig, SplitConfig
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.run_file import read_run_file
+from deme_cli.settings import parse_numbers
 
 
 def write(folder: Path, text: str) -> Path:

@@ -20,6 +20,10 @@ EMBEDDED = Path(__file__).parent / "embedded"
 BASE_PATH = EMBEDDED / "digits-base.safetensors"
 LARGEST_LEVEL = 16
 TEST_EVERY = 5
+DIGIT_CAPTIONS = tuple(
+    f"a {word}"
+    for word in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+)
 
 # What `deme split digits` writes live into deme.toml, by table: settings for a model this small.
 DIGITS_SETTINGS: dict[str, dict[str, Any]] = {
@@ -44,12 +48,19 @@ def load_digits_images(split: str) -> np.ndarray:
 
     split: `test` is every fifth image (index % 5 == 4), `train` the rest, `all` both in order.
     """
+    return load_digits(split)[0]
+
+
+def load_digits(split: str) -> tuple[np.ndarray, list[int]]:
+    """The images of `load_digits_images`, and which digit each shows."""
     import numpy as np
 
-    levels = np.loadtxt(_digits_file(), delimiter=",")[:, :-1].reshape(-1, 8, 8, 1)  # last: label
+    table = np.loadtxt(_digits_file(), delimiter=",")  # 64 levels and the label
+    levels, labels = table[:, :-1].reshape(-1, 8, 8, 1), table[:, -1].astype(int)
     images = np.rint(levels * (255 / LARGEST_LEVEL)).astype(np.uint8)
     is_test = np.arange(len(images)) % TEST_EVERY == TEST_EVERY - 1
-    return {"all": images, "test": images[is_test], "train": images[~is_test]}[split]
+    chosen = {"all": is_test | ~is_test, "test": is_test, "train": ~is_test}[split]
+    return images[chosen], labels[chosen].tolist()
 
 
 def _digits_file() -> Path:

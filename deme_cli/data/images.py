@@ -1,7 +1,8 @@
 """Images to train on and to compare with: one door for every place they may come from.
 
 Images come out as uint8 (B, C, H, W); `to_unit` maps them to [-1, 1]. Sets of at most 2 GiB are
-decoded once and kept, larger ones batch by batch.
+decoded once and kept, larger ones batch by batch. What an image shows, a caption or a class, comes
+by the same number as the image.
 B batch, C channels (1 grey, 3 colour), H height, W width.
 """
 
@@ -13,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from deme_cli.artifacts import load_tensors
-from deme_cli.data.digits import load_digits_images
+from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.data.captions import WANTED, Subjects, read_captions, read_labels
+from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
+from deme_cli.data.fitting import CENTRE, Shape, fit
 from deme_cli.data.places import Place, find_place
-from deme_cli.data.sources import ArraySource, FolderSource, Source, TableSource, is_grey
+from deme_cli.data.sources import ArraySource, FolderSource, Source, TableSource
 from deme_cli.data.tables import held_out_table, read_tables
 from deme_cli.errors import ArtifactError, ConfigError
 
@@ -27,23 +29,26 @@ SPLITS = ("train", "held-out", "all")
 HELD_OUT_EVERY = 50
 KEEP_BYTES = 2 << 30
 _THREADED_PIXELS = 96 * 96  # below this, decoders hold the interpreter's lock most of the time
-Shape = tuple[int, int, int]  # (C, H, W)
 
 
 class ImageData:
-    """Images of one shape, by number. `fingerprint` names the whole source they were taken from.
+    """Images of one shape, by number, and what they show.
 
-    can_flip: whether a mirrored image is as good as the original.
+    `fingerprint` names the whole source they were taken from, with its captions or classes where
+    they were asked for. can_flip: whether a mirrored image is as good as the original.
+    num_classes: of the whole source; None unless classes were asked for.
     """
 
     def __init__(
-        self, origin: Source, indices: Sequence[int], *, source: str, shape: Shape, can_flip: bool
-    ) -> None:
-        self._origin, self._indices = origin, indices
+        self, origin: Source, indices: Sequence[int], *, source: str, shape: Shape, can_flip: bool,
+        subjects: Subjects, keep: bool = True,
+    ) -> None:  # fmt: skip
+        self._origin, self._indices, self._subjects = origin, indices, subjects
         self.source, self.shape, self.can_flip = source, shape, can_flip
-        self.fingerprint = origin.fingerprint
+        self.fingerprint = subjects.fingerprint(origin.fingerprint)
+        self.num_classes = subjects.num_classes
         self._kept: Tensor | None = None
-        if len(self) * int(np.prod(shape)) <= KEEP_BYTES:
+        if keep and len(self) * int(np.prod(shape)) <= KEEP_BYTES:
             self._kept = self._decode(range(len(self)))
         else:
             self._decode([0])
@@ -51,22 +56,38 @@ class ImageData:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def batch(self, indices: Sequence[int]) -> Tensor:
+    def batch(self, indices: Sequence[int], centering: Tensor | None = None) -> Tensor:
         """Images by their number in this set: uint8 (B, C, H, W).
 
+        centering: (B, 2) in [0, 1], where each crop lies, x and y; None takes the centre.
         Raises ArtifactError naming a broken image.
         """
-        if self._kept is not None:
+        if self._kept is not None and centering is None:
             return self._kept[torch.as_tensor(indices, dtype=torch.long)]
-        return self._decode(indices)
+        return self._decode(indices, centering)
 
-    def _decode(self, indices: Iterable[int]) -> Tensor:
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """The captions of images; for data opened with wants="text"."""
+        return [self._subjects.captions[self._indices[index]] for index in indices]
+
+    def labels(self, indices: Sequence[int]) -> list[int]:
+        """The classes of images, below `num_classes`; for data opened with wants="class"."""
+        return [self._subjects.labels[self._indices[index]] for index in indices]
+
+    def sizes(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """(height, width) of the original images, from their headers."""
+        return [self._origin.size(self._indices[index])[1:] for index in indices]
+
+    def _decode(self, indices: Iterable[int], centering: Tensor | None = None) -> Tensor:
         """Read and fit images; in threads where they are large enough to gain by it."""
         chosen = [self._indices[index] for index in indices]
         out = np.empty((len(chosen), *self.shape), dtype=np.uint8)
+        crops = (
+            [CENTRE] * len(chosen) if centering is None else list(map(tuple, centering.tolist()))
+        )
 
         def fill(place: int) -> None:
-            out[place] = fit(self._origin.decode(chosen[place]), self.shape)
+            out[place] = fit(self._origin.decode(chosen[place]), self.shape, crops[place])
 
         _, height, width = self._origin.size(chosen[0]) if chosen else self.shape
         if height * width < _THREADED_PIXELS:
@@ -79,23 +100,30 @@ class ImageData:
         return torch.from_numpy(out)
 
 
-def open_images(source: str, *, shape: Shape | None, split: str = "train") -> ImageData:
+def open_images(
+    source: str, *, shape: Shape | None, split: str = "train", wants: str = "nothing",
+    captions: str | None = None, keep: bool = True,
+) -> ImageData:  # fmt: skip
     """The images that an argument names, at `shape` (C, H, W); None keeps the size they share.
 
     A shape scales the short side, crops the centre and converts the channels. split: `held-out` is
     the test split where the source has one, else every 50th image (index % 50 == 49, or the last),
     which `train` then leaves out; `all` is both.
+    wants: `text` requires a caption of every image, `class` a class; captions: the column of either
+    (None: the usual names). keep: hold the decoded images in memory where there is room.
     Raises MissingError, ArtifactError or ConfigError, naming the source or the broken image.
     """
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+    assert wants in WANTED, wants
     place = find_place(source)
     origin, indices = _open_split(place, split)
     if not indices:
         raise ArtifactError(f"{source}: too few images for the split {split!r}")
     return ImageData(
         origin, indices, source=source, shape=shape or _own_shape(origin, indices),
-        can_flip=place.kind != "digits",
+        can_flip=place.kind != "digits", subjects=_subjects(origin, source, wants, captions),
+        keep=keep,
     )  # fmt: skip
 
 
@@ -104,38 +132,23 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def fit(image: Image.Image, shape: Shape) -> np.ndarray:
-    """An image as uint8 (C, H, W): short side scaled (bicubic), centre cropped, channels converted.
-
-    Palettes are resolved, alpha is dropped, 16 bits become 8.
-    """
-    channels, height, width = shape
-    if is_grey(image) and image.mode not in ("1", "L", "LA"):
-        image = _to_eight_bits(image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits (modes I and I;16) scaled to 8; floats are taken as levels 0 to 255."""
-    levels = np.asarray(image).astype(np.float64)
-    scale = 1.0 if image.mode == "F" else 255 / 65535
-    return Image.fromarray(np.rint(levels * scale).clip(0, 255).astype(np.uint8))
+def _subjects(origin: Source, source: str, wants: str, column: str | None) -> Subjects:
+    """What all images of a source show, as far as it is wanted."""
+    if wants == "nothing":
+        return Subjects()
+    found = origin.annotations(wants, column)
+    return (read_captions if wants == "text" else read_labels)(found, source, origin.name)
 
 
 def _open_split(place: Place, split: str) -> tuple[Source, Sequence[int]]:
     """The source of a split and the numbers of its images in that source."""
     if place.kind == "digits":
-        name = {"train": "train", "held-out": "test", "all": "all"}[split]
-        origin: Source = ArraySource("digits", load_digits_images(name))
+        origin: Source = _digits({"train": "train", "held-out": "test", "all": "all"}[split])
         return origin, range(len(origin))
     if place.kind == "folder":
         origin = FolderSource(place)
     elif place.kind == "samples":
-        origin = ArraySource(place.source, _read_samples(place))
+        origin = _samples(place)
     else:
         tables = read_tables(place)
         if test := held_out_table(tables):
@@ -150,7 +163,7 @@ def _open_table(
     """A split of a dataset that has its own test split."""
     train = [table for name, table in tables.items() if name != test]
     chosen = {"train": train, "held-out": [tables[test]], "all": [*train, tables[test]]}[split]
-    origin = TableSource(place.source, _join(chosen))
+    origin = TableSource(place.source, _join(chosen), list(tables.values()))
     return origin, range(len(origin))
 
 
@@ -160,13 +173,21 @@ def _join(tables: Iterable) -> object:
     return concatenate_datasets(list(tables))
 
 
-def _read_samples(place: Place) -> np.ndarray:
+def _digits(name: str) -> ArraySource:
+    images, labels = load_digits(name)
+    captions = [DIGIT_CAPTIONS[label] for label in labels]
+    return ArraySource("digits", images, captions=captions, labels=labels, num_classes=10)
+
+
+def _samples(place: Place) -> ArraySource:
+    """The images of a samples artifact; the prompts they were drawn for are their captions."""
     images = load_tensors(place.path).get("images")
     if images is None or images.dtype != torch.uint8 or images.ndim != 4:
         raise ArtifactError(f"{place.source}: expected a uint8 tensor `images` (n, H, W, C)")
     if images.shape[-1] not in (1, 3):
         raise ArtifactError(f"{place.source}: {images.shape[-1]} channels; expected 1 or 3")
-    return images.numpy()
+    prompts = read_record(place.path, "samples").prompts
+    return ArraySource(place.source, images.numpy(), captions=prompts)
 
 
 def _every_fiftieth(count: int, split: str) -> Sequence[int]:

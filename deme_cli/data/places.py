@@ -26,9 +26,9 @@ FOLDERS_ONLY = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where images lie. kind: `digits`, `folder`, `parquet`, `samples` or `hub`.
+    """Where images lie. kind: `digits`, `folder`, `parquet`, `webdataset`, `samples` or `hub`.
 
-    `files` are the image or parquet files of a folder, sorted by relative name.
+    `files` are the image files, parquet files or shards of a folder, sorted by relative name.
     """
 
     kind: str
@@ -55,10 +55,10 @@ def find_place(source: str) -> Place:
     if source not in KNOWN_DATASETS and os.path.lexists(path):
         return _local(source, path)
     hub_id = KNOWN_DATASETS.get(source, source)
-    if not is_hub_id(hub_id) or path.suffix in (".safetensors", ".parquet"):
+    if not is_hub_id(hub_id) or path.suffix in (".safetensors", ".parquet", ".tar"):
         raise MissingError(
-            f"{source}: no such file or folder; images are a folder, a parquet file, a samples "
-            f"artifact, a hub dataset (owner/name), digits or cifar10"
+            f"{source}: no such file or folder; images are a folder, a parquet file, webdataset "
+            f"shards (.tar), a samples artifact, a hub dataset (owner/name), digits or cifar10"
         )
     if not is_dataset_cached(hub_id) and (reason := offline_reason()):
         raise MissingError(
@@ -75,17 +75,24 @@ def _local(source: str, path: Path) -> Place:
             return Place("folder", source, path, tuple(images))
         if tables := find_files(path, (".parquet",)):
             return Place("parquet", source, path, tuple(tables))
+        if shards := find_files(path, (".tar",)):
+            return Place("webdataset", source, path, tuple(shards))
         kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        raise MissingError(f"{source}: the folder holds no images ({kinds}) and no parquet files")
+        raise MissingError(
+            f"{source}: the folder holds no images ({kinds}), no parquet files and no shards (tar)"
+        )
     if not path.exists():
         raise MissingError(f"{source}: a link to nothing")
     if path.suffix == ".parquet":
         return Place("parquet", source, path, (path,))
+    if path.suffix == ".tar":
+        return Place("webdataset", source, path, (path,))
     if path.suffix == ".safetensors":
         read_record(path, "samples")
         return Place("samples", source, path)
     raise ConfigError(
-        f"{source}: expected a folder of images, a .parquet file or a samples artifact"
+        f"{source}: expected a folder of images, a .parquet file, a .tar of webdataset or a "
+        f"samples artifact"
     )
 
 

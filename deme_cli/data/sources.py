@@ -1,21 +1,25 @@
 """Where encoded images lie: an array, a folder, rows of a table. Nothing here resizes.
 
-A source has images by number, a name for each (for messages), and a fingerprint. EXIF orientation
-is applied here; colours are converted where images take their shape (images.py).
+A source has images by number, a name for each (for messages), a fingerprint, and the captions or
+classes that lie with them. EXIF orientation is applied here; colours are converted where images
+take their shape (fitting.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from deme_cli.data.captions import Annotations
+from deme_cli.data.folder_captions import folder_annotations
 from deme_cli.data.places import Place
+from deme_cli.data.table_captions import table_annotations
 from deme_cli.errors import ArtifactError, MissingError
 
 if TYPE_CHECKING:
@@ -44,12 +48,23 @@ class Source(Protocol):
         """(C, H, W) from the image's header, C = 1 for grey and 3 for anything else."""
         ...
 
+    def annotations(self, wants: str, column: str | None) -> Annotations:
+        """Captions (wants `text`) or classes (wants `class`). Raises ArtifactError without any."""
+        ...
+
 
 class ArraySource:
-    """uint8 images (n, H, W, C) with C = 1 or 3; the fingerprint is of their bytes and shape."""
+    """uint8 images (n, H, W, C) with C = 1 or 3; the fingerprint is of their bytes and shape.
 
-    def __init__(self, label: str, images: np.ndarray) -> None:
+    captions, labels: one per image, where they are known; labels are below `num_classes`.
+    """
+
+    def __init__(
+        self, label: str, images: np.ndarray, *, captions: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None, num_classes: int | None = None,
+    ) -> None:  # fmt: skip
         self.label, self.images = label, np.ascontiguousarray(images)
+        self._captions, self._labels, self._num_classes = captions, labels, num_classes
         digest = hashlib.sha256(f"{images.shape}\n".encode())
         digest.update(memoryview(self.images).cast("B"))
         self.fingerprint = digest.hexdigest()
@@ -68,12 +83,23 @@ class ArraySource:
         height, width, channels = self.images.shape[1:]
         return channels, height, width
 
+    def annotations(self, wants: str, column: str | None) -> Annotations:
+        values = self._captions if wants == "text" else self._labels
+        if values is None or len(values) != len(self) or column is not None:
+            what = "captions" if wants == "text" else "classes"
+            found = f"no column {column!r}" if column else f"no {what}, one for each image"
+            raise ArtifactError(
+                f"{self.label}: {found}; give images with {what}: a folder with metadata.jsonl, a "
+                f"parquet file or webdataset shards"
+            )
+        return Annotations(values, self.label, num_classes=self._num_classes)
+
 
 class FolderSource:
     """Image files under a folder; the fingerprint is of their relative names and sizes."""
 
     def __init__(self, place: Place) -> None:
-        self.paths = place.files
+        self._place, self.paths = place, place.files
         self.fingerprint = _fingerprint(
             f"{path.relative_to(place.path).as_posix()}\0{path.stat().st_size}"
             for path in self.paths
@@ -91,14 +117,21 @@ class FolderSource:
     def size(self, index: int) -> tuple[int, int, int]:
         return _size(self.paths[index], self.name(index))
 
+    def annotations(self, wants: str, column: str | None) -> Annotations:
+        return folder_annotations(self._place, wants, column)
+
 
 class TableSource:
-    """The image column of a table; the fingerprint is of the sizes of its encoded images."""
+    """The image column of a table; the fingerprint is of the sizes of its encoded images.
 
-    def __init__(self, label: str, rows: Dataset) -> None:
+    splits: the tables of all splits, where `rows` are some of them.
+    """
+
+    def __init__(self, label: str, rows: Dataset, splits: Sequence[Dataset] = ()) -> None:
         from datasets import Image as ImageFeature
 
         self.label, self.column = label, _image_column(label, rows)
+        self._table, self._splits = rows, splits
         self.rows = rows.select_columns([self.column]).cast_column(
             self.column, ImageFeature(decode=False)
         )
@@ -115,6 +148,9 @@ class TableSource:
 
     def size(self, index: int) -> tuple[int, int, int]:
         return _size(self._encoded(index), self.name(index))
+
+    def annotations(self, wants: str, column: str | None) -> Annotations:
+        return table_annotations(self.label, self._table, self._splits, wants=wants, column=column)
 
     def _encoded(self, index: int) -> io.BytesIO | Path:
         value = self.rows[index][self.column]

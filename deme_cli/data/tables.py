@@ -1,8 +1,9 @@
-"""Parquet files and hub datasets, read through the `datasets` library as tables by split."""
+"""Tables of images, read through the `datasets` library by split: parquet, webdataset, the hub."""
 
 from __future__ import annotations
 
 import logging
+import tarfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,9 @@ HELD_OUT_NAMES = ("test", "validation", "valid", "val")
 
 
 def read_tables(place: Place) -> Mapping[str, Dataset]:
-    """The tables of a parquet file, a folder of them, or a hub dataset, by split name.
+    """The tables of a parquet file or shard, a folder of them, or a hub dataset, by split name.
 
-    Raises ArtifactError for files that are not parquet, MissingError for what cannot be fetched.
+    Raises ArtifactError for files that are not what they say, MissingError for what cannot be had.
     """
     if place.kind == "hub" and offline_reason():
         stay_offline()
@@ -27,7 +28,7 @@ def read_tables(place: Place) -> Mapping[str, Dataset]:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    return _read_hub(place) if place.kind == "hub" else _read_parquet(place)
+    return _read_hub(place) if place.kind == "hub" else _read_files(place)
 
 
 def _read_hub(place: Place) -> Mapping[str, Dataset]:
@@ -42,20 +43,22 @@ def _read_hub(place: Place) -> Mapping[str, Dataset]:
         ) from error
 
 
-def _read_parquet(place: Place) -> Mapping[str, Dataset]:
+def _read_files(place: Place) -> Mapping[str, Dataset]:
+    """Parquet files or shards. IndexError is how `datasets` says that a shard holds nothing."""
     import datasets
 
+    broken = (datasets.exceptions.DatasetGenerationError, tarfile.TarError, ValueError, IndexError)
     try:
-        return datasets.load_dataset("parquet", data_files=_files_by_split(place))
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise ArtifactError(f"{place.source}: broken or not parquet: {cause}") from error
+        return datasets.load_dataset(place.kind, data_files=_files_by_split(place))
+    except broken as error:
+        cause = str(error.__cause__ or error).strip().split("\n")[0]
+        raise ArtifactError(f"{place.source}: broken or not {place.kind}: {cause}") from error
     except OSError as error:
         raise MissingError(f"{place.source}: cannot be read: {error}") from error
 
 
 def _files_by_split(place: Place) -> dict[str, list[str]]:
-    """Parquet files by split: those whose name or folder says test or validation are `test`."""
+    """Files by split: those whose name or folder says test or validation are `test`."""
     root = place.path if place.path.is_dir() else place.path.parent
     files: dict[str, list[str]] = {"train": [], "test": []}
     for path in place.files:

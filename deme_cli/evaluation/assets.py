@@ -1,31 +1,17 @@
-"""Files from outside that measuring needs: what they are, where they are looked for, how they come.
+"""The files that measuring needs: network weights and the statistics of known datasets.
 
-Looked for in the folder of DEME_CACHE, then where the library that publishes or uses them keeps its
-own copy. They are fetched only where their host answers at once, so that a machine without network
-is told within two seconds what to put where. Nothing here imports torch.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import importlib.util
 import os
 import platform
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from deme_cli.errors import ArtifactError, MissingError
-from deme_cli.outputs import write_whole
+from deme_cli.assets import Asset, user_cache
 
-_ANSWER_SECONDS = 1.0
-_READ_SECONDS = 30.0
-_PIECE_BYTES = 1 << 20
 _CLEAN_FID_STATISTICS = "https://www.cs.cmu.edu/~clean-fid/stats/"
 
 # Known datasets whose Inception statistics clean-fid publishes: its name, split, size, image count.
@@ -33,35 +19,6 @@ PUBLISHED_STATISTICS = {
     "cifar10": ("cifar10", "train", 32, 50_000),
     "lsun-church": ("lsun_church", "train", 256, 50_000),
 }
-
-
-@dataclass(frozen=True)
-class Asset:
-    """A file by the name its publisher gave it. `places` are full paths of copies others keep."""
-
-    name: str
-    what: str
-    url: str
-    sha256: str | None = None
-    places: tuple[Path, ...] = ()
-
-    def find(self) -> Path | None:
-        """The first copy, DEME_CACHE before the library's own."""
-        for path in (cache_folder() / self.name, *self.places):
-            if path.is_file():
-                return path
-        return None
-
-
-def cache_folder() -> Path:
-    """DEME_CACHE, else `deme` in the user's cache folder."""
-    if folder := os.environ.get("DEME_CACHE"):
-        return Path(folder).expanduser()
-    return _user_cache() / "deme"
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 def inception_asset(resize: str) -> Asset:
@@ -72,7 +29,7 @@ def inception_asset(resize: str) -> Asset:
     """
     if resize == "legacy_pytorch":
         name = "pt_inception-2015-12-05-6726825d.pth"
-        torch_home = Path(os.environ.get("TORCH_HOME") or _user_cache() / "torch").expanduser()
+        torch_home = Path(os.environ.get("TORCH_HOME") or user_cache() / "torch").expanduser()
         return Asset(
             name,
             "Inception weights of pytorch-fid",
@@ -97,9 +54,7 @@ def clip_asset() -> Asset:
     OpenAI's file, or the copy that open_clip has fetched from the hub.
     """
     digest = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
-    hub = Path(os.environ.get("HF_HOME") or _user_cache() / "huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or hub / "hub").expanduser()
-    fetched = hub.glob(
+    fetched = hub_cache().glob(
         "models--timm--vit_base_patch32_clip_224.openai/snapshots/*/open_clip_model.safetensors"
     )
     return Asset(
@@ -107,8 +62,14 @@ def clip_asset() -> Asset:
         "CLIP ViT-B/32 weights",
         f"https://openaipublic.azureedge.net/clip/models/{digest}/ViT-B-32.pt",
         digest,
-        (_user_cache() / "clip" / "ViT-B-32.pt", *sorted(fetched)),
+        (user_cache() / "clip" / "ViT-B-32.pt", *sorted(fetched)),
     )
+
+
+def hub_cache() -> Path:
+    """Where the hub's library keeps what it fetches."""
+    home = Path(os.environ.get("HF_HOME") or user_cache() / "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
 
 
 def statistics_asset(dataset: str, resize: str) -> Asset:
@@ -123,102 +84,3 @@ def statistics_asset(dataset: str, resize: str) -> Asset:
         _CLEAN_FID_STATISTICS + file_name,
         places=tuple(Path(folder) / "stats" / file_name for folder in folders or ()),
     )
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, read in pieces. Raises MissingError if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE_BYTES):
-                digest.update(piece)
-    except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
-
-
-def require_assets(assets: Sequence[Asset]) -> list[Asset]:
-    """Of `assets`, those that have to be fetched first, which their hosts offer now.
-
-    Raises MissingError that names every missing file, its checksum, its address and its place.
-    """
-    missing = [asset for asset in assets if asset.find() is None]
-    if missing and (reason := _unreachable([asset.url for asset in missing])):
-        wanted = "; ".join(_describe(asset) for asset in missing)
-        raise MissingError(
-            f"missing: {wanted}; {reason}: fetch elsewhere and put into {cache_folder()} (or the "
-            f"folder of DEME_CACHE; weights also by --weights FILE); `deme doctor` lists all places"
-        )
-    return missing
-
-
-def _describe(asset: Asset) -> str:
-    checksum = f", sha256 {asset.sha256}" if asset.sha256 else ""
-    return f"{asset.name} ({asset.what}{checksum}) from {asset.url}"
-
-
-def _unreachable(urls: Sequence[str]) -> str | None:
-    """Why files cannot be fetched, or None if every host answers; all are asked at once."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE is set"
-    answered: set[str] = set()
-
-    def ask(url: str) -> None:
-        if _answers(url):
-            answered.add(url)
-
-    threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + _ANSWER_SECONDS  # resolving a name knows no timeout of its own
-    for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
-    silent = [url for url in urls if url not in answered]
-    return f"no answer from {silent[0].split('/')[2]}" if silent else None
-
-
-def _answers(url: str) -> bool:
-    try:
-        request = urllib.request.Request(url, method="HEAD")
-        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS):
-            return True
-    except (OSError, http.client.HTTPException, ValueError):
-        return False
-
-
-def download(asset: Asset, on_progress: Callable[[int, int], None]) -> Path:
-    """Fetch a file into the cache folder, whole or not at all; `on_progress(bytes done, bytes)`.
-
-    Raises MissingError if the connection fails, ArtifactError if the checksum is another.
-    """
-    path = cache_folder() / asset.name
-    write_whole(path, _checked_pieces(asset, on_progress))
-    return path
-
-
-def _checked_pieces(asset: Asset, on_progress: Callable[[int, int], None]) -> Iterator[bytes]:
-    digest, done = hashlib.sha256(), 0
-    try:
-        with urllib.request.urlopen(asset.url, timeout=_READ_SECONDS) as response:
-            total = int(response.headers.get("Content-Length") or 0)
-            while piece := response.read(_PIECE_BYTES):
-                digest.update(piece)
-                done += len(piece)
-                on_progress(done, max(total, done))
-                yield piece
-    except (
-        urllib.error.URLError,
-        http.client.HTTPException,
-        TimeoutError,
-        ConnectionError,
-    ) as error:
-        raise MissingError(
-            f"{asset.name}: the download from {asset.url} failed: {error}"
-        ) from error
-    if total and done != total:
-        raise MissingError(f"{asset.name}: the download from {asset.url} broke off; run it again")
-    if asset.sha256 and digest.hexdigest() != asset.sha256:
-        raise ArtifactError(
-            f"{asset.name}: {asset.url} sent a file with sha256 {digest.hexdigest()}, "
-            f"expected {asset.sha256}; nothing was kept"
-        )
