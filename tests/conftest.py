@@ -132,3 +132,19 @@ def deme() -> Callable[..., Result]:
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a tiny pipeline by name (see tiny_pipelines.BUILDERS), each made once."""
+    from tiny_pipelines import BUILDERS
+
+    made: dict[str, Path] = {}
+
+    def folder(name: str, **options: object) -> Path:
+        key = f"{name} {sorted(options.items())}"
+        if key not in made:
+            made[key] = BUILDERS[name](tmp_path_factory.mktemp(name) / name, **options)
+        return made[key]
+
+    return folder

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.commands.options import Force, Json, Quiet
+from deme_cli.commands.options import Force, Json, Pipeline, Quiet
 from deme_cli.errors import ArtifactError, ConfigError, writing
 from deme_cli.outputs import require_space
 
@@ -33,6 +33,7 @@ Folder = Annotated[
 def export(
     merged: Merged,
     folder: Folder,
+    pipeline: Pipeline = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -50,11 +51,14 @@ def export(
     _require_folder(folder, force=force)
     require_space(folder, merged.stat().st_size)
 
+    from deme_cli.diffusion.companions import open_companions
     from deme_cli.diffusion.denoiser import load_denoiser
     from deme_cli.diffusion.export import export_pipeline
     from deme_cli.diffusion.model_card import model_card
 
-    check = export_pipeline(load_denoiser(merged), folder, model_card(record, merged), force=force)
+    companions = open_companions(record, pipeline=pipeline)
+    card = model_card(record, merged)
+    check = export_pipeline(load_denoiser(merged), companions, folder, card, force=force)
     if isinstance(record, ExpertRecord):
         console.warn(f"{merged} is the expert of timesteps {record.timesteps} only")
     console.note(

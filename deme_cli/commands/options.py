@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.config import DTYPES, help_of
+from deme_cli.config import DTYPES, ModelConfig
 from deme_cli.errors import ConfigError
 from deme_cli.run_file import RunFile, read_run_file
+from deme_cli.settings import help_of
 
 COMMON = "Common"
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -52,6 +53,7 @@ Dtype = Annotated[
     typer.Option("--dtype", help=f"Precision: {', '.join(DTYPES)}.", callback=_known_dtype,
                  rich_help_panel=COMMON),
 ]  # fmt: skip
+Pipeline = Annotated[str | None, option(ModelConfig, "pipeline", "--pipeline", panel=COMMON)]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=COMMON)
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.commands.options import DryRun, Force, Json, Quiet, option
+from deme_cli.commands.options import DryRun, Force, Json, Pipeline, Quiet, option
 from deme_cli.config import CONFIG_NAME, SplitConfig
 from deme_cli.errors import DemeError
 from deme_cli.outputs import require_output, write_whole
@@ -56,6 +56,7 @@ def split(
     n: Annotated[int | None, option(_C, "n", "-n", "--num-ranges")] = None,
     data: Data = None,
     by: Annotated[str | None, option(_C, "by", "--by")] = None,
+    pipeline: Pipeline = None,
     output: Output = Path("."),
     force: Force = False,
     dry_run: DryRun = False,
@@ -77,19 +78,17 @@ def split(
 
     from deme_cli.diffusion.checkpoints import base_record, import_model
 
-    imported = import_model(model)
+    imported = import_model(model, pipeline)
     record = base_record(imported)
     ranges = split_uniform(settings.n, record.num_train_timesteps)
     images = _choose_data(data, record)
-    text = _run_file_text(record, settings, ranges, images, output)
+    text = _run_file_text(record, settings, ranges, images, output, pipeline)
+    facts = _measured(record, imported, ranges, images, pipeline)
     if not dry_run:
         record = write_artifact(paths[0], imported.weights, record)
         write_whole(paths[1], [text.encode()])
-    _show(record, imported, ranges, images)
-    console.result_paths(
-        [] if dry_run else paths, as_json=as_json, dry_run=dry_run,
-        **_measured(record, imported, ranges, images),
-    )  # fmt: skip
+    _show(record, ranges, facts)
+    console.result_paths([] if dry_run else paths, as_json=as_json, dry_run=dry_run, **facts)
 
 
 def _check_model(model: str, settings: SplitConfig) -> None:
@@ -123,65 +122,90 @@ def _run_file_text(
     ranges: list[TimestepRange],
     images: str,
     output: Path,
+    pipeline: str | None,
 ) -> str:
     """deme.toml for this run. Local image paths become absolute where the file lies elsewhere."""
     from deme_cli.data.digits import DIGITS_SETTINGS
+    from deme_cli.diffusion.backbones.known import backbone_of
     from deme_cli.run_file import render_run_file
 
-    if output.resolve() != Path.cwd() and (here := Path(images).expanduser()).exists() and images:
-        images = str(here.resolve())
+    if output.resolve() != Path.cwd():
+        images, pipeline = _absolute(images), _absolute(pipeline)
     live: dict[str, dict[str, Any]] = {
         "model": {"source": record.source, "base": BASE_NAME},
         "data": {"source": images},
         "split": {"n": settings.n, "by": settings.by, "ranges": [str(span) for span in ranges]},
     }
-    if images == "digits":
+    if pipeline:
+        live["model"]["pipeline"] = pipeline
+    live |= backbone_of(record.model_config).settings
+    if images == "digits" and not record.companions:
         live |= DIGITS_SETTINGS
     return render_run_file(live)
 
 
-def _show(
-    record: BaseRecord, imported: ImportedModel, ranges: list[TimestepRange], images: str
-) -> None:
+def _absolute(place: str | None) -> str | None:
+    """A path that is there as an absolute one; anything else as it is."""
+    here = Path(place or "").expanduser()
+    return str(here.resolve()) if place and here.exists() else place
+
+
+def _show(record: BaseRecord, ranges: list[TimestepRange], facts: dict[str, Any]) -> None:
     """What was read, and the ranges with the signal-to-noise ratios at their ends."""
-    from deme_cli.diffusion.schedule import decibels, read_schedule
+    from deme_cli.diffusion.schedule import read_schedule
 
     schedule = read_schedule(record.scheduler_config)
-    noise = decibels(schedule.alphas_cumprod).tolist()
-    for assumed in imported.notes:
+    noise = schedule.decibels.tolist()
+    draws = [schedule.indices(span) for span in ranges]
+    for assumed in facts["notes"]:
         console.warn(assumed)
-    facts = _measured(record, imported, ranges, images)
     shape = " x ".join(map(str, facts["image_shape"]))
+    if record.companions:
+        shape += f", latents {' x '.join(map(str, facts['sample_shape']))}"
     console.note(
         f"{record.source}: {record.model_config['_class_name']}, "
         f"{facts['parameters']:,} parameters, T = {record.num_train_timesteps}, "
         f"predicts {schedule.prediction_type}, images {shape}"
     )
     console.table(
-        f"{len(ranges)} ranges of [0, {record.num_train_timesteps}), data: {images or 'not set'}",
-        ["range", "timesteps", "number", "SNR from (dB)", "to (dB)"],
+        f"{len(ranges)} ranges of [0, {record.num_train_timesteps}), "
+        f"data: {facts['data'] or 'not set'}",
+        ["range", "timesteps", "draws", "SNR from (dB)", "to (dB)"],
         [
-            [f"{index}/{len(ranges)}", str(span), str(len(span)),
-             f"{noise[span.start]:.1f}", f"{noise[span.stop - 1]:.1f}"]
-            for index, span in enumerate(ranges, start=1)
+            [f"{index}/{len(ranges)}", str(span), str(len(drawn)),
+             f"{noise[drawn.start]:.1f}", f"{noise[drawn.stop - 1]:.1f}"]
+            for index, (span, drawn) in enumerate(zip(ranges, draws, strict=True), start=1)
         ],
     )  # fmt: skip
 
 
 def _measured(
-    record: BaseRecord, imported: ImportedModel, ranges: list[TimestepRange], images: str
+    record: BaseRecord,
+    imported: ImportedModel,
+    ranges: list[TimestepRange],
+    images: str,
+    pipeline: str | None,
 ) -> dict[str, Any]:
     """What `--json` tells besides the paths."""
-    from deme_cli.diffusion.denoiser import sample_shape
+    from deme_cli.diffusion.backbones.known import backbone_of
+    from deme_cli.diffusion.companions import open_companions
+    from deme_cli.diffusion.schedule import read_schedule
 
+    backbone = backbone_of(record.model_config)
+    image_shape = sample_shape = backbone.sample_shape(record.model_config)
+    if record.companions:
+        image_shape = open_companions(record, pipeline=pipeline).image_shape(sample_shape)
     return {
         "source": record.source,
         "data": images,
         "fingerprint": record.fingerprint,
         "parameters": sum(tensor.numel() for tensor in imported.weights.values()),
         "num_train_timesteps": record.num_train_timesteps,
-        "prediction_type": record.scheduler_config.get("prediction_type", "epsilon"),
-        "image_shape": list(sample_shape(record.model_config)),
+        "prediction_type": read_schedule(record.scheduler_config).prediction_type,
+        "wants": backbone.wants,
+        "image_shape": list(image_shape),
+        "sample_shape": list(sample_shape),
+        "companions": record.companions,
         "ranges": [str(span) for span in ranges],
         "notes": list(imported.notes),
     }

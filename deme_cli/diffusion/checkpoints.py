@@ -11,13 +11,15 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from deme_cli.artifacts import fingerprint, load_tensors, read_record
+from deme_cli.diffusion.backbones.backbone import Backbone
+from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.denoiser import (
     Denoiser,
     assemble,
@@ -25,7 +27,14 @@ from deme_cli.diffusion.denoiser import (
     load_denoiser,
     load_weights_into,
 )
-from deme_cli.diffusion.locate import WEIGHTS, locate_model, read_json, scheduler_file, unet_folder
+from deme_cli.diffusion.locate import (
+    WEIGHTS,
+    denoiser_folder,
+    locate_model,
+    read_json,
+    scheduler_file,
+)
+from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts
 from deme_cli.diffusion.projection import has_projections
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError
@@ -39,7 +48,8 @@ DEFAULT_SCHEDULER = "no scheduler config found; took diffusers' DDPM defaults (T
 class ImportedModel:
     """A denoiser's float32 weights and what was read beside them.
 
-    `notes` tell what was assumed, `training` how deme trained it where it did.
+    `notes` tell what was assumed, `training` how deme trained it where it did, `companions` the
+    SHA-256 of the frozen parts around it.
     """
 
     weights: dict[str, Tensor]
@@ -48,6 +58,7 @@ class ImportedModel:
     source: str
     notes: tuple[str, ...] = ()
     training: dict[str, Any] | None = None
+    companions: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -55,13 +66,16 @@ class ImportedModel:
         return read_schedule(self.scheduler_config, self.source).num_train_timesteps
 
 
-def import_model(source: str) -> ImportedModel:
+def import_model(source: str, pipeline: str | None = None) -> ImportedModel:
     """The model that `digits`, a diffusers folder, a hub id, or a base or merged artifact names.
 
-    Raises MissingError where nothing is there, ArtifactError for what is broken or not supported.
+    pipeline: where its frozen parts are, if not there. Raises MissingError where nothing is there,
+    ArtifactError for what is broken or not supported.
     """
     place = locate_model(source)
-    return _import_folder(place, source) if place.is_dir() else _import_artifact(place, source)
+    if place.is_dir():
+        return _import_folder(place, source, pipeline)
+    return _import_artifact(place, source)
 
 
 def open_denoiser(argument: str, *, device: str = "cpu", dtype: str = "fp32") -> Denoiser:
@@ -84,6 +98,7 @@ def base_record(model: ImportedModel) -> BaseRecord:
         scheduler_config=model.scheduler_config,
         num_train_timesteps=model.num_train_timesteps,
         training=model.training,
+        companions=model.companions,
         fingerprint=fingerprint(model.weights),
     )
 
@@ -98,21 +113,32 @@ def _import_artifact(path: Path, source: str) -> ImportedModel:
             f"finetune with --projection fold to go on from its merged model"
         )
     load_weights_into(build_network(record.model_config, source), weights, source)
-    if isinstance(record, BaseRecord) and source != "digits":
-        source = record.source
+    if source != "digits" and (isinstance(record, BaseRecord) or record.companions):
+        source = record.source  # where its frozen parts still are
     return ImportedModel(
         weights, record.model_config, record.scheduler_config, source,
-        training=getattr(record, "training", None),
+        training=getattr(record, "training", None), companions=dict(record.companions),
     )  # fmt: skip
 
 
-def _import_folder(folder: Path, source: str) -> ImportedModel:
-    """A pipeline folder (model_index.json) or a bare unet folder (config.json)."""
-    unet = unet_folder(folder)
-    build_network(read_json(unet / "config.json"), source)
-    scheduler_config, notes = _read_scheduler(folder, source)
-    weights, model_config = _load_unet(unet)
-    return ImportedModel(weights, model_config, scheduler_config, source, notes)
+def _import_folder(folder: Path, source: str, pipeline: str | None = None) -> ImportedModel:
+    """A pipeline folder (model_index.json) or a bare denoiser's folder (config.json)."""
+    place = denoiser_folder(folder)
+    backbone = backbone_of(read_json(place / "config.json"), source)
+    companions: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+    if backbone.parts:
+        is_whole = (folder / "model_index.json").exists()
+        if pipeline or is_whole:
+            companions = digests_of(locate_parts(pipeline or str(folder), backbone.parts))
+        else:
+            notes = (f"{source}: a denoiser alone; give the folder of its pipeline: --pipeline",)
+        source = str(folder.resolve()) if Path(source).expanduser().is_dir() else source
+    scheduler_config, assumed = _read_scheduler(folder, source)
+    weights, model_config = _load_network(place, backbone)
+    return ImportedModel(
+        weights, model_config, scheduler_config, source, (*notes, *assumed), companions=companions
+    )
 
 
 def _read_scheduler(folder: Path, source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -123,9 +149,10 @@ def _read_scheduler(folder: Path, source: str) -> tuple[dict[str, Any], tuple[st
     config = read_json(path) if path else {"_class_name": "DDPMScheduler"}
     name = config.get("_class_name")
     scheduler_class = getattr(diffusers, str(name), None)
-    if not (inspect.isclass(scheduler_class) and "beta_schedule" in _parameters(scheduler_class)):
+    if not (inspect.isclass(scheduler_class) and _is_known(scheduler_class)):
         raise ArtifactError(
-            f"{path}: scheduler {name!r} has no discrete betas; deme takes the DDPM family"
+            f"{path}: scheduler {name!r} has neither discrete betas nor a flow; deme takes the "
+            f"DDPM family and FlowMatchEulerDiscreteScheduler"
         )
     try:
         scheduler = scheduler_class.from_config(config)
@@ -136,11 +163,12 @@ def _read_scheduler(folder: Path, source: str) -> tuple[dict[str, Any], tuple[st
     return complete, () if path else (DEFAULT_SCHEDULER,)
 
 
-def _parameters(scheduler_class: type) -> Any:
-    return inspect.signature(scheduler_class).parameters
+def _is_known(scheduler_class: type) -> bool:
+    by_betas = "beta_schedule" in inspect.signature(scheduler_class).parameters
+    return by_betas or scheduler_class.__name__ == "FlowMatchEulerDiscreteScheduler"
 
 
-def _load_unet(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _load_network(folder: Path, backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and complete config through diffusers; all parameters must be there, and no other."""
     import diffusers
     import torch
@@ -149,7 +177,7 @@ def _load_unet(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         read_header(path)
     diffusers.logging.set_verbosity(logging.CRITICAL)
     try:
-        network, report = diffusers.UNet2DModel.from_pretrained(
+        network, report = getattr(diffusers, backbone.class_name).from_pretrained(
             folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True,
             low_cpu_mem_usage=False,
         )  # fmt: skip
@@ -167,7 +195,7 @@ def _load_unet(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if report[kind]:
             raise ArtifactError(f"{folder}: the weights {what} {sorted(report[kind])[0]!r}")
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    return weights, _plain_config(network.config)
+    return weights, _plain_config({**network.config, "_class_name": backbone.class_name})
 
 
 def _plain_config(config: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The network that predicts noise, with the schedule it was trained for, as one thing.
 
-A denoiser comes from an artifact of kind base, expert or merged. Which diffusers classes are taken
-is told here, in one place, from the config.
+A denoiser comes from an artifact of kind base, expert or merged. Which network it is, its backbone
+knows (backbones/).
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from deme_cli.artifacts import load_tensors, read_record
-from deme_cli.diffusion.projection import attach_projections, has_projections
-from deme_cli.diffusion.schedule import NoiseSchedule, read_schedule
+from deme_cli.diffusion.backbones.backbone import Backbone, Shape
+from deme_cli.diffusion.backbones.known import backbone_of
+from deme_cli.diffusion.conditions import Conditions
+from deme_cli.diffusion.projection import attach_projections, backbone_of_network, has_projections
+from deme_cli.diffusion.schedule import Schedule, read_schedule
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.records import DenoiserRecord
 
 Weights = Mapping[str, Tensor]
-BACKBONES = ("UNet2DModel",)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -30,13 +32,17 @@ class Denoiser:
     """A network in evaluation mode, its schedule, and the record it came with."""
 
     network: nn.Module
-    schedule: NoiseSchedule
+    schedule: Schedule
     record: DenoiserRecord
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images."""
-        return sample_shape(self.record.model_config)
+    def backbone(self) -> Backbone:
+        return backbone_of(self.record.model_config)
+
+    @property
+    def sample_shape(self) -> Shape:
+        """(C, H, W) of x_t at the size the model was made for: of latents where there is a VAE."""
+        return self.backbone.sample_shape(self.record.model_config)
 
     @property
     def device(self) -> torch.device:
@@ -47,16 +53,15 @@ class Denoiser:
         return next(self.network.parameters()).dtype
 
 
-def predict(network: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
-    """The network's output at (x_t, t).  x_t: (B, C, H, W)   t: (B,) or ()   ->   (B, C, H, W)"""
-    return network(x_t, t, return_dict=False)[0]
+def predict(
+    network: nn.Module, x_t: Tensor, t: Tensor, conditions: Conditions | None = None
+) -> Tensor:
+    """The network's prediction at (x_t, t).
 
-
-def sample_shape(model_config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a diffusers model config describes."""
-    size = model_config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return model_config["in_channels"], height, width
+    x_t: (B, C, H, W)   t: times (B,) or ()   conditions: (B, ...) each, by the network's keyword
+    ->   (B, C, H, W)
+    """
+    return backbone_of_network(network).predict(network, x_t, t, conditions or {})
 
 
 def build_network(model_config: Mapping[str, Any], where: str = "the model") -> nn.Module:
@@ -64,23 +69,10 @@ def build_network(model_config: Mapping[str, Any], where: str = "the model") -> 
 
     Raises ArtifactError for classes deme does not take, and for configs that diffusers refuses.
     """
-    import diffusers
-
-    name = model_config.get("_class_name")
-    if name not in BACKBONES:
-        raise ArtifactError(f"{where}: backbone {name!r}; deme takes {', '.join(BACKBONES)}")
-    if not model_config.get("sample_size"):
-        raise ArtifactError(f"{where}: the model config lacks sample_size")
-    if model_config.get("class_embed_type") or model_config.get("num_class_embeds"):
-        raise ArtifactError(f"{where}: class-conditional models are not supported")
-    if model_config.get("in_channels") != model_config.get("out_channels"):
-        raise ArtifactError(
-            f"{where}: {model_config.get('out_channels')} output channels for "
-            f"{model_config.get('in_channels')} input channels; learned variances are not supported"
-        )
+    backbone = backbone_of(model_config, where)
     try:
-        return getattr(diffusers, name).from_config(dict(model_config))
-    except (TypeError, ValueError, KeyError) as error:
+        return backbone.build(model_config)
+    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
         raise ArtifactError(f"{where}: unusable model config: {error}") from error
 
 

@@ -1,13 +1,15 @@
 """A denoiser as a diffusers pipeline folder, checked against the denoiser it came from.
 
 The folder is written beside its place and renamed when it is whole and its outputs are those of the
-artifact. Block projections cannot be folded into a diffusers network (the skips are taken before
-them, and every consumer begins with a GroupNorm), so such artifacts are refused, never exported
-without them.
+artifact. Frozen parts (VAE, text encoders, tokenizers) are copied byte for byte from the pipeline
+that the base came from. Block projections cannot be folded into a diffusers network (the skips are
+taken before them, and every consumer begins with a norm), so such artifacts are refused, never
+exported without them.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -15,14 +17,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from deme_cli.diffusion.companions import Companions
+from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.denoiser import Denoiser, predict
+from deme_cli.diffusion.locate import read_json
 from deme_cli.errors import NumericsError, writing
 
 LARGEST_DIFFERENCE = 1e-5
+_LATENT_SIDE = 32  # pixels of x_t for the check, at most: it is the weights that are compared
 
 
 @dataclass(frozen=True)
@@ -34,22 +41,28 @@ class ExportCheck:
 
 
 def export_pipeline(
-    denoiser: Denoiser, folder: Path, card: str, *, force: bool = False
+    denoiser: Denoiser, companions: Companions, folder: Path, card: str, *, force: bool = False
 ) -> ExportCheck:
     """Write `denoiser` as a diffusers pipeline with the model card `card`, whole or not at all.
 
-    Raises NumericsError if the pipeline, loaded again, does not give the denoiser's outputs;
-    MissingError if the disk refuses. `force` replaces a folder that is there.
+    Raises NumericsError if the denoiser, loaded again, does not give the same outputs; MissingError
+    if the disk refuses. `force` replaces a folder that is there.
     """
     import diffusers
 
     diffusers.logging.set_verbosity(logging.CRITICAL)
     diffusers.logging.disable_progress_bar()
     with writing(folder), _whole_folder(folder, force=force) as partial:
-        _pipeline(denoiser).save_pretrained(partial)
+        if companions.folder is None:
+            _pixel_pipeline(denoiser).save_pretrained(partial)
+        else:
+            _write_parts(denoiser, companions, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        loaded = diffusers.DiffusionPipeline.from_pretrained(partial, local_files_only=True)
-        check = compare(denoiser, loaded.unet)
+        backbone = denoiser.backbone
+        loaded = getattr(diffusers, backbone.class_name).from_pretrained(
+            partial / backbone.part, local_files_only=True
+        )
+        check = compare(denoiser, loaded)
         if not check.max_difference <= LARGEST_DIFFERENCE:
             raise NumericsError(
                 f"{folder}: the exported pipeline differs from the artifact by "
@@ -66,15 +79,40 @@ def compare(denoiser: Denoiser, network: nn.Module) -> ExportCheck:
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     network = network.to(denoiser.device).eval()
+    shape = _small(denoiser)
+    given = _any_conditions(denoiser, generator)
     for t in timesteps:
-        x_t = torch.randn(1, *denoiser.sample_shape, generator=generator).to(denoiser.device)
-        step = torch.tensor(t, device=denoiser.device)
-        difference = predict(network, x_t, step) - predict(denoiser.network, x_t, step)
+        x_t = torch.randn(1, *shape, generator=generator).to(denoiser.device)
+        time = denoiser.schedule.times(torch.tensor([t], device=denoiser.device))
+        difference = predict(network, x_t, time, given) - predict(
+            denoiser.network, x_t, time, given
+        )
         largest = max(largest, difference.abs().max().nan_to_num(torch.inf).item())
     return ExportCheck(largest, timesteps)
 
 
-def _pipeline(denoiser: Denoiser) -> object:
+def _small(denoiser: Denoiser) -> tuple[int, int, int]:
+    """The shape of x_t for the check: the model's own, or smaller where any size will do."""
+    channels, height, width = denoiser.sample_shape
+    if denoiser.backbone.wants != "text":
+        return channels, height, width
+    return channels, min(height, _LATENT_SIDE), min(width, _LATENT_SIDE)
+
+
+def _any_conditions(denoiser: Denoiser, generator: torch.Generator) -> Conditions:
+    """Random conditions of the right shapes: no text encoder is needed to compare two networks."""
+    shapes = denoiser.backbone.condition_shapes(denoiser.record.model_config)
+    return {name: _draw(shape, generator).to(denoiser.device) for name, shape in shapes.items()}
+
+
+def _draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers (1, *shape), or class 0 where the shape is ()."""
+    if not shape:
+        return torch.zeros(1, dtype=torch.long)
+    return torch.randn(1, *shape, generator=generator)
+
+
+def _pixel_pipeline(denoiser: Denoiser) -> Any:
     """DDIMPipeline for a DDIM checkpoint; anything else is sampled by DDPM, as it was trained."""
     from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
@@ -82,6 +120,27 @@ def _pipeline(denoiser: Denoiser) -> object:
     if config.get("_class_name") == "DDIMScheduler":
         return DDIMPipeline(denoiser.network, DDIMScheduler.from_config(config))
     return DDPMPipeline(denoiser.network, DDPMScheduler.from_config(config))
+
+
+def _write_parts(denoiser: Denoiser, companions: Companions, target: Path) -> None:
+    """The pipeline's index and frozen parts as they are, with this denoiser in its place."""
+    import diffusers
+
+    assert companions.folder is not None
+    companions.require_same()
+    source, backbone = companions.folder, denoiser.backbone
+    index = read_json(source / "model_index.json")
+    for name, value in index.items():
+        listed = isinstance(value, list) and bool(value[0])
+        if listed and name not in (backbone.part, "scheduler") and (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+    index[backbone.part] = ["diffusers", backbone.class_name]
+    config = denoiser.record.scheduler_config
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    denoiser.network.save_pretrained(target / backbone.part)
+    scheduler.save_pretrained(target / "scheduler")
 
 
 @contextmanager

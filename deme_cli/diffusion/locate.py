@@ -1,31 +1,24 @@
 """What a MODEL argument names: found, and fetched from the hub, before torch is imported.
 
-The hub's cache is asked first, so that a model once fetched needs no network again. Only what makes
-a denoiser is fetched: configs and one set of weights, safetensors where there is a choice.
+The hub's cache is asked first, so that a model once fetched needs no network again. Fetched are
+configs and one set of weights of every part, safetensors where there is a choice.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from deme_cli.artifacts import read_record
 from deme_cli.data.digits import BASE_PATH
+from deme_cli.diffusion.pipeline_files import DENOISERS, wanted_files
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.hub import is_hub_id, is_model_cached, offline_reason
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHTS = "diffusion_pytorch_model"
 _SECONDS = 10.0
-_CONFIGS = (
-    "model_index.json",
-    "config.json",
-    "scheduler_config.json",
-    "unet/config.json",
-    "scheduler/scheduler_config.json",
-)
 
 
 def locate_model(source: str) -> Path:
@@ -47,24 +40,29 @@ def locate_model(source: str) -> Path:
     if path.is_file():
         read_record(path, "base", "expert", "merged")
         return path
-    folder = path if path.is_dir() else _from_hub(source)
-    unet_folder(folder)
+    folder = find_folder(source)
+    denoiser_folder(folder)
     return folder
 
 
-def unet_folder(folder: Path) -> Path:
-    """Where a model folder keeps config.json and weights: `unet/`, or the folder itself.
+def find_folder(source: str) -> Path:
+    """The folder that a path or a hub id names, fetched where it must be.
 
-    Raises MissingError where it has neither, ArtifactError for pipelines in a latent space.
+    Raises MissingError where nothing is there.
+    """
+    path = Path(source).expanduser()
+    return path if path.is_dir() else _from_hub(source)
+
+
+def denoiser_folder(folder: Path) -> Path:
+    """Where a model folder keeps config.json and weights: `unet/`, `transformer/`, or itself.
+
+    Raises MissingError where it has none of them, ArtifactError for pipelines on a VQ-VAE.
     """
     index = folder / "model_index.json"
-    parts = read_json(index) if index.exists() else {}
-    if latent := sorted({"vae", "vqvae", "text_encoder"} & parts.keys()):
-        raise ArtifactError(
-            f"{folder}: a pipeline with {latent[0]!r}; deme takes UNet2DModel pipelines that draw "
-            f"pixels, such as DDPMPipeline"
-        )
-    for place in (folder / "unet", folder):
+    if index.exists() and "vqvae" in read_json(index):
+        raise ArtifactError(f"{folder}: a pipeline with 'vqvae'; deme takes pixels and VAE latents")
+    for place in (*(folder / part for part in DENOISERS), folder):
         if (place / "config.json").exists():
             if any(place.glob(f"{WEIGHTS}*")):
                 return place
@@ -72,7 +70,8 @@ def unet_folder(folder: Path) -> Path:
                 f"{place}: no weights ({WEIGHTS}.safetensors or .bin) beside config.json"
             )
     raise MissingError(
-        f"{folder}: not a diffusers model: it has no unet/config.json or config.json"
+        f"{folder}: not a diffusers model: it has no unet/config.json, transformer/config.json or "
+        f"config.json"
     )
 
 
@@ -135,7 +134,7 @@ def _cached(hub_id: str) -> Path | None:
 
     try:
         folder = Path(snapshot_download(hub_id, local_files_only=True))
-        unet_folder(folder)
+        denoiser_folder(folder)
     except (OSError, MissingError):  # the hub library's errors for a part of a model are OSErrors
         return None
     return folder
@@ -163,18 +162,3 @@ def _download(hub_id: str) -> Path:
     except OSError as error:
         raise MissingError(f"{hub_id}: could not be fetched from the hub: {error}") from error
     return Path(folder)
-
-
-def wanted_files(names: Iterable[str]) -> list[str]:
-    """Of a repository's files: configs, and the unet's weights in one format, without variants."""
-    names = set(names)
-    root = "unet/" if "unet/config.json" in names else ""
-    endings = {
-        name.removeprefix(root + WEIGHTS): name for name in names if name.startswith(root + WEIGHTS)
-    }
-    whole = [
-        name for ending, name in endings.items()
-        if ending.startswith(("-", ".safetensors", ".bin")) and ".fp16." not in ending
-    ]  # fmt: skip
-    safe = [name for name in whole if ".safetensors" in name]
-    return [name for name in _CONFIGS if name in names] + sorted(safe or whole)

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deme_cli.diffusion.backbones.known import backbone_of
+from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.hub import is_hub_id
 from deme_cli.records import DenoiserRecord, ExpertRecord, MergedRecord
 
@@ -40,6 +42,19 @@ _CAVEATS = {
 }
 
 
+# By what an image is drawn from: the pipeline's call, and the hub's name of the task.
+_CALLS = {"nothing": "", "class": "class_labels=[207]", "text": '"a photo of a church"'}
+_TASKS = {
+    "nothing": "unconditional-image-generation",
+    "class": "unconditional-image-generation",  # the hub has none for classes
+    "text": "text-to-image",
+}
+
+
+def _wants(record: DenoiserRecord) -> str:
+    return backbone_of(record.model_config).wants
+
+
 def model_card(record: DenoiserRecord, path: Path) -> str:
     """The README.md of a pipeline made from the artifact at `path`."""
     parts = [
@@ -58,7 +73,7 @@ def model_card(record: DenoiserRecord, path: Path) -> str:
     parts += [
         "## Use\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
         'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
-        "image = pipeline().images[0]\n```",
+        f"image = pipeline({_CALLS[_wants(record)]}).images[0]\n```",
         "## Caveats\n\n" + _CAVEATS[record.kind],
         "## Licence\n\n" + _LICENCE,
     ]
@@ -71,10 +86,10 @@ def _front_matter(record: DenoiserRecord) -> str:
         "---",
         "library_name: diffusers",
         "license: unknown",
-        "pipeline_tag: unconditional-image-generation",
+        f"pipeline_tag: {_TASKS[_wants(record)]}",
         *([f"base_model: {record.source}"] if is_hub_id(record.source) else []),
         "tags:",
-        *(f"- {tag}" for tag in ("diffusers", "ddpm", "deme", "decouple-then-merge")),
+        *(f"- {tag}" for tag in ("diffusers", "deme", "decouple-then-merge")),
         *(["- model-merging"] if isinstance(record, MergedRecord) else []),
         "---",
     ]
@@ -87,7 +102,7 @@ def _model_facts(record: DenoiserRecord) -> dict[str, Any]:
         "network": record.model_config.get("_class_name"),
         "timesteps T": record.num_train_timesteps,
         "beta schedule": record.scheduler_config.get("beta_schedule"),
-        "predicts": record.scheduler_config.get("prediction_type", "epsilon"),
+        "predicts": read_schedule(record.scheduler_config).prediction_type,
         "fingerprint of the weights": record.fingerprint,
         "written by": record.created_by,
     }

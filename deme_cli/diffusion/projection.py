@@ -1,20 +1,23 @@
 """Channel-wise projection: P(F_t) = W F_t, W in R^{C x C} the identity at the start (section 3.2).
 
 Two placements. `block` is the paper's: one matrix after every down, mid and up block, on the main
-path (the skips are taken before it). It cannot be folded into the network everywhere, because
-every consumer begins with a GroupNorm. `fold` puts matrices only on linear outputs (the convolution
-of a down- or upsampler; where a block has none, the last convolution of each residual branch
-and the output of each attention), so that W K and W b are an ordinary layer and the trained network
-is a plain diffusers network. It is another function than the paper's placement.
+path (the skips are taken before it); in a transformer, after every block, on the image tokens. It
+cannot be folded into the network everywhere, because every consumer begins with a norm. `fold` puts
+matrices only on linear outputs (the convolution of a down- or upsampler; where a block has none,
+and in transformers, the ends of the residual branches), so that W K and W b are an ordinary layer
+and the trained network is a plain diffusers network. It is another function than the paper's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from deme_cli.diffusion.backbones.backbone import Backbone, Site
+from deme_cli.diffusion.backbones.known import backbone_of
 
 PREFIX = "channel_projection"
 
@@ -37,31 +40,19 @@ def has_projections(names: Iterable[str]) -> bool:
     return any(name.startswith(f"{PREFIX}.") for name in names)
 
 
-def block_sites(network: nn.Module) -> Iterator[tuple[str, int]]:
-    """Module path and width of every down, mid and up block."""
-    widths = list(network.config.block_out_channels)
-    for index, width in enumerate(widths):
-        yield f"down_blocks.{index}", width
-    if network.mid_block is not None:
-        yield "mid_block", widths[-1]
-    for index, width in enumerate(reversed(widths)):
-        yield f"up_blocks.{index}", width
+def backbone_of_network(network: nn.Module) -> Backbone:
+    """The backbone of a diffusers network."""
+    return backbone_of({**network.config, "_class_name": type(network).__name__})
 
 
-def fold_sites(network: nn.Module) -> Iterator[tuple[str, int]]:
-    """Module path and output width of the linear layers that carry a projection in `fold`."""
-    for block, _ in block_sites(network):
-        module = network.get_submodule(block)
-        inside = dict(module.named_modules())
-        resamplers = [
-            name for name in inside
-            if name in ("downsamplers.0.conv", "upsamplers.0.conv")
-            and isinstance(inside[name], nn.Conv2d)
-        ]  # fmt: skip
-        branches = [name for name in inside if name.endswith((".conv2", ".to_out.0"))]
-        for name in resamplers or branches:
-            weight = inside[name].weight
-            yield f"{block}.{name}", weight.shape[0]
+def sites(network: nn.Module, placement: str) -> list[Site]:
+    """Where the projections of a placement (`block`, `fold`, `none`) go, in the network's order."""
+    if placement == "none":
+        return []
+    backbone = backbone_of_network(network)
+    return list(
+        backbone.block_sites(network) if placement == "block" else backbone.fold_sites(network)
+    )
 
 
 def attach_projections(network: nn.Module, placement: str) -> None:
@@ -69,28 +60,32 @@ def attach_projections(network: nn.Module, placement: str) -> None:
 
     placement: `block`, `fold`, or `none` (which adds nothing).
     """
-    if placement == "none":
+    places = sites(network, placement)
+    if not places:
         return
-    sites = list(block_sites(network) if placement == "block" else fold_sites(network))
-    projections = nn.ModuleDict(
-        {site.replace(".", "_"): ChannelProjection(width) for site, width in sites}
-    )
+    projections = nn.ModuleDict({_name(site): ChannelProjection(site.width) for site in places})
     network.add_module(PREFIX, projections)
-    for site, _ in sites:
-        projection = projections[site.replace(".", "_")]
-        network.get_submodule(site).register_forward_hook(_ProjectOutput(projection))
+    for site in places:
+        hook = _ProjectOutput(projections[_name(site)], site.output)
+        network.get_submodule(site.path).register_forward_hook(hook)
+
+
+def _name(site: Site) -> str:
+    return site.path.replace(".", "_")
 
 
 class _ProjectOutput:
-    """A forward hook that projects a module's output; of a tuple (h, skips), only h."""
+    """A forward hook that projects a module's output; of a tuple, only one part."""
 
-    def __init__(self, projection: ChannelProjection) -> None:
-        self.projection = projection
+    def __init__(self, projection: ChannelProjection, place: int) -> None:
+        self.projection, self.place = projection, place
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        if isinstance(output, tuple):
-            return (self.projection(output[0]), *output[1:])
-        return self.projection(output)
+        if not isinstance(output, tuple):
+            return self.projection(output)
+        parts = list(output)
+        parts[self.place] = self.projection(parts[self.place])
+        return tuple(parts)
 
 
 def fold_weights(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
@@ -100,10 +95,10 @@ def fold_weights(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Te
     of the plain network and gives the same outputs up to rounding (the product is in float64).
     """
     folded = {name: tensor for name, tensor in weights.items() if not has_projections([name])}
-    for site, _ in fold_sites(network):
-        matrix = weights[f"{PREFIX}.{site.replace('.', '_')}.weight"].double()
+    for site in sites(network, "fold"):
+        matrix = weights[f"{PREFIX}.{_name(site)}.weight"].double()
         for part in ("weight", "bias"):
-            name = f"{site}.{part}"
+            name = f"{site.path}.{part}"
             if name in folded:
                 layer = folded[name]
                 folded[name] = torch.tensordot(matrix, layer.double(), dims=1).to(layer.dtype)

@@ -1,7 +1,9 @@
 """The forward process: how x_0 becomes x_t, and what the network is asked to predict.
 
 B batch, T timesteps. The schedule comes from the checkpoint's own scheduler config through
-diffusers; nothing about it is assumed.
+diffusers; nothing about it is assumed. A draw t = 0 .. T-1 is a row of the schedule's table; what
+the network is told for it is its *time*: t itself in DDPM, sigma T in flow matching, whose table
+is denser at high noise where the checkpoint's scheduler shifts it. Ranges are spans of times.
 """
 
 from __future__ import annotations
@@ -9,11 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from deme_cli.errors import ArtifactError
+from deme_cli.errors import ArtifactError, ConfigError
+from deme_cli.timesteps import TimestepRange
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+FLOW = "flow"
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,10 @@ class NoiseSchedule:
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t of draws t.  x0, eps: (B, ...)   t: (B,) integer   ->   (B, ...)"""
+        return add_noise(x0, eps, t, self.alphas_cumprod)
+
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What to predict at (x_t, t): eps, x_0, or v (Salimans & Ho 2022, app. D)."""
         if self.prediction_type == "epsilon":
@@ -36,18 +45,86 @@ class NoiseSchedule:
         abar = per_sample(self.alphas_cumprod, t, x0)
         return abar.sqrt() * eps - (1 - abar).sqrt() * x0
 
+    def times(self, t: Tensor) -> Tensor:
+        """What the network is told for draws t: (B,) -> (B,)."""
+        return t
 
-def read_schedule(scheduler_config: dict[str, Any], where: str = "the model") -> NoiseSchedule:
-    """The noise schedule that a diffusers scheduler config describes.
+    def indices(self, span: TimestepRange) -> TimestepRange:
+        """The draws whose times lie in `span`."""
+        return span
+
+    @property
+    def decibels(self) -> Tensor:
+        """The signal-to-noise ratio per draw in dB: 10 log10(snr).  (T,)"""
+        return 10 * snr(self.alphas_cumprod).log10()
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """sigma_t for t = 0 .. T-1 in float64, rising; x_t = (1 - sigma) x_0 + sigma eps.
+
+    (Lipman et al. 2023; Esser et al. 2024, with the shift of the checkpoint's own scheduler.)
+    """
+
+    sigmas: Tensor  # (T,) float64, on the CPU
+    prediction_type: str = FLOW
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.sigmas)
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t of draws t.  x0, eps: (B, ...)   t: (B,) integer   ->   (B, ...)"""
+        sigma = per_sample(self.sigmas, t, x0)
+        return (1 - sigma) * x0 + sigma * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The velocity eps - x_0."""
+        return eps - x0
+
+    def times(self, t: Tensor) -> Tensor:
+        """sigma T for draws t, as the scheduler's own timesteps: (B,) -> (B,) float32."""
+        table = self.sigmas.float() * self.num_train_timesteps
+        return table.to(t.device)[t]
+
+    def indices(self, span: TimestepRange) -> TimestepRange:
+        """The draws with start <= sigma T < stop; sigma = 1 belongs to the last range.
+
+        Raises ConfigError where the table has no draw in `span`.
+        """
+        total = self.num_train_timesteps
+        times = self.sigmas * total
+        edges = torch.tensor([span.start, span.stop], dtype=times.dtype)
+        start, stop = torch.searchsorted(times, edges).tolist()
+        stop = total if span.stop == total else stop
+        if start >= stop:
+            raise ConfigError(f"no time of this model's flow schedule lies in range {span}")
+        return TimestepRange(start, stop)
+
+    @property
+    def decibels(self) -> Tensor:
+        """The signal-to-noise ratio per draw in dB: 20 log10((1 - sigma) / sigma).  (T,)"""
+        return 20 * ((1 - self.sigmas) / self.sigmas).log10()
+
+
+Schedule = NoiseSchedule | FlowSchedule
+
+
+def read_schedule(scheduler_config: dict[str, Any], where: str = "the model") -> Schedule:
+    """The schedule that a diffusers scheduler config describes.
 
     Raises ArtifactError on a config that diffusers refuses or on an unknown prediction type.
     """
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+    is_flow = str(scheduler_config.get("_class_name", "")).startswith("FlowMatch")
+    family = FlowMatchEulerDiscreteScheduler if is_flow else DDPMScheduler
     try:
-        scheduler = DDPMScheduler.from_config(scheduler_config)
+        scheduler = family.from_config(scheduler_config)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where}: unusable scheduler config: {error}") from error
+    if is_flow:
+        return FlowSchedule(scheduler.sigmas.double().flip(0))
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in PREDICTIONS:
         raise ArtifactError(
@@ -74,8 +151,3 @@ def add_noise(x0: Tensor, eps: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Ten
 def snr(alphas_cumprod: Tensor) -> Tensor:
     """Signal-to-noise ratio abar / (1 - abar) per timestep."""
     return alphas_cumprod / (1 - alphas_cumprod)
-
-
-def decibels(alphas_cumprod: Tensor) -> Tensor:
-    """The signal-to-noise ratio per timestep in dB: 10 log10(snr)."""
-    return 10 * snr(alphas_cumprod).log10()

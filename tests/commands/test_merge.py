@@ -22,6 +22,7 @@ from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError, Stopped
 from deme_cli.merging.combine import merge_artifacts
 from deme_cli.merging.objectives import HeldOutLoss
+from deme_cli.training.examples import PixelExamples
 
 PAIR = ("ft_1of4.safetensors", "ft_3of4.safetensors")
 GRID = ("--search", "grid", "--grid", "0,0.5;0,1", "--num", "16")
@@ -104,7 +105,7 @@ def test_a_search_finds_what_brute_force_finds(run_folder: Path, deme: Callable)
     document = json.loads(result.stdout)
     base = load_denoiser(run_folder / "base.safetensors")
     data = open_images("digits", shape=base.sample_shape, split="held-out")
-    loss = HeldOutLoss(data, base.schedule, MergeConfig(num=16))
+    loss = HeldOutLoss(PixelExamples(data), base.schedule, MergeConfig(num=16))
     values = {}
     for point in ((0, 0), (0.5, 0), (0, 1), (0.5, 1), (0.5, 0.5)):
         path = run_folder / "candidate.safetensors"

@@ -205,7 +205,9 @@ def test_a_latent_pipeline_is_refused(pipe: Path) -> None:
 @pytest.mark.parametrize("name", ["ScoreSdeVeScheduler", "EDMEulerScheduler", "logging", "Nope"])
 def test_a_scheduler_without_betas_is_refused(pipe: Path, name: str) -> None:
     change_json(pipe / "scheduler" / "scheduler_config.json", _class_name=name)
-    with pytest.raises(ArtifactError, match=f"scheduler '{name}' has no discrete betas"):
+    with pytest.raises(
+        ArtifactError, match=f"scheduler '{name}' has neither discrete betas nor a flow"
+    ):
         import_model(str(pipe))
 
 
@@ -311,3 +313,24 @@ def test_only_configs_and_one_set_of_weights_are_fetched() -> None:
     ]
     nested = ["unet/config.json", f"unet/{PICKLE}", "unet/diffusion_pytorch_model.fp16.safetensors"]
     assert wanted_files(nested) == ["unet/config.json", f"unet/{PICKLE}"]
+    whole = [
+        "model_index.json",
+        "v1-4.ckpt",
+        "safety_checker/model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/model.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "tokenizer/merges.txt",
+        "tokenizer_3/spiece.model",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "transformer/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+        "vae/diffusion_flax_model.msgpack",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    left_out = ("v1-4", "safety", "fp16", ".bin", "msgpack")
+    assert wanted_files(whole) == [
+        name for name in whole if not any(part in name for part in left_out)
+    ]

@@ -11,13 +11,13 @@ import torch
 from conftest import TINY_MODEL, write_tiny_base
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.denoiser import (
     assemble,
     build_network,
     choose_device,
     load_denoiser,
     predict,
-    sample_shape,
 )
 from deme_cli.diffusion.projection import attach_projections
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
@@ -70,7 +70,7 @@ def test_a_missing_a_misshapen_and_an_unknown_parameter_are_named(tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "UNet2DConditionModel"}, "backbone 'UNet2DConditionModel'"),
+        ({"_class_name": "UNet3DConditionModel"}, "backbone 'UNet3DConditionModel'"),
         ({"sample_size": None}, "lacks sample_size"),
         ({"out_channels": 2}, "learned variances"),
         ({"num_class_embeds": 10}, "class-conditional"),
@@ -86,7 +86,8 @@ def test_a_model_that_deme_cannot_take_is_refused_with_its_reason(
 
 
 def test_the_image_shape_may_be_oblong() -> None:
-    assert sample_shape({"sample_size": [16, 8], "in_channels": 3}) == (3, 16, 8)
+    config = {**TINY_MODEL, "sample_size": [16, 8], "in_channels": 3, "out_channels": 3}
+    assert backbone_of(config).sample_shape(config) == (3, 16, 8)
 
 
 def test_an_unusable_scheduler_names_the_file(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from deme_cli.diffusion.denoiser import build_network, predict
 from deme_cli.diffusion.projection import (
     PREFIX,
     attach_projections,
-    block_sites,
-    fold_sites,
     fold_weights,
+    sites,
 )
 
 CIFAR10 = {
@@ -173,8 +172,8 @@ def test_folded_equals_unfolded(name: str, dtype: torch.dtype, tolerance: float)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_block_carries_a_projection_in_both_placements(name: str) -> None:
     network = network_of(name)
-    folded = [site for site, _ in fold_sites(network)]
-    for block, _ in block_sites(network):
+    folded = [site.path for site in sites(network, "fold")]
+    for block in (site.path for site in sites(network, "block")):
         assert any(site.startswith(f"{block}.") for site in folded), block
 
 

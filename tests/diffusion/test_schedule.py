@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from deme_cli.diffusion.schedule import add_noise, decibels, read_schedule, snr
-from deme_cli.errors import ArtifactError
+from deme_cli.diffusion.schedule import NoiseSchedule, add_noise, read_schedule, snr
+from deme_cli.errors import ArtifactError, ConfigError
+from deme_cli.timesteps import TimestepRange, split_uniform
 
 SCHEDULES: list[dict[str, Any]] = [
     {"num_train_timesteps": 1000, "beta_schedule": "linear"},
@@ -47,7 +48,8 @@ def test_snr_is_that_of_diffusers(config: dict[str, Any]) -> None:
 def test_the_last_snr_of_the_linear_schedule_is_the_published_one() -> None:
     ratios = snr(read_schedule({"num_train_timesteps": 1000}).alphas_cumprod)
     assert ratios[-1].item() == pytest.approx(4.0e-5, rel=0.02)
-    assert decibels(torch.tensor([0.5])).item() == pytest.approx(0.0)
+    half = NoiseSchedule(torch.tensor([0.5]), "epsilon")
+    assert half.decibels.item() == pytest.approx(0.0)
 
 
 def test_the_velocity_target_is_that_of_diffusers() -> None:
@@ -71,3 +73,38 @@ def test_an_unknown_prediction_type_is_named() -> None:
 def test_a_schedule_that_diffusers_refuses_is_named() -> None:
     with pytest.raises(ArtifactError, match="unusable scheduler config: cubic"):
         read_schedule({"beta_schedule": "cubic"}, "somewhere")
+
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_noise_and_times_are_those_of_diffusers_own_scheduler(shift: float) -> None:
+    config = {**FLOW, "shift": shift}
+    schedule = read_schedule(config)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    x0, eps, t = draw(1000)
+    times = schedule.times(t)
+    torch.testing.assert_close(times, scheduler.timesteps.flip(0)[t])
+    expected = scheduler.scale_noise(x0, scheduler.timesteps.flip(0)[t], eps)
+    torch.testing.assert_close(schedule.add_noise(x0, eps, t), expected)
+    torch.testing.assert_close(schedule.target(x0, eps, t), eps - x0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
+@pytest.mark.parametrize("num_ranges", [1, 2, 4, 7])
+def test_ranges_of_times_share_out_the_draws_of_a_flow_once(shift: float, num_ranges: int) -> None:
+    schedule = read_schedule({**FLOW, "shift": shift})
+    position = 0
+    for span in split_uniform(num_ranges, 1000):
+        drawn = schedule.indices(span)
+        times = schedule.sigmas[drawn.start : drawn.stop] * 1000
+        assert drawn.start == position
+        assert bool(((times >= span.start) & ((times < span.stop) | (times == 1000))).all())
+        position = drawn.stop
+    assert position == 1000
+
+
+def test_a_range_without_a_time_of_the_flow_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no time .* in range 0:2"):
+        read_schedule({**FLOW, "shift": 12.0}).indices(TimestepRange(0, 2))

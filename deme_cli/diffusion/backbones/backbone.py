@@ -1,0 +1,110 @@
+"""What the rest of the program may ask of a network, whichever it is.
+
+B batch, C channels, H x W pixels (of latents where there is a VAE). To add a backbone, write a file
+beside this one and name it in known.py: nothing else asks which network it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from deme_cli.diffusion.conditions import Conditions
+
+Config = Mapping[str, Any]
+Shape = tuple[int, int, int]  # (C, H, W)
+TOKENS = 77  # of a caption in CLIP's text encoders
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module whose output a channel-wise projection follows.
+
+    `width` is its number of channels; of a module that gives a tuple, `output` says which.
+    """
+
+    path: str
+    width: int
+    output: int = 0
+
+
+class Backbone(Protocol):
+    """A network class of diffusers, and the pipeline that draws with it."""
+
+    class_name: str  # of the network
+    pipeline: str  # diffusers' pipeline class
+    part: str  # the network's name in the pipeline: unet or transformer
+    parts: tuple[str, ...]  # the frozen parts it cannot do without; () for pixels from noise alone
+    wants: str  # what an image is drawn from, besides noise: nothing, class or text
+    settings: Mapping[str, Mapping[str, Any]]  # what `split` writes into deme.toml, by table
+
+    def matches(self, config: Config) -> bool:
+        """Whether a diffusers config describes this network."""
+        ...
+
+    def refusal(self, config: Config) -> str | None:
+        """Why deme does not take this variant, or None."""
+        ...
+
+    def build(self, config: Config) -> nn.Module:
+        """A network with random weights. Raises what diffusers raises on an unusable config."""
+        ...
+
+    def sample_shape(self, config: Config) -> Shape:
+        """(C, H, W) of x_t at the size the model was made for."""
+        ...
+
+    def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        """The shape of each condition, by keyword, without its batch; () for a class number."""
+        ...
+
+    def num_classes(self, config: Config) -> int | None:
+        """Classes of a class-conditional model."""
+        ...
+
+    def default_guidance(self, config: Config) -> float:
+        """The pipeline's own scale of classifier-free guidance; 1 for none."""
+        ...
+
+    def size_refusal(self, config: Config, side: int) -> str | None:
+        """Why x_t cannot be `side` pixels wide and high, or None."""
+        ...
+
+    def embeds_guidance(self, config: Config) -> bool:
+        """Whether guidance is an input of the network (distilled), not a second prediction."""
+        ...
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
+        """The prediction at (x_t, t).  x_t: (B, C, H, W)   t: (B,) or ()   ->   (B, C, H, W)"""
+        ...
+
+    def block_sites(self, network: nn.Module) -> Iterator[Site]:
+        """After every block, as the paper places its projections."""
+        ...
+
+    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
+        """After linear layers into which a projection can be multiplied."""
+        ...
+
+    def encode(self, pipeline: Any, subjects: Sequence[Any], geometry: Tensor) -> Conditions:
+        """Conditions of captions or class numbers, by the frozen parts of `pipeline`.
+
+        geometry: (B, 6) original height, width, crop top, left, target height, width in pixels.
+        """
+        ...
+
+    def null(self, pipeline: Any, config: Config) -> Conditions:
+        """The condition of nothing said, of batch 1."""
+        ...
+
+    def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
+        """Set the scheduler's timesteps as the pipeline does for x_t of `shape`."""
+        ...
+
+
+def square(size: int | Sequence[int]) -> tuple[int, int]:
+    """(H, W) of a config's sample_size."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,114 @@
+"""Flux: a flow-matching transformer on packed latents (2 x 2 latent pixels make one token).
+
+Latents keep their own shape (C, H, W) everywhere outside; they are packed on the way into the
+network and unpacked on the way out. The `dev` model is guidance-distilled: the scale is an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deme_cli.diffusion.backbones.backbone import TOKENS, Config, Shape, Site
+from deme_cli.diffusion.backbones.flow_layout import dynamic_shift
+from deme_cli.diffusion.backbones.token_blocks import token_block_sites, token_fold_sites
+from deme_cli.diffusion.conditions import Conditions
+
+_LISTS = ("transformer_blocks", "single_transformer_blocks")
+_SAMPLE_SIZE = 128  # latent pixels per side: FluxPipeline.default_sample_size; not in the config
+_TIME_SCALE = 1000  # the network multiplies its timestep by it
+TRAINED_GUIDANCE = 3.5  # scale told to a distilled model in training, as in diffusers' scripts
+
+
+class Flux:
+    """FluxTransformer2DModel (Black Forest Labs 2024)."""
+
+    class_name, pipeline, part = "FluxTransformer2DModel", "FluxPipeline", "transformer"
+    parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    wants = "text"
+    settings: Mapping[str, Mapping[str, Any]] = {
+        "finetune": {"batch_size": 1, "accumulation": 64},
+        "sample": {"steps": 28, "batch_size": 1},
+    }
+
+    def matches(self, config: Config) -> bool:
+        return config.get("_class_name") == self.class_name
+
+    def refusal(self, config: Config) -> str | None:
+        if config.get("out_channels") not in (None, config.get("in_channels")):
+            return "output and input channels differ: a fill or control model, not text-to-image"
+        return None
+
+    def build(self, config: Config) -> nn.Module:
+        from diffusers import FluxTransformer2DModel
+
+        return FluxTransformer2DModel.from_config(dict(config))
+
+    def sample_shape(self, config: Config) -> Shape:
+        return config["in_channels"] // 4, _SAMPLE_SIZE, _SAMPLE_SIZE
+
+    def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        return {
+            "encoder_hidden_states": (TOKENS, config["joint_attention_dim"]),
+            "pooled_projections": (config["pooled_projection_dim"],),
+        }
+
+    def num_classes(self, config: Config) -> int | None:
+        return None
+
+    def default_guidance(self, config: Config) -> float:
+        return 3.5 if self.embeds_guidance(config) else 1.0
+
+    def size_refusal(self, config: Config, side: int) -> str | None:
+        return None if side % 2 == 0 else "takes multiples of 2"
+
+    def embeds_guidance(self, config: Config) -> bool:
+        return bool(config.get("guidance_embeds"))
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
+        from diffusers import FluxPipeline
+
+        batch, channels, height, width = x_t.shape
+        tokens = given["encoder_hidden_states"]
+        guidance = None
+        if network.config.guidance_embeds:
+            told = x_t.new_full((batch,), TRAINED_GUIDANCE, dtype=torch.float32)
+            guidance = given.get("guidance", told)
+        output = network(
+            hidden_states=FluxPipeline._pack_latents(x_t, batch, channels, height, width),
+            timestep=t.expand(batch).to(x_t.dtype) / _TIME_SCALE,
+            guidance=guidance,
+            pooled_projections=given["pooled_projections"],
+            encoder_hidden_states=tokens,
+            txt_ids=tokens.new_zeros(tokens.shape[1], 3),
+            img_ids=FluxPipeline._prepare_latent_image_ids(
+                batch, height // 2, width // 2, x_t.device, x_t.dtype
+            ),
+            return_dict=False,
+        )[0]
+        return FluxPipeline._unpack_latents(output, height, width, vae_scale_factor=1)
+
+    def block_sites(self, network: nn.Module) -> Iterator[Site]:
+        return token_block_sites(network, _LISTS, output=1)  # (text tokens, image tokens)
+
+    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
+        return token_fold_sites(network, _LISTS)
+
+    def encode(self, pipeline: Any, subjects: Sequence[str], geometry: Tensor) -> Conditions:
+        tokens, pooled, _ = pipeline.encode_prompt(
+            list(subjects), None, device=pipeline.text_encoder.device
+        )
+        return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+
+    def null(self, pipeline: Any, config: Config) -> Conditions:
+        return self.encode(pipeline, [""], Tensor())
+
+    def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
+        told: dict[str, Any] = dynamic_shift(scheduler, shape[1] * shape[2] // 4)
+        if not scheduler.config.get("use_flow_sigmas"):
+            told["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(steps, **told)

@@ -1,0 +1,92 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net on VAE latents that attends to CLIP's text tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from deme_cli.diffusion.backbones.backbone import TOKENS, Config, Shape, Site, square
+from deme_cli.diffusion.backbones.unet_blocks import unet_block_sites, unet_fold_sites
+from deme_cli.diffusion.conditions import Conditions
+
+
+class StableDiffusion:
+    """UNet2DConditionModel with one text encoder (Rombach et al. 2022)."""
+
+    class_name, pipeline, part = "UNet2DConditionModel", "StableDiffusionPipeline", "unet"
+    parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
+    wants = "text"
+    settings: Mapping[str, Mapping[str, Any]] = {
+        "finetune": {"batch_size": 16, "accumulation": 16},
+        "sample": {"sampler": "pndm", "steps": 25, "batch_size": 8},
+    }
+
+    def matches(self, config: Config) -> bool:
+        return config.get("_class_name") == self.class_name and not config.get(
+            "addition_embed_type"
+        )
+
+    def refusal(self, config: Config) -> str | None:
+        if config.get("class_embed_type") or config.get("encoder_hid_dim_type"):
+            return "a UNet2DConditionModel with class or image embeddings; deme takes text alone"
+        return refusal_of_latent_unet(config)
+
+    def build(self, config: Config) -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel.from_config(dict(config))
+
+    def sample_shape(self, config: Config) -> Shape:
+        return config["in_channels"], *square(config["sample_size"])
+
+    def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (TOKENS, config["cross_attention_dim"])}
+
+    def num_classes(self, config: Config) -> int | None:
+        return None
+
+    def default_guidance(self, config: Config) -> float:
+        return 7.5
+
+    def size_refusal(self, config: Config, side: int) -> str | None:
+        return None
+
+    def embeds_guidance(self, config: Config) -> bool:
+        return False
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
+        return network(x_t, t, given["encoder_hidden_states"], return_dict=False)[0]
+
+    def block_sites(self, network: nn.Module) -> Iterator[Site]:
+        return unet_block_sites(network)
+
+    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
+        return unet_fold_sites(network)
+
+    def encode(self, pipeline: Any, subjects: Sequence[str], geometry: Tensor) -> Conditions:
+        tokens, _ = pipeline.encode_prompt(
+            list(subjects), pipeline.text_encoder.device, 1, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": tokens}
+
+    def null(self, pipeline: Any, config: Config) -> Conditions:
+        return self.encode(pipeline, [""], Tensor())
+
+    def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
+        scheduler.set_timesteps(steps)
+
+
+def refusal_of_latent_unet(config: Config) -> str | None:
+    """Variants of UNet2DConditionModel that need more than noise and a prompt."""
+    if not config.get("sample_size"):
+        return "the model config lacks sample_size"
+    if config.get("in_channels") != config.get("out_channels"):
+        return (
+            f"{config.get('in_channels')} input channels for {config.get('out_channels')} output "
+            f"channels: an inpainting, depth or instruction model; deme takes text-to-image"
+        )
+    if config.get("time_cond_proj_dim"):
+        return "a guidance-distilled (LCM) UNet; deme takes the model it was distilled from"
+    return None

@@ -1,0 +1,87 @@
+"""SD3 and SD3.5: a flow-matching transformer with joint attention; two CLIP encoders and T5."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from deme_cli.diffusion.backbones.backbone import TOKENS, Config, Shape, Site, square
+from deme_cli.diffusion.backbones.flow_layout import dynamic_shift
+from deme_cli.diffusion.backbones.token_blocks import token_block_sites, token_fold_sites
+from deme_cli.diffusion.conditions import Conditions
+
+
+class StableDiffusion3:
+    """SD3Transformer2DModel (Esser et al. 2024). T5 may be left out of the pipeline."""
+
+    class_name, pipeline, part = "SD3Transformer2DModel", "StableDiffusion3Pipeline", "transformer"
+    parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    wants = "text"
+    settings: Mapping[str, Mapping[str, Any]] = {
+        "finetune": {"batch_size": 4, "accumulation": 64},
+        "sample": {"steps": 28, "batch_size": 4},
+    }
+
+    def matches(self, config: Config) -> bool:
+        return config.get("_class_name") == self.class_name
+
+    def refusal(self, config: Config) -> str | None:
+        if config.get("out_channels") not in (None, config.get("in_channels")):
+            return "output and input channels differ; deme takes text-to-image transformers"
+        return None
+
+    def build(self, config: Config) -> nn.Module:
+        from diffusers import SD3Transformer2DModel
+
+        return SD3Transformer2DModel.from_config(dict(config))
+
+    def sample_shape(self, config: Config) -> Shape:
+        return config["in_channels"], *square(config["sample_size"])
+
+    def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        return {
+            "encoder_hidden_states": (TOKENS, config["joint_attention_dim"]),
+            "pooled_projections": (config["pooled_projection_dim"],),
+        }
+
+    def num_classes(self, config: Config) -> int | None:
+        return None
+
+    def default_guidance(self, config: Config) -> float:
+        return 7.0
+
+    def size_refusal(self, config: Config, side: int) -> str | None:
+        patch, most = config["patch_size"], config["pos_embed_max_size"] * config["patch_size"]
+        if side % patch or side > most:
+            return f"takes multiples of {patch} up to {most}"
+        return None
+
+    def embeds_guidance(self, config: Config) -> bool:
+        return False
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
+        return network(hidden_states=x_t, timestep=t.expand(len(x_t)), return_dict=False, **given)[
+            0
+        ]
+
+    def block_sites(self, network: nn.Module) -> Iterator[Site]:
+        return token_block_sites(network, output=1)  # blocks give (text tokens, image tokens)
+
+    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
+        return token_fold_sites(network)
+
+    def encode(self, pipeline: Any, subjects: Sequence[str], geometry: Tensor) -> Conditions:
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            list(subjects), None, None,
+            device=pipeline.text_encoder.device, do_classifier_free_guidance=False,
+        )  # fmt: skip
+        return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+
+    def null(self, pipeline: Any, config: Config) -> Conditions:
+        return self.encode(pipeline, [""], Tensor())
+
+    def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
+        # patches of 2 x 2 latents, as in every published SD3
+        scheduler.set_timesteps(steps, **dynamic_shift(scheduler, shape[1] * shape[2] // 4))

@@ -1,0 +1,78 @@
+"""Unconditional U-Nets that draw pixels: DDPM and DDIM pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from deme_cli.diffusion.backbones.backbone import Config, Shape, Site, square
+from deme_cli.diffusion.backbones.unet_blocks import unet_block_sites, unet_fold_sites
+from deme_cli.diffusion.conditions import Conditions
+
+
+class UNet:
+    """UNet2DModel (Ho et al. 2020)."""
+
+    class_name, pipeline, part = "UNet2DModel", "DDPMPipeline", "unet"
+    parts: tuple[str, ...] = ()
+    wants = "nothing"
+    settings: Mapping[str, Mapping[str, Any]] = {}
+
+    def matches(self, config: Config) -> bool:
+        return config.get("_class_name") == self.class_name
+
+    def refusal(self, config: Config) -> str | None:
+        if not config.get("sample_size"):
+            return "the model config lacks sample_size"
+        if config.get("class_embed_type") or config.get("num_class_embeds"):
+            return "class-conditional UNet2DModels are not supported; a DiT is"
+        if config.get("in_channels") != config.get("out_channels"):
+            return (
+                f"{config.get('out_channels')} output channels for {config.get('in_channels')} "
+                f"input channels; learned variances are not supported"
+            )
+        return None
+
+    def build(self, config: Config) -> nn.Module:
+        from diffusers import UNet2DModel
+
+        return UNet2DModel.from_config(dict(config))
+
+    def sample_shape(self, config: Config) -> Shape:
+        return config["in_channels"], *square(config["sample_size"])
+
+    def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def num_classes(self, config: Config) -> int | None:
+        return None
+
+    def default_guidance(self, config: Config) -> float:
+        return 1.0
+
+    def size_refusal(self, config: Config, side: int) -> str | None:
+        step = 2 ** (len(config["block_out_channels"]) - 1)
+        return None if side % step == 0 else f"takes multiples of {step}"
+
+    def embeds_guidance(self, config: Config) -> bool:
+        return False
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
+        return network(x_t, t, return_dict=False)[0]
+
+    def block_sites(self, network: nn.Module) -> Iterator[Site]:
+        return unet_block_sites(network)
+
+    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
+        return unet_fold_sites(network)
+
+    def encode(self, pipeline: Any, subjects: Sequence[Any], geometry: Tensor) -> Conditions:
+        return {}
+
+    def null(self, pipeline: Any, config: Config) -> Conditions:
+        return {}
+
+    def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
+        scheduler.set_timesteps(steps)

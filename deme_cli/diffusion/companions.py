@@ -1,0 +1,217 @@
+"""The frozen parts of a pipeline around its denoiser: VAE, tokenizers, text encoders.
+
+They are not trained and not merged, so artifacts do not hold them: a record names each by the
+SHA-256 of its files, and they are read from the folder or hub id that the base came from. A model
+that draws pixels from noise alone has none, and then images are their own latents.
+B batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deme_cli.diffusion.backbones.backbone import Shape
+from deme_cli.diffusion.backbones.known import backbone_of
+from deme_cli.diffusion.conditions import Conditions, to
+from deme_cli.diffusion.denoiser import TORCH_DTYPES, choose_device
+from deme_cli.diffusion.locate import read_json
+from deme_cli.diffusion.pipeline_files import UNUSED_PARTS
+from deme_cli.diffusion.pipeline_parts import digest_of_part, locate_parts
+from deme_cli.errors import ArtifactError, ConfigError
+from deme_cli.records import DenoiserRecord
+
+GEOMETRY = 6  # original height, width, crop top, left, target height, width
+
+
+class Companions:
+    """What turns images into latents and back, and captions or classes into conditions.
+
+    Nothing is loaded before it is used, and then checked against the record's digests.
+    """
+
+    def __init__(
+        self, record: DenoiserRecord, folder: Path | None, *, device: str, dtype: str
+    ) -> None:
+        self.record, self.folder = record, folder
+        self.device, self.dtype = choose_device(device), TORCH_DTYPES[dtype]
+        self.backbone = backbone_of(record.model_config)
+        self.digests: dict[str, str] = dict(record.companions)
+
+    @property
+    def wants(self) -> str:
+        """What an image is drawn from, besides noise: `nothing`, `class` or `text`."""
+        return self.backbone.wants
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.backbone.num_classes(self.record.model_config)
+
+    @functools.cached_property
+    def pipeline(self) -> Any:
+        """diffusers' pipeline with its frozen parts, without the denoiser.
+
+        The VAE works in float32 (SDXL's overflows in half precision), text encoders in `dtype`.
+        """
+        import diffusers
+
+        assert self.folder is not None
+        self.require_same()
+        _silence()
+        kind = getattr(diffusers, self.backbone.pipeline)
+        index = read_json(self.folder / "model_index.json")
+        unused = [self.backbone.part, *(name for name in UNUSED_PARTS if name in index)]
+        pipeline = kind.from_pretrained(self.folder, local_files_only=True, **dict.fromkeys(unused))
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module):
+                dtype = torch.float32 if name == "vae" else self.dtype
+                part.to(self.device, dtype).eval().requires_grad_(False)
+        return pipeline
+
+    def release(self) -> None:
+        """Let go of the loaded parts; they are loaded again when they are needed."""
+        vars(self).pop("pipeline", None)
+
+    def require_same(self) -> None:
+        """Check that the folder holds the parts that the record names; raises ArtifactError."""
+        assert self.folder is not None
+        for part, digest in self.digests.items():
+            if digest_of_part(self.folder, part) != digest:
+                raise ArtifactError(
+                    f"{self.folder / part}: not the {part} that the base was imported with; give "
+                    f"that pipeline with --pipeline, or import the model anew with `deme split`"
+                )
+
+    @functools.cached_property
+    def _vae_config(self) -> dict[str, Any] | None:
+        if "vae" not in self.backbone.parts:
+            return None
+        assert self.folder is not None
+        return read_json(self.folder / "vae" / "config.json")
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel, along one side."""
+        if self._vae_config is None:
+            return 1
+        return 2 ** (len(self._vae_config.get("block_out_channels", [1])) - 1)
+
+    def image_shape(self, latent_shape: Shape) -> Shape:
+        """(C, H, W) of the images whose latents have `latent_shape`."""
+        channels, height, width = latent_shape
+        if self._vae_config is None:
+            return latent_shape
+        channels = self._vae_config.get("out_channels", 3)
+        return channels, height * self.factor, width * self.factor
+
+    def latent_shape(self, own: Shape, resolution: int | None) -> Shape:
+        """(C, h, w) of x_t for square images of `resolution` pixels; None keeps the model's `own`.
+
+        Raises ConfigError where latents cannot have that size.
+        """
+        if resolution is None:
+            return own
+        side, rest = divmod(resolution, self.factor)
+        if rest:
+            raise ConfigError(
+                f"resolution = {resolution}: this model takes multiples of {self.factor} pixels"
+            )
+        if reason := self.backbone.size_refusal(self.record.model_config, side):
+            at = f" (in latents of {self.factor} pixels: {side})" if self.factor > 1 else ""
+            raise ConfigError(f"resolution = {resolution}{at}: this model {reason}")
+        return own[0], side, side
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents' posterior, unscaled.
+
+        images: (B, C, H, W) in [-1, 1]; pixels of a model without VAE have deviation 0.
+        """
+        if self._vae_config is None:
+            return images, torch.zeros_like(images)
+        posterior = self.pipeline.vae.encode(images.to(self.device, torch.float32)).latent_dist
+        return posterior.mean, posterior.std
+
+    def latents(self, mean: Tensor, deviation: Tensor, noise: Tensor | None) -> Tensor:
+        """x_0 = scaled (mean + deviation * noise); without noise, of the mean.  (B, C, h, w)"""
+        if self._vae_config is None:
+            return mean
+        z = mean if noise is None else mean + deviation * noise.to(mean)
+        shift, spread = self._scale(z)
+        return (z - shift) * spread
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images (B, C, H, W), about [-1, 1], of latents x_0."""
+        if self._vae_config is None:
+            return x0
+        x0 = x0.to(self.device, torch.float32)
+        shift, spread = self._scale(x0)
+        return self.pipeline.vae.decode(x0 / spread + shift, return_dict=False)[0]
+
+    def _scale(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """x_0 = (z - shift) * spread: numbers of the VAE's config, or a pair for each channel."""
+        config = self._vae_config
+        assert config is not None
+        spread = config.get("scaling_factor", 0.18215)  # AutoencoderKL's own default
+        if config.get("latents_mean") and config.get("latents_std"):
+            mean, std = (
+                z.new_tensor(config[f"latents_{n}"]).view(1, -1, 1, 1) for n in ("mean", "std")
+            )
+            return mean, spread / std
+        return config.get("shift_factor") or 0.0, spread
+
+    @torch.no_grad()
+    def conditions(self, subjects: Sequence[Any], geometry: Tensor | None = None) -> Conditions:
+        """What the network is told of captions (str) or class numbers (int), batch len(subjects).
+
+        geometry: (B, 6) sizes of the images, read by SDXL alone; a whole number per entry.
+        """
+        if self.wants == "nothing":
+            return {}
+        if geometry is None:
+            geometry = torch.zeros(len(subjects), GEOMETRY, dtype=torch.long)
+        pipeline = self.pipeline if self.wants == "text" else None
+        return to(self.backbone.encode(pipeline, subjects, geometry), self.device, self.dtype)
+
+    @torch.no_grad()
+    def null(self) -> Conditions:
+        """The condition of nothing said, of batch 1."""
+        if self.wants == "nothing":
+            return {}
+        pipeline = self.pipeline if self.wants == "text" else None
+        return to(self.backbone.null(pipeline, self.record.model_config), self.device, self.dtype)
+
+
+def open_companions(
+    record: DenoiserRecord,
+    *,
+    pipeline: str | None = None,
+    device: str = "cpu",
+    dtype: str = "fp32",
+) -> Companions:
+    """The frozen parts that a denoiser's record asks for.
+
+    pipeline: the folder or hub id that holds them, else where the base came from. Raises
+    MissingError naming the part that is not there.
+    """
+    backbone = backbone_of(record.model_config)
+    folder = locate_parts(pipeline or record.source, backbone.parts) if backbone.parts else None
+    return Companions(record, folder, device=device, dtype=dtype)
+
+
+def _silence() -> None:
+    """Keep the libraries' bars and remarks off the terminal."""
+    import diffusers
+    import transformers
+
+    diffusers.logging.set_verbosity(logging.CRITICAL)
+    diffusers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()

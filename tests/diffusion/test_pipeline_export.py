@@ -1,0 +1,129 @@
+"""A pipeline goes in through `split` and comes out of `export`, around another denoiser."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from tiny_pipelines import BUILDERS
+from typer.testing import Result
+
+from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.diffusion.companions import open_companions
+from deme_cli.diffusion.denoiser import load_denoiser, predict
+from deme_cli.diffusion.pipeline_parts import digests_of
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
+
+
+def draw(folder: Path, wants: str) -> np.ndarray:
+    """Two images by diffusers' own pipeline."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    told: dict[str, Any] = {"class_labels": [3, 7], "guidance_scale": 1.0}
+    if wants == "text":
+        told = {"prompt": ["a seven", "a boat"], "height": 16, "width": 16}
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    return pipeline(**told, num_inference_steps=3, generator=generators, output_type="np").images
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_split_and_export_give_back_the_pipeline(
+    name: str,
+    pipelines: Callable[..., Path],
+    deme: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = pipelines(name)
+    assert deme("split", source, "-n", 2, "--data", "digits").exit_code == 0
+    record = read_record(Path("base.safetensors"), "base")
+    assert record.companions == digests_of(source)
+    tensors = load_tensors(Path("base.safetensors"))
+    changed = {
+        key: value + 0.01 if value.is_floating_point() else value for key, value in tensors.items()
+    }
+    write_artifact(Path("other.safetensors"), changed, record)
+    for artifact in ("base", "other"):
+        result = deme("export", f"{artifact}.safetensors", artifact)
+        assert result.exit_code == 0, result.output
+    companions = open_companions(record)
+    given = companions.conditions([3] if companions.wants == "class" else ["a seven"])
+    x_t = torch.randn(1, 4, 8, 8)
+    expected = draw(source, companions.wants)
+    np.testing.assert_array_equal(draw(Path("base"), companions.wants), expected)
+    denoiser = load_denoiser(Path("other.safetensors"))
+    loaded = diffusers.DiffusionPipeline.from_pretrained("other")
+    network = getattr(loaded, denoiser.backbone.part)
+    t = denoiser.schedule.times(torch.tensor(400))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            predict(network, x_t, t, given),
+            predict(denoiser.network, x_t, t, given),
+            rtol=0,
+            atol=1e-5,
+        )
+    assert digests_of(Path("other")) == record.companions
+
+
+def test_a_missing_part_is_named(
+    pipelines: Callable[..., Path], deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(pipelines("sd"), part)
+        shutil.rmtree(Path(part, part))
+        error = deme("split", part, "-o", f"run-{part}").exception
+        assert isinstance(error, MissingError)
+        assert f"the {part} is missing" in str(error)
+    alone = tmp_path / "alone"
+    shutil.copytree(pipelines("sd") / "unet", alone)
+    deme("split", alone, "-o", "run")
+    record = read_record(Path("run/base.safetensors"), "base")
+    with pytest.raises(MissingError, match=r"a denoiser alone; it needs vae, text_encoder"):
+        open_companions(record)
+    assert open_companions(record, pipeline=str(pipelines("sd"))).wants == "text"
+    deme("split", alone, "-o", "whole", "--pipeline", pipelines("sd"))
+    assert read_record(Path("whole/base.safetensors"), "base").companions
+    assert "pipeline = " in Path("whole/deme.toml").read_text()
+
+
+def test_a_part_that_was_exchanged_is_named(
+    pipelines: Callable[..., Path], deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pipelines("sd"), "pipe")
+    deme("split", "pipe")
+    record = read_record(Path("base.safetensors"), "base")
+    shutil.copyfile(pipelines("sdxl") / "vae/config.json", "pipe/vae/config.json")
+    Path("pipe/vae/config.json").write_text(
+        Path("pipe/vae/config.json").read_text().replace("0.5", "0.6")
+    )
+    with pytest.raises(ArtifactError, match=r"not the vae that the base was imported with"):
+        open_companions(record).encode_images(torch.zeros(1, 3, 16, 16))
+    assert isinstance(deme("export", "base.safetensors", "out").exception, ArtifactError)
+    assert not Path("out").exists()
+    shutil.rmtree("pipe")
+    with pytest.raises(MissingError, match=r"no such folder; this model's vae, text_encoder"):
+        open_companions(record)
+
+
+def test_a_resolution_that_latents_cannot_have_is_refused(pipelines: Callable[..., Path]) -> None:
+    from deme_cli.diffusion.checkpoints import open_denoiser
+
+    companions = open_companions(open_denoiser(str(pipelines("sd"))).record)
+    with pytest.raises(ConfigError, match="multiples of 2 pixels"):
+        companions.latent_shape((4, 8, 8), 19)
+    for name, side, message in (
+        ("sd3", 18, "multiples of 2 up to 32"),
+        ("dit", 32, "takes 8 alone"),
+    ):
+        companions = open_companions(open_denoiser(str(pipelines(name))).record)
+        with pytest.raises(ConfigError, match=message):
+            companions.latent_shape((4, 8, 8), side)

@@ -1,0 +1,201 @@
+"""Tiny diffusers pipelines of every class that deme takes: real networks, random weights.
+
+CLIP's vocabulary is the one that ships with open_clip; T5's is a unigram model of letters. Each
+builder writes a folder as `save_pretrained` does and gives it back.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+LATENT = 8  # latent pixels per side
+FACTOR = 2  # image pixels per latent pixel
+NUM_CLASSES = 10
+_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's tokenizer from the vocabulary that ships with open_clip."""
+    packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]  # as open_clip's own tokenizer cuts them
+    letters = list(open_clip.tokenizer.bytes_to_unicode().values())
+    words = letters + [letter + "</w>" for letter in letters]
+    words += ["".join(merge.split()) for merge in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {word: index for index, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def clip_text(*, width: int = 16, projected: bool = False, seed: int = 0) -> CLIPTextModel:
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        hidden_size=width, intermediate_size=2 * width, projection_dim=width, vocab_size=49408,
+        num_hidden_layers=2, num_attention_heads=2, bos_token_id=49406, eos_token_id=49407,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    words = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz0123456789.,'-"]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=2))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=77)
+
+
+def t5_encoder(*, width: int = 16) -> T5EncoderModel:
+    torch.manual_seed(3)
+    config = T5Config(
+        vocab_size=64, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5EncoderModel(config).eval()
+
+
+def vae(*, channels: int = 4, shift: float | None = None) -> AutoencoderKL:
+    torch.manual_seed(4)
+    return AutoencoderKL(
+        block_out_channels=[8, 8], norm_num_groups=4, latent_channels=channels, sample_size=16,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        scaling_factor=0.5, shift_factor=shift, use_quant_conv=shift is None,
+        use_post_quant_conv=shift is None,
+    ).eval()  # fmt: skip
+
+
+def _unet(**changes: object) -> UNet2DConditionModel:
+    torch.manual_seed(5)
+    config = {
+        "sample_size": LATENT, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
+        "block_out_channels": [8, 16], "norm_num_groups": 4, "cross_attention_dim": 16,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 2,
+    }  # fmt: skip
+    return UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def stable_diffusion(folder: Path, *, prediction_type: str = "epsilon") -> Path:
+    """Stable Diffusion 1.x (eps) or 2.x (v_prediction): PNDM, one CLIP text encoder."""
+    scheduler = PNDMScheduler(
+        **_LINEAR, skip_prk_steps=True, steps_offset=1, prediction_type=prediction_type
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae(), text_encoder=clip_text(), tokenizer=clip_tokenizer(folder / "tokenizer"),
+        unet=_unet(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def stable_diffusion_xl(folder: Path) -> Path:
+    """SDXL: two text encoders, pooled embedding and size conditions added to the timestep's."""
+    unet = _unet(
+        cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16, transformer_layers_per_block=1,
+    )  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae(), text_encoder=clip_text(), text_encoder_2=clip_text(projected=True, seed=1),
+        tokenizer=clip_tokenizer(folder / "tokenizer"),
+        tokenizer_2=clip_tokenizer(folder / "tokenizer_2"),
+        unet=unet, scheduler=DDIMScheduler(**_LINEAR, clip_sample=False),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def dit(folder: Path, *, num_classes: int = NUM_CLASSES, learned_variance: bool = True) -> Path:
+    """Class-conditional DiT, with the learned variance of the published ones."""
+    torch.manual_seed(6)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4,
+        out_channels=8 if learned_variance else 4, num_layers=2, sample_size=LATENT, patch_size=2,
+        num_embeds_ada_norm=num_classes,
+    )  # fmt: skip
+    for parameter in transformer.parameters():  # adaLN-zero starts at 0: blocks would do nothing
+        torch.nn.init.normal_(parameter, std=0.05)
+    pipeline = DiTPipeline(
+        transformer=transformer.eval(), vae=vae(), scheduler=DDIMScheduler(clip_sample=False)
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def stable_diffusion_3(folder: Path, *, shift: float = 3.0) -> Path:
+    """SD3: flow matching, two CLIP encoders and T5."""
+    torch.manual_seed(7)
+    transformer = SD3Transformer2DModel(
+        sample_size=LATENT, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16,
+        pooled_projection_dim=32, out_channels=4, pos_embed_max_size=16,
+    )  # fmt: skip
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer.eval(), vae=vae(shift=0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        text_encoder=clip_text(projected=True), text_encoder_2=clip_text(projected=True, seed=1),
+        text_encoder_3=t5_encoder(width=32),
+        tokenizer=clip_tokenizer(folder / "tokenizer"),
+        tokenizer_2=clip_tokenizer(folder / "tokenizer_2"), tokenizer_3=t5_tokenizer(),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def flux(folder: Path, *, distilled: bool = True) -> Path:
+    """Flux: packed latents, dynamic shifting; `distilled` takes guidance as an input (dev)."""
+    torch.manual_seed(8)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16,
+        axes_dims_rope=[2, 2, 4], guidance_embeds=distilled,
+    )  # fmt: skip
+    pipeline = FluxPipeline(
+        transformer=transformer.eval(), vae=vae(shift=0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=distilled),
+        text_encoder=clip_text(), tokenizer=clip_tokenizer(folder / "tokenizer"),
+        text_encoder_2=t5_encoder(width=32), tokenizer_2=t5_tokenizer(),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+BUILDERS = {
+    "sd": stable_diffusion,
+    "sdxl": stable_diffusion_xl,
+    "dit": dit,
+    "sd3": stable_diffusion_3,
+    "flux": flux,
+}
