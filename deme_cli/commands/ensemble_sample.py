@@ -7,20 +7,40 @@ from typing import Annotated
 
 import typer
 
-from deme_cli.commands.options import ConfigPath, Device, DryRun, Dtype, Force, Json, Quiet, begin
+from deme_cli.commands.options import (
+    ConfigPath,
+    Device,
+    DryRun,
+    Dtype,
+    Force,
+    Json,
+    Pipeline,
+    Quiet,
+    begin,
+)
 from deme_cli.commands.sample import (
     OUTPUT_HELP,
     BatchSize,
+    Classes,
     Eta,
+    Guidance,
     Num,
+    PerPrompt,
+    Prompt,
+    PromptColumn,
+    Prompts,
+    Protocol,
     Request,
+    ResizeTo,
+    Resolution,
     Sampler,
     Seed,
     Spacing,
     Steps,
     draw,
+    pipeline_of,
+    sample_config,
 )
-from deme_cli.config import SampleConfig
 
 
 def ensemble_sample(
@@ -33,10 +53,19 @@ def ensemble_sample(
         ),
     ],
     num: Num = None,
+    prompts: Prompts = None,
+    prompt: Prompt = None,
+    prompt_column: PromptColumn = None,
+    per_prompt: PerPrompt = None,
+    classes: Classes = None,
+    guidance: Guidance = None,
     sampler: Sampler = None,
     steps: Steps = None,
     eta: Eta = None,
     spacing: Spacing = None,
+    resolution: Resolution = None,
+    resize_to: ResizeTo = None,
+    protocol: Protocol = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
     hold_one: Annotated[
@@ -49,6 +78,7 @@ def ensemble_sample(
     output: Annotated[Path, typer.Option("--output", "-o", help=f"{OUTPUT_HELP}.")] = Path(
         "ensemble.safetensors"
     ),
+    pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -64,15 +94,20 @@ def ensemble_sample(
     Example: deme ensemble-sample ft_*.safetensors -n 64
     """
     run = begin(config, quiet=quiet)
-    settings = run.settings(
-        SampleConfig, num=num, sampler=sampler, steps=steps, eta=eta, spacing=spacing,
-        batch_size=batch_size, seed=seed,
-    )  # fmt: skip
-    request = Request(output, dtype, force, dry_run, as_json)
+    options = {
+        "num": num, "prompts": prompts, "prompt_column": prompt_column, "per_prompt": per_prompt,
+        "classes": classes, "guidance": guidance, "sampler": sampler, "steps": steps, "eta": eta,
+        "spacing": spacing, "resolution": resolution, "resize": resize_to,
+        "batch_size": batch_size, "seed": seed,
+    }  # fmt: skip
+    settings = sample_config(run, options, prompt=prompt, protocol=protocol)
+    request = Request(
+        settings, pipeline_of(run, pipeline), output, device, dtype, force, dry_run, as_json
+    )
     request.check()
 
     from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
 
     records = [member.record for member in read_ensemble(experts)]
     opened = open_ensemble(experts, device=device, dtype=dtype)
-    draw(opened, records, settings, request, hold_one=hold_one)
+    draw(opened, records, request, hold_one=hold_one)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deme_cli import console
+from deme_cli.commands.fetching import fetch
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -18,45 +19,96 @@ from deme_cli.commands.options import (
     Dtype,
     Force,
     Json,
+    Pipeline,
     Quiet,
     begin,
     option,
 )
-from deme_cli.config import SampleConfig
-from deme_cli.errors import writing
+from deme_cli.config import EvalConfig, ModelConfig, SampleConfig
+from deme_cli.errors import ConfigError, writing
 from deme_cli.outputs import require_output
+from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
     from deme_cli.records import DenoiserRecord
     from deme_cli.sampling.sampler import SamplingExpert
 
-_C = SampleConfig
+_C, _SHOWN, _SIZE = SampleConfig, "What is shown", "Size"
 Num = Annotated[int | None, option(_C, "num", "-n", "--num")]
 Sampler = Annotated[str | None, option(_C, "sampler", "--sampler")]
 Steps = Annotated[int | None, option(_C, "steps", "--steps")]
 Eta = Annotated[float | None, option(_C, "eta", "--eta")]
 Spacing = Annotated[str | None, option(_C, "spacing", "--spacing")]
+Guidance = Annotated[float | None, option(_C, "guidance", "--guidance")]
 BatchSize = Annotated[int | None, option(_C, "batch_size", "--batch-size", "-b")]
 Seed = Annotated[int | None, option(_C, "seed", "--seed")]
+Prompts = Annotated[str | None, option(_C, "prompts", "--prompts", panel=_SHOWN)]
+Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", help="One prompt for all images.", rich_help_panel=_SHOWN,
+                 show_default=False),
+]  # fmt: skip
+PromptColumn = Annotated[str | None, option(_C, "prompt_column", "--prompt-column", panel=_SHOWN)]
+PerPrompt = Annotated[int | None, option(_C, "per_prompt", "--per-prompt", panel=_SHOWN)]
+Classes = Annotated[str | None, option(_C, "classes", "--classes", panel=_SHOWN)]
+Resolution = Annotated[int | None, option(_C, "resolution", "--resolution", panel=_SIZE)]
+ResizeTo = Annotated[int | None, option(_C, "resize", "--resize-to", panel=_SIZE)]
+Protocol = Annotated[str | None, option(EvalConfig, "protocol", "--protocol")]
 OUTPUT_HELP = "A .safetensors artifact, or a folder for PNG files"
 
 
 @dataclass(frozen=True)
 class Request:
-    """Where the images of a command go, and how it speaks."""
+    """What a command is to draw, where the images go, and how it speaks."""
 
+    config: SampleConfig
+    pipeline: str | None
     output: Path
+    device: str
     dtype: str
     force: bool
     dry_run: bool
     as_json: bool
 
     def check(self) -> None:
-        """What can be told before anything heavy is loaded."""
+        """What can be told before anything heavy is loaded; fetches prompts that are not here."""
         with writing(self.output):
             to_artifact = self.output.suffix == ".safetensors" and not self.output.is_dir()
         if to_artifact:
             require_output(self.output, force=self.force)
+        if self.config.prompts:
+            from deme_cli.data.prompts import prompt_assets
+
+            fetch(prompt_assets(self.config.prompts))
+
+
+def sample_config(
+    run: RunFile, options: Mapping[str, Any], *, prompt: str | None, protocol: str | None
+) -> SampleConfig:
+    """The settings of [sample] that the options (None if not given) and a protocol make."""
+    from deme_cli.data.prompts import TEXT
+    from deme_cli.evaluation.protocols import apply_protocol, find_protocol
+
+    options = dict(options)
+    if prompt is not None:
+        if options.get("prompts") is not None:
+            raise ConfigError(
+                "--prompt is one prompt, --prompts a set of them; give one of the two"
+            )
+        options["prompts"] = f"{TEXT}{prompt}"
+    named = find_protocol(protocol)
+    config = run.settings(_C, **apply_protocol(named, _C, options))
+    if config.prompts and options.get("prompts") is None:
+        config = replace(config, prompts=run.seen(config.prompts))
+    if prompt is not None and options.get("prompt_column") is None:
+        config = replace(config, prompt_column=None)  # that of the set in deme.toml
+    return config
+
+
+def pipeline_of(run: RunFile, pipeline: str | None) -> str | None:
+    """The folder or hub id of the frozen parts: as given, else that of deme.toml, if any."""
+    found = run.settings(ModelConfig, pipeline=pipeline).pipeline
+    return found if pipeline or not found else run.seen(found)
 
 
 def sample(
@@ -69,10 +121,19 @@ def sample(
         ),
     ],
     num: Num = None,
+    prompts: Prompts = None,
+    prompt: Prompt = None,
+    prompt_column: PromptColumn = None,
+    per_prompt: PerPrompt = None,
+    classes: Classes = None,
+    guidance: Guidance = None,
     sampler: Sampler = None,
     steps: Steps = None,
     eta: Eta = None,
     spacing: Spacing = None,
+    resolution: Resolution = None,
+    resize_to: ResizeTo = None,
+    protocol: Protocol = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
     output: Annotated[
@@ -81,6 +142,7 @@ def sample(
             "--output", "-o", help=rf"{OUTPUT_HELP} \[default: {{model}}-samples.safetensors]."
         ),
     ] = None,
+    pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -91,29 +153,29 @@ def sample(
 ) -> None:
     """Draw images from one model; run the same command again to continue.
 
-    A preview lies beside them. Image i depends on the seed and i alone.
+    A preview lies beside them. Image i depends on the seed, i and its prompt or class alone.
 
     Example: deme sample merged.safetensors -n 64
     """
-    from deme_cli.artifacts import read_record
-    from deme_cli.diffusion.locate import locate_model
-
     run = begin(config, quiet=quiet)
-    settings = run.settings(
-        SampleConfig, num=num, sampler=sampler, steps=steps, eta=eta, spacing=spacing,
-        batch_size=batch_size, seed=seed,
+    options = {
+        "num": num, "prompts": prompts, "prompt_column": prompt_column, "per_prompt": per_prompt,
+        "classes": classes, "guidance": guidance, "sampler": sampler, "steps": steps, "eta": eta,
+        "spacing": spacing, "resolution": resolution, "resize": resize_to,
+        "batch_size": batch_size, "seed": seed,
+    }  # fmt: skip
+    settings = sample_config(run, options, prompt=prompt, protocol=protocol)
+    request = Request(
+        settings, pipeline_of(run, pipeline), output or _default_output(model), device, dtype,
+        force, dry_run, as_json,
     )  # fmt: skip
-    request = Request(output or _default_output(model), dtype, force, dry_run, as_json)
     request.check()
-    place = locate_model(model)
-    if place.is_file():
-        _warn_of_lone_expert(model, read_record(place))
 
-    from deme_cli.diffusion.checkpoints import open_denoiser
-    from deme_cli.sampling.sampler import single
+    from deme_cli.sampling.single import open_single
 
-    denoiser = open_denoiser(model, device=device, dtype=dtype)
-    draw(single(denoiser), [denoiser.record], settings, request)
+    experts, record = open_single(model, device=device, dtype=dtype)
+    _warn_of_lone_expert(model, record)
+    draw(experts, [record], request)
 
 
 def _default_output(model: str) -> Path:
@@ -134,37 +196,39 @@ def _warn_of_lone_expert(model: str, record: Any) -> None:
 def draw(
     experts: Sequence[SamplingExpert],
     records: Sequence[DenoiserRecord],
-    config: SampleConfig,
     request: Request,
     *,
     hold_one: bool = False,
 ) -> None:
     """Draw what was asked, with a progress bar, and print the paths."""
-    from deme_cli.diffusion.denoiser import sample_shape
     from deme_cli.sampling.draw import Drawn, draw_samples
     from deme_cli.sampling.protocol import protocol_card
+    from deme_cli.sampling.scene import open_scene
     from deme_cli.sampling.store import Order
 
-    card = protocol_card(records, config, dtype=request.dtype)
-    channels, height, width = sample_shape(records[0].model_config)
+    config, device, dtype = request.config, request.device, request.dtype
+    scene = open_scene(records, config, pipeline=request.pipeline, device=device, dtype=dtype)
+    card = protocol_card(records, config, scene=scene, dtype=dtype)
+    channels, height, width = scene.image_shape
     order = Order(
-        request.output, card, (height, width, channels), config.batch_size, force=request.force
-    )
+        request.output, card, (height, width, channels), config.batch_size,
+        force=request.force, prompts=scene.prompts, classes=scene.classes,
+    )  # fmt: skip
     if request.dry_run:
         _say_what_would_run(order.path, order.shape, card, as_json=request.as_json)
         return
     began = time.monotonic()
-    with console.progress("sampling", config.num, "image") as bar:
-        for record in draw_samples(experts, config, order, hold_one=hold_one):
+    with console.progress("sampling", order.num, "image") as bar:
+        for record in draw_samples(experts, config, order, scene=scene, hold_one=hold_one):
             if isinstance(record, Drawn):
                 drawn = record
             else:
-                bar.advance(record.done * config.num // record.total)
+                bar.advance(record.done * order.num // record.total)
     seconds = time.monotonic() - began
     console.result_paths(
         [drawn.images, drawn.preview],
         as_json=request.as_json,
-        num=config.num,
+        num=order.num,
         kept=drawn.num_kept,
         seconds=round(seconds, 3),
         protocol=card,
@@ -175,10 +239,15 @@ def _say_what_would_run(
     path: Path, shape: tuple[int, int, int], card: dict[str, Any], *, as_json: bool
 ) -> None:
     height, width, channels = shape
+    told = [f"{card['sampler']}, {card['steps']} steps"]
+    told += [f"{card['spacing']} spacing"] if card["spacing"] else []
+    told += [f"prompts of {card['prompts']['source']}"] if card["prompts"] else []
+    told += [f"classes {card['classes']}"] if card["classes"] else []
+    told += [f"guidance {card['guidance']:g}"] if card["guidance"] is not None else []
     console.note(
         f"would draw {card['num']} images ({height} x {width}, {channels} channels) to {path}: "
         f"{card['model']} {' '.join(mark[:12] for mark in card['fingerprints'])}, "
-        f"{card['sampler']}, {card['steps']} steps, {card['spacing']} spacing, seed {card['seed']}"
+        f"{', '.join(told)}, seed {card['seed']}"
     )
     if as_json:
         console.result_json({"dry_run": True, "paths": [str(path)], "protocol": card})

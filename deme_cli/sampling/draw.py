@@ -13,6 +13,7 @@ from deme_cli.sampling.preview import MAX_IMAGES, preview_path, write_preview
 from deme_cli.sampling.sampler import ImageBatch, SamplingExpert, StepProgress, sample_images
 from deme_cli.sampling.samples_file import SamplesFile
 from deme_cli.sampling.samples_folder import SamplesFolder
+from deme_cli.sampling.scene import Scene
 from deme_cli.sampling.store import Order, is_folder
 
 
@@ -30,6 +31,7 @@ def draw_samples(
     config: SampleConfig,
     order: Order,
     *,
+    scene: Scene | None = None,
     hold_one: bool = False,
 ) -> Iterator[StepProgress | Drawn]:
     """Draw the images of `order` and write them with a preview; yields progress, then a Drawn.
@@ -42,7 +44,8 @@ def draw_samples(
         num_done, preview = store.first, preview_path(order.path)
         if not num_done:
             require_output(preview, force=order.force)
-        for record in sample_images(experts, config, hold_one=hold_one, first=store.first):
+        drawing = sample_images(experts, config, scene=scene, hold_one=hold_one, first=store.first)
+        for record in drawing:
             if isinstance(record, ImageBatch):
                 store.add(record)
                 num_done = record.done
@@ -50,7 +53,7 @@ def draw_samples(
                 yield record
             if stop.asked:
                 raise stop.stopped(
-                    f"stopped; {num_done} of {config.num} images for {order.path} are kept, run "
+                    f"stopped; {num_done} of {order.num} images for {order.path} are kept, run "
                     f"the same command again to go on"
                 )
         write_preview(preview, store.head(MAX_IMAGES))

@@ -24,6 +24,7 @@ _SHARED = {
     "num_train_timesteps": "number of timesteps",
     "model_config": "model config",
     "scheduler_config": "scheduler config",
+    "companions": "set of frozen parts",
 }
 
 

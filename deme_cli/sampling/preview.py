@@ -1,4 +1,4 @@
-"""The preview: the first images side by side, enlarged so that small ones can be seen."""
+"""The preview: the first images side by side, small ones enlarged, large ones reduced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deme_cli.outputs import write_whole
 
 MAX_IMAGES = 64
 _GAP, _PAPER = 2, 255  # pixels between images, and their level
-_LEAST_WIDTH = 256
+_LEAST_WIDTH, _MOST_WIDTH = 256, 2048
 
 
 def preview_path(output: Path) -> Path:
@@ -23,9 +23,15 @@ def preview_path(output: Path) -> Path:
 
 
 def grid(images: np.ndarray) -> np.ndarray:
-    """Images side by side, each pixel enlarged to a square.  uint8 (n, H, W, C) -> (H', W', C)"""
+    """Images side by side, each pixel enlarged to a square.  uint8 (n, H, W, C) -> (H', W', C)
+
+    Where they would fill more than _MOST_WIDTH, squares of pixels become one instead.
+    """
+    columns = math.ceil(math.sqrt(len(images)))
+    side = math.ceil(columns * images.shape[2] / _MOST_WIDTH)
+    if side > 1:
+        images = np.stack([_reduced(image, side) for image in images])
     num, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(num))
     rows = math.ceil(num / columns)
     scale = max(1, math.ceil((_LEAST_WIDTH - _GAP * (columns + 1)) / (columns * width)))
     high, wide = height * scale + _GAP, width * scale + _GAP
@@ -35,6 +41,14 @@ def grid(images: np.ndarray) -> np.ndarray:
         top, left = _GAP + index // columns * high, _GAP + index % columns * wide
         sheet[top : top + height * scale, left : left + width * scale] = image
     return sheet
+
+
+def _reduced(image: np.ndarray, side: int) -> np.ndarray:
+    """The mean of each square of side x side pixels.  uint8 (H, W, C) -> (H / side, W / side, C)"""
+    height, width, channels = image.shape
+    rows, columns = max(1, height // side), max(1, width // side)
+    squares = image[: rows * side, : columns * side].reshape(rows, -1, columns, side, channels)
+    return squares.mean(axis=(1, 3)).round().astype(np.uint8)
 
 
 def write_preview(path: Path, images: np.ndarray) -> None:

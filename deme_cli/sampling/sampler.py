@@ -1,10 +1,11 @@
 """Draw images from one denoiser or from an ensemble of experts, range by range.
 
-B batch, C channels, H x W pixels. Image i starts from noise of its own generator, and fresh noise
-in stochastic samplers comes from the same one, so it depends on (seed, i) alone. Expert i denoises
-the timesteps of its range, whatever their place in the step list (Eq. 7). A chunk of batches passes
-through one expert after another: each forward is paid once, so an ensemble costs what one model
-costs, and an expert can leave memory before the next one comes.
+B batch, C channels, h x w pixels of latents, H x W of images. Image i starts from noise of its own
+generator, and fresh noise in stochastic samplers comes from the same one, so it depends on (seed,
+i) and its subject alone. Expert i denoises the timesteps of its range, whatever their place in the
+step list (Eq. 7); samplers that evaluate twice per step ask for the expert of each evaluation. A
+chunk of batches passes through one expert after another: each forward is paid once, so an ensemble
+costs what one model costs, and an expert can leave memory before the next one comes.
 
 Writing images anywhere is not done here.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,9 +26,19 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from deme_cli.config import SampleConfig
-from deme_cli.diffusion.denoiser import Denoiser, predict
-from deme_cli.errors import NumericsError
-from deme_cli.sampling.scheduler import build_scheduler, take_step, uses_noise
+from deme_cli.diffusion.conditions import Conditions
+from deme_cli.diffusion.denoiser import Denoiser
+from deme_cli.sampling.finish import finish_images
+from deme_cli.sampling.guidance import predict_guided
+from deme_cli.sampling.scene import Scene, scene_of
+from deme_cli.sampling.scheduler import (
+    build_scheduler,
+    first_scale,
+    name_sampler,
+    scale_input,
+    take_step,
+    uses_noise,
+)
 from deme_cli.timesteps import TimestepRange, route
 
 CHUNK_BYTES = 1 << 30  # state of the images that pass through the experts together
@@ -77,10 +89,14 @@ def single(denoiser: Denoiser) -> list[SamplingExpert]:
 
 
 def collect_images(
-    experts: Sequence[SamplingExpert], config: SampleConfig, *, hold_one: bool = False
+    experts: Sequence[SamplingExpert],
+    config: SampleConfig,
+    *,
+    scene: Scene | None = None,
+    hold_one: bool = False,
 ) -> np.ndarray:
-    """The images 0 .. config.num - 1 as one uint8 array (n, H, W, C)."""
-    records = sample_images(experts, config, hold_one=hold_one)
+    """All images as one uint8 array (n, H, W, C)."""
+    records = sample_images(experts, config, scene=scene, hold_one=hold_one)
     return np.concatenate([record.images for record in records if isinstance(record, ImageBatch)])
 
 
@@ -88,30 +104,39 @@ def sample_images(
     experts: Sequence[SamplingExpert],
     config: SampleConfig,
     *,
+    scene: Scene | None = None,
     hold_one: bool = False,
     first: int = 0,
 ) -> Iterator[StepProgress | ImageBatch]:
-    """Draw the images first .. config.num - 1 of `config.seed`, in order.
+    """Draw the images first .. scene.num - 1 of `config.seed`, in order.
 
     Yields a StepProgress after every forward and an ImageBatch for every finished batch. The
     experts' ranges must cover [0, T) once; `hold_one` frees each expert before the next is loaded.
-    Raises ConfigError if the sampler does not fit the model, NumericsError on non-finite images.
+    Without a scene, `config` and the model's own record make it.
+    Raises ConfigError if the sampler does not fit the model, ArtifactError if the frozen parts
+    around it are others than its base's, NumericsError on non-finite images.
     """
     held = _HeldExperts(experts, hold_one)
     ranges = [expert.range for expert in experts]
     model = held.take(ranges.index(max(ranges)))  # the one that sees the noise first
-    scheduler = build_scheduler(model.record.scheduler_config, config)
-    shape, device = model.sample_shape, model.device
+    scene = scene or scene_of(model, config)
+    assert config.num in (None, scene.num), "the scene is of another number of images"
+    config = name_sampler(model.record.scheduler_config, config)
+    scheduler = build_scheduler(
+        model.record.scheduler_config, config, lay_out=scene.lay_out, has_latents=scene.has_latents
+    )
+    scene.load()
+    device = model.device
     del model  # so that `held` alone keeps it
     runs = _plan_runs(scheduler.timesteps, ranges, device)
-    num_steps = len(scheduler.timesteps)
-    done, total = first * num_steps, config.num * num_steps
+    num_steps, num = len(scheduler.timesteps), scene.num
+    done, total = first * num_steps, num * num_steps
     alone = hold_one and len(experts) > 1
-    chunk_size = _chunk_size(shape, config.batch_size) if alone else config.batch_size
-    for chunk_start in range(first, config.num, chunk_size):
-        chunk_stop = min(chunk_start + chunk_size, config.num)
+    chunk_size = _chunk_size(scene, config.batch_size) if alone else config.batch_size
+    for chunk_start in range(first, num, chunk_size):
+        chunk_stop = min(chunk_start + chunk_size, num)
         batches = [
-            _draw(start, min(start + config.batch_size, chunk_stop), shape, device,
+            _draw(start, min(start + config.batch_size, chunk_stop), scene, device,
                   scheduler=scheduler, config=config)
             for start in range(chunk_start, chunk_stop, config.batch_size)
         ]  # fmt: skip
@@ -122,7 +147,10 @@ def sample_images(
                     done += len(batch.seeds)
                     yield StepProgress(done, total)
                 if run is runs[-1]:
-                    yield _finish(batch, config)
+                    images = finish_images(batch.x_t, scene, config, first=batch.start)
+                    stop = batch.start + len(images)
+                    seeds = np.array(batch.seeds, dtype=np.int64)
+                    yield ImageBatch(batch.start, images, seeds, done=stop, total=num)
 
 
 @dataclass(frozen=True)
@@ -141,7 +169,9 @@ class _Batch:
     seeds: list[int]
     generators: list[torch.Generator] | None  # kept where the sampler draws noise in its steps
     scheduler: Any
-    x_t: Tensor  # (B, C, H, W) float32
+    x_t: Tensor  # (B, C, h, w) float32
+    conditions: Conditions  # batch B, or 2B for guidance
+    guidance: float | None  # where conditions come in pairs
 
 
 class _HeldExperts:
@@ -168,10 +198,12 @@ def _plan_runs(
     return [_Run(expert, list(group)) for expert, group in grouped]
 
 
-def _chunk_size(shape: tuple[int, int, int], batch_size: int) -> int:
+@torch.inference_mode()
+def _chunk_size(scene: Scene, batch_size: int) -> int:
     """Images per chunk: whole batches within CHUNK_BYTES of state, at least one."""
-    channels, height, width = shape
-    per_image = 4 * _STATE_TENSORS * channels * height * width + _GENERATOR_BYTES
+    told = scene.conditions(0, 1).values()
+    per_image = 4 * _STATE_TENSORS * math.prod(scene.latent_shape) + _GENERATOR_BYTES
+    per_image += sum(value.numel() * value.element_size() for value in told)
     return max(1, CHUNK_BYTES // per_image // batch_size) * batch_size
 
 
@@ -179,7 +211,7 @@ def _chunk_size(shape: tuple[int, int, int], batch_size: int) -> int:
 def _draw(
     start: int,
     stop: int,
-    shape: tuple[int, int, int],
+    scene: Scene,
     device: torch.device,
     *,
     scheduler: Any,
@@ -188,13 +220,15 @@ def _draw(
     """Images start .. stop - 1 at the first timestep: noise, each from its own generator."""
     seeds = [image_seed(config.seed, index) for index in range(start, stop)]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    noise = randn_tensor((len(seeds), *shape), generator=generators, device=device)
+    noise = randn_tensor((len(seeds), *scene.latent_shape), generator=generators, device=device)
     return _Batch(
         start=start,
         seeds=seeds,
         generators=generators if uses_noise(config) else None,
         scheduler=copy.deepcopy(scheduler),
-        x_t=noise * scheduler.init_noise_sigma,
+        x_t=noise * first_scale(scheduler),
+        conditions=scene.conditions(start, stop),
+        guidance=scene.guidance if scene.is_paired else None,
     )
 
 
@@ -203,23 +237,8 @@ def _denoise(
     batch: _Batch, denoiser: Denoiser, t: float, timestep: Tensor, config: SampleConfig
 ) -> None:
     """Advance `batch` by one step; the network works in its own dtype, the scheduler in float32."""
-    x_in = batch.scheduler.scale_model_input(batch.x_t, t).to(denoiser.dtype)
-    output = predict(denoiser.network, x_in, timestep).float()
+    x_in = scale_input(batch.scheduler, batch.x_t, t).to(denoiser.dtype)
+    output = predict_guided(denoiser, x_in, timestep, batch.conditions, scale=batch.guidance)
     batch.x_t = take_step(
         batch.scheduler, output, t, batch.x_t, config=config, generators=batch.generators
     )
-
-
-@torch.inference_mode()
-def _finish(batch: _Batch, config: SampleConfig) -> ImageBatch:
-    """x_0 in [-1, 1] as uint8, rounded as diffusers' pipelines do."""
-    stop = batch.start + len(batch.seeds)
-    if not torch.isfinite(batch.x_t).all():
-        raise NumericsError(
-            f"images {batch.start} to {stop - 1} are not finite after {config.steps} steps of "
-            f"{config.sampler}; the weights are broken, or --dtype is too narrow for them"
-        )
-    levels = (batch.x_t / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-    images = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    seeds = np.array(batch.seeds, dtype=np.int64)
-    return ImageBatch(batch.start, images, seeds, done=stop, total=config.num)

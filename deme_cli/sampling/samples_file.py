@@ -112,7 +112,8 @@ class SamplesFile:
             TensorSpec("images", "U8", (order.num, *order.shape)),
         ]
         seeds = [image_seed(order.card["seed"], index) for index in range(order.num)]
-        with ArtifactWriter(order.path, layout, SamplesRecord(protocol=order.card)) as writer:
+        record = SamplesRecord(protocol=order.card, prompts=order.prompts, classes=order.classes)
+        with ArtifactWriter(order.path, layout, record) as writer:
             writer.write(np.array(seeds, dtype="<i8").data)
             for piece in self._pieces():
                 writer.write(piece)

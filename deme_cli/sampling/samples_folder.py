@@ -1,7 +1,9 @@
 """Images as a folder of PNG files, 000000.png and on, that can be resumed and extended.
 
 `samples.json` holds the protocol card; the PNG files themselves are the state. A file appears whole
-or not at all, and on resuming each is read back, so that one a crash broke is drawn again.
+or not at all, and on resuming each is read back, so that one a crash broke is drawn again. Images
+that have prompts or classes get `metadata.jsonl` at the end, by the imagefolder convention, so that
+the folder can be trained on.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,13 +19,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deme_cli.errors import ConfigError, writing
+from deme_cli.errors import ArtifactError, ConfigError, writing
 from deme_cli.outputs import claim, require_space, write_whole
 from deme_cli.sampling.preview import png_bytes
-from deme_cli.sampling.sampler import ImageBatch
+from deme_cli.sampling.sampler import ImageBatch, image_seed
 from deme_cli.sampling.store import Order
 
 CARD_NAME = "samples.json"
+METADATA_NAME = "metadata.jsonl"
 _NUMBERED = re.compile(r"\d{6,}\.png")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -73,6 +77,7 @@ class SamplesFolder:
         if found and order.force and (whole >= order.num or not card or not order.is_same(card)):
             for path in found:
                 path.unlink()
+            (order.path / METADATA_NAME).unlink(missing_ok=True)  # it spoke of them
         elif found:
             self._require_unfinished(found, card, whole)
             self.first = order.kept(whole)
@@ -131,11 +136,49 @@ class SamplesFolder:
         return np.stack(images).reshape(-1, *self.order.shape)
 
     def finish(self) -> Path:
-        """Nothing is left to do: every image is in its place."""
-        return self.order.path
+        """Every image is in its place; write down what each shows."""
+        order = self.order
+        if order.prompts is not None or order.classes is not None:
+            rows = (json.dumps(row) + "\n" for row in self._rows())
+            write_whole(order.path / METADATA_NAME, (row.encode() for row in rows))
+        return order.path
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """Image file, prompt, class and seed of every image."""
+        order = self.order
+        for index in range(order.num):
+            row: dict[str, Any] = {"file_name": self._path(index).name}
+            if order.prompts is not None:
+                row["text"] = order.prompts[index]
+            if order.classes is not None:
+                row["label"] = order.classes[index]
+            yield {**row, "seed": image_seed(order.card["seed"], index)}
 
     def _path(self, index: int) -> Path:
         return self.order.path / f"{index:06d}.png"
+
+
+def read_subjects(folder: Path) -> tuple[list[str] | None, list[int] | None]:
+    """Prompts and classes, one per image, of a finished folder; None for what its images lack.
+
+    Raises ArtifactError where `metadata.jsonl` cannot be read.
+    """
+    path = folder / METADATA_NAME
+    if not path.is_file():
+        return None, None
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        by_name = {row["file_name"]: row for row in map(json.loads, filter(None, lines))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: expected one JSON object with file_name per line") from error
+    rows = [by_name[name] for name in sorted(by_name)]
+    return _column(rows, "text", str), _column(rows, "label", int)
+
+
+def _column(rows: list[dict[str, Any]], name: str, kind: type) -> list[Any] | None:
+    """A value per row, or None unless every row has one."""
+    values = [row.get(name) for row in rows]
+    return values if values and all(isinstance(value, kind) for value in values) else None
 
 
 def _whole_images(paths: list[Path]) -> int:

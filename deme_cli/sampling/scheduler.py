@@ -1,12 +1,15 @@
 """The sampler: a diffusers scheduler on the checkpoint's own schedule, with its steps laid out.
 
 diffusers carries the mathematics of every sampler. Here is only which class a name stands for, what
-of it the user may set, and which combinations diffusers would accept and then denoise wrongly.
+of it the user may set, and which combinations diffusers would accept and then denoise wrongly. Flow
+models have samplers of their own (flow_scheduler.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from deme_cli.config import SampleConfig
 from deme_cli.errors import ConfigError
+from deme_cli.sampling.flow_scheduler import build_flow_scheduler, is_flow
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -27,33 +31,71 @@ SCHEDULERS = {
     "lms": "LMSDiscreteScheduler",
 }
 PNDM_WARMUP = 4  # Runge-Kutta steps before the linear multistep ones (Liu et al. 2022, section 3.3)
+LayOut = Callable[[Any, int], None]  # sets a scheduler's timesteps for a number of steps
 
 
-def build_scheduler(scheduler_config: Mapping[str, Any], config: SampleConfig) -> Any:
+def name_sampler(scheduler_config: Mapping[str, Any], config: SampleConfig) -> SampleConfig:
+    """The settings with their sampler named: unset, it is ddim, or euler for flow models."""
+    if config.sampler is not None:
+        return config
+    return replace(config, sampler="euler" if is_flow(scheduler_config) else "ddim")
+
+
+def build_scheduler(
+    scheduler_config: Mapping[str, Any],
+    config: SampleConfig,
+    *,
+    lay_out: LayOut | None = None,
+    has_latents: bool = False,
+) -> Any:
     """The scheduler `config.sampler` on the checkpoint's schedule, its timesteps set (on the CPU).
 
+    lay_out: how the model's own pipeline sets them. has_latents: x_0 is not clipped to [-1, 1]
+    unless the checkpoint says so, for a VAE's latents reach beyond.
     Raises ConfigError where the sampler cannot do what is asked with this checkpoint.
     """
+    config = name_sampler(scheduler_config, config)
+    lay_out = lay_out or _lay_out
+    _require_settings(config)
+    if is_flow(scheduler_config):
+        return build_flow_scheduler(scheduler_config, config, lay_out)
+    scheduler = _build(scheduler_config, config, has_latents)
+    _require_steps(scheduler, config)
+    lay_out(scheduler, config.steps)
+    _require_timesteps(scheduler, config)
+    return scheduler
+
+
+def _lay_out(scheduler: Any, steps: int) -> None:
+    scheduler.set_timesteps(steps)
+
+
+def _build(scheduler_config: Mapping[str, Any], config: SampleConfig, has_latents: bool) -> Any:
     import diffusers
 
-    _require_settings(config)
+    kind = getattr(diffusers, SCHEDULERS[config.sampler])
     changes: dict[str, Any] = {}
     if config.spacing is not None:
         changes["timestep_spacing"] = config.spacing
     if config.sampler == "dpm++":
         changes["algorithm_type"] = "dpmsolver++"
     try:
-        kind = getattr(diffusers, SCHEDULERS[config.sampler])
-        scheduler = kind.from_config(_complete(scheduler_config), **changes)
+        complete = _complete(scheduler_config)
+        if str(complete.get("variance_type")).startswith("learned"):
+            complete["variance_type"] = "fixed_small"  # backbones give the prediction alone
+        if has_latents and can_clip(kind):
+            changes["clip_sample"] = complete.get("clip_sample", False)
+        return kind.from_config(complete, **changes)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ConfigError(
             f"sampler {config.sampler} does not fit this model's schedule ({error}); "
             f"try ddpm or ddim"
         ) from error
-    _require_steps(scheduler, config)
-    scheduler.set_timesteps(config.steps)
-    _require_timesteps(scheduler, config)
-    return scheduler
+
+
+def can_clip(kind: type) -> bool:
+    """Whether samplers of this class can clip x_0 in every step."""
+    return "clip_sample" in inspect.signature(kind.__init__).parameters
 
 
 def _complete(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +147,17 @@ def _require_timesteps(scheduler: Any, config: SampleConfig) -> None:
 def uses_noise(config: SampleConfig) -> bool:
     """Whether the sampler draws fresh noise in its steps."""
     return config.sampler == "ddpm" or (config.sampler == "ddim" and config.eta > 0)
+
+
+def scale_input(scheduler: Any, x_t: Tensor, t: float) -> Tensor:
+    """x_t as the network takes it, where the sampler carries it on another scale (Euler, LMS)."""
+    scale = getattr(scheduler, "scale_model_input", None)  # flow samplers have none
+    return scale(x_t, t) if scale else x_t
+
+
+def first_scale(scheduler: Any) -> float:
+    """The standard deviation of the noise that the sampler starts from."""
+    return getattr(scheduler, "init_noise_sigma", 1.0)
 
 
 def take_step(

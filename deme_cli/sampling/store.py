@@ -18,13 +18,18 @@ from deme_cli.sampling.protocol import first_difference
 
 @dataclass(frozen=True)
 class Order:
-    """Images 0 .. card["num"] - 1 of `shape`, drawn under the protocol `card`, to go to `path`."""
+    """Images 0 .. card["num"] - 1 of `shape`, drawn under the protocol `card`, to go to `path`.
+
+    `prompts` and `classes`, where images have them, are kept beside: one per image.
+    """
 
     path: Path
     card: dict[str, Any]
     shape: tuple[int, int, int]  # (H, W, C)
     batch_size: int
     force: bool = False
+    prompts: list[str] | None = None
+    classes: list[int] | None = None
 
     @property
     def num(self) -> int:

@@ -58,6 +58,14 @@ def test_an_expert_of_another_architecture_is_refused(run_folder: Path) -> None:
         open_ensemble(expert_paths(run_folder))
 
 
+def test_an_expert_with_other_frozen_parts_is_refused(run_folder: Path) -> None:
+    path = run_folder / "ft_3of4.safetensors"
+    record = read_record(path, "expert")
+    write_artifact(path, load_tensors(path), replace(record, companions={"vae": "0" * 64}))
+    with pytest.raises(ArtifactError, match="another set of frozen parts than"):
+        read_ensemble(expert_paths(run_folder))
+
+
 def test_a_file_that_is_no_expert_is_refused(run_folder: Path) -> None:
     with pytest.raises(ArtifactError, match="expected an artifact of kind 'expert', found 'base'"):
         read_ensemble([run_folder / "base.safetensors"])

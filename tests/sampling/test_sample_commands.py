@@ -126,6 +126,13 @@ def test_a_grid_holds_every_image_with_a_gap_of_two_pixels(channels: int) -> Non
     assert (sheet[102:104] == 255).all()
 
 
+def test_a_grid_of_large_images_shows_them_reduced() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (9, 1001, 1000, 3), dtype=np.uint8)
+    sheet = grid(images)
+    assert sheet.shape == (3 * 502 + 2, 3 * 502 + 2, 3)
+    assert np.allclose(sheet[2, 2], images[0, :2, :2].mean(axis=(0, 1)), atol=0.5)
+
+
 def test_a_folder_gets_numbered_png_files(run_folder: Path, deme: Deme) -> None:
     succeed(deme("sample", BASE, "-n", 3, "--steps", 4, "-o", OUTPUT))
     result = succeed(deme("sample", BASE, "-n", 3, "--steps", 4, "-o", "drawn"))

@@ -14,7 +14,7 @@ from deme_cli.diffusion.schedule import PREDICTIONS, read_schedule
 from deme_cli.errors import ConfigError
 from deme_cli.records import BaseRecord
 from deme_cli.sampling.sampler import collect_images, single
-from deme_cli.sampling.scheduler import SCHEDULERS, build_scheduler
+from deme_cli.sampling.scheduler import SCHEDULERS, build_scheduler, take_step
 
 MEAN, SD = 0.2, 0.15
 DDPM_1000 = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "clip_sample": True}
@@ -83,6 +83,35 @@ def test_the_spacing_is_the_checkpoints_own_unless_it_is_given() -> None:
     assert build_scheduler(own, SampleConfig(steps=10)).timesteps[0] == 99
     leading = build_scheduler(own, SampleConfig(steps=10, spacing="leading"))
     assert leading.timesteps.tolist() == list(range(90, -1, -10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_latents", "clips"),
+    [
+        ({}, True, False),  # PNDM does not clip, and DDIM's own default is for pixels
+        ({}, False, True),
+        ({"clip_sample": True}, True, True),
+        ({"clip_sample": False}, False, False),
+    ],
+)
+def test_latents_are_clipped_only_where_the_checkpoint_says_so(
+    changes: dict, has_latents: bool, clips: bool
+) -> None:
+    schedule = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **changes}
+    scheduler = build_scheduler(schedule, SampleConfig(), has_latents=has_latents)
+    assert scheduler.config.clip_sample is clips
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
+def test_a_learned_variance_is_left_alone(sampler: str) -> None:
+    schedule = {**TINY_SCHEDULER, "variance_type": "learned_range"}
+    config = SampleConfig(sampler=sampler, steps=10)
+    scheduler = build_scheduler(schedule, config)
+    x_t = torch.zeros(1, 4, 8, 8)
+    generators = [torch.Generator()]
+    for t in scheduler.timesteps.tolist():
+        x_t = take_step(scheduler, x_t, t, x_t, config=config, generators=generators)
+    assert x_t.shape == (1, 4, 8, 8)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

@@ -1,0 +1,30 @@
+"""Classifier-free guidance: eps = eps(null) + g (eps(c) - eps(null))  (Ho & Salimans 2022, Eq. 6).
+
+g counts as in diffusers, where 1 is no guidance; theirs is w = g - 1. The formula is linear, so it
+holds for v, x_0 and velocities as well. Both predictions come from one forward of batch 2B.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deme_cli.diffusion.conditions import Conditions, to
+from deme_cli.diffusion.denoiser import Denoiser
+
+
+def predict_guided(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, conditions: Conditions, *, scale: float | None
+) -> Tensor:
+    """The prediction at (x_t, t), guided where there is a scale.
+
+    x_t: (B, C, h, w)   t: ()   conditions: of batch B, or 2B with the null first where there is a
+    scale   ->   (B, C, h, w) float32
+    """
+    told = to(conditions, denoiser.device, denoiser.dtype)
+    predict, network = denoiser.backbone.predict, denoiser.network
+    if scale is None:
+        return predict(network, x_t, t, told).float()
+    pair = predict(network, torch.cat([x_t, x_t]), t, told).float()
+    null, conditional = pair.chunk(2)
+    return null + scale * (conditional - null)

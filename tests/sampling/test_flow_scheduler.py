@@ -1,0 +1,142 @@
+"""Samplers of flow models: exact on a straight line, laid as the pipeline lays them, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from torch import Tensor
+
+from deme_cli.config import SAMPLERS, SPACINGS, SampleConfig
+from deme_cli.diffusion.backbones.flux import Flux
+from deme_cli.errors import ConfigError
+from deme_cli.sampling.flow_scheduler import FLOW_SCHEDULERS
+from deme_cli.sampling.scheduler import build_scheduler, name_sampler, take_step
+
+T = 1000
+STATIC = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": T,
+    "shift": 3.0,
+}
+# by the size of the image, with other numbers than diffusers' own
+DYNAMIC = {
+    **STATIC, "use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 1.4,
+    "base_image_seq_len": 16, "max_image_seq_len": 64,
+}  # fmt: skip
+LARGE, SMALL = (4, 16, 16), (4, 8, 8)
+MEAN, SD = 0.2, 0.5
+
+
+def point_velocity(x_t: Tensor, sigma: float) -> Tensor:
+    """(eps - x_0) where all data is MEAN: every path is the straight line through it."""
+    return (x_t - MEAN) / max(sigma, 1e-6)
+
+
+def gaussian_velocity(x_t: Tensor, sigma: float) -> Tensor:
+    """E[eps - x_0 | x_t] of data N(MEAN, SD^2); its flow carries eps to MEAN + SD eps."""
+    a, variance = 1 - sigma, (1 - sigma) ** 2 * SD**2 + sigma**2
+    rest = (x_t - a * MEAN) / variance
+    return sigma * rest - (MEAN + a * SD**2 * rest)
+
+
+def follow(velocity: Any, config: SampleConfig, schedule: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Noise and where a sampler carries it along a velocity."""
+    scheduler = build_scheduler(schedule, config)
+    noise = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x_t = noise
+    for t in scheduler.timesteps.tolist():
+        output = velocity(x_t, t / T)
+        x_t = take_step(scheduler, output, t, x_t, config=config, generators=None)
+    return noise, x_t
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize("sampler", FLOW_SCHEDULERS)
+def test_a_straight_line_is_followed_to_its_end_in_any_number_of_steps(
+    sampler: str, steps: int
+) -> None:
+    _, found = follow(point_velocity, SampleConfig(sampler=sampler, steps=steps), STATIC)
+    # DPM-Solver++ and UniPC tell the network whole timesteps
+    within = 1e-5 if sampler in ("euler", "heun") else 5e-3
+    assert torch.allclose(found, torch.full_like(found, MEAN), rtol=0, atol=within)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "within"), [("euler", 0.06), ("heun", 1e-3), ("dpm++", 0.02), ("unipc", 0.02)]
+)
+def test_a_curved_flow_is_followed_ever_closer(sampler: str, within: float) -> None:
+    errors = []
+    for steps in (10, 100):
+        config = SampleConfig(sampler=sampler, steps=steps)
+        noise, found = follow(gaussian_velocity, config, STATIC)
+        errors.append((found - (MEAN + SD * noise)).abs().max().item())
+    assert errors[1] < within
+    assert errors[1] < errors[0] / 3
+
+
+def test_the_sampler_of_a_flow_model_is_euler_unless_given() -> None:
+    assert name_sampler(STATIC, SampleConfig()).sampler == "euler"
+    assert name_sampler(STATIC, SampleConfig(sampler="heun")).sampler == "heun"
+    assert name_sampler({"_class_name": "PNDMScheduler"}, SampleConfig()).sampler == "ddim"
+
+
+def laid(schedule: dict[str, Any], sampler: str, shape: Any) -> Any:
+    config = SampleConfig(sampler=sampler, steps=8)
+    return build_scheduler(
+        schedule, config, lay_out=lambda scheduler, steps: Flux().lay_out(scheduler, steps, shape)
+    )
+
+
+def test_heun_takes_eulers_steps_and_its_own_where_nothing_shifts_by_size() -> None:
+    ours = build_scheduler(STATIC, SampleConfig(sampler="heun", steps=8))
+    own = FlowMatchHeunDiscreteScheduler(T, 3.0)
+    own.set_timesteps(8)
+    assert torch.allclose(ours.timesteps, own.timesteps, rtol=0, atol=1e-3)
+    assert torch.allclose(ours.sigmas, own.sigmas, rtol=0, atol=1e-6)
+    assert len(ours.timesteps) == 15
+    euler, heun = (laid(DYNAMIC, sampler, LARGE) for sampler in ("euler", "heun"))
+    assert torch.equal(heun.timesteps.unique(), euler.timesteps.unique())
+    assert heun.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("sampler", FLOW_SCHEDULERS)
+def test_every_flow_sampler_shifts_by_the_size_of_the_image_as_the_checkpoint_says(
+    sampler: str,
+) -> None:
+    small, large = (laid(DYNAMIC, sampler, shape) for shape in (SMALL, LARGE))
+    assert (large.timesteps[1:] > small.timesteps[1:]).all()
+    euler = FlowMatchEulerDiscreteScheduler.from_config(DYNAMIC)
+    euler.set_timesteps(sigmas=[0.5], mu=1.4)  # that of 64 tokens
+    half = large.sigmas[(large.sigmas - euler.sigmas[0]).abs().argmin()]
+    assert half == pytest.approx(euler.sigmas[0].item(), abs=2e-3)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in FLOW_SCHEDULERS])
+def test_samplers_that_do_not_fit_are_refused_and_those_that_do_are_named(sampler: str) -> None:
+    with pytest.raises(ConfigError, match=f"{sampler} does not fit.*euler, heun, dpm.*, unipc"):
+        build_scheduler(STATIC, SampleConfig(sampler=sampler))
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "fault"),
+    [
+        ({}, {"spacing": SPACINGS[0]}, "spacing"),
+        ({}, {"eta": 0.5}, "eta"),
+        ({}, {"steps": 1001}, "1 to 1000"),
+        ({"stochastic_sampling": True}, {}, "stochastic"),
+        (
+            {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+            {"sampler": "dpm++"},
+            "shift",
+        ),
+        ({"time_shift_type": "sideways"}, {}, "time_shift_type"),
+    ],
+)
+def test_what_a_flow_sampler_cannot_do_is_refused_by_name(
+    changes: dict[str, Any], settings: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        build_scheduler({**STATIC, **changes}, SampleConfig(**settings))

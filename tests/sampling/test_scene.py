@@ -1,0 +1,324 @@
+"""What is drawn: prompts, classes, sizes and guidance; what does not fit a model is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_SCHEDULER
+
+from deme_cli.config import SampleConfig
+from deme_cli.data.prompts import PromptSet
+from deme_cli.diffusion.checkpoints import open_denoiser
+from deme_cli.diffusion.denoiser import Denoiser
+from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
+from deme_cli.records import BaseRecord
+from deme_cli.sampling import finish
+from deme_cli.sampling import sampler as sampler_module
+from deme_cli.sampling.protocol import protocol_card
+from deme_cli.sampling.sampler import (
+    ImageBatch,
+    SamplingExpert,
+    collect_images,
+    sample_images,
+    single,
+)
+from deme_cli.sampling.scene import open_scene, scene_of
+from deme_cli.sampling.subjects import choose_subjects, parse_classes, spans
+from deme_cli.timesteps import split_uniform
+
+Pipelines = Callable[..., Path]
+PIXELS = BaseRecord(
+    source="", model_config=TINY_MODEL, scheduler_config=TINY_SCHEDULER, num_train_timesteps=100
+)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.csv"
+    path.write_text(
+        "prompt,class,German\na fox,4,ein Fuchs\na cat,7,eine Katze\na dog,1,ein Hund\n"
+    )
+    return str(path)
+
+
+def largest_difference(images: np.ndarray, others: np.ndarray) -> int:
+    return int(np.abs(images.astype(int) - others.astype(int)).max())
+
+
+def test_a_prompt_file_fixes_prompts_classes_and_the_number_of_images(prompts: str) -> None:
+    found = choose_subjects("text", None, SampleConfig(prompts=prompts))
+    assert found.prompts == ["a fox", "a cat", "a dog"]
+    assert (found.num, found.classes) == (3, [4, 7, 1])
+    twice = choose_subjects("text", None, SampleConfig(prompts=prompts, per_prompt=2, num=6))
+    assert twice.prompts == [prompt for prompt in found.prompts for _ in range(2)]
+    column = choose_subjects("text", None, SampleConfig(prompts=prompts, prompt_column="German"))
+    assert column.prompts == ["ein Fuchs", "eine Katze", "ein Hund"]
+    assert column.card["prompts_sha256"] != found.card["prompts_sha256"]
+
+
+def test_one_prompt_is_repeated_for_all_images() -> None:
+    config = SampleConfig(prompts="text:a red fox", num=3)
+    assert choose_subjects("text", None, config).prompts == ["a red fox"] * 3
+    given = PromptSet("captions", ("a", "b"), cycles=True)
+    found = choose_subjects("text", None, SampleConfig(num=3), prompts=given)
+    assert found.prompts == ["a", "b", "a"]
+
+
+def test_image_i_has_class_i_mod_k() -> None:
+    found = choose_subjects("class", 10, SampleConfig(num=12))
+    assert found.classes == [*range(10), 0, 1]
+    assert found.card == {"classes": "0-9"}
+    assert choose_subjects("class", 10, SampleConfig(num=4, classes="7,0-1")).classes == [
+        7,
+        0,
+        1,
+        7,
+    ]
+    assert choose_subjects("class", 10, SampleConfig()).num == 64
+    assert choose_subjects("nothing", None, SampleConfig()).num == 64
+
+
+@pytest.mark.parametrize("text", ["0", "0-9", "3,0-2,7", "9,8"])
+def test_spans_of_classes_are_read_as_they_are_written(text: str) -> None:
+    assert spans(parse_classes(text, 10)) == text
+
+
+@pytest.mark.parametrize(
+    ("wants", "settings", "fault"),
+    [
+        ("text", {}, "--prompts FILE"),
+        ("text", {"prompts": "text:a", "classes": "1"}, "classes = '1'"),
+        ("class", {"prompts": "text:a"}, "not prompts"),
+        ("class", {"per_prompt": 2}, "per_prompt = 2"),
+        ("class", {"classes": "0,10"}, "class 10 is not among the 10"),
+        ("class", {"classes": "3-1"}, "as in 0,3,7"),
+        ("class", {"classes": "fox"}, "as in 0,3,7"),
+        ("nothing", {"prompts": "text:a"}, "prompts = 'text:a'"),
+        ("nothing", {"classes": "1"}, "classes = '1'"),
+        ("nothing", {"prompt_column": "text"}, "prompt_column"),
+        ("nothing", {"per_prompt": 3}, "per_prompt = 3"),
+        ("nothing", {"guidance": 7.5}, "guidance = 7.5"),
+        ("nothing", {"guidance": 0.0}, "guidance = 0"),
+    ],
+)
+def test_what_a_model_cannot_follow_is_refused_by_name(
+    wants: str, settings: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        choose_subjects(wants, 10, SampleConfig(**settings))
+
+
+def test_another_number_than_the_prompts_make_is_refused(prompts: str) -> None:
+    with pytest.raises(ConfigError, match="3 prompts, -n says 5"):
+        choose_subjects("text", None, SampleConfig(prompts=prompts, num=5))
+
+
+def test_a_guidance_of_one_is_no_guidance_for_pixels() -> None:
+    scene = open_scene([PIXELS], SampleConfig(guidance=1.0))
+    assert scene.guidance is None
+    assert scene.conditions(0, 4) == {}
+    assert scene.image_shape == scene.drawn_shape == scene.latent_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "default", "is_paired"),
+    [
+        ("sd", {}, 7.5, True),
+        ("sdxl", {}, 5.0, True),
+        ("sd3", {}, 7.0, True),
+        ("dit", {}, 4.0, True),
+        ("flux", {}, 3.5, False),
+        ("flux", {"distilled": False}, 1.0, False),
+    ],
+)
+def test_the_guidance_is_that_of_the_models_pipeline_unless_given(
+    opened: Any,
+    scene_for: Any,
+    name: str,
+    build: dict[str, Any],
+    default: float,
+    is_paired: bool,
+) -> None:
+    denoiser = opened(name, **build)
+    config = SampleConfig(num=2, prompts=None if name == "dit" else "text:a fox")
+    scene = scene_for(denoiser, config)
+    assert (scene.guidance, scene.is_paired) == (default, is_paired)
+    card = protocol_card([denoiser.record], config, scene=scene)
+    assert card["guidance"] == default
+    assert card["companions"] == denoiser.record.companions
+    assert card["resolution"] == scene.drawn_shape[1]
+    told = scene.conditions(0, 2)
+    assert {len(value) for value in told.values()} == {4 if is_paired else 2}
+    if name != "flux":
+        below = scene_for(denoiser, replace(config, guidance=0.0))  # as in diffusers: none
+        assert (below.guidance, below.is_paired) == (1.0, False)
+
+
+def test_the_card_tells_what_the_images_show(opened: Any, prompts: str) -> None:
+    denoiser = opened("sd")
+    config = SampleConfig(prompts=prompts, per_prompt=2, resolution=24, resize=12)
+    card = protocol_card([denoiser.record], config)
+    assert card["prompts"] == {"source": prompts, "column": None, "n": 3, "template": None}
+    assert len(card["prompts_sha256"]) == 64
+    assert (card["per_prompt"], card["classes"], card["num"]) == (2, None, 6)
+    assert (card["resolution"], card["resize_to"]) == (24, 12)
+    assert (card["sampler"], card["forwards"]) == ("ddim", 100)
+    assert protocol_card([opened("dit").record], SampleConfig())["classes"] == "0-9"
+    pixels = protocol_card([PIXELS], SampleConfig())
+    names = ("guidance", "prompts", "prompts_sha256", "per_prompt", "classes", "resolution")
+    assert [pixels[name] for name in (*names, "resize_to", "companions")] == [None] * 8
+
+
+def test_the_card_of_a_flow_model_has_no_spacing(opened: Any) -> None:
+    card = protocol_card([opened("sd3").record], SampleConfig(prompts="text:a", steps=5))
+    fields = ("sampler", "prediction_type", "spacing", "eta", "clip_sample", "forwards")
+    assert [card[name] for name in fields] == ["euler", "flow", None, None, None, 10]
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux"])
+def test_images_do_not_depend_on_the_batch_size_and_go_on_from_any_batch(
+    opened: Any, scene_for: Any, prompts: str, name: str
+) -> None:
+    denoiser = opened(name)
+    config = SampleConfig(num=3, steps=4, resolution=16)
+    if name != "dit":
+        config = replace(config, prompts=prompts)
+    scene = scene_for(denoiser, config)
+    whole = collect_images(single(denoiser), config, scene=scene)
+    parts = replace(config, batch_size=2)
+    records = list(sample_images(single(denoiser), parts, scene=scene))
+    batches = [record for record in records if isinstance(record, ImageBatch)]
+    assert [len(batch.images) for batch in batches] == [2, 1]
+    assert largest_difference(whole, np.concatenate([batch.images for batch in batches])) <= 1
+    rest = [
+        record
+        for record in sample_images(single(denoiser), parts, scene=scene, first=2)
+        if isinstance(record, ImageBatch)
+    ]
+    assert np.array_equal(rest[0].images, batches[1].images)
+    assert largest_difference(whole[0], whole[1]) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "spacing"),
+    [
+        *(("sd", sampler, spacing) for sampler in ("pndm", "dpm++", "heun", "euler")
+          for spacing in ("leading", "linspace", "trailing")),
+        ("sd3", "euler", None),
+        ("sd3", "heun", None),
+        ("sd3", "dpm++", None),
+        ("flux", "euler", None),
+        ("dit", "ddim", None),
+    ],
+)  # fmt: skip
+def test_identical_experts_draw_the_guided_images_of_one_model(
+    opened: Any,
+    scene_for: Any,
+    name: str,
+    sampler: str,
+    spacing: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    denoiser = opened(name)
+    config = SampleConfig(
+        num=2, batch_size=1, steps=5, sampler=sampler, spacing=spacing, resolution=16
+    )
+    if name != "dit":
+        config = replace(config, prompts="text:a fox")
+    scene = scene_for(denoiser, config)
+    one = collect_images(single(denoiser), config, scene=scene)
+    experts = [SamplingExpert(span, lambda: denoiser) for span in split_uniform(3, 1000)]
+    monkeypatch.setattr(sampler_module, "CHUNK_BYTES", 1)
+    assert np.array_equal(collect_images(experts, config, scene=scene, hold_one=True), one)
+
+
+def test_both_evaluations_of_a_step_go_to_the_expert_of_their_time(
+    opened: Any, scene_for: Any
+) -> None:
+    denoiser = opened("sd3")
+    asked: list[list[float]] = [[] for _ in range(4)]
+
+    def listening(index: int) -> Denoiser:
+        copy = open_denoiser(denoiser.record.source)
+        copy.network.register_forward_pre_hook(
+            lambda _, __, given: asked[index].append(float(given["timestep"][0])), with_kwargs=True
+        )
+        return copy
+
+    experts = [
+        SamplingExpert(span, lambda index=index: listening(index))
+        for index, span in enumerate(split_uniform(4, 1000))
+    ]
+    config = SampleConfig(num=1, steps=8, sampler="heun", prompts="text:a fox")
+    collect_images(experts, config, scene=scene_for(denoiser, config))
+    assert asked[3][0] == 1000  # T itself belongs to the last range
+    assert sum(map(len, asked)) == 15
+    for index, times in enumerate(asked):
+        assert {min(int(t) // 250, 3) for t in times} == {index}
+
+
+def test_images_are_decoded_a_few_at_a_time(
+    opened: Any, scene_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = opened("sd")
+    config = SampleConfig(num=3, steps=2, prompts="text:a fox")
+    scene = scene_for(denoiser, config)
+    together = collect_images(single(denoiser), config, scene=scene)
+    sizes: list[int] = []
+    decode = type(scene.companions).decode
+
+    def count(companions: Any, x0: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x0))
+        return decode(companions, x0)
+
+    monkeypatch.setattr(type(scene.companions), "decode", count)
+    monkeypatch.setattr(finish, "DECODED_PIXELS", 2 * 16 * 16)
+    assert largest_difference(collect_images(single(denoiser), config, scene=scene), together) <= 1
+    assert sizes == [2, 1]
+
+
+def test_a_broken_vae_is_told_by_the_images_it_breaks(opened: Any) -> None:
+    denoiser = opened("sd")
+    config = SampleConfig(num=2, steps=2, prompts="text:a fox")
+    scene = scene_of(denoiser, config)
+    scene.companions.pipeline.vae.decoder.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(NumericsError, match="images 0 to 1 are not finite"):
+        collect_images(single(denoiser), config, scene=scene)
+
+
+def test_other_frozen_parts_are_told_before_anything_is_denoised(opened: Any) -> None:
+    denoiser = opened("dit")
+    other = replace(denoiser, record=replace(denoiser.record, companions={"vae": "0" * 64}))
+    config = SampleConfig(num=1, steps=2)
+    with pytest.raises(ArtifactError, match="not the vae that the base was imported with"):
+        next(iter(sample_images(single(other), config)))
+    with pytest.raises(MissingError, match="nowhere"):
+        open_scene([denoiser.record], config, pipeline="nowhere")
+
+
+def test_half_precision_draws_nearly_the_same_images(opened: Any, pipelines: Any) -> None:
+    config = SampleConfig(num=2, steps=4, prompts="text:a fox")
+    images = collect_images(single(opened("sd3")), config)
+    half = open_denoiser(str(pipelines("sd3")), dtype="bf16")
+    scene = scene_of(half, config)
+    assert scene.conditions(0, 1)["encoder_hidden_states"].dtype == torch.bfloat16
+    assert (
+        np.abs(collect_images(single(half), config, scene=scene) - images.astype(float)).mean() < 5
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux"])
+def test_a_gpu_draws_the_guided_images_of_the_cpu(pipelines: Any, name: str) -> None:
+    config = SampleConfig(num=2, steps=4, resolution=16)
+    if name != "dit":
+        config = replace(config, prompts="text:a fox")
+    models = [open_denoiser(str(pipelines(name)), device=device) for device in ("cpu", "cuda")]
+    on_cpu, on_gpu = (collect_images(single(model), config) for model in models)
+    assert largest_difference(on_gpu, on_cpu) <= 2
