@@ -5,30 +5,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import __version__, console
-from deme_cli.commands.options import Json, Quiet
+from deme_cli.commands.options import Json, Quiet, begin
+from deme_cli.config import ModelConfig
 
 if TYPE_CHECKING:
     from deme_cli.evaluation.inventory import Item
 
 LIBRARIES = (
-    "torch", "diffusers", "accelerate", "safetensors", "clean-fid", "open-clip-torch", "datasets",
-    "scikit-learn", "scipy", "numpy",
+    "torch", "diffusers", "transformers", "accelerate", "safetensors", "clean-fid",
+    "open-clip-torch", "datasets", "scikit-learn", "scipy", "numpy",
 )  # fmt: skip
 
 
 def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
     """List the libraries, the device, and the files that runs need: there or missing, whence.
 
+    In a run's folder also the parts of the pipeline (VAE, text encoders) that its base needs.
+
     Example: deme doctor
     """
-    console.set_quiet(quiet)
     import platform
 
-    from deme_cli.evaluation.assets import cache_folder
-    from deme_cli.evaluation.inventory import take_inventory
+    from deme_cli.assets import cache_folder
+    from deme_cli.evaluation.inventory import take_companions, take_inventory
+
+    run = begin(None, quiet=quiet)
 
     versions = {"deme": __version__, "python": platform.python_version(), **_versions()}
     items = list(take_inventory())
+    if run.base.is_file():
+        pipeline = run.settings(ModelConfig).pipeline
+        items += take_companions(run.base, pipeline and run.seen(pipeline))
     device = _device()
     _show(versions, device, items, str(cache_folder()))
     if as_json:
@@ -56,7 +63,6 @@ def _versions() -> dict[str, str | None]:
 
 def _device() -> dict[str, Any]:
     """What `--device auto` takes, and its name and memory where it is a GPU."""
-
     import torch
 
     from deme_cli.diffusion.denoiser import choose_device

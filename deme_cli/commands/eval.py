@@ -1,4 +1,4 @@
-"""`deme eval`: one table of distances, a row per model, ensemble or set of samples."""
+"""`deme eval`: one table of figures, a row per model, ensemble or set of samples."""
 
 from __future__ import annotations
 
@@ -16,18 +16,32 @@ from deme_cli.commands.options import (
     Dtype,
     Force,
     Json,
+    Pipeline,
     Quiet,
     begin,
     option,
 )
-from deme_cli.commands.sample import Eta, Sampler, Spacing, Steps
-from deme_cli.config import EvalConfig, SampleConfig
+from deme_cli.commands.sample import (
+    Classes,
+    Eta,
+    Guidance,
+    PerPrompt,
+    PromptColumn,
+    Prompts,
+    ResizeTo,
+    Resolution,
+    Sampler,
+    Spacing,
+    Steps,
+)
+from deme_cli.config import EvalConfig, ModelConfig, SampleConfig
 from deme_cli.outputs import write_whole
 
 if TYPE_CHECKING:
     from deme_cli.commands.eval_request import Request
     from deme_cli.commands.eval_table import Cards, Figures
     from deme_cli.evaluation.features import Extractor
+    from deme_cli.evaluation.meters import Instruments
     from deme_cli.evaluation.rows import Row
     from deme_cli.evaluation.targets import Target
 
@@ -46,6 +60,9 @@ def evaluate(
     ] = None,
     fid: Annotated[str | None, option(_C, "fid", "--fid")] = None,
     kid: Annotated[str | None, option(_C, "kid", "--kid")] = None,
+    clip_score: Annotated[bool | None, option(_C, "clip_score", "--clip-score")] = None,
+    accuracy: Annotated[str | None, option(_C, "accuracy", "--accuracy")] = None,
+    protocol: Annotated[str | None, option(_C, "protocol", "--protocol")] = None,
     num: Annotated[int | None, option(_C, "num", "-n", "--num")] = None,
     repeats: Annotated[int | None, option(_C, "repeats", "--repeats")] = None,
     features: Annotated[str | None, option(_C, "features", "--features")] = None,
@@ -53,9 +70,12 @@ def evaluate(
     weights: Annotated[
         Path | None,
         typer.Option(
-            "--weights", help="File of the Inception or CLIP weights.", show_default=False
+            "--weights", help="File of the Inception or CLIP features.", show_default=False
         ),
     ] = None,
+    clip_model: Annotated[str | None, option(_C, "clip_model", "--clip-model")] = None,
+    clip_weights: Annotated[str | None, option(_C, "clip_weights", "--clip-weights")] = None,
+    mixed: Annotated[bool | None, option(_C, "mixed", "--mixed")] = None,
     max_fid: Annotated[
         float | None,
         typer.Option("--max-fid", help="Largest distance allowed; exit code 6 if a row has more."),
@@ -64,6 +84,14 @@ def evaluate(
     steps: Steps = None,
     eta: Eta = None,
     spacing: Spacing = None,
+    guidance: Guidance = None,
+    prompts: Prompts = None,
+    prompt_column: PromptColumn = None,
+    per_prompt: PerPrompt = None,
+    classes: Classes = None,
+    resolution: Resolution = None,
+    resize_to: ResizeTo = None,
+    pipeline: Pipeline = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -86,32 +114,56 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the distance between images of models and reference images.
+    """Measure images of models: distances to reference images, CLIP score, accuracy.
 
     Rows of one repeat start from the same noise; differences to the first row are paired.
 
     Example: deme eval base.safetensors merged.safetensors --fid digits -n 2000 --repeats 3
     """
-    from deme_cli.commands.eval_request import check_options, prepare, say_what_would_run
+    from deme_cli.commands.eval_request import (
+        Request,
+        check_options,
+        find_means,
+        find_prompts,
+        find_rows,
+        say_what_would_run,
+    )
     from deme_cli.commands.eval_table import document_of, require_gate, show
+    from deme_cli.evaluation.protocols import apply_protocol, find_protocol
 
     run = begin(config, quiet=quiet)
-    settings = run.settings(
-        EvalConfig, fid=fid, kid=kid, num=num, repeats=repeats, features=features, resize=resize,
-        batch_size=batch_size, seed=seed,
-    )  # fmt: skip
-    sample = run.settings(
-        SampleConfig, sampler=sampler, steps=steps, eta=eta, spacing=spacing,
-        batch_size=batch_size, num=settings.num, seed=settings.seed,
-    )  # fmt: skip
-    check_options(settings, max_fid, output, force=force)
-    request = prepare(run, settings, sample, weights, models or [], device=device, dtype=dtype)
+    named = find_protocol(run.settings(EvalConfig, protocol=protocol).protocol)
+    given = {
+        "protocol": protocol, "fid": fid, "kid": kid, "clip_score": clip_score,
+        "clip_model": clip_model, "clip_weights": clip_weights, "accuracy": accuracy,
+        "mixed": mixed, "num": num, "repeats": repeats, "features": features, "resize": resize,
+        "batch_size": batch_size, "seed": seed,
+    }  # fmt: skip
+    given = apply_protocol(named, EvalConfig, given)
+    settings = run.settings(EvalConfig, **given)
+    options = {
+        "sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing, "guidance": guidance,
+        "prompts": prompts, "prompt_column": prompt_column, "per_prompt": per_prompt,
+        "classes": classes, "resolution": resolution, "resize": resize_to,
+        "batch_size": batch_size, "num": settings.num, "seed": settings.seed,
+    }  # fmt: skip
+    sample = run.settings(SampleConfig, **apply_protocol(named, SampleConfig, options))
+    check_options(settings, named, max_fid=max_fid, weights=weights, output=output, force=force)
+    if named is not None:
+        console.note(f"protocol {named.name}: {named.source}")
+        console.note(f"not told there: {named.open}")
+    chosen, settings, sample = find_prompts(run, settings, sample, given["num"])
+    rows = find_rows(run, models or [])
+    means = find_means(run, settings, weights, named)
+    parts = run.settings(ModelConfig, pipeline=pipeline).pipeline
+    parts = parts and run.seen(parts)
+    request = Request(settings, sample, means, rows, chosen, parts, device, dtype)
     if dry_run:
         say_what_would_run(request, as_json=as_json)
         return
-    rows, figures, cards = _measure(request)
+    measured, figures, cards = _measure(request)
     show(figures, cards)
-    document = document_of(figures, {row.name: row.kind for row in rows}, cards)
+    document = document_of(figures, {row.name: row.kind for row in measured}, cards)
     if output is not None:
         text = json.dumps({"schema_version": console.SCHEMA_VERSION, **document}, indent=2)
         write_whole(output, [text.encode(), b"\n"])
@@ -119,35 +171,37 @@ def evaluate(
         console.result_json(document)
     elif output is not None:
         console.result_paths([output], as_json=False)
-    require_gate(figures, request.weights.metric_name, max_fid)
+    if means.features is not None:
+        require_gate(figures, means.features.metric_name, max_fid)
 
 
 def _measure(request: Request) -> tuple[list[Row], Figures, Cards]:
     """Measure all rows with a bar: the rows, their figures and their protocol cards."""
     from deme_cli.evaluation.evaluate import evaluate_rows, total_images
-    from deme_cli.evaluation.features import open_extractor
     from deme_cli.evaluation.ledger import Ledger
     from deme_cli.evaluation.measure import Measured, seeds_of
     from deme_cli.evaluation.protocol import evaluation_card
-    from deme_cli.evaluation.rows import open_rows
+    from deme_cli.evaluation.rows import RowOpener, open_rows
     from deme_cli.evaluation.summary import summarise
 
-    config, weights = request.config, request.weights
-    rows = open_rows(request.rows.plans, request.sample, device=request.device, dtype=request.dtype)
+    config = request.config
+    opener = RowOpener(
+        request.sample, request.prompts, request.pipeline, request.device, request.dtype
+    )
+    rows = open_rows(request.rows.plans, opener, config)
     _warn(request, rows)
-    extractor = open_extractor(weights, device=request.device, batch_size=config.batch_size)
-    targets = _open_targets(request, extractor, rows[0].shape)
-    references = {target.metric: target.reference for target in targets}
+    instruments = _open_instruments(request, rows[0].shape)
+    references = {target.metric: target.reference for target in instruments.targets}
+    means = request.means.counted(references)
     cards = {
-        row.name: evaluation_card(row, weights, references, seeds=seeds_of(row, config))
-        for row in rows
+        row.name: evaluation_card(row.card, means, seeds=seeds_of(row, config)) for row in rows
     }
     ledger = Ledger(Path("."), [config.num, config.repeats, cards])
     measured: list[Measured] = []
     shown = 0
     with console.progress("measuring", total_images(rows, config), "image") as bar:
         for record in evaluate_rows(
-            rows, targets, extractor, sample=request.sample, config=config, ledger=ledger
+            rows, instruments, sample=request.sample, config=config, ledger=ledger
         ):
             done = sum(finished.n for finished in measured) + record.done
             if isinstance(record, Measured):
@@ -158,6 +212,24 @@ def _measure(request: Request) -> tuple[list[Row], Figures, Cards]:
     return rows, summarise(measured), cards
 
 
+def _open_instruments(request: Request, shape: tuple[int, int, int]) -> Instruments:
+    """Load what measures, and look at the reference images. shape: (C, H, W) of the rows."""
+    from deme_cli.evaluation.accuracy import open_classifier
+    from deme_cli.evaluation.clip_score import open_clip_scorer
+    from deme_cli.evaluation.features import open_extractor
+    from deme_cli.evaluation.meters import Instruments
+
+    means = request.means
+    place = {"device": request.device, "batch_size": request.config.batch_size}
+    extractor = open_extractor(means.features, **place) if means.features else None
+    return Instruments(
+        extractor,
+        _open_targets(request, extractor, shape) if extractor else (),
+        open_clip_scorer(means.clip, **place) if means.clip else None,
+        open_classifier(means.classifier, **place) if means.classifier else None,
+    )
+
+
 def _open_targets(
     request: Request, extractor: Extractor, shape: tuple[int, int, int]
 ) -> list[Target]:
@@ -165,7 +237,7 @@ def _open_targets(
     from deme_cli.evaluation.targets import Target, open_target
 
     targets = []
-    for metric, reference in request.references.items():
+    for metric, reference in request.means.references.items():
         with console.progress(f"reference {reference.source}", 100, "%") as bar:
             for record in open_target(metric, reference, extractor, shape):
                 if isinstance(record, Target):
@@ -176,17 +248,26 @@ def _open_targets(
 
 
 def _warn(request: Request, rows: list[Row]) -> None:
-    """What makes figures hard to compare, told before the work."""
+    """What makes figures hard to compare, told before the work; raises what must not be."""
+    from deme_cli.evaluation.comparable import require_one_protocol
+    from deme_cli.evaluation.measure import num_images
+
+    config = request.config
     for text in request.rows.warnings:
         console.warn(text)
-    if request.weights.published is False:
+    features = request.means.features
+    if features is not None and features.published is False:
         console.warn(
-            f"{request.weights.path}: not the published {request.weights.name} weights (sha256 "
-            f"{request.weights.sha256[:12]}); figures cannot be compared with others'"
+            f"{features.path}: not the published {features.name} weights (sha256 "
+            f"{features.sha256[:12]}); figures cannot be compared with others'"
         )
     for row in rows:
-        if row.finished is not None and len(row.finished) < request.config.num:
+        if row.finished is not None and len(row.finished) < config.num:
             console.warn(
-                f"{row.name} has {len(row.finished)} images, not {request.config.num}: "
+                f"{row.name} has {len(row.finished)} images, not {config.num}: "
                 f"fewer images make a distance larger"
             )
+    cards = {row.name: row.card for row in rows}
+    counts = {row.name: num_images(row, config) for row in rows}
+    for text in require_one_protocol(cards, counts, mixed=config.mixed):
+        console.warn(text)

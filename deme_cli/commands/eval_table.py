@@ -41,7 +41,7 @@ def show(figures: Figures, cards: Cards) -> None:
         columns += [metric, f"minus {first}"] if paired else [metric]
     lines = [[name, *_cells(row, paired=paired)] for name, row in figures.items()]
     console.table("", [*columns, "images"], lines)
-    for line in describe_cards(cards):
+    for line in (*describe_cards(cards), *_truncated(figures)):
         console.note(line)
     if paired:
         console.note(
@@ -53,7 +53,7 @@ def show(figures: Figures, cards: Cards) -> None:
 def _cells(row: Mapping[str, Figure], *, paired: bool) -> Iterator[str]:
     """A figure and, where rows are paired, its difference to the first row; then the counts."""
     for figure in row.values():
-        yield f"{figure.value:.4g}" + (f" ± {figure.sd:.2g}" if figure.sd is not None else "")
+        yield f"{figure.value:.4g}{_spread(figure)}"
         if paired and (difference := figure.difference) is not None:
             low, high = difference.interval
             yield f"{difference.mean:+.3g} ± {difference.sd:.2g} [{low:+.2g}, {high:+.2g}]"
@@ -61,6 +61,22 @@ def _cells(row: Mapping[str, Figure], *, paired: bool) -> Iterator[str]:
             yield ""
     repeats = len(figure.values)
     yield f"{figure.n}" + (f" x {repeats}" if repeats > 1 else "")
+
+
+def _spread(figure: Figure) -> str:
+    """The standard deviation over repeats; of a share in one repeat, its standard error."""
+    if figure.sd is not None:
+        return f" ± {figure.sd:.2g}"
+    error = figure.details.get("standard_error")
+    return "" if error is None else f" (s.e. {error:.2g})"
+
+
+def _truncated(figures: Figures) -> Iterator[str]:
+    """Which rows have prompts that are longer than CLIP's context."""
+    for name, row in figures.items():
+        for figure in row.values():
+            if count := figure.details.get("truncated"):
+                yield f"{name}: CLIP reads {count} of {figure.n} prompts without their end"
 
 
 def require_gate(figures: Figures, metric: str, max_fid: float | None) -> None:

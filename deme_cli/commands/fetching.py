@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deme_cli import console
 
 if TYPE_CHECKING:
-    from deme_cli.evaluation.assets import Asset
+    from deme_cli.assets import Asset
 
 
 def fetch(assets: Sequence[Asset]) -> None:
@@ -16,7 +16,7 @@ def fetch(assets: Sequence[Asset]) -> None:
 
     Raises MissingError within two seconds where one is neither here nor within reach.
     """
-    from deme_cli.evaluation.assets import download, require_assets
+    from deme_cli.assets import download, require_assets
 
     for asset in require_assets(assets):
         with console.progress(f"fetching {asset.name}", 100, "%") as bar:
@@ -25,3 +25,15 @@ def fetch(assets: Sequence[Asset]) -> None:
                 bar.advance(100 * done // total)
 
             download(asset, advance)
+
+
+def fetch_clip(model: str, weights: str) -> None:
+    """See to it that the weights of the CLIP score are on this machine, from the hub if need be.
+
+    Raises MissingError within seconds where they are neither here nor within reach.
+    """
+    from deme_cli.evaluation.clip_weights import download_clip, require_clip
+
+    if tag := require_clip(model, weights):
+        console.note(f"fetching {tag.repository} from the hub, for the CLIP score")
+        download_clip(tag)

@@ -82,12 +82,12 @@ def stats(
     found = find_weights(chosen, settings.resize, weights)
 
     from deme_cli.evaluation.features import open_extractor
-    from deme_cli.evaluation.references import open_reference_images
     from deme_cli.evaluation.statistics import (
         Statistics,
         measure_statistics,
         statistics_artifact,
     )
+    from deme_cli.evaluation.targets import open_reference_images
 
     extractor = open_extractor(found, device=device, batch_size=settings.batch_size)
     images = open_reference_images(reference, None if size is None else (3, size, size))

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deme_cli.data.digits import load_digits
+
 NUM_FEATURES = 64
 NUM_CLASSES = 10
 STEPS = 1500
@@ -71,17 +73,11 @@ def to_grey(images: Tensor) -> Tensor:
 def load_labelled(split: str) -> tuple[Tensor, Tensor]:
     """Images (n, 3, 8, 8) float32 in [0, 255] and labels (n,) of one split of the digits.
 
-    The rule of `data/digits.py`: every fifth image (index % 5 == 4) is `test`, the rest `train`.
+    Every fifth image is `test`, as in `data/digits.py`.
     """
-    from sklearn.datasets import load_digits
-
-    from deme_cli.data.digits import load_digits_images
-
-    images = torch.from_numpy(load_digits_images("all")).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(load_digits().target).long()
-    is_test = torch.arange(len(labels)) % 5 == 4
-    chosen = is_test if split == "test" else ~is_test
-    return images[chosen].float().expand(-1, 3, -1, -1), labels[chosen]
+    images, labels = load_digits(split)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    return x.expand(-1, 3, -1, -1), torch.tensor(labels)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

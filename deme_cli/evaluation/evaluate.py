@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from deme_cli.config import EvalConfig, SampleConfig
-from deme_cli.evaluation.features import Extractor
 from deme_cli.evaluation.ledger import Ledger
 from deme_cli.evaluation.measure import (
     Measured,
@@ -17,8 +16,8 @@ from deme_cli.evaluation.measure import (
     num_images,
     repeats_of,
 )
+from deme_cli.evaluation.meters import Instruments
 from deme_cli.evaluation.rows import Row
-from deme_cli.evaluation.targets import Target
 from deme_cli.interrupts import StopRequests
 
 
@@ -29,8 +28,7 @@ def total_images(rows: Sequence[Row], config: EvalConfig) -> int:
 
 def evaluate_rows(
     rows: Sequence[Row],
-    targets: Sequence[Target],
-    extractor: Extractor,
+    instruments: Instruments,
     *,
     sample: SampleConfig,
     config: EvalConfig,
@@ -49,9 +47,7 @@ def evaluate_rows(
                 if (known := ledger.find(row.name, repeat)) is not None:
                     yield known
                     continue
-                for record in measure_row(
-                    row, repeat, targets, extractor, sample=sample, config=config
-                ):
+                for record in measure_row(row, repeat, instruments, sample=sample, config=config):
                     if isinstance(record, Measured):
                         ledger.keep(record)
                     yield record

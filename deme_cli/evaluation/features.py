@@ -15,20 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from deme_cli.data.images import ImageData
 from deme_cli.diffusion.denoiser import choose_device
-from deme_cli.errors import ArtifactError
 from deme_cli.evaluation.networks import (
     Network,
     Resizer,
     clip_resizer,
+    in_colour,
     inception_resizer,
-    last_line,
     load_clip,
     load_inception,
     load_script,
+    run_network,
 )
 from deme_cli.evaluation.weights import FeatureWeights, find_weights
 
@@ -75,25 +74,13 @@ class Extractor:
         channels, height, width = shape
         return self.features(np.zeros((1, height, width, channels), np.uint8)).shape[1]
 
-    @torch.inference_mode()
     def _forward(self, images: np.ndarray) -> np.ndarray:
-        colour = np.broadcast_to(images, (*images.shape[:3], 3))
         if self.resize_image is not None:
-            colour = resize_all(colour, self.resize_image)
-        x = torch.from_numpy(np.array(colour.transpose(0, 3, 1, 2), order="C"))
-        try:
-            features = self.network(x.to(self.device, torch.float32))
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            height, width = images.shape[1:3]
-            raise ArtifactError(
-                f"{self.weights.path}: the feature network fails on {width}x{height} images "
-                f"({last_line(error)}); choose other --features"
-            ) from error
-        if not isinstance(features, Tensor) or features.shape[0] != len(images):
-            raise ArtifactError(f"{self.weights.path}: expected one row of features per image")
-        return features.flatten(1).double().cpu().numpy()
+            images = resize_all(in_colour(images), self.resize_image)
+        features = run_network(
+            self.network, images, self.device, where=self.weights.path, option="--features"
+        )
+        return features.flatten(1).cpu().double().numpy()
 
 
 def load_extractor(

@@ -1,6 +1,6 @@
 """What a run may need from outside or inside the package: there or missing, where, whence.
 
-Nothing here imports torch.
+Torch is loaded for the CLIP score's weights and for the parts of a pipeline alone.
 """
 
 from __future__ import annotations
@@ -9,23 +9,29 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from deme_cli.config import RESIZES
+from deme_cli.artifacts import read_record
+from deme_cli.assets import Asset, sha256_of
+from deme_cli.config import RESIZES, EvalConfig
 from deme_cli.data.digits import BASE_PATH
+from deme_cli.data.prompts import KNOWN_PROMPTS, prompt_assets
+from deme_cli.diffusion.pipeline_parts import require_parts
+from deme_cli.errors import MissingError
 from deme_cli.evaluation.assets import (
     PUBLISHED_STATISTICS,
-    Asset,
     clip_asset,
     inception_asset,
-    sha256_of,
     statistics_asset,
 )
 from deme_cli.evaluation.weights import DIGITS_PATH
+from deme_cli.hub import is_hub_id, is_model_cached
+from deme_cli.records import BaseRecord
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file that something needs. `path` is None where it is missing.
+    """A file or folder that something needs. `path` is None where it is missing.
 
     `intact` compares the checksum with the published one; None where there is nothing to compare.
     """
@@ -39,7 +45,7 @@ class Item:
 
 
 def take_inventory() -> Iterator[Item]:
-    """Every file, embedded ones first."""
+    """Every file that commands know by name, embedded ones first."""
     install = "deme itself: install it again"
     yield _embedded(BASE_PATH, "the embedded model digits", install)
     yield _embedded(DIGITS_PATH, "--features digits", install)
@@ -54,6 +60,58 @@ def take_inventory() -> Iterator[Item]:
         for resize in RESIZES:
             yield _outside(statistics_asset(dataset, resize), f"--fid {dataset} (resize {resize})")
     yield _outside(clip_asset(), "--features clip")
+    for name in KNOWN_PROMPTS:
+        for asset in prompt_assets(name):
+            yield _outside(asset, f"--prompts {name}")
+    yield _clip_score(EvalConfig())
+
+
+def take_companions(base: Path, pipeline: str | None) -> Iterator[Item]:
+    """The frozen parts (VAE, text encoders) that an imported base needs around it.
+
+    pipeline: where they are looked for, else where the base came from. Of a hub id only what is
+    cached counts: nothing is fetched.
+    """
+    from deme_cli.diffusion.backbones.known import backbone_of
+
+    record = cast(BaseRecord, read_record(base, "base"))
+    source = pipeline or record.source
+    folder = _pipeline_folder(source)
+    for part in backbone_of(record.model_config).parts:
+        path = folder / part if folder and _has_part(folder, part) else None
+        yield Item(part, f"{base}: sampling and finetuning", path, source)
+
+
+def _pipeline_folder(source: str) -> Path | None:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if not (is_hub_id(source) and is_model_cached(source)):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except OSError:  # the cache holds a part of it
+        return None
+
+
+def _has_part(folder: Path, part: str) -> bool:
+    try:
+        require_parts(folder, [part])
+    except MissingError:
+        return False
+    return True
+
+
+def _clip_score(config: EvalConfig) -> Item:
+    """The default weights of the CLIP score; what they are called is open_clip's to say."""
+    from deme_cli.evaluation.clip_weights import published_clip
+
+    tag = published_clip(config.clip_model, config.clip_weights)
+    name = f"{tag.architecture}/{tag.tag}"
+    whence = f"https://huggingface.co/{tag.repository} (its files into {tag.folder})"
+    return Item(name, "--clip-score", tag.find(), whence)
 
 
 def _embedded(path: Path | None, needed_for: str, whence: str) -> Item:

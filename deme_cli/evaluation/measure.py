@@ -1,4 +1,4 @@
-"""Measuring one row in one repeat: images, their features, their distances to the targets.
+"""Measuring one row in one repeat: its images pass through every meter.
 
 The seed moves every row together far more than rows differ, so in one repeat all rows start from
 the same noise, and rows are compared by paired differences to the first.
@@ -6,18 +6,16 @@ the same noise, and rows are compared by paired differences to the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import NumericsError
-from deme_cli.evaluation.features import Extractor
-from deme_cli.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
-from deme_cli.evaluation.kid import kernel_distance
+from deme_cli.evaluation.meters import Instruments
 from deme_cli.evaluation.rows import Row
-from deme_cli.evaluation.targets import Target
 from deme_cli.sampling.sampler import ImageBatch, sample_images
 
 
@@ -33,12 +31,13 @@ class MeasureProgress:
 
 @dataclass(frozen=True)
 class Measured:
-    """The distances of one row in one repeat, by metric, on n images."""
+    """The scores of one row in one repeat, by metric, on n images; `details` likewise."""
 
     row: str
     repeat: int
     n: int
     values: dict[str, float]
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
@@ -66,37 +65,37 @@ def num_images(row: Row, config: EvalConfig) -> int:
 def measure_row(
     row: Row,
     repeat: int,
-    targets: Sequence[Target],
-    extractor: Extractor,
+    instruments: Instruments,
     *,
     sample: SampleConfig,
     config: EvalConfig,
 ) -> Iterator[MeasureProgress | Measured]:
-    """Draw the images of a repeat (its seed is config.seed + repeat) and take their distances.
+    """Draw the images of a repeat (its seed is config.seed + repeat) and take their scores.
 
-    Yields progress, then the one Measured. Raises NumericsError on images, features or distances
+    Yields progress, then the one Measured. Raises NumericsError on images, features or scores
     that are not finite.
     """
     n = num_images(row, config)
-    sample = replace(sample, num=n, seed=config.seed + repeat)
-    running, kept = RunningStatistics(), []
-    for record in _images_of(row, sample):
+    seed = config.seed + repeat
+    meters, first = instruments.meters(row.prompts, row.classes, seed=seed), 0
+    for record in _images_of(row, replace(sample, num=n, seed=seed)):
         if isinstance(record, MeasureProgress):
             yield replace(record, repeat=repeat)
             continue
-        features = extractor.features(record)
-        running.add(features)
-        if any(target.features is not None for target in targets):
-            kept.append(features.astype(np.float32))
-    statistics = running.statistics()
-    values = {
-        target.metric: _distance(target, statistics, kept, seed=config.seed + repeat)
-        for target in targets
-    }
-    for metric, value in values.items():
-        if not np.isfinite(value):
-            raise NumericsError(f"{row.name}: {metric} is not finite ({value})")
-    yield Measured(row.name, repeat, n, values)
+        for meter in meters:
+            meter.add(record, first)
+        first += len(record)
+    scores = {metric: score for meter in meters for metric, score in meter.scores().items()}
+    for metric, score in scores.items():
+        if not np.isfinite(score.value):
+            raise NumericsError(f"{row.name}: {metric} is not finite ({score.value})")
+    yield Measured(
+        row.name,
+        repeat,
+        n,
+        {metric: score.value for metric, score in scores.items()},
+        {metric: score.details for metric, score in scores.items() if score.details},
+    )
 
 
 def _images_of(row: Row, sample: SampleConfig) -> Iterator[MeasureProgress | np.ndarray]:
@@ -107,18 +106,9 @@ def _images_of(row: Row, sample: SampleConfig) -> Iterator[MeasureProgress | np.
             yield row.finished.batch(range(start, stop)).permute(0, 2, 3, 1).numpy()
             yield MeasureProgress(row.name, 0, stop, sample.num)
         return
-    for record in sample_images(row.experts, sample):
+    for record in sample_images(row.experts, sample, scene=row.scene):
         if isinstance(record, ImageBatch):
             yield record.images
         else:
             done = record.done * sample.num // record.total
             yield MeasureProgress(row.name, 0, done, sample.num)
-
-
-def _distance(
-    target: Target, statistics: Statistics, kept: Sequence[np.ndarray], *, seed: int
-) -> float:
-    if target.statistics is not None:
-        reference = target.statistics
-        return frechet_distance(statistics.mu, statistics.sigma, reference.mu, reference.sigma)
-    return kernel_distance(np.concatenate(kept), target.features, seed=seed)

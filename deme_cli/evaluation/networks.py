@@ -139,6 +139,36 @@ def clip_resizer() -> Resizer:
     return lambda image: np.asarray(steps(Image.fromarray(image)))
 
 
+def in_colour(images: np.ndarray) -> np.ndarray:
+    """Grey images as three equal channels.  (B, H, W, C), C of 1 or 3  ->  (B, H, W, 3)"""
+    return np.broadcast_to(images, (*images.shape[:3], 3))
+
+
+@torch.inference_mode()
+def run_network(
+    network: Network, images: np.ndarray, device: torch.device, *, where: Path, option: str
+) -> Tensor:
+    """What a network says of uint8 images (B, H, W, C), C of 1 or 3: a row per image.
+
+    Raises ArtifactError, naming the network's file and the option that chose it, where it does not
+    take images of this size.
+    """
+    x = torch.from_numpy(np.array(in_colour(images).transpose(0, 3, 1, 2), order="C"))
+    try:
+        output = network(x.to(device, torch.float32))
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        height, width = images.shape[1:3]
+        raise ArtifactError(
+            f"{where}: the network fails on {width}x{height} images ({last_line(error)}); "
+            f"choose another {option}"
+        ) from error
+    if not isinstance(output, Tensor) or output.shape[0] != len(images):
+        raise ArtifactError(f"{where}: expected one row per image")
+    return output
+
+
 @contextlib.contextmanager
 def quiet_clean_fid() -> Iterator[None]:
     """Swallow what clean-fid prints, and undo what it does to the warning filters."""

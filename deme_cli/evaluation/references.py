@@ -1,33 +1,25 @@
 """What images are compared with: a named dataset, images, or statistics somebody made before.
 
 `find_reference` tells at once, without torch, whether a reference can be had and fits the features
-in use; `open_reference` turns it into a mean and covariance, or into images whose features are
-still to be taken. The reference of CIFAR-10 is the train split (50,000 images), that of the digits
-the test split.
+in use; `targets` opens it. The reference of CIFAR-10 is the train split (50,000 images), that of
+the digits the test split.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deme_cli.artifacts import record_of
+from deme_cli.assets import Asset
 from deme_cli.data.places import FOLDERS_ONLY, find_place
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.evaluation.assets import PUBLISHED_STATISTICS, Asset, statistics_asset
+from deme_cli.evaluation.assets import PUBLISHED_STATISTICS, statistics_asset
 from deme_cli.evaluation.weights import FeatureWeights, require_same_extractor
 from deme_cli.records import StatisticsRecord
 from deme_cli.tensor_file import read_header
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from deme_cli.data.images import ImageData
-    from deme_cli.evaluation.features import Extractor
-    from deme_cli.evaluation.frechet import Statistics
 
 SPLITS = {"train": "train", "test": "held-out", "held-out": "held-out", "all": "all"}
 _DEFAULT_SPLITS = {"digits": "held-out", "cifar10": "train"}
@@ -87,6 +79,11 @@ def find_reference(
             raise MissingError(f"{source}: {asset.name} is missing; fetch {asset.url}")
         _require_npz(path)
         return Reference(source, "published", path, n=PUBLISHED_STATISTICS[source][3])
+    if source == "parti":
+        raise MissingError(
+            "parti: PartiPrompts are prompts without images; measure --prompts parti by "
+            "--clip-score, or give a folder of images"
+        )
     if source in FOLDERS_ONLY:
         raise MissingError(
             f"{source}: no statistics of {FOLDERS_ONLY[source]} are published for these features; "
@@ -138,66 +135,3 @@ def _require_npz(path: Path) -> None:
     if not {"mu.npy", "sigma.npy"} <= names:
         found = ", ".join(sorted(name.removesuffix(".npy") for name in names)) or "nothing"
         raise ArtifactError(f"{path}: expected the arrays mu and sigma, found {found}")
-
-
-def reference_statistics(
-    source: str, extractor: Extractor, *, split: str | None = None, batch_size: int = 128
-) -> Statistics:
-    """Mean and covariance of a reference's features, at the size of its own images.
-
-    split: `train` or `test` of images that have one; the default is the test split of the digits.
-    """
-    weights = extractor.weights
-    reference = find_reference(source, weights.family, weights.resize, weights=weights, split=split)
-    if statistics := read_statistics(reference):
-        return statistics
-    from deme_cli.evaluation.statistics import measure_statistics
-
-    images = open_reference_images(reference)
-    *_, statistics = measure_statistics(images, replace(extractor, batch_size=batch_size))
-    return statistics
-
-
-def open_reference_images(reference: Reference, shape: Sequence[int] | None = None) -> ImageData:
-    """The images of a reference, at `shape` (C, H, W) or at their own size."""
-    from deme_cli.data.images import open_images
-
-    size = None if shape is None else (shape[0], shape[1], shape[2])
-    return open_images(reference.source, shape=size, split=reference.split or "all")
-
-
-def read_statistics(reference: Reference) -> Statistics | None:
-    """The mean and covariance that a reference holds; None where it is images.
-
-    Raises ArtifactError for arrays of shapes that do not fit each other.
-    """
-    if reference.path is None:
-        return None
-    import numpy as np
-
-    from deme_cli.evaluation.frechet import Statistics
-
-    if reference.kind == "statistics":
-        from safetensors.numpy import load_file
-
-        arrays = load_file(reference.path)
-        mu, sigma = arrays.get("mu"), arrays.get("sigma")
-    else:
-        mu, sigma = _load_npz(reference.path)
-    if mu is None or sigma is None or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        shapes = [None if part is None else tuple(part.shape) for part in (mu, sigma)]
-        raise ArtifactError(
-            f"{reference.path}: expected mu (d,) and sigma (d, d), found {shapes[0]}, {shapes[1]}"
-        )
-    mu, sigma = (np.asarray(part, dtype=np.float64) for part in (mu, sigma))
-    return Statistics(mu, sigma, reference.n or 0)
-
-
-def _load_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["mu"], arrays["sigma"]
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}; fetch or make it again") from error

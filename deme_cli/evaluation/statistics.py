@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from deme_cli.data.images import ImageData
 from deme_cli.evaluation.features import Extractor, image_features
 from deme_cli.evaluation.frechet import RunningStatistics, Statistics
-from deme_cli.evaluation.targets import TargetProgress
 from deme_cli.records import StatisticsRecord
 
 
-def measure_statistics(
-    data: ImageData, extractor: Extractor
-) -> Iterator[TargetProgress | Statistics]:
+@dataclass(frozen=True, slots=True)
+class SetProgress:
+    """`done` of the `total` images of a set are looked at."""
+
+    done: int
+    total: int
+
+
+def measure_statistics(data: ImageData, extractor: Extractor) -> Iterator[SetProgress | Statistics]:
     """Look at all images; yields progress, then the Statistics."""
     running = RunningStatistics()
     for features in image_features(data, extractor):
         running.add(features)
-        yield TargetProgress(running.n, len(data))
+        yield SetProgress(running.n, len(data))
     yield running.statistics()
 
 

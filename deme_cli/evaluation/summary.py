@@ -1,4 +1,4 @@
-"""From the distances of every repeat to the figures of the table: means, spreads, differences.
+"""From the scores of every repeat to the figures of the table: means, spreads, differences.
 
 R repeats. Rows of one repeat share their starting noise, so the difference of two rows is taken
 within each repeat before it is averaged.
@@ -7,7 +7,7 @@ within each repeat before it is averaged.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric of one row. `sd` is over repeats, None where there is one."""
+    """One metric of one row. `sd` is over repeats, None where there is one.
+
+    `details` is what else its document tells, as how many prompts were truncated.
+    """
 
     value: float
     sd: float | None
     n: int
     values: tuple[float, ...]
     difference: Difference | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def document(self) -> dict[str, Any]:
@@ -45,6 +49,7 @@ class Figure:
             "n": self.n,
             "repeats": len(self.values),
             "values": list(self.values),
+            **self.details,
         }
         if self.difference is not None:
             shown["difference"] = {
@@ -80,7 +85,17 @@ def _figure(metric: str, records: Sequence[Measured], first: Sequence[Measured])
         n=records[0].n,
         values=tuple(values.tolist()),
         difference=_difference(metric, records, first),
+        details=_details(metric, records),
     )
+
+
+def _details(metric: str, records: Sequence[Measured]) -> dict[str, Any]:
+    """Those of the first repeat; a standard error is that of the mean over all repeats."""
+    found = [record.details.get(metric, {}) for record in records]
+    errors = [details["standard_error"] for details in found if "standard_error" in details]
+    if not errors:
+        return found[0]
+    return {**found[0], "standard_error": float(np.linalg.norm(errors)) / len(errors)}
 
 
 def _difference(

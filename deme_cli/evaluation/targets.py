@@ -5,15 +5,20 @@ n images, d features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file
 
+from deme_cli.data.images import ImageData, open_images
 from deme_cli.errors import ArtifactError
 from deme_cli.evaluation.features import Extractor, image_features
 from deme_cli.evaluation.frechet import RunningStatistics, Statistics
-from deme_cli.evaluation.references import Reference, open_reference_images, read_statistics
+from deme_cli.evaluation.references import Reference, find_reference
+from deme_cli.evaluation.statistics import SetProgress, measure_statistics
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,9 @@ class Target:
     features: np.ndarray | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TargetProgress:
-    """`done` of the `total` images of a reference are looked at."""
-
-    done: int
-    total: int
-
-
 def open_target(
     metric: str, reference: Reference, extractor: Extractor, shape: tuple[int, int, int]
-) -> Iterator[TargetProgress | Target]:
+) -> Iterator[SetProgress | Target]:
     """The target of one metric; reference images come at `shape` (C, H, W), that of the rows.
 
     Yields progress over images, if there are any, then the Target. Raises ArtifactError if
@@ -62,9 +59,60 @@ def open_target(
         if keep:
             kept.append(features.astype(np.float32))
         done += len(features)
-        yield TargetProgress(done, len(data))
+        yield SetProgress(done, len(data))
     counted = replace(reference, n=len(data))
     if keep:
         yield Target(metric, counted, features=np.concatenate(kept))
     else:
         yield Target(metric, counted, running.statistics())
+
+
+def reference_statistics(
+    source: str, extractor: Extractor, *, split: str | None = None, batch_size: int = 128
+) -> Statistics:
+    """Mean and covariance of a reference's features, at the size of its own images.
+
+    split: `train` or `test` of images that have one; the default is the test split of the digits.
+    """
+    weights = extractor.weights
+    reference = find_reference(source, weights.family, weights.resize, weights=weights, split=split)
+    if statistics := read_statistics(reference):
+        return statistics
+    images = open_reference_images(reference)
+    *_, statistics = measure_statistics(images, replace(extractor, batch_size=batch_size))
+    return statistics
+
+
+def open_reference_images(reference: Reference, shape: Sequence[int] | None = None) -> ImageData:
+    """The images of a reference, at `shape` (C, H, W) or at their own size."""
+    size = None if shape is None else (shape[0], shape[1], shape[2])
+    return open_images(reference.source, shape=size, split=reference.split or "all")
+
+
+def read_statistics(reference: Reference) -> Statistics | None:
+    """The mean and covariance that a reference holds; None where it is images.
+
+    Raises ArtifactError for arrays of shapes that do not fit each other.
+    """
+    if reference.path is None:
+        return None
+    if reference.kind == "statistics":
+        arrays = load_file(reference.path)
+        mu, sigma = arrays.get("mu"), arrays.get("sigma")
+    else:
+        mu, sigma = _load_npz(reference.path)
+    if mu is None or sigma is None or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        shapes = [None if part is None else tuple(part.shape) for part in (mu, sigma)]
+        raise ArtifactError(
+            f"{reference.path}: expected mu (d,) and sigma (d, d), found {shapes[0]}, {shapes[1]}"
+        )
+    mu, sigma = (np.asarray(part, dtype=np.float64) for part in (mu, sigma))
+    return Statistics(mu, sigma, reference.n or 0)
+
+
+def _load_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["mu"], arrays["sigma"]
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}; fetch or make it again") from error

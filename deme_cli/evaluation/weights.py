@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deme_cli.artifacts import read_record
+from deme_cli.assets import Asset, sha256_of
 from deme_cli.data.digits import EMBEDDED
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.evaluation.assets import Asset, clip_asset, inception_asset, sha256_of
+from deme_cli.evaluation.assets import clip_asset, inception_asset
 from deme_cli.records import StatisticsRecord
 
 DIGITS_PATH = EMBEDDED / "digit-features.pt"
@@ -50,6 +51,30 @@ class FeatureWeights:
     def extractor(self) -> dict[str, str]:
         """As a statistics record names it."""
         return {"name": self.name, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class ClassifierWeights:
+    """A network that tells the class of an image, by its file: `digits`, or a TorchScript."""
+
+    name: str
+    path: Path
+    sha256: str
+
+    @property
+    def card(self) -> dict[str, str]:
+        """As the protocol card tells it."""
+        return {"model": self.name, "sha256": self.sha256}
+
+
+def find_classifier(name: str) -> ClassifierWeights:
+    """The classifier that `--accuracy` names. Raises MissingError for a file that is not there."""
+    path = DIGITS_PATH if name == "digits" else Path(name).expanduser()
+    if not path.is_file():
+        raise MissingError(
+            f"--accuracy {name}: no such file; expected digits or a TorchScript of images to logits"
+        )
+    return ClassifierWeights("digits" if name == "digits" else path.stem, path, sha256_of(path))
 
 
 def choose_features(features: str | None, references: Sequence[str]) -> str:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from tiny_pipelines import stable_diffusion
 from typer.testing import Result
 
 Deme = Callable[..., Result]
@@ -30,6 +32,35 @@ def test_doctor_lists_what_is_there_and_where_the_rest_comes_from(
     assert not missing["present"]
     assert missing["whence"].startswith("https://")
     assert not items["ViT-B-32.pt"]["present"]
+    prompts = items["PartiPrompts.tsv"]
+    assert (prompts["present"], prompts["needed_for"]) == (False, "--prompts parti")
+    clip = items["ViT-g-14/laion2b_s34b_b88k"]
+    assert (clip["present"], clip["needed_for"]) == (False, "--clip-score")
+    assert "laion/CLIP-ViT-g-14-laion2B-s34B-b88K" in clip["whence"]
+
+
+def test_doctor_finds_the_weights_of_the_clip_score(cache: Path, deme: Deme) -> None:
+    path = cache / "CLIP-ViT-g-14-laion2B-s34B-b88K" / "open_clip_model.safetensors"
+    path.parent.mkdir()
+    path.touch()
+    items = {item["name"]: item for item in json.loads(deme("doctor", "--json").stdout)["items"]}
+    assert items["ViT-g-14/laion2b_s34b_b88k"]["path"] == str(path)
+
+
+def test_doctor_lists_the_parts_that_the_base_of_this_folder_needs(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, deme: Deme
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline = stable_diffusion(tmp_path / "tiny")
+    split = deme("split", pipeline, "-n", "2")
+    assert split.exit_code == 0, split.exception
+    for path in (pipeline / "vae").glob("*.safetensors"):
+        path.unlink()
+    items = {item["name"]: item for item in json.loads(deme("doctor", "--json").stdout)["items"]}
+    assert items["text_encoder"]["path"] == str(pipeline / "text_encoder")
+    assert items["tokenizer"]["present"]
+    assert not items["vae"]["present"]
+    assert items["vae"]["whence"] == str(pipeline)
 
 
 def test_doctor_speaks_on_stderr(cache: Path, deme: Deme) -> None:

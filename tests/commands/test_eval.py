@@ -8,19 +8,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from stand_ins import write_statistics_npz
+from tiny_clip import write_clip
+from tiny_pipelines import dit, stable_diffusion
 from typer.testing import Result
 
-from deme_cli.artifacts import write_artifact
+from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
 from deme_cli.errors import ArtifactError, ConfigError, GateError, MissingError
+from deme_cli.evaluation.clip_score import load_clip_scorer
+from deme_cli.evaluation.protocols import PROTOCOLS
 from deme_cli.records import SamplesRecord
 
 Deme = Callable[..., Result]
 FEW = ("-n", "6", "--steps", "2")
+CARD = {"sampler": "ddim", "steps": 50, "spacing": "leading", "eta": 0.0, "clip_sample": True,
+        "dtype": "fp32", "forwards": 50, "seed": 0, "num": 40}  # fmt: skip
 
 
 def document(result: Result) -> dict:
@@ -159,9 +167,202 @@ def test_without_a_reference_there_is_nothing_to_measure(run_folder: Path, deme:
     assert "add --fid REF" in str(deme("eval").exception)
 
 
+@pytest.fixture
+def digit_samples(run_folder: Path) -> Path:
+    """The first forty test digits, each with its caption and class, and a card."""
+    images, labels = load_digits("test")
+    record = SamplesRecord(
+        protocol=CARD, prompts=[DIGIT_CAPTIONS[c] for c in labels[:40]], classes=labels[:40]
+    )
+    write_artifact(run_folder / "drawn.safetensors", {"images": images[:40]}, record)
+    return run_folder / "drawn.safetensors"
+
+
+@pytest.fixture
+def clip(run_folder: Path) -> str:
+    return f"local-dir:{write_clip(run_folder / 'clip')}"
+
+
+def test_clip_score_and_accuracy_of_samples_that_know_their_prompts_and_classes(
+    digit_samples: Path, clip: str, deme: Deme
+) -> None:
+    arguments = ("eval", "drawn.safetensors", "--clip-score", "--clip-weights", clip,
+                 "--accuracy", "digits")  # fmt: skip
+    shown = deme(*arguments, "--json")
+    (row,) = document(shown)["rows"]
+    score, accuracy = row["metrics"]["clip_score"], row["metrics"]["accuracy"]
+    images = load_tensors(digit_samples)["images"].numpy()
+    record = read_record(digit_samples, "samples")
+    cosines = load_clip_scorer("", clip).compare(images, record.prompts).cosines
+    assert score["value"] == pytest.approx(100 * cosines.mean(), abs=1e-9)
+    assert (score["n"], score["repeats"], score["sd"], score["truncated"]) == (40, 1, None, 0)
+    assert (score["model"], score["weights"]) == ("clip", "open_clip_model.safetensors")
+    assert accuracy["value"] > 95
+    assert 0 <= accuracy["standard_error"] < 5
+    assert "frechet_digits" not in row["metrics"]
+    assert row["protocol"]["clip_score"]["sha256"] == score["sha256"]
+    for words in ("clip_score by clip", "accuracy by digits", "s.e."):
+        assert words in shown.stderr
+
+
+def test_prompts_given_stand_for_those_that_images_lack(
+    run_folder: Path, deme: Deme, clip: str
+) -> None:
+    images, labels = load_digits("test")
+    record = SamplesRecord(protocol={})
+    write_artifact(run_folder / "drawn.safetensors", {"images": images[:3]}, record)
+    lines = "".join(f"{DIGIT_CAPTIONS[c]},{c}\n" for c in labels[:3])
+    Path("prompts.csv").write_text(f"prompt,class\n{lines}")
+    arguments = ("eval", "drawn.safetensors", "--accuracy", "digits", "--clip-score",
+                 "--clip-weights", clip)  # fmt: skip
+    (row,) = document(deme(*arguments, "--prompts", "prompts.csv", "--json"))["rows"]
+    assert (row["metrics"]["accuracy"]["n"], row["metrics"]["clip_score"]["n"]) == (3, 3)
+    refused = deme(*arguments[:4])
+    assert isinstance(refused.exception, ConfigError)
+    assert "drawn: nobody knows the classes" in str(refused.exception)
+    refused = deme(*arguments[:2], *arguments[4:])
+    assert isinstance(refused.exception, ConfigError)
+    assert "drawn: nobody knows the prompts" in str(refused.exception)
+
+
+def test_a_text_model_draws_the_prompts_and_is_scored_by_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deme: Deme
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline = stable_diffusion(tmp_path / "tiny")
+    assert deme("split", pipeline, "-n", "2").exit_code == 0
+    Path("prompts.txt").write_text("a red cat\na seven\n")
+    clip = f"local-dir:{write_clip(tmp_path / 'clip')}"
+    arguments = (
+        "eval", "base.safetensors", pipeline, "--clip-score", "--clip-weights", clip, "--steps",
+        "2", "--guidance", "3", "--prompts", "prompts.txt", "--per-prompt", "2", "--repeats", "2",
+    )  # fmt: skip
+    base, folder = document(deme(*arguments, "--json"))["rows"]
+    score = base["metrics"]["clip_score"]
+    assert (score["n"], score["repeats"]) == (4, 2)
+    assert folder["metrics"]["clip_score"]["values"] == pytest.approx(score["values"])
+    assert base["protocol"]["guidance"] == 3
+    assert (base["protocol"]["num"], base["protocol"]["per_prompt"]) == (4, 2)
+    refused = deme(*arguments, "-n", "3")
+    assert isinstance(refused.exception, ConfigError)
+    assert "-n says 3" in str(refused.exception)
+    for output in ("drawn.safetensors", "pictures"):
+        drawn = deme(
+            "sample", "base.safetensors", "--prompts", "prompts.txt", "--per-prompt", "2",
+            "--steps", "2", "--guidance", "3", "-o", output,
+        )  # fmt: skip
+        assert drawn.exit_code == 0, drawn.exception
+    found = document(
+        deme("eval", "base.safetensors", "drawn.safetensors", "pictures", *arguments[3:], "--json")
+    )
+    base, *samples = [row["metrics"]["clip_score"] for row in found["rows"]]
+    assert len(samples) == 2
+    for score in samples:
+        assert score["value"] == pytest.approx(base["values"][0])
+
+
+def test_a_class_model_is_scored_by_a_classifier_of_its_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deme: Deme
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline = dit(tmp_path / "tiny")
+    found = document(
+        deme("eval", pipeline, "--accuracy", "digits", "-n", "12", "--steps", "2", "--json")
+    )
+    accuracy = found["rows"][0]["metrics"]["accuracy"]
+    assert (accuracy["n"], accuracy["model"]) == (12, "digits")
+    assert 0 <= accuracy["value"] <= 100
+
+
+def test_rows_of_different_protocols_are_refused_unless_mixed(
+    digit_samples: Path, image_folder: Path, deme: Deme
+) -> None:
+    arguments = ("eval", "base.safetensors", "drawn.safetensors", "--fid", "digits", *FEW)
+    refused = deme(*arguments)
+    assert isinstance(refused.exception, ConfigError)
+    assert "base and drawn are of different protocols: steps 2 and 50" in str(refused.exception)
+    shown = deme(*arguments, "--mixed", "--json")
+    assert len(document(shown)["rows"]) == 2
+    assert "steps 2 and 50" in " ".join(shown.stderr.split())
+    refused = deme("eval", "base.safetensors", image_folder, "--fid", "digits", *FEW)
+    assert isinstance(refused.exception, ConfigError)
+    assert "no protocol card" in str(refused.exception)
+    assert deme("eval", "base.safetensors", image_folder, "--fid", "digits", *FEW,
+                "--mixed").exit_code == 0  # fmt: skip
+
+
+def test_samples_of_another_seed_are_measured_with_a_remark(run_folder: Path, deme: Deme) -> None:
+    drawn = deme("sample", "base.safetensors", "-n", 6, "--steps", 2, "--seed", 4, "-o",
+                 "drawn.safetensors")  # fmt: skip
+    assert drawn.exit_code == 0, drawn.exception
+    shown = deme("eval", "base.safetensors", "drawn.safetensors", "--fid", "digits", *FEW)
+    assert shown.exit_code == 0, shown.exception
+    assert "base 0, drawn 4" in " ".join(shown.stderr.split())
+
+
+def test_a_protocol_fixes_what_is_measured_and_how(
+    run_folder: Path, cache: Path, deme: Deme
+) -> None:
+    pipeline = stable_diffusion(run_folder / "tiny")
+    write_statistics_npz(Path("imagenet.npz"))
+    (cache / "pt_inception-2015-12-05-6726825d.pth").touch()
+    clip = cache / "CLIP-ViT-g-14-laion2B-s34B-b88K" / "open_clip_model.safetensors"
+    clip.parent.mkdir()
+    clip.touch()
+    Path("deme.toml").write_text('[sample]\nsteps = 3\nsampler = "ddpm"\n[eval]\nnum = 5\n')
+    arguments = ("eval", pipeline, "--protocol", "imagenet", "--dry-run", "--json")
+    refused = deme(*arguments)
+    assert isinstance(refused.exception, ConfigError)
+    assert "measures against ImageNet-1k" in str(refused.exception)
+    shown = deme(*arguments, "--fid", "imagenet.npz")
+    assert document(shown)["protocol"] == "imagenet"
+    for words in (
+        "DeMe, Table 2",
+        "not told there: number of images",
+        "would measure fid, clip_score of tiny against imagenet.npz: 50000 images",
+        "pndm 25 steps",
+    ):
+        assert words in shown.stderr
+    refused = deme(*arguments, "--fid", "imagenet.npz", "--steps", "50")
+    assert isinstance(refused.exception, ConfigError)
+    assert "--steps 50: the protocol imagenet has 25" in str(refused.exception)
+
+
+def test_missing_files_of_a_protocol_are_named(run_folder: Path, cache: Path, deme: Deme) -> None:
+    refused = deme("eval", "base.safetensors", "--protocol", "parti")
+    assert isinstance(refused.exception, MissingError)
+    assert "PartiPrompts.tsv" in str(refused.exception)
+    refused = deme("eval", "base.safetensors", "--clip-score")
+    assert isinstance(refused.exception, MissingError)
+    assert "laion/CLIP-ViT-g-14-laion2B-s34B-b88K" in str(refused.exception)
+
+
+def test_a_protocols_name_is_on_the_card_of_its_rows(
+    run_folder: Path, cache: Path, deme: Deme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(
+        PROTOCOLS["ddim-cifar10"],
+        sample={"sampler": "ddim", "steps": 2, "eta": 0.0, "num": 6},
+        evaluation={"fid": "digits", "features": "digits", "resize": "clean"},
+    )
+    monkeypatch.setitem(PROTOCOLS, "ddim-cifar10", short)
+    (row,) = document(deme("eval", "base.safetensors", "--protocol", "ddim-cifar10", "--json"))[
+        "rows"
+    ]
+    assert row["protocol"]["protocol"] == "ddim-cifar10"
+    assert (row["protocol"]["steps"], row["metrics"]["frechet_digits"]["n"]) == (2, 6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
     [
+        (("--clip-score", "--clip-model", "ViT"), ConfigError, "no such open_clip architecture"),
+        (("--clip-score", "--clip-weights", "x.pt"), MissingError, "no such file of CLIP weights"),
+        (("--accuracy", "nothing.pt"), MissingError, "--accuracy nothing.pt"),
+        (("--protocol", "coco"), ConfigError, "protocol = 'coco'"),
+        (("--accuracy", "digits", "--weights", "x.pt"), ConfigError, "--weights goes with --fid"),
+        (("--accuracy", "digits", "-n", "2"), ConfigError, "nobody knows the classes"),
+        (("--clip-score", "--prompts", "x.txt"), MissingError, "x.txt: no such file"),
         (("--fid", "digits", "-n", "0"), ConfigError, "num = 0"),
         (("--fid", "digits", "--repeats", "0"), ConfigError, "repeats = 0"),
         (("--fid", "digits", "--resize", "bicubic"), ConfigError, "resize = 'bicubic'"),

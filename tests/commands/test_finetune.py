@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base
+from PIL import Image
 
 from deme_cli.artifacts import read_record
+from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.training.plan import Job
 
 QUICK = ["--data", "digits", "--steps", 3, "--batch-size", 4, "--device", "cpu", "--held-out", 0]
 
@@ -125,3 +132,131 @@ def test_a_description_that_lacks_a_table_or_is_no_toml_is_refused(deme, folder:
     (folder / "bad.toml").write_text("[model")
     done = deme("finetune", "--from-scratch", "bad.toml", "-o", "own.safetensors", *QUICK)
     assert "neither valid TOML nor JSON" in str(done.exception)
+
+
+LATENT = ["--data", "images", "--steps", 2, "--batch-size", 2, "--device", "cpu", "--held-out", 1]
+
+
+@pytest.fixture
+def latent_folder(
+    pipelines: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deme: Callable
+) -> Path:
+    """A split tiny Stable Diffusion, and eight captioned images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    rng, rows = np.random.default_rng(0), []
+    for index in range(8):
+        pixels = rng.integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "text": f"thing {index}", "alt": f"no {index}"})
+    metadata = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "images" / "metadata.jsonl").write_text(metadata)
+    shutil.copytree(pipelines("sd"), tmp_path / "sd")
+    done = deme("split", "sd", "-n", 2, "--data", "images")
+    assert done.exit_code == 0, done.exception
+    return tmp_path
+
+
+def test_a_latent_model_is_finetuned_and_its_latents_are_cached_once(
+    deme, latent_folder: Path
+) -> None:
+    done = deme("finetune", "--range", "1/2", *LATENT)
+    assert done.exit_code == 0, done.exception
+    assert "caching latents: 8/8" in done.stderr
+    caches = sorted((latent_folder / ".deme-cache").iterdir())
+    assert len(caches) == 2  # train and held-out
+    before = [path.stat().st_mtime_ns for cache in caches for path in cache.iterdir()]
+    other = deme("finetune", "--range", "2/2", "--caption-dropout", 0.3, *LATENT)
+    assert other.exit_code == 0, other.exception
+    assert [path.stat().st_mtime_ns for cache in caches for path in cache.iterdir()] == before
+    record = read_record(latent_folder / "ft_2of2.safetensors", "expert")
+    base = read_record(latent_folder / "base.safetensors", "base")
+    assert record.companions == base.companions
+    assert record.training["caption_dropout"] == 0.3
+    assert (record.training["resolution"], record.training["crop"]) == ([16, 16], "centre")
+
+
+def test_a_cache_in_a_folder_is_refused_when_it_was_made_for_other_images(
+    deme, latent_folder: Path
+) -> None:
+    words = ["finetune", "--range", "1/2", "--cache", "latents", *LATENT]
+    assert deme(*words).exit_code == 0
+    assert (latent_folder / "latents" / "train" / "00000.safetensors").exists()
+    done = deme(*words, "--captions", "alt", "--force")
+    assert isinstance(done.exception, ArtifactError)
+    assert "latents/train: this cache was made with other images or captions" in str(done.exception)
+    assert deme(*words, "--captions", "alt", "--cache", "off", "--force").exit_code == 0
+
+
+def test_a_crop_a_resolution_and_another_place_of_the_parts_are_options(
+    deme, latent_folder: Path
+) -> None:
+    (latent_folder / "sd").rename(latent_folder / "elsewhere")
+    done = deme("finetune", "--range", "1/2", *LATENT)
+    assert isinstance(done.exception, MissingError)
+    assert "--pipeline" in str(done.exception)
+    done = deme(
+        "finetune", "--range", "1/2", "--pipeline", "elsewhere", "--crop", "random",
+        "--resolution", 24, "--flip", *LATENT,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    record = read_record(latent_folder / "ft_1of2.safetensors", "expert")
+    assert (record.training["resolution"], record.training["crop"]) == ([24, 24], "random")
+    again = deme("finetune", "--range", "all", "--pipeline", "elsewhere", *LATENT)
+    assert "exists with another crop" in str(again.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "word"),
+    [
+        (["--captions", "words"], ArtifactError, "no column words"),
+        (["--resolution", 17], ConfigError, "resolution = 17"),
+        (["--resolution", 0], ConfigError, "above 0"),
+        (["--crop", "left"], ConfigError, "centre, random"),
+        (["--caption-dropout", 2], ConfigError, "probability from 0 to 1"),
+        (["--pipeline", "nowhere"], MissingError, "nowhere"),
+        (["--pipeline", "images"], MissingError, "--pipeline"),
+    ],
+)
+def test_wrong_input_for_a_latent_model_is_one_clear_line_in_a_dry_run(
+    deme, latent_folder: Path, options: list, kind: type, word: str
+) -> None:
+    done = deme("finetune", "--range", "1/2", "--dry-run", *LATENT, *options)
+    assert isinstance(done.exception, kind), done.exception
+    assert word in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert not (latent_folder / ".deme-cache").exists()
+
+
+def test_a_part_that_is_missing_from_the_pipeline_is_named_before_torch_works(
+    deme, latent_folder: Path
+) -> None:
+    for part in ("vae", "text_encoder"):
+        shutil.move(latent_folder / "sd" / part, latent_folder / part)
+        done = deme("finetune", "--range", "1/2", "--dry-run", *LATENT)
+        assert isinstance(done.exception, MissingError)
+        assert f"the {part} is missing" in str(done.exception)
+        shutil.move(latent_folder / part, latent_folder / "sd" / part)
+    weights = latent_folder / "sd" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    done = deme("finetune", "--range", "1/2", *LATENT)
+    assert isinstance(done.exception, ArtifactError)
+    assert "not the vae that the base was imported with" in str(done.exception)
+
+
+def test_a_range_of_its_own_process_gets_every_setting() -> None:
+    images = DataConfig(
+        source="images", captions="alt", crop="random", resolution=64, horizontal_flip=False
+    )
+    settings = FinetuneConfig(caption_dropout=0.2, cache="latents")
+    job = Job(Path("base.safetensors"), images, settings, pipeline="sd", config_path=Path("x.toml"))
+    words = job.arguments("1/2")
+    given = dict(itertools.pairwise(words))
+    for name, value in {
+        "--captions": "alt", "--crop": "random", "--resolution": "64", "--pipeline": "sd",
+        "--cache": "latents", "--caption-dropout": "0.2", "--config": "x.toml",
+    }.items():  # fmt: skip
+        assert given[name] == value
+    assert "--no-flip" in words
+    plain = Job(Path("base.safetensors"), DataConfig(source="images"), FinetuneConfig())
+    assert not {"--captions", "--resolution", "--pipeline"} & set(plain.arguments("1/2"))

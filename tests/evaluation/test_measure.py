@@ -14,13 +14,14 @@ from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import ArtifactError, NumericsError, Stopped
 from deme_cli.evaluation.evaluate import evaluate_rows, total_images
-from deme_cli.evaluation.features import Extractor, load_extractor
+from deme_cli.evaluation.features import load_extractor
 from deme_cli.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
 from deme_cli.evaluation.ledger import Ledger
 from deme_cli.evaluation.measure import Measured, MeasureProgress
+from deme_cli.evaluation.meters import Instruments
 from deme_cli.evaluation.references import Reference
 from deme_cli.evaluation.row_plans import plan_rows
-from deme_cli.evaluation.rows import Row, open_rows
+from deme_cli.evaluation.rows import Row, RowOpener, open_rows
 from deme_cli.evaluation.summary import summarise
 from deme_cli.evaluation.targets import Target
 from deme_cli.records import SamplesRecord
@@ -32,52 +33,49 @@ REFERENCE = Reference("digits", "images")
 
 
 @pytest.fixture(scope="module")
-def extractor() -> Extractor:
-    return load_extractor("digits")
-
-
-@pytest.fixture(scope="module")
-def target() -> Target:
+def instruments() -> Instruments:
     generator = np.random.default_rng(0)
     features = generator.standard_normal((500, 64))
     statistics = Statistics(features.mean(axis=0), np.cov(features, rowvar=False), 500)
-    return Target("frechet_digits", REFERENCE, statistics)
+    target = Target("frechet_digits", REFERENCE, statistics)
+    return Instruments(load_extractor("digits"), [target])
 
 
 def open_these(*arguments: str) -> list[Row]:
-    return open_rows(plan_rows(arguments).plans, SAMPLE, device="cpu", dtype="fp32")
+    return open_rows(plan_rows(arguments).plans, RowOpener(SAMPLE), CONFIG)
 
 
-def run(
-    rows: list[Row], target: Target, extractor: Extractor, config: EvalConfig = CONFIG
-) -> list[Measured]:
+def run(rows: list[Row], instruments: Instruments, config: EvalConfig = CONFIG) -> list[Measured]:
     records = evaluate_rows(
-        rows, [target], extractor, sample=SAMPLE, config=config, ledger=Ledger(Path("."), "x")
+        rows, instruments, sample=SAMPLE, config=config, ledger=Ledger(Path("."), "x")
     )
     return [record for record in records if isinstance(record, Measured)]
 
 
 def test_a_figure_is_the_distance_of_the_images_of_its_seed(
-    run_folder: Path, target: Target, extractor: Extractor
+    run_folder: Path, instruments: Instruments
 ) -> None:
     rows = open_these("base.safetensors")
-    measured = run(rows, target, extractor)
+    measured = run(rows, instruments)
     assert [(m.repeat, m.n) for m in measured] == [(0, 12), (1, 12)]
+    extractor, reference = instruments.extractor, instruments.targets[0].statistics
+    assert extractor is not None
+    assert reference is not None
     for repeat, record in enumerate(measured):
-        images = collect_images(rows[0].experts, replace(SAMPLE, seed=7 + repeat))
+        sample = replace(SAMPLE, seed=7 + repeat)
+        images = collect_images(rows[0].experts, sample, scene=rows[0].scene)
         running = RunningStatistics()
         running.add(extractor.features(images))
-        found, reference = running.statistics(), target.statistics
-        assert reference is not None
+        found = running.statistics()
         expected = frechet_distance(found.mu, found.sigma, reference.mu, reference.sigma)
         assert record.values["frechet_digits"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_equal_models_share_their_noise_and_differ_by_nothing(
-    run_folder: Path, target: Target, extractor: Extractor
+    run_folder: Path, instruments: Instruments
 ) -> None:
     Path("same.safetensors").write_bytes(Path("base.safetensors").read_bytes())
-    figures = summarise(run(open_these("base.safetensors", "same.safetensors"), target, extractor))
+    figures = summarise(run(open_these("base.safetensors", "same.safetensors"), instruments))
     difference = figures["same"]["frechet_digits"].difference
     assert difference is not None
     assert (difference.mean, difference.sd) == (0, 0)
@@ -86,16 +84,16 @@ def test_equal_models_share_their_noise_and_differ_by_nothing(
 
 
 def test_finished_images_are_measured_once_and_as_they_are(
-    run_folder: Path, target: Target, extractor: Extractor
+    run_folder: Path, instruments: Instruments
 ) -> None:
     rows = open_these("base.safetensors")
-    images = collect_images(rows[0].experts, replace(SAMPLE, seed=7))
+    images = collect_images(rows[0].experts, replace(SAMPLE, seed=7), scene=rows[0].scene)
     write_artifact(
         Path("drawn.safetensors"), {"images": images}, SamplesRecord(protocol=rows[0].card)
     )
     rows = open_these("base.safetensors", "drawn.safetensors")
     assert total_images(rows, CONFIG) == 36
-    figures = summarise(run(rows, target, extractor))
+    figures = summarise(run(rows, instruments))
     drawn, base = figures["drawn"]["frechet_digits"], figures["base"]["frechet_digits"]
     assert len(drawn.values) == 1
     assert drawn.difference is None
@@ -109,12 +107,10 @@ def test_an_ensemble_is_one_row_and_carries_all_fingerprints(run_folder: Path) -
     assert row.card["fingerprints"] == [read_record(Path(path)).fingerprint for path in paths]
 
 
-def test_progress_reaches_the_number_of_images(
-    run_folder: Path, target: Target, extractor: Extractor
-) -> None:
+def test_progress_reaches_the_number_of_images(run_folder: Path, instruments: Instruments) -> None:
     records = list(
         evaluate_rows(
-            open_these("base.safetensors"), [target], extractor, sample=SAMPLE,
+            open_these("base.safetensors"), instruments, sample=SAMPLE,
             config=replace(CONFIG, repeats=1), ledger=Ledger(Path("."), "x"),
         )
     )  # fmt: skip
@@ -123,13 +119,11 @@ def test_progress_reaches_the_number_of_images(
     assert done[-1] == 12
 
 
-def test_a_stopped_run_goes_on_where_it_was(
-    run_folder: Path, target: Target, extractor: Extractor
-) -> None:
+def test_a_stopped_run_goes_on_where_it_was(run_folder: Path, instruments: Instruments) -> None:
     rows = open_these("base.safetensors", "ft_1of4.safetensors")
-    whole = run(rows, target, extractor)
+    whole = run(rows, instruments)
     arguments = {"sample": SAMPLE, "config": CONFIG}
-    records = evaluate_rows(rows, [target], extractor, ledger=Ledger(Path("."), "y"), **arguments)
+    records = evaluate_rows(rows, instruments, ledger=Ledger(Path("."), "y"), **arguments)
     kept = 0
     with pytest.raises(Stopped, match="2 measurements are kept") as raised:  # noqa: PT012
         for record in records:
@@ -140,7 +134,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     ledger = Ledger(Path("."), "y")
     assert len(ledger) == 2
     assert len(Ledger(Path("."), "another run")) == 0
-    records = evaluate_rows(rows, [target], extractor, ledger=ledger, **arguments)
+    records = evaluate_rows(rows, instruments, ledger=ledger, **arguments)
     assert [record for record in records if isinstance(record, Measured)] == whole
     assert not ledger.path.exists()
 
@@ -160,13 +154,13 @@ def test_rows_of_different_sizes_are_refused(run_folder: Path) -> None:
 
 
 def test_weights_that_are_not_finite_end_the_run(
-    run_folder: Path, target: Target, extractor: Extractor
+    run_folder: Path, instruments: Instruments
 ) -> None:
     weights = load_tensors(Path("base.safetensors"))
     broken = {name: tensor * float("nan") for name, tensor in weights.items()}
     write_artifact(Path("broken.safetensors"), broken, read_record(Path("base.safetensors")))
     with pytest.raises(NumericsError, match="not finite"):
-        run(open_these("broken.safetensors"), target, extractor)
+        run(open_these("broken.safetensors"), instruments)
 
 
 def test_differences_are_taken_within_each_repeat() -> None:
@@ -181,3 +175,34 @@ def test_differences_are_taken_within_each_repeat() -> None:
     assert difference.sd == pytest.approx(0.1)
     half = 4.302653 * 0.1 / 3**0.5  # Student's t with 2 degrees of freedom
     assert difference.interval == pytest.approx((-0.5 - half, -0.5 + half), rel=1e-6)
+
+
+def test_samples_need_a_prompt_and_a_class_for_every_image(run_folder: Path) -> None:
+    images = np.zeros((3, 8, 8, 1), np.uint8)
+    for changes, words in (({"prompts": ["a"]}, "3 prompts"), ({"classes": [1, 2, "3"]}, "3 cl")):
+        record = SamplesRecord(protocol={}, **changes)
+        write_artifact(Path("drawn.safetensors"), {"images": images}, record)
+        with pytest.raises(ArtifactError, match=f"expected {words}"):
+            open_these("drawn.safetensors")
+
+
+def test_models_of_one_base_share_their_scene(run_folder: Path) -> None:
+    rows = open_these("base.safetensors", "ft_1of4.safetensors")
+    assert rows[0].scene is rows[1].scene
+
+
+def test_a_standard_error_over_repeats_is_that_of_all_their_images() -> None:
+    records = [
+        Measured("a", r, 100, {"accuracy": value}, {"accuracy": {"standard_error": error}})
+        for r, (value, error) in enumerate([(90.0, 3.0), (80.0, 4.0)])
+    ]
+    figure = summarise(records)["a"]["accuracy"]
+    assert figure.details["standard_error"] == pytest.approx(2.5)  # sqrt(3^2 + 4^2) / 2
+    assert figure.document["standard_error"] == pytest.approx(2.5)
+
+
+def test_what_else_a_figure_tells_is_that_of_the_first_repeat() -> None:
+    details = {"clip_score": {"truncated": 2, "model": "tiny"}}
+    figures = summarise([Measured("a", r, 9, {"clip_score": 20.0}, details) for r in (0, 1)])
+    shown = figures["a"]["clip_score"].document
+    assert (shown["truncated"], shown["model"], shown["repeats"]) == (2, "tiny", 2)

@@ -13,15 +13,18 @@ from deme_cli.data.digits import load_digits_images
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.features import load_extractor
 from deme_cli.evaluation.frechet import frechet_distance
-from deme_cli.evaluation.references import (
-    find_images,
-    find_reference,
+from deme_cli.evaluation.references import find_images, find_reference, reference_assets
+from deme_cli.evaluation.statistics import (
+    SetProgress,
+    measure_statistics,
+    statistics_artifact,
+)
+from deme_cli.evaluation.targets import (
+    Target,
+    open_target,
     read_statistics,
-    reference_assets,
     reference_statistics,
 )
-from deme_cli.evaluation.statistics import measure_statistics, statistics_artifact
-from deme_cli.evaluation.targets import Target, TargetProgress, open_target
 from deme_cli.evaluation.weights import find_weights
 
 
@@ -67,7 +70,12 @@ def test_missing_published_statistics_are_named(cache: Path) -> None:
         find_reference("lsun-church", "inception")
 
 
-@pytest.mark.parametrize("name", ["lsun-bedroom", "coco", "imagenet", "parti"])
+def test_prompts_without_images_are_no_reference() -> None:
+    with pytest.raises(MissingError, match=r"prompts without images.*--clip-score"):
+        find_reference("parti", "inception")
+
+
+@pytest.mark.parametrize("name", ["lsun-bedroom", "coco", "imagenet"])
 def test_where_no_statistics_are_published_deme_stats_is_named(name: str) -> None:
     with pytest.raises(MissingError, match=f"deme stats FOLDER -o {name}"):
         find_reference(name, "inception")
@@ -124,7 +132,7 @@ def test_reference_images_come_at_the_size_of_the_rows(image_folder: Path) -> No
     extractor = load_extractor("digits")
     reference = find_reference(str(image_folder), "digits")
     *progress, target = open_target("frechet_digits", reference, extractor, (1, 8, 8))
-    assert progress == [TargetProgress(10, 10)]
+    assert progress == [SetProgress(10, 10)]
     assert isinstance(target, Target)
     assert target.reference.n == 10
     assert target.features is None

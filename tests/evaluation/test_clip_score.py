@@ -1,0 +1,173 @@
+"""The CLIP score: open_clip itself as the oracle, and where its weights are looked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from tiny_clip import CONFIG, write_clip
+
+from deme_cli import hub
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.evaluation.assets import hub_cache
+from deme_cli.evaluation.clip_score import load_clip_scorer
+from deme_cli.evaluation.clip_weights import find_clip, require_clip
+from deme_cli.evaluation.meters import ClipMeter
+
+PROMPTS = ["a seven", "a red bus in the rain", "a seven", "two dogs, one cat"]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clip") / "tiny")
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (4, 40, 48, 3), dtype=np.uint8)
+
+
+def direct_score(folder: Path, images: np.ndarray, prompts: list[str]) -> float:
+    """As BK-SDM computes it: pair by pair, with open_clip alone."""
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(name)
+    cosines = []
+    for pixels, prompt in zip(images, prompts, strict=True):
+        with torch.no_grad():
+            image = model.encode_image(preprocess(Image.fromarray(pixels)).unsqueeze(0))
+            text = model.encode_text(tokenizer([prompt]))
+        image, text = image / image.norm(dim=-1), text / text.norm(dim=-1)
+        cosines.append((image @ text.T).item())
+    return 100 * sum(cosines) / len(cosines)
+
+
+def test_the_score_equals_a_direct_computation_with_open_clip(
+    clip_folder: Path, images: np.ndarray
+) -> None:
+    meter = ClipMeter(load_clip_scorer("", f"local-dir:{clip_folder}"), PROMPTS)
+    meter.add(images[:3], 0)
+    meter.add(images[3:], 3)
+    score = meter.scores()["clip_score"]
+    assert score.value == pytest.approx(direct_score(clip_folder, images, PROMPTS), abs=1e-5)
+    assert score.details["truncated"] == 0
+    assert score.details["model"] == "tiny"
+    assert score.details["weights"] == "open_clip_model.safetensors"
+    assert len(score.details["sha256"]) == 64
+
+
+def test_pairs_are_of_an_image_and_its_own_prompt(clip_folder: Path, images: np.ndarray) -> None:
+    scorer = load_clip_scorer("", f"local-dir:{clip_folder}")
+    cosines = scorer.compare(images, PROMPTS).cosines
+    assert cosines.dtype == np.float64
+    assert len(np.unique(cosines)) == 4
+    turned = scorer.compare(images[::-1], PROMPTS[::-1]).cosines
+    np.testing.assert_allclose(turned, cosines[::-1], atol=1e-6)
+
+
+def test_grey_images_count_as_three_equal_channels(clip_folder: Path, images: np.ndarray) -> None:
+    scorer = load_clip_scorer("", f"local-dir:{clip_folder}")
+    grey = images[..., :1]
+    np.testing.assert_array_equal(
+        scorer.compare(grey, PROMPTS).cosines,
+        scorer.compare(np.repeat(grey, 3, axis=3), PROMPTS).cosines,
+    )
+
+
+def test_prompts_of_more_tokens_than_the_context_are_counted(
+    clip_folder: Path, images: np.ndarray
+) -> None:
+    scorer = load_clip_scorer("", f"local-dir:{clip_folder}")
+    prompts = ["cat " * 75, "cat " * 76, "!" * 400, "a cat"]  # with both marks 77, 78, ...
+    tokens = [len(open_clip.SimpleTokenizer().encode(prompt)) + 2 for prompt in prompts]
+    assert tokens[:2] == [77, 78]
+    assert scorer.compare(images, prompts).truncated.tolist() == [n > 77 for n in tokens]
+
+
+def test_an_architecture_and_a_file_make_the_same_model(
+    clip_folder: Path, images: np.ndarray, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny-b.json").write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(tmp_path / "tiny-b.json")
+    path = clip_folder / "open_clip_model.safetensors"
+    scorer = load_clip_scorer("tiny-b", str(path))
+    assert scorer.weights.card["model"] == "tiny-b"
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny-b", pretrained=str(path))
+    with torch.no_grad():
+        image = model.encode_image(preprocess(Image.fromarray(images[0]))[None])
+        text = model.encode_text(open_clip.get_tokenizer("tiny-b")(PROMPTS[:1]))
+    expected = torch.nn.functional.cosine_similarity(image, text).item()
+    assert scorer.compare(images[:1], PROMPTS[:1]).cosines[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_tag_is_found_in_the_cache_folder_before_the_hubs(cache: Path) -> None:
+    repository = "CLIP-ViT-B-32-laion2B-s34B-b79K"
+    snapshot = hub_cache() / f"models--laion--{repository}" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "open_clip_model.safetensors").write_bytes(b"hub")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    assert require_clip("ViT-B-32", "laion2b_s34b_b79k") is None
+    found = find_clip("ViT-B-32", "laion2b_s34b_b79k")
+    assert found.path == snapshot / "open_clip_model.safetensors"
+    own = cache / repository / "open_clip_pytorch_model.bin"
+    own.parent.mkdir()
+    own.write_bytes(b"own")
+    found = find_clip("ViT-B-32", "laion2b_s34b_b79k")
+    assert (found.path, found.name) == (own, "laion2b_s34b_b79k")
+    assert found.preprocessing["interpolation"] == "bicubic"
+
+
+def test_missing_weights_name_the_hub_repository_within_seconds(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(hub, "_answers", lambda: False)
+    began = time.monotonic()
+    with pytest.raises(MissingError) as raised:
+        require_clip("ViT-g-14", "laion2b_s34b_b88k")
+    assert time.monotonic() - began < 3
+    for words in ("laion/CLIP-ViT-g-14-laion2B-s34B-b88K", "did not answer", str(cache),
+                  "DEME_CACHE", "--clip-weights FILE", "local-dir:"):  # fmt: skip
+        assert words in str(raised.value)
+    with pytest.raises(MissingError, match="not on this machine"):
+        find_clip("ViT-g-14", "laion2b_s34b_b88k")
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "kind", "words"),
+    [
+        ("ViT-g-15", "laion2b_s34b_b88k", ConfigError, "no such open_clip architecture.*ViT-g-14"),
+        ("ViT-g-14", "laion2b", ConfigError, "no such tag.*laion2b_s34b_b88k"),
+        ("ViT-B-32", "openai", ConfigError, "give --clip-model ViT-B-32-quickgelu"),
+        ("ViT-g-14", "nowhere.safetensors", MissingError, "no such file of CLIP weights"),
+        ("ViT-g-14", "local-dir:nowhere", MissingError, "no such folder"),
+    ],
+)
+def test_names_that_are_not_known_are_refused(
+    cache: Path, model: str, weights: str, kind: type, words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        find_clip(model, weights)
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path: Path, clip_folder: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"no open_clip_config\.json"):
+        find_clip("ViT-g-14", f"local-dir:{tmp_path}")
+    text = (clip_folder / "open_clip_config.json").read_text()
+    (tmp_path / "open_clip_config.json").write_text(text)
+    with pytest.raises(MissingError, match="no weights of open_clip"):
+        find_clip("ViT-g-14", f"local-dir:{tmp_path}")
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ArtifactError, match="not the weights of CLIP"):
+        load_clip_scorer("ViT-g-14", f"local-dir:{tmp_path}")
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="missing 'model_cfg'"):
+        load_clip_scorer("ViT-g-14", f"local-dir:{tmp_path}")
