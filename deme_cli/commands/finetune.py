@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deme_cli import console
+from deme_cli.commands.caching import fill_with_bar
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -15,17 +16,18 @@ from deme_cli.commands.options import (
     Dtype,
     Force,
     Json,
+    Pipeline,
     Quiet,
     begin,
     option,
 )
-from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.config import DataConfig, FinetuneConfig, ModelConfig
 from deme_cli.errors import ConfigError, MissingError
 
 if TYPE_CHECKING:
     from deme_cli.training.plan import Plan
 
-_C, _RATE, _MORE = FinetuneConfig, "Optimisation", "More"
+_C, _RATE, _IMAGES, _MORE = FinetuneConfig, "Optimisation", "Images and captions", "More"
 
 
 def finetune(
@@ -75,12 +77,23 @@ def finetune(
         option(_C, "antithetic", "--antithetic/--independent", panel=_MORE),
     ] = None,
     flip: Annotated[
-        bool | None, option(DataConfig, "horizontal_flip", "--flip/--no-flip", panel=_MORE)
+        bool | None, option(DataConfig, "horizontal_flip", "--flip/--no-flip", panel=_IMAGES)
     ] = None,
     checkpoint_every: Annotated[
         int | None, option(_C, "checkpoint_every", "--checkpoint-every", panel=_MORE)
     ] = None,
     held_out: Annotated[int | None, option(_C, "held_out", "--held-out", panel=_MORE)] = None,
+    caption_dropout: Annotated[
+        float | None, option(_C, "caption_dropout", "--caption-dropout", panel=_IMAGES)
+    ] = None,
+    captions: Annotated[
+        str | None, option(DataConfig, "captions", "--captions", panel=_IMAGES)
+    ] = None,
+    crop: Annotated[str | None, option(DataConfig, "crop", "--crop", panel=_IMAGES)] = None,
+    resolution: Annotated[
+        int | None, option(DataConfig, "resolution", "--resolution", panel=_IMAGES)
+    ] = None,
+    cache: Annotated[str | None, option(_C, "cache", "--cache", panel=_IMAGES)] = None,
     seed: Annotated[int | None, option(_C, "seed", "--seed", panel=_MORE)] = None,
     output: Annotated[
         Path | None,
@@ -88,6 +101,7 @@ def finetune(
             "--output", "-o", help="Artifact to write [default: ft_{i}of{N}.safetensors]."
         ),
     ] = None,
+    pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -108,6 +122,7 @@ def finetune(
         ema_decay=ema_decay, weight_decay=weight_decay, beta1=beta1, beta2=beta2,
         grad_clip=grad_clip, timesteps=timesteps, antithetic=antithetic,
         checkpoint_every=checkpoint_every, held_out=held_out, seed=seed,
+        caption_dropout=caption_dropout, cache=cache,
     )  # fmt: skip
     if bool(range) == bool(from_scratch):
         raise ConfigError(
@@ -121,24 +136,29 @@ def finetune(
 
     job = Job(
         base=base or run.base,
-        images=run.settings(DataConfig, source=data, horizontal_flip=flip),
+        images=run.settings(
+            DataConfig, source=data, horizontal_flip=flip, captions=captions, crop=crop,
+            resolution=resolution,
+        ),
         settings=settings,
         device=device,
         dtype=dtype,
         force=force,
         config_path=config,
-    )
+        pipeline=run.settings(ModelConfig, pipeline=pipeline).pipeline,
+    )  # fmt: skip
     if from_scratch:
         plans = [plan_base(job, from_scratch, output or Path("base.safetensors"))]
     else:
         plans = plan_experts(job, run, range, output)
     if resume:
         _require_kept_runs(plans)
+    waiting = [plan for plan in plans if not plan.is_done]
     if dry_run:
+        _check_images(waiting)
         for plan in plans:
             console.note(plan.describe())
         return
-    waiting = [plan for plan in plans if not plan.is_done]
     if len(waiting) > 1 and jobs > 1:
         _train_side_by_side(waiting, jobs)
     else:
@@ -156,11 +176,21 @@ def _require_kept_runs(plans: list[Plan]) -> None:
             raise MissingError(f"{plan.output}: no unfinished run is kept here; leave out --resume")
 
 
+def _check_images(plans: list[Plan]) -> None:
+    """What a dry run checks beyond names: images and captions of a model that reads them."""
+    if plans and plans[0].has_companions:
+        from deme_cli.training.preparation import open_plan_examples
+
+        open_plan_examples(plans[0])
+
+
 def _train(plan: Plan) -> None:
     """Train one run in this process, with a progress bar."""
     from deme_cli.training.finetune import train
+    from deme_cli.training.preparation import prepare
 
-    run = plan.prepare()
+    run = prepare(plan)
+    fill_with_bar(run.examples, run.held_out)
     label = f"expert {plan.range_text}" if plan.choice else "base"
     with console.progress(label, run.config.steps, "update") as bar:
         for record in train(run):
@@ -178,6 +208,10 @@ def _train_side_by_side(plans: list[Plan], num_processes: int) -> None:
         )
         for plan in plans
     ]
+    if plans[0].has_companions:  # once for all of them, rather than each a part unseen
+        from deme_cli.training.preparation import open_plan_examples
+
+        fill_with_bar(*open_plan_examples(plans[0]))
     total = plans[0].job.settings.steps * len(plans)
     with console.progress(f"{len(plans)} experts", total, "update") as bar:
         for steps in run_jobs(children, at_once=num_processes):

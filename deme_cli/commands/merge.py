@@ -21,9 +21,10 @@ from deme_cli.commands.options import (
     begin,
     option,
 )
-from deme_cli.config import MergeConfig, parse_numbers
+from deme_cli.config import MergeConfig
 from deme_cli.errors import ConfigError
 from deme_cli.outputs import require_output, require_space
+from deme_cli.settings import parse_numbers
 
 if TYPE_CHECKING:
     from deme_cli.merging.grid import Grid

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.config import DataConfig, EvalConfig, MergeConfig, SampleConfig
+from deme_cli.commands.caching import fill_with_bar
+from deme_cli.config import (
+    DataConfig,
+    EvalConfig,
+    FinetuneConfig,
+    MergeConfig,
+    ModelConfig,
+    SampleConfig,
+)
 from deme_cli.errors import ConfigError
 from deme_cli.interrupts import StopRequests
 from deme_cli.outputs import claim, write_whole
@@ -37,12 +45,21 @@ class Order:
 
 @dataclass(frozen=True)
 class Measure:
-    """What candidates are measured with: the run's images; for distances features and sampling."""
+    """What candidates are measured with: the run's images; for distances features and sampling.
 
-    source: str
+    `pipeline` and `cache` are where frozen parts and their latents are, for models that have any.
+    """
+
+    images: DataConfig
     features: str
     resize: str
     sample: SampleConfig
+    pipeline: str | None
+    cache: str
+
+    @property
+    def source(self) -> str:
+        return self.images.source
 
 
 @dataclass(frozen=True)
@@ -61,9 +78,11 @@ def find_measure(run: RunFile, order: Order) -> Measure:
     from deme_cli.data.places import find_place
     from deme_cli.evaluation.references import find_reference
     from deme_cli.evaluation.weights import choose_features, find_weights
+    from deme_cli.training.plan import require_companions
 
-    settings = order.settings
-    source = run.settings(DataConfig).source or _shared_source(order.family)
+    settings, images = order.settings, run.settings(DataConfig)
+    source = images.source or _shared_source(order.family)
+    pipeline = run.settings(ModelConfig).pipeline
     if not source:
         raise ConfigError("no images to search with: set [data] source in deme.toml")
     evaluation = run.settings(EvalConfig)
@@ -81,7 +100,11 @@ def find_measure(run: RunFile, order: Order) -> Measure:
         run.settings(SampleConfig), num=settings.num, steps=settings.steps, seed=settings.seed,
         batch_size=settings.batch_size,
     )  # fmt: skip
-    return Measure(source, features, evaluation.resize, sample)
+    require_companions(order.family.base_record, pipeline)
+    return Measure(
+        replace(images, source=source), features, evaluation.resize, sample, pipeline,
+        run.settings(FinetuneConfig).cache,
+    )  # fmt: skip
 
 
 def _shared_source(family: Family) -> str | None:
@@ -125,18 +148,16 @@ def search_coefficients(order: Order, grid: Grid, measure: Measure) -> Found:
 
 def _open_search(order: Order, grid: Grid, measure: Measure) -> Search:
     """The search with its objective; torch is loaded here."""
-    from deme_cli.diffusion.denoiser import sample_shape
-    from deme_cli.diffusion.schedule import read_schedule
     from deme_cli.merging.grid import grid_points
     from deme_cli.merging.objectives import open_objective
     from deme_cli.merging.search import Search
 
-    record = order.family.base_record
     objective = open_objective(
-        order.settings, read_schedule(record.scheduler_config), sample_shape(record.model_config),
-        images=measure.source, sample=measure.sample, features=measure.features,
-        resize=measure.resize, device=order.device,
+        order.settings, order.family.base_record, images=measure.images, sample=measure.sample,
+        features=measure.features, resize=measure.resize, device=order.device, dtype=order.dtype,
+        pipeline=measure.pipeline, cache=measure.cache, beside=order.family.base.path.parent,
     )  # fmt: skip
+    fill_with_bar(objective.examples)
     return Search(order.family, grid, grid_points(grid), objective, order.settings, order.dtype)
 
 

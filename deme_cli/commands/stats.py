@@ -43,6 +43,12 @@ def stats(
             show_default=False,
         ),
     ] = None,
+    squeeze: Annotated[
+        bool,
+        typer.Option(
+            "--squeeze", help="Squeeze images to SIZE x SIZE without cropping (BK-SDM's COCO)."
+        ),
+    ] = False,
     features: Annotated[str | None, option(_C, "features", "--features")] = None,
     resize: Annotated[str | None, option(_C, "resize", "--resize")] = None,
     weights: Annotated[
@@ -69,6 +75,8 @@ def stats(
     require_output(output, force=force)
     if size is not None and size < 1:
         raise ConfigError(f"--size {size}: expected a number of pixels above 0")
+    if squeeze and size is None:
+        raise ConfigError("--squeeze needs --size, the side to squeeze images to")
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: expected a name that ends in .safetensors")
 
@@ -90,7 +98,8 @@ def stats(
     from deme_cli.evaluation.targets import open_reference_images
 
     extractor = open_extractor(found, device=device, batch_size=settings.batch_size)
-    images = open_reference_images(reference, None if size is None else (3, size, size))
+    shape = None if size is None else (3, size, size)
+    images = open_reference_images(reference, shape, squeeze=squeeze)
     with console.progress(f"looking at {data}", len(images), "image") as bar:
         for record in measure_statistics(images, extractor):
             if not isinstance(record, Statistics):

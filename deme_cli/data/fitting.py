@@ -15,17 +15,22 @@ Centering = tuple[float, float]
 CENTRE: Centering = (0.5, 0.5)
 
 
-def fit(image: Image.Image, shape: Shape, centering: Centering = CENTRE) -> np.ndarray:
+def fit(image: Image.Image, shape: Shape, centering: Centering | None = CENTRE) -> np.ndarray:
     """An image as uint8 (C, H, W). Palettes are resolved, alpha is dropped, 16 bits become 8.
 
-    centering: where the crop lies, (x, y) from (0, 0), left and top, to (1, 1), right and bottom.
+    centering: where the crop lies, (x, y) from (0, 0), left and top, to (1, 1), right and bottom;
+    None squeezes the whole image into the shape instead (as BK-SDM does with COCO's).
     """
     channels, height, width = shape
     if is_grey(image) and image.mode not in ("1", "L", "LA"):
         image = _to_eight_bits(image)
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC, centering=centering)
+        size, bicubic = (width, height), Image.Resampling.BICUBIC
+        if centering is None:
+            image = image.resize(size, bicubic)
+        else:
+            image = ImageOps.fit(image, size, bicubic, centering=centering)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 

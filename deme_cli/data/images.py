@@ -41,9 +41,10 @@ class ImageData:
 
     def __init__(
         self, origin: Source, indices: Sequence[int], *, source: str, shape: Shape, can_flip: bool,
-        subjects: Subjects, keep: bool = True,
+        subjects: Subjects, keep: bool = True, squeeze: bool = False,
     ) -> None:  # fmt: skip
         self._origin, self._indices, self._subjects = origin, indices, subjects
+        self.squeeze = squeeze
         self.source, self.shape, self.can_flip = source, shape, can_flip
         self.fingerprint = subjects.fingerprint(origin.fingerprint)
         self.num_classes = subjects.num_classes
@@ -82,9 +83,8 @@ class ImageData:
         """Read and fit images; in threads where they are large enough to gain by it."""
         chosen = [self._indices[index] for index in indices]
         out = np.empty((len(chosen), *self.shape), dtype=np.uint8)
-        crops = (
-            [CENTRE] * len(chosen) if centering is None else list(map(tuple, centering.tolist()))
-        )
+        whole = None if self.squeeze else CENTRE
+        crops = [whole] * len(chosen) if centering is None else list(map(tuple, centering.tolist()))
 
         def fill(place: int) -> None:
             out[place] = fit(self._origin.decode(chosen[place]), self.shape, crops[place])
@@ -102,11 +102,12 @@ class ImageData:
 
 def open_images(
     source: str, *, shape: Shape | None, split: str = "train", wants: str = "nothing",
-    captions: str | None = None, keep: bool = True,
+    captions: str | None = None, keep: bool = True, squeeze: bool = False,
 ) -> ImageData:  # fmt: skip
     """The images that an argument names, at `shape` (C, H, W); None keeps the size they share.
 
-    A shape scales the short side, crops the centre and converts the channels. split: `held-out` is
+    A shape scales the short side, crops the centre (`squeeze`: scales both sides, crops nothing)
+    and converts the channels. split: `held-out` is
     the test split where the source has one, else every 50th image (index % 50 == 49, or the last),
     which `train` then leaves out; `all` is both.
     wants: `text` requires a caption of every image, `class` a class; captions: the column of either
@@ -123,7 +124,7 @@ def open_images(
     return ImageData(
         origin, indices, source=source, shape=shape or _own_shape(origin, indices),
         can_flip=place.kind != "digits", subjects=_subjects(origin, source, wants, captions),
-        keep=keep,
+        keep=keep, squeeze=squeeze,
     )  # fmt: skip
 
 

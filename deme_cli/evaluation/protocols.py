@@ -91,7 +91,8 @@ _PROTOCOLS = (
         "keeps them as JPEG, here each has its own seed and stays as it is",
         {**_STABLE_DIFFUSION, "prompts": "coco", "num": 30_000},
         {**_PYTORCH_FID, **_CLIP_SCORE},
-        "the 40,504 images of MS-COCO val2014, squeezed to 256 x 256 pixels",
+        "the 40,504 images of MS-COCO val2014, squeezed to 256 x 256 pixels "
+        "(for statistics, with --size 256 --squeeze)",
     ),
     Protocol(
         "parti",

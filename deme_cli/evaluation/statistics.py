@@ -44,6 +44,11 @@ def statistics_artifact(
         extractor=extractor.weights.extractor,
         resize=extractor.resize,
         source=data.source,
-        data={"fingerprint": data.fingerprint, "split": split, "shape": list(data.shape)},
+        data={
+            "fingerprint": data.fingerprint,
+            "split": split,
+            "shape": list(data.shape),
+            "squeezed": data.squeeze,
+        },
     )
     return tensors, record

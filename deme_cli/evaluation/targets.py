@@ -83,10 +83,13 @@ def reference_statistics(
     return statistics
 
 
-def open_reference_images(reference: Reference, shape: Sequence[int] | None = None) -> ImageData:
-    """The images of a reference, at `shape` (C, H, W) or at their own size."""
+def open_reference_images(
+    reference: Reference, shape: Sequence[int] | None = None, *, squeeze: bool = False
+) -> ImageData:
+    """The images of a reference, cropped or squeezed to `shape` (C, H, W), or at their own size."""
     size = None if shape is None else (shape[0], shape[1], shape[2])
-    return open_images(reference.source, shape=size, split=reference.split or "all")
+    split = reference.split or "all"
+    return open_images(reference.source, shape=size, split=split, squeeze=squeeze)
 
 
 def read_statistics(reference: Reference) -> Statistics | None:

@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from deme_cli.config import parse_numbers
 from deme_cli.errors import ConfigError
+from deme_cli.settings import parse_numbers
 
 Grid = tuple[tuple[float, ...], ...]  # the values tried for each expert
 Point = tuple[float, ...]  # a coefficient for each expert

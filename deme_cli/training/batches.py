@@ -2,6 +2,8 @@
 
 Every draw is a function of (seed, range, update) alone, so that a resumed run needs no generator
 state and continues bit for bit. Images are visited in epochs, each a permutation of all of them.
+One generator serves a batch, in this order: timesteps, mirrored images, x_0 (crops and the noise of
+its posterior, where there are any), eps, left-out captions.
 """
 
 from __future__ import annotations
@@ -13,18 +15,21 @@ import torch
 from torch import Tensor
 
 from deme_cli.config import FinetuneConfig
-from deme_cli.data.images import ImageData, to_unit
+from deme_cli.diffusion.conditions import Conditions, fill_null
+from deme_cli.diffusion.schedule import Schedule
 from deme_cli.timesteps import TimestepRange
+from deme_cli.training.examples import Examples
 from deme_cli.training.objective import draw_timesteps
 
 
 @dataclass(frozen=True)
 class Batch:
-    """x0, eps: (B, C, H, W) with x0 in [-1, 1]; t: (B,)."""
+    """x0, eps: (B, C, H, W), pixels in [-1, 1] or latents; t: (B,) draws; conditions: (B, ...)."""
 
     x0: Tensor
     eps: Tensor
     t: Tensor
+    conditions: Conditions
 
 
 def derived_generator(*parts: object) -> torch.Generator:
@@ -37,42 +42,51 @@ class BatchSource:
     """Draws the batches of one run. `micro` counts batches within an accumulated update."""
 
     def __init__(
-        self, data: ImageData, span: TimestepRange, num_train_timesteps: int,
+        self, examples: Examples, span: TimestepRange, schedule: Schedule,
         config: FinetuneConfig, *, flip: bool,
     ) -> None:  # fmt: skip
-        self.data, self.span, self.config, self.flip = data, span, config, flip
-        self.num_train_timesteps = num_train_timesteps
+        self.examples, self.span, self.config, self.flip = examples, span, config, flip
+        self.draws, self.num_train_timesteps = schedule.indices(span), schedule.num_train_timesteps
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+        self._null: Conditions | None = None
 
     def batch(self, step: int, micro: int) -> Batch:
         """The batch of update `step` (from 0), accumulation part `micro`."""
         config = self.config
         generator = derived_generator(config.seed, self.span, step, micro)
         count = step * config.accumulation + micro
-        images = self.data.batch(self._indices(count * config.batch_size, config.batch_size))
         t = draw_timesteps(
             config.batch_size,
-            self.span,
+            self.draws,
             self.num_train_timesteps,
             p=config.p,
             per_batch=config.timesteps == "per-batch",
             antithetic=config.antithetic,
             generator=generator,
         )
-        x0 = to_unit(images)
-        if self.flip:
-            mirrored = torch.rand(len(x0), generator=generator) < 0.5
-            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-        return Batch(x0, torch.randn(x0.shape, generator=generator), t)
+        flip = torch.rand(config.batch_size, generator=generator) < 0.5 if self.flip else None
+        indices = self._indices(count * config.batch_size, config.batch_size)
+        x0, conditions = self.examples.draw(indices, flip=flip, generator=generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        return Batch(x0, eps, t, self._leave_out(conditions, generator))
+
+    def _leave_out(self, conditions: Conditions, generator: torch.Generator) -> Conditions:
+        """Replace what is said of some images by nothing, each with the caption dropout."""
+        if not conditions or not self.config.caption_dropout:
+            return conditions
+        dropped = torch.rand(self.config.batch_size, generator=generator)
+        if self._null is None:
+            self._null = self.examples.null()
+        return fill_null(conditions, self._null, dropped < self.config.caption_dropout)
 
     def _indices(self, start: int, num: int) -> list[int]:
         """Images start .. start + num - 1 of the endless sequence of epochs."""
         chosen: list[int] = []
         while len(chosen) < num:
-            epoch, offset = divmod(start + len(chosen), len(self.data))
+            epoch, offset = divmod(start + len(chosen), len(self.examples))
             if epoch != self._epoch:
                 generator = derived_generator(self.config.seed, self.span, "epoch", epoch)
-                self._order = torch.randperm(len(self.data), generator=generator)
+                self._order = torch.randperm(len(self.examples), generator=generator)
                 self._epoch = epoch
             chosen += self._order[offset : offset + num - len(chosen)].tolist()
         return chosen

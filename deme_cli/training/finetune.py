@@ -20,7 +20,7 @@ from torch import nn
 
 from deme_cli.artifacts import fingerprint, write_artifact
 from deme_cli.config import NOT_RESULT, FinetuneConfig
-from deme_cli.data.images import ImageData
+from deme_cli.diffusion.conditions import to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser
 from deme_cli.diffusion.projection import attach_projections, fold_weights
 from deme_cli.errors import NumericsError, writing
@@ -29,7 +29,9 @@ from deme_cli.outputs import claim
 from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.timesteps import RangeChoice
 from deme_cli.training.batches import BatchSource
-from deme_cli.training.held_out import HeldOutLoss
+from deme_cli.training.examples import Examples
+from deme_cli.training.held_out import FixedDraws, draws_of_range
+from deme_cli.training.materials import fill_caches
 from deme_cli.training.objective import expert_loss
 from deme_cli.training.places import checkpoint_path, metrics_path
 from deme_cli.training.state import TrainingState, learning_rate
@@ -47,8 +49,8 @@ class Run:
 
     denoiser: Denoiser
     choice: RangeChoice
-    data: ImageData
-    held_out: ImageData | None
+    examples: Examples
+    held_out: Examples | None
     flip: bool
     config: FinetuneConfig
     output: Path
@@ -64,7 +66,10 @@ class Run:
         return {
             "range": str(self.choice.range),
             "base": self.denoiser.record.fingerprint,
-            "data": self.data.fingerprint,
+            "data": self.examples.fingerprint,
+            "resolution": list(self.examples.image_shape[1:]),
+            "crop": self.examples.crop,
+            "companions": self.denoiser.record.companions,
             "flip": self.flip,
             "dtype": self.dtype,
             **settings,
@@ -89,9 +94,11 @@ def train(run: Run) -> Iterator[TrainStep]:
 
     Raises NumericsError on a loss that is not finite (the last good checkpoint stays), Stopped
     after a signal once the state is saved, ConfigError if the kept run has other settings or
-    another process writes the same output.
+    another process writes the same output. Caches that are not full yet are filled first.
     """
     config, checkpoint = run.config, checkpoint_path(run.output)
+    for _ in fill_caches(run.examples, run.held_out):
+        pass
     with ExitStack() as stack:
         stack.enter_context(claim(metrics_path(run.output)))
         requests = stack.enter_context(StopRequests())
@@ -100,9 +107,11 @@ def train(run: Run) -> Iterator[TrainStep]:
         if checkpoint.exists():
             state.restore(checkpoint, run.identity, run.output)
         log = stack.enter_context(MetricsLog(run.output, state.step))
-        span, total = run.choice.range, run.denoiser.schedule.num_train_timesteps
-        source = BatchSource(run.data, span, total, config, flip=run.flip)
-        held_out = HeldOutLoss.of(run.held_out, span, run.denoiser.schedule, config.held_out)
+        span, schedule = run.choice.range, run.denoiser.schedule
+        source = BatchSource(run.examples, span, schedule, config, flip=run.flip)
+        held_out = draws_of_range(
+            run.held_out, span, schedule, config.held_out, batch_size=config.batch_size
+        )
         window = _Window(network)
         while state.step < config.steps:
             for micro in range(config.accumulation):
@@ -151,6 +160,7 @@ def _backward(
             x0=batch.x0.to(device, non_blocking=True),
             eps=batch.eps.to(device, non_blocking=True),
             t=batch.t.to(device, non_blocking=True),
+            conditions=to(batch.conditions, device, torch.float32),
             consistency=run.config.consistency,
         )
     state.scaler.scale(loss.total / run.config.accumulation).backward()
@@ -186,14 +196,14 @@ class _Window:
 
 
 def _keep(
-    run: Run, state: TrainingState, held_out: HeldOutLoss | None, record: TrainStep
+    run: Run, state: TrainingState, held_out: FixedDraws | None, record: TrainStep
 ) -> TrainStep:
     """Save the checkpoint; the record gains the held-out loss of the averaged weights."""
     _require_finite(state, run)
     state.save(checkpoint_path(run.output), run.identity)
     if held_out is None:
         return record
-    value = held_out.of_weights(state.network, state.averaged_weights())
+    value = held_out.loss(state.network, weights=state.averaged_weights())
     return TrainStep(**{**asdict(record), "held_out": value})
 
 
@@ -214,9 +224,12 @@ def _write_result(run: Run, state: TrainingState, base: nn.Module | None) -> Non
         "model_config": record.model_config,
         "scheduler_config": record.scheduler_config,
         "num_train_timesteps": record.num_train_timesteps,
+        "companions": record.companions,
     }
-    data = {"source": run.data.source, "fingerprint": run.data.fingerprint, "num": len(run.data)}
-    settings = {**asdict(config), "dtype": run.dtype, "flip": run.flip}
+    examples = run.examples
+    data = {"source": examples.source, "fingerprint": examples.fingerprint, "num": len(examples)}
+    chosen = {"dtype": run.dtype, "flip": run.flip, "crop": examples.crop}
+    settings = {**asdict(config), **chosen, "resolution": list(examples.image_shape[1:])}
     result: DenoiserRecord
     if run.from_scratch:
         result = BaseRecord(**model, training={**settings, "data": data})

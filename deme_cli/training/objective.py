@@ -1,8 +1,9 @@
 """What one expert minimises: denoising on its range, consistency with the frozen base (Eq. 3-6).
 
-B batch, T timesteps. For a batch (x_0, t, target): loss = mean ||target - e||^2 + lambda
-mean ||e_base - e||^2, both at the same (x_t, t), weighed 1 : 1 in the paper (Eq. 5). Means are over
-all elements, as everybody trains.
+B batch, T timesteps. For a batch (x_0, t, c, target): loss = mean ||target - e||^2 + lambda
+mean ||e_base - e||^2, both at the same (x_t, t, c), weighed 1 : 1 in the paper (Eq. 5). c are the
+conditions (caption, class; nothing for unconditional models). Means are over all elements, as
+everybody trains.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.denoiser import predict
-from deme_cli.diffusion.schedule import NoiseSchedule, add_noise
+from deme_cli.diffusion.schedule import Schedule
 from deme_cli.timesteps import TimestepRange
 
 
@@ -57,23 +59,25 @@ def draw_timesteps(
 def expert_loss(
     network: nn.Module,
     base: nn.Module | None,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     *,
     x0: Tensor,
     eps: Tensor,
     t: Tensor,
+    conditions: Conditions | None = None,
     consistency: float,
 ) -> Loss:
     """Eq. 5 on one batch: denoising plus `consistency` times the distance to the base's output.
 
-    x0, eps: (B, C, H, W), t: (B,). The base is not run where `consistency` is 0.
+    x0, eps: (B, C, H, W)   t: (B,) draws of the schedule   conditions: (B, ...) each. The base is
+    not run where `consistency` is 0.
     """
-    x_t = add_noise(x0, eps, t, schedule.alphas_cumprod)
-    output = predict(network, x_t, t).float()
+    x_t, times = schedule.add_noise(x0, eps, t), schedule.times(t)
+    output = predict(network, x_t, times, conditions).float()
     denoising = functional.mse_loss(output, schedule.target(x0, eps, t).float())
     if base is None or consistency == 0:
         return Loss(denoising, denoising.detach(), torch.zeros_like(denoising.detach()))
     with torch.no_grad():
-        base_output = predict(base, x_t, t).float()
+        base_output = predict(base, x_t, times, conditions).float()
     to_base = functional.mse_loss(output, base_output)
     return Loss(denoising + consistency * to_base, denoising.detach(), to_base.detach())

@@ -1,6 +1,7 @@
 """From a command line to training runs: which ranges, which outputs, what is already done.
 
-Everything here is checked from headers, before torch is imported; `prepare` loads the rest.
+Everything here is checked from headers and file names, before torch is imported; preparation.py
+loads the rest.
 """
 
 from __future__ import annotations
@@ -8,19 +9,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deme_cli.artifacts import read_record
 from deme_cli.config import NOT_RESULT, DataConfig, FinetuneConfig, SplitConfig
-from deme_cli.errors import ConfigError, MissingError, NumericsError
+from deme_cli.errors import ConfigError, MissingError
 from deme_cli.outputs import require_output, require_space
-from deme_cli.records import BaseRecord, ExpertRecord
+from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.run_file import RunFile
-from deme_cli.timesteps import RangeChoice, TimestepRange, parse_range
-from deme_cli.training.places import checkpoint_path
-
-if TYPE_CHECKING:
-    from deme_cli.training.finetune import Run
+from deme_cli.timesteps import RangeChoice, parse_range
 
 _FILES_BESIDE = 5  # of the base's size: a checkpoint (weights, average, two moments), the expert
 
@@ -36,6 +33,7 @@ class Job:
     dtype: str = "fp32"
     force: bool = False
     config_path: Path | None = None
+    pipeline: str | None = None
 
     def arguments(self, range_text: str) -> list[str]:
         """The `deme` command line that trains one range with exactly these settings."""
@@ -49,8 +47,15 @@ class Job:
                 words += [f"--{item.name.replace('_', '-')}", str(value)]
         if self.images.horizontal_flip is not None:
             words.append("--flip" if self.images.horizontal_flip else "--no-flip")
-        if self.config_path:
-            words += ["--config", str(self.config_path)]
+        given = {
+            "--captions": self.images.captions,
+            "--crop": self.images.crop,
+            "--resolution": self.images.resolution,
+            "--pipeline": self.pipeline,
+            "--config": self.config_path,
+        }
+        for name, value in given.items():
+            words += [name, str(value)] if value is not None else []
         return words + (["--force"] if self.force else [])
 
 
@@ -64,6 +69,7 @@ class Plan:
     output: Path
     description: dict[str, Any] | None = None
     is_done: bool = False
+    has_companions: bool = False
 
     def describe(self) -> str:
         """One line that says what would run."""
@@ -72,46 +78,6 @@ class Plan:
         images = settings.steps * settings.batch_size * settings.accumulation
         state = "; done" if self.is_done else ""
         return f"{self.output}: {span}, {settings.steps} updates, {images} images{state}"
-
-    def prepare(self) -> Run:
-        """Load the base (or draw its random weights) and open the images.
-
-        With `force`, a kept run of this output is dropped here, and not before.
-        """
-        from deme_cli.data.images import open_images
-        from deme_cli.diffusion.denoiser import choose_device, load_denoiser
-        from deme_cli.training.finetune import Run
-        from deme_cli.training.scratch import random_denoiser
-
-        job, device = self.job, str(choose_device(self.job.device))
-        if self.description is not None:
-            denoiser = random_denoiser(self.description, job.settings.seed, device=device)
-            total = denoiser.schedule.num_train_timesteps
-            choice = RangeChoice(TimestepRange(0, total), 1, 1)
-        else:
-            assert self.choice is not None
-            denoiser, choice = load_denoiser(job.base, device=device), self.choice
-            if not all(bool(p.isfinite().all()) for p in denoiser.network.parameters()):
-                raise NumericsError(
-                    f"{job.base}: holds weights that are not finite; import it anew with "
-                    f"`deme split`"
-                )
-        source, shape = job.images.source, denoiser.sample_shape
-        data = open_images(source, shape=shape, split="train")
-        flip = job.images.horizontal_flip
-        if job.force:
-            checkpoint_path(self.output).unlink(missing_ok=True)
-        return Run(
-            denoiser=denoiser,
-            choice=choice,
-            data=data,
-            held_out=open_images(source, shape=shape, split="held-out"),
-            flip=data.can_flip if flip is None else flip,
-            config=job.settings,
-            output=self.output,
-            dtype=job.dtype,
-            from_scratch=self.choice is None,
-        )
 
 
 def plan_experts(job: Job, run: RunFile, range_text: str, output: Path | None) -> list[Plan]:
@@ -131,6 +97,7 @@ def plan_experts(job: Job, run: RunFile, range_text: str, output: Path | None) -
     texts = [range_text]
     if range_text == "all":
         texts = [f"{index}/{num_ranges}" for index in range(1, num_ranges + 1)]
+    has = bool(record.companions)
     plans = []
     for text in texts:
         choice = parse_range(text, record.num_train_timesteps, split.timestep_ranges)
@@ -141,7 +108,9 @@ def plan_experts(job: Job, run: RunFile, range_text: str, output: Path | None) -
         else:
             _require_free(job, path)
             require_space(path, _FILES_BESIDE * job.base.stat().st_size)
-        plans.append(Plan(job, text, choice, path, is_done=done))
+        plans.append(Plan(job, text, choice, path, is_done=done, has_companions=has))
+    if not all(plan.is_done for plan in plans):
+        require_companions(record, job.pipeline)
     return plans
 
 
@@ -151,6 +120,14 @@ def plan_base(job: Job, description: Path, output: Path) -> Plan:
     _require_free(job, output)
     settings = replace(job.settings, p=0.0, consistency=0.0, projection="none")
     return Plan(replace(job, settings=settings), "base", None, output, document)
+
+
+def require_companions(record: DenoiserRecord, pipeline: str | None) -> None:
+    """Check that a model's frozen parts are there; raises MissingError naming the first."""
+    if record.companions:
+        from deme_cli.diffusion.pipeline_parts import locate_parts
+
+        locate_parts(pipeline or record.source, list(record.companions))
 
 
 def _require_free(job: Job, output: Path) -> None:
@@ -164,12 +141,15 @@ def _require_same_settings(output: Path, base: BaseRecord, job: Job) -> None:
     record = read_record(output, "expert")
     assert isinstance(record, ExpertRecord)
     wanted = {n: v for n, v in asdict(job.settings).items() if n not in NOT_RESULT}
-    found = {name: record.training.get(name) for name in wanted}
-    for name, value in {"base": base.fingerprint, **wanted}.items():
-        if {"base": record.base, **found}[name] != value:
+    wanted |= {"base": base.fingerprint, "crop": job.images.crop}
+    if job.images.resolution:
+        wanted["resolution"] = [job.images.resolution] * 2
+    found = {**record.training, "base": record.base}
+    for name, value in wanted.items():
+        if name in found and found[name] != value:
             raise ConfigError(
-                f"{output} exists with another {name}, {found.get(name, record.base)!r} and not "
-                f"{value!r}; add --force to train all ranges anew, or move it away"
+                f"{output} exists with another {name}, {found[name]!r} and not {value!r}; "
+                f"add --force to train all ranges anew, or move it away"
             )
 
 

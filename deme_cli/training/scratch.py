@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from deme_cli.artifacts import fingerprint
+from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.denoiser import Denoiser, build_network, choose_device
+from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts
 from deme_cli.diffusion.schedule import read_schedule
+from deme_cli.errors import ConfigError
 from deme_cli.records import BaseRecord
 
+_NO_PIPELINE = "trained from scratch"
 
-def random_denoiser(description: dict[str, Any], seed: int, *, device: str) -> Denoiser:
-    """The denoiser that {model, scheduler} describes, its weights drawn from `seed`."""
+
+def random_denoiser(
+    description: dict[str, Any], seed: int, *, device: str, pipeline: str | None = None
+) -> Denoiser:
+    """The denoiser that {model, scheduler} describes, its weights drawn from `seed`.
+
+    pipeline: the folder or hub id with the frozen parts of a model that has any; its own denoiser
+    is not read. Raises ConfigError where such a model comes without one.
+    """
     model = {"_class_name": "UNet2DModel", **description["model"]}
     scheduler = {"_class_name": "DDPMScheduler", **description["scheduler"]}
+    source, companions = _NO_PIPELINE, {}
+    if parts := backbone_of(model, "[model]").parts:
+        if not pipeline:
+            raise ConfigError(
+                f"{model['_class_name']} needs {', '.join(parts)}: give the folder or hub id of a "
+                f"pipeline that has them with --pipeline"
+            )
+        folder = locate_parts(pipeline, parts)
+        source = str(folder.resolve()) if Path(pipeline).expanduser().is_dir() else pipeline
+        companions = digests_of(folder)
     with torch.random.fork_rng(devices=[]):  # diffusers initialises from the global generator
         torch.manual_seed(seed)
         network = build_network(model, "[model]")
     schedule = read_schedule(scheduler, "[scheduler]")
     record = BaseRecord(
-        source="trained from scratch",
+        source=source,
         model_config={**dict(network.config), "_class_name": model["_class_name"]},
         scheduler_config=scheduler,
         num_train_timesteps=schedule.num_train_timesteps,
+        companions=companions,
         fingerprint=fingerprint(network.state_dict()),
     )
     network.to(choose_device(device)).eval().requires_grad_(False)

@@ -3,8 +3,9 @@
     python examples/benchmarks/bench_merge.py [--parameters 114e6] [--experts 4] [--rounds 7]
 
 Writes a base and experts with random float32 weights under the names and shapes of
-google/ddpm-ema-church-256 (113.7 M parameters, 455 MB each) into a temporary folder, then runs, in
-turns, each as a process of its own:
+google/ddpm-ema-church-256 (113.7 M parameters, 455 MB each), or with --model sd of
+CompVis/stable-diffusion-v1-4's U-Net (859.5 M parameters, 3.4 GB each), into a temporary folder,
+then runs, in turns, each as a process of its own:
 
     recipe        the authors': model objects loaded, state dicts subtracted, scaled and added into
                   new dictionaries, applied to a deep copy, saved
@@ -32,12 +33,17 @@ from pathlib import Path
 
 ARMS = ("recipe", "safetensors", "loop", "deme")
 COEFFICIENTS = (0.1, 0.1, 0.2, 0.5)
+STABLE_DIFFUSION = {
+    "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 4,
+    "cross_attention_dim": 768, "attention_head_dim": 8,
+}  # fmt: skip
 UNIT = 128  # channels of the first level of google/ddpm-ema-church-256
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parameters", type=float, default=114e6, help="about so many per model")
+    parser.add_argument("--model", choices=("ddpm", "sd"), default="ddpm")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--arms", default=",".join(ARMS), help="which ways to run")
@@ -49,14 +55,16 @@ def main() -> None:
         return
     arms = options.arms.split(",")
     with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.folder) as folder:
-        num_bytes = write_models(Path(folder), options.parameters, options.experts)
+        is_sd = options.model == "sd"
+        config = STABLE_DIFFUSION if is_sd else model_config(options.parameters)
+        num_bytes = write_models(Path(folder), config, options.experts)
         inputs = options.experts + 1
         print(f"{inputs} files of {num_bytes / 1e6:.0f} MB in {folder}", file=sys.stderr)
         if num_bytes * (inputs + 2) > shutil.disk_usage(folder).free:
             sys.exit("not enough disk space; use --parameters or --folder")
         rounds = [run_round(arms, Path(folder)) for _ in range(options.rounds)]
         memory = peak_anonymous(Path(folder)) if "deme" in arms else None
-    report(arms, rounds, memory)
+    report(arms, rounds, memory, num_bytes * (inputs + 1) / 1e6)
 
 
 def model_config(parameters: float) -> dict:
@@ -72,22 +80,22 @@ def model_config(parameters: float) -> dict:
     }  # fmt: skip
 
 
-def write_models(folder: Path, parameters: float, experts: int) -> int:
+def write_models(folder: Path, config: dict, experts: int) -> int:
     """base and ft_*.safetensors, and diffusers folders of the same files; returns bytes of one."""
     import json
 
+    import diffusers
     import numpy as np
     import torch
-    from diffusers import UNet2DModel
 
     from deme_cli.artifacts import ArtifactWriter
     from deme_cli.records import BaseRecord, ExpertRecord
     from deme_cli.tensor_file import layout_of
     from deme_cli.timesteps import split_uniform
 
-    config = model_config(parameters)
+    network = getattr(diffusers, config["_class_name"])
     with torch.device("meta"):
-        layout = layout_of(UNet2DModel.from_config(config).state_dict())
+        layout = layout_of(network.from_config(config).state_dict())
     shared = {
         "source": "random", "model_config": config, "num_train_timesteps": 1000,
         "scheduler_config": {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000},
@@ -169,7 +177,7 @@ def run_arm(arm: str, folder: Path) -> None:
 
 
 def _import_diffusers() -> None:
-    from diffusers import UNet2DModel  # noqa: F401
+    import diffusers  # noqa: F401
 
 
 def _import_torch() -> None:
@@ -182,11 +190,14 @@ def _import_deme() -> None:
 
 def _recipe(paths: list[Path], coefficients: list[float], folder: Path) -> None:
     import copy
+    import json
 
+    import diffusers
     import torch
-    from diffusers import UNet2DModel
 
-    base, *experts = (UNet2DModel.from_pretrained(path.with_suffix("")) for path in paths)
+    config = json.loads((paths[0].with_suffix("") / "config.json").read_text())
+    network = getattr(diffusers, config["_class_name"])
+    base, *experts = (network.from_pretrained(path.with_suffix("")) for path in paths)
     theta = base.state_dict()
     vectors = [{name: expert.state_dict()[name] - theta[name] for name in theta}
                for expert in experts]  # fmt: skip
@@ -243,11 +254,17 @@ def peak_anonymous(folder: Path) -> float | None:
 
 
 def report(
-    arms: list[str], rounds: list[dict[str, tuple[float, float]]], memory: float | None
+    arms: list[str],
+    rounds: list[dict[str, tuple[float, float]]],
+    memory: float | None,
+    megabytes: float,
 ) -> None:
-    print("| way | process, s | work, s | process / deme | work / deme |\n|---|---|---|---|---|")
+    """The table; MB/s are of bytes read and written, `megabytes` in all, in the work alone."""
+    print("| way | process, s | work, s | work, MB/s | process / deme | work / deme |")
+    print("|---|---|---|---|---|---|")
     for arm in arms:
         cells = [spread([r[arm][i] for r in rounds]) for i in (0, 1)]
+        cells.append(f"{megabytes / statistics.median([r[arm][1] for r in rounds]):.0f}")
         if "deme" in arms:
             cells += [spread([r[arm][i] / r["deme"][i] for r in rounds]) for i in (0, 1)]
         print(f"| {arm} | {' | '.join(cells)} |")

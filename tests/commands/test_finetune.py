@@ -13,6 +13,7 @@ from PIL import Image
 
 from deme_cli.artifacts import read_record
 from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.diffusion.companions import Companions
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.training.plan import Job
 
@@ -174,6 +175,20 @@ def test_a_latent_model_is_finetuned_and_its_latents_are_cached_once(
     assert record.companions == base.companions
     assert record.training["caption_dropout"] == 0.3
     assert (record.training["resolution"], record.training["crop"]) == ([16, 16], "centre")
+
+
+def test_a_search_of_coefficients_reads_the_held_out_latents_of_the_cache(
+    deme, latent_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert deme("finetune", "--range", "all", *LATENT).exit_code == 0
+    monkeypatch.setattr(Companions, "pipeline", property(lambda self: pytest.fail("loaded")))
+    done = deme(
+        "merge", "ft_1of2.safetensors", "ft_2of2.safetensors", "--search", "grid", "--num", 4,
+        "--grid", "0,1", "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["search"]["objective"] == "loss"
+    assert read_record(latent_folder / "merged.safetensors").companions
 
 
 def test_a_cache_in_a_folder_is_refused_when_it_was_made_for_other_images(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 from typer.testing import Result
 
@@ -87,3 +88,22 @@ def test_existing_statistics_are_not_replaced_unasked(tmp_path: Path, deme: Deme
     assert deme("stats", "digits", "-o", output).exit_code == 0
     assert "--force" in str(deme("stats", "digits", "-o", output).exception)
     assert deme("stats", "digits", "-o", output, "--force").exit_code == 0
+
+
+def test_squeezed_images_are_scaled_without_a_crop(tmp_path: Path, deme: Deme) -> None:
+    folder, output = tmp_path / "oblong", tmp_path / "ref.safetensors"
+    folder.mkdir()
+    pixels = np.random.default_rng(1).integers(0, 256, (6, 12, 20, 3), dtype=np.uint8)
+    squeezed = []
+    for index, each in enumerate(pixels):
+        image = Image.fromarray(each)
+        image.save(folder / f"{index}.png")
+        squeezed.append(np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC)))
+    made = deme("stats", folder, "-o", output, "--features", "digits", "--size", 8, "--squeeze")
+    assert made.exit_code == 0, made.exception
+    features = load_extractor("digits").features(np.stack(squeezed))
+    np.testing.assert_allclose(load_file(output)["mu"], features.mean(axis=0), atol=1e-6)
+    assert read_record(output, "statistics").data["squeezed"] is True
+    refused = deme("stats", folder, "-o", tmp_path / "x.safetensors", "--squeeze")
+    assert isinstance(refused.exception, ConfigError)
+    assert "--size" in str(refused.exception)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_base, write_tiny_expert
+from PIL import Image
+from stand_ins import save_script
 
 from deme_cli.artifacts import load_tensors, write_artifact
-from deme_cli.config import MergeConfig, SampleConfig
+from deme_cli.config import DataConfig, MergeConfig, SampleConfig
 from deme_cli.data.images import open_images, to_unit
+from deme_cli.diffusion.checkpoints import base_record, import_model
+from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.diffusion.projection import PREFIX
 from deme_cli.errors import Stopped
@@ -21,6 +27,8 @@ from deme_cli.merging.combine import merge_artifacts
 from deme_cli.merging.lineage import Family, open_family, open_parents
 from deme_cli.merging.objectives import HeldOutLoss, Objective, open_objective
 from deme_cli.sampling.sampler import collect_images, image_seed, single
+from deme_cli.training.examples import PixelExamples
+from deme_cli.training.materials import fill_caches
 
 SAMPLE = SampleConfig(num=24, steps=3, seed=5, batch_size=16)
 
@@ -46,12 +54,12 @@ def family(tmp_path: Path, denoiser: Denoiser) -> Family:
 
 def held_out_loss(denoiser: Denoiser, **settings: int) -> HeldOutLoss:
     data = open_images("digits", shape=(1, 8, 8), split="held-out")
-    return HeldOutLoss(data, denoiser.schedule, MergeConfig(**settings))
+    return HeldOutLoss(PixelExamples(data), denoiser.schedule, MergeConfig(**settings))
 
 
 def open_distance(denoiser: Denoiser) -> Objective:
     return open_objective(
-        MergeConfig(objective="fid"), denoiser.schedule, denoiser.sample_shape, images="digits",
+        MergeConfig(objective="fid"), denoiser.record, images=DataConfig(source="digits"),
         sample=SAMPLE, features="digits", resize="clean", device="cpu",
     )  # fmt: skip
 
@@ -61,7 +69,7 @@ def test_the_loss_is_the_mean_over_its_draws_one_by_one(denoiser: Denoiser) -> N
     data = open_images("digits", shape=(1, 8, 8), split="held-out")
     errors = []
     for index, (image, t) in enumerate(
-        zip(objective._images.tolist(), objective._t.tolist(), strict=True)
+        zip(objective.draws.images.tolist(), objective.draws.t.tolist(), strict=True)
     ):
         x0 = to_unit(data.batch([image]))
         generator = torch.Generator().manual_seed(image_seed(3, index))
@@ -75,9 +83,9 @@ def test_the_loss_is_the_mean_over_its_draws_one_by_one(denoiser: Denoiser) -> N
 
 def test_the_draws_use_every_image_and_every_part_of_the_horizon_evenly(denoiser: Denoiser) -> None:
     objective = held_out_loss(denoiser, num=500)
-    strata = torch.bincount(objective._t // 20, minlength=5)
+    strata = torch.bincount(objective.draws.t // 20, minlength=5)
     assert strata.tolist() == [100] * 5
-    uses = torch.bincount(objective._images, minlength=359)
+    uses = torch.bincount(objective.draws.images, minlength=359)
     assert set(uses.tolist()) == {1, 2}
 
 
@@ -157,3 +165,103 @@ def test_candidates_of_block_experts_carry_merged_projections(
     weights = CandidateNetwork(blocks, device="cpu", dtype="fp32").at((1.0, 0.5)).network
     found = weights.state_dict()[f"{PREFIX}.mid_block.weight"]
     torch.testing.assert_close(found, torch.eye(16) + 0.1 + 0.5 * 0.3)
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> Path:
+    """Twelve colour images of two sizes, each with a caption and a class."""
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    rng, rows = np.random.default_rng(0), []
+    for index in range(12):
+        pixels = rng.integers(0, 256, (16 + index % 2, 18, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+        rows.append({"file_name": f"{index:02d}.png", "text": f"thing {index}", "label": index % 3})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def small_features(tmp_path: Path) -> str:
+    """A feature network of twelve means of an image, as TorchScript."""
+
+    class Means(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+    return str(save_script(Means(), tmp_path / "means.pt"))
+
+
+def open_latent(name: str, pipelines: Callable, tmp_path: Path) -> Denoiser:
+    model = import_model(str(pipelines(name)))
+    path = tmp_path / f"{name}.safetensors"
+    write_artifact(path, model.weights, base_record(model))
+    return load_denoiser(path)
+
+
+@pytest.mark.parametrize("name", ["sd", "dit", "sd3"])
+def test_the_loss_of_a_latent_model_is_told_what_its_images_show(
+    name: str, pipelines: Callable, captioned: Path, tmp_path: Path
+) -> None:
+    denoiser = open_latent(name, pipelines, tmp_path)
+    objective = open_objective(
+        MergeConfig(num=5, batch_size=2, seed=3), denoiser.record,
+        images=DataConfig(source=str(captioned)), sample=SAMPLE, features="digits", resize="clean",
+        device="cpu", cache="auto", beside=tmp_path,
+    )  # fmt: skip
+    list(fill_caches(objective.examples))
+    companions = open_companions(denoiser.record)
+    data = open_images(
+        str(captioned), shape=(3, 16, 16), split="held-out", wants=companions.wants
+    )  # its one image is the last
+    subjects = data.captions([0]) if companions.wants == "text" else data.labels([0])
+    x0 = companions.latents(*companions.encode_images(to_unit(data.batch([0]))), None)
+    errors = []
+    for index, t in enumerate(objective.draws.t):
+        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(image_seed(3, index)))
+        schedule, t = denoiser.schedule, t[None]
+        x_t, told = schedule.add_noise(x0, eps, t), companions.conditions(subjects)
+        with torch.no_grad():
+            output = predict(denoiser.network, x_t, schedule.times(t), told)
+        errors.append((schedule.target(x0, eps, t) - output).square().mean())
+    expected = torch.stack(errors).double().mean().item()
+    assert objective(denoiser, go_on) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [None, "text:a red cat"])
+def test_the_distance_of_a_text_model_draws_captions_or_the_prompts_of_the_run(
+    pipelines: Callable, captioned: Path, small_features: str, tmp_path: Path, prompts: str | None
+) -> None:
+    denoiser = open_latent("sd", pipelines, tmp_path)
+    sample = SampleConfig(num=13, steps=2, seed=5, batch_size=8, prompts=prompts)
+    objective = open_objective(
+        MergeConfig(objective="fid"), denoiser.record, images=DataConfig(source=str(captioned)),
+        sample=sample, features=small_features, resize="clean", device="cpu",
+    )  # fmt: skip
+    shown = objective._scene.prompts
+    things = [f"thing {index % 11}" for index in range(13)]  # the twelfth is held out
+    assert shown == (["a red cat"] * 13 if prompts else things)
+    assert objective.protocol["prompts"]["n"] == (1 if prompts else 11)
+    assert objective.protocol["sampler"] == "ddim"
+    images = collect_images(single(denoiser), sample, scene=objective._scene)
+    assert images.shape == (13, 16, 16, 3)
+    extractor, made, real = load_extractor(small_features), RunningStatistics(), RunningStatistics()
+    made.add(extractor.features(images))
+    train = open_images(str(captioned), shape=(3, 16, 16), split="train")
+    real.add(extractor.features(train.batch(range(11)).permute(0, 2, 3, 1).numpy()))
+    a, b = made.statistics(), real.statistics()
+    expected = frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+    assert objective(denoiser, go_on) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_distance_of_a_class_model_draws_its_classes_in_turn(
+    pipelines: Callable, captioned: Path, small_features: str, tmp_path: Path
+) -> None:
+    denoiser = open_latent("dit", pipelines, tmp_path)
+    objective = open_objective(
+        MergeConfig(objective="fid"), denoiser.record, images=DataConfig(source=str(captioned)),
+        sample=SampleConfig(num=13, steps=2, batch_size=16), features=small_features,
+        resize="clean", device="cpu",
+    )  # fmt: skip
+    assert objective._scene.classes == [index % 10 for index in range(13)]
+    assert np.isfinite(objective(denoiser, go_on))

@@ -19,6 +19,7 @@ from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.timesteps import parse_range
+from deme_cli.training.examples import PixelExamples
 from deme_cli.training.finetune import Run, train
 from deme_cli.training.places import checkpoint_path, metrics_path
 
@@ -32,8 +33,10 @@ def run(tmp_path: Path) -> Run:
     return Run(
         denoiser=denoiser,
         choice=parse_range("2/4", 100),
-        data=open_images("digits", shape=denoiser.sample_shape, split="train"),
-        held_out=open_images("digits", shape=denoiser.sample_shape, split="held-out"),
+        examples=PixelExamples(open_images("digits", shape=denoiser.sample_shape)),
+        held_out=PixelExamples(
+            open_images("digits", shape=denoiser.sample_shape, split="held-out")
+        ),
         flip=False,
         config=SHORT,
         output=tmp_path / "ft_2of4.safetensors",

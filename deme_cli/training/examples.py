@@ -1,0 +1,116 @@
+"""What a run learns from: clean x_0 with what the network is told of it, pixels and latents alike.
+
+B batch, C channels, h x w of x_0 (latents where there is a VAE), H x W of the images. A draw is a
+function of the images asked for, the mirrored ones among them, and a generator, from which the
+crops come first and then the noise of the VAE's posterior. Without a generator there is no chance
+in it: centre crops and the mean of the posterior, as held-out losses are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deme_cli.data.fitting import Shape
+from deme_cli.data.images import ImageData, to_unit
+from deme_cli.diffusion.companions import Companions
+from deme_cli.diffusion.conditions import Conditions
+from deme_cli.training.encoder import SIZES, Encoder, mirror
+from deme_cli.training.latent_cache import LatentCache
+
+
+class Examples(Protocol):
+    """Numbered (x_0, conditions). `fingerprint` is that of the images and what they show."""
+
+    source: str
+    fingerprint: str
+    can_flip: bool  # whether a mirrored image is as good as the original
+    shape: Shape  # (C, h, w) of x_0
+    image_shape: Shape  # (C, H, W) of the images behind it
+    crop: str  # centre or random
+
+    def __len__(self) -> int: ...
+
+    def draw(
+        self, indices: Sequence[int], *, flip: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Conditions]:
+        """x_0 (B, C, h, w) and conditions of the images `indices`; flip (B,): which to mirror."""
+        ...
+
+    def null(self) -> Conditions:
+        """The condition of nothing said, of batch 1; {} for unconditional models."""
+        ...
+
+
+class PixelExamples:
+    """Images as they are, in [-1, 1], for models that draw pixels from noise alone."""
+
+    def __init__(self, data: ImageData, *, crop: str = "centre") -> None:
+        self.data, self.crop = data, crop
+        self.source, self.fingerprint = data.source, data.fingerprint
+        self.can_flip, self.shape, self.image_shape = data.can_flip, data.shape, data.shape
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def draw(
+        self, indices: Sequence[int], *, flip: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Conditions]:
+        x0 = to_unit(self.data.batch(indices, draw_crops(self.crop, len(indices), generator)))
+        return mirror(x0, flip), {}
+
+    def null(self) -> Conditions:
+        return {}
+
+
+class LatentExamples:
+    """VAE latents and conditions of images, read from a cache as far as it holds them.
+
+    Centre crops come with their latents from the cache; of random crops only what is said of the
+    image does.
+    """
+
+    def __init__(
+        self, encoder: Encoder, companions: Companions, *, crop: str = "centre",
+        cache: LatentCache | None = None,
+    ) -> None:  # fmt: skip
+        self.encoder, self.companions, self.cache, self.crop = encoder, companions, cache, crop
+        data = encoder.data
+        self.source, self.fingerprint = data.source, data.fingerprint
+        self.can_flip = data.can_flip
+        self.shape, self.image_shape = encoder.latent_shape, data.shape
+
+    def __len__(self) -> int:
+        return len(self.encoder.data)
+
+    def draw(
+        self, indices: Sequence[int], *, flip: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Conditions]:
+        crops = draw_crops(self.crop, len(indices), generator)
+        if self.cache is None:
+            mean, deviation = self.encoder.posterior(indices, flip, crops)
+            conditions = self.encoder.conditions(indices, flip, crops)
+        else:
+            conditions = self.cache.conditions(indices)
+            if crops is not None and SIZES in conditions:  # the text stays, the crop is new
+                sizes = self.encoder.geometry(indices, flip, crops)
+                conditions[SIZES] = sizes.to(conditions[SIZES])
+            if self.cache.holds_latents:
+                mean, deviation = self.cache.posterior(indices, flip)
+            else:
+                mean, deviation = self.encoder.posterior(indices, flip, crops)
+        noise = None if generator is None else torch.randn(mean.shape, generator=generator)
+        return self.companions.latents(mean, deviation, noise), conditions
+
+    def null(self) -> Conditions:
+        return self.encoder.null() if self.cache is None else self.cache.null()
+
+
+def draw_crops(crop: str, num: int, generator: torch.Generator | None) -> Tensor | None:
+    """Where random crops lie, x and y in [0, 1]: (num, 2); None for the centre."""
+    if crop == "centre" or generator is None:
+        return None
+    return torch.rand(num, 2, generator=generator)

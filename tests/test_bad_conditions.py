@@ -1,0 +1,156 @@
+"""Wrong captions, prompts, frozen parts and caches: one line each, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
+
+FEW = ("--steps", 1, "--batch-size", 2, "--accumulation", 1, "--held-out", 0)
+
+
+@pytest.fixture
+def refused(
+    deme: Callable[..., Result],
+    pipelines: Callable[..., Path],
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., str]:
+    """Run a command line beside bases sd, dit, sd3 and `images`; it must fail in one line."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("sd", "dit", "sd3"):
+        deme("split", pipelines(name), "-n", 2, "--data", "images", "-o", name)
+        shutil.move(f"{name}/base.safetensors", f"{name}.safetensors")
+    shutil.move("sd/deme.toml", "deme.toml")
+
+    def run(error: type[DemeError], *words: object) -> str:
+        before = set(tmp_path.rglob("*.safetensors"))
+        result = deme(*words)
+        assert isinstance(result.exception, error), (result.exception, result.output)
+        assert set(tmp_path.rglob("*.safetensors")) == before
+        message = str(result.exception)
+        assert "\n" not in message
+        return message
+
+    return run
+
+
+def finetune(base: str, *more: object) -> tuple[object, ...]:
+    return ("finetune", "--range", "1/2", "--base", f"{base}.safetensors", *FEW, *more)
+
+
+def write_captions(rows: int) -> None:
+    lines = [json.dumps({"file_name": f"{i:02d}.png", "text": f"digit {i}"}) for i in range(rows)]
+    Path("images/metadata.jsonl").write_text("\n".join(lines))
+
+
+def test_captions_missing_for_some_images_are_counted(refused: Callable[..., str]) -> None:
+    write_captions(7)
+    message = refused(ArtifactError, *finetune("sd", "--data", "images"))
+    assert "missing for 3 of 10 images, the first images/07.png" in message
+
+
+def test_an_empty_caption_file_is_named(refused: Callable[..., str]) -> None:
+    Path("images/metadata.jsonl").write_text("")
+    assert "metadata.jsonl: the file is empty" in refused(
+        ArtifactError, *finetune("sd", "--data", "images")
+    )
+
+
+def test_images_without_captions_or_classes_are_refused(refused: Callable[..., str]) -> None:
+    assert "no captions: looked for metadata.jsonl" in refused(
+        ArtifactError, *finetune("sd", "--data", "images")
+    )
+    assert "labels missing for 10 of 10" in refused(
+        ArtifactError, *finetune("dit", "--data", "images")
+    )
+
+
+def test_a_caption_column_that_is_not_there_is_named(refused: Callable[..., str]) -> None:
+    write_captions(10)
+    message = refused(ArtifactError, *finetune("sd", "--data", "images", "--captions", "blip"))
+    assert "no column blip" in message
+    assert "columns: file_name, text" in message
+
+
+def test_a_prompt_file_with_the_wrong_column_is_refused(refused: Callable[..., str]) -> None:
+    Path("prompts.csv").write_text("id,words\n1,a boat\n")
+    message = refused(ArtifactError, "sample", "sd.safetensors", "--prompts", "prompts.csv")
+    assert "columns: id, words" in message
+    assert "--prompt-column" in message
+    message = refused(
+        ConfigError, "sample", "sd.safetensors", "--prompts", "prompts.csv", "--prompt-column", "x"
+    )
+    assert "no column 'x'" in message
+
+
+def test_a_prompt_count_that_is_not_the_number_of_images_is_refused(
+    refused: Callable[..., str],
+) -> None:
+    Path("prompts.txt").write_text("a boat\na house\na tree\n")
+    message = refused(ConfigError, "sample", "sd.safetensors", "--prompts", "prompts.txt", "-n", 10)
+    assert "holds 3 prompts, -n says 10" in message
+
+
+def test_a_model_is_told_only_what_it_understands(
+    refused: Callable[..., str], deme: Callable[..., Result]
+) -> None:
+    sample = ("sample", "digits")
+    assert "guidance" in refused(ConfigError, *sample, "--guidance", 4)
+    assert "noise alone" in refused(ConfigError, *sample, "--prompts", "digits")
+    assert "noise alone" in refused(ConfigError, *sample, "--classes", "3")
+    assert "draws prompts" in refused(ConfigError, "sample", "sd.safetensors")
+    assert "classes" in refused(ConfigError, "sample", "sd.safetensors", "--classes", "1")
+    assert "class 12" in refused(ConfigError, "sample", "dit.safetensors", "--classes", "12")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_missing_frozen_part_is_named_by_every_command_that_needs_it(
+    part: str, refused: Callable[..., str], pipelines: Callable[..., Path]
+) -> None:
+    write_captions(10)
+    shutil.copytree(pipelines("sd"), "broken")
+    shutil.rmtree(Path("broken", part))
+    for words in (
+        finetune("sd", "--data", "images", "--pipeline", "broken"),
+        ("sample", "sd.safetensors", "--prompt", "a boat", "-n", 1, "--pipeline", "broken"),
+        ("export", "sd.safetensors", "out", "--pipeline", "broken"),
+        ("split", "broken", "-o", "again"),
+    ):
+        assert f"the {part} is missing" in refused(MissingError, *words)
+    assert not Path("out").exists()
+
+
+def test_a_cache_made_with_another_vae_is_refused(
+    refused: Callable[..., str], deme: Callable[..., Result], pipelines: Callable[..., Path]
+) -> None:
+    write_captions(10)
+    made = deme(*finetune("sd", "--data", "images", "--cache", "cache", "-o", "a.safetensors"))
+    assert made.exit_code == 0, made.exception
+    shutil.copytree(pipelines("sd"), "other")
+    config = Path("other/vae/config.json")
+    config.write_text(config.read_text().replace('"scaling_factor": 0.5', '"scaling_factor": 0.7'))
+    deme("split", "other", "-o", "run", "--data", "images")
+    message = refused(
+        ArtifactError,
+        *finetune("run/base", "--data", "images", "--cache", "cache", "-o", "b.safetensors"),
+    )
+    assert "made with another vae" in message
+    assert "--cache" in message
+
+
+def test_a_scheduler_that_does_not_fit_the_parametrisation_is_refused(
+    refused: Callable[..., str],
+) -> None:
+    draw = ("sample", "sd3.safetensors", "--prompt", "a boat", "-n", 1, "--resolution", 16)
+    for sampler in ("ddim", "pndm", "ddpm"):
+        message = refused(ConfigError, *draw, "--sampler", sampler)
+        assert sampler in message
+        assert "euler" in message
