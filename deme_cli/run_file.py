@@ -45,6 +45,11 @@ class RunFile:
         is_beside = not Path(place).exists() and self.resolve(place).exists()
         return str(self.resolve(place)) if is_beside else place
 
+    def pipeline(self, given: str | None = None) -> str | None:
+        """The folder or hub id of the frozen parts: as given, else that of this file, if any."""
+        found = self.settings(ModelConfig, pipeline=given).pipeline
+        return found if given or not found else self.seen(found)
+
     @property
     def base(self) -> Path:
         return self.resolve(self.settings(ModelConfig).base)

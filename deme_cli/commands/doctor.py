@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli import __version__, console
 from deme_cli.commands.options import Json, Quiet, begin
-from deme_cli.config import ModelConfig
 
 if TYPE_CHECKING:
     from deme_cli.evaluation.inventory import Item
@@ -34,8 +33,7 @@ def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
     versions = {"deme": __version__, "python": platform.python_version(), **_versions()}
     items = list(take_inventory())
     if run.base.is_file():
-        pipeline = run.settings(ModelConfig).pipeline
-        items += take_companions(run.base, pipeline and run.seen(pipeline))
+        items += take_companions(run.base, run.pipeline())
     device = _device()
     _show(versions, device, items, str(cache_folder()))
     if as_json:

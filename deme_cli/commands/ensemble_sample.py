@@ -38,7 +38,6 @@ from deme_cli.commands.sample import (
     Spacing,
     Steps,
     draw,
-    pipeline_of,
     sample_config,
 )
 
@@ -102,7 +101,7 @@ def ensemble_sample(
     }  # fmt: skip
     settings = sample_config(run, options, prompt=prompt, protocol=protocol)
     request = Request(
-        settings, pipeline_of(run, pipeline), output, device, dtype, force, dry_run, as_json
+        settings, run.pipeline(pipeline), output, device, dtype, force, dry_run, as_json
     )
     request.check()
 

@@ -34,7 +34,7 @@ from deme_cli.commands.sample import (
     Spacing,
     Steps,
 )
-from deme_cli.config import EvalConfig, ModelConfig, SampleConfig
+from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.outputs import write_whole
 
 if TYPE_CHECKING:
@@ -155,8 +155,7 @@ def evaluate(
     chosen, settings, sample = find_prompts(run, settings, sample, given["num"])
     rows = find_rows(run, models or [])
     means = find_means(run, settings, weights, named)
-    parts = run.settings(ModelConfig, pipeline=pipeline).pipeline
-    parts = parts and run.seen(parts)
+    parts = run.pipeline(pipeline)
     request = Request(settings, sample, means, rows, chosen, parts, device, dtype)
     if dry_run:
         say_what_would_run(request, as_json=as_json)

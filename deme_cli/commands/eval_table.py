@@ -44,19 +44,24 @@ def show(figures: Figures, cards: Cards) -> None:
     for line in (*describe_cards(cards), *_truncated(figures)):
         console.note(line)
     if paired:
+        where = "in brackets" if len(figures[first]) == 1 else "in --json"
         console.note(
-            "± is the standard deviation over repeats; differences are paired by repeat, "
-            "in brackets the 95 % interval of their mean"
+            f"± is the standard deviation over repeats; differences are paired by repeat, "
+            f"{where} the 95 % interval of their mean"
         )
 
 
 def _cells(row: Mapping[str, Figure], *, paired: bool) -> Iterator[str]:
-    """A figure and, where rows are paired, its difference to the first row; then the counts."""
+    """A figure and, where rows are paired, its difference to the first row; then the counts.
+
+    The interval of a difference is left out where several metrics share the width of a terminal.
+    """
     for figure in row.values():
         yield f"{figure.value:.4g}{_spread(figure)}"
         if paired and (difference := figure.difference) is not None:
             low, high = difference.interval
-            yield f"{difference.mean:+.3g} ± {difference.sd:.2g} [{low:+.2g}, {high:+.2g}]"
+            interval = f" [{low:+.2g}, {high:+.2g}]" if len(row) == 1 else ""
+            yield f"{difference.mean:+.3g} ± {difference.sd:.2g}{interval}"
         elif paired:
             yield ""
     repeats = len(figure.values)

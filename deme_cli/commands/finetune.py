@@ -21,7 +21,7 @@ from deme_cli.commands.options import (
     begin,
     option,
 )
-from deme_cli.config import DataConfig, FinetuneConfig, ModelConfig
+from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.errors import ConfigError, MissingError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def finetune(
         dtype=dtype,
         force=force,
         config_path=config,
-        pipeline=run.settings(ModelConfig, pipeline=pipeline).pipeline,
+        pipeline=run.pipeline(pipeline),
     )  # fmt: skip
     if from_scratch:
         plans = [plan_base(job, from_scratch, output or Path("base.safetensors"))]

@@ -17,6 +17,7 @@ from deme_cli.commands.options import (
     Dtype,
     Force,
     Json,
+    Pipeline,
     Quiet,
     begin,
     option,
@@ -81,6 +82,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Artifact to write.")] = Path(
         "merged.safetensors"
     ),
+    pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -125,7 +127,7 @@ def merge(
         if settings.coefficients and search is None:
             raise ConfigError("[merge] sets both coefficients and search; keep one of them")
         points = _grid(order, by_argument=grid is not None)
-        measure = find_measure(run, order)
+        measure = find_measure(run, order, pipeline)
         if not dry_run:
             found = search_coefficients(order, points, measure)
             _write(order, found.coefficients, found, as_json=as_json)

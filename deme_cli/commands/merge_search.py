@@ -14,7 +14,6 @@ from deme_cli.config import (
     EvalConfig,
     FinetuneConfig,
     MergeConfig,
-    ModelConfig,
     SampleConfig,
 )
 from deme_cli.errors import ConfigError
@@ -73,7 +72,7 @@ class Found:
     picture: Path
 
 
-def find_measure(run: RunFile, order: Order) -> Measure:
+def find_measure(run: RunFile, order: Order, pipeline: str | None) -> Measure:
     """What the search will need, looked for before torch is loaded."""
     from deme_cli.data.places import find_place
     from deme_cli.evaluation.references import find_reference
@@ -82,7 +81,6 @@ def find_measure(run: RunFile, order: Order) -> Measure:
 
     settings, images = order.settings, run.settings(DataConfig)
     source = images.source or _shared_source(order.family)
-    pipeline = run.settings(ModelConfig).pipeline
     if not source:
         raise ConfigError("no images to search with: set [data] source in deme.toml")
     evaluation = run.settings(EvalConfig)
@@ -100,6 +98,9 @@ def find_measure(run: RunFile, order: Order) -> Measure:
         run.settings(SampleConfig), num=settings.num, steps=settings.steps, seed=settings.seed,
         batch_size=settings.batch_size,
     )  # fmt: skip
+    if sample.prompts:
+        sample = replace(sample, prompts=run.seen(sample.prompts))
+    pipeline = run.pipeline(pipeline)
     require_companions(order.family.base_record, pipeline)
     return Measure(
         replace(images, source=source), features, evaluation.resize, sample, pipeline,

@@ -24,7 +24,7 @@ from deme_cli.commands.options import (
     begin,
     option,
 )
-from deme_cli.config import EvalConfig, ModelConfig, SampleConfig
+from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import ConfigError, writing
 from deme_cli.outputs import require_output
 from deme_cli.run_file import RunFile
@@ -105,12 +105,6 @@ def sample_config(
     return config
 
 
-def pipeline_of(run: RunFile, pipeline: str | None) -> str | None:
-    """The folder or hub id of the frozen parts: as given, else that of deme.toml, if any."""
-    found = run.settings(ModelConfig, pipeline=pipeline).pipeline
-    return found if pipeline or not found else run.seen(found)
-
-
 def sample(
     model: Annotated[
         str,
@@ -166,7 +160,7 @@ def sample(
     }  # fmt: skip
     settings = sample_config(run, options, prompt=prompt, protocol=protocol)
     request = Request(
-        settings, pipeline_of(run, pipeline), output or _default_output(model), device, dtype,
+        settings, run.pipeline(pipeline), output or _default_output(model), device, dtype,
         force, dry_run, as_json,
     )  # fmt: skip
     request.check()

@@ -25,6 +25,7 @@ from deme_cli.data.digits import BASE_PATH
 from deme_cli.data.images import open_images, to_unit
 from deme_cli.diffusion.denoiser import Denoiser, build_network, load_denoiser
 from deme_cli.timesteps import parse_range
+from deme_cli.training.examples import PixelExamples
 from deme_cli.training.finetune import Run, train
 
 WIDE = {"block_out_channels": [16, 32], "norm_num_groups": 8}
@@ -62,7 +63,7 @@ def deme(denoiser: Denoiser, config: FinetuneConfig, folder: Path) -> float:
     run = Run(
         denoiser=denoiser,
         choice=parse_range("2/4", 1000),
-        data=open_images("digits", shape=shape, split="train"),
+        examples=PixelExamples(open_images("digits", shape=shape, split="train")),
         held_out=None,
         flip=False,
         config=config,

@@ -24,7 +24,10 @@ class DiT:
     class_name, pipeline, part = "DiTTransformer2DModel", "DiTPipeline", "transformer"
     parts: tuple[str, ...] = ("vae",)
     wants = "class"
-    settings: Mapping[str, Mapping[str, Any]] = {"sample": {"batch_size": 32}}
+    settings: Mapping[str, Mapping[str, Any]] = {
+        "merge": {"batch_size": 32},
+        "sample": {"batch_size": 32},
+    }
 
     def matches(self, config: Config) -> bool:
         # the published folders were written when the class was still Transformer2DModel

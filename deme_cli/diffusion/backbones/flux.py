@@ -32,6 +32,7 @@ class Flux:
     wants = "text"
     settings: Mapping[str, Mapping[str, Any]] = {
         "finetune": {"batch_size": 1, "accumulation": 64},
+        "merge": {"batch_size": 1},
         "sample": {"steps": 28, "batch_size": 1},
     }
 

@@ -20,6 +20,7 @@ class StableDiffusion:
     wants = "text"
     settings: Mapping[str, Mapping[str, Any]] = {
         "finetune": {"batch_size": 16, "accumulation": 16},
+        "merge": {"batch_size": 8},
         "sample": {"sampler": "pndm", "steps": 25, "batch_size": 8},
     }
 

@@ -21,6 +21,7 @@ class StableDiffusion3:
     wants = "text"
     settings: Mapping[str, Mapping[str, Any]] = {
         "finetune": {"batch_size": 4, "accumulation": 64},
+        "merge": {"batch_size": 4},
         "sample": {"steps": 28, "batch_size": 4},
     }
 

@@ -22,6 +22,7 @@ class StableDiffusionXL:
     wants = "text"
     settings: Mapping[str, Mapping[str, Any]] = {
         "finetune": {"batch_size": 4, "accumulation": 64},
+        "merge": {"batch_size": 4},
         "sample": {"sampler": "euler", "batch_size": 4},
     }
 
