@@ -72,7 +72,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     from rich import box
     from rich.table import Table
 
-    sheet = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    sheet = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
+        collapse_padding=True, pad_edge=False,
+    )  # fmt: skip
     for index, column in enumerate(columns):
         sheet.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:

@@ -46,12 +46,12 @@ def find_place(source: str) -> Place:
     """
     if source == "digits":
         return Place("digits", source)
-    if source in FOLDERS_ONLY:
+    path = Path(source).expanduser()
+    if source in FOLDERS_ONLY and not path.is_dir():
         raise MissingError(
             f"{source}: deme has no download for {FOLDERS_ONLY[source]}; get the images from their "
             f"publisher, unpack them, and give the folder instead"
         )
-    path = Path(source).expanduser()
     if source not in KNOWN_DATASETS and os.path.lexists(path):
         return _local(source, path)
     hub_id = KNOWN_DATASETS.get(source, source)

@@ -84,7 +84,7 @@ def find_reference(
             "parti: PartiPrompts are prompts without images; measure --prompts parti by "
             "--clip-score, or give a folder of images"
         )
-    if source in FOLDERS_ONLY:
+    if source in FOLDERS_ONLY and not Path(source).is_dir():
         raise MissingError(
             f"{source}: no statistics of {FOLDERS_ONLY[source]} are published for these features; "
             f"get the images and make them: deme stats FOLDER -o {source}.safetensors"

@@ -296,3 +296,11 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
 def test_an_artifact_of_another_kind_holds_no_images(run_folder: Path) -> None:
     with pytest.raises(ArtifactError, match="expected an artifact of kind 'samples', found 'base'"):
         open_images("base.safetensors", shape=None)
+
+
+def test_a_folder_that_bears_a_known_name_is_taken(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image_folder.rename("imagenet")
+    assert len(open_images("imagenet", shape=None, split="all")) == 10
