@@ -261,7 +261,8 @@ def _warn(request: Request, rows: list[Row]) -> None:
             f"{features.sha256[:12]}); figures cannot be compared with others'"
         )
     for row in rows:
-        if row.finished is not None and len(row.finished) < config.num:
+        measures_distance = bool(config.fid or config.kid)
+        if measures_distance and row.finished is not None and len(row.finished) < config.num:
             console.warn(
                 f"{row.name} has {len(row.finished)} images, not {config.num}: "
                 f"fewer images make a distance larger"

@@ -187,8 +187,8 @@ def _samples(place: Place) -> ArraySource:
         raise ArtifactError(f"{place.source}: expected a uint8 tensor `images` (n, H, W, C)")
     if images.shape[-1] not in (1, 3):
         raise ArtifactError(f"{place.source}: {images.shape[-1]} channels; expected 1 or 3")
-    prompts = read_record(place.path, "samples").prompts
-    return ArraySource(place.source, images.numpy(), captions=prompts)
+    record = read_record(place.path, "samples")
+    return ArraySource(place.source, images.numpy(), captions=record.prompts, labels=record.classes)
 
 
 def _every_fiftieth(count: int, split: str) -> Sequence[int]:

@@ -72,6 +72,8 @@ class Companions:
             if isinstance(part, torch.nn.Module):
                 dtype = torch.float32 if name == "vae" else self.dtype
                 part.to(self.device, dtype).eval().requires_grad_(False)
+                if dtype == torch.float16:
+                    _keep_in_float32(part)
         return pipeline
 
     def release(self) -> None:
@@ -204,6 +206,14 @@ def open_companions(
     backbone = backbone_of(record.model_config)
     folder = locate_parts(pipeline or record.source, backbone.parts) if backbone.parts else None
     return Companions(record, folder, device=device, dtype=dtype)
+
+
+def _keep_in_float32(part: torch.nn.Module) -> None:
+    """Give the layers back their precision that overflow in half (T5's `wo`), as diffusers does."""
+    kept = set(getattr(part, "_keep_in_fp32_modules", None) or ())
+    for name, module in part.named_modules():
+        if kept & set(name.split(".")):
+            module.float()
 
 
 def _silence() -> None:

@@ -132,8 +132,14 @@ def _write_parts(denoiser: Denoiser, companions: Companions, target: Path) -> No
     index = read_json(source / "model_index.json")
     for name, value in index.items():
         listed = isinstance(value, list) and bool(value[0])
-        if listed and name not in (backbone.part, "scheduler") and (source / name).is_dir():
+        if not listed or name in (backbone.part, "scheduler"):
+            continue
+        if (source / name).is_dir():
             shutil.copytree(source / name, target / name)
+        else:  # a safety checker that was not fetched: the pipeline loads without it
+            index[name] = [None, None]
+    if index.get("safety_checker") == [None, None]:
+        index["requires_safety_checker"] = False
     index[backbone.part] = ["diffusers", backbone.class_name]
     config = denoiser.record.scheduler_config
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)

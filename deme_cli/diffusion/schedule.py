@@ -93,7 +93,7 @@ class FlowSchedule:
         Raises ConfigError where the table has no draw in `span`.
         """
         total = self.num_train_timesteps
-        times = self.sigmas * total
+        times = self.times(torch.arange(total))  # what the network is told, to the last bit
         edges = torch.tensor([span.start, span.stop], dtype=times.dtype)
         start, stop = torch.searchsorted(times, edges).tolist()
         stop = total if span.stop == total else stop

@@ -15,6 +15,7 @@ from typing import Any
 from deme_cli import __version__
 from deme_cli.evaluation.clip_weights import ClipWeights
 from deme_cli.evaluation.comparable import is_known
+from deme_cli.evaluation.protocols import find_protocol
 from deme_cli.evaluation.references import Reference
 from deme_cli.evaluation.weights import ClassifierWeights, FeatureWeights
 
@@ -57,10 +58,14 @@ class Means:
 
 def evaluation_card(card: Mapping[str, Any], means: Means, *, seeds: list[int]) -> dict[str, Any]:
     """The card of one row, from that of its images. seeds: one per repeat, none if finished."""
+    measured = means.card
+    protocol = find_protocol(measured.get("protocol"))
+    if not seeds and protocol is not None and not protocol.drew(card):
+        measured["protocol"] = None  # finished images that were drawn otherwise
     return {
         **card,
         **({"seeds": seeds} if seeds else {}),
-        **means.card,
+        **measured,
         "versions": versions(),
     }
 
@@ -115,9 +120,10 @@ def _drawn(card: Mapping[str, Any]) -> str:
     seeds = card.get("seeds") or [card["seed"]]
     span = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     eta = f", eta {card['eta']:g}" if card.get("eta") else ""
+    spacing = f", {card['spacing']} spacing" if card["spacing"] else ""
     guidance = f", guidance {card['guidance']:g}" if card.get("guidance") else ""
     return (
-        f"{card['sampler']} {card['steps']} steps, {card['spacing']} spacing{eta}{guidance}, "
+        f"{card['sampler']} {card['steps']} steps{spacing}{eta}{guidance}, "
         f"{card['dtype']}, seed {span}"
     )
 

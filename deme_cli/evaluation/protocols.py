@@ -30,6 +30,12 @@ class Protocol:
     evaluation: Mapping[str, Any]
     reference: str | None = None
 
+    def drew(self, card: Mapping[str, Any]) -> bool:
+        """Whether finished images, by their card, were drawn as this protocol says."""
+        found = {**card, "resize": card.get("resize_to")}
+        found["prompts"] = (card.get("prompts") or {}).get("source")
+        return all(found.get(name) == value for name, value in self.sample.items())
+
     def settings(self, config: type[Settings]) -> dict[str, Any]:
         """What it fixes of one table; the number of images and the seed are settings of both."""
         if config is SampleConfig:

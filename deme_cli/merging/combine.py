@@ -194,7 +194,7 @@ def _merged_record(
         model_config=base.model_config,
         scheduler_config=base.scheduler_config,
         num_train_timesteps=base.num_train_timesteps,
-        companions=base.companions,
+        companions=base.companions or family.parents[0].record.companions,
         base=base.fingerprint,
         parents=[
             {

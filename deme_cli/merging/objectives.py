@@ -78,6 +78,7 @@ class HeldOutLoss:
             "name": "loss",
             "data": examples.source,
             "data_fingerprint": examples.fingerprint,
+            "image_shape": list(examples.image_shape),
             "split": "held-out",
             "num": config.num,
             "seed": config.seed,

@@ -110,8 +110,9 @@ def fill_caches(*examples: Examples | None) -> Iterator[int]:
                 yield before + done
                 if requests.asked:
                     raise requests.stopped(
-                        f"stopped; latents of {before + done} of {total} images are made, all "
-                        f"but the last few are kept; run the same command again to continue"
+                        f"stopped at {before + done} of {total} images; of their latents whole "
+                        f"parts of {one.cache.key['rows']} are kept; run the same command again "
+                        f"to continue"
                     )
             before += one.cache.num_images
     for one in cached:

@@ -142,6 +142,14 @@ def _require_same_settings(output: Path, base: BaseRecord, job: Job) -> None:
     assert isinstance(record, ExpertRecord)
     wanted = {n: v for n, v in asdict(job.settings).items() if n not in NOT_RESULT}
     wanted |= {"base": base.fingerprint, "crop": job.images.crop}
+    if job.images.source != record.data.get("source"):
+        raise ConfigError(
+            f"{output} exists, trained on {record.data.get('source')!r} and not "
+            f"{job.images.source!r}; add --force to train all ranges anew, or move it away"
+        )
+    wanted["dtype"] = job.dtype
+    if job.images.horizontal_flip is not None:
+        wanted["flip"] = job.images.horizontal_flip
     if job.images.resolution:
         wanted["resolution"] = [job.images.resolution] * 2
     found = {**record.training, "base": record.base}

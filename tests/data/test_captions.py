@@ -373,3 +373,15 @@ def test_an_image_source_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "images.zip").write_bytes(b"PK")
     with pytest.raises(ConfigError, match=r"\.tar of webdataset"):
         open_text(tmp_path / "images.zip")
+
+
+def test_other_images_of_the_same_size_have_another_fingerprint(tmp_path: Path) -> None:
+    found = []
+    for seed in (0, 1):
+        pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+        for index, image in enumerate(pixels):
+            Image.fromarray(image).save(
+                tmp_path / f"{index}.bmp"
+            )  # of one size, whatever they show
+        found.append(open_images(str(tmp_path), shape=None, split="all").fingerprint)
+    assert found[0] != found[1]

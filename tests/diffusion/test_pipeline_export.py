@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -127,3 +128,17 @@ def test_a_resolution_that_latents_cannot_have_is_refused(pipelines: Callable[..
         companions = open_companions(open_denoiser(str(pipelines(name))).record)
         with pytest.raises(ConfigError, match=message):
             companions.latent_shape((4, 8, 8), side)
+
+
+def test_a_safety_checker_that_was_not_fetched_is_left_out_of_the_export(
+    pipelines: Callable[..., Path], deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pipelines("sd"), "pipe")
+    index = json.loads(Path("pipe/model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    Path("pipe/model_index.json").write_text(json.dumps(index))
+    deme("split", "pipe")
+    assert deme("export", "base.safetensors", "out").exit_code == 0
+    assert diffusers.DiffusionPipeline.from_pretrained("out").safety_checker is None
