@@ -9,8 +9,6 @@ from pathlib import Path
 
 from deme_cli.errors import ConfigError, MissingError, writing
 
-FILE_PIECE = 1 << 20  # bytes read at a time
-
 
 def require_output(path: Path, *, force: bool) -> None:
     """Check that `path` may be written: absent or `force`, in a folder that takes files."""

@@ -11,11 +11,11 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from deme_cli.assets import sha256_of
 from deme_cli.diffusion.locate import find_folder, read_json
 from deme_cli.diffusion.pipeline_files import DENOISERS, UNUSED_PARTS, needed_of_part
-from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.errors import MissingError
 from deme_cli.hub import is_hub_id
-from deme_cli.outputs import FILE_PIECE
 
 
 def locate_parts(source: str, parts: Sequence[str]) -> Path:
@@ -72,16 +72,5 @@ def digest_of_part(folder: Path, part: str) -> str:
         raise MissingError(f"{folder / part}: the {part} is missing; get the whole pipeline")
     total = hashlib.sha256()
     for name in sorted(names):
-        total.update(f"{name}\0{_sha256(folder / part / name)}\n".encode())
+        total.update(f"{name}\0{sha256_of(folder / part / name)}\n".encode())
     return total.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(FILE_PIECE):
-                digest.update(piece)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
