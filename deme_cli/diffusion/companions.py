@@ -76,6 +76,18 @@ class Companions:
                     _keep_in_float32(part)
         return pipeline
 
+    def require_channels(self) -> None:
+        """Check that the VAE's latents are what the network denoises; raises ArtifactError."""
+        if self._vae_config is None:
+            return
+        own = self.backbone.sample_shape(self.record.model_config)[0]
+        found = self._vae_config.get("latent_channels", own)
+        if found != own:
+            raise ArtifactError(
+                f"{self.folder}: a VAE of {found} latent channels, this network denoises {own}; "
+                f"give the model's own pipeline with --pipeline"
+            )
+
     def release(self) -> None:
         """Let go of the loaded parts; they are loaded again when they are needed."""
         vars(self).pop("pipeline", None)
@@ -180,7 +192,18 @@ class Companions:
         if geometry is None:
             geometry = torch.zeros(len(subjects), GEOMETRY, dtype=torch.long)
         pipeline = self.pipeline if self.wants == "text" else None
-        return to(self.backbone.encode(pipeline, subjects, geometry), self.device, self.dtype)
+        told = self.backbone.encode(pipeline, subjects, geometry)
+        self._require_widths(told)
+        return to(told, self.device, self.dtype)
+
+    def _require_widths(self, told: Conditions) -> None:
+        """Check that the encoders speak as the network listens; raises ArtifactError if not."""
+        for name, shape in self.backbone.condition_shapes(self.record.model_config).items():
+            if shape and told[name].shape[-1] != shape[-1]:
+                raise ArtifactError(
+                    f"{self.folder}: {name} of width {told[name].shape[-1]}, this network takes "
+                    f"{shape[-1]}: other text encoders than the model's; give its own --pipeline"
+                )
 
     @torch.no_grad()
     def null(self) -> Conditions:
@@ -205,7 +228,9 @@ def open_companions(
     """
     backbone = backbone_of(record.model_config)
     folder = locate_parts(pipeline or record.source, backbone.parts) if backbone.parts else None
-    return Companions(record, folder, device=device, dtype=dtype)
+    companions = Companions(record, folder, device=device, dtype=dtype)
+    companions.require_channels()
+    return companions
 
 
 def _keep_in_float32(part: torch.nn.Module) -> None:

@@ -9,16 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deme_cli.artifacts import read_record
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.data.images import ImageData, open_images
 from deme_cli.data.prompts import PromptSet, select_prompts
-from deme_cli.diffusion.checkpoints import open_denoiser
-from deme_cli.diffusion.locate import locate_model, read_json
+from deme_cli.diffusion.locate import read_json
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.evaluation.row_plans import ENSEMBLE, RowPlan, record_of_file
 from deme_cli.records import SamplesRecord
@@ -27,7 +24,7 @@ from deme_cli.sampling.protocol import protocol_card
 from deme_cli.sampling.sampler import SamplingExpert
 from deme_cli.sampling.samples_folder import CARD_NAME, read_subjects
 from deme_cli.sampling.scene import Scene, open_scene
-from deme_cli.timesteps import TimestepRange
+from deme_cli.sampling.single import open_single
 
 
 @dataclass(frozen=True)
@@ -71,15 +68,8 @@ class RowOpener:
             records: list[Any] = [member.record for member in read_ensemble(paths)]
             experts = open_ensemble(paths, device=self.device, dtype=self.dtype)
         else:
-            load = partial(open_denoiser, plan.arguments[0], device=self.device, dtype=self.dtype)
-            place = locate_model(plan.arguments[0])
-            if place.is_file():
-                records = [read_record(place, "base", "expert", "merged")]
-            else:  # a folder tells its fingerprint only by its weights
-                denoiser = load()
-                records, load = [denoiser.record], lambda: denoiser
-            whole = TimestepRange(0, records[0].num_train_timesteps)
-            experts = [SamplingExpert(whole, load)]
+            experts, record = open_single(plan.arguments[0], device=self.device, dtype=self.dtype)
+            records = [record]
         scene = self._scene(records)
         card = protocol_card(records, self.sample, scene=scene, dtype=self.dtype)
         kind = card["model"] if plan.kind == "model" else plan.kind

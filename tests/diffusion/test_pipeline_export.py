@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tiny_pipelines import BUILDERS
 from typer.testing import Result
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import load_denoiser, predict
 from deme_cli.diffusion.pipeline_parts import digests_of
@@ -116,8 +118,6 @@ def test_a_part_that_was_exchanged_is_named(
 
 
 def test_a_resolution_that_latents_cannot_have_is_refused(pipelines: Callable[..., Path]) -> None:
-    from deme_cli.diffusion.checkpoints import open_denoiser
-
     companions = open_companions(open_denoiser(str(pipelines("sd"))).record)
     with pytest.raises(ConfigError, match="multiples of 2 pixels"):
         companions.latent_shape((4, 8, 8), 19)
@@ -142,3 +142,16 @@ def test_a_safety_checker_that_was_not_fetched_is_left_out_of_the_export(
     deme("split", "pipe")
     assert deme("export", "base.safetensors", "out").exit_code == 0
     assert diffusers.DiffusionPipeline.from_pretrained("out").safety_checker is None
+
+
+def test_parts_of_another_model_are_refused_by_what_does_not_fit(
+    pipelines: Callable[..., Path], tmp_path: Path
+) -> None:
+    record = open_denoiser(str(pipelines("sd"))).record
+    wide = {**record.model_config, "cross_attention_dim": 24}
+    parts = {"model_config": wide, "companions": {}}
+    with pytest.raises(ArtifactError, match="of width 16, this network takes 24"):
+        open_companions(replace(record, **parts)).conditions(["a boat"])
+    deep = {**record.model_config, "in_channels": 16, "out_channels": 16}
+    with pytest.raises(ArtifactError, match="4 latent channels, this network denoises 16"):
+        open_companions(replace(record, model_config=deep))
