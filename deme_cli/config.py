@@ -7,9 +7,9 @@ carries the sentence that `--help` and the comments of `deme.toml` show.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from deme_cli.errors import ConfigError
+from deme_cli.merge_config import MergeConfig
 from deme_cli.settings import Settings, setting
 from deme_cli.timesteps import TimestepRange
 
@@ -26,8 +26,6 @@ PROTOCOLS = (
 RESIZES = ("clean", "legacy_pytorch", "legacy_tensorflow")
 CROPS = ("centre", "random")
 NOT_RESULT = ("checkpoint_every", "held_out", "cache")  # of FinetuneConfig: leave the weights alone
-OBJECTIVES = ("loss", "fid")
-SEARCHES = ("none", "grid")
 
 
 @dataclass(frozen=True)
@@ -111,11 +109,17 @@ class FinetuneConfig(Settings):
     ema_decay: float = setting(
         0.9999, "largest decay of the weights' moving average; 0 turns it off"
     )
+    ema_lengths: list[float] | None = setting(
+        None, "relative lengths of power-function EMAs to write as well, as 0.05,0.1; unset: none"
+    )
     weight_decay: float = setting(1e-6, "AdamW weight decay")
     beta1: float = setting(0.95, "AdamW first-moment decay")
     beta2: float = setting(0.999, "AdamW second-moment decay")
     grad_clip: float = setting(1.0, "largest gradient norm; 0 turns clipping off")
     checkpoint_every: int = setting(1000, "updates between checkpoints")
+    snapshot_every: int | None = setting(
+        None, "updates between experts written on the way, to be merged; unset: none"
+    )
     held_out: int = setting(
         512, "held-out draws whose loss is logged at every checkpoint; 0 logs none"
     )
@@ -135,32 +139,21 @@ class FinetuneConfig(Settings):
                 raise ConfigError(
                     f"{name} = {getattr(self, name)}: expected a probability from 0 to 1"
                 )
-        self._positive("steps", "batch_size", "accumulation", "lr", "checkpoint_every")
+        self._positive("steps", "batch_size", "accumulation", "lr")
+        self._positive("checkpoint_every", "snapshot_every")
         self._not_negative("warmup", "consistency", "weight_decay", "grad_clip", "held_out", "seed")
         for name in ("ema_decay", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected 0 or more, below 1")
-
-
-@dataclass(frozen=True)
-class MergeConfig(Settings):
-    """[merge]: the coefficients w_i of Eq. 8 and how they are found."""
-
-    coefficients: list[float] | None = setting(None, "w_i, one per expert; unset: 1/N each")
-    search: str = setting("none", "how to choose the coefficients", choices=SEARCHES)
-    objective: str = setting("loss", "what a search minimises", choices=OBJECTIVES)
-    grid: list[Any] | None = setting(
-        None,
-        "values tried for every expert, or one list per expert; unset: 0, 0.5, 1 (N <= 4), 0, 1",
-    )
-    num: int = setting(2048, "held-out draws (loss) or images (fid) per candidate")
-    steps: int = setting(20, "sampling steps per candidate image (objective fid)")
-    batch_size: int = setting(256, "images denoised at a time")
-    seed: int = setting(1_000_003, "seed of the candidates' noise; disjoint from the seeds of eval")
-
-    def check(self) -> None:
-        self._positive("num", "steps", "batch_size")
-        self._not_negative("seed")
+        if self.snapshot_every and self.snapshot_every >= self.steps:
+            raise ConfigError(
+                f"snapshot_every = {self.snapshot_every}: expected fewer than steps = {self.steps}"
+            )
+        lengths = self.ema_lengths or []
+        if len(set(lengths)) < len(lengths) or not all(0 < s < 12**-0.5 for s in lengths):
+            raise ConfigError(  # 12^(-1/2) is the length of the plain mean
+                f"ema_lengths = {lengths}: expected different numbers above 0, below 0.2886"
+            )
 
 
 @dataclass(frozen=True)

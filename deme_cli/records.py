@@ -96,7 +96,9 @@ class TaskVectorRecord(ExpertRecord):
 @dataclass(frozen=True, kw_only=True)
 class MergedRecord(DenoiserRecord):
     """theta + sum_i w_i tau_i. `parents` are {path, kind, fingerprint, range} in the order of
-    `coefficients`; `search` is None for given coefficients."""
+    `coefficients`; `coefficients_for` holds others for the tensors that a glob matches, the first
+    glob that does. `method` says what became of the tau_i before, and `settings` with which
+    settings. `search` is None for given coefficients; `report` is what was measured afterwards."""
 
     kind: ClassVar[str] = "merged"
     base: str
@@ -104,7 +106,10 @@ class MergedRecord(DenoiserRecord):
     coefficients: list[float]
     method: str
     projection: str
+    coefficients_for: dict[str, list[float]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] | None = None
+    report: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

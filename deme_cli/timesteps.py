@@ -94,6 +94,13 @@ def parse_range(
     raise ConfigError(f"--range {text}: expected i/N as in 2/4, start:stop as in 250:500, or all")
 
 
+def parse_span(text: str, what: str) -> TimestepRange:
+    """`start:stop` as a range. Raises ConfigError naming `what`."""
+    if match := _SPAN.fullmatch(text.strip()):
+        return TimestepRange(int(match[1]), int(match[2]))
+    raise ConfigError(f"{what} {text!r}: expected start:stop, as in 250:500")
+
+
 def require_cover(ranges: Sequence[TimestepRange], num_train_timesteps: int) -> None:
     """Check that the ranges cover [0, T) exactly once.
 

@@ -64,7 +64,7 @@ def test_a_wrong_file_is_refused_where_it_is_wrong(tmp_path: Path, text: str, wo
         (FinetuneConfig, {"lr_schedule": "step"}, "constant, linear, cosine"),
         (SplitConfig, {"n": 0}, "above 0"),
         (SplitConfig, {"by": "magic"}, "uniform"),
-        (MergeConfig, {"objective": "beauty"}, "loss, fid"),
+        (MergeConfig, {"objective": "beauty"}, "loss, experts, kid, fid"),
         (SampleConfig, {"sampler": "magic"}, "ddim"),
         (SampleConfig, {"eta": -0.5}, "0 or more"),
         (EvalConfig, {"repeats": 0}, "above 0"),

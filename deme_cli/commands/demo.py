@@ -81,7 +81,8 @@ def _pipeline(context: typer.Context, size: Size) -> list[dict[str, Any]]:
     _run(context, f"task-vector {' '.join(experts)} --force")
     _run(
         context,
-        f"merge {' '.join(experts)} --search grid --objective fid --num {size.candidates} --force",
+        f"merge {' '.join(experts)} --search grid --objective fid --num {size.candidates} "
+        f"--no-report --force",
     )
     _run(
         context,

@@ -23,6 +23,7 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.errors import ConfigError, MissingError
+from deme_cli.settings import parse_numbers
 
 if TYPE_CHECKING:
     from deme_cli.training.plan import Plan
@@ -65,6 +66,9 @@ def finetune(
     ] = None,
     warmup: Annotated[int | None, option(_C, "warmup", "--warmup", panel=_RATE)] = None,
     ema_decay: Annotated[float | None, option(_C, "ema_decay", "--ema-decay", panel=_RATE)] = None,
+    ema_lengths: Annotated[
+        str | None, option(_C, "ema_lengths", "--ema-lengths", panel=_RATE)
+    ] = None,
     weight_decay: Annotated[
         float | None, option(_C, "weight_decay", "--weight-decay", panel=_RATE)
     ] = None,
@@ -81,6 +85,9 @@ def finetune(
     ] = None,
     checkpoint_every: Annotated[
         int | None, option(_C, "checkpoint_every", "--checkpoint-every", panel=_MORE)
+    ] = None,
+    snapshot_every: Annotated[
+        int | None, option(_C, "snapshot_every", "--snapshot-every", panel=_MORE)
     ] = None,
     held_out: Annotated[int | None, option(_C, "held_out", "--held-out", panel=_MORE)] = None,
     caption_dropout: Annotated[
@@ -122,7 +129,8 @@ def finetune(
         ema_decay=ema_decay, weight_decay=weight_decay, beta1=beta1, beta2=beta2,
         grad_clip=grad_clip, timesteps=timesteps, antithetic=antithetic,
         checkpoint_every=checkpoint_every, held_out=held_out, seed=seed,
-        caption_dropout=caption_dropout, cache=cache,
+        caption_dropout=caption_dropout, cache=cache, snapshot_every=snapshot_every,
+        ema_lengths=None if ema_lengths is None else parse_numbers(ema_lengths, "--ema-lengths"),
     )  # fmt: skip
     if bool(range) == bool(from_scratch):
         raise ConfigError(
@@ -164,7 +172,7 @@ def finetune(
     else:
         for plan in waiting:
             _train(plan)
-    console.result_paths([plan.output for plan in plans], as_json=as_json)
+    console.result_paths([path for plan in plans for path in plan.outputs], as_json=as_json)
 
 
 def _require_kept_runs(plans: list[Plan]) -> None:

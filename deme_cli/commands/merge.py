@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from deme_cli import console
-from deme_cli.commands.merge_search import Found, Order, find_measure, search_coefficients
+from deme_cli.commands.merge_options import (
+    parse_coefficients_for,
+    parse_lists,
+    require_sense,
+    require_use,
+)
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -24,25 +28,20 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import MergeConfig
 from deme_cli.errors import ConfigError
-from deme_cli.outputs import require_output, require_space
 from deme_cli.settings import parse_numbers
 
-if TYPE_CHECKING:
-    from deme_cli.merging.grid import Grid
-    from deme_cli.merging.lineage import Family
-
-_C, _SEARCH = MergeConfig, "Search"
+_C, _METHOD, _SEARCH, _REPORT = MergeConfig, "Method", "Search", "Report"
 
 
 def merge(
     parents: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
-            metavar="EXPERT|VECTOR",
+            metavar="EXPERT|VECTOR...",
             help="Experts or task vectors of one base.",
             show_default=False,
         ),
-    ],
+    ] = None,
     coefficients: Annotated[
         str | None,
         typer.Option(
@@ -53,8 +52,40 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    coefficients_for: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--coefficients-for",
+            metavar="GLOB=w1,w2,...",
+            help="Other coefficients for the tensors whose names match, as in "
+            "'mid_block.*=0.5,0,0,1'; may be repeated, the first match counts.",
+            show_default=False,
+        ),
+    ] = None,
+    ema_length: Annotated[
+        float | None,
+        typer.Option(
+            "--ema-length",
+            help="The arguments are snapshots of one run's power-function averages: combine them "
+            "into the average of this relative length (EDM2, post-hoc EMA).",
+            rich_help_panel=_METHOD,
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[str | None, option(_C, "method", "--method", panel=_METHOD)] = None,
+    density: Annotated[float | None, option(_C, "density", "--density", panel=_METHOD)] = None,
+    trim: Annotated[str | None, option(_C, "trim", "--trim", panel=_METHOD)] = None,
+    mask_seed: Annotated[int | None, option(_C, "mask_seed", "--mask-seed", panel=_METHOD)] = None,
     search: Annotated[str | None, option(_C, "search", "--search", panel=_SEARCH)] = None,
     objective: Annotated[str | None, option(_C, "objective", "--objective", panel=_SEARCH)] = None,
+    loss_range: Annotated[
+        str | None, option(_C, "loss_range", "--loss-range", panel=_SEARCH)
+    ] = None,
+    per: Annotated[str | None, option(_C, "per", "--per", panel=_SEARCH)] = None,
+    per_block: Annotated[
+        bool,
+        typer.Option("--per-block", help="Short for --per block.", rich_help_panel=_SEARCH),
+    ] = False,
     grid: Annotated[
         str | None,
         typer.Option(
@@ -65,12 +96,71 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    bounds: Annotated[
+        str | None,
+        typer.Option(
+            "--bounds",
+            help="Lowest and highest coefficient, for every expert or for each argument as in "
+            r"'0,1;0,2' \[default: -0.5,1.5].",
+            rich_help_panel=_SEARCH,
+            show_default=False,
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--start",
+            help=r"Where the search begins, as in 0.2,0.2,0.5,0.5 \[default: 1/N each].",
+            rich_help_panel=_SEARCH,
+            show_default=False,
+        ),
+    ] = None,
+    optimizer: Annotated[str | None, option(_C, "optimizer", "--optimizer", panel=_SEARCH)] = None,
+    evaluations: Annotated[
+        int | None, option(_C, "evaluations", "--evaluations", panel=_SEARCH)
+    ] = None,
+    time: Annotated[str | None, option(_C, "time", "--time", panel=_SEARCH)] = None,
     num: Annotated[int | None, option(_C, "num", "--num", "-n", panel=_SEARCH)] = None,
     steps: Annotated[int | None, option(_C, "steps", "--steps", panel=_SEARCH)] = None,
     batch_size: Annotated[
         int | None, option(_C, "batch_size", "--batch-size", "-b", panel=_SEARCH)
     ] = None,
     seed: Annotated[int | None, option(_C, "seed", "--seed", panel=_SEARCH)] = None,
+    report: Annotated[
+        bool | None,
+        typer.Option(
+            "--report/--no-report",
+            help="Measure the merged model beside base, ensemble, means and single experts, on "
+            r"other seeds and images \[default: after a search].",
+            rich_help_panel=_REPORT,
+            show_default=False,
+        ),
+    ] = None,
+    report_num: Annotated[
+        int | None, option(_C, "report_num", "--report-num", panel=_REPORT)
+    ] = None,
+    report_repeats: Annotated[
+        int | None, option(_C, "report_repeats", "--report-repeats", panel=_REPORT)
+    ] = None,
+    report_seed: Annotated[
+        int | None, option(_C, "report_seed", "--report-seed", panel=_REPORT)
+    ] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(
+            "--show",
+            help="Print the trials of a search, from its journal or the merged file, and stop.",
+            show_default=False,
+        ),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            "--replay",
+            help="Build a merged file again from its parents, bit for bit, and stop.",
+            show_default=False,
+        ),
+    ] = None,
     base: Annotated[
         Path | None,
         typer.Option(
@@ -79,9 +169,15 @@ def merge(
             show_default=False,
         ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Artifact to write.")] = Path(
-        "merged.safetensors"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help=r"Artifact to write \[default: merged.safetensors].",
+            show_default=False,
+        ),
+    ] = None,
     pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",
@@ -93,123 +189,73 @@ def merge(
 ) -> None:
     """Merge experts or task vectors into one model of the base's size (Eq. 8).
 
-    With --search, a stopped search goes on when the same command is run again.
+    With --search, a stopped search goes on when the same command is run again, and several
+    processes that run it share the trials.
 
     Example: deme merge ft_*.safetensors --search grid
     """
-    from deme_cli.merging.grid import parse_grid
-    from deme_cli.merging.lineage import find_base, open_family, open_parents
-
     run = begin(config, quiet=quiet)
-    _require_one_choice(coefficients, search)
-    settings = run.settings(
-        MergeConfig, search=search if coefficients is None else "none", objective=objective,
-        grid=None if grid is None else parse_grid(grid), num=num, steps=steps,
-        batch_size=batch_size, seed=seed,
-        coefficients=None if coefficients is None else parse_numbers(coefficients, "-w"),
-    )  # fmt: skip
-    _require_use(settings, {
-        "--objective": objective, "--grid": grid, "--num": num, "--steps": steps,
-        "--batch-size": batch_size, "--seed": seed,
-    })  # fmt: skip
-    require_output(output, force=force)
-    opened = open_parents(parents, "expert", "task-vector")
-    family = open_family(find_base(opened, run, base), opened)
-    require_space(output, sum(spec.num_bytes for spec in family.base.tensors.values()))
-    order = Order(family, settings, output, device, dtype, force)
-    if settings.search == "none":
-        given = _given(order, by_argument=coefficients is not None)
-        if not dry_run:
-            _write(order, given, None, as_json=as_json)
-            return
-        plan = f"coefficients {', '.join(f'{w:g}' for w in given)}"
-    else:
-        if settings.coefficients and search is None:
-            raise ConfigError("[merge] sets both coefficients and search; keep one of them")
-        points = _grid(order, by_argument=grid is not None)
-        measure = find_measure(run, order, pipeline)
-        if not dry_run:
-            found = search_coefficients(order, points, measure)
-            _write(order, found.coefficients, found, as_json=as_json)
-            return
-        plan = f"the best of the grid {points} by {settings.objective} on {measure.source}"
-    console.note(f"would merge {len(parents)} artifacts into {output}: {plan}")
-    if as_json:
-        console.result_json({"dry_run": True, "paths": [str(output)]})
+    target = output or Path("merged.safetensors")
+    if show is not None:
+        from deme_cli.commands.merge_show import show_search
 
+        show_search(show, as_json=as_json)
+        return
+    if replay is not None:
+        from deme_cli.commands.merge_show import replay_merge
 
-def _require_one_choice(coefficients: str | None, search: str | None) -> None:
-    """Coefficients are given or searched, not both."""
+        replay_merge(
+            run, replay, output, parents or [], base, device=device, force=force, as_json=as_json
+        )
+        return
+    if not parents:
+        raise ConfigError("nothing to merge: name experts or task vectors, as in ft_*.safetensors")
     if coefficients is not None and search not in (None, "none"):
         raise ConfigError("-w gives the coefficients and --search looks for them; keep one")
-
-
-def _require_use(settings: MergeConfig, given: Mapping[str, Any]) -> None:
-    """Every option of a search that was given has a search to act on."""
-    for flag, value in given.items():
-        if value is not None and settings.search == "none":
-            raise ConfigError(f"{flag} belongs to a search; add --search grid")
-    if given["--steps"] is not None and settings.objective != "fid":
-        raise ConfigError("--steps are those of sampling; add --objective fid")
-
-
-def _given(order: Order, *, by_argument: bool) -> list[float]:
-    """The coefficients given, else 1/N each."""
-    from deme_cli.merging.combine import linear_terms
-
-    values, count = order.settings.coefficients, len(order.family.parents)
-    if values is None:
-        console.note(f"no coefficients given: 1/{count} each; --search grid looks for better ones")
-        return [1 / count] * count
-    linear_terms(order.family, values)
-    return list(values) if by_argument else _from_ranges(order.family, values)
-
-
-def _grid(order: Order, *, by_argument: bool) -> Grid:
-    """The values tried for each argument."""
-    from deme_cli.merging.grid import resolve_grid
-
-    grid = resolve_grid(order.settings.grid, len(order.family.parents))
-    return grid if by_argument else tuple(_from_ranges(order.family, grid))
-
-
-def _from_ranges(family: Family, values: Sequence[Any]) -> list[Any]:
-    """Values in the order of the ranges, as deme.toml gives them, put in that of the arguments."""
-    placed = dict(zip(family.by_range, values, strict=True))
-    return [placed[index] for index in range(len(values))]
-
-
-def _write(
-    order: Order, coefficients: Sequence[float], found: Found | None, *, as_json: bool
-) -> None:
-    """Merge, and tell what was merged."""
-    from deme_cli.merging.combine import merge_family
-
-    family, search = order.family, found.search if found else None
-    num_bytes = sum(spec.num_bytes for spec in family.base.tensors.values())
-    with console.progress("merging", num_bytes, "byte") as bar:
-        record = merge_family(
-            family, coefficients, order.output, search=search, advance=bar.advance
-        )
-    if found:
-        found.log.finish(record.fingerprint)
-    console.table(
-        f"Merged into {order.output}",
-        ["timesteps", "coefficient", "from"],
-        [
-            [str(family.parents[i].record.timesteps), f"{coefficients[i]:g}",
-             str(family.parents[i].path)]
-            for i in family.by_range
-        ],
+    if per_block and per not in (None, "block"):
+        raise ConfigError(f"--per-block and --per {per}; keep one")
+    settings = run.settings(
+        MergeConfig, search=search if coefficients is None else "none", objective=objective,
+        method=method, density=density, trim=trim, mask_seed=mask_seed,
+        per="block" if per_block else per,
+        grid=None if grid is None else parse_lists(grid, "--grid"),
+        bounds=None if bounds is None else parse_lists(bounds, "--bounds"),
+        start=None if start is None else parse_numbers(start, "--start"),
+        optimizer=optimizer, evaluations=evaluations, time=time, num=num, steps=steps,
+        batch_size=batch_size, seed=seed, loss_range=loss_range, report=report,
+        report_num=report_num, report_repeats=report_repeats, report_seed=report_seed,
+        coefficients=None if coefficients is None else parse_numbers(coefficients, "-w"),
     )  # fmt: skip
-    console.result_paths(
-        [order.output, *([found.picture, found.log.path] if found else [])],
-        as_json=as_json,
-        path=str(order.output),
-        fingerprint=record.fingerprint,
-        parents=record.parents,
-        coefficients=record.coefficients,
-        objective=found.objective if found else None,
-        evaluations=search["evaluations"] if search else 0,
-        search=search,
-    )
+    if settings.coefficients and settings.search != "none" and search is None:
+        raise ConfigError("[merge] sets both coefficients and search; keep one of them")
+    of_search = {
+        "--objective": objective, "--grid": grid, "--num": num, "--steps": steps,
+        "--batch-size": batch_size, "--seed": seed, "--bounds": bounds, "--start": start,
+        "--evaluations": evaluations, "--time": time, "--optimizer": optimizer,
+        "--loss-range": loss_range,
+    }  # fmt: skip
+    of_report = {
+        "--report-num": report_num, "--report-repeats": report_repeats,
+        "--report-seed": report_seed,
+    }  # fmt: skip
+    of_method = {"--density": density, "--trim": trim, "--mask-seed": mask_seed}
+    require_use(settings, {**of_search, **of_method, **of_report}, list(of_search))
+    require_sense(settings)
+    from deme_cli.commands.merge_job import Job
+
+    job = Job(
+        run, settings, parents, parse_coefficients_for(coefficients_for or []), base, target,
+        pipeline, device, dtype, force, ema_length,
+        by_argument=frozenset(
+            name
+            for name, given in {"coefficients": coefficients, "grid": grid, "bounds": bounds,
+                                "start": start}.items()
+            if given is not None
+        ),
+    )  # fmt: skip
+    if dry_run:
+        job.say_what_would_run()
+        if as_json:
+            console.result_json({"dry_run": True, "paths": [str(target)]})
+        return
+    job.run(as_json=as_json)

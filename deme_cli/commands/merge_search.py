@@ -1,197 +1,252 @@
-"""What `deme merge --search` does: find what to measure with, try the grid, show what came out."""
+"""What `deme merge --search` does: open the objectives, run the trials, show what came out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.commands.caching import fill_with_bar
-from deme_cli.config import (
-    DataConfig,
-    EvalConfig,
-    FinetuneConfig,
-    MergeConfig,
-    SampleConfig,
-)
-from deme_cli.errors import ConfigError
+from deme_cli.commands.merge_options import parse_time
+from deme_cli.commands.merge_order import Order
+from deme_cli.commands.merge_pictures import draw_pictures
+from deme_cli.commands.merge_plan import open_plan
+from deme_cli.commands.search_view import SearchView
 from deme_cli.interrupts import StopRequests
-from deme_cli.outputs import claim, write_whole
-from deme_cli.run_file import RunFile
+from deme_cli.merging.search.trials import BASE_NAME, MEAN_NAME, trials_of
 
 if TYPE_CHECKING:
-    from deme_cli.merging.grid import Grid
-    from deme_cli.merging.lineage import Family
-    from deme_cli.merging.search import Search
-    from deme_cli.merging.trials import Trial, TrialLog
+    from deme_cli.merging.coefficients import Coefficients
+    from deme_cli.merging.search.conclusion import Conclusion
+    from deme_cli.merging.search.evaluator import Evaluator
+    from deme_cli.merging.search.journal import Journal
+    from deme_cli.merging.search.measure import Measure
+    from deme_cli.merging.search.objectives import Objective, Workbench
+    from deme_cli.merging.search.run import Search
+    from deme_cli.merging.search.space import Point, Space
+    from deme_cli.merging.search.trials import Asked, Trial
 
 _SHOWN_TRIALS = 10
 
 
 @dataclass(frozen=True)
-class Order:
-    """What was asked, checked: whose coefficients, how they are found, where the result goes."""
-
-    family: Family
-    settings: MergeConfig
-    output: Path
-    device: str
-    dtype: str
-    force: bool
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What candidates are measured with: the run's images; for distances features and sampling.
-
-    `pipeline` and `cache` are where frozen parts and their latents are, for models that have any.
-    """
-
-    images: DataConfig
-    features: str
-    resize: str
-    sample: SampleConfig
-    pipeline: str | None
-    cache: str
-
-    @property
-    def source(self) -> str:
-        return self.images.source
-
-
-@dataclass(frozen=True)
 class Found:
-    """The best coefficients, how they were found, and the files that tell it."""
+    """The best point, what it means, how it was found, and the files that tell it."""
 
-    coefficients: Sequence[float]
-    objective: float
-    search: dict[str, Any]
-    log: TrialLog
-    picture: Path
+    point: Point
+    coefficients: Coefficients
+    record: dict[str, Any]
+    journal: Journal
+    pictures: Sequence[Path]
+    evaluator: Evaluator
+    workbench: Workbench
+    soup: Point | None
 
 
-def find_measure(run: RunFile, order: Order, pipeline: str | None) -> Measure:
-    """What the search will need, looked for before torch is loaded."""
-    from deme_cli.data.places import find_place
-    from deme_cli.evaluation.references import find_reference
-    from deme_cli.evaluation.weights import choose_features, find_weights
-    from deme_cli.training.plan import require_companions
+def journal_path(output: Path) -> Path:
+    """The trials of the search for `output`."""
+    return output.with_name(f"{output.stem}.trials.jsonl")
 
-    settings, images = order.settings, run.settings(DataConfig)
-    source = images.source or _shared_source(order.family)
-    if not source:
-        raise ConfigError("no images to search with: set [data] source in deme.toml")
-    evaluation = run.settings(EvalConfig)
-    features = choose_features(evaluation.features, [source])
-    if settings.objective == "loss":
-        find_place(source)
-    else:
-        if settings.num < 2:
-            raise ConfigError("num = 1: a Fréchet distance needs at least 2 images per candidate")
-        weights = find_weights(features, evaluation.resize)
-        find_reference(source, features, evaluation.resize, weights=weights, split="train")
-        if evaluation.seed <= settings.seed < evaluation.seed + evaluation.repeats:
-            console.warn(f"seed {settings.seed} is one that `deme eval` reports with; use another")
-    sample = replace(
-        run.settings(SampleConfig), num=settings.num, steps=settings.steps, seed=settings.seed,
-        batch_size=settings.batch_size,
+
+@contextmanager
+def search_coefficients(order: Order, measure: Measure) -> Iterator[Found]:
+    """Run the trials that are left; show the best as a table and all as pictures.
+
+    While it is entered, this process counts as one that works on the journal.
+    """
+    from deme_cli.merging.search.conclusion import conclude
+    from deme_cli.merging.search.distances import FeatureStore
+    from deme_cli.merging.search.evaluator import Evaluator
+    from deme_cli.merging.search.journal import Journal
+    from deme_cli.merging.search.objectives import Workbench
+
+    space, rungs = order.space(), order.rungs
+    search = _open_search(order, space)
+    path = journal_path(order.output)
+    store = FeatureStore(path.with_name(f".{path.name}.features"))
+    bench = Workbench(measure, order.family.base_record, store=store if len(rungs) > 1 else None)
+    evaluator = Evaluator(
+        order.family, space, method=order.method, device=order.device, dtype=order.dtype,
+        with_slopes=search.plan.needs_slopes,
     )  # fmt: skip
-    if sample.prompts:
-        sample = replace(sample, prompts=run.seen(sample.prompts))
-    pipeline = run.pipeline(pipeline)
-    require_companions(order.family.base_record, pipeline)
-    return Measure(
-        replace(images, source=source), features, evaluation.resize, sample, pipeline,
-        run.settings(FinetuneConfig).cache,
+    objectives = [bench.open(rung, order.settings, experts=evaluator.ensemble) for rung in rungs]
+    for examples in {id(one.examples): one.examples for one in objectives}.values():
+        fill_with_bar(examples)
+    evaluator.objectives = objectives
+    evaluator.open()  # before the first trial, whose time it is not
+    with Journal(path, space.labels, describe(order, space, objectives)) as journal:
+        asked = _run(order, search, journal, evaluator)
+        end = conclude(search, asked, objectives, evaluator.ranges)
+        _tell(order, search, end, asked, objectives)
+        labels, best = [one.label for one in objectives], end.best.point
+        pictures = draw_pictures(order, space, trials_of(asked), labels, end.rhos, best)
+        yield Found(
+            best, space.coefficients(best), _record(order, search, end, objectives), journal,
+            pictures, evaluator, bench, _soup(search, asked),
+        )  # fmt: skip
+        store.clear()
+
+
+@contextmanager
+def finishing(journal: Journal) -> Iterator[bool]:
+    """Only one process writes the end: waits for its turn, tells whether the end is still open."""
+    from deme_cli.merging.search.journal_file import kernel_lock
+
+    with kernel_lock(journal.path.with_name(f".{journal.path.name}.end")):
+        yield journal.merged is None
+
+
+def _open_search(order: Order, space: Space) -> Search:
+    from deme_cli.merging.search.run import Search
+
+    settings, plan = order.settings, open_plan(order, space)
+    return Search(
+        space, plan, order.rungs, settings.evaluations or plan.evaluations,
+        parse_time(settings.time) if settings.time else None,
+        with_soup=order.reports and order.search != "greedy",
     )  # fmt: skip
 
 
-def _shared_source(family: Family) -> str | None:
-    """The images that all the experts were trained on, if these are the same."""
-    sources = {parent.record.data.get("source") for parent in family.parents}
-    return sources.pop() if len(sources) == 1 else None
+def describe(order: Order, space: Space, objectives: Sequence[Any]) -> dict[str, Any]:
+    """Everything the trials depend on. Budgets are left out: they can be raised and lowered."""
+    grid = order.grid() if order.search == "grid" else None
+    return {
+        "method": order.search,
+        "parents": [parent.record.fingerprint for parent in order.family.parents],
+        "base": order.family.base_record.fingerprint,
+        "combination": {"name": order.method.name, **order.method.used},
+        "groups": list(space.all_groups),
+        "fixed": {glob: list(w) for glob, w in space.fixed.items()},
+        "grid": [list(values) for values in grid] if grid else None,
+        "bounds": [list(pair) for pair in space.bounds] if order.search != "grid" else None,
+        "start": list(space.start),
+        "optimizer": order.settings.optimizer if order.search == "gradient" else None,
+        "seed": order.settings.seed,
+        "objectives": [{**one.protocol, "dtype": order.dtype} for one in objectives],
+        "keep": [rung.keep for rung in order.rungs[:-1]],
+    }
 
 
-def search_coefficients(order: Order, grid: Grid, measure: Measure) -> Found:
-    """Try every point of the grid; show the best as a table and all as a picture."""
-    from deme_cli.merging.trials import TrialLog, ranked
+def _run(order: Order, search: Search, journal: Journal, evaluator: Evaluator) -> list[Asked]:
+    """The trials that are left, shown as they come; all of them in the end."""
+    names = [one.label for one in evaluator.objectives]
+    view = SearchView(
+        search.space.experts, names, search.expected, name=order.search,
+        summary=search.space.summary if search.space.groups else None,
+    )  # fmt: skip
+    with StopRequests() as stop:
 
-    search = _open_search(order, grid, measure)
-    log = TrialLog(order.output.with_name(f"{order.output.stem}.trials.jsonl"), search.describe())
-    trials: list[Trial] = []
-    with (
-        claim(log.path),
-        StopRequests() as stop,
-        console.progress("searching", len(search.points), "candidate") as bar,
-    ):
-
-        def check() -> None:
+        def check(done: int = 0, total: int = 0) -> None:
             if stop.asked:
                 raise stop.stopped(
-                    f"{len(log.values)} of {len(search.points)} candidates are saved in "
-                    f"{log.path}; run the same command again to continue"
+                    f"{len(trials_of(journal.asked()))} trials are saved in {journal.path}; run "
+                    f"the same command again to continue"
                 )
+            if total:
+                view.progress(done, total)
 
-        log.open(search.points, force=order.force)
-        if log.values:
-            console.note(f"{log.path}: continuing after {len(log.values)} candidates")
-        for trial in search.trials(log, check, device=order.device):
-            trials.append(trial)
-            bar.advance(trial.index + 1, f"best {trial.best:.5g}")
-    best = ranked(trials)[0]
-    if best.index == 0:
+        evaluator.check = check
+        if kept := journal.open(force=order.force):
+            console.note(f"{journal.path}: continuing after {kept} trials")
+        with view:
+            for trial in search.run(journal, evaluator, check):
+                view.add(trial)
+    return journal.asked()
+
+
+def _soup(search: Search, asked: Sequence[Asked]) -> Point | None:
+    """The greedy soup, where the search has tried it."""
+    from deme_cli.merging.search.greedy import GreedySoup
+
+    if not search.with_soup:
+        return None
+    return GreedySoup(search.space).soup([one for one in asked if one.rung == 0])
+
+
+def _warn_of_twins(order: Order) -> None:
+    """A response surface cannot tell apart the coefficients of parallel task vectors."""
+    from deme_cli.errors import NumericsError
+    from deme_cli.merging.differences import same_directions
+
+    try:
+        pairs = same_directions(order.family)
+    except NumericsError:
+        return  # the trials will say so
+    for i, j in pairs:
+        console.warn(
+            f"experts {order.experts[i]} and {order.experts[j]} have the same task vector: the "
+            f"response surface is flat between them, and of equally good points one is taken"
+        )
+
+
+def _tell(
+    order: Order, search: Search, end: Conclusion, asked: Sequence[Asked],
+    objectives: Sequence[Objective],
+) -> None:  # fmt: skip
+    """What a person should know of the end, and the table of the best."""
+    from deme_cli.merging.search.ladder import ENOUGH, WEAK_RHO
+
+    if order.search == "quadratic":
+        _warn_of_twins(order)
+    for remark in search.plan.remarks([one for one in asked if one.rung == 0]):
+        console.warn(remark)
+    if end.broken:
+        console.warn(f"{end.broken} of {end.evaluations} trials had no finite objective; skipped")
+    for rung, rho in enumerate(end.rhos, start=1):
+        if rho is not None and rho < WEAK_RHO and end.shared[rung - 1] >= ENOUGH:
+            console.warn(
+                f"{objectives[rung - 1].label} and {objectives[rung].label} rank the candidates "
+                f"differently (Spearman's rho {rho:.2f} over {end.shared[rung - 1]}): the first "
+                f"may have dropped what the second would have chosen; keep more of them"
+                f"{_hint(end.rhos_by_range[rung - 1], rho)}"
+            )
+    if not any(end.best.point) and not search.space.fixed:
         console.warn("no candidate is better than the base; the merged model is the base itself")
-    picture = _show(order, trials, grid, search.objective.label)
-    return Found(best.coefficients, best.objective, search.record(trials), log, picture)
+    _show_best(end.ranking, search.space, objectives[-1].label, end.evaluations)
 
 
-def _open_search(order: Order, grid: Grid, measure: Measure) -> Search:
-    """The search with its objective; torch is loaded here."""
-    from deme_cli.merging.grid import grid_points
-    from deme_cli.merging.objectives import open_objective
-    from deme_cli.merging.search import Search
+def _hint(rhos: Mapping[str, float], rho: float) -> str:
+    """Names the range whose loss alone ranks well, if there is one."""
+    from deme_cli.merging.search.ladder import WEAK_RHO
 
-    objective = open_objective(
-        order.settings, order.family.base_record, images=measure.images, sample=measure.sample,
-        features=measure.features, resize=measure.resize, device=order.device, dtype=order.dtype,
-        pipeline=measure.pipeline, cache=measure.cache, beside=order.family.base.path.parent,
-    )  # fmt: skip
-    fill_with_bar(objective.examples)
-    return Search(order.family, grid, grid_points(grid), objective, order.settings, order.dtype)
+    span = max(rhos, key=lambda name: rhos[name], default=None)
+    if span is None or rhos[span] < max(rho, WEAK_RHO):
+        return ""
+    return f", or take --loss-range {span}, where the loss ranks better ({rhos[span]:.2f})"
 
 
-def _show(order: Order, trials: Sequence[Trial], grid: Grid, label: str) -> Path:
-    """A table and a picture with the experts sorted by range; returns the picture's path."""
-    from deme_cli.merging.figure import draw_search
+def _record(
+    order: Order, search: Search, end: Conclusion, objectives: Sequence[Objective]
+) -> dict[str, Any]:
+    """How the coefficients were found, as the merged file tells it."""
+    is_grid = order.search == "grid"
+    return {
+        "method": order.search,
+        **end.record,
+        "grid": [list(values) for values in order.grid()] if is_grid else None,
+        "bounds": None if is_grid else [list(pair) for pair in search.space.bounds],
+        "per": order.settings.per,
+        "seed": order.settings.seed,
+        "num": order.rungs[-1].num,
+        "protocol": {**objectives[-1].protocol, "dtype": order.dtype},
+    }
 
-    by_range = order.family.by_range
-    labels = [order.family.parents[index].record.label for index in by_range]
-    trials = [
-        replace(trial, coefficients=tuple(trial.coefficients[index] for index in by_range))
-        for trial in trials
-    ]
-    _show_best(trials, labels, label)
-    picture = order.output.with_name(f"{order.output.stem}.search.png")
-    sorted_grid = tuple(grid[index] for index in by_range)
-    write_whole(picture, [draw_search(trials, sorted_grid, labels, objective=label)])
-    return picture
 
-
-def _show_best(trials: Sequence[Trial], labels: Sequence[str], label: str) -> None:
+def _show_best(ranking: Sequence[Trial], space: Space, label: str, count: int) -> None:
     """The first ten of the ranking, and below them the base and the mean with their places."""
-    from deme_cli.merging.trials import ranked
-
-    references = {0: "base", 1: "1/N each"}
     rows = [
-        [f"{place} {references.get(trial.index, '')}".strip(),
-         *(f"{w:g}" for w in trial.coefficients), f"{trial.objective:.6g}"]
-        for place, trial in enumerate(ranked(trials), start=1)
-        if place <= _SHOWN_TRIALS or trial.index in references
+        [f"{place} {trial.name}".strip(), *(f"{w:.3g}" for w in space.summary(trial.point)),
+         f"{trial.objective:.6g}" if math.isfinite(trial.objective) else "not finite"]
+        for place, trial in enumerate(ranking, start=1)
+        if place <= _SHOWN_TRIALS or trial.name in (BASE_NAME, MEAN_NAME)
     ]  # fmt: skip
+    what = "mean w" if space.groups else "w"
     console.table(
-        f"The best of {len(trials)} candidates",
-        ["place", *(f"w {name}" for name in labels), label],
+        f"The best of {count} candidates",
+        ["place", *(f"{what} {name}" for name in space.experts), label],
         rows,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 from scipy.linalg import eigvalsh
@@ -22,12 +23,18 @@ _CLEARLY_WORSE = 1.3
 @contextmanager
 def fitting_threads(size: int) -> Iterator[None]:
     """While entered, linear algebra on (size, size) takes one thread unless more pay off."""
-    pools = ThreadpoolController()
+    pools = _pools()
     if size > TRIAL_SIZE and not _all_are_worse(pools):
         yield
         return
     with pools.limit(limits=1, user_api="blas"):
         yield
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    """The thread pools of this process; looking for them takes longer than a small problem."""
+    return ThreadpoolController()
 
 
 def _all_are_worse(pools: ThreadpoolController) -> bool:

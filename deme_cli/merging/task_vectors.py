@@ -7,7 +7,6 @@ N experts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 
 from deme_cli.artifacts import ArtifactWriter
 from deme_cli.errors import ArtifactError, NumericsError
-from deme_cli.merging.lineage import Family, Parent, is_projection
+from deme_cli.merging.coefficients import block_name
+from deme_cli.merging.lineage import PROJECTION, Family, Parent, is_projection
 from deme_cli.merging.pieces import (
     COMPUTED_IN,
     INTEGERS,
@@ -29,8 +29,6 @@ from deme_cli.merging.pieces import (
 )
 from deme_cli.records import TaskVectorRecord
 from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
-
-_BLOCK = re.compile(r"(?:down_blocks|up_blocks)\.\d+|mid_block|channel_projection")
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,13 @@ class Measurements:
 
 
 def block_of(name: str) -> str:
-    """The top-level block a parameter belongs to: down_blocks.0, mid_block, ..., or other."""
-    match = _BLOCK.match(name)
-    return match[0] if match else "other"
+    """The top-level block of a parameter: down_blocks.0, mid_block, transformer_blocks.3, ...
+
+    Channel projections are one block of their own, and what lies outside of all is `other`.
+    """
+    if is_projection(name):
+        return PROJECTION.rstrip(".")
+    return block_name(name) or "other"
 
 
 def measure(family: Family, advance: Callable[[int], None] = lambda n: None) -> Measurements:

@@ -82,6 +82,13 @@ def image_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def seeded_noise(seed: int, shape: tuple[int, int, int], indices: Sequence[int]) -> Tensor:
+    """Standard normal noise (B, *shape), that of each index from its own seed."""
+    generator = torch.Generator()
+    seeds = [image_seed(seed, index) for index in indices]
+    return torch.stack([torch.randn(shape, generator=generator.manual_seed(s)) for s in seeds])
+
+
 def single(denoiser: Denoiser) -> list[SamplingExpert]:
     """One denoiser as an ensemble of one, for [0, T)."""
     whole = TimestepRange(0, denoiser.schedule.num_train_timesteps)

@@ -1,7 +1,8 @@
 """One training run, told from start to end: an expert of a base, or a base from scratch.
 
-The procedure yields a `TrainStep` now and then and leaves one artifact. Beside it, hidden, lies the
-checkpoint from which the same call continues; `metrics.jsonl` beside it keeps the curve.
+The procedure yields a `TrainStep` now and then and leaves one artifact, and those that
+`ema_lengths` and `snapshot_every` add (results.py). Beside it, hidden, lies the checkpoint from
+which the same call continues; `metrics.jsonl` beside it keeps the curve.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from deme_cli.artifacts import fingerprint, write_artifact
 from deme_cli.config import NOT_RESULT, FinetuneConfig
 from deme_cli.diffusion.conditions import to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser
-from deme_cli.diffusion.projection import attach_projections, fold_weights
+from deme_cli.diffusion.projection import attach_projections
 from deme_cli.errors import NumericsError, writing
 from deme_cli.interrupts import StopRequests
 from deme_cli.outputs import claim
-from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.timesteps import RangeChoice
 from deme_cli.training.batches import BatchSource
 from deme_cli.training.examples import Examples
@@ -34,6 +33,7 @@ from deme_cli.training.held_out import FixedDraws, draws_of_range
 from deme_cli.training.materials import fill_caches
 from deme_cli.training.objective import expert_loss
 from deme_cli.training.places import checkpoint_path, metrics_path
+from deme_cli.training.results import is_snapshot, write_results, write_snapshots
 from deme_cli.training.state import TrainingState, learning_rate
 
 _REPORT_EVERY = 10  # updates; reading a loss makes a GPU wait
@@ -114,10 +114,12 @@ def train(run: Run) -> Iterator[TrainStep]:
         )
         window = _Window(network)
         while state.step < config.steps:
+            if is_snapshot(state.step, config):  # its state is saved: a resumed run comes here too
+                write_snapshots(run, state)
             for micro in range(config.accumulation):
                 window.add(_backward(run, state, base, source, micro))
             state.update()
-            at_checkpoint = state.step % config.checkpoint_every == 0
+            at_checkpoint = _is_checkpoint(state.step, config)
             if state.step % _REPORT_EVERY == 0 or at_checkpoint or state.step == config.steps:
                 record = window.close(state, config)
                 if at_checkpoint:
@@ -132,7 +134,7 @@ def train(run: Run) -> Iterator[TrainStep]:
                     f"run the same command again to continue"
                 )
         _require_finite(state, run)
-        _write_result(run, state, base)
+        write_results(run, state, base)
         checkpoint.unlink(missing_ok=True)
 
 
@@ -195,6 +197,15 @@ class _Window:
         return TrainStep(state.step, total, denoising, consistency, lr, rate)
 
 
+def _is_checkpoint(step: int, config: FinetuneConfig) -> bool:
+    """Whether the state is saved after `step` updates: also before further results are written.
+
+    So whatever lies there when a run is cut off has a state beside it to continue from.
+    """
+    has_more = is_snapshot(step, config) or (config.ema_lengths and step == config.steps)
+    return step % config.checkpoint_every == 0 or bool(has_more)
+
+
 def _keep(
     run: Run, state: TrainingState, held_out: FixedDraws | None, record: TrainStep
 ) -> TrainStep:
@@ -213,45 +224,6 @@ def _require_finite(state: TrainingState, run: Run) -> None:
             f"a weight became infinite or NaN by update {state.step}; only a good checkpoint is "
             f"kept, if any: lower --lr, with --force to start anew"
         )
-
-
-def _write_result(run: Run, state: TrainingState, base: nn.Module | None) -> None:
-    """Write the artifact: the averaged weights, folded where the projection is `fold`."""
-    config, record = run.config, run.denoiser.record
-    weights = state.averaged_weights()
-    model = {
-        "source": record.source,
-        "model_config": record.model_config,
-        "scheduler_config": record.scheduler_config,
-        "num_train_timesteps": record.num_train_timesteps,
-        "companions": record.companions,
-    }
-    examples = run.examples
-    data = {"source": examples.source, "fingerprint": examples.fingerprint, "num": len(examples)}
-    chosen = {"dtype": run.dtype, "flip": run.flip, "crop": examples.crop}
-    settings = {**asdict(config), **chosen, "resolution": list(examples.image_shape[1:])}
-    result: DenoiserRecord
-    if run.from_scratch:
-        result = BaseRecord(**model, training={**settings, "data": data})
-    else:
-        assert base is not None
-        assert fingerprint(base.state_dict()) == record.fingerprint, "the frozen base was changed"
-        if config.projection == "fold":
-            weights = fold_weights(weights, state.network)
-        result = ExpertRecord(
-            **model,
-            range=[run.choice.range.start, run.choice.range.stop],
-            index=run.choice.index,
-            of=run.choice.of,
-            base=record.fingerprint,
-            p=config.p,
-            steps=state.step,
-            seed=config.seed,
-            projection=config.projection,
-            data=data,
-            training=settings,
-        )
-    write_artifact(run.output, weights, result)
 
 
 class MetricsLog:

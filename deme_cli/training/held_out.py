@@ -23,12 +23,15 @@ from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import Examples, PixelExamples
 
 _BATCH = 256
-Check = Callable[[], None]  # called between batches; raises to stop
+Check = Callable[..., None]  # called between batches, with (done, total) if known; raises to stop
 
 
 @dataclass(frozen=True)
 class FixedDraws:
-    """What networks are measured on.  images, t: (n,)   noise(draws (B,)) -> eps (B, C, H, W)"""
+    """What networks are measured on.  images, t: (n,)   noise(draws (B,)) -> eps (B, C, H, W)
+
+    targets: (n, C, H, W), what they should say, where that is not the schedule's own target.
+    """
 
     examples: Examples
     schedule: Schedule
@@ -36,35 +39,76 @@ class FixedDraws:
     t: Tensor
     noise: Callable[[Tensor], Tensor]
     batch_size: int = _BATCH
+    targets: Tensor | None = None
 
     @torch.no_grad()
+    def errors(
+        self, network: nn.Module, *, weights: Mapping[str, Tensor] | None = None,
+        check: Check | None = None, chosen: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Squared error of each draw, its mean over elements: (n,) float64.
+
+        Of `network`, or of it with other `weights`, on the draws `chosen` (all by default). The
+        network is run in its own dtype, the rest in float32, the sums in float64.
+        """
+        chosen = torch.arange(len(self.t)) if chosen is None else chosen
+        predictor, found = _Predictor(network), torch.zeros(len(chosen), dtype=torch.float64)
+        weights = {f"network.{name}": value for name, value in (weights or {}).items()}
+        for place in torch.arange(len(chosen)).split(self.batch_size):
+            if check:
+                check()
+            inputs, target = self._batch(chosen[place], network)
+            error = functional_call(predictor, weights, inputs).float().cpu() - target
+            found[place] = error.square().flatten(1).mean(dim=1, dtype=torch.float64)
+        return found
+
     def loss(
         self, network: nn.Module, *, weights: Mapping[str, Tensor] | None = None,
         check: Check | None = None,
     ) -> float:  # fmt: skip
-        """Mean squared error of `network`, or of it with other `weights`, over draws and elements.
+        """Mean squared error over draws and elements; see `errors`."""
+        return self.errors(network, weights=weights, check=check).mean().item()
 
-        The network is run in its own dtype, the rest in float32, the sum in float64.
-        """
-        first = next(network.parameters())
-        device, dtype, total = first.device, first.dtype, 0.0
-        predictor = _Predictor(network)
-        weights = {f"network.{name}": value for name, value in (weights or {}).items()}
+    def loss_and_gradient(self, network: nn.Module, check: Check) -> float:
+        """The loss, and its gradient in `.grad` of every parameter of `network`."""
+        network.requires_grad_(True)
+        network.zero_grad(set_to_none=True)
+        predictor, total = _Predictor(network), 0.0
+        size = len(self.t) * math.prod(self.examples.shape)
         for chosen in torch.arange(len(self.t)).split(self.batch_size):
-            if check:
-                check()
-            indices = self.images[chosen].tolist()
-            x0, conditions = self.examples.draw(indices, flip=None, generator=None)
-            x0, eps, t = x0.cpu(), self.noise(chosen), self.t[chosen]
-            inputs = (
-                self.schedule.add_noise(x0, eps, t).to(device, dtype),
-                self.schedule.times(t).to(device),
-                to(conditions, device, dtype),
-            )
-            output = functional_call(predictor, weights, inputs).float().cpu()
-            error = output - self.schedule.target(x0, eps, t)
-            total += error.square().sum(dtype=torch.float64).item()
-        return total / (len(self.t) * math.prod(self.examples.shape))
+            check()
+            inputs, target = self._batch(chosen, network)
+            output = predictor(*inputs).float()
+            loss = (output - target.to(output.device)).square().sum() / size
+            loss.backward()
+            total += loss.item()
+        network.requires_grad_(False)
+        return total
+
+    @torch.no_grad()
+    def outputs(self, network: nn.Module, chosen: Tensor) -> Tensor:
+        """What `network` says at the draws `chosen`: (len(chosen), C, H, W) float32."""
+        predictor = _Predictor(network)
+        said = [
+            predictor(*self._batch(part, network)[0]).float().cpu()
+            for part in chosen.split(self.batch_size)
+        ]
+        return torch.cat(said)
+
+    def _batch(
+        self, chosen: Tensor, network: nn.Module
+    ) -> tuple[tuple[Tensor, Tensor, Conditions], Tensor]:
+        """The inputs of these draws on the network's device, and what it should say, on the CPU."""
+        first = next(network.parameters())
+        x0, conditions = self.examples.draw(self.images[chosen].tolist(), flip=None, generator=None)
+        x0, eps, t = x0.cpu(), self.noise(chosen), self.t[chosen]
+        inputs = (
+            self.schedule.add_noise(x0, eps, t).to(first.device, first.dtype),
+            self.schedule.times(t).to(first.device),
+            to(conditions, first.device, first.dtype),
+        )
+        target = self.schedule.target(x0, eps, t) if self.targets is None else self.targets[chosen]
+        return inputs, target
 
 
 class _Predictor(nn.Module):

@@ -18,6 +18,7 @@ from deme_cli.outputs import require_output, require_space
 from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import RangeChoice, parse_range
+from deme_cli.training.places import checkpoint_path, variant_paths
 
 _FILES_BESIDE = 5  # of the base's size: a checkpoint (weights, average, two moments), the expert
 
@@ -43,8 +44,9 @@ class Job:
             value = getattr(self.settings, item.name)
             if item.name == "antithetic":
                 words.append("--antithetic" if value else "--independent")
-            else:
-                words += [f"--{item.name.replace('_', '-')}", str(value)]
+            elif value is not None:
+                shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                words += [f"--{item.name.replace('_', '-')}", shown]
         if self.images.horizontal_flip is not None:
             words.append("--flip" if self.images.horizontal_flip else "--no-flip")
         given = {
@@ -71,13 +73,21 @@ class Plan:
     is_done: bool = False
     has_companions: bool = False
 
+    @property
+    def outputs(self) -> list[Path]:
+        """Every file the run writes, its main one first; of a finished run those still there."""
+        more = variant_paths(self.output, self.job.settings)
+        return [self.output, *(path for path in more if not self.is_done or path.exists())]
+
     def describe(self) -> str:
         """One line that says what would run."""
         settings = self.job.settings
         span = f"timesteps {self.choice.range}" if self.choice else "all timesteps, from scratch"
         images = settings.steps * settings.batch_size * settings.accumulation
+        num_more = len(variant_paths(self.output, settings))
+        more = f", {num_more} more files" if num_more else ""
         state = "; done" if self.is_done else ""
-        return f"{self.output}: {span}, {settings.steps} updates, {images} images{state}"
+        return f"{self.output}: {span}, {settings.steps} updates, {images} images{more}{state}"
 
 
 def plan_experts(job: Job, run: RunFile, range_text: str, output: Path | None) -> list[Plan]:
@@ -107,7 +117,7 @@ def plan_experts(job: Job, run: RunFile, range_text: str, output: Path | None) -
             _require_same_settings(path, record, job)
         else:
             _require_free(job, path)
-            require_space(path, _FILES_BESIDE * job.base.stat().st_size)
+            require_space(path, _files_beside(path, job.settings) * job.base.stat().st_size)
         plans.append(Plan(job, text, choice, path, is_done=done, has_companions=has))
     if not all(plan.is_done for plan in plans):
         require_companions(record, job.pipeline)
@@ -134,6 +144,16 @@ def _require_free(job: Job, output: Path) -> None:
     if not job.images.source:
         raise ConfigError("no training images: set [data] source in deme.toml, or use --data")
     require_output(output, force=job.force)
+    is_kept = checkpoint_path(output).exists()  # then its snapshots so far are its own
+    for path in variant_paths(output, job.settings):
+        if path.parent.exists():  # else nothing is there, and a dry run leaves it so
+            require_output(path, force=job.force or is_kept)
+
+
+def _files_beside(output: Path, settings: FinetuneConfig) -> int:
+    """How many times the base's size a run still takes up on disk."""
+    more = [path for path in variant_paths(output, settings) if not path.exists()]
+    return _FILES_BESIDE + len(settings.ema_lengths or []) + len(more)
 
 
 def _require_same_settings(output: Path, base: BaseRecord, job: Job) -> None:
@@ -152,7 +172,8 @@ def _require_same_settings(output: Path, base: BaseRecord, job: Job) -> None:
         wanted["flip"] = job.images.horizontal_flip
     if job.images.resolution:
         wanted["resolution"] = [job.images.resolution] * 2
-    found = {**record.training, "base": record.base}
+    unset = {"ema_lengths": None, "snapshot_every": None}  # records leave out what is unset
+    found = {**unset, **record.training, "base": record.base}
     for name, value in wanted.items():
         if name in found and found[name] != value:
             raise ConfigError(

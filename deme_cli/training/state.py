@@ -1,6 +1,6 @@
 """What a training run consists of between two updates, and its checkpoint on disk.
 
-Network (with its projections), moving average, AdamW's moments, loss scale, number of updates done.
+Network (with its projections), moving averages, AdamW's moments, loss scale, number of updates.
 The learning rate is a function of the update and every random draw of (seed, update), so
 nothing else needs to be kept. A checkpoint appears whole or not at all and is verified when read.
 """
@@ -22,6 +22,7 @@ from deme_cli.config import FinetuneConfig
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.records import Record
 from deme_cli.tensor_file import read_header
+from deme_cli.training.power_average import PowerAverage
 
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
 
@@ -71,9 +72,11 @@ class TrainingState:
             power=0.75,
             foreach=True,
         )
+        parameters = list(network.parameters())
+        self.power_averages = [PowerAverage(parameters, s) for s in config.ema_lengths or []]
 
     def update(self) -> None:
-        """One optimizer update from the gradients at hand, then the moving average."""
+        """One optimizer update from the gradients at hand, then the moving averages."""
         parameters = list(self.network.parameters())
         if self.config.grad_clip:
             self.scaler.unscale_(self.optimizer)
@@ -86,12 +89,19 @@ class TrainingState:
         self.step += 1
         if self.config.ema_decay:
             self.ema.step(parameters)
+        for average in self.power_averages:
+            average.step(parameters, self.step)
 
-    def averaged_weights(self) -> dict[str, Tensor]:
-        """The weights that the run is for: the moving average, or the last ones without it."""
+    def averaged_weights(self, average: PowerAverage | None = None) -> dict[str, Tensor]:
+        """The weights that the run is for: the moving average, or the last ones without it.
+
+        With one of `power_averages`, the weights under that instead.
+        """
         weights = {name: tensor.detach() for name, tensor in self.network.state_dict().items()}
-        if self.config.ema_decay:
-            names = [name for name, _ in self.network.named_parameters()]
+        names = [name for name, _ in self.network.named_parameters()]
+        if average:
+            weights.update(zip(names, average.tensors, strict=True))
+        elif self.config.ema_decay:
             weights.update(zip(names, self.ema.shadow_params, strict=True))
         return weights
 
@@ -103,6 +113,9 @@ class TrainingState:
             for key in _ADAM:
                 if parameter in self.optimizer.state:
                     tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
+        for average in self.power_averages:
+            for (name, _), tensor in zip(parameters, average.tensors, strict=True):
+                tensors[f"power_ema_{average.length}.{name}"] = tensor
         return tensors
 
     def save(self, path: Path, identity: dict[str, Any]) -> None:
@@ -127,6 +140,8 @@ class TrainingState:
         self.network.load_state_dict({name: tensors[f"network.{name}"] for name in own})
         for index, (name, parameter) in enumerate(self.network.named_parameters()):
             self.ema.shadow_params[index].copy_(tensors[f"ema.{name}"])
+            for average in self.power_averages:
+                average.tensors[index].copy_(tensors[f"power_ema_{average.length}.{name}"])
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}.{name}"].to(
                     parameter.device if key != "step" else "cpu", copy=True

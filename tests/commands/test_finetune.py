@@ -72,6 +72,58 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(deme, folder: Path) ->
     assert [path.name for path in folder.iterdir()] == ["base.safetensors"]
 
 
+EMAS = ["--ema-lengths", "0.05,0.1", "--snapshot-every", 2]
+
+
+def test_averages_and_snapshots_are_results_and_their_places_are_checked(
+    deme, folder: Path
+) -> None:
+    (folder / "deme.toml").write_text("[split]\nn = 1\n")
+    names = [
+        f"ft_1of1{word}.safetensors"
+        for word in (
+            "", ".snapshots/step-000002", ".snapshots/step-000002.ema-0.050",
+            ".snapshots/step-000002.ema-0.100", ".snapshots/ema-0.050", ".snapshots/ema-0.100",
+        )
+    ]  # fmt: skip
+    dry = deme("finetune", "--range", "1/1", "--dry-run", *QUICK, *EMAS)
+    assert "3 updates, 12 images, 5 more files" in dry.stderr
+    (folder / names[3]).parent.mkdir()
+    (folder / names[3]).write_bytes(b"mine")
+    done = deme("finetune", "--range", "1/1", *QUICK, *EMAS)
+    assert isinstance(done.exception, ConfigError)
+    assert f"{names[3]} exists; add --force" in str(done.exception)
+    done = deme("finetune", "--range", "1/1", "--json", "--force", *QUICK, *EMAS)
+    assert json.loads(done.stdout)["paths"] == names
+    assert all(read_record(folder / name, "expert").of == 1 for name in names)
+    (folder / names[1]).unlink()  # no longer wanted
+    done = deme("finetune", "--range", "all", *QUICK, *EMAS)
+    assert done.stdout.split() == [name for name in names if name != names[1]]
+    other = deme("finetune", "--range", "all", *QUICK)
+    assert "exists with another ema_lengths, [0.05, 0.1] and not None" in str(other.exception)
+
+
+def test_a_kept_run_goes_on_although_its_snapshots_lie_there(deme, folder: Path) -> None:
+    words = ["finetune", "--range", "1/2", *QUICK, *EMAS]
+    assert deme(*words).exit_code == 0
+    (folder / "ft_1of2.safetensors").unlink()
+    assert "exists" in str(deme(*words, "--dry-run").exception)
+    (folder / ".ft_1of2.checkpoint").write_bytes(b"kept")
+    assert deme(*words, "--dry-run").exit_code == 0
+
+
+def test_a_disk_without_room_for_the_snapshots_is_refused_up_front(
+    deme, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (folder / "base.safetensors").stat().st_size
+    usage = shutil.disk_usage(folder)._replace(free=10 * size)  # of 12 with averages, 5 without
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    done = deme("finetune", "--range", "1/2", "--dry-run", *QUICK, *EMAS)
+    assert isinstance(done.exception, MissingError)
+    assert "free some space" in str(done.exception)
+    assert deme("finetune", "--range", "1/2", "--dry-run", *QUICK).exit_code == 0
+
+
 def test_a_dry_run_with_force_leaves_a_kept_run_alone(deme, folder: Path) -> None:
     kept = folder / ".ft_1of2.checkpoint"
     kept.write_bytes(b"kept")
@@ -103,6 +155,10 @@ def test_a_base_of_ones_own_is_trained_from_a_description(deme, folder: Path) ->
         (["--range", "500:250"], ConfigError, "start < stop"),
         (["--range", "0:2000"], ConfigError, "<= 100"),
         (["--range", "1/2", "--p", 1.5], ConfigError, "probability from 0 to 1"),
+        (["--range", "1/2", "--ema-lengths", "0.05,long"], ConfigError, "separated by commas"),
+        (["--range", "1/2", "--ema-lengths", "0"], ConfigError, "above 0, below 0.2886"),
+        (["--range", "1/2", "--ema-lengths", "0.3"], ConfigError, "below 0.2886"),
+        (["--range", "1/2", "--snapshot-every", 3], ConfigError, "fewer than steps = 3"),
         (["--range", "1/2", "--base", "none.safetensors"], MissingError, "no base there"),
         (["--range", "1/2", "--device", "toaster"], ConfigError, "--device toaster"),
         (["--range", "1/2", "--resume"], MissingError, "no unfinished run"),
@@ -263,15 +319,19 @@ def test_a_range_of_its_own_process_gets_every_setting() -> None:
     images = DataConfig(
         source="images", captions="alt", crop="random", resolution=64, horizontal_flip=False
     )
-    settings = FinetuneConfig(caption_dropout=0.2, cache="latents")
+    settings = FinetuneConfig(
+        caption_dropout=0.2, cache="latents", ema_lengths=[0.05, 0.1], snapshot_every=500
+    )
     job = Job(Path("base.safetensors"), images, settings, pipeline="sd", config_path=Path("x.toml"))
     words = job.arguments("1/2")
     given = dict(itertools.pairwise(words))
     for name, value in {
         "--captions": "alt", "--crop": "random", "--resolution": "64", "--pipeline": "sd",
         "--cache": "latents", "--caption-dropout": "0.2", "--config": "x.toml",
+        "--ema-lengths": "0.05,0.1", "--snapshot-every": "500",
     }.items():  # fmt: skip
         assert given[name] == value
     assert "--no-flip" in words
     plain = Job(Path("base.safetensors"), DataConfig(source="images"), FinetuneConfig())
-    assert not {"--captions", "--resolution", "--pipeline"} & set(plain.arguments("1/2"))
+    left_out = {"--captions", "--resolution", "--pipeline", "--ema-lengths", "--snapshot-every"}
+    assert not left_out & set(plain.arguments("1/2"))

@@ -16,6 +16,7 @@ from deme_cli.artifacts import fingerprint_file, load_tensors, read_record
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.diffusion.projection import PREFIX
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
+from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.combine import merge_artifacts, merge_family
 from deme_cli.merging.lineage import PROJECTION, open_family, open_parents
 from deme_cli.merging.task_vectors import measure, write_task_vector
@@ -173,6 +174,44 @@ def test_block_projections_merge_around_the_identity(
     nothing = merge_artifacts(base, experts, [0, 0], output)
     assert nothing.fingerprint == read_record(base).fingerprint
     assert nothing.projection == "none"
+
+
+def test_tensors_side_by_side_take_their_own_coefficients(
+    write_family: Callable, weights: Callable, tmp_path: Path
+) -> None:
+    """Neighbours with equal coefficients are one run, others are not; each is Eq. 8 by itself."""
+    names = [f"layer.{index}.weight" for index in range(6)]
+    thetas = [{name: torch.randn(5, 3) for name in names} for _ in range(3)]
+    base, experts = write_family(thetas[0], thetas[1:])
+    family = open_family(base, open_parents(experts, "expert"))
+    finer = {"layer.[12].*": (1.0, 0.0), "layer.4.*": (0.0, 0.0), "layer.?.*": (-0.5, 0.25)}
+    output = tmp_path / "merged.safetensors"
+    record = merge_family(family, Coefficients((0.5, 0.5), finer), output)
+    for name, merged in load_tensors(output).items():
+        theta, *others = (weights[name] for weights in thetas)
+        w = Coefficients((0.5, 0.5), finer).of(name)
+        expected = theta + sum(c * (x - theta) for c, x in zip(w, others, strict=True))
+        torch.testing.assert_close(merged, expected)
+        if name[6] in "124":
+            assert torch.equal(merged, theta if name[6] == "4" else others[0])
+    assert (record.coefficients, record.method, record.settings) == ([0.5, 0.5], "linear", {})
+    assert record.coefficients_for == {glob: list(w) for glob, w in finer.items()}
+    with pytest.raises(ConfigError, match=r"'layers\.\*' matches no tensor"):
+        merge_family(family, Coefficients((0.5, 0.5), {"layers.*": (1.0, 1.0)}), output)
+
+
+def test_projections_that_nothing_moves_are_left_out(
+    write_family: Callable, weights: Callable, tmp_path: Path
+) -> None:
+    thetas = [projected(weights(seed), seed) for seed in (1, 2)]
+    base, experts = write_family(weights(0), thetas, projection="block")
+    family = open_family(base, open_parents(experts, "expert"))
+    output, name = tmp_path / "merged.safetensors", f"{PREFIX}.mid_block.weight"
+    plain = merge_family(family, Coefficients((0.5, 0.5), {f"{PREFIX}.*": (0.0, 0.0)}), output)
+    assert (plain.projection, name in load_tensors(output)) == ("none", False)
+    kept = merge_family(family, Coefficients((0.0, 0.0), {f"{PREFIX}.*": (1.0, 0.0)}), output)
+    assert kept.projection == "block"
+    assert torch.equal(load_tensors(output)[name], thetas[0][name])
 
 
 def test_a_merged_artifact_is_a_denoiser(tmp_path: Path) -> None:

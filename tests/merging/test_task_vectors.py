@@ -21,6 +21,8 @@ NAMES = {
     "down_blocks.11.attentions.0.to_q.weight": "down_blocks.11",
     "mid_block.resnets.0.norm1.weight": "mid_block",
     "up_blocks.1.resnets.2.conv2.bias": "up_blocks.1",
+    "transformer_blocks.3.attn.to_q.weight": "transformer_blocks.3",
+    "single_transformer_blocks.10.norm.linear.bias": "single_transformer_blocks.10",
 }
 PROJECTION = f"{PREFIX}.mid_block.weight"
 

@@ -1,4 +1,4 @@
-"""The picture of a search: how the objective depends on each coefficient, and on each pair.
+"""The picture of a grid: how the objective depends on each coefficient, and on each pair.
 
 On the diagonal the least objective for each value of one coefficient, below it a map for each pair;
 in both, the coefficients not shown are the best ones of the grid. One expert makes one curve.
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deme_cli.merging.grid import Grid
-from deme_cli.merging.trials import Trial, ranked
+from deme_cli.merging.search.grid import Grid
+from deme_cli.merging.search.trials import BASE_NAME, MEAN_NAME, Trial, ranked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 CELL_INCHES, MOST_INCHES = 2.4, 15.0
 WIDE_SPREAD = 8.0  # largest over least objective from which axes and colours are logarithmic
 MOST_NUMBERED = 25  # cells of a map up to which each shows its number
-BEST, BASE, MEAN = "tab:red", "tab:gray", "tab:blue"
+BEST, BASE, MEAN = "#D55E00", "0.4", "#009E73"  # of Okabe and Ito: told apart by every eye
+REFERENCES = ((BASE_NAME, BASE, "--"), (MEAN_NAME, MEAN, "-."))  # name, colour and dashes
 
 
 def draw_search(
@@ -31,7 +32,7 @@ def draw_search(
 ) -> bytes:
     """The search as a PNG. labels: the experts' names; objective: what was minimised.
 
-    trials: the base, the mean, then the grid's points, as `grid_points` orders them.
+    trials: the grid's points, of one rung; the base and the mean, known by name, are lines.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -80,7 +81,7 @@ def least_over_others(trials: Sequence[Trial], grid: Grid, row: int, column: int
     """
     least = np.full((len(grid[row]), len(grid[column])), math.inf)
     for trial in trials:
-        w = trial.coefficients
+        w = trial.point
         if all(value in values for value, values in zip(w, grid, strict=True)):
             cell = grid[row].index(w[row]), grid[column].index(w[column])
             least[cell] = min(least[cell], trial.objective)
@@ -95,15 +96,16 @@ def _draw_curve(
     least = np.diag(least_over_others(trials, grid, index, index))
     axis.plot(grid[index], least, color="black", marker="o", markersize=4)
     shown = [*least]
-    for trial, color, label in ((trials[0], BASE, "base"), (trials[1], MEAN, "1/N each")):
-        if math.isfinite(trial.objective):
-            axis.axhline(trial.objective, color=color, linestyle="--", linewidth=1, label=label)
-            shown.append(trial.objective)
+    values = reference_values(trials)
+    for name, color, dashes in REFERENCES:
+        if math.isfinite(values.get(name, math.inf)):
+            axis.axhline(values[name], color=color, linestyle=dashes, linewidth=1.2, label=name)
+            shown.append(values[name])
     axis.plot(
-        best.coefficients[index], best.objective, color=BEST, marker="s", markersize=9,
+        best.point[index], best.objective, color=BEST, marker="s", markersize=9,
         markerfacecolor="none", markeredgewidth=2, linestyle="none", label="best",
     )  # fmt: skip
-    if _is_wide(np.array(shown)):
+    if is_wide(np.array(shown)):
         axis.set_yscale("log")
     else:
         axis.ticklabel_format(axis="y", useOffset=False)
@@ -124,11 +126,12 @@ def _draw_map(
     if values.size > MOST_NUMBERED:
         return
     digits = _digits(norm)
+    size = min(7.0, 75 * CELL_INCHES / len(columns) / (digits + 2))  # points; what fits in a cell
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
             dark = norm(value) > 0.5  # viridis_r darkens towards large values
             axis.text(
-                column, row, f"{value:.{digits}g}", ha="center", va="center", fontsize="x-small",
+                column, row, f"{value:.{digits}g}", ha="center", va="center", fontsize=size,
                 color="white" if dark else "black",
             )  # fmt: skip
 
@@ -140,10 +143,10 @@ def _norm(values: np.ndarray) -> Normalize:
     finite = values[np.isfinite(values)]
     if not finite.size:
         return Normalize(0, 1)
-    return (LogNorm if _is_wide(finite) else Normalize)(finite.min(), finite.max())
+    return (LogNorm if is_wide(finite) else Normalize)(finite.min(), finite.max())
 
 
-def _is_wide(values: np.ndarray) -> bool:
+def is_wide(values: np.ndarray) -> bool:
     """Whether positive values spread over much more than their least."""
     finite = values[np.isfinite(values)]
     return bool(finite.size and finite.min() > 0 and finite.max() > WIDE_SPREAD * finite.min())
@@ -159,7 +162,7 @@ def _mark_best(axis: Axes, best: Trial, grid: Grid, row: int, column: int) -> No
     """A frame around the best cell, or a star where the best is the mean, between the cells."""
     from matplotlib.patches import Rectangle
 
-    x, y = (_place(best.coefficients[i], grid[i]) for i in (column, row))
+    x, y = (_place(best.point[i], grid[i]) for i in (column, row))
     if x.is_integer() and y.is_integer():
         frame = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=BEST, linewidth=3)
         frame.set_clip_on(False)
@@ -173,9 +176,17 @@ def _place(value: float, values: Sequence[float]) -> float:
     return float(np.interp(value, values, range(len(values))))
 
 
+def reference_values(trials: Sequence[Trial]) -> dict[str, float]:
+    """The objectives of the base and the mean by name, where they were tried."""
+    names = [name for name, _, _ in REFERENCES]
+    return {trial.name: trial.objective for trial in trials if trial.name in names}
+
+
 def _title(trials: Sequence[Trial], best: Trial, objective: str) -> str:
-    w = ", ".join(f"{value:.3g}" for value in best.coefficients)
+    w = ", ".join(f"{value:.3g}" for value in best.point)
+    values = reference_values(trials).items()
+    references = ", ".join(f"{name} {value:.5g}" for name, value in values)
     return (
         f"{len(trials)} candidates: best {best.objective:.5g} at w = {w}\n"
-        f"base {trials[0].objective:.5g}, 1/N each {trials[1].objective:.5g}  ({objective})"
+        f"{references or 'no reference'}  ({objective})"
     )

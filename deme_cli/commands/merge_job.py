@@ -1,0 +1,248 @@
+"""A `deme merge` from checked options to the written file: given, searched, or from data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deme_cli import console
+from deme_cli.commands.merge_options import DATA_DRIVEN, searches
+from deme_cli.commands.merge_order import Order, find_measure
+from deme_cli.commands.merge_report import Merged, report
+from deme_cli.config import MergeConfig
+from deme_cli.errors import ConfigError
+from deme_cli.interrupts import StopRequests
+from deme_cli.outputs import require_output, require_space
+from deme_cli.run_file import RunFile
+
+if TYPE_CHECKING:
+    from deme_cli.merging.coefficients import Coefficients
+    from deme_cli.merging.search.evaluator import Evaluator
+    from deme_cli.records import MergedRecord
+
+_WORST_MISFIT = 0.1  # of a profile, as a share of its norm
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line says. `fixed`: coefficients by glob; `by_argument`: see Order."""
+
+    run_file: RunFile
+    settings: MergeConfig
+    paths: Sequence[Path]
+    fixed: Mapping[str, tuple[float, ...]]
+    base: Path | None
+    output: Path
+    pipeline: str | None
+    device: str
+    dtype: str
+    force: bool
+    ema_length: float | None = None
+    by_argument: frozenset[str] = frozenset()
+
+    def open(self) -> Order:
+        """The files behind the arguments, checked to belong together and to fit the settings."""
+        from deme_cli.commands.merge_search import open_plan
+        from deme_cli.merging.coefficients import Coefficients
+        from deme_cli.merging.lineage import find_base, open_family, open_parents
+        from deme_cli.merging.methods.known import fit_coefficients
+
+        require_output(self.output, force=self.force)
+        opened = open_parents(self.paths, "expert", "task-vector")
+        family = open_family(find_base(opened, self.run_file, self.base), opened)
+        require_space(self.output, sum(spec.num_bytes for spec in family.base.tensors.values()))
+        order = Order(
+            family, self.settings, self.fixed, self.output, self.device, self.dtype, self.force,
+            self.by_argument,
+        )  # fmt: skip
+        if searches(self.settings):
+            open_plan(order, order.space())
+        elif self.settings.method in DATA_DRIVEN:
+            if self.fixed:
+                raise ConfigError(
+                    f"--coefficients-for goes with linear combinations, not with method "
+                    f"{self.settings.method}"
+                )
+        else:
+            given = self._coefficients(order)
+            fitted = fit_coefficients(family, given, order.method)
+            assert isinstance(fitted, Coefficients)
+        return order
+
+    def say_what_would_run(self) -> None:
+        """One line about what `run` would do, after all checks that need no torch."""
+        order, settings = self.open(), self.settings
+        if searches(settings):
+            measure = find_measure(self.run_file, order, self.pipeline)
+            what = f"the grid {order.grid()}" if order.search == "grid" else order.search
+            plan = f"the best of {what} by {settings.objective} on {measure.source}"
+        elif settings.method in DATA_DRIVEN:
+            plan = f"{settings.method} on {settings.num} images per expert"
+        else:
+            given = self._coefficients(order)
+            values = given.values if given else [1 / len(self.paths)] * len(self.paths)
+            plan = f"method {settings.method}, coefficients {', '.join(f'{w:g}' for w in values)}"
+        console.note(f"would merge {len(self.paths)} artifacts into {self.output}: {plan}")
+
+    def run(self, *, as_json: bool) -> None:
+        """Do it, and tell what was merged."""
+        order = self.open()
+        if searches(self.settings):
+            self._searched(order, as_json=as_json)
+        elif self.settings.method in DATA_DRIVEN:
+            self._from_data(order, as_json=as_json)
+        else:
+            self._given(order, as_json=as_json)
+
+    def _coefficients(self, order: Order) -> Coefficients | None:
+        """Those given, those of an EMA length, or none."""
+        from deme_cli.merging.coefficients import Coefficients
+
+        given = order.given()
+        if self.ema_length is None:
+            return given
+        from deme_cli.merging.power_ema import coefficients_for_length
+
+        if given is not None:
+            raise ConfigError("--ema-length makes the coefficients itself; leave out -w")
+        records = [parent.record for parent in order.family.parents]
+        return Coefficients(tuple(coefficients_for_length(records, self.ema_length)))
+
+    def _origin(self, order: Order, given: Coefficients | None) -> dict[str, Any] | None:
+        """How the coefficients came about, where an EMA length made them; warns of a bad fit."""
+        if self.ema_length is None or given is None:
+            return None
+        from deme_cli.merging.power_ema import misfit, snapshots_of
+
+        snapshots = snapshots_of([parent.record for parent in order.family.parents])
+        step = max(t for t, _ in snapshots)
+        off = misfit(snapshots, given.values, step, self.ema_length)
+        if off > _WORST_MISFIT:
+            console.warn(
+                f"these snapshots meet the profile of length {self.ema_length:g} only up to "
+                f"{100 * off:.0f} %; save more of them, or ask for a length between theirs"
+            )
+        return {
+            "method": "post-hoc EMA", "ema_length": self.ema_length, "step": step, "misfit": off,
+            "best": None, "evaluations": 0,
+        }  # fmt: skip
+
+    def _given(self, order: Order, *, as_json: bool) -> None:
+        from deme_cli.merging.combine import merge_family
+
+        given, count = self._coefficients(order), len(order.family.parents)
+        if given is None and order.method.name != "model-stock":
+            console.note(
+                f"no coefficients given: 1/{count} each; --search grid looks for better ones"
+            )
+        document = None
+        if order.reports:
+            evaluator = self._evaluator(order)
+            merged = Merged(
+                given and given.values,
+                lambda: evaluator.denoiser(given),
+            )  # fmt: skip
+            document = self._report(order, evaluator, merged)
+        with _bar(order) as bar:
+            record = merge_family(
+                order.family, given, order.output, method=order.method,
+                search=self._origin(order, given), report=document, advance=bar.advance,
+            )  # fmt: skip
+        tell(order, record, [], as_json=as_json)
+
+    def _from_data(self, order: Order, *, as_json: bool) -> None:
+        from deme_cli.commands.merge_data import merge_from_data, write_from_data
+        from deme_cli.diffusion.denoiser import assemble
+        from deme_cli.sampling.sampler import single
+
+        measure = find_measure(self.run_file, order, self.pipeline)
+        found, document = merge_from_data(order, measure), None
+        if order.reports:
+            where = {"device": order.device, "dtype": order.dtype}
+            base, name = order.family.base_record, str(order.output)
+            merged = Merged(None, lambda: single(assemble(base, found.weights, name, **where)))
+            document = self._report(order, self._evaluator(order, plain=True), merged)
+        tell(order, write_from_data(order, measure, found, document), [], as_json=as_json)
+
+    def _searched(self, order: Order, *, as_json: bool) -> None:
+        from deme_cli.artifacts import read_record
+        from deme_cli.commands.merge_search import finishing, search_coefficients
+        from deme_cli.merging.combine import merge_family
+
+        measure = find_measure(self.run_file, order, self.pipeline)
+        with (
+            StopRequests() as stop,
+            search_coefficients(order, measure) as found,
+            finishing(found.journal) as is_ours,
+        ):
+            if not is_ours and order.output.exists():
+                console.note(f"{order.output} was written by another process of this search")
+                console.result_paths([order.output], as_json=as_json, path=str(order.output))
+                return
+            document = None
+            if order.reports:
+                merged = Merged(
+                    found.coefficients.values, lambda: found.evaluator.model(found.point)
+                )
+                document = report(order, found.workbench, found.evaluator, merged, found.soup)
+            if stop.asked:
+                raise stop.stopped("stopped; all trials are kept, run the same command again")
+            with _bar(order) as bar:
+                record = merge_family(
+                    order.family, found.coefficients, order.output, method=order.method,
+                    search=found.record, report=document, advance=bar.advance,
+                )  # fmt: skip
+            found.journal.mark_merged(record.fingerprint)
+            files = [*found.pictures, found.journal.path]
+            tell(order, read_record(order.output), files, as_json=as_json)
+
+    def _evaluator(self, order: Order, *, plain: bool = False) -> Evaluator:
+        from deme_cli.merging.methods.known import LINEAR
+        from deme_cli.merging.search.evaluator import Evaluator
+
+        return Evaluator(
+            order.family, order.space(), method=LINEAR if plain else order.method,
+            device=order.device, dtype=order.dtype,
+        )  # fmt: skip
+
+    def _report(self, order: Order, evaluator: Evaluator, merged: Merged) -> dict[str, Any]:
+        from deme_cli.merging.search.objectives import Workbench
+
+        measure = find_measure(self.run_file, order, self.pipeline)
+        return report(order, Workbench(measure, order.family.base_record), evaluator, merged)
+
+
+def _bar(order: Order) -> Any:
+    num_bytes = sum(spec.num_bytes for spec in order.family.base.tensors.values())
+    return console.progress("merging", num_bytes, "byte")
+
+
+def tell(order: Order, record: MergedRecord, files: Sequence[Path], *, as_json: bool) -> None:
+    """The merged file, what it was made of, and the files beside it."""
+    family, search = order.family, record.search
+    what = "coefficient (other tensors)" if record.coefficients_for else "coefficient"
+    console.table(
+        f"Merged into {order.output} ({record.method})",
+        ["timesteps", what, "from"],
+        [
+            [str(family.parents[i].record.timesteps), f"{record.coefficients[i]:.4g}",
+             str(family.parents[i].path)]
+            for i in family.by_range
+        ],
+    )  # fmt: skip
+    console.result_paths(
+        [order.output, *files],
+        as_json=as_json,
+        path=str(order.output),
+        fingerprint=record.fingerprint,
+        parents=record.parents,
+        method=record.method,
+        coefficients=record.coefficients,
+        coefficients_for=record.coefficients_for,
+        objective=search["best"] if search else None,
+        evaluations=search["evaluations"] if search else 0,
+        search=search,
+        report=record.report,
+    )

@@ -1,0 +1,210 @@
+"""What a `deme merge` is about, checked before torch is loaded: whose coefficients, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deme_cli import console
+from deme_cli.commands.merge_options import resolve_bounds, searches
+from deme_cli.config import (
+    DataConfig,
+    EvalConfig,
+    FinetuneConfig,
+    MergeConfig,
+    SampleConfig,
+)
+from deme_cli.errors import ConfigError
+from deme_cli.ladder import Rung, parse_ladder
+from deme_cli.run_file import RunFile
+
+if TYPE_CHECKING:
+    from deme_cli.merging.coefficients import Coefficients
+    from deme_cli.merging.lineage import Family
+    from deme_cli.merging.methods.known import MethodSettings
+    from deme_cli.merging.search.grid import Grid
+    from deme_cli.merging.search.measure import Measure
+    from deme_cli.merging.search.space import Space
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked: the family, the settings, and where the result goes.
+
+    `fixed` are coefficients given for globs of tensors; `by_argument` names the settings whose
+    lists came from the command line, in the order of the arguments; those of deme.toml are in the
+    order of the ranges.
+    """
+
+    family: Family
+    settings: MergeConfig
+    fixed: Mapping[str, tuple[float, ...]]
+    output: Path
+    device: str
+    dtype: str
+    force: bool
+    by_argument: frozenset[str]
+
+    @property
+    def method(self) -> MethodSettings:
+        """How task vectors are combined; a greedy soup is a linear one."""
+        from deme_cli.merging.methods.known import MethodSettings
+
+        settings = self.settings
+        name = "linear" if settings.method == "greedy" else settings.method
+        return MethodSettings(name, settings.density, settings.trim, settings.mask_seed)
+
+    @property
+    def search(self) -> str:
+        return "greedy" if self.settings.method == "greedy" else self.settings.search
+
+    @property
+    def reports(self) -> bool:
+        """Whether the merged model is measured beside others: as asked, else after a search."""
+        asked = self.settings.report
+        return searches(self.settings) if asked is None else asked
+
+    @property
+    def rungs(self) -> list[Rung]:
+        return parse_ladder(self.settings.objective, num=self.settings.num)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """A name for each parent: 1of4, or its file's where two would have the same."""
+        labels = [parent.record.label for parent in self.family.parents]
+        stems = [parent.path.stem for parent in self.family.parents]
+        names = labels if len(set(labels)) == len(labels) else stems
+        if len(set(names)) < len(names):
+            names = [f"{name} ({index})" for index, name in enumerate(names, start=1)]
+        return tuple(names)
+
+    def listed(self, name: str, values: Sequence[Any]) -> list[Any]:
+        """Values of the setting `name` in the order of the arguments."""
+        if name in self.by_argument:
+            return list(values)
+        placed = dict(zip(self.family.by_range, values, strict=True))
+        return [placed[index] for index in range(len(values))]
+
+    def grid(self) -> Grid:
+        """The values tried for each argument."""
+        from deme_cli.merging.search.grid import resolve_grid
+
+        grid = resolve_grid(self.settings.grid, len(self.family.parents))
+        return tuple(self.listed("grid", grid)) if self.settings.grid else grid
+
+    def given(self) -> Coefficients | None:
+        """The coefficients as given, with those of globs; None where there are none."""
+        from deme_cli.merging.coefficients import Coefficients
+
+        values, count = self.settings.coefficients, len(self.family.parents)
+        if values is None and not self.fixed:
+            return None
+        if values is None:
+            values = [1 / count] * count
+        elif len(values) != count:
+            raise ConfigError(f"{len(values)} coefficients for {count} experts; give one for each")
+        else:
+            values = self.listed("coefficients", values)
+        return Coefficients(tuple(map(float, values)), self.fixed)
+
+    def space(self) -> Space:
+        """What a search varies. Raises ConfigError on bounds, start or globs that do not fit."""
+        from deme_cli.merging.coefficients import Coefficients, groups_of, require_matches
+        from deme_cli.merging.search.space import Space
+
+        settings, count = self.settings, len(self.family.parents)
+        names = [spec.name for spec in self.family.base.tensors.values()]
+        names += [spec.name for spec in self.family.projections]
+        require_matches(list(self.fixed), names)
+        start = [1 / count] * count if settings.start is None else settings.start
+        if len(start) != count:
+            raise ConfigError(f"the start has {len(start)} values for {count} experts")
+        Coefficients(tuple(start), self.fixed)  # those of globs are as many, and finite
+        groups, shares = _groups(self.family, groups_of(names, settings.per), self.fixed)
+        bounds = resolve_bounds(settings.bounds, count)
+        return Space(
+            experts=self.experts,
+            bounds=tuple(self.listed("bounds", bounds) if settings.bounds else bounds),
+            start=tuple(self.listed("start", start) if settings.start else start),
+            groups=tuple(groups),
+            has_rest=shares[-1] > 0,
+            fixed=self.fixed,
+            shares=tuple(shares if shares[-1] > 0 else shares[:-1]),
+        )
+
+
+def _groups(
+    family: Family, globs: Sequence[str], fixed: Mapping[str, Any]
+) -> tuple[list[str], list[float]]:
+    """The globs that decide for any tensor, and how many parameters each decides, the rest last."""
+    from fnmatch import fnmatchcase
+
+    counts = dict.fromkeys([*fixed, *globs], 0)
+    rest = 0
+    for spec in [*family.base.tensors.values(), *family.projections]:
+        owner = next((glob for glob in counts if fnmatchcase(spec.name, glob)), None)
+        if owner is None:
+            rest += spec.num_elements
+        else:
+            counts[owner] += spec.num_elements
+    used = [glob for glob in globs if counts[glob] and glob not in fixed]
+    return used, [float(counts[glob]) for glob in used] + [float(rest)]
+
+
+def find_measure(run: RunFile, order: Order, pipeline: str | None) -> Measure:
+    """What candidates and rows are measured with, looked for before torch is loaded."""
+    from deme_cli.data.places import find_place
+    from deme_cli.evaluation.references import find_reference
+    from deme_cli.evaluation.weights import choose_features, find_weights
+    from deme_cli.merging.search.measure import Measure
+    from deme_cli.training.plan import require_companions
+
+    settings, images = order.settings, run.settings(DataConfig)
+    source = images.source or _shared_source(order.family)
+    if not source:
+        raise ConfigError("no images to search with: set [data] source in deme.toml")
+    evaluation = run.settings(EvalConfig)
+    features = choose_features(evaluation.features, [source])
+    find_place(source)
+    distances = [rung for rung in order.rungs if rung.is_distance]
+    if distances:
+        if min(rung.num for rung in distances) < 2:
+            raise ConfigError("num = 1: a distance needs at least 2 images per candidate")
+        weights = find_weights(features, evaluation.resize)
+        for rung in distances:
+            find_reference(
+                source, features, evaluation.resize, weights=weights, split="train",
+                kernel=rung.name == "kid",
+            )  # fmt: skip
+    _warn_of_seeds(settings, evaluation, order)
+    sample = run.settings(SampleConfig)
+    if sample.prompts:
+        sample = replace(sample, prompts=run.seen(sample.prompts))
+    pipeline = run.pipeline(pipeline)
+    require_companions(order.family.base_record, pipeline)
+    return Measure(
+        replace(images, source=source), features, evaluation.resize, sample, pipeline,
+        run.settings(FinetuneConfig).cache, order.device, order.dtype,
+        order.family.base.path.parent,
+        run.seen(evaluation.fid) if evaluation.fid else None,
+    )  # fmt: skip
+
+
+def _warn_of_seeds(settings: MergeConfig, evaluation: EvalConfig, order: Order) -> None:
+    """A seed that chooses must not be one that reports."""
+    if evaluation.seed <= settings.seed < evaluation.seed + evaluation.repeats:
+        console.warn(f"seed {settings.seed} is one that `deme eval` reports with; use another")
+    stop = settings.report_seed + settings.report_repeats
+    if order.reports and settings.report_seed <= settings.seed < stop:
+        raise ConfigError(
+            f"seed {settings.seed} chooses the coefficients and would report them as well; "
+            f"set another --report-seed"
+        )
+
+
+def _shared_source(family: Family) -> str | None:
+    """The images that all the experts were trained on, if these are the same."""
+    sources = {parent.record.data.get("source") for parent in family.parents}
+    return sources.pop() if len(sources) == 1 else None

@@ -1,0 +1,40 @@
+"""What a merging method is: the terms of each tensor, and what becomes of the task vectors before.
+
+Every method ends in one linear combination per tensor, sum_k c_k y_k, where y_0 is the base and y_i
+what file i holds or, where the method transforms task vectors, tau'_i; so one engine serves all.
+N parents, n elements of a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+Terms = tuple[tuple[int, float], ...]  # (k: 0 the base, then the parents; c_k), no c_k of 0
+Transform = Callable[[str, int, np.ndarray], None]
+BASE: Terms = ((0, 1.0),)  # the base itself
+
+
+class Method(Protocol):
+    """A method opened for one family of files.
+
+    transform: turns tau_i (N, n) of the elements `start` ... of the tensor `name` into tau'_i, in
+        place; it must not depend on how tensors are cut into pieces. None: terms count the files.
+    is_linear: whether the merged weights are linear in the coefficients.
+    found: the coefficients, where the method finds them itself (mean over parameters).
+    """
+
+    transform: Transform | None
+    is_linear: bool
+    found: tuple[float, ...] | None
+
+    def terms(self, name: str, coefficients: Sequence[float]) -> Terms:
+        """What the tensor `name` is made of, for its N coefficients."""
+        ...
+
+
+def vector_terms(coefficients: Sequence[float]) -> Terms:
+    """theta + sum_i w_i tau'_i."""
+    return (*BASE, *((i, float(w)) for i, w in enumerate(coefficients, start=1) if w != 0))

@@ -1,0 +1,185 @@
+"""Replay: a merged artifact made again from its base and parents, bit for bit, and checked.
+
+The record says what was merged and how; files are found by name and known by their fingerprint. The
+new file takes the header of the old one as it stands (who made it, its search, its report), and
+appears only if the weights under it have the fingerprint that the header tells. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deme_cli.artifacts import fingerprint_file, record_of
+from deme_cli.errors import (
+    ArtifactError,
+    ConfigError,
+    DemeError,
+    MissingError,
+    NumericsError,
+    writing,
+)
+from deme_cli.merging.coefficients import Coefficients
+from deme_cli.merging.combine import Advance, Plan, plan_merge, write_merge
+from deme_cli.merging.lineage import BASE_NAME, Family, find_base, open_family, open_parents
+from deme_cli.merging.methods.known import USES, MethodSettings
+from deme_cli.records import BaseRecord, MergedRecord
+from deme_cli.run_file import read_run_file
+from deme_cli.tensor_file import Header, read_header
+
+NEED_DATA = ("regmean", "fisher")
+Rebuild = Callable[[Family, MergedRecord, Path], MergedRecord]
+FINDS_ITS_OWN = ("model-stock",)  # methods that take no coefficients
+
+
+def replay(
+    merged: Path,
+    output: Path,
+    *,
+    parents: Sequence[Path] = (),
+    base: Path | None = None,
+    rebuild: Rebuild | None = None,
+    advance: Advance = lambda num_bytes: None,
+) -> MergedRecord:
+    """Make the merged artifact `merged` again as `output`, from files found or given.
+
+    rebuild: makes the file of a method that needs data (regmean, fisher).
+    Raises ConfigError for such a method without it, MissingError naming what is not found,
+    ArtifactError naming a file that differs, NumericsError where the result differs although base
+    and parents do not. Then no output appears.
+    """
+    header = read_header(merged)
+    record = record_of(header)
+    if not isinstance(record, MergedRecord):
+        raise ArtifactError(
+            f"{merged}: expected an artifact of kind 'merged', found {record.kind!r}"
+        )
+    needs_data = record.method in NEED_DATA
+    if needs_data and rebuild is None:
+        raise ConfigError(
+            f"{merged}: method {record.method} needs the data it was made with; run `deme merge "
+            f"--method {record.method}` on its experts with the same --num, --batch-size, --seed"
+        )
+    family = _find_family(header, record, parents, base)
+    partial = output.with_name(f".{output.name}.replay")
+    try:
+        if needs_data and rebuild is not None:
+            made = rebuild(family, record, partial)
+        else:
+            made = write_merge(_plan(family, header, record), record, partial, advance)
+        if made.fingerprint != record.fingerprint:
+            raise _culprit(family, merged, record, made.fingerprint)
+        _put_header(header, partial)
+        with writing(output):
+            os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return made
+
+
+def _find_family(
+    header: Header, record: MergedRecord, given: Sequence[Path], base: Path | None
+) -> Family:
+    """The recorded parents in their order, with their base."""
+    beside = header.path.parent
+    found = [_find(header.path, parent, given) for parent in record.parents]
+    opened = open_parents(found, "expert", "task-vector")
+    if base is None:
+        for place in (beside / BASE_NAME, *sorted(beside.glob("*base*.safetensors"))):
+            own = record_of(read_header(place)) if place.is_file() else None
+            if isinstance(own, BaseRecord) and own.fingerprint == record.base:
+                return open_family(place, opened)
+    return open_family(find_base(opened, read_run_file(None), base), opened)
+
+
+def _find(merged: Path, parent: dict[str, Any], given: Sequence[Path]) -> Path:
+    """The file of a recorded parent: given, at its recorded path, or beside the merged file."""
+    path, wanted, others = Path(parent["path"]), parent["fingerprint"], []
+    for place in _places(merged, path, given):
+        if place.is_file():
+            fingerprint = record_of(read_header(place)).fingerprint
+            if fingerprint == wanted:
+                return place
+            if place.name == path.name:
+                others.append(f"{place} ({fingerprint[:12]})")
+    if others:
+        raise ArtifactError(
+            f"{', '.join(dict.fromkeys(others))}: not the expert that {merged} was made from, "
+            f"{wanted[:12]}; give the right file"
+        )
+    raise MissingError(
+        f"{parent['path']}: not found; {merged} was made from it (fingerprint {wanted[:12]}); "
+        f"give its file"
+    )
+
+
+def _places(merged: Path, path: Path, given: Sequence[Path]) -> Iterator[Path]:
+    """Where a parent may lie."""
+    yield from given
+    yield path
+    yield merged.parent / path
+    yield merged.parent / path.name
+
+
+def _plan(family: Family, header: Header, record: MergedRecord) -> Plan:
+    """The merge that the record tells, its tensors in the order of the old file."""
+    used = {name: record.settings[name] for name in USES.get(record.method, ())
+            if name in record.settings}  # fmt: skip
+    finer = {glob: tuple(values) for glob, values in record.coefficients_for.items()}
+    given = Coefficients(tuple(record.coefficients), finer)
+    plan = plan_merge(
+        family,
+        None if record.method in FINDS_ITS_OWN else given,
+        MethodSettings(record.method, **used),
+    )
+    names = sorted(header.tensors, key=lambda name: header.tensors[name].begin)
+    if set(names) != {spec.name for spec in plan.layout}:
+        raise ArtifactError(f"{header.path}: does not have the tensors of its base and parents")
+    by_name = {spec.name: spec for spec in plan.layout}
+    return replace(plan, layout=[by_name[name] for name in names])
+
+
+def _culprit(family: Family, merged: Path, record: MergedRecord, made: str) -> DemeError:
+    """Why the result differs: a file whose weights are not those of its record, or the numbers."""
+    for path, fingerprint in (
+        (family.base.path, family.base_record.fingerprint),
+        *((parent.path, parent.record.fingerprint) for parent in family.parents),
+    ):
+        if (found := fingerprint_file(path)) != fingerprint:
+            return ArtifactError(
+                f"{path}: its weights have the fingerprint {found[:12]}, its record says "
+                f"{fingerprint[:12]}; copy or make the file again"
+            )
+    return NumericsError(
+        f"{merged}: made again from the same files its weights have the fingerprint {made[:12]}, "
+        f"its record says {record.fingerprint[:12]}; it was made otherwise than recorded"
+    )
+
+
+def _put_header(header: Header, partial: Path) -> None:
+    """Give `partial`, which has the same tensors in the same order, the old file's header."""
+    old, new = _header_bytes(header.path), _header_bytes(partial)
+    if old == new:
+        return
+    whole = partial.with_name(f"{partial.name}.whole")  # an older deme wrote fewer fields
+    try:
+        with writing(partial), partial.open("rb") as source, whole.open("wb") as file:
+            file.write(old)
+            source.seek(len(new))
+            while piece := source.read(1 << 22):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(whole, partial)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def _header_bytes(path: Path) -> bytes:
+    """The length and the JSON before the tensors."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        return prefix + file.read(int.from_bytes(prefix, "little"))

@@ -1,0 +1,1 @@
+"""Finding the coefficients: plans that propose points, objectives, and trials kept on disk."""

@@ -1,0 +1,89 @@
+"""Model-based searches of optuna: tree-structured Parzen estimators and a Gaussian process.
+
+tpe: Bergstra et al. 2011, multivariate as in Falkner et al. 2018. gp: expected improvement under a
+Matern 5/2 kernel. The model is fitted afresh to all trials for each proposal, seeded by their
+number; points that others are evaluating count as bad ones meanwhile (tpe) or are left out (gp). A
+broken candidate counts as the worst of the others, so that its surroundings are avoided. No point
+is tried twice: in place of one that is known a random one is.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deme_cli.merging.search.plan import Wait
+from deme_cli.merging.search.space import Point, Space
+from deme_cli.merging.search.trials import Asked
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+PER_NUMBER = {"tpe": 30, "gp": 15}
+MOST = {"tpe": 1000, "gp": 300}
+FIRST_RANDOM = 10  # trials before the model is trusted, the default of both samplers
+
+
+class Bayesian:
+    """`kind`: tpe or gp. The start comes first."""
+
+    needs_slopes = False
+
+    def __init__(self, kind: str, space: Space, seed: int) -> None:
+        self.kind, self.space, self.seed = kind, space, seed
+        self.evaluations = min(PER_NUMBER[kind] * space.dimensions, MOST[kind])
+
+    def propose(self, trials: Sequence[Asked]) -> Point | Wait | None:
+        import optuna
+        from optuna.distributions import FloatDistribution
+        from optuna.trial import TrialState, create_trial
+
+        known = {trial.point for trial in trials}
+        if self.space.start_point not in known:
+            return self.space.start_point
+        box = self.space.box
+        kinds = {f"w{i}": FloatDistribution(low, high) for i, (low, high) in enumerate(box)}
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(sampler=self._sampler(len(trials)))
+        values = [t.value for t in trials if t.value is not None and math.isfinite(t.value)]
+        for trial in trials:
+            inside = all(low <= w <= high for w, (low, high) in zip(trial.point, box, strict=True))
+            running = trial.value is None
+            if inside and (values or running):
+                study.add_trial(
+                    create_trial(
+                        state=TrialState.RUNNING if running else TrialState.COMPLETE,
+                        value=None if running else min(trial.value, max(values)),
+                        params=dict(zip(kinds, trial.point, strict=True)),
+                        distributions=kinds,
+                    )
+                )
+        params = study.ask(kinds).params
+        point = tuple(float(params[name]) for name in kinds)
+        return self._random(len(trials)) if point in known else point
+
+    def _random(self, count: int) -> Point:
+        low, high = np.array(self.space.box).T
+        drawn = np.random.default_rng([self.seed, count]).uniform(low, high)
+        return tuple(map(float, drawn))
+
+    def _sampler(self, count: int) -> BaseSampler:
+        import optuna
+
+        seed = (self.seed + 7919 * count) % 2**32
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # multivariate, gp: "experimental"
+            if self.kind == "tpe":
+                return optuna.samplers.TPESampler(
+                    n_startup_trials=FIRST_RANDOM, multivariate=True, constant_liar=True, seed=seed
+                )
+            return optuna.samplers.GPSampler(
+                n_startup_trials=FIRST_RANDOM, deterministic_objective=True, seed=seed
+            )
+
+    def remarks(self, trials: Sequence[Asked]) -> list[str]:
+        return []

@@ -1,0 +1,73 @@
+"""DARE: what is dropped, what is left, and what it depends on (Yu et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from deme_cli.merging.methods.dare import keeps
+from deme_cli.merging.methods.known import MethodSettings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_a_merge_drops_and_rescales_element_by_element(
+    make_family: Callable, taus_of: Callable, dtype: torch.dtype
+) -> None:
+    known, w, density = make_family(3, dtype), [0.5, -0.2, 0.3], 0.6
+    record, found = known.merge(w, MethodSettings("dare", density=density, seed=4))
+    taus, expected = taus_of(known), {}
+    for name in known.names:
+        expected[name] = known.theta[name].double().flatten().tolist()
+        for c, tau, parent in zip(w, taus, known.family.parents, strict=True):
+            mask = keeps(
+                0, len(tau[name]), seed=4, expert=parent.expert, name=name, density=density
+            )
+            for place, x in enumerate(tau[name]):
+                expected[name][place] += c * (x / density if mask[place] else 0.0)
+    known.require_close(found, expected)
+    assert (record.method, record.settings) == ("dare", {"density": density, "seed": 4})
+
+
+def test_density_1_is_the_linear_merge_bit_for_bit(make_family: Callable) -> None:
+    known = make_family(3)
+    linear, _ = known.merge([0.5, -0.2, 0.3], MethodSettings())
+    dare, _ = known.merge([0.5, -0.2, 0.3], MethodSettings("dare", density=1.0))
+    assert dare.fingerprint == linear.fingerprint
+
+
+def test_masks_have_the_density_and_depend_on_seed_expert_and_tensor_alone() -> None:
+    whole = keeps(0, 100_000, seed=0, expert="a", name="w", density=0.3)
+    assert whole.mean() == pytest.approx(0.3, abs=5 * (0.21 / 1e5) ** 0.5)
+    for start, count in ((0, 1), (1, 7), (5, 8), (8, 8), (9, 1000), (99_999, 1), (77, 0)):
+        part = keeps(start, count, seed=0, expert="a", name="w", density=0.3)
+        assert np.array_equal(part, whole[start : start + count])
+    for other in ({"seed": 1}, {"expert": "b"}, {"name": "v"}):
+        settings = {"seed": 0, "expert": "a", "name": "w", **other}
+        mask = keeps(0, 100_000, density=0.3, **settings)
+        assert (mask & whole).mean() == pytest.approx(0.09, abs=0.005)
+    denser = keeps(0, 100_000, seed=0, expert="a", name="w", density=0.5)
+    assert (denser | ~whole).all()  # a larger density only adds elements
+
+
+def test_the_expectation_is_the_linear_merge(make_family: Callable) -> None:
+    known, w = make_family(2), [0.5, 0.5]
+    _, linear = known.merge(w, MethodSettings())
+    draws = [
+        known.merge(w, MethodSettings("dare", density=0.5, seed=seed))[1]["conv.weight"]
+        for seed in range(200)
+    ]
+    mean = torch.stack(draws).mean(dim=0)
+    error = torch.stack(draws).std(dim=0) / 200**0.5
+    assert ((mean - linear["conv.weight"]).abs() <= 5 * error + 1e-6).all()
+
+
+def test_stored_vectors_have_the_masks_of_their_experts(
+    make_family: Callable, as_vectors: Callable
+) -> None:
+    known, method = make_family(3), MethodSettings("dare", density=0.5, seed=1)
+    record, _ = known.merge([0.2, 0.3, 0.4], method)
+    vectors, _ = as_vectors(known).merge([0.2, 0.3, 0.4], method)
+    assert vectors.fingerprint == record.fingerprint

@@ -1,0 +1,297 @@
+"""Ladders of objectives: how they are written, who goes on, and what a search makes of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import rankdata
+
+from deme_cli.errors import ConfigError, NumericsError
+from deme_cli.ladder import Rung, parse_ladder
+from deme_cli.merging.search.conclusion import Conclusion, conclude
+from deme_cli.merging.search.fixed_points import FixedPoints
+from deme_cli.merging.search.journal import Journal
+from deme_cli.merging.search.ladder import rank_correlation, shortlist
+from deme_cli.merging.search.plan import Wait
+from deme_cli.merging.search.run import Evaluated, Search
+from deme_cli.merging.search.space import Point, Space
+from deme_cli.merging.search.trials import BASE_NAME, MEAN_NAME, Asked, Trial
+from deme_cli.timesteps import TimestepRange
+
+SPACE = Space(("1of2", "2of2"), ((-0.5, 1.5),) * 2, (0.5, 0.5))
+POINTS = list(itertools.product((0.0, 0.3, 0.6, 0.9, 1.2), repeat=2))
+RUNGS = [Rung("loss", 64, 6), Rung("kid", 1000, 3), Rung("fid", 5000, 1)]
+Objectives = Callable[[int, Point], float]
+
+
+@pytest.mark.parametrize(
+    ("text", "rungs"),
+    [
+        ("loss", [("loss", 2048, 1)]),
+        ("experts:5", [("experts", 2048, 5)]),
+        ("fid@500", [("fid", 500, 1)]),
+        ("kid@2.5k:3", [("kid", 2500, 3)]),
+        ("loss:64,fid", [("loss", 2048, 64), ("fid", 2048, 1)]),
+        ("loss:64,kid@1k:16,fid@5k:5", [("loss", 2048, 64), ("kid", 1000, 16), ("fid", 5000, 5)]),
+        (" loss:4 , fid@0.5k:4 ", [("loss", 2048, 4), ("fid", 500, 4)]),
+        ("fid@1k:8,fid@10k", [("fid", 1000, 8), ("fid", 10000, 1)]),
+    ],
+)
+def test_a_ladder_reads_as_its_rungs(text: str, rungs: list[tuple]) -> None:
+    found = parse_ladder(text, num=2048)
+    assert [(rung.name, rung.num, rung.keep) for rung in found] == rungs
+    assert [rung.is_distance for rung in found] == [name in ("kid", "fid") for name, *_ in rungs]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "objective '': expected loss, experts, kid, fid"),
+        ("lose", "objective 'lose': expected loss"),
+        ("Loss", "objective 'Loss': expected"),
+        ("loss:4,", "objective '': expected"),
+        ("loss:4;fid", "objective 'loss:4;fid': expected"),
+        ("loss:", "objective 'loss:': expected"),
+        ("loss:-4,fid", "objective 'loss:-4': expected"),
+        ("loss:4:4,fid", "objective 'loss:4:4': expected"),
+        ("loss:4@1k,fid", "objective 'loss:4@1k': expected"),
+        ("loss@,fid", "objective 'loss@': expected"),
+        ("loss,fid", "how many does it keep for the next"),
+        ("loss:0,fid", "keeps 0; expected at least 1"),
+        ("loss:4,kid:5,fid", "keeps 5; expected at most the 4"),
+        ("loss:4,fid:5", "keeps 5; expected at most the 4"),
+        ("fid@0", "0 is no number of draws"),
+        ("fid@0.0001k", "0.0001k is no number"),
+        ("fid@1.5", "1.5 is no number"),
+        ("fid@1.2.3k", "1.2.3k is no number"),
+        ("fid@.", ". is no number"),
+    ],
+)
+def test_a_ladder_that_does_not_parse_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_ladder(text, num=2048)
+    assert words in str(caught.value)
+
+
+def trial(index: int, value: float, *, name: str = "", rung: int = 0) -> Trial:
+    return Trial(index, (float(index), 0.0), value, value, rung, name=name)
+
+
+def test_the_best_pass_and_base_and_mean_besides() -> None:
+    trials = [
+        trial(0, 9.0, name=BASE_NAME), trial(1, 2.5, name=MEAN_NAME), trial(2, 3.0),
+        trial(3, math.inf), trial(4, 1.0), trial(5, 2.0, name="soup"), trial(6, 4.0),
+    ]  # fmt: skip
+    assert [t.index for t in shortlist(trials, 2)] == [4, 5, 1, 0]
+    assert [t.index for t in shortlist(trials, 1)] == [4, 1, 0]
+    assert [t.index for t in shortlist(trials, 99)] == [4, 5, 1, 2, 6, 0]
+    broken = [trial(0, math.inf, name=BASE_NAME), trial(1, 1.0), trial(2, math.inf)]
+    assert [t.index for t in shortlist(broken, 2)] == [1], "what is broken stays behind"
+    with pytest.raises(NumericsError, match="not finite for any candidate"):
+        shortlist([trial(0, math.inf)], 1)
+
+
+def test_among_equals_the_shorter_then_the_earlier_pass() -> None:
+    equal = [Trial(i, p, 1.0, 1.0) for i, p in enumerate([(1.0, 1.0), (0.0, 0.5), (0.5, 0.0)])]
+    assert [t.index for t in shortlist(equal, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_rank_correlation_is_that_of_ranks(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    a, b = draw.integers(0, 6, 20) / 3, draw.normal(size=20)
+    lower = [trial(i, float(v)) for i, v in enumerate(a)]
+    upper = [trial(i, float(b[i]), rung=1) for i in draw.permutation(20)]
+    expected = np.corrcoef(rankdata(a), rankdata(b))[0, 1]
+    assert rank_correlation(lower, upper) == pytest.approx(expected, abs=1e-12)
+    some = [t for t in upper if t.index < 9] + [trial(3000, 0.0, rung=1)]
+    some = [trial(t.index, math.inf if t.index == 4 else t.objective, rung=1) for t in some]
+    shared = [i for i in range(9) if i != 4]
+    expected = np.corrcoef(rankdata(a[shared]), rankdata(b[shared]))[0, 1]
+    assert rank_correlation(lower, some) == pytest.approx(expected, abs=1e-12)
+
+
+def test_rungs_that_share_too_little_have_no_rank_correlation() -> None:
+    lower = [trial(i, float(i)) for i in range(5)]
+    assert rank_correlation(lower, [trial(i, -float(i), rung=1) for i in range(2)]) is None
+    assert rank_correlation(lower, [trial(i, 1.0, rung=1) for i in range(5)]) is None
+    assert rank_correlation(lower, []) is None
+    assert rank_correlation(lower, [trial(i, -float(i), rung=1) for i in range(3)]) == -1.0
+
+
+@dataclass(frozen=True)
+class Named:
+    """As much of an objective as a conclusion asks for."""
+
+    name: str
+
+
+def search(path: Path, objectives: Objectives, rungs: list[Rung] = RUNGS) -> tuple[Search, list]:
+    """A search of all POINTS on disk, and what was asked of it: (rung, point, name)."""
+    what, asked = Search(SPACE, FixedPoints(POINTS), rungs, len(POINTS), with_soup=False), []
+
+    def evaluate(rung: int, point: Point, name: str) -> Evaluated:
+        asked.append((rung, point, name))
+        return Evaluated(objectives(rung, point), {})
+
+    with Journal(path, SPACE.labels, {}) as journal:
+        journal.open(force=False)
+        list(what.run(journal, evaluate, lambda: None))
+    return what, asked
+
+
+def concluded(path: Path, what: Search) -> tuple[Conclusion, list[Asked]]:
+    with Journal(path, SPACE.labels, {}) as journal:
+        journal.open(force=False)
+        asked = journal.asked()
+    return conclude(what, asked, [Named(rung.name) for rung in what.rungs]), asked
+
+
+def distance(rung: int, point: Point) -> float:
+    """Each rung measures from another place, and on another scale."""
+    target = ((0.9, 0.9), (0.6, 0.9), (0.6, 0.6))[rung]
+    return 1000.0**rung * (math.dist(point, target) - 0.5)
+
+
+def best_of(points: list[Point], rung: int, keep: int) -> set[Point]:
+    order = sorted(points, key=lambda point: (distance(rung, point), math.hypot(*point)))
+    return set(order[:keep])
+
+
+def test_each_rung_judges_what_the_one_below_kept_and_the_references(tmp_path: Path) -> None:
+    what, asked = search(tmp_path / "trials.jsonl", distance)
+    references = {SPACE.base, SPACE.mean}
+    first, second, third = ([p for r, p, _ in asked if r == rung] for rung in range(3))
+    assert first == [SPACE.base, SPACE.mean, *(p for p in POINTS if p != SPACE.base)]
+    candidates = [point for point in first if point not in references]
+    kept = best_of(candidates, 0, 6)
+    assert set(second) == kept | references
+    again = best_of(list(kept), 1, 3)
+    assert set(third) == again | references, "by the second rung's own values, not by the first's"
+    assert again != best_of(list(kept), 0, 3), "else this would prove nothing"
+    assert len(second) == 8
+    assert len(third) == 5
+    names = {(rung, name) for rung, point, name in asked if point in references}
+    assert names == {(rung, name) for rung in range(3) for name in (BASE_NAME, MEAN_NAME)}
+    assert what.expected == 2 + 25 + 8 + 5
+
+
+def test_a_rung_waits_for_every_trial_of_the_one_below(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    what, _ = search(path, distance)
+    _, asked = concluded(path, what)
+    for rung in (0, 1):
+        below = [one for one in asked if one.rung <= rung]
+        step = what.next(below)
+        assert isinstance(step, tuple)
+        assert step[0] == rung + 1
+        for index in (len(below) - 1, len(below) - 3):
+            running = [
+                replace(one, value=None) if i == index else one for i, one in enumerate(below)
+            ]
+            assert isinstance(what.next(running), Wait), "another worker may still find the best"
+    last = [*asked[:-1], replace(asked[-1], value=None)]
+    assert isinstance(what.next(last), Wait), "if that worker dies, somebody must take over"
+    assert what.next(asked) is None
+
+
+def test_the_last_rung_decides_and_the_record_tells_of_all(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    what, asked = search(path, distance)
+    end, trials = concluded(path, what)
+    third = [point for rung, point, _ in asked if rung == 2]
+    assert end.best.point == min(third, key=lambda point: distance(2, point))
+    assert [t.rung for t in end.ranking] == [2] * 5
+    assert [t.objective for t in end.ranking] == sorted(distance(2, point) for point in third)
+    assert (end.evaluations, end.broken, list(end.shared)) == (len(asked), 0, [8, 5])
+    assert len(trials) == len(asked)
+    expected = [
+        np.corrcoef(*(rankdata([distance(r, p) for p in shared]) for r in rungs))[0, 1]
+        for rungs, shared in (((0, 1), [p for r, p, _ in asked if r == 1]), ((1, 2), third))
+    ]
+    assert list(end.rhos) == pytest.approx(expected)
+    record = end.record
+    seconds = record.pop("seconds")
+    assert 0 <= seconds < 60
+    assert record == {
+        "objective": "fid", "evaluations": 39, "best": end.best.objective,
+        "values": {"base": distance(2, SPACE.base), "mean": distance(2, SPACE.mean),
+                   "best": end.best.objective},
+        "rungs": [
+            {"objective": "loss", "num": 64, "evaluations": 26, "keep": 6,
+             "rho_to_next": end.rhos[0],
+                "rho_to_next_by_range": {}},
+            {"objective": "kid", "num": 1000, "evaluations": 8, "keep": 3,
+             "rho_to_next": end.rhos[1],
+                "rho_to_next_by_range": {}},
+            {"objective": "fid", "num": 5000, "evaluations": 5, "keep": 1, "rho_to_next": None,
+                "rho_to_next_by_range": {}},
+        ],
+    }  # fmt: skip
+
+
+def test_the_loss_on_each_range_is_compared_with_the_next_rung_alone() -> None:
+    """Low timesteps rank as the next rung does, high ones the other way round."""
+    what = Search(SPACE, FixedPoints(POINTS), RUNGS[:2], len(POINTS))
+    asked: list[Asked] = []
+    while (step := what.next(asked)) is not None:
+        rung, point, name = step
+        value = distance(rung, point)
+        extra = {"by_range": [distance(1, point), -distance(1, point), None]} if not rung else {}
+        asked.append(Asked(len(asked), rung, point, value, name, extra=extra))
+    ranges = [TimestepRange(0, 30), TimestepRange(30, 60), TimestepRange(60, 100)]
+    end = conclude(what, asked, [Named("loss"), Named("kid")], ranges)
+    assert end.rhos_by_range == [{"0:30": pytest.approx(1), "30:60": pytest.approx(-1)}]
+    assert [r["rho_to_next_by_range"] for r in end.record["rungs"]] == [*end.rhos_by_range, {}]
+
+
+def test_a_reference_may_win(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    what, _ = search(path, lambda rung, point: math.dist(point, (0.5, 0.5)))
+    assert concluded(path, what)[0].best.name == MEAN_NAME
+
+
+def test_what_is_broken_on_a_rung_goes_no_further(tmp_path: Path) -> None:
+    def objectives(rung: int, point: Point) -> float:
+        broken = (point[0] == 0.9, point == (0.6, 0.6), sum(point) == 0)[rung]
+        return math.nan if broken else distance(rung, point)
+
+    path = tmp_path / "trials.jsonl"
+    what, asked = search(path, objectives)
+    second, third = ([p for r, p, _ in asked if r == rung] for rung in (1, 2))
+    assert (0.6, 0.6) in second
+    assert not any(point[0] == 0.9 for point in second)
+    assert (0.6, 0.6) not in third
+    end, _ = concluded(path, what)
+    assert end.broken == 5 + 1 + 1
+    assert end.record["values"]["base"] is None, "not finite, so not in the record"
+    assert math.isfinite(end.best.objective)
+
+
+@pytest.mark.parametrize("rung", [0, 1, 2])
+def test_a_rung_on_which_all_are_broken_ends_the_search(rung: int, tmp_path: Path) -> None:
+    def objectives(at: int, point: Point) -> float:
+        return math.nan if at == rung else distance(at, point)
+
+    path = tmp_path / "trials.jsonl"
+    with pytest.raises(NumericsError, match="not finite for any candidate"):  # noqa: PT012
+        what, _ = search(path, objectives)
+        concluded(path, what)
+    with Journal(path, SPACE.labels, {}) as journal:
+        count = journal.open(force=False)
+    assert count == (26, 34, 39)[rung], "what was tried is kept"
+    assert list(tmp_path.glob(".*.worker")) == []
+
+
+def test_one_rung_is_no_ladder(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    what, asked = search(path, distance, [Rung("loss", 64, 1)])
+    end, _ = concluded(path, what)
+    assert len(asked) == len(POINTS) + 1 == end.evaluations
+    assert (list(end.rhos), list(end.shared), len(end.record["rungs"])) == ([], [], 1)

@@ -1,0 +1,166 @@
+"""Several processes on one journal, killed again and again. Run as a script, this file is a worker:
+a search of a few milliseconds per trial, in which torch is never loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from deme_cli.ladder import Rung
+from deme_cli.merging.search.evolution import Evolution
+from deme_cli.merging.search.fixed_points import FixedPoints
+from deme_cli.merging.search.greedy import GreedySoup
+from deme_cli.merging.search.grid import grid_points
+from deme_cli.merging.search.journal import Journal, asked_trials
+from deme_cli.merging.search.journal_file import read_journal
+from deme_cli.merging.search.ladder import shortlist
+from deme_cli.merging.search.plan import Wait
+from deme_cli.merging.search.quadratic import Quadratic
+from deme_cli.merging.search.run import Evaluated, Search
+from deme_cli.merging.search.space import Point, Space
+from deme_cli.merging.search.trials import Asked, ranked, trials_of
+
+TARGET = (0.55, 0.2, 0.85)
+SPACE = Space(("1of3", "2of3", "3of3"), ((-0.5, 1.5),) * 3, (1 / 3,) * 3)
+VALUES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+RUNGS = [Rung("loss", 64, 12), Rung("kid", 64, 1)]
+
+
+def open_search(name: str) -> Search:
+    plan = {
+        "grid": lambda: FixedPoints(grid_points((VALUES,) * 3)),
+        "cmaes": lambda: Evolution(SPACE, 3),
+        "quadratic": lambda: Quadratic(SPACE),
+        "greedy": lambda: GreedySoup(SPACE),
+    }[name]()
+    return Search(SPACE, plan, RUNGS, plan.evaluations, with_soup=name != "greedy")
+
+
+def objective(rung: int, point: Point) -> float:
+    """Not a number in a corner; the second rung ranks a little differently."""
+    if min(point[:2]) > 0.9:
+        return math.nan
+    return math.dist(point, TARGET) ** 2 + 0.05 * rung * point[0]
+
+
+def alone(search: Search) -> list[Asked]:
+    """The trials of a run that nobody interrupts."""
+    asked: list[Asked] = []
+    while (step := search.next(asked)) is not None:
+        assert not isinstance(step, Wait)
+        value = objective(step[0], step[1])
+        value = value if math.isfinite(value) else math.inf
+        asked.append(Asked(len(asked), step[0], step[1], value, step[2]))
+    return asked
+
+
+def work(path: Path, name: str, seconds: float) -> None:
+    """One worker: each trial takes about `seconds`."""
+
+    def evaluate(rung: int, point: Point, name: str) -> Evaluated:
+        time.sleep(seconds * random.random() * 2)
+        return Evaluated(objective(rung, point), {"slopes": list(point)})
+
+    with Journal(path, SPACE.labels, {"search": name}) as journal:
+        journal.open(force=False)
+        for _ in open_search(name).run(journal, evaluate, lambda: None):
+            pass
+    assert "torch" not in sys.modules
+
+
+class Crew:
+    """Two workers; `kill` ends the one that has worked longer and starts another."""
+
+    def __init__(self, path: Path, name: str, seconds: float) -> None:
+        self._command = [sys.executable, __file__, str(path), name, str(seconds)]
+        self.processes = [self._start(), self._start()]
+
+    def _start(self) -> subprocess.Popen:
+        return subprocess.Popen(self._command, stderr=subprocess.PIPE)
+
+    def kill(self) -> bool:
+        """Whether there was one to kill."""
+        victim = self.processes.pop(0)
+        was_alive = victim.poll() is None
+        victim.kill()
+        victim.communicate()
+        self.processes.append(self._start())
+        return was_alive
+
+    def finish(self) -> None:
+        for process in self.processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors.decode()
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def run_with_kills(path: Path, name: str, kills: int, seed: int, seconds: float) -> dict[str, int]:
+    """Run to the end with kills at random moments; check what came out, and count."""
+    search = open_search(name)
+    expected = alone(search)
+    draw = random.Random(seed)
+    moments = sorted(draw.sample(range(5, 2 * len(expected)), kills))  # in lines of the journal
+    crew, landed = Crew(path, name, seconds), 0
+    for moment in moments:
+        deadline = time.monotonic() + 60
+        while lines_of(path) < moment and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 2 * seconds))
+        landed += crew.kill()
+    crew.finish()
+    document = read_journal(path)
+    asked = asked_trials(document.trials, document.labels)
+    counts = Counter((one.rung, one.point) for one in asked)
+    assert max(counts.values()) == 1, "a trial was counted twice"
+    values = {(one.rung, one.point): (one.value, one.name) for one in asked}
+    assert values == {(one.rung, one.point): (one.value, one.name) for one in expected}
+    upper = [[t for t in trials_of(trials) if t.rung == 1] for trials in (asked, expected)]
+    assert ranked(upper[0])[0].point == ranked(upper[1])[0].point
+    with Journal(path, SPACE.labels, {"search": name}) as journal:
+        assert journal.open(force=False) == len(expected)
+    assert list(path.parent.glob(".*.worker")) == [], "nothing of the dead is left"
+    return {
+        "kills": landed, "trials": len(asked), "lost": len(document.trials) - len(asked),
+        "lines": len([json.loads(line) for line in path.read_text().splitlines()]),
+    }  # fmt: skip
+
+
+def test_two_workers_that_are_killed_lose_nothing_and_count_nothing_twice(tmp_path: Path) -> None:
+    """Four kills at random moments of a grid of 216 points; the same best as alone."""
+    found = run_with_kills(tmp_path / "trials.jsonl", "grid", 4, seed=0, seconds=0.005)
+    assert found["kills"] == 4
+    assert found["trials"] > 216 + 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grid", "cmaes", "quadratic"])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_twenty_kills_lose_nothing_and_count_nothing_twice(
+    name: str, seed: int, tmp_path: Path
+) -> None:
+    found = run_with_kills(tmp_path / "trials.jsonl", name, 20, seed=seed, seconds=0.05)
+    print(name, seed, found)
+    assert found["kills"] >= 15, "a worker may be done before its turn comes"
+
+
+def test_the_next_rung_begins_when_all_of_the_one_below_are_done() -> None:
+    asked = alone(open_search("grid"))
+    lower = [one for one in asked if one.rung == 0]
+    chosen = [trial.point for trial in shortlist(trials_of(lower), 12)]
+    assert [one.point for one in asked if one.rung == 1] == chosen
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))

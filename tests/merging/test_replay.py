@@ -1,0 +1,165 @@
+"""A merged artifact made again from its parents: the same bytes, or a message that says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deme_cli.artifacts import ArtifactWriter, load_tensors, read_record, write_artifact
+from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
+from deme_cli.merging.coefficients import Coefficients
+from deme_cli.merging.combine import merge_family
+from deme_cli.merging.lineage import open_family, open_parents
+from deme_cli.merging.methods.known import METHODS, MethodSettings
+from deme_cli.merging.replay import replay
+from deme_cli.tensor_file import read_header, tensor_bytes
+
+W = Coefficients((0.25, 0.75), {"mid_block.*": (1.0, 0.0), "conv_*": (0.5, 0.5)})
+MERGED, AGAIN = Path("merged.safetensors"), Path("again.safetensors")
+
+
+def merge(name: str = "linear", **settings: object) -> None:
+    """`merged.safetensors` in the current folder, from ft_2of4 and ft_1of4."""
+    paths = [Path(f"ft_{index}of4.safetensors") for index in (2, 1)]
+    family = open_family(Path("base.safetensors"), open_parents(paths, "expert"))
+    merge_family(
+        family, None if name == "model-stock" else W, MERGED,
+        method=MethodSettings(name, **settings),
+        search={"method": "grid", "best": 0.1}, report={"rows": []},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_comes_out_the_same_byte_by_byte(run_folder: Path, name: str) -> None:
+    merge(name, density=0.3, trim="tensor", seed=7)
+    record = replay(MERGED, AGAIN)
+    assert AGAIN.read_bytes() == MERGED.read_bytes()
+    assert record == read_record(MERGED)
+    assert sorted(path.name for path in run_folder.glob("*again*")) == ["again.safetensors"]
+    assert not list(run_folder.glob(".again*.replay*"))
+
+
+def test_the_file_may_be_replaced_by_itself(run_folder: Path) -> None:
+    merge()
+    before = MERGED.read_bytes()
+    replay(MERGED, MERGED)
+    assert MERGED.read_bytes() == before
+
+
+def with_header(path: Path, change: Callable[[dict], None]) -> None:
+    """Change the JSON of the deme record in a file's header."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    record = json.loads(header["__metadata__"]["deme"])
+    change(record)
+    header["__metadata__"]["deme"] = json.dumps(record)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def test_the_header_is_kept_as_another_deme_wrote_it(run_folder: Path) -> None:
+    merge("dare")
+    with_header(MERGED, lambda record: record.update(created_by="deme 0.0.1", newer="field"))
+    with_header(MERGED, lambda record: record.pop("report"))
+    replay(MERGED, AGAIN)
+    assert AGAIN.read_bytes() == MERGED.read_bytes()
+
+
+def test_parents_are_found_here_beside_the_file_or_as_given(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge()
+    elsewhere, apart = run_folder / "elsewhere", run_folder / "apart"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    replay(run_folder / MERGED, elsewhere / AGAIN)  # beside the merged file
+    apart.mkdir()
+    moved = []
+    for index in (1, 2):
+        moved.append(apart / f"expert-{index}.safetensors")
+        shutil.move(run_folder / f"ft_{index}of4.safetensors", moved[-1])
+    with pytest.raises(MissingError, match=r"ft_2of4.safetensors: not found.*fingerprint \w{12}\)"):
+        replay(run_folder / MERGED, elsewhere / AGAIN)
+    replay(run_folder / MERGED, elsewhere / AGAIN, parents=moved)
+    base = shutil.move(run_folder / "base.safetensors", apart / "start.safetensors")
+    with pytest.raises(MissingError, match="name its file with --base"):
+        replay(run_folder / MERGED, elsewhere / "b.safetensors", parents=moved)
+    replay(run_folder / MERGED, elsewhere / AGAIN, parents=moved, base=Path(base))
+    assert (elsewhere / AGAIN).read_bytes() == (run_folder / MERGED).read_bytes()
+    assert not (elsewhere / "b.safetensors").exists()
+
+
+def test_a_file_that_differs_is_named(run_folder: Path) -> None:
+    merge()
+    shutil.copy("ft_3of4.safetensors", "ft_1of4.safetensors")
+    with pytest.raises(ArtifactError, match=r"ft_1of4.* not the expert that merged"):
+        replay(MERGED, AGAIN)
+    with pytest.raises(ArtifactError, match="kind 'merged', found 'base'"):
+        replay(Path("base.safetensors"), AGAIN)
+    assert not AGAIN.exists()
+
+
+def test_weights_that_are_not_those_of_their_record_are_named(run_folder: Path) -> None:
+    merge()
+    data = bytearray(Path("ft_2of4.safetensors").read_bytes())
+    data[-2] ^= 1
+    Path("ft_2of4.safetensors").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"ft_2of4.*its weights have the fingerprint"):
+        replay(MERGED, AGAIN)
+    assert not list(run_folder.glob("*again*")) + list(run_folder.glob(".again*.replay*"))
+
+
+def test_a_record_that_does_not_give_its_weights_is_told(run_folder: Path) -> None:
+    merge()
+    with_header(MERGED, lambda record: record.update(coefficients=[0.25, 0.5]))
+    AGAIN.write_text("an earlier result")
+    with pytest.raises(NumericsError, match="it was made otherwise than recorded"):
+        replay(MERGED, AGAIN)
+    assert AGAIN.read_text() == "an earlier result"
+
+
+@pytest.mark.parametrize("name", ["regmean", "fisher"])
+def test_methods_that_need_data_say_so(run_folder: Path, name: str) -> None:
+    merge()
+    with_header(MERGED, lambda record: record.update(method=name))
+    with pytest.raises(ConfigError, match=f"method {name} needs the data .*--method {name}"):
+        replay(MERGED, AGAIN)
+
+
+def test_a_file_whose_tensors_are_in_another_order_keeps_it(run_folder: Path) -> None:
+    merge("ties")
+    tensors, layout = load_tensors(MERGED), list(read_header(MERGED).tensors.values())[::-1]
+    with ArtifactWriter(MERGED, layout, read_record(MERGED)) as writer:
+        for spec in layout:
+            writer.write(tensor_bytes(tensors[spec.name]))
+    replay(MERGED, AGAIN)
+    assert AGAIN.read_bytes() == MERGED.read_bytes()
+
+
+def test_a_merge_of_task_vectors_with_projections_is_replayed(
+    write_family: Callable, weights: Callable, tmp_path: Path
+) -> None:
+    name = "channel_projection.mid_block.weight"
+    experts = [{**weights(seed), name: torch.eye(3) + seed} for seed in (1, 2)]
+    base, paths = write_family(weights(0), experts, projection="block")
+    family = open_family(base, open_parents(paths, "expert"))
+    for settings in (MethodSettings("ties"), MethodSettings("dare")):
+        merge_family(family, [0.0, 0.3], tmp_path / MERGED, method=settings)
+        replay(tmp_path / MERGED, tmp_path / AGAIN)
+        assert (tmp_path / AGAIN).read_bytes() == (tmp_path / MERGED).read_bytes()
+    merge_family(family, [0.0, 0.0], tmp_path / MERGED)
+    replay(tmp_path / MERGED, tmp_path / AGAIN)
+    assert name not in load_tensors(tmp_path / AGAIN)
+    record = read_record(tmp_path / MERGED)
+    write_artifact(tmp_path / MERGED, weights(3), replace(record, coefficients=[1.0, 1.0]))
+    with pytest.raises(ArtifactError, match="does not have the tensors of its base and parents"):
+        replay(tmp_path / MERGED, tmp_path / AGAIN)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_tiny_base
+
+from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.config import FinetuneConfig
+from deme_cli.data.images import open_images
+from deme_cli.diffusion.denoiser import load_denoiser
+from deme_cli.errors import ConfigError
+from deme_cli.merging.power_ema import coefficients_for_length
+from deme_cli.timesteps import parse_range
+from deme_cli.training.examples import PixelExamples
+from deme_cli.training.finetune import Run, train
+from deme_cli.training.places import checkpoint_path, variant_path, variant_paths
+from deme_cli.training.power_profile import beta, gamma_of
+from deme_cli.training.state import require_same_run
+
+PLAIN = FinetuneConfig(steps=12, batch_size=4, lr=1e-3, checkpoint_every=100, held_out=0)
+SAVING = replace(PLAIN, ema_lengths=[0.05, 0.1], snapshot_every=4)
+EVERY = replace(
+    PLAIN, projection="none", ema_decay=0.0, ema_lengths=[0.05, 0.1, 0.15], snapshot_every=1
+)
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """A run of given settings, in a folder of its own; all share one tiny base."""
+    base = tmp_path_factory.mktemp("base") / "base.safetensors"
+    write_tiny_base(base)
+    denoiser = load_denoiser(base)
+    examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape))
+
+    def make(config: FinetuneConfig) -> Run:
+        output = tmp_path_factory.mktemp("run") / "ft_2of4.safetensors"
+        choice = parse_range("2/4", 100)
+        return Run(denoiser, choice, examples, None, flip=False, config=config, output=output)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def iterates(run_of: Callable[..., Run]) -> Run:
+    """A finished run that wrote its very weights after every update, and three averages."""
+    run = run_of(EVERY)
+    list(train(run))
+    return run
+
+
+def files_of(run: Run) -> list[Path]:
+    return [run.output, *variant_paths(run.output, run.config)]
+
+
+def flat(path: Path) -> torch.Tensor:
+    """All weights of an artifact in one float64 row."""
+    tensors = load_tensors(path)
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+@pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (0.25, 0.72)])
+def test_gamma_is_that_of_the_paper_and_has_the_length_asked_for(
+    sigma_rel: float, gamma: float
+) -> None:
+    found = gamma_of(sigma_rel)
+    assert found == pytest.approx(gamma, abs=0.005)
+    assert ((found + 1) / (found + 3)) ** 0.5 / (found + 2) == pytest.approx(sigma_rel, rel=1e-14)
+
+
+def test_the_first_update_forgets_the_start_and_gamma_0_is_the_plain_mean() -> None:
+    assert beta(1, 5.0) == 0
+    assert beta(4, 0.0) == 0.75
+
+
+def test_the_running_average_is_the_sum_of_the_iterates_under_its_profile(iterates: Run) -> None:
+    steps = EVERY.steps
+    theta = [flat(variant_path(iterates.output, step=step)) for step in range(1, steps)]
+    theta.append(flat(iterates.output))
+    for t in (1, 5, steps):
+        for length in EVERY.ema_lengths:
+            power = gamma_of(length) + 1
+            masses = [(tau**power - (tau - 1) ** power) / t**power for tau in range(1, t + 1)]
+            expected = sum(mass * weights for mass, weights in zip(masses, theta, strict=False))
+            step = t if t < steps else None
+            kept = flat(variant_path(iterates.output, step=step, length=length))
+            assert (kept - expected).abs().max() < 1e-6  # float32 by float64
+
+
+def test_a_length_that_was_not_saved_is_mixed_from_those_that_were(iterates: Run) -> None:
+    files = [
+        variant_path(iterates.output, step=step, length=length)
+        for step in (2, 4, 6, 8, 10, None)
+        for length in (0.05, 0.15)
+    ]
+    w = coefficients_for_length([read_record(path, "expert") for path in files], 0.1)
+    base = iterates.denoiser.network.state_dict()
+    theta = torch.cat([base[name].double().flatten() for name in sorted(base)])
+    mixed = theta + sum(w_i * (flat(path) - theta) for w_i, path in zip(w, files, strict=True))
+    kept = flat(variant_path(iterates.output, length=0.1))
+    assert (mixed - kept).norm() < 0.005 * (kept - theta).norm()
+
+
+@pytest.mark.parametrize("step", [8, 11, 12])
+def test_a_resumed_run_writes_the_same_files(run_of: Callable[..., Run], step: int) -> None:
+    config = replace(SAVING, checkpoint_every=11, lr_schedule="cosine")
+    whole, broken = run_of(config), run_of(config)
+    list(train(whole))
+    for record in train(broken):  # broken off at a state that is saved, before what comes after
+        if record.step >= step:
+            break
+    assert checkpoint_path(broken.output).exists()
+    assert not variant_path(broken.output, length=0.1).exists()
+    list(train(broken))
+    for one, other in zip(files_of(whole), files_of(broken), strict=True):
+        assert read_record(one) == read_record(other)
+    assert not checkpoint_path(broken.output).exists()
+
+
+def test_the_result_is_the_same_with_more_files_beside_it_and_they_say_what_they_are(
+    run_of: Callable[..., Run],
+) -> None:
+    plain, saving = run_of(PLAIN), run_of(SAVING)
+    list(train(plain))
+    list(train(saving))
+    record = read_record(plain.output)
+    assert record.fingerprint == read_record(saving.output).fingerprint
+    assert not {"ema_lengths", "snapshot_every", "step"} & set(record.training)
+    folder = saving.output.parent
+    assert [path.name for path in folder.glob("*.safetensors")] == ["ft_2of4.safetensors"]
+    names = {path.name for path in (folder / "ft_2of4.snapshots").iterdir()}
+    assert names == {
+        "ema-0.050.safetensors", "ema-0.100.safetensors",
+        *(f"step-{step}.safetensors" for step in ("000004", "000008")),
+        *(f"step-{step}.ema-{s}.safetensors"
+          for step in ("000004", "000008") for s in ("0.050", "0.100")),
+    }  # fmt: skip
+    record = read_record(variant_path(saving.output, step=4, length=0.05), "expert")
+    assert (record.steps, record.training["step"], record.training["steps"]) == (4, 4, 12)
+    assert record.training["ema_length"] == 0.05
+    assert record.training["ema_gamma"] == gamma_of(0.05)
+    assert set(load_tensors(variant_path(saving.output, length=0.1))) == set(
+        saving.denoiser.network.state_dict()  # folded
+    )
+
+
+def test_a_snapshot_is_what_a_shorter_run_would_have_saved(run_of: Callable[..., Run]) -> None:
+    saving, shorter = run_of(SAVING), run_of(replace(SAVING, steps=8, snapshot_every=None))
+    list(train(saving))
+    list(train(shorter))
+    for length in (None, 0.05):
+        one = read_record(variant_path(saving.output, step=8, length=length))
+        assert (
+            one.fingerprint == read_record(variant_path(shorter.output, length=length)).fingerprint
+        )
+
+
+def test_a_run_kept_before_there_were_these_settings_still_continues(
+    run_of: Callable[..., Run],
+) -> None:
+    run = run_of(PLAIN)
+    before = {k: v for k, v in run.identity.items() if k not in ("ema_lengths", "snapshot_every")}
+    require_same_run(before, run.identity, run.output)
+    with pytest.raises(ConfigError, match="ema_lengths = None"):
+        require_same_run(before, run_of(SAVING).identity, run.output)
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"ema_lengths": [0.0]}, "above 0, below 0.2886"),
+        ({"ema_lengths": [0.05, -0.1]}, "above 0"),
+        ({"ema_lengths": [0.3]}, "below 0.2886"),
+        ({"ema_lengths": [float("nan")]}, "above 0"),
+        ({"ema_lengths": [0.05, 0.05]}, "different numbers"),
+        ({"snapshot_every": 0}, "above 0"),
+        ({"snapshot_every": 12}, "fewer than steps = 12"),
+    ],
+)
+def test_lengths_and_snapshots_that_cannot_be_are_refused(changed: dict, word: str) -> None:
+    with pytest.raises(ConfigError, match=word) as error:
+        FinetuneConfig(**{**asdict(PLAIN), **changed})
+    assert "\n" not in str(error.value)
+
+
+def test_a_length_of_more_digits_has_a_name_of_its_own() -> None:
+    names = [variant_path(Path("x.safetensors"), length=s).name for s in (0.05, 0.0501)]
+    assert names == ["ema-0.050.safetensors", "ema-0.0501.safetensors"]
