@@ -14,66 +14,27 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from deme_cli.config import NOT_RESULT, FinetuneConfig
+from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.conditions import to
-from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser
+from deme_cli.diffusion.denoiser import TORCH_DTYPES
 from deme_cli.diffusion.projection import attach_projections
 from deme_cli.errors import NumericsError, writing
 from deme_cli.interrupts import StopRequests
 from deme_cli.outputs import claim
-from deme_cli.timesteps import RangeChoice
 from deme_cli.training.batches import BatchSource
-from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import FixedDraws, draws_of_range
 from deme_cli.training.materials import fill_caches
 from deme_cli.training.objective import expert_loss
 from deme_cli.training.places import checkpoint_path, metrics_path
 from deme_cli.training.results import is_snapshot, write_results, write_snapshots
+from deme_cli.training.run import Run
 from deme_cli.training.state import TrainingState, learning_rate
 
 _REPORT_EVERY = 10  # updates; reading a loss makes a GPU wait
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is trained, on what, how, and where it ends.
-
-    With `from_scratch` the denoiser's random weights are trained into a base: no frozen copy, no
-    consistency, no projection.
-    """
-
-    denoiser: Denoiser
-    choice: RangeChoice
-    examples: Examples
-    held_out: Examples | None
-    flip: bool
-    config: FinetuneConfig
-    output: Path
-    dtype: str = "fp32"
-    from_scratch: bool = False
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides the result: a kept run continues only if all of it agrees."""
-        settings = asdict(self.config)
-        for name in NOT_RESULT:
-            settings.pop(name)
-        return {
-            "range": str(self.choice.range),
-            "base": self.denoiser.record.fingerprint,
-            "data": self.examples.fingerprint,
-            "resolution": list(self.examples.image_shape[1:]),
-            "crop": self.examples.crop,
-            "companions": self.denoiser.record.companions,
-            "flip": self.flip,
-            "dtype": self.dtype,
-            **settings,
-        }
 
 
 @dataclass(frozen=True)

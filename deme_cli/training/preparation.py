@@ -11,10 +11,10 @@ from deme_cli.errors import NumericsError
 from deme_cli.records import DenoiserRecord
 from deme_cli.timesteps import RangeChoice, TimestepRange
 from deme_cli.training.examples import Examples
-from deme_cli.training.finetune import Run
 from deme_cli.training.materials import name_companions, open_examples
 from deme_cli.training.places import checkpoint_path
 from deme_cli.training.plan import Job, Plan
+from deme_cli.training.run import Run
 from deme_cli.training.scratch import random_denoiser
 
 

@@ -10,7 +10,7 @@ weights in memory, and each snapshot a saved state.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -20,10 +20,8 @@ from deme_cli.diffusion.projection import fold_weights
 from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.training.places import variant_path
 from deme_cli.training.power_average import PowerAverage
+from deme_cli.training.run import Run
 from deme_cli.training.state import TrainingState
-
-if TYPE_CHECKING:
-    from deme_cli.training.finetune import Run
 
 
 def is_snapshot(step: int, config: FinetuneConfig) -> bool:

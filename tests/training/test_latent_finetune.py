@@ -18,9 +18,10 @@ from deme_cli.diffusion.projection import has_projections
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.timesteps import parse_range
 from deme_cli.training.examples import LatentExamples
-from deme_cli.training.finetune import Run, train
+from deme_cli.training.finetune import train
 from deme_cli.training.materials import open_examples
 from deme_cli.training.places import metrics_path
+from deme_cli.training.run import Run
 from deme_cli.training.scratch import random_denoiser
 
 SHORT = FinetuneConfig(

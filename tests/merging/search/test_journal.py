@@ -120,9 +120,7 @@ def test_the_trials_of_another_search_are_refused_and_the_difference_named(
 ) -> None:
     before = write(path, 1.0, 2.0)
     text = path.read_bytes()
-    with pytest.raises(
-        ConfigError, match=rf"\(they differ in {words}\); add --force"
-    ):
+    with pytest.raises(ConfigError, match=rf"\(they differ in {words}\); add --force"):
         reopen(path, what=what)
     assert path.read_bytes() == text
     assert reopen(path) == (2, before), "nothing happened to them"

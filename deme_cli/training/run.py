@@ -1,0 +1,49 @@
+"""A training run before it begins: everything it needs, opened, and what makes it the same run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deme_cli.config import NOT_RESULT, FinetuneConfig
+from deme_cli.diffusion.denoiser import Denoiser
+from deme_cli.timesteps import RangeChoice
+from deme_cli.training.examples import Examples
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, on what, how, and where it ends.
+
+    With `from_scratch` the denoiser's random weights are trained into a base: no frozen copy, no
+    consistency, no projection.
+    """
+
+    denoiser: Denoiser
+    choice: RangeChoice
+    examples: Examples
+    held_out: Examples | None
+    flip: bool
+    config: FinetuneConfig
+    output: Path
+    dtype: str = "fp32"
+    from_scratch: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the result: a kept run continues only if all of it agrees."""
+        settings = asdict(self.config)
+        for name in NOT_RESULT:
+            settings.pop(name)
+        return {
+            "range": str(self.choice.range),
+            "base": self.denoiser.record.fingerprint,
+            "data": self.examples.fingerprint,
+            "resolution": list(self.examples.image_shape[1:]),
+            "crop": self.examples.crop,
+            "companions": self.denoiser.record.companions,
+            "flip": self.flip,
+            "dtype": self.dtype,
+            **settings,
+        }
