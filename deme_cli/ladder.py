@@ -1,8 +1,8 @@
 """A ladder of objectives: a cheap one judges every candidate, each next one the best of the last.
 
-`loss:64,kid@1k:16,fid@5k:5` reads: by held-out loss keep 64, by the kernel distance of 1,000 images
-keep 16 of them, and let the Fréchet distance of 5,000 images decide, showing the best 5. Without a
-comma it is one objective.
+`loss:64,kid@1k:16,fid@5k` reads: by held-out loss keep 64, by the kernel distance of 1,000 images
+keep 16 of them, and let the Fréchet distance of 5,000 images decide. Without a comma it is one
+objective. What the last rung keeps is recorded, and changes nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from deme_cli.errors import ConfigError
 
+SHOWN = 10  # candidates that the last rung shows if nobody says otherwise
 OBJECTIVES = ("loss", "experts", "kid", "fid")
 _RUNG = re.compile(r"(?P<name>[a-z]+)(?:@(?P<num>[0-9.]+k?))?(?::(?P<keep>\d+))?")
 
@@ -49,8 +50,8 @@ def parse_ladder(text: str, *, num: int) -> list[Rung]:
             raise ConfigError(
                 f"objective {part!r}: how many does it keep for the next? as {part}:16"
             )
-        keep = int(match["keep"] or 1)
-        if keep < 1 or (rungs and keep > rungs[-1].keep):
+        keep = int(match["keep"] or SHOWN)
+        if keep < 1 or (match["keep"] and rungs and keep > rungs[-1].keep):
             least = f"at most the {rungs[-1].keep} it is given" if rungs else "at least 1"
             raise ConfigError(f"objective {part!r} keeps {keep}; expected {least}")
         rungs.append(Rung(match["name"], _number(match["num"], part) or num, keep))

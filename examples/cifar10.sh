@@ -11,6 +11,6 @@ deme split google/ddpm-cifar10-32 --data cifar10 -n 4
 for i in 1 2 3 4; do
   deme finetune --range $i/4 --p 0.3 --steps "$STEPS" --batch-size 64 --accumulation 2 --dtype bf16
 done
-deme merge ft_*.safetensors --search grid --objective fid --num 5000
+deme merge ft_*.safetensors --search cmaes --per block --objective fid@1k:16,fid@5k
 deme eval base.safetensors ft_*.safetensors merged.safetensors --fid cifar10 \
      --num 50000 --sampler ddim --steps 100 --seed 1

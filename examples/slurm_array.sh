@@ -11,7 +11,10 @@
 #   deme split google/ddpm-cifar10-32 --data cifar10 -n 4
 #   array=$(sbatch --parsable examples/slurm_array.sh)
 #   sbatch --dependency=afterok:$array --gres=gpu:1 \
-#          --wrap 'deme merge ft_*.safetensors --search grid --objective fid --num 5000'
+#          --array=1-4 --wrap 'deme merge ft_*.safetensors --search cmaes --objective fid@1k:16,fid@5k'
+#
+# The four tasks of the search share its trials: each runs the same command in the same folder, takes
+# what is free from merged.trials.jsonl, and the last one to finish leaves one merged.safetensors.
 set -uo pipefail
 N=${SLURM_ARRAY_TASK_COUNT:-4}
 

@@ -149,7 +149,7 @@ def merge(
         Path | None,
         typer.Option(
             "--show",
-            help="Print the trials of a search, from its journal or the merged file, and stop.",
+            help="Print and draw the trials of a search, by its journal or merged file, and stop.",
             show_default=False,
         ),
     ] = None,
@@ -196,6 +196,8 @@ def merge(
     """
     run = begin(config, quiet=quiet)
     target = output or Path("merged.safetensors")
+    if dry_run and (show or replay):
+        raise ConfigError("--dry-run goes with a merge, not with --show or --replay")
     if show is not None:
         from deme_cli.commands.merge_show import show_search
 
@@ -226,6 +228,8 @@ def merge(
         report_num=report_num, report_repeats=report_repeats, report_seed=report_seed,
         coefficients=None if coefficients is None else parse_numbers(coefficients, "-w"),
     )  # fmt: skip
+    if coefficients is not None and settings.method == "greedy":
+        raise ConfigError("-w gives the coefficients and method greedy looks for them; keep one")
     if settings.coefficients and settings.search != "none" and search is None:
         raise ConfigError("[merge] sets both coefficients and search; keep one of them")
     of_search = {

@@ -24,6 +24,7 @@ def merge_from_data(order: Order, measure: Measure) -> MergedWeights:
     """The merged weights, in memory. Raises what the methods raise, and Stopped after a signal."""
     from deme_cli.diffusion.companions import open_companions
     from deme_cli.diffusion.schedule import read_schedule
+    from deme_cli.merging.methods.data_driven import MergedWeights
     from deme_cli.merging.methods.fisher import merge_fisher
     from deme_cli.merging.methods.range_draws import RangeDraws
     from deme_cli.merging.methods.regmean import merge_regmean
@@ -55,7 +56,7 @@ def merge_from_data(order: Order, measure: Measure) -> MergedWeights:
         with console.progress(settings.method, first.total, "image") as bar:
             bar.advance(first.done)
             for step in steps:
-                if hasattr(step, "weights"):
+                if isinstance(step, MergedWeights):
                     return step
                 bar.advance(step.done)
     raise AssertionError("a merge from data ends in weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class Job:
 
     def open(self) -> Order:
         """The files behind the arguments, checked to belong together and to fit the settings."""
-        from deme_cli.commands.merge_search import open_plan
+        from deme_cli.commands.merge_plan import open_plan
         from deme_cli.merging.coefficients import Coefficients
         from deme_cli.merging.lineage import find_base, open_family, open_parents
         from deme_cli.merging.methods.known import fit_coefficients
@@ -57,6 +58,10 @@ class Job:
             family, self.settings, self.fixed, self.output, self.device, self.dtype, self.force,
             self.by_argument,
         )  # fmt: skip
+        if self.ema_length is not None and self.settings.method != "linear":
+            raise ConfigError("--ema-length is a linear merge; use --method linear")
+        if self.ema_length is not None and searches(self.settings):
+            raise ConfigError("--ema-length makes the coefficients itself; add --search none")
         if searches(self.settings):
             open_plan(order, order.space())
         elif self.settings.method in DATA_DRIVEN:
@@ -106,7 +111,9 @@ class Job:
         from deme_cli.merging.power_ema import coefficients_for_length
 
         if given is not None:
-            raise ConfigError("--ema-length makes the coefficients itself; leave out -w")
+            raise ConfigError(
+                "--ema-length makes the coefficients itself; leave out -w and --coefficients-for"
+            )
         records = [parent.record for parent in order.family.parents]
         return Coefficients(tuple(coefficients_for_length(records, self.ema_length)))
 
@@ -175,11 +182,12 @@ class Job:
         with (
             StopRequests() as stop,
             search_coefficients(order, measure) as found,
-            finishing(found.journal) as is_ours,
+            finishing(found.journal, partial(_stop_if_asked, stop)) as is_ours,
         ):
             if not is_ours and order.output.exists():
                 console.note(f"{order.output} was written by another process of this search")
-                console.result_paths([order.output], as_json=as_json, path=str(order.output))
+                files = [*found.pictures, found.journal.path]
+                tell(order, read_record(order.output), files, as_json=as_json)
                 return
             document = None
             if order.reports:
@@ -187,8 +195,7 @@ class Job:
                     found.coefficients.values, lambda: found.evaluator.model(found.point)
                 )
                 document = report(order, found.workbench, found.evaluator, merged, found.soup)
-            if stop.asked:
-                raise stop.stopped("stopped; all trials are kept, run the same command again")
+            _stop_if_asked(stop)
             with _bar(order) as bar:
                 record = merge_family(
                     order.family, found.coefficients, order.output, method=order.method,
@@ -212,6 +219,11 @@ class Job:
 
         measure = find_measure(self.run_file, order, self.pipeline)
         return report(order, Workbench(measure, order.family.base_record), evaluator, merged)
+
+
+def _stop_if_asked(stop: StopRequests) -> None:
+    if stop.asked:
+        raise stop.stopped("stopped; all trials are kept, run the same command again")
 
 
 def _bar(order: Order) -> Any:

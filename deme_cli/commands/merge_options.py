@@ -17,6 +17,7 @@ CLOSED_FORMS = ("slerp", "model-stock", *DATA_DRIVEN)  # nothing to search for
 _TIME = re.compile(r"([0-9.]+)\s*([smh]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 _GRADIENT_OF = ("loss", "experts")
+_OF_ROWS = ("--objective", "--num", "--steps", "--batch-size")  # what a report alone reads as well
 
 
 def parse_lists(text: str, flag: str) -> list[Any]:
@@ -73,10 +74,12 @@ def require_use(settings: MergeConfig, given: Mapping[str, Any], of_search: Sequ
     given: values by flag, None where absent; of_search: flags that only a search reads.
     """
     for flag in ("--report-num", "--report-repeats", "--report-seed"):
-        if given[flag] is not None and settings.report is not True and not searches(settings):
+        reports = searches(settings) if settings.report is None else settings.report
+        if given[flag] is not None and not reports:
             raise ConfigError(f"{flag} belongs to a report; add --report")
     for flag in of_search:
-        if given[flag] is not None and not searches(settings) and not settings.report:
+        is_measured = settings.report and flag in _OF_ROWS
+        if given[flag] is not None and not searches(settings) and not is_measured:
             reads = flag in ("--num", "--batch-size", "--seed") and settings.method in DATA_DRIVEN
             if not reads:
                 search = "gradient" if flag == "--optimizer" else "grid"
@@ -84,6 +87,13 @@ def require_use(settings: MergeConfig, given: Mapping[str, Any], of_search: Sequ
     samples = any(rung.is_distance for rung in _rungs(settings))
     if given["--steps"] is not None and not samples:
         raise ConfigError("--steps are those of sampling; add --objective fid or kid")
+    if given["--loss-range"] is not None and all(rung.is_distance for rung in _rungs(settings)):
+        raise ConfigError("--loss-range is of the loss; add --objective loss or experts")
+    for flag in ("--bounds", "--start"):
+        if given[flag] is not None and "greedy" in (settings.search, settings.method):
+            raise ConfigError(f"{flag} means nothing to a greedy soup; leave it out")
+        if given[flag] is not None and settings.search == "grid":
+            raise ConfigError(f"{flag} means nothing to a grid; use --grid, or another --search")
     for flag, method in (("--density", ("ties", "dare")), ("--trim", ("ties",)),
                          ("--mask-seed", ("dare",))):  # fmt: skip
         if given[flag] is not None and settings.method not in method:
@@ -98,7 +108,7 @@ def require_sense(settings: MergeConfig) -> None:
     if settings.method in CLOSED_FORMS and settings.search != "none":
         raise ConfigError(
             f"method {settings.method} has a closed form, there is nothing to search for; "
-            f"leave out --search"
+            f"use --search none"
         )
     if settings.method in CLOSED_FORMS and settings.per != "model":
         raise ConfigError(f"--per {settings.per} goes with methods linear, ties and dare")

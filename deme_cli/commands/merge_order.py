@@ -168,7 +168,8 @@ def find_measure(run: RunFile, order: Order, pipeline: str | None) -> Measure:
     evaluation = run.settings(EvalConfig)
     features = choose_features(evaluation.features, [source])
     find_place(source)
-    distances = [rung for rung in order.rungs if rung.is_distance]
+    measures = searches(settings) or order.reports  # else the images alone are needed
+    distances = [rung for rung in order.rungs if rung.is_distance and measures]
     if distances:
         if min(rung.num for rung in distances) < 2:
             raise ConfigError("num = 1: a distance needs at least 2 images per candidate")
@@ -179,6 +180,10 @@ def find_measure(run: RunFile, order: Order, pipeline: str | None) -> Measure:
                 kernel=rung.name == "kid",
             )  # fmt: skip
     _warn_of_seeds(settings, evaluation, order)
+    named = evaluation.kid if order.rungs[-1].name == "kid" else evaluation.fid
+    report_reference = run.seen(named) if named and named != source else None
+    if order.reports and order.rungs[-1].is_distance:
+        _find_report_reference(order, source, report_reference, features, evaluation)
     sample = run.settings(SampleConfig)
     if sample.prompts:
         sample = replace(sample, prompts=run.seen(sample.prompts))
@@ -188,8 +193,30 @@ def find_measure(run: RunFile, order: Order, pipeline: str | None) -> Measure:
         replace(images, source=source), features, evaluation.resize, sample, pipeline,
         run.settings(FinetuneConfig).cache, order.device, order.dtype,
         order.family.base.path.parent,
-        run.seen(evaluation.fid) if evaluation.fid else None,
+        report_reference,
     )  # fmt: skip
+
+
+def _find_report_reference(
+    order: Order, source: str, other: str | None, features: str, evaluation: EvalConfig
+) -> None:
+    """Look for what the report takes distances to; warn where the search has seen all of it."""
+    from deme_cli.evaluation.references import find_reference
+    from deme_cli.evaluation.weights import find_weights
+
+    distance = order.rungs[-1].name
+    weights, kernel = find_weights(features, evaluation.resize), distance == "kid"
+    searched, reported = (
+        find_reference(
+            place, features, evaluation.resize, weights=weights, kernel=kernel, split=split
+        )
+        for place, split in ((source, "train"), (other or source, None if other else "test"))
+    )
+    if searched == reported and searches(order.settings):
+        console.warn(
+            f"{source}: one reference ({reported.kind}) serves the search and its report, which "
+            f"then differ in their seeds alone; name another one in [eval] {distance}"
+        )
 
 
 def _warn_of_seeds(settings: MergeConfig, evaluation: EvalConfig, order: Order) -> None:

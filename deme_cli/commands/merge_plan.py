@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from deme_cli.commands.merge_order import Order
+from deme_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from deme_cli.merging.search.plan import Plan
@@ -14,11 +15,19 @@ if TYPE_CHECKING:
 
 
 def open_plan(order: Order, space: Space) -> Plan:
-    """The plan that `--search` names; where groups differ, coarse to fine if it can be."""
+    """The plan that `--search` names; where groups differ, coarse to fine if it can be.
+
+    Raises ConfigError where nothing is left to search for.
+    """
     from deme_cli.merging.search.fixed_points import FixedPoints
     from deme_cli.merging.search.greedy import GreedySoup
     from deme_cli.merging.search.nested import CoarseToFine
 
+    if not space.dimensions:
+        raise ConfigError(
+            "--coefficients-for sets every tensor, which leaves nothing to search for; leave out "
+            "--search, or narrow the globs"
+        )
     if order.search == "grid":
         return FixedPoints(_grid_points(order, space))
     if order.search == "greedy":

@@ -40,7 +40,7 @@ def report(
     """
     from deme_cli.merging.search.report import measure_rows
 
-    meters = _meters(order, bench)
+    meters = _meters(order, bench, evaluator)
     for examples in {id(o.examples): o.examples for m in meters for o in m.objectives}.values():
         fill_with_bar(examples)
     rows = _rows(order, evaluator, merged, soup)
@@ -63,24 +63,30 @@ def report(
         "protocols": [meter.protocol for meter in meters],
         "selection_seed": order.settings.seed,
     }
-    _show(measured, meters, order)
+    _show(measured, meters)
     return document
 
 
-def _meters(order: Order, bench: Workbench) -> list[Meter]:
-    """The last rung's objective, and the loss with its ranges in any case, for every seed."""
+def _meters(order: Order, bench: Workbench, evaluator: Evaluator) -> list[Meter]:
+    """The loss with its ranges in any case, and the last rung if another, for every seed."""
+    from deme_cli.merging.search.evaluator import has_ensemble
     from deme_cli.merging.search.objectives import REPORT
     from deme_cli.merging.search.report import Meter
 
     settings, last = order.settings, order.rungs[-1]
     num = settings.report_num or last.num
     rungs = [Rung("loss", max(num, settings.num) if settings.report_num is None else num, 1)]
-    if last.is_distance:
+    if last.is_distance or (last.name == "experts" and has_ensemble(order.family)):
         rungs.append(replace(last, num=num))
     seeds = [settings.report_seed + repeat for repeat in range(settings.report_repeats)]
     whole = replace(settings, loss_range=None)
     return [
-        Meter([bench.open(rung, replace(whole, seed=seed), part=REPORT) for seed in seeds])
+        Meter(
+            [
+                bench.open(rung, replace(whole, seed=seed), part=REPORT, experts=evaluator.ensemble)
+                for seed in seeds
+            ]
+        )
         for rung in rungs
     ]
 
@@ -109,7 +115,7 @@ def _rows(
     if count > 1:
         rows.append(("1 each", ones, at(ones)))
         if soup is not None:
-            rows.append(("greedy soup", space.summary(soup), at(space.summary(soup))))
+            rows.append(("greedy soup", space.summary(soup), lambda: evaluator.model(soup)))
         for index, name in enumerate(order.experts):
             alone = [float(i == index) for i in range(count)]
             rows.append((f"expert {name}", alone, at(alone)))
@@ -117,7 +123,7 @@ def _rows(
     return rows
 
 
-def _show(measured: Sequence[ReportRow], meters: Sequence[Meter], order: Order) -> None:
+def _show(measured: Sequence[ReportRow], meters: Sequence[Meter]) -> None:
     """One table per metric: value, difference to the base with its interval, gain kept."""
     for meter in meters:
         objective = meter.objectives[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from deme_cli.interrupts import StopRequests
 from deme_cli.merging.search.trials import BASE_NAME, MEAN_NAME, trials_of
 
 if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
     from deme_cli.merging.coefficients import Coefficients
     from deme_cli.merging.search.conclusion import Conclusion
     from deme_cli.merging.search.evaluator import Evaluator
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from deme_cli.merging.search.run import Search
     from deme_cli.merging.search.space import Point, Space
     from deme_cli.merging.search.trials import Asked, Trial
-
-_SHOWN_TRIALS = 10
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,31 @@ def search_coefficients(order: Order, measure: Measure) -> Iterator[Found]:
 
 
 @contextmanager
-def finishing(journal: Journal) -> Iterator[bool]:
-    """Only one process writes the end: waits for its turn, tells whether the end is still open."""
+def finishing(journal: Journal, check: Callable[[], None]) -> Iterator[bool]:
+    """Only one process writes the end: waits for its turn, tells whether the end is still open.
+
+    `check` is called while it waits, and raises to stop.
+    """
     from deme_cli.merging.search.journal_file import kernel_lock
 
-    with kernel_lock(journal.path.with_name(f".{journal.path.name}.end")):
+    place = journal.path.with_name(f".{journal.path.name}.end")
+    lock = kernel_lock(place)
+    while not _take(lock):
+        check()
+    try:
         yield journal.merged is None
+        place.unlink(missing_ok=True)  # whoever still waits for it will find the end in the journal
+    finally:
+        lock.release()
+
+
+def _take(lock: BaseFileLock) -> bool:
+    """Whether the lock could be had within half a second."""
+    try:
+        lock.acquire(timeout=0.5)
+    except TimeoutError:
+        return False
+    return True
 
 
 def _open_search(order: Order, space: Space) -> Search:
@@ -112,7 +131,9 @@ def _open_search(order: Order, space: Space) -> Search:
 
 
 def describe(order: Order, space: Space, objectives: Sequence[Any]) -> dict[str, Any]:
-    """Everything the trials depend on. Budgets are left out: they can be raised and lowered."""
+    """Everything the trials depend on; budgets are left out where they can be changed."""
+    settings = order.settings
+    is_paced = settings.optimizer == "adam" if order.search == "gradient" else False
     grid = order.grid() if order.search == "grid" else None
     return {
         "method": order.search,
@@ -125,7 +146,8 @@ def describe(order: Order, space: Space, objectives: Sequence[Any]) -> dict[str,
         "bounds": [list(pair) for pair in space.bounds] if order.search != "grid" else None,
         "start": list(space.start),
         "optimizer": order.settings.optimizer if order.search == "gradient" else None,
-        "seed": order.settings.seed,
+        "evaluations": settings.evaluations if is_paced or space.groups else None,
+        "seed": settings.seed,
         "objectives": [{**one.protocol, "dtype": order.dtype} for one in objectives],
         "keep": [rung.keep for rung in order.rungs[:-1]],
     }
@@ -152,8 +174,10 @@ def _run(order: Order, search: Search, journal: Journal, evaluator: Evaluator) -
         evaluator.check = check
         if kept := journal.open(force=order.force):
             console.note(f"{journal.path}: continuing after {kept} trials")
+            view.recall(trials_of(journal.asked()))
         with view:
             for trial in search.run(journal, evaluator, check):
+                view.recall([t for t in trials_of(journal.asked()) if t.index != trial.index])
                 view.add(trial)
     return journal.asked()
 
@@ -206,7 +230,13 @@ def _tell(
             )
     if not any(end.best.point) and not search.space.fixed:
         console.warn("no candidate is better than the base; the merged model is the base itself")
-    _show_best(end.ranking, search.space, objectives[-1].label, end.evaluations)
+    _show_best(
+        end.ranking,
+        search.space,
+        objectives[-1].label,
+        end.evaluations,
+        shown=search.rungs[-1].keep,
+    )
 
 
 def _hint(rhos: Mapping[str, float], rho: float) -> str:
@@ -236,13 +266,15 @@ def _record(
     }
 
 
-def _show_best(ranking: Sequence[Trial], space: Space, label: str, count: int) -> None:
-    """The first ten of the ranking, and below them the base and the mean with their places."""
+def _show_best(
+    ranking: Sequence[Trial], space: Space, label: str, count: int, *, shown: int
+) -> None:
+    """The first of the ranking, and below them the base and the mean with their places."""
     rows = [
         [f"{place} {trial.name}".strip(), *(f"{w:.3g}" for w in space.summary(trial.point)),
          f"{trial.objective:.6g}" if math.isfinite(trial.objective) else "not finite"]
         for place, trial in enumerate(ranking, start=1)
-        if place <= _SHOWN_TRIALS or trial.name in (BASE_NAME, MEAN_NAME)
+        if place <= shown or trial.name in (BASE_NAME, MEAN_NAME)
     ]  # fmt: skip
     what = "mean w" if space.groups else "w"
     console.table(

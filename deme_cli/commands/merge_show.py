@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,8 @@ def show_search(path: Path, *, as_json: bool) -> None:
     from deme_cli.merging.search.importance import importances
     from deme_cli.merging.search.journal import asked_trials
     from deme_cli.merging.search.journal_file import read_journal
-    from deme_cli.merging.search.trials import ranked, trials_of
-    from deme_cli.merging.search.trials_figure import draw_trials
+    from deme_cli.merging.search.trials import trials_of
+    from deme_cli.merging.search.trials_figure import best_of, draw_trials
 
     journal = _journal_of(path)
     document = read_journal(journal)
@@ -39,8 +40,9 @@ def show_search(path: Path, *, as_json: bool) -> None:
         f"{journal}: search {document.search['method']} by {' > '.join(names)}, {state}: "
         f"{len(trials)} trials, {running} running"
     )
-    if not trials:
-        console.result_paths([], as_json=as_json, trials=[], finished=False)
+    if not any(math.isfinite(trial.objective) for trial in trials):
+        shown = [_document(trial, document.labels) for trial in trials]
+        console.result_paths([], as_json=as_json, trials=shown, finished=False)
         return
     shares = importances(trials, document.labels)
     for rung, name in enumerate(names):
@@ -55,10 +57,9 @@ def show_search(path: Path, *, as_json: bool) -> None:
     write_whole(
         picture, [draw_trials(trials, document.labels, objectives=names, importances=shares)]
     )
-    last = [t for t in trials if t.rung == max(t.rung for t in trials)]
     console.result_paths(
         [picture], as_json=as_json, finished=document.merged is not None, importances=shares,
-        best=_document(ranked(last)[0], document.labels),
+        best=_document(best_of(trials), document.labels),
         trials=[_document(trial, document.labels) for trial in trials],
     )  # fmt: skip
 
@@ -93,7 +94,10 @@ def _show_rung(name: str, trials: Sequence[Trial], document: JournalDocument) ->
             console.note(f"{name}: none of {len(trials)} trials is finite")
         return
     groups = len(document.search["groups"])
-    experts = [label.split(" ")[0] for label in document.labels[: len(document.labels) // groups]]
+    suffix = f" {document.search['groups'][0]}"
+    experts = [
+        label.removesuffix(suffix) for label in document.labels[: len(document.labels) // groups]
+    ]
     rows = [
         [f"{t.index + 1} {t.name}".strip(),
          *(f"{sum(t.point[i :: len(experts)]) / groups:.3g}" for i in range(len(experts))),

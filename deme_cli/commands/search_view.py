@@ -77,21 +77,19 @@ class SearchView:
 
     def add(self, trial: Trial) -> None:
         """Show a finished trial."""
-        self.trials.append(trial)
-        best = self._best.get(trial.rung)
-        if math.isfinite(trial.objective) and (best is None or trial.objective < best.objective):
-            self._best[trial.rung] = trial
+        self.recall([*self.trials, trial])
         self._inner = (0, *self._inner[1:]) if self._inner else None  # the next one takes its line
         self._changed = time.monotonic()
         if self._live is None:
             console.note(self._plain(trial))
 
-    def note(self, text: str) -> None:
-        """A line of its own, above the screen."""
-        if self._live is None:
-            console.note(text)
-        else:
-            self._screen.print(text)
+    def recall(self, trials: Sequence[Trial]) -> None:
+        """What is known by now: trials of an earlier run, or of other processes, in any order."""
+        self.trials, self._best = list(trials), {}
+        for trial in trials:
+            best = self._best.get(trial.rung, trial)
+            if math.isfinite(trial.objective) and trial.objective <= best.objective:
+                self._best[trial.rung] = trial
 
     def progress(self, done: int, total: int, unit: str = "images") -> None:
         """How far the running trial is."""

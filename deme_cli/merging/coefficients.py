@@ -18,7 +18,6 @@ from functools import cached_property
 
 from deme_cli.errors import ConfigError
 
-GRAINS = ("model", "block", "layer")  # --per
 _BLOCK = re.compile(
     r"((?:down_blocks|up_blocks|(?:single_|joint_)?transformer_blocks)\.\d+|mid_block)\."
 )

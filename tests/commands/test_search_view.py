@@ -59,14 +59,12 @@ def test_without_a_terminal_each_trial_is_a_line(capsys) -> None:
         view.add(Trial(0, (0.0, 0.0), 0.09312, 0.09312, 0, 1.2, "base"))
         view.add(Trial(1, (0.2, 0.1), 0.09301, 0.09301, 0, 1.25))
         view.progress(10, 5000)
-        view.note("something else")
         view.add(Trial(2, (0.4, 0.5), math.inf, 0.09301, 0, 0.5))
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
         "trial 1/3 (base) loss 0.09312 best 0.09312 at 0 0 (1.2 s)",
         "trial 2/3 loss 0.09301 best 0.09301 at 0.2 0.1 (1.2 s)",
-        "something else",
         "trial 3/3 loss not finite best 0.09301 at 0.2 0.1 (0.5 s)",
     ]
 
@@ -89,7 +87,6 @@ def test_quiet_shows_nothing(capsys) -> None:
     terminal = screen()
     for given in (None, terminal):
         with SearchView(["1of1"], ["loss"], 2, screen=given) as view:
-            view.note("something")
             view.add(Trial(0, (0.0,), 1.0, 1.0))
             view.progress(1, 2)
     assert capsys.readouterr() == ("", "")
@@ -131,14 +128,11 @@ def test_the_screen_tells_what_is_searched_how_far_it_is_and_what_is_best() -> N
     assert "█" in text
 
 
-def test_a_live_screen_ends_compact_and_keeps_notes_above() -> None:
+def test_a_live_screen_ends_compact() -> None:
     terminal = screen()
     with SearchView(labels_of(2), ["loss"], 20, screen=terminal) as view:
         for trial in trials(2):
             view.add(trial)
-        view.note("a note in between")
-    written = terminal.file.getvalue()
-    assert "a note in between" in written
     final = shown(view, terminal)
     assert len(final) <= 8
     assert "20 of 20 trials" in final[0]
@@ -161,3 +155,16 @@ def test_a_terminal_without_block_characters_gets_plain_ones(monkeypatch) -> Non
     for trial in trials(3):
         view.add(trial)
     assert all(line.isascii() for line in shown(view, terminal))
+
+
+def test_trials_of_an_earlier_run_or_of_others_count_without_a_line(capsys) -> None:
+    earlier = [
+        Trial(0, (0.0, 0.0), 0.2, 0.2, 0, 1.0, "base"),
+        Trial(1, (0.2, 0.1), 0.1, 0.1, 0, 1.0),
+    ]
+    with SearchView(["1of2", "2of2"], ["loss"], 3) as view:
+        view.recall(earlier)
+        view.add(Trial(2, (0.4, 0.5), 0.3, 0.1, 0, 0.5))
+    assert capsys.readouterr().err.splitlines() == [
+        "trial 3/3 loss 0.3 best 0.1 at 0.2 0.1 (0.5 s)"
+    ]

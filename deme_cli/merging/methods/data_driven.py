@@ -6,6 +6,7 @@ computed in float32 (float64 tensors in float64) and rounded once to the dtypes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ def shares(family: Family, coefficients: Sequence[float] | None) -> list[float]:
         raise ConfigError(
             f"coefficients {values}: a merge from data takes finite ones from 0 up, not all 0"
         )
-    return [w / sum(values) for w in values]
+    total = math.fsum(values)  # exact, so that 1/N each is 1 each
+    return [w / total for w in values]
 
 
 def expert_weights(family: Family, parent: Parent) -> dict[str, Tensor]:

@@ -72,8 +72,17 @@ class Evaluator:
             errors = objective.errors(single(denoiser), self.check)
             by_range = objective.by_range(errors, self.ranges)
             return Evaluated(errors.mean().item(), {BY_RANGE: by_range})
-        key = json.dumps(list(point))
-        return Evaluated(objective(single(denoiser), self.check, key), {})
+        return Evaluated(objective(single(denoiser), self.check, self._key(point)), {})
+
+    def _key(self, point: Point) -> str:
+        """Everything that makes the candidate's weights: what is kept under it may outlive a search
+        that was given up, and the next one has other experts."""
+        parents = [parent.record.fingerprint for parent in self.family.parents]
+        space, method = self.space, [self._method.name, self._method.used]
+        return json.dumps(
+            [self.family.base_record.fingerprint, parents, method, self._place["dtype"],
+             space.all_groups, dict(space.fixed), point]
+        )  # fmt: skip
 
     @property
     def ranges(self) -> list[TimestepRange]:

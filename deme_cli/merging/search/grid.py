@@ -13,18 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from deme_cli.errors import ConfigError
-from deme_cli.settings import parse_numbers
 
 Grid = tuple[tuple[float, ...], ...]  # the values tried for each expert
 Point = tuple[float, ...]  # a coefficient for each expert
 MAX_CANDIDATES = 1_000_000
 DEFAULT_VALUES = ((4, (0.0, 0.5, 1.0)), (8, (0.0, 1.0)))  # up to N experts: at most 81, 256 points
-
-
-def parse_grid(text: str) -> list[Any]:
-    """`0,0.5,1` as one list for every expert, `0,1;0,0.5` as one list per expert."""
-    lists = [parse_numbers(part, "--grid") for part in text.split(";")]
-    return lists if len(lists) > 1 else lists[0]
 
 
 def resolve_grid(values: Sequence[Any] | None, num_experts: int) -> Grid:

@@ -48,7 +48,8 @@ class JournalLock:
         if not self._path.exists():
             return
         with self._path.open("r+b") as file:
-            if file.read(len(_BEGINNING)) != _BEGINNING:
+            head = file.read(len(_BEGINNING))
+            if not _BEGINNING.startswith(head) or not head:
                 return  # not a journal: nothing of ours to cut
             size = file.seek(0, 2)
             file.seek(size - 1)

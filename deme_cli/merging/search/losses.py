@@ -41,7 +41,8 @@ class HeldOutLoss:
     ) -> None:
         generator = torch.Generator().manual_seed(config.seed)
         numbers = torch.arange(len(examples))
-        if part is not None and len(numbers) > 1:
+        part = part if len(numbers) > 1 else None  # one image cannot be dealt in two
+        if part is not None:
             numbers = numbers[part::2]
         rounds = -(-config.num // len(numbers))
         order = [numbers[torch.randperm(len(numbers), generator=generator)] for _ in range(rounds)]

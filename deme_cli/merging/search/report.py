@@ -36,8 +36,8 @@ class Estimate:
     """One metric of one row, the mean over seeds, and its difference to the base.
 
     `interval` holds the difference plus and minus 1.96 bootstrap standard errors; `gain_kept` is
-    None for the base and where the ensemble gained nothing. Where the row is not finite, neither
-    are its difference and interval.
+    None for the base, the ensemble itself, and where the ensemble gained nothing. Where the row is
+    not finite, neither are its difference and interval.
     """
 
     value: float
@@ -126,6 +126,7 @@ class _Sample:
     size: int
     again: Callable[[np.ndarray], float]
     resamples: int = RESAMPLES
+    units: tuple[int, ...] = ()  # numbers of the images, where other seeds have the same
 
 
 def _samples(
@@ -153,14 +154,14 @@ def _samples(
 
 
 def _of_errors(errors: np.ndarray, images: np.ndarray) -> _Sample:
-    """A mean over draws; the bootstrap draws images, with all their draws."""
+    """A mean over draws; the bootstrap draws images, with all their draws in every seed."""
     known, place = np.unique(images, return_inverse=True)
     totals, counts = np.bincount(place, weights=errors), np.bincount(place)
 
     def again(chosen: np.ndarray) -> float:
         return float(totals[chosen].sum() / counts[chosen].sum())
 
-    return _Sample(float(errors.mean()), len(known), again)
+    return _Sample(float(errors.mean()), len(known), again, units=tuple(known.tolist()))
 
 
 def _of_distance(
@@ -193,6 +194,8 @@ def _estimate(row: list[_Sample], base: list[_Sample], gain: float | None) -> Es
     resampled = []
     for _ in range(row[0].resamples):
         chosen = [draw.integers(0, sample.size, sample.size) for sample in row]
+        if row[0].units and all(sample.units == row[0].units for sample in row):
+            chosen = chosen[:1] * len(row)  # the seeds share their images
         pairs = zip(row, base, chosen, strict=True)
         resampled.append(np.mean([a.again(index) - b.again(index) for a, b, index in pairs]))
     half = 1.96 * float(np.std(resampled, ddof=1))

@@ -7,10 +7,11 @@ import math
 
 import pytest
 
+from deme_cli.commands.merge_options import parse_lists
 from deme_cli.errors import ConfigError, NumericsError
 from deme_cli.ladder import Rung
 from deme_cli.merging.search.fixed_points import FixedPoints
-from deme_cli.merging.search.grid import grid_points, parse_grid, resolve_grid
+from deme_cli.merging.search.grid import grid_points, resolve_grid
 from deme_cli.merging.search.run import Search
 from deme_cli.merging.search.space import Point, Space
 from deme_cli.merging.search.trials import Asked, Trial, ranked, trials_of
@@ -36,8 +37,8 @@ def run(evaluate=distance) -> list[Trial]:
 
 
 def test_values_are_given_for_all_experts_or_for_each() -> None:
-    assert resolve_grid(parse_grid("0,0.5,1"), 3) == ((0.0, 0.5, 1.0),) * 3
-    assert resolve_grid(parse_grid("1,0;0.5,0.5"), 2) == ((0.0, 1.0), (0.5,))
+    assert resolve_grid(parse_lists("0,0.5,1", "--grid"), 3) == ((0.0, 0.5, 1.0),) * 3
+    assert resolve_grid(parse_lists("1,0;0.5,0.5", "--grid"), 2) == ((0.0, 1.0), (0.5,))
     assert resolve_grid([[0, 1], [0.5]], 2) == ((0.0, 1.0), (0.5,))
 
 
@@ -71,7 +72,7 @@ def test_a_grid_that_makes_no_sense_is_refused(values: list, message: str) -> No
     with pytest.raises(ConfigError, match=message):
         resolve_grid(values, 2)
     with pytest.raises(ConfigError, match="--grid 'a,1'"):
-        parse_grid("0;a,1")
+        parse_lists("0;a,1", "--grid")
 
 
 def test_the_base_the_mean_and_the_grid_are_tried_in_this_order() -> None:

@@ -33,14 +33,14 @@ Objectives = Callable[[int, Point], float]
 @pytest.mark.parametrize(
     ("text", "rungs"),
     [
-        ("loss", [("loss", 2048, 1)]),
+        ("loss", [("loss", 2048, 10)]),
         ("experts:5", [("experts", 2048, 5)]),
-        ("fid@500", [("fid", 500, 1)]),
+        ("fid@500", [("fid", 500, 10)]),
         ("kid@2.5k:3", [("kid", 2500, 3)]),
-        ("loss:64,fid", [("loss", 2048, 64), ("fid", 2048, 1)]),
+        ("loss:64,fid", [("loss", 2048, 64), ("fid", 2048, 10)]),
         ("loss:64,kid@1k:16,fid@5k:5", [("loss", 2048, 64), ("kid", 1000, 16), ("fid", 5000, 5)]),
         (" loss:4 , fid@0.5k:4 ", [("loss", 2048, 4), ("fid", 500, 4)]),
-        ("fid@1k:8,fid@10k", [("fid", 1000, 8), ("fid", 10000, 1)]),
+        ("fid@1k:8,fid@10k", [("fid", 1000, 8), ("fid", 10000, 10)]),
     ],
 )
 def test_a_ladder_reads_as_its_rungs(text: str, rungs: list[tuple]) -> None:

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from deme_cli.merging.lineage import open_family, open_parents
+from deme_cli.merging.methods.known import LINEAR, MethodSettings
+from deme_cli.merging.search.evaluator import Evaluator
+from deme_cli.merging.search.space import Space
+
+
+class KeyOf:
+    """An objective that tells nothing but under which key it would keep a candidate's images."""
+
+    def __call__(self, experts: object, check: object, key: str = "") -> float:
+        self.key = key
+        return 0.0
+
+
+def key_of(run_folder: Path, parents: tuple[int, int], method: MethodSettings = LINEAR) -> str:
+    paths = [run_folder / f"ft_{index}of4.safetensors" for index in parents]
+    family = open_family(run_folder / "base.safetensors", open_parents(paths, "expert"))
+    space = Space(("a", "b"), ((-1.0, 2.0),) * 2, (0.5, 0.5))
+    evaluator = Evaluator(family, space, method=method, device="cpu", dtype="fp32")
+    objective = KeyOf()
+    evaluator.objectives = [objective]
+    evaluator(0, (0.5, 0.25))
+    return objective.key
+
+
+def test_images_kept_of_a_candidate_are_not_taken_for_those_of_other_experts_or_methods(
+    run_folder: Path,
+) -> None:
+    key = key_of(run_folder, (1, 2))
+    assert key == key_of(run_folder, (1, 2))
+    others = {key_of(run_folder, (1, 3)), key_of(run_folder, (1, 2), MethodSettings("dare"))}
+    assert len({key, *others}) == 3
