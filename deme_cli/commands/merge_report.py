@@ -64,6 +64,7 @@ def report(
         "selection_seed": order.settings.seed,
     }
     _show(measured, meters)
+    warn_if_worse(measured, meters[-1].objectives[0].name)
     return document
 
 
@@ -147,6 +148,16 @@ def _show(measured: Sequence[ReportRow], meters: Sequence[Meter]) -> None:
             rows,
         )
     _show_ranges(measured, meters[0].objectives[0].name)
+
+
+def warn_if_worse(measured: Sequence[ReportRow], metric: str) -> None:
+    """Say it where the merged model, the last row, is worse than the base beyond its interval."""
+    low, _ = measured[-1].metrics[metric].interval
+    if low > 0:
+        console.warn(
+            "on other seeds and images the merged model is worse than the base: raise --num, vary "
+            "fewer coefficients (--per block or model), or keep the base"
+        )
 
 
 def _show_ranges(measured: Sequence[ReportRow], name: str) -> None:

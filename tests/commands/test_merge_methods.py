@@ -246,3 +246,16 @@ def test_an_expert_of_nan_is_refused_alone_as_well(run_folder: Path, deme: Calla
     result = deme("merge", PAIR[0], "-w", "1")
     assert isinstance(result.exception, NumericsError)
     assert not MERGED.exists()
+
+
+@pytest.mark.parametrize(("interval", "is_told"), [((0.1, 0.3), True), ((-0.1, 0.3), False)])
+def test_a_merge_that_does_not_carry_over_is_called_worse(
+    capsys: pytest.CaptureFixture, interval: tuple[float, float], is_told: bool
+) -> None:
+    from deme_cli.commands.merge_report import warn_if_worse
+    from deme_cli.merging.search.report import Estimate, ReportRow
+
+    base = ReportRow("base", [0.0], {"loss": Estimate(1.0, (1.0,))})
+    merged = ReportRow("merged", [0.5], {"loss": Estimate(1.2, (1.2,), 0.2, interval)})
+    warn_if_worse([base, merged], "loss")
+    assert ("worse than the base" in capsys.readouterr().err) == is_told
