@@ -14,7 +14,8 @@
 #          --array=1-4 --wrap 'deme merge ft_*.safetensors --search cmaes --objective fid@1k:16,fid@5k'
 #
 # The four tasks of the search share its trials: each runs the same command in the same folder, takes
-# what is free from merged.trials.jsonl, and the last one to finish leaves one merged.safetensors.
+# what is free from merged.trials.jsonl, and one of them writes merged.safetensors. A task that starts
+# after that is refused (exit 2), as an existing file always is.
 set -uo pipefail
 N=${SLURM_ARRAY_TASK_COUNT:-4}
 

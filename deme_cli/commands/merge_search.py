@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from deme_cli.merging.search.run import Search
     from deme_cli.merging.search.space import Point, Space
     from deme_cli.merging.search.trials import Asked, Trial
+
+_PARALLEL = 1 - 1e-6  # cosine from which task vectors point the same way
 
 
 @dataclass(frozen=True)
@@ -194,13 +197,16 @@ def _soup(search: Search, asked: Sequence[Asked]) -> Point | None:
 def _warn_of_twins(order: Order) -> None:
     """A response surface cannot tell apart the coefficients of parallel task vectors."""
     from deme_cli.errors import NumericsError
-    from deme_cli.merging.differences import same_directions
+    from deme_cli.merging.task_vectors import measure
 
     try:
-        pairs = same_directions(order.family)
+        cosines = measure(order.family).cosines
     except NumericsError:
         return  # the trials will say so
-    for i, j in pairs:
+    for i, j in combinations(range(len(cosines)), 2):
+        cosine = cosines[i][j]  # None where one has not moved at all
+        if cosine is not None and abs(cosine) < _PARALLEL:
+            continue
         console.warn(
             f"experts {order.experts[i]} and {order.experts[j]} have the same task vector: the "
             f"response surface is flat between them, and of equally good points one is taken"

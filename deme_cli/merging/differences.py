@@ -109,20 +109,3 @@ def vector_pieces(family: Family, runs: list[Run]) -> Callable[[], Iterator[np.n
                     yield differences.read(run, start, stop)[1]
 
     return walk
-
-
-def same_directions(family: Family, tolerance: float = 1e-6) -> list[tuple[int, int]]:
-    """Pairs of parents whose task vectors are parallel, or one of them zero: 1 - |cos| < tolerance.
-
-    Of such a pair no objective can tell the coefficients apart. Raises NumericsError as
-    `inner_products` does.
-    """
-    count = len(family.parents)
-    gram = sum(inner_products(family).values(), np.zeros((count, count)))
-    norms = np.sqrt(np.diag(gram))
-    return [
-        (i, j)
-        for i in range(count)
-        for j in range(i + 1, count)
-        if abs(gram[i, j]) >= (1 - tolerance) * norms[i] * norms[j]
-    ]

@@ -16,6 +16,7 @@ import numpy as np
 from deme_cli.artifacts import ArtifactWriter
 from deme_cli.errors import ArtifactError, NumericsError
 from deme_cli.merging.coefficients import block_name
+from deme_cli.merging.differences import Differences
 from deme_cli.merging.lineage import PROJECTION, Family, Parent, is_projection
 from deme_cli.merging.pieces import (
     COMPUTED_IN,
@@ -25,10 +26,11 @@ from deme_cli.merging.pieces import (
     Sources,
     plan_runs,
     to_bytes,
-    to_numbers,
 )
 from deme_cli.records import TaskVectorRecord
 from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
+
+_WIDE = np.dtype(np.float64)  # what differences are computed and summed in
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ def measure(family: Family, advance: Callable[[int], None] = lambda n: None) -> 
     base_square, done = 0.0, 0
     grams: dict[str, np.ndarray] = {}  # (N, N) inner products per block
     with Sources(family.headers) as sources:
+        differences = Differences(sources, family)
         for run in plan_runs(_layout(family), family.headers, lambda spec: block_of(spec.name)):
             gram = grams.setdefault(block_of(run.specs[0].name), np.zeros((count, count)))
             for start, stop in run.spans(PIECE):
                 if run.dtype not in INTEGERS:
-                    theta, taus = _differences(sources, family, run, start, stop)
+                    theta, taus = differences.read(run, start, stop, _WIDE)
                     gram += taus @ taus.T
                     if run.begins[0] is not None:
                         base_square += float(theta @ theta)
@@ -94,6 +97,7 @@ def write_task_vector(
         Sources(alone.headers) as sources,
         ArtifactWriter(output, layout, _record(parent, norms)) as writer,
     ):
+        differences = Differences(sources, alone)
         for run in plan_runs(layout, alone.headers):
             out = np.empty(PIECE * DTYPE_BYTES[run.dtype], np.uint8)
             for start, stop in run.spans(PIECE):
@@ -101,7 +105,7 @@ def write_task_vector(
                 if run.dtype in INTEGERS:
                     _zeros_if_equal(sources, alone, run, start, piece)
                 else:
-                    difference = _differences(sources, alone, run, start, stop)[1][0]
+                    difference = differences.read(run, start, stop, _WIDE)[1][0]
                     to_bytes(difference.astype(COMPUTED_IN[run.dtype]), run.dtype, piece)
                 writer.write(piece)
                 done += stop - start
@@ -120,22 +124,6 @@ def _layout(family: Family) -> list[TensorSpec]:
                 f"{family.base.path}: {spec.name!r} of {spec.dtype} cannot be subtracted"
             )
     return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
-
-
-def _differences(
-    sources: Sources, family: Family, run: Run, start: int, stop: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """theta (n,) and every theta_i - theta (N, n) in float64, for elements start .. stop - 1."""
-    size = stop - start
-    raw = np.empty(size * DTYPE_BYTES[run.dtype], np.uint8)
-    scratch = np.empty(size, np.float32)
-    numbers = np.empty((len(family.parents) + 1, size))
-    for source in range(len(numbers)):
-        sources.read(source, run, start, raw)
-        numbers[source] = to_numbers(raw, run.dtype, scratch)
-    taus = numbers[1:]
-    taus -= numbers[0]
-    return numbers[0], taus
 
 
 def _zeros_if_equal(
