@@ -21,6 +21,12 @@ ranges, one expert is finetuned per range, and the experts' task vectors are add
 weights: theta = theta_base + sum_i w_i (theta_i - theta_base). One network comes out, of the size
 and cost of the pretrained one."""
 
+_OTHERS = """\
+These hold for the tensors that none of the following patterns matches. Of the patterns the first
+that matches a tensor's name decides:"""
+
+_METHODS = "The method `{}` takes the place of the plain sum above, with these settings:"
+
 _TRAINING = ("p", "steps", "seed")  # of an expert's record, where a merge has kept them
 
 _LICENCE = """\
@@ -66,8 +72,14 @@ def model_card(record: DenoiserRecord, path: Path) -> str:
     ]
     if isinstance(record, MergedRecord):
         parts.append("## Parents and coefficients\n\n" + _parents(record))
+        if record.coefficients_for:
+            parts.append(_OTHERS + "\n\n" + _finer(record))
+        if record.method != "linear":
+            parts.append(_METHODS.format(record.method) + "\n\n" + _block(_settings(record)))
         if record.search:
             parts.append("## Search of the coefficients\n\n" + _block(record.search))
+        if record.report:
+            parts.append("## Measured on other seeds and images\n\n" + _measured(record.report))
     if isinstance(record, ExpertRecord):
         parts.append("## Training\n\n" + _block({**record.training, "data": record.data}))
     parts += [
@@ -133,6 +145,30 @@ def _parents(record: MergedRecord) -> str:
         for parent, w in zip(record.parents, record.coefficients, strict=True)
     ]  # fmt: skip
     return _rows(("timesteps", "coefficient", *told, "kind", "fingerprint", "file"), rows)
+
+
+def _finer(record: MergedRecord) -> str:
+    """The coefficients by pattern, one column per parent."""
+    head = ("tensors", *(f"{p['range'][0]}:{p['range'][1]}" for p in record.parents))
+    found = record.coefficients_for.items()
+    return _rows(head, [(f"`{glob}`", *(f"{w:g}" for w in values)) for glob, values in found])
+
+
+def _settings(record: MergedRecord) -> dict[str, Any]:
+    """Those of the method; of images on somebody's machine the name alone."""
+    told = {"data": _public_name(record.settings["data"])} if "data" in record.settings else {}
+    return {**record.settings, **told}
+
+
+def _measured(report: Mapping[str, Any]) -> str:
+    """A row per model with its value of each metric, ranges of timesteps left out."""
+    metrics = [name for name in report["rows"][0]["metrics"] if " " not in name]
+    rows = []
+    for row in report["rows"]:
+        values = [row["metrics"][name]["value"] for name in metrics]
+        shown = ("not finite" if value is None else f"{value:.5g}" for value in values)
+        rows.append((row["name"], *shown))
+    return _rows(("model", *metrics), rows)
 
 
 def _public_name(source: str) -> str:

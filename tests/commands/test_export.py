@@ -108,6 +108,33 @@ def test_the_card_tells_method_parents_coefficients_and_search(deme: Deme, merge
     assert "Unknown: the weights inherit the terms" in card
 
 
+def test_the_card_tells_coefficients_by_pattern_the_method_and_the_report(
+    deme: Deme, merged: Path
+) -> None:
+    rows = [
+        {"name": "base", "metrics": {"loss": {"value": 0.5}, "loss 0:50": {"value": 0.25}}},
+        {"name": "merged", "metrics": {"loss": {"value": None}, "loss 0:50": {"value": 0.2}}},
+    ]
+    record = replace(
+        read_record(merged),
+        coefficients_for={"mid_block.*": [1.5, -0.5]},
+        method="fisher",
+        settings={"num": 64, "data": "/home/me/images"},
+        report={"rows": rows},
+    )
+    write_artifact(merged, load_tensors(merged), record)
+    deme("export", merged, "pipe")
+    card = Path("pipe/README.md").read_text()
+    assert "hold for the tensors that none of the following patterns matches" in card
+    assert (
+        "| tensors | 0:50 | 50:100 |\n| --- | --- | --- |\n| `mid_block.*` | 1.5 | -0.5 |" in card
+    )
+    assert "The method `fisher` takes the place of the plain sum" in card
+    assert '"data": "images"' in card
+    assert "/home/me" not in card
+    assert "| model | loss |\n| --- | --- |\n| base | 0.5 |\n| merged | not finite |" in card
+
+
 def test_an_expert_can_be_exported_with_a_warning(deme: Deme, run_folder: Path) -> None:
     result = deme("export", "ft_2of4.safetensors", "pipe")
     assert result.exit_code == 0
