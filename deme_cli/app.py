@@ -26,18 +26,28 @@ PIPELINE, MEASURE, LOOK = "Pipeline", "Sample and measure", "Look and share"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A subcommand: its panel, its line in `deme --help`, and its function in commands/."""
+    """A subcommand: its panel, its line in `deme --help`, and its function in commands/.
+
+    A group's function is its help alone; `parts` names the functions of its own subcommands.
+    """
 
     panel: str
     summary: str
     function: str
     module: str = ""
+    parts: tuple[str, ...] = ()
 
     def build(self, name: str) -> typer.core.TyperCommand:
         """Import the command and make its options."""
         module = import_module(f"deme_cli.commands.{self.module or self.function}")
-        one = typer.Typer(**SETTINGS, add_completion=False)
-        one.command(name, rich_help_panel=self.panel)(getattr(module, self.function))
+        one = typer.Typer(**SETTINGS, add_completion=False, no_args_is_help=bool(self.parts))
+        function = getattr(module, self.function)
+        if not self.parts:
+            one.command(name, rich_help_panel=self.panel)(function)
+            return typer.main.get_command(one)
+        one.callback()(function)
+        for part in self.parts:
+            one.command(part.replace("_", "-"))(getattr(module, part))
         return typer.main.get_command(one)
 
     def line(self, name: str) -> typer.core.TyperCommand:
@@ -54,7 +64,9 @@ COMMANDS: dict[str, Entry] = {
     "ensemble-sample": Entry(MEASURE, "Draw images, expert by range (Eq. 7).", "ensemble_sample"),
     "eval": Entry(MEASURE, "Measure the distance to reference images.", "evaluate", "eval"),
     "stats": Entry(MEASURE, "Make reference statistics of images.", "stats"),
+    "compare": Entry(MEASURE, "Train and measure a table of methods.", "compare"),
     "demo": Entry(LOOK, "Run the whole pipeline on the embedded digits.", "demo"),
+    "analyze": Entry(LOOK, "Draw what a model's timesteps share.", "analyze", parts=("gradients",)),
     "inspect": Entry(LOOK, "Show what artifacts are and where from.", "inspect"),
     "export": Entry(LOOK, "Write a diffusers pipeline folder.", "export"),
     "doctor": Entry(LOOK, "List what runs need: there or missing.", "doctor"),

@@ -18,6 +18,11 @@ DTYPES = ("fp32", "bf16", "fp16")
 PROJECTIONS = ("fold", "block", "none")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 TIMESTEP_DRAWS = ("per-sample", "per-batch")
+WEIGHTINGS = (
+    "none", "uniform", "snr+1", "truncated-snr", "min-snr", "soft-min-snr", "p2", "uncertainty",
+)  # fmt: skip
+MULTITASK = ("none", "uw", "nashmtl", "pcgrad")
+DIVISIONS = ("uniform", "snr", "log-snr", "gradient")
 SAMPLERS = ("ddim", "ddpm", "pndm", "dpm++", "euler", "heun", "unipc", "deis", "lms")
 SPACINGS = ("leading", "linspace", "trailing")
 PROTOCOLS = (
@@ -64,7 +69,7 @@ class SplitConfig(Settings):
     """[split]: how [0, T) is divided."""
 
     n: int = setting(4, "number of timestep ranges, one expert each")
-    by: str = setting("uniform", "how to divide", choices=("uniform",))
+    by: str = setting("uniform", "what the ranges have in common", choices=DIVISIONS)
     ranges: list[str] | None = setting(None, "the ranges themselves, as start:stop")
 
     def check(self) -> None:
@@ -106,6 +111,28 @@ class FinetuneConfig(Settings):
     antithetic: bool = setting(
         False, "draw timesteps in mirrored pairs t and start + stop - 1 - t, as the official code"
     )
+    loss_weighting: str = setting(
+        "none",
+        "weight of each timestep in the loss: none (as the network's own target has it), uniform "
+        "on the noise, a published one, or learned (uncertainty, as EDM2)",
+        choices=WEIGHTINGS,
+    )
+    weighting_gamma: float | None = setting(
+        None, "gamma of min-snr, soft-min-snr (unset: 5) and p2 (unset: 1)"
+    )
+    weighting_k: float = setting(1.0, "k of p2")
+    normalise_weighting: bool = setting(
+        False, "scale the loss weighting to a mean of 1 over all timesteps"
+    )
+    multitask: str = setting(
+        "none", "how clusters of timesteps share an update (ANT)", choices=MULTITASK
+    )
+    clusters: int = setting(5, "clusters of timesteps for --multitask")
+    cluster_by: str = setting(
+        "uniform", "what the timesteps of a cluster have in common", choices=DIVISIONS
+    )
+    multitask_lr: float = setting(0.025, "learning rate of the task weights of uw")
+    multitask_every: int = setting(25, "updates between new task weights of nashmtl")
     ema_decay: float = setting(
         0.9999, "largest decay of the weights' moving average; 0 turns it off"
     )
@@ -154,6 +181,37 @@ class FinetuneConfig(Settings):
             raise ConfigError(  # 12^(-1/2) is the length of the plain mean
                 f"ema_lengths = {lengths}: expected different numbers above 0, below 0.2886"
             )
+        self._check_weighting()
+
+    def _check_weighting(self) -> None:
+        """What belongs to a loss weighting or to tasks is refused where it would do nothing."""
+        self._positive("weighting_gamma", "weighting_k", "multitask_lr", "multitask_every")
+        if self.weighting_gamma and self.loss_weighting not in ("min-snr", "soft-min-snr", "p2"):
+            raise ConfigError(
+                f"weighting_gamma belongs to min-snr, soft-min-snr and p2, not to "
+                f"loss_weighting = {self.loss_weighting!r}"
+            )
+        if self.weighting_k != 1 and self.loss_weighting != "p2":
+            raise ConfigError(f"weighting_k belongs to p2, not to {self.loss_weighting!r}")
+        if self.normalise_weighting and self.loss_weighting in ("none", "uncertainty"):
+            raise ConfigError(
+                f"normalise_weighting: there is no table of weights to scale with "
+                f"loss_weighting = {self.loss_weighting!r}"
+            )
+        if self.multitask == "none":
+            return
+        if not 2 <= self.clusters <= self.batch_size:
+            raise ConfigError(
+                f"clusters = {self.clusters}: expected from 2 to batch_size = {self.batch_size}, "
+                f"for each cluster has its share of every batch"
+            )
+        if self.antithetic or self.timesteps != "per-sample":
+            raise ConfigError(
+                f"multitask = {self.multitask!r} draws timesteps by cluster; "
+                f"leave timesteps and antithetic at their defaults"
+            )
+        if self.loss_weighting == "uncertainty":
+            raise ConfigError("multitask and loss_weighting = 'uncertainty' both learn weights")
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,13 @@ class Progress:
             parts = [f"{self.label}: {done}/{self.total}", rate, note]
             print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text)
+        else:
+            note(text)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -75,20 +75,27 @@ def read_run_file(path: Path | None) -> RunFile:
         raise MissingError(f"{chosen}: cannot be read: {error.strerror}") from error
     for table, values in document.items():
         if table not in TABLES:
-            raise ConfigError(f"{chosen}: unknown table [{table}]{_nearest(table, TABLES)}")
-        if not isinstance(values, dict):
-            raise ConfigError(f"{chosen}: {table} should be a table, as in [{table}]")
-        known = {item.name: item for item in fields(TABLES[table])}
-        for key, value in values.items():
-            if key not in known:
-                raise ConfigError(
-                    f"{chosen}: unknown key {key!r} in [{table}]{_nearest(key, known)}"
-                )
-            values[key] = _typed(value, known[key].type, f"{chosen}: [{table}] {key}")
+            raise ConfigError(f"{chosen}: unknown table [{table}]{nearest(table, TABLES)}")
+        document[table] = checked_table(table, values, str(chosen))
     return RunFile(chosen.parent, document, chosen)
 
 
-def _nearest(word: str, known: Any) -> str:
+def checked_table(table: str, values: Any, where: str) -> dict[str, Any]:
+    """The values of one table of settings; raises ConfigError on unknown keys and wrong types."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: {table} should be a table, as in [{table}]")
+    known = {item.name: item for item in fields(TABLES[table])}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r} in [{table}]{nearest(key, known)}")
+    return {
+        key: _typed(value, known[key].type, f"{where}: [{table}] {key}")
+        for key, value in values.items()
+    }
+
+
+def nearest(word: str, known: Any) -> str:
+    """What somebody may have meant who wrote `word`, as the end of a message."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
@@ -130,6 +137,7 @@ _EXAMPLES: dict[str, Any] = {
     "resolution": 512,
     "ema_lengths": [0.05, 0.1],
     "snapshot_every": 1000,
+    "weighting_gamma": 5.0,
     "num": 64,
     "resize": 256,
     "guidance": 7.5,

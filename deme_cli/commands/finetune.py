@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from deme_cli.training.plan import Plan
 
 _C, _RATE, _IMAGES, _MORE = FinetuneConfig, "Optimisation", "Images and captions", "More"
+_WEIGHTS = "Weights of timesteps"
 
 
 def finetune(
@@ -75,6 +76,30 @@ def finetune(
     beta1: Annotated[float | None, option(_C, "beta1", "--beta1", panel=_RATE)] = None,
     beta2: Annotated[float | None, option(_C, "beta2", "--beta2", panel=_RATE)] = None,
     grad_clip: Annotated[float | None, option(_C, "grad_clip", "--grad-clip", panel=_RATE)] = None,
+    loss_weighting: Annotated[
+        str | None, option(_C, "loss_weighting", "--loss-weighting", panel=_WEIGHTS)
+    ] = None,
+    weighting_gamma: Annotated[
+        float | None, option(_C, "weighting_gamma", "--weighting-gamma", panel=_WEIGHTS)
+    ] = None,
+    weighting_k: Annotated[
+        float | None, option(_C, "weighting_k", "--weighting-k", panel=_WEIGHTS)
+    ] = None,
+    normalise_weighting: Annotated[
+        bool | None,
+        option(_C, "normalise_weighting", "--normalise-weighting/--raw-weighting", panel=_WEIGHTS),
+    ] = None,
+    multitask: Annotated[str | None, option(_C, "multitask", "--multitask", panel=_WEIGHTS)] = None,
+    clusters: Annotated[int | None, option(_C, "clusters", "--clusters", panel=_WEIGHTS)] = None,
+    cluster_by: Annotated[
+        str | None, option(_C, "cluster_by", "--cluster-by", panel=_WEIGHTS)
+    ] = None,
+    multitask_lr: Annotated[
+        float | None, option(_C, "multitask_lr", "--multitask-lr", panel=_WEIGHTS)
+    ] = None,
+    multitask_every: Annotated[
+        int | None, option(_C, "multitask_every", "--multitask-every", panel=_WEIGHTS)
+    ] = None,
     timesteps: Annotated[str | None, option(_C, "timesteps", "--timesteps", panel=_MORE)] = None,
     antithetic: Annotated[
         bool | None,
@@ -130,6 +155,9 @@ def finetune(
         grad_clip=grad_clip, timesteps=timesteps, antithetic=antithetic,
         checkpoint_every=checkpoint_every, held_out=held_out, seed=seed,
         caption_dropout=caption_dropout, cache=cache, snapshot_every=snapshot_every,
+        loss_weighting=loss_weighting, weighting_gamma=weighting_gamma, weighting_k=weighting_k,
+        normalise_weighting=normalise_weighting, multitask=multitask, clusters=clusters,
+        cluster_by=cluster_by, multitask_lr=multitask_lr, multitask_every=multitask_every,
         ema_lengths=None if ema_lengths is None else parse_numbers(ema_lengths, "--ema-lengths"),
     )  # fmt: skip
     if bool(range) == bool(from_scratch):

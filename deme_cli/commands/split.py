@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +11,11 @@ import typer
 from deme_cli import console
 from deme_cli.commands.options import DryRun, Force, Json, Pipeline, Quiet, option
 from deme_cli.config import CONFIG_NAME, SplitConfig
-from deme_cli.errors import DemeError
+from deme_cli.errors import ConfigError, DemeError
 from deme_cli.outputs import require_output, write_whole
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, split_uniform
+from deme_cli.training.affinity import AFFINITY_NAME, read_affinity, require_affinity
 
 if TYPE_CHECKING:
     from deme_cli.diffusion.checkpoints import ImportedModel
@@ -46,6 +48,15 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+Gradients = Annotated[
+    Path | None,
+    typer.Option(
+        "--gradients",
+        help="For --by gradient: what `deme analyze gradients` wrote "
+        rf"\[default: {AFFINITY_NAME} in the output folder].",
+        show_default=False,
+    ),
+]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help=f"Folder for {CONFIG_NAME} and {BASE_NAME}.")
 ]
@@ -56,6 +67,7 @@ def split(
     n: Annotated[int | None, option(_C, "n", "-n", "--num-ranges")] = None,
     data: Data = None,
     by: Annotated[str | None, option(_C, "by", "--by")] = None,
+    gradients: Gradients = None,
     pipeline: Pipeline = None,
     output: Output = Path("."),
     force: Force = False,
@@ -75,12 +87,13 @@ def split(
     for path in paths:
         require_output(path, force=force)
     _check_model(model, settings)
+    measured = _check_gradients(gradients, settings, model, data, output)
 
     from deme_cli.diffusion.checkpoints import base_record, import_model
 
     imported = import_model(model, pipeline)
     record = base_record(imported)
-    ranges = split_uniform(settings.n, record.num_train_timesteps)
+    ranges = _divide(settings, record, measured)
     images = _choose_data(data, record)
     text = _run_file_text(record, settings, ranges, images, output, pipeline)
     facts = _measured(record, imported, ranges, images, pipeline)
@@ -99,13 +112,47 @@ def _check_model(model: str, settings: SplitConfig) -> None:
         split_uniform(settings.n, num_train_timesteps)
 
 
+def _check_gradients(
+    given: Path | None, settings: SplitConfig, model: str, data: str | None, output: Path
+) -> tuple[Path, str] | None:
+    """The file that --by gradient reads, and the command that writes it."""
+    if settings.by != "gradient":
+        if given is not None:
+            raise ConfigError(f"--gradients {given} is read by --by gradient alone")
+        return None
+    path = given or output / AFFINITY_NAME
+    words = ["deme", "analyze", "gradients", model, "--data", data or _guess_data(model) or "DATA"]
+    words += [] if path == Path(AFFINITY_NAME) else ["-o", str(path)]
+    command = shlex.join(words)
+    require_affinity(path, command=command)
+    return path, command
+
+
+def _divide(
+    settings: SplitConfig, record: BaseRecord, measured: tuple[Path, str] | None
+) -> list[TimestepRange]:
+    """The ranges of [0, T) by --by; `measured` is where gradients lie, and what writes them."""
+    from deme_cli.diffusion.schedule import read_schedule
+    from deme_cli.training.clusters import split_times
+
+    affinity = None
+    if measured:
+        affinity = read_affinity(measured[0], record.fingerprint, command=measured[1])
+    schedule = read_schedule(record.scheduler_config)
+    return split_times(settings.n, settings.by, schedule, affinity)
+
+
+def _guess_data(name: str) -> str:
+    """Training data by a word in a model's name; nothing where none is known."""
+    words = name.lower()
+    return next((known for word, known in _DATA_BY_NAME.items() if word in words), "")
+
+
 def _choose_data(data: str | None, record: BaseRecord) -> str:
     """The data as given, else the guess from the model's name; warns where nothing can be found."""
     from deme_cli.data.places import find_place
 
-    words = record.source.lower()
-    guess = next((known for word, known in _DATA_BY_NAME.items() if word in words), "")
-    chosen = guess if data is None else data
+    chosen = _guess_data(record.source) if data is None else data
     if not chosen:
         console.warn("no --data given: set source under [data] before `deme finetune`")
         return chosen
@@ -155,7 +202,7 @@ def _show(record: BaseRecord, ranges: list[TimestepRange], facts: dict[str, Any]
     from deme_cli.diffusion.schedule import read_schedule
 
     schedule = read_schedule(record.scheduler_config)
-    noise = schedule.decibels.tolist()
+    noise = (10 * schedule.snr.log10()).tolist()
     draws = [schedule.indices(span) for span in ranges]
     for assumed in facts["notes"]:
         console.warn(assumed)

@@ -54,9 +54,9 @@ class NoiseSchedule:
         return span
 
     @property
-    def decibels(self) -> Tensor:
-        """The signal-to-noise ratio per draw in dB: 10 log10(snr).  (T,)"""
-        return 10 * snr(self.alphas_cumprod).log10()
+    def snr(self) -> Tensor:
+        """The signal-to-noise ratio per draw, abar / (1 - abar).  (T,) float64"""
+        return snr(self.alphas_cumprod)
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class FlowSchedule:
         return TimestepRange(start, stop)
 
     @property
-    def decibels(self) -> Tensor:
-        """The signal-to-noise ratio per draw in dB: 20 log10((1 - sigma) / sigma).  (T,)"""
-        return 20 * ((1 - self.sigmas) / self.sigmas).log10()
+    def snr(self) -> Tensor:
+        """The signal-to-noise ratio per draw, ((1 - sigma) / sigma)^2.  (T,) float64"""
+        return ((1 - self.sigmas) / self.sigmas).square()
 
 
 Schedule = NoiseSchedule | FlowSchedule

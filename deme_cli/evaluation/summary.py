@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deme_cli.evaluation.measure import Measured
+if TYPE_CHECKING:
+    from deme_cli.evaluation.measure import Measured
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ its posterior, where there are any), eps, left-out captions.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from deme_cli.diffusion.conditions import Conditions, fill_null
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import Examples
-from deme_cli.training.objective import draw_timesteps
+from deme_cli.training.objective import draw_by_cluster, draw_timesteps
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,17 @@ def derived_generator(*parts: object) -> torch.Generator:
 
 
 class BatchSource:
-    """Draws the batches of one run. `micro` counts batches within an accumulated update."""
+    """Draws the batches of one run. `micro` counts batches within an accumulated update.
+
+    With `clusters` of draws the timesteps come from those in equal parts.
+    """
 
     def __init__(
         self, examples: Examples, span: TimestepRange, schedule: Schedule,
-        config: FinetuneConfig, *, flip: bool,
+        config: FinetuneConfig, *, flip: bool, clusters: Sequence[TimestepRange] = (),
     ) -> None:  # fmt: skip
         self.examples, self.span, self.config, self.flip = examples, span, config, flip
+        self.clusters = clusters
         self.draws, self.num_train_timesteps = schedule.indices(span), schedule.num_train_timesteps
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
         self._null: Conditions | None = None
@@ -55,7 +60,18 @@ class BatchSource:
         config = self.config
         generator = derived_generator(config.seed, self.span, step, micro)
         count = step * config.accumulation + micro
-        t = draw_timesteps(
+        t = self._timesteps(generator)
+        flip = torch.rand(config.batch_size, generator=generator) < 0.5 if self.flip else None
+        indices = self._indices(count * config.batch_size, config.batch_size)
+        x0, conditions = self.examples.draw(indices, flip=flip, generator=generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        return Batch(x0, eps, t, self._leave_out(conditions, generator))
+
+    def _timesteps(self, generator: torch.Generator) -> Tensor:
+        config = self.config
+        if self.clusters:
+            return draw_by_cluster(config.batch_size, self.clusters, generator=generator)
+        return draw_timesteps(
             config.batch_size,
             self.draws,
             self.num_train_timesteps,
@@ -64,11 +80,6 @@ class BatchSource:
             antithetic=config.antithetic,
             generator=generator,
         )
-        flip = torch.rand(config.batch_size, generator=generator) < 0.5 if self.flip else None
-        indices = self._indices(count * config.batch_size, config.batch_size)
-        x0, conditions = self.examples.draw(indices, flip=flip, generator=generator)
-        eps = torch.randn(x0.shape, generator=generator)
-        return Batch(x0, eps, t, self._leave_out(conditions, generator))
 
     def _leave_out(self, conditions: Conditions, generator: torch.Generator) -> Conditions:
         """Replace what is said of some images by nothing, each with the caption dropout."""

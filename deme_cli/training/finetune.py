@@ -25,11 +25,12 @@ from deme_cli.diffusion.projection import attach_projections
 from deme_cli.errors import NumericsError, writing
 from deme_cli.interrupts import StopRequests
 from deme_cli.outputs import claim
-from deme_cli.training.batches import BatchSource
+from deme_cli.training.batches import BatchSource, derived_generator
 from deme_cli.training.held_out import FixedDraws, draws_of_range
 from deme_cli.training.materials import fill_caches
-from deme_cli.training.objective import expert_loss
+from deme_cli.training.objective import expert_losses
 from deme_cli.training.places import checkpoint_path, metrics_path
+from deme_cli.training.reduction import Reduction
 from deme_cli.training.results import is_snapshot, write_results, write_snapshots
 from deme_cli.training.run import Run
 from deme_cli.training.state import TrainingState, learning_rate
@@ -63,13 +64,16 @@ def train(run: Run) -> Iterator[TrainStep]:
     with ExitStack() as stack:
         stack.enter_context(claim(metrics_path(run.output)))
         requests = stack.enter_context(StopRequests())
-        network, base = _networks(run)
-        state = TrainingState(network, config, scale_loss=run.dtype == "fp16")
+        network, base = open_networks(run)
+        reduction = Reduction(config, run.denoiser.schedule, run.clusters)
+        state = TrainingState(network, reduction, config, scale_loss=run.dtype == "fp16")
         if checkpoint.exists():
             state.restore(checkpoint, run.identity, run.output)
         log = stack.enter_context(MetricsLog(run.output, state.step))
         span, schedule = run.choice.range, run.denoiser.schedule
-        source = BatchSource(run.examples, span, schedule, config, flip=run.flip)
+        source = BatchSource(
+            run.examples, span, schedule, config, flip=run.flip, clusters=run.clusters
+        )
         held_out = draws_of_range(
             run.held_out, span, schedule, config.held_out, batch_size=config.batch_size
         )
@@ -99,7 +103,7 @@ def train(run: Run) -> Iterator[TrainStep]:
         checkpoint.unlink(missing_ok=True)
 
 
-def _networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
+def open_networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
     """The network to train, with projections, and the frozen base (None when it is not needed)."""
     network = copy.deepcopy(run.denoiser.network).train().requires_grad_(True)
     if run.from_scratch:
@@ -112,22 +116,30 @@ def _networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
 def _backward(
     run: Run, state: TrainingState, base: nn.Module | None, source: BatchSource, micro: int
 ) -> torch.Tensor:
-    """Gradients of one batch, and its (total, denoising, consistency) losses.  -> (3,)"""
-    device, half = run.denoiser.device, TORCH_DTYPES[run.dtype]
+    """Gradients of one batch, and its (minimised, denoising, consistency) losses.  -> (3,)"""
+    device, half, config = run.denoiser.device, TORCH_DTYPES[run.dtype], run.config
     batch = source.batch(state.step, micro)
+    t = batch.t.to(device, non_blocking=True)
     with torch.autocast(device.type, half, enabled=run.dtype != "fp32"):
-        loss = expert_loss(
+        losses = expert_losses(
             state.network,
             base,
             run.denoiser.schedule,
             x0=batch.x0.to(device, non_blocking=True),
             eps=batch.eps.to(device, non_blocking=True),
-            t=batch.t.to(device, non_blocking=True),
+            t=t,
             conditions=to(batch.conditions, device, torch.float32),
-            consistency=run.config.consistency,
+            consistency=config.consistency,
         )
-    state.scaler.scale(loss.total / run.config.accumulation).backward()
-    return torch.stack([loss.total.detach(), loss.denoising, loss.consistency])
+    total = state.reduction.backward(
+        losses.total,
+        t,
+        list(state.network.parameters()),
+        step=state.step,
+        generator=derived_generator(config.seed, source.span, state.step, micro, "order"),
+        scale=lambda loss: state.scaler.scale(loss / config.accumulation),
+    )
+    return torch.stack([total, losses.denoising.mean(), losses.consistency.mean()])
 
 
 class _Window:

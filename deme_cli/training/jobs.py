@@ -46,6 +46,7 @@ class RangeProcess:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C comes here first, and is passed on once
         )
 
     @property

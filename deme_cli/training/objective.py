@@ -1,18 +1,18 @@
 """What one expert minimises: denoising on its range, consistency with the frozen base (Eq. 3-6).
 
-B batch, T timesteps. For a batch (x_0, t, c, target): loss = mean ||target - e||^2 + lambda
-mean ||e_base - e||^2, both at the same (x_t, t, c), weighed 1 : 1 in the paper (Eq. 5). c are the
-conditions (caption, class; nothing for unconditional models). Means are over all elements, as
-everybody trains.
+B batch, T timesteps, k clusters. For an image (x_0, t, c, target) the loss is ||target - e||^2 +
+lambda ||e_base - e||^2, both at the same (x_t, t, c), weighed 1 : 1 in the paper (Eq. 5). c are the
+conditions (caption, class; nothing for unconditional models). Norms are means over elements, as
+everybody trains; what becomes of the losses of a batch's images is told in reduction.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.denoiser import predict
@@ -21,8 +21,8 @@ from deme_cli.timesteps import TimestepRange
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Scalars: what is minimised, and its two terms before weighing."""
+class Losses:
+    """Of each image (B,): what is minimised, with its graph, and its two terms before weighing."""
 
     total: Tensor
     denoising: Tensor
@@ -56,7 +56,17 @@ def draw_timesteps(
     return t
 
 
-def expert_loss(
+def draw_by_cluster(
+    num: int, clusters: Sequence[TimestepRange], *, generator: torch.Generator
+) -> Tensor:
+    """t ~ U(cluster j mod k) for image j, so that clusters share the batch.  -> (num,) int64"""
+    edges = torch.tensor([[span.start, span.stop] for span in clusters])
+    start, stop = edges[torch.arange(num) % len(clusters)].unbind(1)
+    uniform = torch.rand(num, generator=generator, dtype=torch.float64)
+    return start + (uniform * (stop - start)).long()
+
+
+def expert_losses(
     network: nn.Module,
     base: nn.Module | None,
     schedule: Schedule,
@@ -66,7 +76,7 @@ def expert_loss(
     t: Tensor,
     conditions: Conditions | None = None,
     consistency: float,
-) -> Loss:
+) -> Losses:
     """Eq. 5 on one batch: denoising plus `consistency` times the distance to the base's output.
 
     x0, eps: (B, C, H, W)   t: (B,) draws of the schedule   conditions: (B, ...) each. The base is
@@ -74,10 +84,15 @@ def expert_loss(
     """
     x_t, times = schedule.add_noise(x0, eps, t), schedule.times(t)
     output = predict(network, x_t, times, conditions).float()
-    denoising = functional.mse_loss(output, schedule.target(x0, eps, t).float())
+    denoising = _squared_error(output, schedule.target(x0, eps, t))
     if base is None or consistency == 0:
-        return Loss(denoising, denoising.detach(), torch.zeros_like(denoising.detach()))
+        return Losses(denoising, denoising.detach(), torch.zeros_like(denoising.detach()))
     with torch.no_grad():
-        base_output = predict(base, x_t, times, conditions).float()
-    to_base = functional.mse_loss(output, base_output)
-    return Loss(denoising + consistency * to_base, denoising.detach(), to_base.detach())
+        base_output = predict(base, x_t, times, conditions)
+    to_base = _squared_error(output, base_output)
+    return Losses(denoising + consistency * to_base, denoising.detach(), to_base.detach())
+
+
+def _squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Of each image, the mean over its elements: (B, ...) -> (B,) float32."""
+    return (output - target.float()).square().flatten(1).mean(dim=1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deme_cli.config import FinetuneConfig
+from deme_cli.training.affinity import AFFINITY_NAME
 
 
 def checkpoint_path(output: Path) -> Path:
@@ -45,3 +46,8 @@ def variant_paths(output: Path, config: FinetuneConfig) -> list[Path]:
         for length in (None, *lengths)
     ]
     return paths + [variant_path(output, length=length) for length in lengths]
+
+
+def affinity_path(base: Path) -> Path:
+    """Where the gradients of `base` are looked for, by which its timesteps may be clustered."""
+    return base.with_name(AFFINITY_NAME)

@@ -18,8 +18,13 @@ from deme_cli.outputs import require_output, require_space
 from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import RangeChoice, parse_range
-from deme_cli.training.places import checkpoint_path, variant_paths
+from deme_cli.training.affinity import read_affinity
+from deme_cli.training.places import affinity_path, checkpoint_path, variant_paths
 
+_SWITCHES = {  # options of a setting that is true or false
+    "antithetic": ("--antithetic", "--independent"),
+    "normalise_weighting": ("--normalise-weighting", "--raw-weighting"),
+}
 _FILES_BESIDE = 5  # of the base's size: a checkpoint (weights, average, two moments), the expert
 
 
@@ -42,8 +47,8 @@ class Job:
         words += ["--data", self.images.source, "--device", self.device, "--dtype", self.dtype]
         for item in fields(FinetuneConfig):
             value = getattr(self.settings, item.name)
-            if item.name == "antithetic":
-                words.append("--antithetic" if value else "--independent")
+            if item.name in _SWITCHES:
+                words.append(_SWITCHES[item.name][not value])
             elif value is not None:
                 shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
                 words += [f"--{item.name.replace('_', '-')}", shown]
@@ -116,6 +121,7 @@ def plan_experts(job: Job, run: RunFile, range_text: str, output: Path | None) -
         if done:
             _require_same_settings(path, record, job)
         else:
+            _require_tasks(job, record, choice)
             _require_free(job, path)
             require_space(path, _files_beside(path, job.settings) * job.base.stat().st_size)
         plans.append(Plan(job, text, choice, path, is_done=done, has_companions=has))
@@ -129,6 +135,8 @@ def plan_base(job: Job, description: Path, output: Path) -> Plan:
     document = read_description(description)
     _require_free(job, output)
     settings = replace(job.settings, p=0.0, consistency=0.0, projection="none")
+    if settings.multitask != "none" and settings.cluster_by == "gradient":
+        raise ConfigError("cluster_by = 'gradient': a base from scratch has no gradients to go by")
     return Plan(replace(job, settings=settings), "base", None, output, document)
 
 
@@ -138,6 +146,20 @@ def require_companions(record: DenoiserRecord, pipeline: str | None) -> None:
         from deme_cli.diffusion.pipeline_parts import locate_parts
 
         locate_parts(pipeline or record.source, list(record.companions))
+
+
+def _require_tasks(job: Job, record: BaseRecord, choice: RangeChoice) -> None:
+    """What clusters of timesteps need: draws from the range alone, and gradients to go by."""
+    settings = job.settings
+    if settings.multitask == "none":
+        return
+    if settings.p > 0 and len(choice.range) < record.num_train_timesteps:
+        raise ConfigError(
+            f"multitask = {settings.multitask!r} divides range {choice.range} into clusters, and "
+            f"p = {settings.p} draws outside them; use --p 0 or --range 1/1"
+        )
+    if settings.cluster_by == "gradient":
+        read_affinity(affinity_path(job.base), record.fingerprint)
 
 
 def _require_free(job: Job, output: Path) -> None:
@@ -172,7 +194,7 @@ def _require_same_settings(output: Path, base: BaseRecord, job: Job) -> None:
         wanted["flip"] = job.images.horizontal_flip
     if job.images.resolution:
         wanted["resolution"] = [job.images.resolution] * 2
-    unset = {"ema_lengths": None, "snapshot_every": None}  # records leave out what is unset
+    unset = asdict(FinetuneConfig())  # records leave out what is unset, old ones what was not there
     found = {**unset, **record.training, "base": record.base}
     for name, value in wanted.items():
         if name in found and found[name] != value:

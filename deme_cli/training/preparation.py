@@ -10,9 +10,11 @@ from deme_cli.diffusion.denoiser import Denoiser, choose_device, load_denoiser
 from deme_cli.errors import NumericsError
 from deme_cli.records import DenoiserRecord
 from deme_cli.timesteps import RangeChoice, TimestepRange
+from deme_cli.training.affinity import read_affinity
+from deme_cli.training.clusters import cluster_draws
 from deme_cli.training.examples import Examples
 from deme_cli.training.materials import name_companions, open_examples
-from deme_cli.training.places import checkpoint_path
+from deme_cli.training.places import affinity_path, checkpoint_path
 from deme_cli.training.plan import Job, Plan
 from deme_cli.training.run import Run
 from deme_cli.training.scratch import random_denoiser
@@ -40,6 +42,7 @@ def prepare(plan: Plan) -> Run:
     if job.force:
         checkpoint_path(plan.output).unlink(missing_ok=True)
     return Run(
+        clusters=_clusters(job, denoiser, choice.range),
         denoiser=denoiser,
         choice=choice,
         examples=examples,
@@ -49,6 +52,18 @@ def prepare(plan: Plan) -> Run:
         output=plan.output,
         dtype=job.dtype,
         from_scratch=plan.choice is None,
+    )
+
+
+def _clusters(job: Job, denoiser: Denoiser, span: TimestepRange) -> list[TimestepRange]:
+    """The draws of `span` in clusters, where the losses of clusters are balanced."""
+    settings, schedule, affinity = job.settings, denoiser.schedule, None
+    if settings.multitask == "none":
+        return []
+    if settings.cluster_by == "gradient":
+        affinity = read_affinity(affinity_path(job.base), denoiser.record.fingerprint)
+    return cluster_draws(
+        schedule.indices(span), settings.clusters, settings.cluster_by, schedule, affinity
     )
 
 

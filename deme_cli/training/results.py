@@ -80,6 +80,8 @@ def _record(run: Run, state: TrainingState, averaging: dict[str, Any]) -> Denois
     settings = {name: value for name, value in asdict(config).items() if value is not None}
     settings |= {"dtype": run.dtype, "flip": run.flip, "crop": examples.crop}
     settings |= {"resolution": list(examples.image_shape[1:]), **averaging}
+    if run.clusters:
+        settings["cluster_ranges"] = [str(cluster) for cluster in run.clusters]
     if run.from_scratch:
         return BaseRecord(**model, training={**settings, "data": data})
     return ExpertRecord(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from deme_cli.config import NOT_RESULT, FinetuneConfig
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.timesteps import RangeChoice
+from deme_cli.timesteps import RangeChoice, TimestepRange
 from deme_cli.training.examples import Examples
 
 
 @dataclass(frozen=True)
 class Run:
     """What is trained, on what, how, and where it ends.
+
+    `clusters` are the draws whose losses are balanced against each other, if any.
 
     With `from_scratch` the denoiser's random weights are trained into a base: no frozen copy, no
     consistency, no projection.
@@ -29,6 +32,7 @@ class Run:
     output: Path
     dtype: str = "fp32"
     from_scratch: bool = False
+    clusters: Sequence[TimestepRange] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -38,6 +42,7 @@ class Run:
             settings.pop(name)
         return {
             "range": str(self.choice.range),
+            "cluster_ranges": [str(cluster) for cluster in self.clusters],
             "base": self.denoiser.record.fingerprint,
             "data": self.examples.fingerprint,
             "resolution": list(self.examples.image_shape[1:]),

@@ -1,6 +1,7 @@
 """What a training run consists of between two updates, and its checkpoint on disk.
 
-Network (with its projections), moving averages, AdamW's moments, loss scale, number of updates.
+Network (with its projections), what weighs its losses, moving averages, AdamW's moments, loss
+scale, number of updates.
 The learning rate is a function of the update and every random draw of (seed, update), so
 nothing else needs to be kept. A checkpoint appears whole or not at all and is verified when read.
 """
@@ -23,6 +24,7 @@ from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.records import Record
 from deme_cli.tensor_file import read_header
 from deme_cli.training.power_average import PowerAverage
+from deme_cli.training.reduction import Reduction
 
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
 
@@ -52,11 +54,17 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
 class TrainingState:
     """The network under training with everything that `step` updates change."""
 
-    def __init__(self, network: nn.Module, config: FinetuneConfig, *, scale_loss: bool) -> None:
+    def __init__(
+        self, network: nn.Module, reduction: Reduction, config: FinetuneConfig, *, scale_loss: bool
+    ) -> None:
         device = next(network.parameters()).device
-        self.network, self.config, self.step = network, config, 0
+        self.network, self.reduction = network, reduction.to(device)
+        self.config, self.step = config, 0
+        groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+        if own := list(reduction.parameters()):
+            groups.append({"params": own, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(
-            network.parameters(),
+            groups,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=1e-8,  # the released recipe (REFERENCE 1.1)
@@ -81,8 +89,11 @@ class TrainingState:
         if self.config.grad_clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
+        rate = learning_rate(self.step, self.config)
+        network, *learned = self.optimizer.param_groups
+        network["lr"] = rate
+        for group in learned:
+            group["lr"] = self.reduction.own_lr or rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -105,11 +116,18 @@ class TrainingState:
             weights.update(zip(names, self.ema.shadow_params, strict=True))
         return weights
 
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Every parameter that the optimizer moves, the network's first."""
+        own = self.reduction.named_parameters(prefix="reduction")
+        return [*self.network.named_parameters(), *own]
+
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"reduction.{name}": v for name, v in self.reduction.state_dict().items()}
         parameters = list(self.network.named_parameters())
-        for (name, parameter), average in zip(parameters, self.ema.shadow_params, strict=True):
+        for (name, _), average in zip(parameters, self.ema.shadow_params, strict=True):
             tensors[f"ema.{name}"] = average
+        for name, parameter in self._trained():
             for key in _ADAM:
                 if parameter in self.optimizer.state:
                     tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
@@ -136,12 +154,14 @@ class TrainingState:
         tensors = load_tensors(path)
         if fingerprint(tensors) != document["fingerprint"]:
             raise ArtifactError(f"{path}: the checkpoint is corrupt; --force starts the run anew")
-        own = self.network.state_dict()
-        self.network.load_state_dict({name: tensors[f"network.{name}"] for name in own})
-        for index, (name, parameter) in enumerate(self.network.named_parameters()):
+        for module, prefix in ((self.network, "network"), (self.reduction, "reduction")):
+            own = module.state_dict()
+            module.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in own})
+        for index, (name, _) in enumerate(self.network.named_parameters()):
             self.ema.shadow_params[index].copy_(tensors[f"ema.{name}"])
             for average in self.power_averages:
                 average.tensors[index].copy_(tensors[f"power_ema_{average.length}.{name}"])
+        for name, parameter in self._trained():
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}.{name}"].to(
                     parameter.device if key != "step" else "cpu", copy=True

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,12 @@ from PIL import Image
 from deme_cli.artifacts import read_record
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.diffusion.companions import Companions
-from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.training.plan import Job
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
+from deme_cli.run_file import read_run_file
+from deme_cli.timesteps import split_uniform
+from deme_cli.training.affinity import Affinity
+from deme_cli.training.plan import Job, plan_experts
+from deme_cli.training.preparation import prepare
 
 QUICK = ["--data", "digits", "--steps", 3, "--batch-size", 4, "--device", "cpu", "--held-out", 0]
 
@@ -57,11 +62,12 @@ def test_all_ranges_follow_the_split_and_finished_ones_are_kept(deme, folder: Pa
 
 def test_ranges_side_by_side_equal_ranges_one_after_another(deme, folder: Path) -> None:
     (folder / "deme.toml").write_text("[split]\nn = 2\n")
-    done = deme("finetune", "--range", "all", "--jobs", 2, *QUICK)
+    words = [*QUICK, "--p", 0, "--multitask", "uw", "--clusters", 2, "--multitask-lr", 0.5]
+    done = deme("finetune", "--range", "all", "--jobs", 2, *words)
     assert done.exit_code == 0, done.exception
     path = folder / "ft_2of2.safetensors"
     together = read_record(path).fingerprint
-    deme("finetune", "--range", "2/2", "--force", *QUICK)
+    deme("finetune", "--range", "2/2", "--force", *words)
     assert read_record(path).fingerprint == together
 
 
@@ -335,3 +341,180 @@ def test_a_range_of_its_own_process_gets_every_setting() -> None:
     plain = Job(Path("base.safetensors"), DataConfig(source="images"), FinetuneConfig())
     left_out = {"--captions", "--resolution", "--pipeline", "--ema-lengths", "--snapshot-every"}
     assert not left_out & set(plain.arguments("1/2"))
+
+
+def refuse(deme: Callable, exit_code: int, word: str, *options: object) -> None:
+    """finetune ends with `exit_code` and one line with `word`; nothing is written."""
+    before = sorted(Path.cwd().iterdir())
+    done = deme("finetune", *QUICK, *options)
+    error = done.exception
+    assert isinstance(error, DemeError), repr(error) or done.output
+    assert error.exit_code == exit_code, error
+    assert word in str(error)
+    assert "\n" not in str(error)
+    assert sorted(Path.cwd().iterdir()) == before
+
+
+HALF = ["--range", "1/2", "--p", 0, "--clusters", 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--loss-weighting", "max-snr"], "loss_weighting = 'max-snr': expected one of none, unif"),
+        (["--multitask", "gradnorm"], "multitask = 'gradnorm': expected one of none, uw, nashmtl"),
+        (["--multitask", "uw", "--cluster-by", "loss"], "cluster_by = 'loss': expected one of"),
+        (["--loss-weighting", "snr+1", "--weighting-gamma", 2], "not to loss_weighting = 'snr+1'"),
+        (["--weighting-gamma", 2], "not to loss_weighting = 'none'"),
+        (["--loss-weighting", "min-snr", "--weighting-gamma", 0], "weighting_gamma = 0.0: expect"),
+        (["--loss-weighting", "p2", "--weighting-k", -1], "weighting_k = -1.0: expected a number"),
+        (["--normalise-weighting"], "no table of weights to scale with loss_weighting = 'none'"),
+        (["--normalise-weighting", "--loss-weighting", "uncertainty"], "no table of weights"),
+        (["--multitask", "uw", "--clusters", 5], "from 2 to batch_size = 4"),
+        (["--multitask", "uw", "--clusters", 1], "clusters = 1: expected from 2"),
+        (["--multitask", "uw", "--antithetic"], "leave timesteps and antithetic"),
+        (["--multitask", "pcgrad", "--timesteps", "per-batch"], "leave timesteps and antithetic"),
+        (["--multitask", "uw", "--loss-weighting", "uncertainty"], "both learn weights"),
+        (["--multitask", "uw", "--multitask-lr", 0], "multitask_lr = 0.0: expected a number above"),
+        (["--multitask", "nashmtl", "--multitask-every", 0], "multitask_every = 0: expected a num"),
+        (["--multitask", "uw", "--p", 0.3], "p = 0.3 draws outside them; use --p 0 or --range 1/1"),
+        (["--multitask", "uw", "--range", "3:6", "--clusters", 4], "4 clusters of the 3 timesteps"),
+    ],
+)  # fmt: skip
+def test_weights_of_timesteps_that_would_not_work_are_refused(
+    deme, folder: Path, options: list, word: str
+) -> None:
+    refuse(deme, 2, word, *HALF, *options)
+
+
+def test_clusters_of_the_whole_range_go_with_draws_from_all_of_it(deme, folder: Path) -> None:
+    words = ["--multitask", "uw", "--clusters", 2, "--p", 0.3]
+    for whole in ("1/1", "0:100"):
+        done = deme("finetune", "--range", whole, "--dry-run", *QUICK, *words)
+        assert done.exit_code == 0, done.exception
+    refuse(deme, 2, "divides range 0:99 into clusters", "--range", "0:99", *words)
+
+
+def write_gradients(path: Path, fingerprint: str) -> None:
+    """`gradients.json` of ten buckets, of which the first seven are alike and so are the rest."""
+    alike = [[1.0 if (i < 7) == (j < 7) else -1.0 for j in range(10)] for i in range(10)]
+    affinity = Affinity(
+        buckets=split_uniform(10, 100), cosines=alike, norms=[1.0] * 10, losses=[1.0] * 10,
+        reliability=[1.0] * 10, model={"source": "tiny", "fingerprint": fingerprint},
+        data={"source": "digits", "fingerprint": ""}, num=2, seed=0, parameters=1, sketch_size=1,
+        standard_error=0.0, ranges=split_uniform(1, 100),
+    )  # fmt: skip
+    path.write_text(affinity.to_json())
+
+
+BY_GRADIENT = ["--multitask", "uw", "--cluster-by", "gradient"]
+
+
+def test_clusters_by_gradient_need_the_gradients_of_this_base(deme, folder: Path) -> None:
+    path, base = folder / "gradients.json", read_record(folder / "base.safetensors")
+    refuse(deme, 3, "deme analyze gradients", *HALF, *BY_GRADIENT, "--dry-run")
+    write_gradients(path, "0" * 64)
+    refuse(deme, 4, "measured on another model", *HALF, *BY_GRADIENT, "--dry-run")
+    write_gradients(path, base.fingerprint)
+    done = deme("finetune", *QUICK, *HALF, *BY_GRADIENT)
+    assert done.exit_code == 0, done.exception
+    settings = FinetuneConfig(p=0.0, clusters=2, multitask="uw", cluster_by="gradient", held_out=0)
+    job = Job(Path("base.safetensors"), DataConfig(source="digits"), settings, device="cpu")
+    for text, clusters in {"1/1": ["0:70", "70:100"], "65:80": ["65:70", "70:80"]}.items():
+        (plan,) = plan_experts(job, read_run_file(None), text, None)
+        assert [str(cluster) for cluster in prepare(plan).clusters] == clusters
+    path.unlink()  # only clusters by gradient go by them
+    done = deme("finetune", *QUICK, *HALF, "--multitask", "uw", "--cluster-by", "snr", "--force")
+    assert done.exit_code == 0, done.exception
+
+
+def test_a_base_from_scratch_has_clusters_but_no_gradients(deme, folder: Path) -> None:
+    document = {"model": TINY_MODEL, "scheduler": TINY_SCHEDULER}
+    (folder / "tiny.json").write_text(json.dumps(document))
+    words = ["--from-scratch", "tiny.json", "-o", "own.safetensors", "--clusters", 2]
+    refuse(deme, 2, "cluster_by = 'gradient': a base from scratch", *words, *BY_GRADIENT)
+    done = deme("finetune", *QUICK, *words, "--multitask", "uw")
+    assert done.exit_code == 0, done.exception
+    training = read_record(folder / "own.safetensors", "base").training
+    assert (training["multitask"], training["clusters"]) == ("uw", 2)
+
+
+WEIGHED = {
+    "min-snr": ["--loss-weighting", "min-snr", "--weighting-gamma", 3, "--normalise-weighting"],
+    "nashmtl": ["--multitask", "nashmtl", "--multitask-every", 2, "--cluster-by", "log-snr"],
+}
+
+
+def test_the_record_of_an_expert_tells_how_timesteps_were_weighed(deme, folder: Path) -> None:
+    told = [
+        "loss_weighting", "weighting_gamma", "normalise_weighting", "multitask", "clusters",
+        "cluster_by", "multitask_every",
+    ]  # fmt: skip
+    for name, values in {
+        "min-snr": ["min-snr", 3.0, True, "none", 2, "uniform", 25],
+        "nashmtl": ["none", None, False, "nashmtl", 2, "log-snr", 2],
+    }.items():
+        done = deme("finetune", "--force", *QUICK, *HALF, *WEIGHED[name])
+        assert done.exit_code == 0, done.exception
+        training = read_record(folder / "ft_1of2.safetensors", "expert").training
+        assert [training.get(key) for key in told] == values
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "word"),
+    [
+        (["--loss-weighting", "min-snr"], [], "another loss_weighting, 'min-snr' and not 'none'"),
+        (
+            ["--loss-weighting", "min-snr", "--weighting-gamma", 3],
+            ["--loss-weighting", "min-snr"],
+            "another weighting_gamma, 3.0 and not None",
+        ),
+        (
+            ["--loss-weighting", "min-snr"],
+            ["--loss-weighting", "min-snr", "--weighting-gamma", 3],
+            "another weighting_gamma, None and not 3.0",
+        ),
+        (["--multitask", "uw"], ["--multitask", "pcgrad"], "another multitask, 'uw' and not"),
+        (
+            ["--multitask", "uw"],
+            ["--multitask", "uw", "--clusters", 3],
+            "another clusters, 2 and not 3",
+        ),
+    ],
+)
+def test_a_finished_expert_that_was_weighed_otherwise_is_not_taken_for_the_one_wanted(
+    deme, folder: Path, first: list, then: list, word: str
+) -> None:
+    (folder / "deme.toml").write_text("[split]\nn = 1\n[finetune]\np = 0\nclusters = 2\n")
+    done = deme("finetune", "--range", "all", *QUICK, "--steps", 1, *first)
+    assert done.exit_code == 0, done.exception
+    refuse(deme, 2, word, "--range", "all", "--steps", 1, *then)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_weighting": "p2", "weighting_gamma": 0.5, "weighting_k": 2.0,
+         "normalise_weighting": True},
+        {"loss_weighting": "min-snr", "normalise_weighting": False, "multitask": "nashmtl",
+         "clusters": 3, "cluster_by": "log-snr", "multitask_every": 7},
+        {"multitask": "uw", "clusters": 2, "cluster_by": "gradient", "multitask_lr": 0.125},
+        {"loss_weighting": "uncertainty", "antithetic": True},
+    ],
+    ids=["p2", "nashmtl", "uw", "uncertainty"],
+)  # fmt: skip
+def test_a_range_trained_in_its_own_process_is_weighed_as_the_command_says(
+    deme, folder: Path, settings: dict
+) -> None:
+    table = {"loss_weighting": "soft-min-snr", "normalise_weighting": True, "clusters": 4}
+    lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+    (folder / "deme.toml").write_text(f"[finetune]\n{lines}")  # what the words must overrule
+    write_gradients(folder / "gradients.json", read_record("base.safetensors").fingerprint)
+    wanted = FinetuneConfig(steps=1, batch_size=4, held_out=0, p=0.0, **settings)
+    job = Job(Path("base.safetensors"), DataConfig(source="digits"), wanted, device="cpu")
+    done = deme(*job.arguments("1/2"))
+    assert done.exit_code == 0, done.exception
+    training = read_record(folder / "ft_1of2.safetensors", "expert").training
+    expected = {name: value for name, value in asdict(wanted).items() if value is not None}
+    assert {name: training.get(name) for name in expected} == expected
+    assert ("weighting_gamma" in training) == ("weighting_gamma" in settings)

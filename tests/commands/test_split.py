@@ -22,9 +22,11 @@ from deme_cli.config import TABLES, DataConfig, FinetuneConfig, SplitConfig
 from deme_cli.data.digits import DIGITS_SETTINGS
 from deme_cli.diffusion import locate
 from deme_cli.diffusion.denoiser import build_network
+from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.records import MergedRecord
 from deme_cli.run_file import read_run_file, render_run_file
+from deme_cli.training.clusters import split_times
 
 Deme = Callable[..., Result]
 
@@ -143,6 +145,17 @@ def test_a_dry_run_shows_the_ranges_and_writes_nothing(deme: Deme, source: Path)
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.parametrize("by", ["snr", "log-snr"])
+def test_ranges_may_follow_the_signal_to_noise_ratio(deme: Deme, source: Path, by: str) -> None:
+    result = deme("split", source, "-n", 4, "--by", by, "--data", "digits", "--json")
+    ranges = json.loads(result.stdout)["ranges"]
+    assert ranges == [str(span) for span in split_times(4, by, read_schedule(TINY_SCHEDULER))]
+    assert ranges != ["0:25", "25:50", "50:75", "75:100"]
+    settings = read_run_file(None).settings(SplitConfig)
+    assert (settings.n, settings.by, settings.ranges) == (4, by, ranges)
+    assert "SNR from (dB)" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -199,7 +212,8 @@ def test_every_setting_is_in_the_run_file_with_its_sentence() -> None:
 def test_every_commented_setting_can_be_switched_on(tmp_path: Path) -> None:
     text = re.sub(r"^# (\w+ = )", r"\1", render_run_file({}), flags=re.MULTILINE)
     path = tmp_path / "deme.toml"
-    path.write_text(text.replace('ranges = ""', 'ranges = ["0:50", "50:100"]'))
+    text = text.replace('ranges = ""', 'ranges = ["0:50", "50:100"]')
+    path.write_text(text.replace('loss_weighting = "none"', 'loss_weighting = "p2"'))
     run = read_run_file(path)
     for table, config in TABLES.items():
         assert run.tables[table].keys() == {item.name for item in fields(config)}

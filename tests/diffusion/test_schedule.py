@@ -49,7 +49,7 @@ def test_the_last_snr_of_the_linear_schedule_is_the_published_one() -> None:
     ratios = snr(read_schedule({"num_train_timesteps": 1000}).alphas_cumprod)
     assert ratios[-1].item() == pytest.approx(4.0e-5, rel=0.02)
     half = NoiseSchedule(torch.tensor([0.5]), "epsilon")
-    assert half.decibels.item() == pytest.approx(0.0)
+    assert half.snr.item() == pytest.approx(1.0)
 
 
 def test_the_velocity_target_is_that_of_diffusers() -> None:

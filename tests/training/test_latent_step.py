@@ -15,7 +15,7 @@ from deme_cli.config import DataConfig
 from deme_cli.data.images import open_images, to_unit
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.training.materials import open_examples
-from deme_cli.training.objective import expert_loss
+from deme_cli.training.objective import expert_losses
 
 INDICES = [3, 11, 0]
 SIZE = 16  # pixels per side of the tiny pipelines' images
@@ -135,14 +135,14 @@ def test_a_step_has_the_loss_and_the_gradient_of_one_written_with_diffusers(
         draws, target, output = direct(name, folder, network, captioned, noise, eps)
         expected = functional.mse_loss(output, target)
         wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
-        loss = expert_loss(
+        loss = expert_losses(
             network, None, denoiser.schedule, x0=x0, eps=eps, t=draws, conditions=conditions,
             consistency=0.0,
         )  # fmt: skip
-        found = torch.autograd.grad(loss.total, parameters, allow_unused=True)
+        found = torch.autograd.grad(loss.total.mean(), parameters, allow_unused=True)
     finally:
         network.requires_grad_(False)
-    torch.testing.assert_close(loss.total, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss.total.mean(), expected, rtol=1e-6, atol=1e-6)
     assert sum(gradient is not None for gradient in found) > len(parameters) // 2
     for one, other in zip(found, wanted, strict=True):
         assert (one is None) == (other is None)

@@ -8,7 +8,7 @@ from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.denoiser import build_network
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.objective import draw_timesteps, expert_loss
+from deme_cli.training.objective import draw_by_cluster, draw_timesteps, expert_losses
 from deme_cli.training.state import learning_rate
 
 SPAN, T = TimestepRange(250, 500), 1000
@@ -57,6 +57,38 @@ def test_antithetic_draws_come_in_mirrored_pairs_cut_to_the_batch(num: int) -> N
     assert (pairs == SPAN.start + SPAN.stop - 1).all()
 
 
+CLUSTERS = [TimestepRange(250, 251), TimestepRange(251, 300), TimestepRange(300, 500)]
+
+
+def draw_clusters(num: int, clusters: list[TimestepRange] = CLUSTERS) -> torch.Tensor:
+    return draw_by_cluster(num, clusters, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("num", [3, 4, 8, 63, 64])
+def test_clusters_have_even_shares_of_a_batch_whatever_their_lengths(num: int) -> None:
+    t = draw_clusters(num)
+    shares = [sum(draw in cluster for draw in t.tolist()) for cluster in CLUSTERS]
+    assert t.dtype == torch.long
+    assert sum(shares) == num, "no draw lies outside its cluster"
+    assert set(shares) <= {num // 3, -(-num // 3)}
+
+
+def test_every_timestep_of_a_cluster_is_drawn_equally_often() -> None:
+    t = draw_clusters(120_000)
+    for cluster in CLUSTERS:
+        inside = t[(t >= cluster.start) & (t < cluster.stop)]
+        expected = 40_000 / len(cluster)
+        counts = torch.bincount(inside - cluster.start, minlength=len(cluster)).double()
+        chi_squared = ((counts - expected) ** 2 / expected).sum().item()
+        assert chi_squared <= len(cluster) - 1 + 5 * (2 * (len(cluster) - 1)) ** 0.5
+
+
+def test_draws_by_cluster_follow_their_generator() -> None:
+    other = draw_by_cluster(64, CLUSTERS, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(draw_clusters(64), draw_clusters(64))
+    assert not torch.equal(draw_clusters(64), other)
+
+
 def _parts():
     torch.manual_seed(0)
     network, base = build_network(TINY_MODEL).double(), build_network(TINY_MODEL).double()
@@ -67,9 +99,9 @@ def _parts():
 
 def test_the_two_terms_have_the_gradient_of_one_mse_against_the_mean_target() -> None:
     network, base, schedule, batch = _parts()
-    loss = expert_loss(network, base, schedule, **batch, consistency=1.0)
-    assert torch.isclose(loss.total, loss.denoising + loss.consistency)
-    gradient = torch.autograd.grad(loss.total, next(network.parameters()))[0]
+    loss = expert_losses(network, base, schedule, **batch, consistency=1.0)
+    torch.testing.assert_close(loss.total.detach(), loss.denoising + loss.consistency)
+    gradient = torch.autograd.grad(loss.total.mean(), next(network.parameters()))[0]
 
     abar = schedule.alphas_cumprod[batch["t"]][:, None, None, None]
     x_t = abar.sqrt() * batch["x0"] + (1 - abar).sqrt() * batch["eps"]
@@ -82,14 +114,27 @@ def test_the_two_terms_have_the_gradient_of_one_mse_against_the_mean_target() ->
 
 def test_without_consistency_the_base_is_not_run() -> None:
     network, _, schedule, batch = _parts()
-    loss = expert_loss(network, None, schedule, **batch, consistency=0.0)
-    assert loss.consistency == 0
-    assert loss.total == loss.denoising
+    loss = expert_losses(network, None, schedule, **batch, consistency=0.0)
+    assert loss.consistency.tolist() == [0] * 4
+    assert torch.equal(loss.total, loss.denoising)
 
 
 def test_an_expert_equal_to_its_base_has_no_consistency_loss() -> None:
     network, _, schedule, batch = _parts()
-    assert expert_loss(network, network, schedule, **batch, consistency=1.0).consistency == 0
+    losses = expert_losses(network, network, schedule, **batch, consistency=1.0)
+    assert losses.consistency.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("consistency", [0.0, 0.5])
+def test_the_losses_are_those_of_each_image_alone(consistency: float) -> None:
+    network, base, schedule, batch = _parts()
+    together = expert_losses(network, base, schedule, **batch, consistency=consistency)
+    for i in range(4):
+        one = {name: tensor[i : i + 1] for name, tensor in batch.items()}
+        alone = expert_losses(network, base, schedule, **one, consistency=consistency)
+        for name in ("total", "denoising", "consistency"):
+            found = getattr(together, name)[i : i + 1]
+            torch.testing.assert_close(found, getattr(alone, name), rtol=1e-5, atol=1e-7)
 
 
 def test_learning_rates_rise_then_hold_or_fall_to_zero() -> None:

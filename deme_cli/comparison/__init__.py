@@ -1,0 +1,1 @@
+"""One fair comparison: rows of methods under one protocol, from a plan to a table."""

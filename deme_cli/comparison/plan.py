@@ -1,0 +1,234 @@
+"""The plan of a comparison: which rows, on how many updates, from which seeds, measured how.
+
+A plan is a TOML file. Its tables [model] [data] [finetune] [merge] [sample] [eval] are those of
+`deme.toml` and hold for every row; each [[row]] adds what sets it apart; each [[measure]] is one
+more protocol under which every row is measured. Rows cannot differ in how they are drawn or
+measured, so that a table compares methods and nothing else. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deme_cli.comparison.results import Published
+from deme_cli.config import DIVISIONS, TABLES
+from deme_cli.errors import ConfigError, MissingError
+from deme_cli.run_file import checked_table, nearest
+
+SHIPPED = Path(__file__).parent / "plans"
+KINDS = ("base", "finetune", "ensemble", "merged")
+BUDGETS = ("updates", "compute")
+COMMON = tuple(name for name in TABLES if name != "split")
+_ROW_KEYS = ("name", "kind", "n", "by", "finetune", "merge", "published")
+_PLAN_KEYS = ("title", "n", "updates", "budget", "seeds", "published", "row", "measure", *COMMON)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One row. kind: base (as it is), finetune (one network, all timesteps), ensemble or merged
+    (experts of n ranges). `finetune` and `merge` are its settings on top of the common ones."""
+
+    name: str
+    kind: str
+    n: int
+    by: str = "uniform"
+    finetune: Mapping[str, Any] = field(default_factory=dict)
+    merge: Mapping[str, Any] = field(default_factory=dict)
+    published: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeasurePlan:
+    """One protocol for all rows: [sample] and [eval] settings on top of the common ones."""
+
+    name: str = ""
+    sample: Mapping[str, Any] = field(default_factory=dict)
+    eval: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole plan. `updates` in total per row; None: n times the steps of [finetune].
+
+    budget: whether rows have equal updates, or as many as give equal FLOPs.
+    """
+
+    title: str
+    n: int
+    rows: tuple[RowPlan, ...]
+    measures: tuple[MeasurePlan, ...] = (MeasurePlan(),)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    updates: int | None = None
+    budget: str = "updates"
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    published: Published | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget not in BUDGETS:
+            raise ConfigError(f"budget = {self.budget!r}: expected {' or '.join(BUDGETS)}")
+        if self.n < 1 or (self.updates is not None and self.updates < 1):
+            raise ConfigError(f"n = {self.n}, updates = {self.updates}: expected 1 or more")
+        whole = all(type(seed) is int and seed >= 0 for seed in self.seeds)
+        if not whole or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds = {list(self.seeds)}: expected different numbers from 0")
+
+
+def shipped_plans() -> list[str]:
+    """The names of the plans that come with deme."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def read_plan(name: str) -> Plan:
+    """The plan in the file `name`, or the shipped one of that name.
+
+    Raises MissingError if there is none, ConfigError saying which row or key is wrong.
+    """
+    import tomli
+
+    path = Path(name)
+    if not path.suffix and not path.is_file():  # `table1` may be the folder of an earlier run
+        path = SHIPPED / f"{name}.toml"
+    if not path.exists():
+        shipped = ", ".join(shipped_plans())
+        raise MissingError(f"{name}: no such plan; a TOML file is expected, or one of {shipped}")
+    try:
+        document = tomli.loads(path.read_text(encoding="utf-8"))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except OSError as error:
+        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return _parse(document, path.stem)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _parse(document: dict[str, Any], stem: str) -> Plan:
+    _require_known(document, _PLAN_KEYS, "plan")
+    n = _typed(document, "n", int, 4)
+    published = _published(document.get("published"))
+    rows = tuple(
+        _row(row, index, n, published) for index, row in enumerate(_tables(document, "row"), 1)
+    )
+    names = [row.name for row in rows]
+    if len(rows) < 2 or len(set(names)) < len(names):
+        raise ConfigError(f"a comparison needs two [[row]] or more, each with a name: {names}")
+    measures = tuple(_measure(one) for one in _tables(document, "measure")) or (MeasurePlan(),)
+    if len({one.name for one in measures} - {""}) < len(measures) > 1:
+        raise ConfigError("every [[measure]] needs a name of its own")
+    return Plan(
+        title=_typed(document, "title", str, stem),
+        n=n,
+        rows=rows,
+        measures=measures,
+        seeds=tuple(_typed(document, "seeds", list, [0, 1, 2])),
+        updates=_typed(document, "updates", int, None),
+        budget=_typed(document, "budget", str, "updates"),
+        tables={t: checked_table(t, document[t], "plan") for t in COMMON if t in document},
+        published=published,
+    )
+
+
+def _row(values: dict[str, Any], index: int, n: int, published: Published | None) -> RowPlan:
+    where = f"row {values.get('name', index)!r}"
+    for table in ("sample", "eval"):
+        if table in values:
+            raise ConfigError(
+                f"{where}: has its own [{table}], and rows of different protocols cannot be "
+                f"compared; move it to the top of the plan, or make a [[measure]] of it"
+            )
+    _require_known(values, _ROW_KEYS, where)
+    name, kind = _typed(values, "name", str, ""), _typed(values, "kind", str, "")
+    if not name or kind not in KINDS:
+        raise ConfigError(
+            f"{where}: needs a name, and a kind of {', '.join(KINDS)}; found kind = {kind!r}"
+        )
+    row = RowPlan(
+        name=name,
+        kind=kind,
+        n=1 if kind in ("base", "finetune") else _typed(values, "n", int, n),
+        by=_typed(values, "by", str, "uniform"),
+        finetune=checked_table("finetune", values.get("finetune", {}), where),
+        merge=checked_table("merge", values.get("merge", {}), where),
+        published=_numbers(values.get("published", []), published, where),
+    )
+    _require_sense(row, values, where)
+    return row
+
+
+def _require_sense(row: RowPlan, values: Mapping[str, Any], where: str) -> None:
+    """Check that nothing stands in a row that would do nothing or undo the comparison."""
+    for name in ("steps", "seed"):
+        if name in row.finetune:
+            raise ConfigError(f"{where}: {name} follows from the plan's updates, n and seeds")
+    needless = {
+        "finetune": bool(row.finetune) and row.kind == "base",
+        "merge": bool(row.merge) and row.kind != "merged",
+        "n": "n" in values and row.kind in ("base", "finetune"),
+        "by": "by" in values and row.kind in ("base", "finetune"),
+    }
+    for key, is_needless in needless.items():
+        if is_needless:
+            raise ConfigError(f"{where}: a row of kind {row.kind!r} takes no {key}")
+    if row.by not in DIVISIONS:
+        raise ConfigError(f"{where}: by = {row.by!r}: expected one of {', '.join(DIVISIONS)}")
+    if row.n < 1:
+        raise ConfigError(f"{where}: n = {row.n}: expected 1 or more")
+
+
+def _measure(values: dict[str, Any]) -> MeasurePlan:
+    where = f"measure {values.get('name', '')!r}"
+    _require_known(values, ("name", "sample", "eval"), where)
+    return MeasurePlan(
+        name=_typed(values, "name", str, ""),
+        sample=checked_table("sample", values.get("sample", {}), where),
+        eval=checked_table("eval", values.get("eval", {}), where),
+    )
+
+
+def _published(values: Any) -> Published | None:
+    if values is None:
+        return None
+    shaped = isinstance(values, dict) and set(values) == {"source", "columns"}
+    if not shaped or not isinstance(values["columns"], list):
+        raise ConfigError("[published] needs source and columns: whose figures they are, of what")
+    return Published(str(values["source"]), tuple(map(str, values["columns"])))
+
+
+def _numbers(values: Any, published: Published | None, where: str) -> tuple[float | None, ...]:
+    """The published figures of a row; "" where there is none."""
+    if not values:
+        return ()
+    expected = len(published.columns) if published else 0
+    numbers = isinstance(values, list) and all(
+        one == "" or (isinstance(one, (int, float)) and not isinstance(one, bool)) for one in values
+    )
+    if not numbers or len(values) != expected:
+        raise ConfigError(
+            f'{where}: published = {values!r}: expected {expected} numbers, "" for none, '
+            f"one for each column of [published]"
+        )
+    return tuple(None if one == "" else float(one) for one in values)
+
+
+def _tables(document: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    found = document.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise ConfigError(f"{key} should be written as [[{key}]]")
+    return found
+
+
+def _typed(values: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = values.get(key, default)
+    if key in values and type(value) is not kind:
+        raise ConfigError(f"{key} = {value!r}: expected {kind.__name__}")
+    return value
+
+
+def _require_known(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(key, known)}")

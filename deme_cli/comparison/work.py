@@ -1,0 +1,198 @@
+"""Work off the jobs of a comparison, several at a time, on every machine that sees the folder.
+
+A job belongs to the process that holds its lock; another process passes it by and takes the next
+free one. What a job does is `deme` command lines, each of which resumes by itself, so a job that
+was stopped goes on where it was. A job that fails fails alone, with those that need it. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from deme_cli.comparison.jobs import DONE_NAME, Command, Job
+from deme_cli.errors import ConfigError, writing
+from deme_cli.interrupts import StopRequests
+from deme_cli.outputs import claim, write_whole
+from deme_cli.training.jobs import last_step
+
+_POLL_SECONDS = 0.2
+_LOG_NAME = "log.txt"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job has no result, and the exit code of the command that failed."""
+
+    message: str
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that ended just now, well or with a failure."""
+
+    job: Job
+    seconds: float
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """How far the work is: jobs that are settled, and updates done of each that runs here."""
+
+    settled: int
+    running: Mapping[str, int]
+
+
+@dataclass
+class _Process:
+    """A job under way: its next command, the process of it, and its lock."""
+
+    job: Job
+    lock: ExitStack
+    waiting: list[Command]
+    start: float = field(default_factory=time.monotonic)
+    process: subprocess.Popen[bytes] | None = None
+    log: IO[bytes] | None = None
+
+    def begin_next(self, num_threads: int) -> None:
+        """Start the next command that has no output yet."""
+        command = self.waiting.pop(0)
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+        environment["OMP_NUM_THREADS"] = str(num_threads)
+        self.log = (self.job.folder / _LOG_NAME).open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "deme_cli", *command.words],
+            cwd=self.job.folder,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=self.log,
+            start_new_session=True,  # Ctrl-C comes here first, and is passed on once
+        )
+
+    def reason(self) -> str:
+        """The last line that the command wrote."""
+        lines = (self.job.folder / _LOG_NAME).read_text(errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("deme: ") if lines else "no message"
+
+
+class Work:
+    """The jobs of a comparison, and which of them failed; `failures` is by folder."""
+
+    def __init__(self, jobs: Sequence[Job], *, at_once: int) -> None:
+        self.jobs = list({job.folder: job for job in jobs}.values())
+        self.at_once = at_once
+        self.failures: dict[Path, Failure] = {}
+        self._running: list[_Process] = []
+        self._threads = max(1, (os.cpu_count() or 1) // at_once)
+
+    def run(self) -> Iterator[Finished | Pulse]:
+        """Run what is free until nothing is; what other processes hold is left to them.
+
+        Raises Stopped after a signal, once every command here has saved its state.
+        """
+        with StopRequests() as requests:
+            try:
+                while True:
+                    yield from self._settle()
+                    free = [] if requests.asked else self._free()
+                    while free and len(self._running) < self.at_once:
+                        self._begin(free.pop(0))
+                    if requests.asked:
+                        raise requests.stopped(
+                            "stopped, every job saved; run the same command again to continue"
+                        )
+                    if not self._running:
+                        return
+                    yield Pulse(self.num_settled, self._updates())
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                self._stop()
+
+    @property
+    def num_settled(self) -> int:
+        """Jobs that are done or have failed, wherever they ran."""
+        return sum(job.is_done or job.folder in self.failures for job in self.jobs)
+
+    def _updates(self) -> dict[str, int]:
+        return {
+            one.job.title: sum(last_step(curve) for curve in one.job.curves)
+            for one in self._running
+        }
+
+    def _free(self) -> list[Job]:
+        """Jobs that could run now; those whose needs failed are settled with that failure."""
+        here, free = {one.job.folder for one in self._running}, []
+        known = {job.folder: job for job in self.jobs}
+        for job in self.jobs:
+            if job.is_done or job.folder in self.failures or job.folder in here:
+                continue
+            failed = [need for need in job.needs if need in self.failures]
+            if failed:
+                self.failures[job.folder] = self.failures[failed[0]]
+            elif all(known[need].is_done for need in job.needs):
+                free.append(job)
+        return free
+
+    def _begin(self, job: Job) -> None:
+        """Take a job, if no other process has it, and start its first command."""
+        lock = ExitStack()
+        try:
+            lock.enter_context(claim(job.folder / "job"))
+        except ConfigError:  # another process has it
+            return
+        if job.is_done:  # it was finished elsewhere while we looked
+            lock.close()
+            return
+        for name, text in job.files.items():
+            write_whole(job.folder / name, [text.encode()])
+        waiting = [one for one in job.commands if not (job.folder / one.output).exists()]
+        one = _Process(job, lock, waiting)
+        self._running.append(one)
+        if waiting:
+            one.begin_next(self._threads)
+
+    def _settle(self) -> Iterator[Finished]:
+        """Go on with the jobs whose command has ended."""
+        for one in list(self._running):
+            if one.process is not None and one.process.poll() is None:
+                continue
+            if one.log:
+                one.log.close()
+            code = one.process.returncode if one.process else 0
+            if code == 0 and one.waiting:
+                one.begin_next(self._threads)
+                continue
+            failure = None if code == 0 else Failure(one.reason(), code if code > 0 else 1)
+            seconds = time.monotonic() - one.start
+            if failure is None:
+                with writing(one.job.folder):
+                    text = json.dumps({"seconds": seconds})
+                    write_whole(one.job.folder / DONE_NAME, [text.encode()])
+            else:
+                self.failures[one.job.folder] = failure
+            one.lock.close()
+            self._running.remove(one)
+            yield Finished(one.job, seconds, failure)
+
+    def _stop(self) -> None:
+        """Ask what still runs to save and stop, and wait for it."""
+        for one in self._running:
+            if one.process and one.process.poll() is None:
+                one.process.terminate()
+        for one in self._running:
+            if one.process:
+                one.process.wait()
+            if one.log:
+                one.log.close()
+            one.lock.close()
+        self._running = []

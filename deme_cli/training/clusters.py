@@ -1,0 +1,152 @@
+"""Clusters of timesteps that have something in common: adjacent intervals of least total cost.
+
+(Go et al. 2023, ANT, section 4.2.) k intervals I_1 .. I_k of n items minimise sum_i cost(I_i),
+found exactly by dynamic programming. With c = (l + r) // 2, the middle of items l .. r:
+
+    SNR       cost(l, r) = sum_{t=l..r} |v_t - v_c|        v the signal-to-noise ratio or its log
+    gradient  cost(l, r) = -sum_{t=l..r} size_t A[c, t]    A the cosines of mean gradients
+
+On the SNR itself, as the paper prints it, the clusters are useless: it falls from 10^4 to 1 within
+the first quarter, so that of T = 1000 (DDPM, linear) 4 clusters are 0:1, 1:4, 4:15 and 15:1000. On
+its logarithm, which the published implementations measure, they are 0:221, 221:522, 522:779 and
+779:1000. Both are offered, as `snr` and `log-snr`.
+n items, k clusters, T timesteps. Draws and times are those of diffusion/schedule.py.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from deme_cli.config import DIVISIONS
+from deme_cli.diffusion.schedule import Schedule
+from deme_cli.errors import ArtifactError, ConfigError
+from deme_cli.timesteps import TimestepRange, split_uniform
+from deme_cli.training.affinity import Affinity
+
+
+def interval_clusters(cost: np.ndarray, k: int) -> list[tuple[int, int]]:
+    """The k adjacent half-open intervals of n items with the least total cost.
+
+    cost: (n, n), entry [l, r] for the items l .. r; only l <= r is read. Of equal totals the one
+    whose last intervals are longest is taken. Raises ConfigError unless 1 <= k <= n.
+    """
+    n = len(cost)
+    if not 1 <= k <= n:
+        raise ConfigError(f"cannot form {k} clusters of {n} items; choose from 1 to {n}")
+    cost = np.where(np.tri(n, dtype=bool).T, cost, np.inf)
+    best, starts = cost[0], []  # of items 0 .. r in j clusters; where the last of them starts
+    for _ in range(1, k):
+        before = np.concatenate([[np.inf], best[:-1]])
+        total = before[:, None] + cost  # of items 0 .. r, the last cluster being l .. r
+        starts.append(total.argmin(axis=0))
+        best = total.min(axis=0)
+    edges = [n]
+    for start in reversed(starts):
+        edges.append(int(start[edges[-1] - 1]))
+    return list(pairwise([0, *reversed(edges)]))
+
+
+def snr_cost(values: np.ndarray) -> np.ndarray:
+    """sum_{t=l..r} |v_t - v_c| for values (n,):  (n, n), zero where l > r."""
+    return _sums_around_the_middle(np.abs(values[None, :] - values[:, None]))
+
+
+def affinity_cost(affinity: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """-sum_{t=l..r} size_t A[c, t] for A (n, n), sizes (n,):  (n, n), zero where l > r."""
+    return _sums_around_the_middle(-affinity * sizes[None, :])
+
+
+def _sums_around_the_middle(terms: np.ndarray) -> np.ndarray:
+    """sum_{t=l..r} terms[c, t]: (n, n) -> (n, n). Summed from c outwards: nothing cancels."""
+    n = len(terms)
+    sums = np.zeros((n, n))
+    for c in range(n):
+        right = np.cumsum(terms[c, c:])  # of c .. c + d
+        left = np.concatenate([[0.0], np.cumsum(terms[c, :c][::-1])])  # of c - d .. c - 1
+        d = np.arange(min(len(left), len(right)))
+        sums[c - d, c + d] = left[d] + right[d]
+        d = d[: len(right) - 1]
+        sums[c - d, c + d + 1] = left[d] + right[d + 1]
+    return sums
+
+
+def cluster_draws(
+    span: TimestepRange, k: int, by: str, schedule: Schedule, affinity: Affinity | None = None
+) -> list[TimestepRange]:
+    """k adjacent clusters of the draws in `span` that cover it once.
+
+    by: `uniform` (equal parts), `snr`, `log-snr`, or `gradient`, whose clusters end where buckets
+    of the `affinity` do. Raises ConfigError where `span` has fewer than k draws or buckets,
+    ArtifactError where the affinity is of other timesteps.
+    """
+    assert by in DIVISIONS, by
+    if k > len(span):
+        raise ConfigError(f"cannot form {k} clusters of the {len(span)} timesteps in {span}")
+    if by == "uniform":
+        clusters = [(part.start, part.stop) for part in split_uniform(k, len(span))]
+    elif by == "gradient":
+        assert affinity is not None
+        return _by_gradient(span, k, schedule, affinity)
+    else:
+        values = _finite(schedule.snr.numpy(), in_log=by == "log-snr")
+        clusters = interval_clusters(snr_cost(values[span.start : span.stop]), k)
+    return [TimestepRange(span.start + start, span.start + stop) for start, stop in clusters]
+
+
+def split_times(
+    k: int, by: str, schedule: Schedule, affinity: Affinity | None = None
+) -> list[TimestepRange]:
+    """k adjacent ranges of times that cover [0, T) once; see `cluster_draws`.
+
+    Where two draws of a flow schedule share a whole time, both go to the later range. Raises
+    ConfigError also where whole times cannot tell two clusters apart.
+    """
+    total = schedule.num_train_timesteps
+    if by == "uniform":
+        return split_uniform(k, total)
+    clusters = cluster_draws(TimestepRange(0, total), k, by, schedule, affinity)
+    times = schedule.times(torch.arange(total)).floor().long().tolist()
+    edges = [0, *(times[cluster.start] for cluster in clusters[1:]), total]
+    for cluster, (start, stop) in zip(clusters, pairwise(edges), strict=True):
+        if start >= stop:
+            raise ConfigError(
+                f"cannot divide by {by} into {k} ranges: draws {cluster} of this schedule lie "
+                f"within one timestep; choose a smaller -n"
+            )
+    return [TimestepRange(start, stop) for start, stop in pairwise(edges)]
+
+
+def _finite(snr: np.ndarray, *, in_log: bool) -> np.ndarray:
+    """The ratios or their logarithms; what is infinite takes the value of its neighbour."""
+    with np.errstate(divide="ignore"):
+        values = np.log(snr) if in_log else snr
+    place, known = np.arange(len(values)), np.isfinite(values)
+    return np.interp(place, place[known], values[known])
+
+
+def _by_gradient(
+    span: TimestepRange, k: int, schedule: Schedule, affinity: Affinity
+) -> list[TimestepRange]:
+    """Clusters of the affinity's buckets, as far as they lie in `span`."""
+    total, known = schedule.num_train_timesteps, affinity.buckets[-1].stop
+    if known != total:
+        raise ArtifactError(
+            f"the gradients were measured on {known} timesteps, this model has {total}; measure "
+            f"them anew with `deme analyze gradients`"
+        )
+    draws = [schedule.indices(bucket) for bucket in affinity.buckets]
+    chosen = [i for i, one in enumerate(draws) if one.start < span.stop and span.start < one.stop]
+    starts = [max(draws[i].start, span.start) for i in chosen]
+    sizes = np.diff([*starts, span.stop])
+    if k > len(chosen):
+        raise ConfigError(
+            f"cannot form {k} clusters of the {len(chosen)} buckets of gradients in {span}; "
+            f"measure more with `deme analyze gradients --buckets`"
+        )
+    cosines = np.array(affinity.cosines)[np.ix_(chosen, chosen)]
+    edges = [*starts, span.stop]
+    clusters = interval_clusters(affinity_cost(cosines, sizes), k)
+    return [TimestepRange(edges[start], edges[stop]) for start, stop in clusters]

@@ -1,0 +1,105 @@
+"""What each row of Table 1 costs: updates per second relative to plain finetuning.
+
+All methods train the embedded digits model in one process, in turn, several rounds; printed per
+method is the ratio of updates per second, method / plain of the same round: median (min to max),
+beside the ratio that counted FLOPs alone would give.
+
+    OMP_NUM_THREADS=1 uv run python examples/benchmarks/bench_methods.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from deme_cli.config import FinetuneConfig
+from deme_cli.data.digits import BASE_PATH
+from deme_cli.data.images import open_images
+from deme_cli.diffusion.denoiser import Denoiser, load_denoiser
+from deme_cli.timesteps import TimestepRange, parse_range
+from deme_cli.training.clusters import cluster_draws
+from deme_cli.training.cost import count_passes, flops_per_update
+from deme_cli.training.examples import PixelExamples
+from deme_cli.training.finetune import Run, train
+
+PLAIN = FinetuneConfig(
+    p=0.0, consistency=0.0, projection="none", batch_size=128, lr=1e-4, held_out=0
+)
+METHODS = {
+    "plain finetuning": {},
+    "SNR+1": {"loss_weighting": "snr+1"},
+    "Min-SNR-5": {"loss_weighting": "min-snr"},
+    "P2": {"loss_weighting": "p2"},
+    "learned uncertainty (EDM2)": {"loss_weighting": "uncertainty"},
+    "ANT-UW": {"multitask": "uw"},
+    "ANT-NashMTL": {"multitask": "nashmtl"},
+    "ANT-PCGrad": {"multitask": "pcgrad"},
+    "DeMe expert 2/4": {"p": 0.3, "consistency": 1.0, "projection": "fold"},
+    "DeMe expert 2/4, no consistency": {"p": 0.3, "projection": "fold"},
+}
+
+
+def open_run(denoiser: Denoiser, config: FinetuneConfig, folder: Path) -> Run:
+    """The run of a method: an expert where p > 0, else all timesteps, in clusters where asked."""
+    images = open_images("digits", shape=denoiser.sample_shape, split="train")
+    clusters = []
+    if config.multitask != "none":
+        whole = TimestepRange(0, denoiser.schedule.num_train_timesteps)
+        clusters = cluster_draws(whole, config.clusters, config.cluster_by, denoiser.schedule)
+    return Run(
+        denoiser=denoiser,
+        choice=parse_range("2/4" if config.p else "1/1", denoiser.schedule.num_train_timesteps),
+        examples=PixelExamples(images),
+        held_out=None,
+        flip=False,
+        config=config,
+        output=folder / "expert.safetensors",
+        clusters=clusters,
+    )
+
+
+def seconds(run: Run) -> float:
+    start = time.perf_counter()
+    for _ in train(run):
+        pass
+    spent = time.perf_counter() - start
+    run.output.unlink()
+    return spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=100)
+    options = parser.parse_args()
+    denoiser = load_denoiser(BASE_PATH)
+    ratios: dict[str, list[float]] = {name: [] for name in METHODS}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            name: open_run(denoiser, replace(PLAIN, steps=options.steps, **own), Path(folder))
+            for name, own in METHODS.items()
+        }
+        flops = {
+            name: flops_per_update(run.config, count_passes(run)) for name, run in runs.items()
+        }
+        for run in runs.values():  # warm up
+            seconds(run)
+        for _ in range(options.rounds):
+            spent = {name: seconds(run) for name, run in runs.items()}
+            for name in METHODS:
+                ratios[name].append(spent["plain finetuning"] / spent[name])
+    print(f"{options.rounds} rounds of {options.steps} updates, batch {PLAIN.batch_size}")
+    for name, found in ratios.items():
+        by_flops = flops["plain finetuning"] / flops[name]
+        print(
+            f"{name}: {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f}), "
+            f"by FLOPs {by_flops:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""`deme compare` from the command line: one comparison that has run, and what becomes of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from typer.testing import CliRunner, Result
+
+from deme_cli.app import app
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
+
+Deme = Callable[..., Result]
+COMMON = """
+title = "A tiny comparison"
+n = 2
+updates = 4
+seeds = [0]
+[finetune]
+batch_size = 4
+held_out = 0
+[sample]
+steps = 2
+[eval]
+fid = "digits"
+num = 6
+repeats = 2
+[[row]]
+name = "Before"
+kind = "base"
+"""
+MERGED = """
+[[row]]
+name = "Merged"
+kind = "merged"
+finetune = { p = 0.2 }
+merge = { coefficients = [0.5, 0.5] }
+"""
+BROKEN = """
+[[row]]
+name = "Broken"
+kind = "finetune"
+finetune = { lr = 1e30 }
+"""
+PLAN = COMMON + MERGED
+FID = "frechet_digits"
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder with `tiny.toml` and its finished comparison, made once, whichever process asks.
+
+    `said.json` holds the exit code and what the command wrote.
+    """
+    if worker_id == "master":
+        root = tmp_path_factory.mktemp("compare")
+    else:
+        root = tmp_path_factory.getbasetemp().parent / "compare"
+    with FileLock(f"{root}.lock"):
+        if not (root / "said.json").exists():
+            root.mkdir(exist_ok=True)
+            (root / "tiny.toml").write_text(PLAN)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(root)
+                words = ["compare", "tiny.toml", "--jobs", "2", "--device", "cpu"]
+                done = CliRunner().invoke(app, words)
+            said = {"code": done.exit_code, "out": done.stdout, "err": done.stderr}
+            (root / "said.json").write_text(json.dumps(said))
+    return root
+
+
+@pytest.fixture
+def folder(first_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a copy of the finished comparison and its plan in it."""
+    shutil.copytree(first_run / "tiny", tmp_path / "tiny")
+    shutil.copy(first_run / "tiny.toml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a plan in it and nothing else."""
+    (tmp_path / "tiny.toml").write_text(PLAN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def compare(deme: Deme, *options: object) -> Result:
+    return deme("compare", "tiny.toml", "--device", "cpu", *options)
+
+
+def document(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "tiny" / "compare.json").read_text())
+
+
+def rows_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in found["rows"]}
+
+
+def traces(folder: Path, *names: str) -> dict[str, int]:
+    """Every file below, by name, with the time it was written."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for name in names or (".",)
+        for path in (folder / name).rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_comparison_ends_in_a_table_of_every_form_and_a_picture(first_run: Path) -> None:
+    said = json.loads((first_run / "said.json").read_text())
+    assert said["code"] == 0, said["err"]
+    forms = ("md", "csv", "json", "png", "svg")
+    assert said["out"].split() == [f"tiny/compare.{form}" for form in forms]
+    assert (first_run / "tiny" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    for words in ("Before", "Merged", FID, "minus first", "ddim 2 steps", "training seeds 0"):
+        assert words in said["err"]
+    left = {path.name for path in (first_run / "tiny").rglob("*")}
+    assert not {name for name in left if name.endswith((".lock", ".partial"))}
+
+
+def test_the_figures_are_those_that_were_measured(first_run: Path) -> None:
+    found = rows_of(document(first_run))
+    with (first_run / "tiny" / "compare.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if line["source"] == "measured"]
+    for name, seed in (("Before", None), ("Merged", 0)):
+        (path,) = (first_run / "tiny" / "rows").glob(f"{name.lower()}-*/*/measure-0.json")
+        (measured,) = json.loads(path.read_text())["rows"]
+        values = measured["metrics"][FID]["values"]
+        assert len(values) == 2
+        (result,) = found[name]["results"]
+        assert (result["seed"], result["values"]) == (seed, {FID: values})
+        assert [float(one["value"]) for one in lines if one["row"] == name] == values
+    merged = found["Merged"]
+    assert (merged["updates"], merged["images"], merged["num_ranges"]) == (4, 16, 2)
+    assert merged["flops"] > 0
+    assert merged["results"][0]["seconds"] > 0
+    difference = merged["metrics"][FID]["difference"]
+    assert difference["mean"] == pytest.approx(
+        merged["metrics"][FID]["mean"] - found["Before"]["metrics"][FID]["mean"]
+    )
+
+
+def test_what_every_job_did_follows_the_plan(first_run: Path) -> None:
+    from deme_cli.artifacts import read_record
+
+    (training,) = (first_run / "tiny" / "trainings").glob("2x2-*/seed-0")
+    experts = [read_record(training / f"ft_{i}of2.safetensors", "expert") for i in (1, 2)]
+    assert [(one.steps, one.p, one.range) for one in experts] == [
+        (2, 0.2, [0, 500]), (2, 0.2, [500, 1000]),
+    ]  # fmt: skip
+    (merged,) = (first_run / "tiny" / "rows").glob("merged-*/seed-0/merged.safetensors")
+    record = read_record(merged, "merged")
+    assert record.coefficients == [0.5, 0.5]
+    assert [one["fingerprint"] for one in record.parents] == [one.fingerprint for one in experts]
+
+
+def test_run_again_it_runs_nothing_and_tells_the_same(folder: Path, deme: Deme) -> None:
+    places = ("tiny/rows", "tiny/trainings", "tiny/base")
+    before, told = traces(folder, *places), (folder / "tiny" / "compare.json").read_bytes()
+    done = compare(deme, "--json", "--quiet")
+    assert done.exit_code == 0, done.exception
+    assert traces(folder, *places) == before
+    assert (folder / "tiny" / "compare.json").read_bytes() == told
+    shown = json.loads(done.stdout)  # one document
+    assert shown.pop("paths") == [f"tiny/compare.{s}" for s in ("md", "csv", "json", "png", "svg")]
+    assert shown == json.loads(told)
+    assert done.stderr == ""
+
+
+def test_the_table_of_what_is_finished_runs_nothing(folder: Path, deme: Deme) -> None:
+    before = traces(folder, "tiny/rows", "tiny/trainings")
+    done = compare(deme, "--table", "--seeds", "0,5")
+    assert done.exit_code == 0, done.exception
+    assert traces(folder, "tiny/rows", "tiny/trainings") == before
+    found = rows_of(document(folder))
+    assert [row["pending"] for row in found.values()] == [0, 1]
+    assert "Merged: not run yet (1 of 2 seeds)" in done.stderr
+    assert [one["seed"] for one in found["Merged"]["results"]] == [0]
+
+
+def test_a_changed_row_is_made_anew_and_a_broken_one_fails_alone(folder: Path, deme: Deme) -> None:
+    """Coefficients of 0 leave the base bit for bit, and all rows share their starting noise."""
+    changed = PLAN.replace("[0.5, 0.5]", "[0.0, 0.0]")
+    (folder / "tiny.toml").write_text(changed + BROKEN)
+    before = traces(folder, "tiny/rows", "tiny/trainings")
+    done = compare(deme, "--jobs", "2", "--json")
+    assert isinstance(done.exception, DemeError)
+    assert done.exception.exit_code == 5, "that of the command that failed"
+    assert "1 of 3 rows have failed: Broken: the loss became nan" in str(done.exception)
+    assert "merge.coefficients [0.5, 0.5] -> [0.0, 0.0]" in done.stderr
+    now = traces(folder, "tiny/rows", "tiny/trainings")
+    assert {name: now[name] for name in before} == before, "what was finished stays"
+    fresh = {name for name in now if name not in before}
+    assert not [name for name in fresh if name.startswith(("tiny/trainings/2x2", "tiny/rows/bef"))]
+    found = rows_of(json.loads(done.stdout))
+    assert found == rows_of(document(folder))
+    assert found["Merged"]["results"][0]["values"] == found["Before"]["results"][0]["values"]
+    (reason,) = found["Broken"]["failures"]
+    assert reason.startswith("the loss became nan")
+    assert found["Broken"]["results"] == []
+    assert "failed" in (folder / "tiny" / "compare.md").read_text()
+    (log,) = (folder / "tiny" / "trainings").glob("1x4-*/seed-0/log.txt")
+    assert reason in log.read_text()
+
+
+def test_a_dry_run_says_what_would_run_and_leaves_nothing_behind(empty: Path, deme: Deme) -> None:
+    done = compare(deme, "--dry-run")
+    assert done.exit_code == 0, done.exception
+    assert [path.name for path in empty.iterdir()] == ["tiny.toml"]
+    assert done.stdout == ""
+    said = done.stderr
+    assert "2 x 2 updates, seed 0 (Merged): finetune" in said
+    assert "Merged, seed 0: merge, eval" in said
+    assert "TFLOP of training per seed" in said
+    assert said.index("Before: eval") < said.index("Merged, seed 0: merge")
+
+
+def test_a_dry_run_of_a_finished_comparison_finds_all_done(folder: Path, deme: Deme) -> None:
+    before = traces(folder)
+    done = compare(deme, "--dry-run")
+    assert done.stderr.count(": done") == 3
+    assert traces(folder) == before
+
+
+def test_options_win_over_the_plan(folder: Path, deme: Deme) -> None:
+    said = compare(deme, "--dry-run", "--updates", 12, "--seeds", "3,4").stderr
+    for seed in (3, 4):
+        assert f"2 x 6 updates, seed {seed} (Merged): finetune" in said
+    assert "seed 0" not in said
+    assert "Before: done" in said, "the base has no seed and no updates"
+    said = compare(deme, "--dry-run", "--budget", "compute", "--updates", 1000).stderr
+    assert "(Merged): finetune" in said
+    assert "2 x 500 updates" not in said, "its projection costs, so it has fewer"
+
+
+def test_only_the_rows_that_are_asked_for_are_worked_on(empty: Path, deme: Deme) -> None:
+    said = compare(deme, "--dry-run", "--only", "Mer*").stderr
+    assert "Merged, seed 0: merge" in said
+    assert "Before" not in said
+    done = compare(deme, "--dry-run", "--only", "Mer*", "--only", "Before")
+    assert "Before: eval" in done.stderr
+
+
+def test_the_base_and_settings_of_the_deme_toml_here_are_used(run_folder: Path, deme: Deme) -> None:
+    plan = PLAN.replace("updates = 4\n", "").replace("batch_size = 4\n", "")
+    (run_folder / "tiny.toml").write_text(plan)
+    text = '[data]\nsource = "digits"\n[finetune]\nsteps = 7\nbatch_size = 3\n'
+    (run_folder / "deme.toml").write_text(text)
+    done = compare(deme, "--dry-run", "--output", "out")
+    assert done.exit_code == 0, done.exception
+    assert "2 x 7 updates, seed 0 (Merged)" in done.stderr
+    assert not (run_folder / "out").exists()
+
+
+def test_a_model_of_ones_own_is_imported_once_and_no_other_after_it(
+    run_folder: Path, deme: Deme
+) -> None:
+    (run_folder / "tiny.toml").write_text(PLAN)
+    done = compare(deme, "--model", "base.safetensors", "--data", "digits", "--table")
+    assert done.exit_code == 0, done.exception
+    assert document(run_folder)["rows"][0]["pending"] == 1
+    assert not (run_folder / "tiny" / "compare.png").exists(), "there is nothing to draw yet"
+    refused = compare(deme, "--model", "digits", "--table")
+    assert isinstance(refused.exception, ConfigError)
+    assert "made before from" in str(refused.exception)
+    assert "--output" in str(refused.exception)
+    assert compare(deme, "--model", "base.safetensors", "--table").exit_code == 0
+    assert compare(deme, "--table").exit_code == 0
+
+
+def test_a_damaged_result_is_named(folder: Path, deme: Deme) -> None:
+    (path,) = (folder / "tiny" / "rows").glob("before-*/once/measure-0.json")
+    path.write_text("{")
+    done = compare(deme, "--table")
+    assert isinstance(done.exception, ArtifactError)
+    assert str(path) in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "word"),
+    [
+        (["--seeds", "1,x"], ConfigError, "--seeds '1,x': expected whole numbers"),
+        (["--seeds", ""], ConfigError, "--seeds"),
+        (["--seeds", "1,1"], ConfigError, "seeds = [1, 1]"),
+        (["--budget", "time"], ConfigError, "budget = 'time'"),
+        (["--only", "Nothing"], ConfigError, "no row of that name; there are 'Before', 'Merged'"),
+        (["--model", "nowhere"], MissingError, "nowhere"),
+        (["--config", "nowhere.toml"], MissingError, "nowhere.toml"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(
+    empty: Path, deme: Deme, options: list, kind: type, word: str
+) -> None:
+    done = compare(deme, "--dry-run", *options)
+    assert isinstance(done.exception, kind), done.exception
+    assert word in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert [path.name for path in empty.iterdir()] == ["tiny.toml"]
+
+
+def test_numbers_below_one_are_wrong_usage(empty: Path, deme: Deme) -> None:
+    assert compare(deme, "--updates", 0).exit_code == 2
+    assert compare(deme, "--jobs", 0).exit_code == 2
+    assert os.listdir(empty) == ["tiny.toml"]

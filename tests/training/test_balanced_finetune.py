@@ -1,0 +1,376 @@
+"""Runs of every loss weighting and every balance of clusters: averages, stops, rates, clipping."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_tiny_base
+from torch import Tensor
+
+from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.config import MULTITASK, WEIGHTINGS, DataConfig, FinetuneConfig
+from deme_cli.data.images import open_images
+from deme_cli.diffusion.denoiser import load_denoiser
+from deme_cli.errors import ConfigError, Stopped
+from deme_cli.run_file import RunFile
+from deme_cli.tensor_file import read_header
+from deme_cli.timesteps import TimestepRange, parse_range
+from deme_cli.training.batches import BatchSource
+from deme_cli.training.clusters import cluster_draws
+from deme_cli.training.examples import PixelExamples
+from deme_cli.training.finetune import _backward, train
+from deme_cli.training.places import checkpoint_path, variant_path
+from deme_cli.training.plan import Job, plan_experts
+from deme_cli.training.preparation import prepare
+from deme_cli.training.reduction import Reduction
+from deme_cli.training.run import Run
+from deme_cli.training.state import TrainingState, learning_rate
+
+CLUSTERS = [TimestepRange(0, 20), TimestepRange(20, 50)]
+THREE = [TimestepRange(0, 10), TimestepRange(10, 20), TimestepRange(20, 50)]
+QUICK = FinetuneConfig(
+    steps=4, batch_size=4, lr=1e-3, checkpoint_every=100, held_out=0, p=0.0, projection="none",
+    clusters=2, multitask_every=2,
+)  # fmt: skip
+BRANCHES = {name: {"loss_weighting": name} for name in WEIGHTINGS}
+BRANCHES |= {method: {"multitask": method} for method in MULTITASK if method != "none"}
+BRANCHES["min-snr uw"] = {"loss_weighting": "min-snr", "multitask": "uw"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    write_tiny_base(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_of(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """A run of QUICK with other settings, in a folder of its own; all share one tiny base."""
+    denoiser = load_denoiser(base)
+    examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape))
+
+    def make(**settings: object) -> Run:
+        config = replace(QUICK, **settings)
+        clusters = {2: CLUSTERS, 3: THREE}[config.clusters]
+        return Run(
+            denoiser, parse_range("1/2", 100), examples, None, flip=False, config=config,
+            output=tmp_path_factory.mktemp("run") / "ft_1of2.safetensors",
+            clusters=clusters if config.multitask != "none" else (),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def iterates(run_of: Callable[..., Run]) -> Callable[[str], list[Tensor]]:
+    """The base and the very weights after every update of a branch, each trained once."""
+    made: dict[str, list[Tensor]] = {}
+
+    def weights(branch: str) -> list[Tensor]:
+        if branch not in made:
+            run = run_of(**BRANCHES[branch], ema_decay=0.0, snapshot_every=1)
+            list(train(run))
+            paths = [variant_path(run.output, step=step) for step in range(1, QUICK.steps)]
+            made[branch] = [flat(run.denoiser.network.state_dict())]
+            made[branch] += [flat(load_tensors(path)) for path in (*paths, run.output)]
+        return made[branch]
+
+    return weights
+
+
+def flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    """All weights in one float64 row."""
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+@pytest.mark.parametrize("branch", list(BRANCHES))
+def test_the_expert_is_the_moving_average_of_the_weights(
+    run_of: Callable[..., Run], iterates: Callable[[str], list[Tensor]], branch: str
+) -> None:
+    run = run_of(**BRANCHES[branch])
+    list(train(run))
+    saved, (theta, *updated) = flat(load_tensors(run.output)), iterates(branch)
+    average = theta
+    for n, weights in enumerate(updated, start=1):  # decay 1 - n^(-3/4), far below ema_decay
+        average = average + n**-0.75 * (weights - average)
+    torch.testing.assert_close(saved, average, rtol=0, atol=1e-6)
+    moved = (updated[-1] - theta).abs().max()
+    assert (saved - theta).abs().max() > 0.1 * moved
+    assert (saved - updated[-1]).abs().max() > 0.1 * moved
+
+
+def test_every_branch_trains_to_weights_of_its_own(
+    iterates: Callable[[str], list[Tensor]],
+) -> None:
+    ends = {branch: iterates(branch)[-1] for branch in BRANCHES}
+    # the base predicts the noise, on which the plain loss is uniform
+    assert torch.equal(ends.pop("uniform"), ends["none"])
+    names = list(ends)
+    for i, one in enumerate(names):
+        for other in names[:i]:
+            assert (ends[one] - ends[other]).abs().max() > 1e-5, (one, other)
+
+
+@pytest.mark.parametrize("method", ["uw", "nashmtl", "pcgrad"])
+def test_every_batch_is_shared_by_the_clusters_evenly(
+    run_of: Callable[..., Run], method: str
+) -> None:
+    run = run_of(multitask=method, batch_size=6)
+    schedule = run.denoiser.schedule
+    source = BatchSource(
+        run.examples, run.choice.range, schedule, run.config, flip=False, clusters=run.clusters
+    )
+    for step in range(20):
+        t = source.batch(step, 0).t.tolist()
+        assert [sum(draw in cluster for draw in t) for cluster in CLUSTERS] == [3, 3]
+
+
+STOPPED = {
+    "uw": {"multitask": "uw"},
+    "nashmtl": {"multitask": "nashmtl", "accumulation": 2},
+    "pcgrad": {"multitask": "pcgrad", "clusters": 3},  # of two the order says nothing
+    "uncertainty": {"loss_weighting": "uncertainty"},
+    "min-snr uw": {"loss_weighting": "min-snr", "multitask": "uw"},
+}
+LEARNED = {
+    "uw": "reduction.tasks.log_variances",
+    "min-snr uw": "reduction.tasks.log_variances",
+    "nashmtl": "reduction.tasks.alpha",
+    "uncertainty": "reduction.uncertainty.weight",
+}
+TO_BE_STOPPED = {
+    # alpha is solved at the updates from 0, 4 and 8; the run is stopped before that from 6
+    "steps": 10, "checkpoint_every": 3, "multitask_every": 4,
+    "lr_schedule": "cosine", "warmup": 3,
+}  # fmt: skip
+
+
+def train_and_read(run: Run, step: int) -> dict[str, Tensor]:
+    """Train to the end; returns all that the checkpoint of update `step` holds."""
+    kept = {}
+    for record in train(run):
+        if record.step == step:
+            kept = {n: v.clone() for n, v in load_tensors(checkpoint_path(run.output)).items()}
+    return kept
+
+
+def train_and_stop(run: Run, step: int) -> None:
+    """Train, and send this process a SIGTERM after update `step`."""
+    records = train(run)
+    while next(records).step < step:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped):
+        next(records)
+
+
+@pytest.mark.parametrize("branch", list(STOPPED))
+def test_a_stopped_run_continues_bit_for_bit_its_learned_weights_included(
+    run_of: Callable[..., Run], branch: str
+) -> None:
+    whole, stopped = (run_of(**TO_BE_STOPPED, **STOPPED[branch]) for _ in range(2))
+    expected = train_and_read(whole, 9)
+    train_and_stop(stopped, 6)
+    checkpoint = checkpoint_path(stopped.output)
+    assert json.loads(read_header(checkpoint).metadata["deme"])["step"] == 6
+    at_stop = load_tensors(checkpoint)
+    if name := LEARNED.get(branch):
+        start = torch.full_like(at_stop[name], float(branch == "nashmtl"))
+        assert not torch.equal(at_stop[name], start), "something has been learned"
+    found = train_and_read(stopped, 9)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    assert read_record(stopped.output, "expert") == read_record(whole.output, "expert")
+
+
+@pytest.mark.parametrize(
+    ("first", "changed", "words"),
+    [
+        ({"loss_weighting": "min-snr"}, {"loss_weighting": "p2"}, "loss_weighting = 'min-snr'"),
+        (
+            {"loss_weighting": "min-snr", "weighting_gamma": 3.0},
+            {"weighting_gamma": 4.0},
+            "weighting_gamma = 3.0",
+        ),
+        (
+            {"loss_weighting": "min-snr"},
+            {"normalise_weighting": True},
+            "normalise_weighting = False",
+        ),
+        ({"loss_weighting": "p2"}, {"weighting_k": 2.0}, "weighting_k = 1.0"),
+        ({"multitask": "uw"}, {"multitask": "pcgrad"}, "multitask = 'uw'"),
+        ({"multitask": "uw"}, {"multitask_lr": 0.1}, "multitask_lr = 0.025"),
+        ({"multitask": "nashmtl"}, {"multitask_every": 3}, "multitask_every = 2"),
+    ],
+)
+def test_a_kept_run_is_not_continued_with_other_settings(
+    run_of: Callable[..., Run], first: dict, changed: dict, words: str
+) -> None:
+    run = run_of(**first, checkpoint_every=1)
+    next(train(run))
+    assert checkpoint_path(run.output).exists()
+    other = replace(run, config=replace(run.config, **changed))
+    with pytest.raises(ConfigError, match="an unfinished run with ") as caught:
+        list(train(other))
+    assert f"with {words}" in str(caught.value)
+
+
+def test_a_kept_run_is_not_continued_in_other_clusters(run_of: Callable[..., Run]) -> None:
+    run = run_of(multitask="uw", checkpoint_every=1)
+    next(train(run))
+    moved = replace(run, clusters=[TimestepRange(0, 30), TimestepRange(30, 50)])
+    with pytest.raises(ConfigError, match="0:20"):
+        list(train(moved))
+    more = replace(run, clusters=THREE, config=replace(run.config, clusters=3))
+    with pytest.raises(ConfigError, match="with cluster"):
+        list(train(more))
+
+
+def state_of(run: Run, *, scale_loss: bool = False) -> TrainingState:
+    network = copy.deepcopy(run.denoiser.network).train().requires_grad_(True)
+    reduction = Reduction(run.config, run.denoiser.schedule, run.clusters)
+    return TrainingState(network, reduction, run.config, scale_loss=scale_loss)
+
+
+def gradients(run: Run, micros: list[int]) -> list[Tensor]:
+    """What batches of the first update add up to, of the network and of what is learned."""
+    state = state_of(run)
+    source = BatchSource(
+        run.examples, run.choice.range, run.denoiser.schedule, run.config, flip=False,
+        clusters=run.clusters,
+    )  # fmt: skip
+    found = []
+    for micro in micros:
+        _backward(run, state, run.denoiser.network, source, micro)
+        found = [p.grad for m in (state.network, state.reduction) for p in m.parameters()]
+    return found
+
+
+@pytest.mark.parametrize("branch", list(STOPPED))
+def test_two_batches_of_an_update_count_half_each(run_of: Callable[..., Run], branch: str) -> None:
+    settings = STOPPED[branch]
+    once, twice = (run_of(**{**settings, "accumulation": n}) for n in (1, 2))
+    both, alone = gradients(twice, [0, 1]), gradients(once, [0, 1])
+    for half, whole in zip(both, alone, strict=True):
+        torch.testing.assert_close(2 * half, whole, rtol=1e-4, atol=1e-6)
+    first = gradients(once, [0])
+    assert any(not torch.allclose(a, b) for a, b in zip(first, alone, strict=True))
+
+
+def give_gradients(state: TrainingState, network: float, own: float) -> None:
+    """The same number as every gradient of the network, another as that of what is learned."""
+    for module, value in ((state.network, network), (state.reduction, own)):
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+
+
+FALLING = {"lr_schedule": "cosine", "warmup": 2, "steps": 6, "weight_decay": 0.5}
+
+
+@pytest.mark.parametrize("multitask_lr", [0.025, 0.5])
+def test_uw_learns_at_a_rate_of_its_own_while_that_of_the_network_falls(
+    run_of: Callable[..., Run], multitask_lr: float
+) -> None:
+    assert FinetuneConfig().multitask_lr == 0.025
+    state = state_of(run_of(multitask="uw", multitask_lr=multitask_lr, **FALLING))
+    s = state.reduction.tasks.log_variances
+    rates = []
+    for _ in range(6):
+        before = s.detach().clone()
+        give_gradients(state, network=1.0, own=3.0)
+        state.update()
+        network, own = state.optimizer.param_groups
+        rates.append(network["lr"])
+        assert own["lr"] == multitask_lr
+        # the step of Adam under a constant gradient is its rate
+        torch.testing.assert_close(before - s, torch.full((2,), multitask_lr), rtol=1e-4, atol=0)
+    assert rates == [learning_rate(step, state.config) for step in range(6)]
+    assert rates[0] < rates[2] == QUICK.lr > rates[5]
+
+
+@pytest.mark.parametrize("branch", ["uw", "uncertainty"])
+def test_weight_decay_shrinks_the_network_and_leaves_what_is_learned(
+    run_of: Callable[..., Run], branch: str
+) -> None:
+    state = state_of(run_of(**STOPPED[branch], **FALLING))
+    for parameter in state.reduction.parameters():
+        parameter.data.fill_(1.5)
+    before = flat(state.network.state_dict())
+    kept = 1.0
+    for step in range(6):
+        give_gradients(state, network=0.0, own=0.0)
+        state.update()
+        kept *= 1 - 0.5 * learning_rate(step, state.config)
+    torch.testing.assert_close(flat(state.network.state_dict()), before * kept)
+    for parameter in state.reduction.parameters():
+        assert (parameter == 1.5).all()
+
+
+def test_uncertainty_learns_at_the_rate_of_the_network(run_of: Callable[..., Run]) -> None:
+    state = state_of(run_of(loss_weighting="uncertainty", **FALLING))
+    for step in range(6):
+        give_gradients(state, network=1.0, own=1.0)
+        state.update()
+        rates = [group["lr"] for group in state.optimizer.param_groups]
+        assert rates == [learning_rate(step, state.config)] * 2
+
+
+@pytest.mark.parametrize("scale_loss", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("branch", ["uw", "uncertainty"])
+def test_the_gradient_of_the_network_alone_is_clipped(
+    run_of: Callable[..., Run], branch: str, scale_loss: bool
+) -> None:
+    run = run_of(**STOPPED[branch], grad_clip=0.5)
+    for size in (0.2, 7.0):  # norms below and above the clip
+        state = state_of(run, scale_loss=scale_loss)
+        factor = float(state.scaler.scale(torch.ones(())))
+        num = sum(parameter.numel() for parameter in state.network.parameters())
+        give_gradients(state, network=size / num**0.5 * factor, own=100.0 * factor)
+        state.update()
+
+        def gradient(module: torch.nn.Module, state: TrainingState = state) -> Tensor:
+            """What AdamW saw: its first moment after one update is (1 - beta1) of it."""
+            moments = [state.optimizer.state[p]["exp_avg"].flatten() for p in module.parameters()]
+            return torch.cat(moments) / (1 - state.config.beta1)
+
+        norm = gradient(state.network).norm().item()
+        assert norm == pytest.approx(min(size, 0.5), rel=1e-3)
+        own = gradient(state.reduction)
+        torch.testing.assert_close(own, torch.full_like(own, 100.0))
+
+
+def test_an_overflow_of_fp16_skips_the_update_of_what_is_learned_too(
+    run_of: Callable[..., Run],
+) -> None:
+    state = state_of(run_of(multitask="uw"), scale_loss=True)
+    factor = float(state.scaler.scale(torch.ones(())))
+    before = flat(state.network.state_dict())
+    give_gradients(state, network=float("inf"), own=1.0)
+    state.update()
+    assert torch.equal(flat(state.network.state_dict()), before)
+    assert state.reduction.tasks.log_variances.tolist() == [0, 0]
+    assert state.scaler.get_scale() < factor
+
+
+@pytest.mark.parametrize("range_text", ["1/1", "2/4"])
+@pytest.mark.parametrize("by", ["uniform", "snr", "log-snr"])
+def test_a_run_is_prepared_with_the_clusters_of_its_range(
+    base: Path, tmp_path: Path, by: str, range_text: str
+) -> None:
+    settings = replace(QUICK, multitask="uw", cluster_by=by)
+    job = Job(base, DataConfig(source="digits"), settings, device="cpu")
+    (plan,) = plan_experts(job, RunFile(tmp_path, {}), range_text, tmp_path / "ft.safetensors")
+    run = prepare(plan)
+    span = parse_range(range_text, 100).range
+    assert run.clusters == cluster_draws(span, 2, by, run.denoiser.schedule)
+    assert (run.clusters[0].start, run.clusters[-1].stop) == (span.start, span.stop)
+    assert prepare(replace(plan, job=replace(job, settings=QUICK))).clusters == []
