@@ -11,10 +11,11 @@ from deme_cli.errors import Stopped
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 if hasattr(signal, "SIGUSR1"):
     _EXIT_CODES[signal.SIGUSR1] = 75  # what batch systems send before the time limit
+    _EXIT_CODES[signal.SIGHUP] = 75  # the terminal was closed
 
 
 class StopRequests:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 set `asked` instead of killing the process.
+    """While entered, SIGINT, SIGTERM, SIGUSR1 and SIGHUP set `asked` instead of killing.
 
     A second signal of the same run falls through to the handler before, for those in a hurry.
     Outside the main thread (a notebook, a test) signals stay as they are.
@@ -27,6 +28,8 @@ class StopRequests:
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
             for name in _EXIT_CODES:
+                if name.name == "SIGHUP" and signal.getsignal(name) == signal.SIG_IGN:
+                    continue  # nohup: the run is to outlive its terminal
                 self._before[name] = signal.signal(name, self._ask)
         return self
 

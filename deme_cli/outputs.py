@@ -81,3 +81,9 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def shown_path(path: Path) -> Path:
+    """As seen from the current folder, where it lies below."""
+    here, path = Path.cwd(), Path(path)
+    return path.relative_to(here) if path.is_relative_to(here) else path

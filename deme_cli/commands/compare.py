@@ -6,7 +6,6 @@ import contextlib
 import io
 import re
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,12 +15,11 @@ import typer
 
 from deme_cli import console
 from deme_cli.commands.options import ConfigPath, Device, DryRun, Dtype, Json, Quiet, begin
-from deme_cli.errors import ConfigError
+from deme_cli.errors import ConfigError, DemeError
 
 if TYPE_CHECKING:
     from deme_cli.comparison.jobs import RowJobs, Stage
     from deme_cli.comparison.plan import Plan
-    from deme_cli.comparison.work import Failure
     from deme_cli.run_file import RunFile
 
 _BUDGET = "Budget"
@@ -36,7 +34,8 @@ def compare(
         str | None,
         typer.Option(
             "--model",
-            help=r"What to import as base \[default: that of deme.toml, else of the plan].",
+            help="Base to import, in place of the deme.toml here "
+            r"\[default: that of deme.toml, else of the plan, else digits].",
             show_default=False,
         ),
     ] = None,
@@ -76,7 +75,12 @@ def compare(
     ] = None,
     seeds: Annotated[
         str | None,
-        typer.Option("--seeds", help="Training seeds, as 0,1,2.", rich_help_panel=_BUDGET),
+        typer.Option(
+            "--seeds",
+            help=r"Training seeds, as 0,1,2 \[default: of the plan].",
+            rich_help_panel=_BUDGET,
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -106,6 +110,10 @@ def compare(
     from deme_cli.comparison.plan import read_plan
 
     run = begin(config, quiet=quiet)
+    if model is not None and run.path is not None:
+        if config is not None:
+            raise ConfigError("--model takes another base than --config has; give one of them")
+        console.warn(f"--model {model}: the {run.path} here is not used")
     chosen = _with_options(read_plan(plan), updates=updates, budget=budget, seeds=seeds)
     folder = output or Path(Path(plan).stem)
     with tempfile.TemporaryDirectory() as scratch:
@@ -116,11 +124,14 @@ def compare(
         rows = jobs_of(chosen, stage)
         asked = _rows_of(rows, only)
         _tell_changes(asked)
+        if not table and not all(job.is_done for row in asked for job in row.results.values()):
+            _check_measures(stage, rows[0], Path(scratch))
         if dry_run:
-            say_what_would_run(asked, flops)
+            say_what_would_run(asked, flops, as_json=as_json)
             return
-        failures = {} if table else _work_off(asked, jobs)
-        conclude(chosen, stage, rows, failures, flops, as_json=as_json)
+        if not table:
+            _work_off(asked, jobs)
+        conclude(chosen, stage, rows, asked, flops, as_json=as_json)
 
 
 def _with_options(
@@ -212,6 +223,26 @@ def _stage(
     return stage, flops_by_row(plan, stage, passes)
 
 
+def _check_measures(stage: Stage, row: RowJobs, scratch: Path) -> None:
+    """What `deme eval --dry-run` checks of every measure, before hours of training."""
+    from deme_cli.commands.eval import evaluate
+
+    job, was_quiet = next(iter(row.results.values())), console.is_quiet()
+    for index, measure in enumerate(stage.measures):
+        path = scratch / f"measure-{index}.toml"
+        path.write_text(job.files[path.name], encoding="utf-8")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                evaluate(
+                    [str(stage.base)], config=path, dry_run=True, quiet=True, device=stage.device
+                )
+        except DemeError as error:
+            where = f"measure {measure.name!r}" if measure.name else "[eval]"
+            raise type(error)(f"{where}: {error}") from error
+        finally:
+            console.set_quiet(was_quiet)
+
+
 def _rows_of(rows: list[RowJobs], only: list[str] | None) -> list[RowJobs]:
     """The rows whose names match. Raises ConfigError for a pattern that matches none."""
     if not only:
@@ -232,8 +263,8 @@ def _tell_changes(rows: list[RowJobs]) -> None:
             console.warn(change)
 
 
-def _work_off(rows: list[RowJobs], at_once: int) -> Mapping[Path, Failure]:
-    """Run the jobs of these rows with a bar; returns the failures."""
+def _work_off(rows: list[RowJobs], at_once: int) -> None:
+    """Run the jobs of these rows with a bar."""
     from deme_cli.comparison.work import Finished, Work
 
     work = Work(
@@ -249,4 +280,3 @@ def _work_off(rows: list[RowJobs], at_once: int) -> Mapping[Path, Failure]:
                 shown = [f"{title}: {n}" if n else title for title, n in record.running.items()]
                 bar.advance(record.settled, " | ".join(shown))
         bar.advance(work.num_settled)
-    return work.failures

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.errors import DemeError
-from deme_cli.outputs import write_whole
+from deme_cli.outputs import shown_path, write_whole
 
 if TYPE_CHECKING:
     from deme_cli.comparison.jobs import RowJobs, Stage
     from deme_cli.comparison.plan import Plan
     from deme_cli.comparison.results import Comparison
-    from deme_cli.comparison.work import Failure
 
 
 class RowsFailed(DemeError):
@@ -26,7 +25,9 @@ class RowsFailed(DemeError):
         self.exit_code = exit_code
 
 
-def say_what_would_run(rows: Sequence[RowJobs], flops: Mapping[str, float]) -> None:
+def say_what_would_run(
+    rows: Sequence[RowJobs], flops: Mapping[str, float], *, as_json: bool
+) -> None:
     """The jobs of these rows, each once, and what their training costs."""
     seen: set[Path] = set()
     for row in rows:
@@ -40,32 +41,39 @@ def say_what_would_run(rows: Sequence[RowJobs], flops: Mapping[str, float]) -> N
                 words = ", ".join(command.words[0] for command in job.commands)
                 console.note(f"  {job.title}: {'done' if job.is_done else words}")
             seen.add(job.folder)
+    console.result_paths([], as_json=as_json, dry_run=True, jobs=len(seen))
 
 
 def conclude(
     plan: Plan,
     stage: Stage,
     rows: Sequence[RowJobs],
-    failures: Mapping[Path, Failure],
+    asked: Sequence[RowJobs],
     flops: Mapping[str, float],
     *,
     as_json: bool,
 ) -> None:
-    """Write the table in every form and show it; raises RowsFailed if a row failed."""
+    """Write the table in every form and show it; raises RowsFailed if a row asked for failed."""
     from deme_cli.comparison.collect import collect
     from deme_cli.comparison.document import document
 
-    comparison = collect(plan, stage, rows, failures=failures, flops=flops)
+    comparison = collect(plan, rows, flops=flops)
     shown = document(comparison)
     paths = _write(comparison, shown, stage.folder)
     _tell(comparison)
-    console.result_paths([_short(path) for path in paths], as_json=as_json, **shown)
+    console.result_paths([shown_path(path) for path in paths], as_json=as_json, **shown)
+    failures = [
+        (jobs.row.name, failure)
+        for jobs in asked
+        for seed in jobs.results
+        if (failure := jobs.failure(seed))
+    ]
     if failures:
-        failed = [row for row in comparison.rows if row.failures]
+        reasons = {name: failure.message for name, failure in reversed(failures)}
         raise RowsFailed(
-            f"{len(failed)} of {len(comparison.rows)} rows have failed: "
-            + "; ".join(f"{row.name}: {row.failures[0]}" for row in failed),
-            next(iter(failures.values())).exit_code,
+            f"{len(reasons)} of {len(asked)} rows have failed: "
+            + "; ".join(f"{name}: {reasons[name]}" for name in dict(failures)),
+            failures[0][1].exit_code,
         )
 
 
@@ -98,8 +106,3 @@ def _tell(comparison: Comparison) -> None:
     for row in comparison.rows:
         if status := status_of(row):
             console.warn(f"{row.name}: {status}")
-
-
-def _short(path: Path) -> Path:
-    """As seen from here, where it lies below."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

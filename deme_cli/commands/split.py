@@ -192,9 +192,12 @@ def _run_file_text(
 
 
 def _absolute(place: str | None) -> str | None:
-    """A path that is there as an absolute one; anything else as it is."""
+    """A path that is there as an absolute one; a known name or anything else as it is."""
+    from deme_cli.data.places import KNOWN_DATASETS
+
     here = Path(place or "").expanduser()
-    return str(here.resolve()) if place and here.exists() else place
+    is_path = place and place not in ("digits", *KNOWN_DATASETS) and here.exists()
+    return str(here.resolve()) if is_path else place
 
 
 def _show(record: BaseRecord, ranges: list[TimestepRange], facts: dict[str, Any]) -> None:

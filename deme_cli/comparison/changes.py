@@ -23,7 +23,7 @@ def change_of(jobs: RowJobs) -> str | None:
     earlier = [
         folder
         for folder in sorted(own.parent.glob(f"{slug(jobs.row.name)}-????????"), key=_age)
-        if folder != own and any(folder.glob(f"*/{DONE_NAME}"))
+        if folder != own and _is_of(folder, jobs.row.name)
     ]
     if not earlier:
         return None
@@ -36,6 +36,16 @@ def change_of(jobs: RowJobs) -> str | None:
         f"{jobs.row.name}: finished before with other settings ({', '.join(shown)}{more}); "
         f"made anew, what was measured then stays in {earlier[-1]}"
     )
+
+
+def _is_of(folder: Path, row: str) -> bool:
+    """Whether a finished result of this row lies in `folder`; other names may look alike."""
+    for done in folder.glob(f"*/{DONE_NAME}"):
+        try:
+            return json.loads(done.with_name(SETTINGS_NAME).read_text())["row"] == row
+        except (OSError, ValueError, KeyError):  # removed by hand, or of another version
+            return False
+    return False
 
 
 def _age(folder: Path) -> float:
@@ -61,12 +71,16 @@ def _settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings by name, those of tables as `table.name`, without the training's folder."""
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by name, those of a table as `table.name`; without what is no setting."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": one for key, one in value.items()}
-        elif name != "training":
-            flat[name] = value
+        if name == "measures":
+            for one in value:
+                own = {table: one[table] for table in ("sample", "eval")}
+                flat |= _flat(own, f"{one['name']} " if one["name"] else "")
+        elif isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif name not in ("training", "row"):
+            flat[prefix + name] = value
     return flat

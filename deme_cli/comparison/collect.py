@@ -4,92 +4,68 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from deme_cli.artifacts import read_record
-from deme_cli.comparison.jobs import Job, RowJobs, Stage
+from deme_cli.comparison.jobs import Job, RowJobs
 from deme_cli.comparison.plan import Plan
 from deme_cli.comparison.results import Column, Comparison, Result, RowResult, SearchCost
-from deme_cli.comparison.work import Failure
 from deme_cli.config import FinetuneConfig
 from deme_cli.errors import ArtifactError
-from deme_cli.records import MergedRecord
+from deme_cli.evaluation.comparable import compare
+from deme_cli.records import ExpertRecord, MergedRecord
 
 _HIGHER_IS_BETTER = ("clip_score", "accuracy")
 
 
-def collect(
-    plan: Plan,
-    stage: Stage,
-    rows: Sequence[RowJobs],
-    *,
-    failures: Mapping[Path, Failure],
-    flops: Mapping[str, float],
-) -> Comparison:
+def collect(plan: Plan, rows: Sequence[RowJobs], *, flops: Mapping[str, float]) -> Comparison:
     """The table as far as it is. flops: of one update, by row.
 
-    Raises ArtifactError where a finished job has left a file that cannot be read.
+    Raises ArtifactError where a finished job has left a file that cannot be read, or rows were
+    trained or measured on images that are not the same any more.
     """
-    found = tuple(_row(row, plan, failures, flops.get(row.row.name, 0.0)) for row in rows)
+    found = tuple(_row(row, plan, flops.get(row.row.name, 0.0)) for row in rows)
     columns = dict.fromkeys(c for row in found for result in row.results for c in result.values)
+    _require_same_images(rows)
     cards = _cards(plan, rows)
     return Comparison(
         title=plan.title,
         columns=tuple(columns),
         rows=found,
-        protocol=tuple(_protocol(plan, stage, cards)),
+        protocol=tuple(_protocol(plan, cards)),
         published=plan.published,
         cards=cards,
     )
 
 
-def _row(jobs: RowJobs, plan: Plan, failures: Mapping[Path, Failure], flops: float) -> RowResult:
+def _row(jobs: RowJobs, plan: Plan, flops: float) -> RowResult:
     row, config = jobs.row, jobs.finetune
-    done = {seed: job for seed, job in jobs.results.items() if job.is_done}
-    failed = [
-        failures[job.folder].message for job in jobs.results.values() if job.folder in failures
-    ]
+    failed = [failure for seed in jobs.results if (failure := jobs.failure(seed))]
+    results = tuple(
+        Result(
+            seed=seed,
+            values=_values(job, plan),
+            seconds=_training_seconds(jobs.trainings.get(seed), config),
+            **_merge(job.folder / "merged.safetensors"),
+        )
+        for seed, job in jobs.results.items()
+        if job.is_done
+    )
     updates = row.n * config.steps if config else 0
     return RowResult(
         name=row.name,
         kind=row.kind,
         num_ranges=row.n,
-        settings=_apart(jobs),
-        results=tuple(
-            Result(
-                seed=seed,
-                values=_values(job, plan),
-                seconds=_training_seconds(jobs.trainings.get(seed), config),
-                search=_search_cost(job.folder / "merged.safetensors"),
-            )
-            for seed, job in done.items()
-        ),
+        settings=dict(jobs.apart),
+        results=results,
         updates=updates,
         images=updates * config.batch_size * config.accumulation if config else 0,
         flops=updates * flops,
         published=row.published,
-        failures=tuple(failed),
-        pending=len(jobs.results) - len(done) - len(failed),
+        failures=tuple(failure.message for failure in failed),
+        pending=len(jobs.results) - len(results) - len(failed),
     )
-
-
-def _apart(jobs: RowJobs) -> dict[str, Any]:
-    """What sets a row apart from plain finetuning, as far as it was set."""
-    config = jobs.finetune
-    if config is None:
-        return {}
-    plain = FinetuneConfig(
-        **{**asdict(config), "p": 0.0, "consistency": 0.0, "projection": "none",
-           "loss_weighting": "none", "weighting_gamma": None, "normalise_weighting": False,
-           "multitask": "none"}
-    )  # fmt: skip
-    ours, theirs = asdict(config), asdict(plain)
-    apart = {name: value for name, value in ours.items() if value != theirs[name]}
-    if config.multitask != "none":
-        apart |= {"clusters": config.clusters, "cluster_by": config.cluster_by}
-    return {**apart, **({"by": jobs.row.by} if jobs.row.n > 1 else {}), **jobs.row.merge}
 
 
 def _values(job: Job, plan: Plan) -> dict[Column, tuple[float, ...]]:
@@ -129,16 +105,20 @@ def _training_seconds(job: Job | None, config: FinetuneConfig | None) -> float:
     return seconds
 
 
-def _search_cost(merged: Path) -> SearchCost | None:
+def _merge(merged: Path) -> dict[str, Any]:
+    """The coefficients of a merged model and what their search took; {} where nothing is merged."""
     if not merged.exists():
-        return None
+        return {}
     record = read_record(merged, "merged")
     assert isinstance(record, MergedRecord)
-    if not record.search:
-        return None
-    rungs = record.search.get("rungs", [])
-    images = sum(r["evaluations"] * r["num"] for r in rungs if not _is_loss(r["objective"]))
-    return SearchCost(record.search["evaluations"], images, record.search["seconds"])
+    found: dict[str, Any] = {"coefficients": tuple(record.coefficients)}
+    if search := record.search:
+        rungs = search.get("rungs", [])
+        images = sum(r["evaluations"] * r["num"] for r in rungs if not _is_loss(r["objective"]))
+        found["search"] = SearchCost(
+            search["evaluations"], images, search["seconds"], search["objective"]
+        )
+    return found
 
 
 def _is_loss(objective: str) -> bool:
@@ -146,18 +126,46 @@ def _is_loss(objective: str) -> bool:
 
 
 def _cards(plan: Plan, rows: Sequence[RowJobs]) -> dict[str, Any]:
-    """The protocol card of each measure, from the first row that has one."""
+    """The protocol card of each measure, with the number of images; that of the first row.
+
+    Raises ArtifactError where another row was measured under another, as against other images.
+    """
     cards: dict[str, Any] = {}
     for jobs in rows:
         for job in jobs.results.values():
-            for index, measure in enumerate(plan.measures):
-                if job.is_done and measure.name not in cards:
-                    row = _measured(job.folder / f"measure-{index}.json")
-                    cards[measure.name] = row["protocol"]
+            for index, measure in enumerate(plan.measures if job.is_done else ()):
+                path = job.folder / f"measure-{index}.json"
+                row = _measured(path)
+                num = next(iter(row["metrics"].values()))["n"]
+                card = {**row["protocol"], "num": num}
+                first = cards.setdefault(measure.name, card)
+                for name, ours, theirs in compare(first, card, first["num"], num) or ():
+                    if name != "versions":
+                        raise ArtifactError(
+                            f"{path}: measured with {name} = {theirs}, other rows with {ours}; "
+                            f"remove its folder, and the row is measured again"
+                        )
     return cards
 
 
-def _protocol(plan: Plan, stage: Stage, cards: Mapping[str, Any]) -> list[str]:
+def _require_same_images(rows: Sequence[RowJobs]) -> None:
+    """Raises ArtifactError where two rows were trained on images that differ."""
+    first: dict[str, Any] = {}
+    for jobs in rows:
+        for job in jobs.trainings.values():
+            if job.is_done:
+                path = job.folder / job.commands[-1].output
+                record = read_record(path, "expert")
+                assert isinstance(record, ExpertRecord)
+                first = first or record.data
+                if record.data != first:
+                    raise ArtifactError(
+                        f"{path}: trained on {record.data}, other rows on {first}; the images have "
+                        f"changed since, choose another --output"
+                    )
+
+
+def _protocol(plan: Plan, cards: Mapping[str, Any]) -> list[str]:
     """What the figures depend on, as sentences."""
     from deme_cli.evaluation.protocol import describe_cards
 
@@ -167,7 +175,9 @@ def _protocol(plan: Plan, stage: Stage, cards: Mapping[str, Any]) -> list[str]:
         f"training seeds {', '.join(map(str, plan.seeds))}; all rows are drawn from the same noise"
     ]
     for name, card in cards.items():
-        lines += [
-            f"{name}: {line}" if name else line for line in describe_cards({"every row": card})
+        told = [
+            *describe_cards({"every row": card}),
+            f"{card['num']:,} images of every row and evaluation seed",
         ]
+        lines += [f"{name}: {line}" if name else line for line in told]
     return lines

@@ -93,6 +93,7 @@ def _row_document(row: RowResult, comparison: Comparison) -> dict[str, Any]:
                 "values": {column.title: values for column, values in result.values.items()},
                 "seconds": result.seconds,
                 "search": result.search and asdict(result.search),
+                "coefficients": result.coefficients,
             }
             for result in row.results
         ],

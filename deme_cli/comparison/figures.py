@@ -129,7 +129,9 @@ def _pairs(
         both = [(values, theirs[seed]) for seed, values in ours.items() if seed in theirs]
     for one, other in both:
         shared = min(len(one), len(other))
-        yield one[:shared] - other[:shared]
+        with np.errstate(invalid="ignore"):  # inf - inf is no difference
+            difference = one[:shared] - other[:shared]
+        yield difference
 
 
 def beats(row: RowResult, other: RowResult, column: Column) -> bool:
@@ -173,6 +175,7 @@ def search_of(row: RowResult) -> SearchCost | None:
         evaluations=round(np.mean([cost.evaluations for cost in costs])),
         images=round(np.mean([cost.images for cost in costs])),
         seconds=float(np.mean([cost.seconds for cost in costs])),
+        objective=costs[0].objective,
     )
 
 

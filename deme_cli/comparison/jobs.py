@@ -8,24 +8,29 @@ folder, so what is finished stays true and only what changed is made anew. No to
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deme_cli.comparison.digests import as_json, deciding, deciding_measures, digest
 from deme_cli.comparison.plan import MeasurePlan, Plan, RowPlan
-from deme_cli.config import CONFIG_NAME, NOT_RESULT, TABLES, FinetuneConfig, MergeConfig
-from deme_cli.errors import ConfigError
+from deme_cli.comparison.rows import Tables, finetune_settings, merge_settings, settings_apart
+from deme_cli.config import (
+    CONFIG_NAME,
+    TABLES,
+    DataConfig,
+    EvalConfig,
+    FinetuneConfig,
+    MergeConfig,
+    SampleConfig,
+)
 from deme_cli.run_file import render_run_file
 
-DONE_NAME, SETTINGS_NAME = "done.json", "settings.json"
-_PLAIN = {"p": 0.0, "consistency": 0.0, "projection": "none"}  # of rows of kind finetune
-
-Tables = Mapping[str, Mapping[str, Any]]
+DONE_NAME, FAILED_NAME, SETTINGS_NAME = "done.json", "failed.json", "settings.json"
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,25 @@ class Stage:
     updates: Mapping[str, int]
     device: str = "auto"
     dtype: str = "fp32"
-    measures: tuple[MeasurePlan, ...] = (MeasurePlan(),)  # the plan's, their paths absolute
+    measures: tuple[MeasurePlan, ...] = (MeasurePlan(),)  # each with all its settings
     affinity: str = ""  # digest of the gradients that rows may be clustered by
 
     @property
-    def parts(self) -> dict[str, str]:
-        """Where the frozen parts are taken from, if somebody said so."""
+    def decides(self) -> dict[str, Any]:
+        """What decides every result: weights, images, precision, and where frozen parts are."""
         pipeline = self.tables.get("model", {}).get("pipeline")
-        return {"pipeline": pipeline} if pipeline else {}
+        data = asdict(DataConfig(**self.tables.get("data", {})))
+        return {
+            "base": self.fingerprint, "dtype": self.dtype, "data": data, "pipeline": pipeline,
+        }  # fmt: skip
+
+    @property
+    def candidates(self) -> dict[str, Any]:
+        """How a search draws and measures its candidates, besides [merge]."""
+        sample, evaluation = (self.tables.get(name, {}) for name in ("sample", "eval"))
+        return {
+            "sample": deciding(SampleConfig(**sample)), "eval": deciding(EvalConfig(**evaluation)),
+        }  # fmt: skip
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -65,6 +81,14 @@ class Command:
 
     words: tuple[str, ...]
     output: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job has no result, and the exit code of the command that failed."""
+
+    message: str
+    exit_code: int
 
 
 @dataclass(frozen=True)
@@ -86,16 +110,34 @@ class Job:
     def is_done(self) -> bool:
         return (self.folder / DONE_NAME).exists()
 
+    @property
+    def failure(self) -> Failure | None:
+        """How the last try failed, in whatever process; None if it did not."""
+        try:
+            return Failure(**json.loads((self.folder / FAILED_NAME).read_text()))
+        except (OSError, ValueError, TypeError):  # not there, or being tried again
+            return None
+
 
 @dataclass(frozen=True)
 class RowJobs:
     """The jobs of one row: per training seed (None where nothing is trained) its result job and
-    what that needs. `finetune` holds every setting of its training."""
+    what that needs. `finetune` and `merge` hold every setting of its training and its merge,
+    `apart` those that plain finetuning has otherwise, and how the coefficients are found."""
 
     row: RowPlan
     results: Mapping[int | None, Job]
     trainings: Mapping[int | None, Job]
-    finetune: FinetuneConfig | None
+    finetune: FinetuneConfig | None = None
+    merge: MergeConfig | None = None
+    apart: Mapping[str, Any] = field(default_factory=dict)
+
+    def failure(self, seed: int | None) -> Failure | None:
+        """Why there is no result from this seed, if something failed."""
+        jobs = (self.results[seed], *([self.trainings[seed]] if seed in self.trainings else []))
+        if self.results[seed].is_done:
+            return None
+        return next((one.failure for one in jobs if one.failure), None)
 
 
 def jobs_of(plan: Plan, stage: Stage) -> list[RowJobs]:
@@ -103,88 +145,67 @@ def jobs_of(plan: Plan, stage: Stage) -> list[RowJobs]:
     return [_row_jobs(row, plan, stage) for row in plan.rows]
 
 
-def finetune_settings(row: RowPlan, tables: Tables, *, updates: int) -> FinetuneConfig:
-    """Every setting of a row's training: the common ones, those of its kind, its own.
-
-    Raises ConfigError, naming the row, on settings that do not go together.
-    """
-    plain = _PLAIN if row.kind == "finetune" else {}
-    steps = max(updates // row.n, 1)
-    common = dict(tables.get("finetune", {}))
-    try:
-        return FinetuneConfig(**{
-            **common, **plain, **row.finetune, "steps": steps,
-            "snapshot_every": None, "ema_lengths": None,
-        })  # fmt: skip
-    except ConfigError as error:
-        raise ConfigError(f"row {row.name!r}: {error}") from error
-
-
 def _row_jobs(row: RowPlan, plan: Plan, stage: Stage) -> RowJobs:
     if row.kind == "base":
-        result = _result_job(row, stage, None, None)
-        return RowJobs(row, {None: result}, {}, None)
+        return RowJobs(row, {None: _result_job(row, stage, None, None, None)}, {})
     config = finetune_settings(row, stage.tables, updates=stage.updates[row.name])
+    merge = merge_settings(row, stage.tables)
     trainings = {seed: _training_job(row, config, stage, seed) for seed in plan.seeds}
-    results = {seed: _result_job(row, stage, seed, job) for seed, job in trainings.items()}
-    return RowJobs(row, results, trainings, config)
+    results = {seed: _result_job(row, stage, merge, seed, job) for seed, job in trainings.items()}
+    apart = settings_apart(row, config, merge, stage.tables)
+    return RowJobs(row, results, trainings, config, merge, apart)
 
 
 def _training_job(row: RowPlan, config: FinetuneConfig, stage: Stage, seed: int) -> Job:
     """`deme finetune --range all` with these settings, all of them in its deme.toml."""
     ranges = list(stage.ranges[row.by, row.n])
-    settings = {name: value for name, value in asdict(config).items() if value is not None}
-    decides = {name: value for name, value in settings.items() if name not in NOT_RESULT}
-    decides |= {"ranges": ranges, "base": stage.fingerprint, "dtype": stage.dtype}
-    decides |= {"data": dict(stage.tables.get("data", {}))}
-    decides |= stage.parts
+    decides = {**deciding(config), "ranges": ranges, **stage.decides}
     if config.multitask != "none" and config.cluster_by == "gradient":
         decides["affinity"] = stage.affinity
-    name = f"{row.n}x{config.steps}-{_digest(decides)}"
+    name = f"{row.n}x{config.steps}-{digest(decides)}"
     folder = stage.folder / "trainings" / name / f"seed-{seed}"
-    live = {
+    settings = {name: value for name, value in asdict(config).items() if value is not None}
+    tables = {
         "split": {"n": row.n, "by": row.by, "ranges": ranges},
         "finetune": {**settings, "seed": seed},
     }
-    stage = replace(stage, tables={**stage.tables, "finetune": {}})  # all of them are in `live`
     experts = _expert_names(row.n)
     return Job(
         folder=folder,
         title=f"{row.n} x {config.steps} updates, seed {seed} ({row.name})",
-        commands=(Command(("finetune", "--range", "all", "--quiet", *stage.options), experts[-1]),),
-        files={CONFIG_NAME: _run_file(live, stage, folder), SETTINGS_NAME: _json(decides)},
+        commands=(Command(("finetune", "--range", "all", *stage.options), experts[-1]),),
+        files={CONFIG_NAME: _run_file(tables, stage, folder), SETTINGS_NAME: as_json(decides)},
         curves=tuple(folder / f"{Path(name).stem}.metrics.jsonl" for name in experts),
         updates=row.n * config.steps,
     )
 
 
-def _result_job(row: RowPlan, stage: Stage, seed: int | None, training: Job | None) -> Job:
+def _result_job(
+    row: RowPlan, stage: Stage, merge: MergeConfig | None, seed: int | None, training: Job | None
+) -> Job:
     """Merge, where the row asks for it, then `deme eval` under every measure."""
-    merge = {**stage.tables.get("merge", {}), **row.merge} if row.kind == "merged" else {}
     decides = {
         "training": training.folder.parent.name if training else "none",
         "kind": row.kind,
-        "merge": merge,
-        "measures": [asdict(measure) for measure in stage.measures],
-        "base": stage.fingerprint,
-        "dtype": stage.dtype,
-        **{name: dict(stage.tables.get(name, {})) for name in ("sample", "eval", "data")},
-        **stage.parts,
+        "merge": {**deciding(merge), **stage.candidates} if merge else {},
+        "measures": deciding_measures(stage.measures),
+        **stage.decides,
     }
-    name = f"{slug(row.name)}-{_digest(decides)}"
+    name = f"{slug(row.name)}-{digest(decides)}"
     folder = stage.folder / "rows" / name / ("once" if seed is None else f"seed-{seed}")
     models = _models(row, stage, training, folder)
-    commands, files = [], {SETTINGS_NAME: _json(decides)}
-    if row.kind == "merged":
+    commands, files = [], {SETTINGS_NAME: as_json({**decides, "row": row.name})}
+    if merge:
         words = ("merge", *models, "--no-report", "--output", "merged.safetensors")
-        own = {**merge, "seed": MergeConfig(**merge).seed + (seed or 0)}
+        settings = {name: value for name, value in asdict(merge).items() if value is not None}
+        tables = {"merge": {**settings, "seed": merge.seed + (seed or 0)}}
         commands.append(Command((*words, *stage.options), "merged.safetensors"))
-        files[CONFIG_NAME] = _run_file({"merge": own}, stage, folder)
+        files[CONFIG_NAME] = _run_file(tables, stage, folder)
         models = ["merged.safetensors"]
     for index, measure in enumerate(stage.measures):
         toml, output = f"measure-{index}.toml", f"measure-{index}.json"
-        live = {"sample": dict(measure.sample), "eval": dict(measure.eval)}
-        files[toml] = _run_file(live, stage, folder)
+        tables = {"sample": measure.sample, "eval": measure.eval}
+        files[toml] = _run_file(tables, stage, folder)
         words = ("eval", *models, "--config", toml, "--output", output)
         commands.append(Command((*words, *stage.options), output))
     title = row.name if seed is None else f"{row.name}, seed {seed}"
@@ -203,24 +224,13 @@ def _expert_names(n: int) -> list[str]:
     return [f"ft_{index}of{n}.safetensors" for index in range(1, n + 1)]
 
 
-def _run_file(live: Tables, stage: Stage, folder: Path) -> str:
-    """A deme.toml with the common tables and `live` on top, its base seen from `folder`."""
-    tables = {name: dict(values) for name, values in stage.tables.items()}
-    tables["model"] = {**tables.get("model", {}), "base": os.path.relpath(stage.base, folder)}
-    for name, values in live.items():
-        tables[name] = {**tables.get(name, {}), **values}
-    ordered = {name: tables[name] for name in TABLES if name in tables}
-    return render_run_file(ordered)
+def _run_file(tables: Tables, stage: Stage, folder: Path) -> str:
+    """A deme.toml of the common tables, `tables` in place of theirs, for a job in `folder`."""
+    model = {**stage.tables.get("model", {}), "base": os.path.relpath(stage.base, folder)}
+    live = {**stage.tables, **tables, "model": model}
+    return render_run_file({name: live[name] for name in TABLES if name in live})
 
 
 def slug(name: str) -> str:
     """A row's name as part of a file name: letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "row"
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=1, sort_keys=True, default=list)
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(_json(values).encode(), digest_size=4).hexdigest()

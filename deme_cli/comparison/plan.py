@@ -22,6 +22,7 @@ SHIPPED = Path(__file__).parent / "plans"
 KINDS = ("base", "finetune", "ensemble", "merged")
 BUDGETS = ("updates", "compute")
 COMMON = tuple(name for name in TABLES if name != "split")
+_TYPE_NAMES = {str: "text in quotes", int: "a whole number", list: "a list"}
 _ROW_KEYS = ("name", "kind", "n", "by", "finetune", "merge", "published")
 _PLAN_KEYS = ("title", "n", "updates", "budget", "seeds", "published", "row", "measure", *COMMON)
 
@@ -73,7 +74,9 @@ class Plan:
             raise ConfigError(f"n = {self.n}, updates = {self.updates}: expected 1 or more")
         whole = all(type(seed) is int and seed >= 0 for seed in self.seeds)
         if not whole or not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds = {list(self.seeds)}: expected different numbers from 0")
+            raise ConfigError(
+                f"seeds = {list(self.seeds)}: expected distinct whole numbers, 0 or more"
+            )
 
 
 def shipped_plans() -> list[str]:
@@ -113,6 +116,8 @@ def _parse(document: dict[str, Any], stem: str) -> Plan:
     rows = tuple(
         _row(row, index, n, published) for index, row in enumerate(_tables(document, "row"), 1)
     )
+    if "seed" in document.get("finetune", {}):
+        raise ConfigError("[finetune] seed: training seeds are those of `seeds`")
     names = [row.name for row in rows]
     if len(rows) < 2 or len(set(names)) < len(names):
         raise ConfigError(f"a comparison needs two [[row]] or more, each with a name: {names}")
@@ -141,7 +146,8 @@ def _row(values: dict[str, Any], index: int, n: int, published: Published | None
                 f"compared; move it to the top of the plan, or make a [[measure]] of it"
             )
     _require_known(values, _ROW_KEYS, where)
-    name, kind = _typed(values, "name", str, ""), _typed(values, "kind", str, "")
+    name = _typed(values, "name", str, "", where)
+    kind = _typed(values, "kind", str, "", where)
     if not name or kind not in KINDS:
         raise ConfigError(
             f"{where}: needs a name, and a kind of {', '.join(KINDS)}; found kind = {kind!r}"
@@ -149,8 +155,8 @@ def _row(values: dict[str, Any], index: int, n: int, published: Published | None
     row = RowPlan(
         name=name,
         kind=kind,
-        n=1 if kind in ("base", "finetune") else _typed(values, "n", int, n),
-        by=_typed(values, "by", str, "uniform"),
+        n=1 if kind in ("base", "finetune") else _typed(values, "n", int, n, where),
+        by=_typed(values, "by", str, "uniform", where),
         finetune=checked_table("finetune", values.get("finetune", {}), where),
         merge=checked_table("merge", values.get("merge", {}), where),
         published=_numbers(values.get("published", []), published, where),
@@ -183,7 +189,7 @@ def _measure(values: dict[str, Any]) -> MeasurePlan:
     where = f"measure {values.get('name', '')!r}"
     _require_known(values, ("name", "sample", "eval"), where)
     return MeasurePlan(
-        name=_typed(values, "name", str, ""),
+        name=_typed(values, "name", str, "", where),
         sample=checked_table("sample", values.get("sample", {}), where),
         eval=checked_table("eval", values.get("eval", {}), where),
     )
@@ -221,10 +227,12 @@ def _tables(document: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     return found
 
 
-def _typed(values: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+def _typed(
+    values: Mapping[str, Any], key: str, kind: type, default: Any, where: str = "plan"
+) -> Any:
     value = values.get(key, default)
     if key in values and type(value) is not kind:
-        raise ConfigError(f"{key} = {value!r}: expected {kind.__name__}")
+        raise ConfigError(f"{where}: {key} = {value!r}: expected {_TYPE_NAMES[kind]}")
     return value
 
 

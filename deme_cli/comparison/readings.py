@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from deme_cli.comparison.figures import beats, is_partial, winner
+from deme_cli.comparison.figures import beats, is_partial, search_of, winner
 from deme_cli.comparison.results import Column, Comparison, RowResult
 
 UNLIKE_FLOPS = 1.1  # largest over least FLOPs from which equal updates are called unlike costs
@@ -20,7 +20,7 @@ def readings(comparison: Comparison) -> list[str]:
         for line in (_best(rows, column), _sides(rows, column), *_merged(rows, column))
         if line
     ]
-    return [*lines, *_partial(rows), *_lone(rows), *_unlike_costs(rows)]
+    return [*lines, *_chosen(rows), *_partial(rows), *_lone(rows), *_unlike_costs(rows)]
 
 
 def _best(rows: Sequence[RowResult], column: Column) -> str:
@@ -64,6 +64,17 @@ def _merged(rows: Sequence[RowResult], column: Column) -> Iterator[str]:
         if row.kind == "merged" and unbeaten:
             names = ", ".join(unbeaten)
             yield f"{column.title}: {row.name} (merged) does not beat {names}"
+
+
+def _chosen(rows: Sequence[RowResult]) -> Iterator[str]:
+    """Which rows had a choice among candidates that the others had not."""
+    for row in rows:
+        if cost := search_of(row):
+            yield (
+                f"{row.name}: coefficients chosen by {cost.objective} among {cost.evaluations} "
+                f"candidates, on seeds and images other than these; rows without a search had no "
+                f"such choice"
+            )
 
 
 def _partial(rows: Sequence[RowResult]) -> Iterator[str]:

@@ -30,6 +30,7 @@ class SearchCost:
     evaluations: int
     images: int
     seconds: float
+    objective: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Result:
     """One training seed of a row (None for a row without training).
 
     values: per column, one number per repeat. `seconds` of training, all ranges together.
+    `coefficients` are those of a merged model.
     """
 
     seed: int | None
     values: dict[Column, tuple[float, ...]]
     seconds: float = 0.0
     search: SearchCost | None = None
+    coefficients: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

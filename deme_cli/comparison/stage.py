@@ -13,34 +13,55 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.artifacts import read_record
-from deme_cli.comparison.jobs import Stage, Tables, finetune_settings
+from deme_cli.comparison.jobs import Stage
 from deme_cli.comparison.plan import COMMON, MeasurePlan, Plan, RowPlan
-from deme_cli.config import TABLES, DataConfig, FinetuneConfig, MergeConfig
+from deme_cli.comparison.rows import Tables, finetune_settings, merge_settings
+from deme_cli.config import TABLES, DataConfig, FinetuneConfig
+from deme_cli.data.places import KNOWN_DATASETS, find_place
+from deme_cli.data.prompts import KNOWN_PROMPTS
+from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ConfigError, MissingError
+from deme_cli.outputs import shown_path
 from deme_cli.records import BaseRecord
 from deme_cli.run_file import RunFile
-from deme_cli.training.affinity import read_affinity
+from deme_cli.timesteps import parse_span
+from deme_cli.training.affinity import Affinity, read_affinity
+from deme_cli.training.clusters import cluster_draws, split_times
 from deme_cli.training.cost import PassCost, flops_per_update
 from deme_cli.training.places import affinity_path
+from deme_cli.training.plan import require_companions
+from deme_cli.training.reduction import Reduction
 
-_PLACES = {  # settings that may name a file or folder
-    "model": ("pipeline",),
-    "data": ("source",),
-    "finetune": ("cache",),
-    "sample": ("prompts",),
-    "eval": ("fid", "kid", "features", "accuracy", "clip_weights"),
-}
+_IMAGES = ("digits", *KNOWN_DATASETS)
+_PLACES: dict[str, dict[str, tuple[str, ...]]] = {  # settings that may name a place, or a name
+    "model": {"pipeline": ()},
+    "data": {"source": _IMAGES},
+    "finetune": {"cache": ("auto", "off")},
+    "sample": {"prompts": KNOWN_PROMPTS},
+    "eval": {
+        "fid": _IMAGES, "kid": _IMAGES, "features": ("inception", "clip", "digits"),
+        "accuracy": ("digits",), "clip_weights": (),
+    },
+}  # fmt: skip
+_OF_ROWS = (  # settings of [finetune] that are what rows differ in, or follow from the plan
+    "loss_weighting", "weighting_gamma", "weighting_k", "normalise_weighting", "multitask",
+    "clusters", "cluster_by", "multitask_lr", "multitask_every", "seed",
+)  # fmt: skip
+_REFERENCES = ("fid", "kid")
 
 
 def common_tables(plan: Plan, run: RunFile) -> dict[str, dict[str, Any]]:
     """The settings that hold for every row, each table checked.
 
+    What rows differ in is not taken from `deme.toml`, or plain finetuning would not be plain.
     Raises ConfigError, naming the table, on a setting that cannot be.
     """
     tables: dict[str, dict[str, Any]] = {}
     for name in COMMON:
-        given = {**run.tables.get(name, {}), **plan.tables.get(name, {})}
-        given = _anchor(name, given, run)
+        given = dict(run.tables.get(name, {}))
+        if name == "finetune":
+            given = {key: value for key, value in given.items() if key not in _OF_ROWS}
+        given = _anchor(name, {**given, **plan.tables.get(name, {})}, run)
         if given:
             tables[name] = given
         run.settings(TABLES[name], **given)
@@ -48,31 +69,37 @@ def common_tables(plan: Plan, run: RunFile) -> dict[str, dict[str, Any]]:
 
 
 def _measures(plan: Plan, run: RunFile, tables: Tables) -> tuple[MeasurePlan, ...]:
-    """The plan's measures with the places in them absolute, each checked."""
+    """The plan's measures with all their settings, the places in them absolute, each checked.
+
+    Where a plan has several, each names its own reference: another set of prompts has another.
+    """
+    common = {name: dict(tables.get(name, {})) for name in ("sample", "eval")}
+    if len(plan.measures) > 1:
+        common["eval"] = {k: v for k, v in common["eval"].items() if k not in _REFERENCES}
     measures = []
     for one in plan.measures:
-        own = {name: _anchor(name, getattr(one, name), run) for name in ("sample", "eval")}
-        for name, values in own.items():
+        whole = {}
+        for name in ("sample", "eval"):
+            whole[name] = {**common[name], **_anchor(name, getattr(one, name), run)}
             try:
-                run.settings(TABLES[name], **{**tables.get(name, {}), **values})
+                TABLES[name](**whole[name])
             except ConfigError as error:
                 raise ConfigError(f"measure {one.name!r}: {error}") from error
-        measures.append(replace(one, **own))
+        measures.append(MeasurePlan(one.name, **whole))
     return tuple(measures)
 
 
 def _anchor(table: str, given: Mapping[str, Any], run: RunFile) -> dict[str, Any]:
-    """The settings of a table with the places in them absolute, where there is such a place."""
+    """The settings of a table with the places in them absolute, where there is such a place.
+
+    A known name stays one, though a folder of that name may lie here.
+    """
     found = dict(given)
-    for key in _PLACES.get(table, ()):
-        if found.get(key):
-            found[key] = _anchored(found[key], run)
+    for key, names in _PLACES.get(table, {}).items():
+        if (place := found.get(key)) and place not in names:
+            path = Path(run.seen(place)).expanduser()
+            found[key] = str(path.resolve()) if path.exists() else place
     return found
-
-
-def _anchored(place: str, run: RunFile) -> str:
-    found = Path(run.seen(place)).expanduser()
-    return str(found.resolve()) if found.exists() else place
 
 
 def open_stage(
@@ -88,8 +115,11 @@ def open_stage(
     record = read_record(base, "base")
     assert isinstance(record, BaseRecord)
     tables = common_tables(plan, run)
-    if not DataConfig(**tables.get("data", {})).source:
+    images = DataConfig(**tables.get("data", {})).source
+    if not images:
         raise ConfigError("no training images: set [data] source in deme.toml, or use --data")
+    find_place(images)
+    require_companions(record, tables.get("model", {}).get("pipeline"))
     total = plan.updates or plan.n * FinetuneConfig(**tables.get("finetune", {})).steps
     stage = Stage(
         folder=folder.resolve(),
@@ -113,33 +143,41 @@ def _digest(path: Path) -> str:
 
 
 def _check_row(row: RowPlan, stage: Stage, record: BaseRecord) -> None:
-    """Check the settings of a row, and that the gradients are there if it goes by them."""
+    """Check a row's settings, and that this base has what they ask for."""
     if row.kind == "base":
         return
     config = finetune_settings(row, stage.tables, updates=stage.updates[row.name])
-    if config.multitask != "none" and config.cluster_by == "gradient":
-        read_affinity(affinity_path(stage.base), record.fingerprint)
+    merge_settings(row, stage.tables)
+    schedule, whole = read_schedule(record.scheduler_config), record.num_train_timesteps
     try:
-        merge = MergeConfig(**{**stage.tables.get("merge", {}), **row.merge})
-        given = merge.coefficients if row.kind == "merged" else None
-        if given is not None and len(given) != row.n:
-            raise ConfigError(f"coefficients = {given}: expected {row.n}, one for each range")
+        Reduction(config, schedule)
+        for text in stage.ranges[row.by, row.n] if config.multitask != "none" else ():
+            span = parse_span(text, "range")
+            if config.p > 0 and len(span) < whole:
+                raise ConfigError(f"clusters divide each range, and p = {config.p} draws outside")
+            affinity = _affinity(stage.base, record) if config.cluster_by == "gradient" else None
+            draws = schedule.indices(span)
+            cluster_draws(draws, config.clusters, config.cluster_by, schedule, affinity)
     except ConfigError as error:
-        raise ConfigError(f"row {row.name!r}: [merge] {error}") from error
+        raise ConfigError(f"row {row.name!r}: {error}") from error
+
+
+def _affinity(base: Path, record: BaseRecord) -> Affinity:
+    """The gradients beside the base; the message where they are missing makes them there."""
+    path = affinity_path(base)
+    command = f"deme analyze gradients {shown_path(base)} -o {shown_path(path)}"
+    return read_affinity(path, record.fingerprint, command=command)
 
 
 def _ranges(plan: Plan, record: BaseRecord, base: Path) -> dict[tuple[str, int], list[str]]:
     """start:stop of every division that the rows ask for."""
-    from deme_cli.diffusion.schedule import read_schedule
-    from deme_cli.training.clusters import split_times
-
     wanted = {("uniform", 1)} | {(row.by, row.n) for row in plan.rows if row.kind != "base"}
     schedule = read_schedule(record.scheduler_config)
     divisions = {}
     for by, n in wanted:
         affinity = None
         if by == "gradient":
-            affinity = read_affinity(affinity_path(base), record.fingerprint)
+            affinity = _affinity(base, record)
         divisions[by, n] = [str(span) for span in split_times(n, by, schedule, affinity)]
     return divisions
 

@@ -133,7 +133,13 @@ def _compared(comparison: Comparison) -> Iterator[str]:
     for row in comparison.rows:
         ranges = f" of {row.num_ranges} ranges" if row.kind in ("ensemble", "merged") else ""
         settings = "".join(f", {name} = {value}" for name, value in row.settings.items())
-        yield f"{row.name}: {row.kind}{ranges}{settings}"
+        found = "; ".join(
+            ", ".join(f"{one:g}" for one in result.coefficients)
+            for result in row.results
+            if result.coefficients
+        )
+        chosen = f"; coefficients by training seed: {found}" if found else ""
+        yield f"{row.name}: {row.kind}{ranges}{settings}{chosen}"
     results = [result for row in comparison.rows for result in row.results]
     seeds = {result.seed for result in results} - {None}
     repeats = max((len(values) for one in results for values in one.values.values()), default=0)
@@ -143,7 +149,10 @@ def _compared(comparison: Comparison) -> Iterator[str]:
         f"in brackets the 95 % interval of their mean (Student's t), uncorrected for the number of "
         f"rows; {DAGGER} over evaluation seeds only, which tell nothing of how training varies"
     )
-    yield "costs are of training in total, all ranges together; seconds are a mean over seeds"
+    yield (
+        "costs are of training in total, all ranges together; seconds are a mean over seeds, of "
+        "jobs that may have run side by side or on several machines"
+    )
     yield from comparison.protocol
 
 

@@ -10,30 +10,22 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from deme_cli.comparison.jobs import DONE_NAME, Command, Job
-from deme_cli.errors import ConfigError, writing
+from deme_cli.children import reason_of, start_deme
+from deme_cli.comparison.jobs import DONE_NAME, FAILED_NAME, Command, Failure, Job
+from deme_cli.errors import ConfigError
 from deme_cli.interrupts import StopRequests
 from deme_cli.outputs import claim, write_whole
 from deme_cli.training.jobs import last_step
 
 _POLL_SECONDS = 0.2
-_LOG_NAME = "log.txt"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a job has no result, and the exit code of the command that failed."""
-
-    message: str
-    exit_code: int
+LOG_NAME = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -67,22 +59,16 @@ class _Process:
     def begin_next(self, num_threads: int) -> None:
         """Start the next command that has no output yet."""
         command = self.waiting.pop(0)
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-        environment["OMP_NUM_THREADS"] = str(num_threads)
-        self.log = (self.job.folder / _LOG_NAME).open("wb")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "deme_cli", *command.words],
-            cwd=self.job.folder,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=self.log,
-            start_new_session=True,  # Ctrl-C comes here first, and is passed on once
+        self.log = (self.job.folder / LOG_NAME).open("wb")
+        self.process = start_deme(
+            command.words, num_threads=num_threads, errors=self.log, folder=self.job.folder
         )
 
-    def reason(self) -> str:
-        """The last line that the command wrote."""
-        lines = (self.job.folder / _LOG_NAME).read_text(errors="replace").strip().splitlines()
-        return lines[-1].removeprefix("deme: ") if lines else "no message"
+    def failure(self, code: int) -> Failure:
+        """Why the command failed, and where it said more."""
+        log = self.job.folder / LOG_NAME
+        message = reason_of(code, log.read_bytes())
+        return Failure(f"{message} (see {log})" if code < 0 else message, code if code > 0 else 1)
 
 
 class Work:
@@ -153,6 +139,7 @@ class Work:
         if job.is_done:  # it was finished elsewhere while we looked
             lock.close()
             return
+        (job.folder / FAILED_NAME).unlink(missing_ok=True)
         for name, text in job.files.items():
             write_whole(job.folder / name, [text.encode()])
         waiting = [one for one in job.commands if not (job.folder / one.output).exists()]
@@ -172,17 +159,19 @@ class Work:
             if code == 0 and one.waiting:
                 one.begin_next(self._threads)
                 continue
-            failure = None if code == 0 else Failure(one.reason(), code if code > 0 else 1)
             seconds = time.monotonic() - one.start
+            failure = None if code == 0 else one.failure(code)
             if failure is None:
-                with writing(one.job.folder):
-                    text = json.dumps({"seconds": seconds})
-                    write_whole(one.job.folder / DONE_NAME, [text.encode()])
+                self._write(one.job, DONE_NAME, {"seconds": seconds})
             else:
                 self.failures[one.job.folder] = failure
+                self._write(one.job, FAILED_NAME, asdict(failure))
             one.lock.close()
             self._running.remove(one)
             yield Finished(one.job, seconds, failure)
+
+    def _write(self, job: Job, name: str, values: dict[str, Any]) -> None:
+        write_whole(job.folder / name, [json.dumps(values).encode()])
 
     def _stop(self) -> None:
         """Ask what still runs to save and stop, and wait for it."""

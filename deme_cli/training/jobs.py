@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deme_cli.children import reason_of, start_deme
 from deme_cli.errors import DemeError
 from deme_cli.interrupts import StopRequests
 
@@ -36,18 +36,10 @@ class RangeProcess:
     label: str
     arguments: Sequence[str]
     metrics: Sequence[Path]
-    process: subprocess.Popen[str] | None = field(default=None)
+    process: subprocess.Popen[bytes] | None = field(default=None)
 
     def start(self, num_threads: int) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "deme_cli", *self.arguments],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C comes here first, and is passed on once
-        )
+        self.process = start_deme(self.arguments, num_threads=num_threads, errors=subprocess.PIPE)
 
     @property
     def step(self) -> int:
@@ -77,9 +69,9 @@ def run_jobs(jobs: Sequence[RangeProcess], *, at_once: int) -> Iterator[dict[str
                 running.remove(job)
                 if job.process.returncode:
                     _stop(running)
-                    message = job.process.stderr.read().strip().splitlines()
-                    reason = message[-1].removeprefix("deme: ") if message else "no message"
-                    raise JobFailed(f"range {job.label}: {reason}", job.process.returncode)
+                    code = job.process.returncode
+                    reason = reason_of(code, job.process.stderr.read())
+                    raise JobFailed(f"range {job.label}: {reason}", code if code > 0 else 1)
 
 
 def last_step(metrics: Path) -> int:

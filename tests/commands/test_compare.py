@@ -311,3 +311,30 @@ def test_numbers_below_one_are_wrong_usage(empty: Path, deme: Deme) -> None:
     assert compare(deme, "--updates", 0).exit_code == 2
     assert compare(deme, "--jobs", 0).exit_code == 2
     assert os.listdir(empty) == ["tiny.toml"]
+
+
+def test_a_reference_that_is_not_there_is_missed_before_anything_trains(
+    empty: Path, deme: Deme
+) -> None:
+    (empty / "tiny.toml").write_text(PLAN.replace('fid = "digits"', 'fid = "no/such/folder"'))
+    done = compare(deme)
+    assert isinstance(done.exception, MissingError)
+    assert "[eval]: " in str(done.exception)
+    assert not (empty / "tiny" / "trainings").exists()
+
+
+def test_a_failure_is_remembered_by_later_tables(folder: Path, deme: Deme) -> None:
+    (job,) = (folder / "tiny" / "rows").glob("merged-*/seed-0")
+    (job / "done.json").unlink()
+    (job / "failed.json").write_text('{"message": "no disk", "exit_code": 3}')
+    done = compare(deme, "--table", "--json")
+    assert json.loads(done.stdout)["rows"][1]["failures"] == ["no disk"]
+    assert done.exception.exit_code == 3
+    done = compare(deme, "--table", "--only", "Before")
+    assert done.exit_code == 0, "another row was asked for"
+    assert compare(deme).exit_code == 0, "tried again, it is done"
+
+
+def test_a_dry_run_is_one_document(folder: Path, deme: Deme) -> None:
+    found = json.loads(compare(deme, "--dry-run", "--json").stdout)
+    assert (found["dry_run"], found["jobs"]) == (True, 3)

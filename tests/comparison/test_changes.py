@@ -12,7 +12,7 @@ import pytest
 
 from deme_cli.comparison.changes import change_of
 from deme_cli.comparison.jobs import DONE_NAME, SETTINGS_NAME, RowJobs, Stage, jobs_of
-from deme_cli.comparison.plan import Plan, RowPlan
+from deme_cli.comparison.plan import MeasurePlan, Plan, RowPlan
 
 PLAN = Plan(
     "Two rows", 2, (RowPlan("Before", "base", 1), RowPlan("Merged", "merged", 2)), seeds=(0, 1)
@@ -80,8 +80,9 @@ def test_a_changed_setting_of_the_merge_is_named_with_both_values(stage: Stage) 
 
 def test_a_changed_protocol_or_base_is_named(stage: Stage) -> None:
     finish(merged(stage))
-    said = change_of(merged(replace(stage, tables={"eval": {"fid": "digits", "num": 7}})))
-    assert "(eval.num 6 -> 7)" in said
+    measure = MeasurePlan("", {}, {"fid": "digits", "num": 7})
+    said = change_of(merged(replace(stage, measures=(measure,))))
+    assert "eval.num 50000 -> 7" in said
     said = change_of(merged(replace(stage, fingerprint="e" * 64)))
     assert f"(base {'f' * 64} -> {'e' * 64})" in said
 
@@ -124,4 +125,4 @@ def test_what_was_removed_by_hand_does_not_stop_it(stage: Stage) -> None:
     finish(merged(stage))
     for job in merged(stage).results.values():
         (job.folder / SETTINGS_NAME).write_text("{")
-    assert change_of(merged(stage, finetune={"p": 0.1})).startswith("Merged: finished before")
+    assert change_of(merged(stage, finetune={"p": 0.1})) is None

@@ -13,10 +13,17 @@ from conftest import TINY_SCHEDULER, write_tiny_base
 
 from deme_cli.artifacts import load_tensors, write_artifact
 from deme_cli.comparison.collect import collect
-from deme_cli.comparison.jobs import DONE_NAME, Job, RowJobs, Stage, jobs_of
+from deme_cli.comparison.jobs import (
+    DONE_NAME,
+    FAILED_NAME,
+    Failure,
+    Job,
+    RowJobs,
+    Stage,
+    jobs_of,
+)
 from deme_cli.comparison.plan import MeasurePlan, Plan, RowPlan
 from deme_cli.comparison.results import Column, Comparison, Published, SearchCost
-from deme_cli.comparison.work import Failure
 from deme_cli.errors import ArtifactError
 from deme_cli.records import MergedRecord
 
@@ -58,7 +65,7 @@ def finish(job: Job, *measures: Mapping[str, list[float]], done: bool = True) ->
     job.folder.mkdir(parents=True, exist_ok=True)
     for index, values in enumerate(measures):
         metrics = {
-            name: {"value": sum(found) / len(found), "values": found}
+            name: {"value": sum(found) / len(found), "n": 9, "values": found}
             for name, found in values.items()
         }
         row = {"name": "merged", "kind": "merged", "metrics": metrics, "protocol": CARD}
@@ -77,14 +84,17 @@ def draw_curves(job: Job, *records: tuple[int, float]) -> None:
 
 
 def gathered(
-    stage: Stage,
     rows: list[RowJobs],
     plan: Plan = PLAN,
     *,
-    failures: Mapping[Path, Failure] | None = None,
     flops: Mapping[str, float] | None = None,
 ) -> Comparison:
-    return collect(plan, stage, rows, failures=failures or {}, flops=flops or {})
+    return collect(plan, rows, flops=flops or {})
+
+
+def fail(job: Job, failure: Failure) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / FAILED_NAME).write_text(json.dumps(asdict(failure)))
 
 
 def all_done(rows: list[RowJobs]) -> list[RowJobs]:
@@ -98,7 +108,7 @@ def all_done(rows: list[RowJobs]) -> list[RowJobs]:
 
 
 def test_every_value_comes_back_by_row_seed_and_repeat(stage: Stage) -> None:
-    found = gathered(stage, all_done(jobs_of(PLAN, stage)))
+    found = gathered(all_done(jobs_of(PLAN, stage)))
     assert found.columns == (FID,)
     assert [row.name for row in found.rows] == ["Before", "Weighted", "Merged"]
     values = {(row.name, one.seed): one.values[FID] for row in found.rows for one in row.results}
@@ -116,14 +126,14 @@ def test_every_measure_has_columns_of_its_own(stage: Stage) -> None:
     plan = replace(PLAN, measures=(MeasurePlan("coco"), MeasurePlan("parti")))
     rows = jobs_of(plan, stage)
     finish(rows[0].results[None], {"fid": [1.0], "clip_score": [0.3]}, {"clip_score": [0.2]})
-    found = gathered(stage, rows, plan)
+    found = gathered(rows, plan)
     assert found.columns == (
         Column("fid", "coco"),
         Column("clip_score", "coco", lower_is_better=False),
         Column("clip_score", "parti", lower_is_better=False),
     )
     assert found.rows[0].results[0].values[found.columns[2]] == (0.2,)
-    assert found.cards == {"coco": CARD, "parti": CARD}
+    assert found.cards == {key: {**CARD, "num": 9} for key in ("coco", "parti")}
 
 
 def test_what_is_not_done_is_pending_or_has_failed(stage: Stage) -> None:
@@ -132,9 +142,8 @@ def test_what_is_not_done_is_pending_or_has_failed(stage: Stage) -> None:
     finish(weighted.results[7], {"fid": [1.0, 2.0]})
     draw_curves(weighted.trainings[7], (40, 4.0))
     finish(merged.results[0], {"fid": [1.0, 2.0]}, done=False)  # measured, but under way
-    broken = Failure("the loss is nan", 5)
-    failures = {merged.results[7].folder: broken, merged.trainings[7].folder: broken}
-    found = {row.name: row for row in gathered(stage, rows, failures=failures).rows}
+    fail(merged.trainings[7], Failure("the loss is nan", 5))
+    found = {row.name: row for row in gathered(rows).rows}
     assert [one.seed for one in found["Weighted"].results] == [7]
     assert (found["Weighted"].pending, found["Weighted"].failures) == (1, ())
     assert found["Merged"].results == ()
@@ -144,13 +153,14 @@ def test_what_is_not_done_is_pending_or_has_failed(stage: Stage) -> None:
 
 def test_every_seed_that_failed_tells_why(stage: Stage) -> None:
     rows = jobs_of(PLAN, stage)
-    failures = {job.folder: Failure("no disk", 3) for job in rows[1].results.values()}
-    weighted = gathered(stage, rows, failures=failures).rows[1]
+    for job in rows[1].results.values():
+        fail(job, Failure("no disk", 3))
+    weighted = gathered(rows).rows[1]
     assert (weighted.failures, weighted.pending) == (("no disk", "no disk"), 0)
 
 
 def test_a_table_of_nothing_is_a_table(stage: Stage) -> None:
-    found = gathered(stage, jobs_of(PLAN, stage))
+    found = gathered(jobs_of(PLAN, stage))
     assert (found.columns, found.cards) == ((), {})
     assert [row.pending for row in found.rows] == [1, 2, 2]
     assert found.published == PLAN.published
@@ -158,7 +168,7 @@ def test_a_table_of_nothing_is_a_table(stage: Stage) -> None:
 
 
 def test_seconds_of_training_are_those_of_the_curves_of_all_ranges(stage: Stage) -> None:
-    found = {row.name: row for row in gathered(stage, all_done(jobs_of(PLAN, stage))).rows}
+    found = {row.name: row for row in gathered(all_done(jobs_of(PLAN, stage))).rows}
     # 8 images an update: 10 updates at 8 images a second, then the rest at 4
     assert {one.seconds for one in found["Weighted"].results} == {10.0 + 30 * 8 / 4}
     assert {one.seconds for one in found["Merged"].results} == {2 * (10.0 + 10 * 8 / 4)}
@@ -167,7 +177,7 @@ def test_seconds_of_training_are_those_of_the_curves_of_all_ranges(stage: Stage)
 
 def test_costs_are_in_total_whatever_the_number_of_ranges(stage: Stage) -> None:
     flops = {"Weighted": 3e9, "Merged": 5e9}
-    rows = gathered(stage, jobs_of(PLAN, stage), flops=flops).rows
+    rows = gathered(jobs_of(PLAN, stage), flops=flops).rows
     found = [(row.updates, row.images, row.flops) for row in rows]
     assert found == [(0, 0, 0.0), (40, 320, 40 * 3e9), (40, 320, 40 * 5e9)]
 
@@ -177,6 +187,7 @@ def search_record(*rungs: tuple[str, int, int]) -> dict[str, Any]:
     return {
         "evaluations": sum(count for _, _, count in rungs),
         "seconds": 12.5,
+        "objective": rungs[-1][0],
         "rungs": [
             {"objective": name, "num": num, "evaluations": count} for name, num, count in rungs
         ],
@@ -200,10 +211,31 @@ def test_the_cost_of_a_search_is_that_of_the_merged_record(stage: Stage) -> None
     searched = search_record(("loss", 64, 16), ("kid", 1000, 8), ("fid", 5000, 2))
     merge(rows[2].results[0], stage.base, searched)
     merge(rows[2].results[7], stage.base, None)
-    found = gathered(stage, rows).rows
+    found = gathered(rows).rows
     costs = {one.seed: one.search for one in found[2].results}
-    assert costs == {0: SearchCost(26, 8 * 1000 + 2 * 5000, 12.5), 7: None}
+    assert costs == {0: SearchCost(26, 8 * 1000 + 2 * 5000, 12.5, "fid"), 7: None}
     assert {one.search for row in found[:2] for one in row.results} == {None}
+    assert {one.coefficients for one in found[2].results} == {(0.5, 0.5)}
+    assert {one.coefficients for row in found[:2] for one in row.results} == {()}
+
+
+def test_rows_measured_against_other_images_are_not_put_into_one_table(stage: Stage) -> None:
+    rows = all_done(jobs_of(PLAN, stage))
+    path = rows[1].results[7].folder / "measure-0.json"
+    document = json.loads(path.read_text())
+    document["rows"][0]["protocol"] = {**CARD, "references": {"fid": {"n": 200}}}
+    path.write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match=r"references.*remove its folder"):
+        gathered(rows)
+
+
+def test_a_setting_of_a_row_is_told_whatever_it_is(stage: Stage) -> None:
+    odd = RowPlan("Odd", "finetune", 1, finetune={"lr": 0.5, "loss_weighting": "p2",
+                                                  "weighting_k": 2.0})  # fmt: skip
+    plan = replace(PLAN, rows=(*PLAN.rows, odd))
+    stage = replace(stage, updates={row.name: 40 for row in plan.rows})
+    found = gathered(jobs_of(plan, stage), plan).rows[-1].settings
+    assert found == {"lr": 0.5, "loss_weighting": "p2", "weighting_k": 2.0}
 
 
 def test_a_row_tells_what_sets_it_apart_from_plain_finetuning(stage: Stage) -> None:
@@ -218,10 +250,11 @@ def test_a_row_tells_what_sets_it_apart_from_plain_finetuning(stage: Stage) -> N
         ranges={**stage.ranges, ("log-snr", 2): ["0:10", "10:100"]},
         updates={row.name: 40 for row in plan.rows},
     )
-    found = {row.name: row.settings for row in gathered(stage, jobs_of(plan, stage), plan).rows}
+    found = {row.name: row.settings for row in gathered(jobs_of(plan, stage), plan).rows}
     assert found["Before"] == found["Plain"] == {}
     assert found["Weighted"] == {"loss_weighting": "p2"}
-    assert found["ANT"] == {"multitask": "uw", "clusters": 4, "cluster_by": "uniform"}
+    tasks = {"cluster_by": "uniform", "multitask_lr": 0.025, "multitask_every": 25}
+    assert found["ANT"] == {"multitask": "uw", "clusters": 4, **tasks}
     deme = {"p": 0.3, "consistency": 1.0, "projection": "fold"}
     assert found["Merged"] == {**deme, "by": "uniform", "search": "grid"}
     assert found["By SNR"] == {**deme, "by": "log-snr"}
@@ -229,11 +262,11 @@ def test_a_row_tells_what_sets_it_apart_from_plain_finetuning(stage: Stage) -> N
 
 def test_the_protocol_tells_the_budget_the_seeds_and_the_card(stage: Stage) -> None:
     rows = all_done(jobs_of(PLAN, stage))
-    told = gathered(stage, rows).protocol
+    told = gathered(rows).protocol
     assert "as many updates" in told[0]
     assert "training seeds 0, 7" in told[0]
     assert any("ddim 2 steps" in line for line in told[1:])
-    told = gathered(stage, rows, replace(PLAN, budget="compute")).protocol
+    told = gathered(rows, replace(PLAN, budget="compute")).protocol
     assert "as many training FLOPs" in told[0]
 
 
@@ -245,7 +278,7 @@ def test_a_damaged_measure_is_named(stage: Stage, text: str) -> None:
     path = rows[2].results[7].folder / "measure-0.json"
     path.write_text(text)
     with pytest.raises(ArtifactError) as caught:
-        gathered(stage, rows)
+        gathered(rows)
     assert str(caught.value).startswith(f"{path}: cannot be read")
     assert "remove its folder" in str(caught.value)
 
@@ -256,4 +289,4 @@ def test_a_damaged_curve_is_named(stage: Stage, text: str | None) -> None:
     curve = rows[1].trainings[0].curves[0]
     curve.unlink() if text is None else curve.write_text(text)
     with pytest.raises(ArtifactError, match=curve.name):
-        gathered(stage, rows)
+        gathered(rows)

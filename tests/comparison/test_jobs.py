@@ -32,6 +32,7 @@ TABLES = {
     "sample": {"steps": 2},
     "eval": {"fid": "digits", "num": 6},
 }
+MEASURE = MeasurePlan("", TABLES["sample"], TABLES["eval"])
 BEFORE = RowPlan("Before", "base", 1)
 PLAIN = RowPlan("Plain", "finetune", 1)
 EXPERTS = RowPlan("DeMe (ensemble)", "ensemble", 4)
@@ -53,6 +54,7 @@ def stage_of(folder: Path, plan: Plan, updates: int = 80, **settings: Any) -> St
         "tables": TABLES,
         "ranges": {(by, n): [str(span) for span in split_uniform(n, 100)] for by, n in wanted},
         "updates": {row.name: updates for row in plan.rows},
+        "measures": (MEASURE,),
         **settings,
     })  # fmt: skip
 
@@ -181,8 +183,10 @@ def folders(plan: Plan, stage: Stage) -> tuple[set[Path], set[Path]]:
         ({"affinity": "e" * 64}, False, False),  # no row is clustered by gradients
         ({"tables": {**TABLES, "data": {"source": "cifar10"}}}, True, True),
         ({"tables": {**TABLES, "finetune": {"batch_size": 4, "lr": 2e-3}}}, True, True),
-        ({"tables": {**TABLES, "sample": {"steps": 3}}}, False, True),
-        ({"tables": {**TABLES, "eval": {"fid": "digits", "num": 7}}}, False, True),
+        ({"measures": (replace(MEASURE, sample={"steps": 3}),)}, False, True),
+        ({"measures": (replace(MEASURE, eval={"fid": "digits", "num": 7}),)}, False, True),
+        ({"measures": (replace(MEASURE, sample={"steps": 2, "batch_size": 9}),)}, False, False),
+        ({"tables": {**TABLES, "finetune": {**TABLES["finetune"], "clusters": 3}}}, False, False),
         ({"tables": {**TABLES, "finetune": {**TABLES["finetune"], "held_out": 9}}}, False, False),
         ({"tables": {**TABLES, "finetune": {**TABLES["finetune"], "cache": "off"}}}, False, False),
     ],
@@ -280,8 +284,8 @@ def test_every_row_is_measured_under_every_measure_alike(stage: Stage) -> None:
     stage = replace(
         stage,
         measures=(
-            MeasurePlan("fast", {"steps": 3}),
-            MeasurePlan("many", {}, {"num": 9, "repeats": 2}),
+            MeasurePlan("fast", {"steps": 3}, TABLES["eval"]),
+            MeasurePlan("many", {"steps": 2}, {"fid": "digits", "num": 9, "repeats": 2}),
         ),
     )
     expected = [
@@ -314,7 +318,9 @@ def test_what_decided_a_job_lies_beside_it_as_json(stage: Stage) -> None:
     assert training["base"] == stage.fingerprint
     result = json.loads(jobs.results[0].files[SETTINGS_NAME])
     assert result["training"] == jobs.trainings[0].folder.parent.name
-    assert result["eval"] == TABLES["eval"]
+    (measure,) = result["measures"]
+    assert (measure["eval"]["num"], measure["sample"]["steps"]) == (6, 2)
+    assert "batch_size" not in measure["sample"], "it does not change the images"
 
 
 def test_a_job_is_done_once_it_says_so(stage: Stage) -> None:

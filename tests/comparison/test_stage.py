@@ -232,3 +232,54 @@ def test_snapshots_of_a_row_do_not_stop_the_count(base: Path) -> None:
     plan = plan_with(replace(MERGED, finetune={"snapshot_every": 10}), updates=400)
     open_stage(plan, RUN, Path("out"), base=base)
     assert projections_of(plan, RUN.tables) == ["none", "fold"]
+
+
+def test_a_weighting_in_deme_toml_makes_no_row_but_its_own(base: Path) -> None:
+    weighed = {"loss_weighting": "p2", "weighting_gamma": 0.5, "multitask": "uw", "seed": 9}
+    run = RunFile(base.parent, {"data": {"source": "digits"}, "finetune": weighed})
+    own = RowPlan("Min-SNR", "finetune", 1, finetune={"loss_weighting": "min-snr"})
+    stage = open_stage(plan_with(own), run, Path("out"), base=base)
+    found = {jobs.row.name: jobs.finetune for jobs in jobs_of(plan_with(own), stage)}
+    assert (found["Plain"].loss_weighting, found["Plain"].multitask) == ("none", "none")
+    assert (found["Min-SNR"].loss_weighting, found["Min-SNR"].weighting_gamma) == ("min-snr", None)
+
+
+def test_of_several_measures_each_has_its_own_reference(base: Path) -> None:
+    run = RunFile(base.parent, {"data": {"source": "digits"}, "eval": {"fid": "digits", "num": 8}})
+    measures = (MeasurePlan("a", {}, {"kid": "digits"}), MeasurePlan("b", {}, {"num": 9}))
+    one = open_stage(replace(PLAN, measures=(MeasurePlan(),)), run, Path("out"), base=base)
+    assert one.measures[0].eval == {"fid": "digits", "num": 8}
+    two = open_stage(replace(PLAN, measures=measures), run, Path("out"), base=base)
+    assert [one.eval for one in two.measures] == [{"num": 8, "kid": "digits"}, {"num": 9}]
+
+
+def test_a_known_name_stays_one_beside_a_folder_of_that_name(base: Path) -> None:
+    Path("digits").mkdir()
+    Path("mine").mkdir()
+    run = RunFile(Path("."), {"data": {"source": "digits"}, "eval": {"fid": "mine"}})
+    tables = common_tables(PLAN, run)
+    assert tables["data"]["source"] == "digits"
+    assert tables["eval"]["fid"] == str(Path("mine").resolve())
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (RowPlan("ANT", "ensemble", 4, finetune={"multitask": "uw", "p": 0.3}), "p = 0.3 draws"),
+        (RowPlan("ANT", "finetune", 1, finetune={"multitask": "uw", "clusters": 2,
+                                                 "batch_size": 1}), "clusters = 2"),
+        (RowPlan("Merged", "merged", 4, merge={"coefficients": [1.0]}), "expected 4, one a range"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_after_training_is_refused_before(
+    base: Path, row: RowPlan, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_stage(plan_with(row), RUN, Path("out"), base=base)
+    assert str(caught.value).startswith(f"row {row.name!r}")
+    assert words in str(caught.value)
+
+
+def test_more_ranges_than_updates_are_refused(base: Path) -> None:
+    with pytest.raises(ConfigError, match="4 ranges cannot share 3 updates"):
+        open_stage(replace(PLAN, updates=3), RUN, Path("out"), base=base)

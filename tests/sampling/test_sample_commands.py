@@ -258,7 +258,9 @@ def test_two_runs_do_not_write_one_output(run_folder: Path, deme: Deme) -> None:
         refuse(deme("sample", BASE, "-n", 2, "--steps", 2, "-o", "drawn"), 2, "another deme")
 
 
-@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "exit_code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGHUP", 75), ("SIGINT", 130)]
+)
 @pytest.mark.parametrize("output", ["out.safetensors", "drawn"])
 def test_a_signal_keeps_what_is_finished_and_the_same_call_goes_on(
     run_folder: Path, deme: Deme, output: str, name: str, exit_code: int
