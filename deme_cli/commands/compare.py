@@ -277,6 +277,7 @@ def _work_off(rows: list[RowJobs], at_once: int) -> None:
                 outcome = f"FAILED: {record.failure.message}" if record.failure else "done"
                 bar.say(f"{record.job.title}: {outcome}, {record.seconds:.0f} s")
             else:
-                shown = [f"{title}: {n}" if n else title for title, n in record.running.items()]
-                bar.advance(record.settled, " | ".join(shown))
+                done = sum(record.running.values())
+                trained = f", {done}/{record.updates} updates" if record.updates else ""
+                bar.advance(record.settled, f"{len(record.running)} running{trained}")
         bar.advance(work.num_settled)

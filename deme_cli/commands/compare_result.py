@@ -104,5 +104,7 @@ def _tell(comparison: Comparison) -> None:
     for line in (*readings(comparison), *comparison.protocol):
         console.note(line)
     for row in comparison.rows:
-        if status := status_of(row):
-            console.warn(f"{row.name}: {status}")
+        if row.failures:
+            console.warn(f"{row.name}: {status_of(row)}")
+    if pending := [row.name for row in comparison.rows if row.pending]:
+        console.note(f"still to come, with the same command: {', '.join(pending)}")

@@ -44,15 +44,16 @@ def _sides(rows: Sequence[RowResult], column: Column) -> str:
     if found is None or not all(sides.values()):
         return ""
     best, is_baseline = found.best, found.best.kind == "finetune"
+    name = best.name if best.kind in best.name else f"{best.name} ({best.kind})"
     against = "ensemble and merged row" if is_baseline else "finetune row"
     other = sides["decoupled" if is_baseline else "finetune"]
     unclear = ", ".join(row.name for row in other if row in found.not_beaten)
     if unclear:
         return (
-            f"{column.title}: {best.name} ({best.kind}) is the best of the rows that train, but "
+            f"{column.title}: {name} is the best of the rows that train, but "
             f"does not beat every {against}: not told apart from {unclear}"
         )
-    claim = f"{best.name} ({best.kind}) beats every {against}"
+    claim = f"{name} beats every {against}"
     return f"{column.title}: {'a baseline beats DeMe: ' if is_baseline else ''}{claim}"
 
 
@@ -63,18 +64,20 @@ def _merged(rows: Sequence[RowResult], column: Column) -> Iterator[str]:
         unbeaten = [other.name for other in baselines if not beats(row, other, column)]
         if row.kind == "merged" and unbeaten:
             names = ", ".join(unbeaten)
-            yield f"{column.title}: {row.name} (merged) does not beat {names}"
+            yield f"{column.title}: {row.name} does not beat {names}"
 
 
 def _chosen(rows: Sequence[RowResult]) -> Iterator[str]:
     """Which rows had a choice among candidates that the others had not."""
-    for row in rows:
-        if cost := search_of(row):
-            yield (
-                f"{row.name}: coefficients chosen by {cost.objective} among {cost.evaluations} "
-                f"candidates, on seeds and images other than these; rows without a search had no "
-                f"such choice"
-            )
+    searched = [(row.name, cost) for row in rows if (cost := search_of(row))]
+    for (objective, count), group in groupby(
+        searched, key=lambda one: (one[1].objective, one[1].evaluations)
+    ):
+        names = ", ".join(name for name, _ in group)
+        yield (
+            f"coefficients chosen by {objective} among {count} candidates, on seeds and images "
+            f"other than these; rows without a search had no such choice: {names}"
+        )
 
 
 def _partial(rows: Sequence[RowResult]) -> Iterator[str]:

@@ -39,10 +39,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Pulse:
-    """How far the work is: jobs that are settled, and updates done of each that runs here."""
+    """How far the work is: jobs that are settled, updates done of each that runs here, and how
+    many updates these have in all."""
 
     settled: int
     running: Mapping[str, int]
+    updates: int
 
 
 @dataclass
@@ -99,7 +101,8 @@ class Work:
                         )
                     if not self._running:
                         return
-                    yield Pulse(self.num_settled, self._updates())
+                    updates = sum(one.job.updates for one in self._running)
+                    yield Pulse(self.num_settled, self._updates(), updates)
                     time.sleep(_POLL_SECONDS)
             finally:
                 self._stop()
