@@ -183,7 +183,7 @@ def test_the_table_of_what_is_finished_runs_nothing(folder: Path, deme: Deme) ->
     assert traces(folder, "tiny/rows", "tiny/trainings") == before
     found = rows_of(document(folder))
     assert [row["pending"] for row in found.values()] == [0, 1]
-    assert "Merged: not run yet (1 of 2 seeds)" in done.stderr
+    assert "still to come, with the same command: Merged" in done.stderr
     assert [one["seed"] for one in found["Merged"]["results"]] == [0]
 
 
