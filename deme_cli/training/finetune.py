@@ -92,13 +92,13 @@ def train(run: Run) -> Iterator[TrainStep]:
                 log.add(record)
                 yield record
             if requests.asked:
-                _require_finite(state, run)
+                _require_finite(state)
                 state.save(checkpoint, run.identity)
                 raise requests.stopped(
                     f"stopped at update {state.step} of {config.steps}; "
                     f"run the same command again to continue"
                 )
-        _require_finite(state, run)
+        _require_finite(state)
         write_results(run, state, base)
         checkpoint.unlink(missing_ok=True)
 
@@ -183,7 +183,7 @@ def _keep(
     run: Run, state: TrainingState, held_out: FixedDraws | None, record: TrainStep
 ) -> TrainStep:
     """Save the checkpoint; the record gains the held-out loss of the averaged weights."""
-    _require_finite(state, run)
+    _require_finite(state)
     state.save(checkpoint_path(run.output), run.identity)
     if held_out is None:
         return record
@@ -191,7 +191,7 @@ def _keep(
     return TrainStep(**{**asdict(record), "held_out": value})
 
 
-def _require_finite(state: TrainingState, run: Run) -> None:
+def _require_finite(state: TrainingState) -> None:
     if not state.is_finite():
         raise NumericsError(
             f"a weight became infinite or NaN by update {state.step}; only a good checkpoint is "
