@@ -69,10 +69,12 @@ def conclude(
         if (failure := jobs.failure(seed))
     ]
     if failures:
-        reasons = {name: failure.message for name, failure in reversed(failures)}
+        rows_of: dict[str, list[str]] = {}
+        for name, failure in failures:
+            rows_of.setdefault(failure.message, []).append(name)
+        told = [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in rows_of.items()]
         raise RowsFailed(
-            f"{len(reasons)} of {len(asked)} rows have failed: "
-            + "; ".join(f"{name}: {reasons[name]}" for name in dict(failures)),
+            f"{len(dict(failures))} of {len(asked)} rows have failed: {'; '.join(told)}",
             failures[0][1].exit_code,
         )
 
