@@ -28,7 +28,8 @@ PIPELINE, MEASURE, LOOK = "Pipeline", "Sample and measure", "Look and share"
 class Entry:
     """A subcommand: its panel, its line in `deme --help`, and its function in commands/.
 
-    A group's function is its help alone; `parts` names the functions of its own subcommands.
+    A group's function is its help alone; each of its `parts` is a subcommand, in a file of its own:
+    the function `task_vectors` in analyze_task_vectors.py.
     """
 
     panel: str
@@ -47,7 +48,8 @@ class Entry:
             return typer.main.get_command(one)
         one.callback()(function)
         for part in self.parts:
-            one.command(part.replace("_", "-"))(getattr(module, part))
+            file = import_module(f"{module.__name__}_{part}")
+            one.command(part.replace("_", "-"))(getattr(file, part))
         return typer.main.get_command(one)
 
     def line(self, name: str) -> typer.core.TyperCommand:
@@ -55,6 +57,9 @@ class Entry:
         return typer.core.TyperCommand(name, help=self.summary, rich_help_panel=self.panel)
 
 
+ANALYSES = (
+    "gradients",
+)  # fmt: skip
 COMMANDS: dict[str, Entry] = {
     "split": Entry(PIPELINE, "Import a model, divide its timesteps into ranges.", "split"),
     "finetune": Entry(PIPELINE, "Train the expert of one range (Eq. 3-6).", "finetune"),
@@ -66,7 +71,7 @@ COMMANDS: dict[str, Entry] = {
     "stats": Entry(MEASURE, "Make reference statistics of images.", "stats"),
     "compare": Entry(MEASURE, "Train and measure a table of methods.", "compare"),
     "demo": Entry(LOOK, "Run the whole pipeline on the embedded digits.", "demo"),
-    "analyze": Entry(LOOK, "Draw what a model's timesteps share.", "analyze", parts=("gradients",)),
+    "analyze": Entry(LOOK, "Draw why it works: the paper's figures.", "analyze", parts=ANALYSES),
     "inspect": Entry(LOOK, "Show what artifacts are and where from.", "inspect"),
     "export": Entry(LOOK, "Write a diffusers pipeline folder.", "export"),
     "doctor": Entry(LOOK, "List what runs need: there or missing.", "doctor"),

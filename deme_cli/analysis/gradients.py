@@ -11,35 +11,26 @@ n buckets, m numbers per sketch.
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from deme_cli.analysis.sketch import CountSketch, cosines, gradients, inner_products, sketch_of
-from deme_cli.artifacts import fingerprint, load_tensors, write_artifact
+from deme_cli.analysis.unfinished import Step, Unfinished
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.errors import ArtifactError, NumericsError
-from deme_cli.interrupts import StopRequests
-from deme_cli.outputs import claim
-from deme_cli.records import Record
+from deme_cli.errors import NumericsError
 from deme_cli.sampling.sampler import seeded_noise
-from deme_cli.tensor_file import read_header
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.affinity import Affinity, GradientConfig
 from deme_cli.training.batches import derived_generator
 from deme_cli.training.clusters import split_times
 from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import Check, FixedDraws
-
-_KEEP_SECONDS = 30.0  # between two writings of the finished buckets
 
 
 @dataclass(frozen=True)
@@ -73,14 +64,6 @@ class Analysis:
 
 
 @dataclass(frozen=True)
-class GradientStep:
-    """`done` of all draws; `note` once, on finished buckets that were kept or had to be dropped."""
-
-    done: int
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class MeanGradient:
     """Of one bucket: the loss, the sketch of its gradient (m,) float32, cosine of its halves."""
 
@@ -89,59 +72,45 @@ class MeanGradient:
     reliability: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class SketchesRecord(Record):
-    """The header of the file of finished buckets. Not an artifact kind."""
+def measure_gradients(analysis: Analysis, *, force: bool = False) -> Iterator[Step | Affinity]:
+    """Measure every bucket; yields a `Step` per half of one, and the `Affinity` last.
 
-    kind: ClassVar[str] = "sketches"
-    identity: dict[str, Any]
-
-
-def sketches_path(output: Path) -> Path:
-    """Where the finished buckets of an analysis lie; hidden, beside its output."""
-    return output.parent / f".{output.stem}.sketches"
-
-
-def measure_gradients(
-    analysis: Analysis, *, force: bool = False
-) -> Iterator[GradientStep | Affinity]:
-    """Measure every bucket; yields a `GradientStep` per half of one, and the `Affinity` last.
-
-    Finished buckets are kept beside the output until the caller drops them, and used again unless
-    `force`. Raises NumericsError on a gradient that is not finite, ConfigError on a bucket in which
-    a flow schedule has no time, Stopped after a signal.
+    Finished buckets are kept beside the output until the caller discards them, and used again
+    unless `force`. Raises NumericsError on a gradient that is not finite, ConfigError on a bucket
+    in which a flow schedule has no time, Stopped after a signal.
     """
-    num, buckets, kept = analysis.config.num, analysis.buckets, sketches_path(analysis.output)
+    num, buckets = analysis.config.num, analysis.buckets
     for bucket in buckets:
         analysis.denoiser.schedule.indices(bucket)
-    with ExitStack() as stack:
-        stack.enter_context(claim(analysis.output))
-        requests = stack.enter_context(StopRequests())
-        if force:
-            kept.unlink(missing_ok=True)
-        done, note = _restore(kept, analysis.identity)
-        yield GradientStep(len(done) * num, note)
-
-        def check() -> None:
-            if requests.asked:
-                _keep(kept, done, analysis.identity)
-                raise requests.stopped(
-                    f"stopped after {len(done)} of {len(buckets)} buckets; run the same command "
-                    f"again to continue"
-                )
-
-        sketch, last = sketch_of(analysis.denoiser.network), time.monotonic()
-        for index in range(len(done), len(buckets)):
-            for step in _measure(analysis, index, sketch, check):
+    sketch = sketch_of(analysis.denoiser.network)
+    with Unfinished(analysis.output, analysis.identity, force=force) as kept:
+        found = kept.arrays = kept.arrays or _empty(len(buckets), sketch.size)
+        first = int(np.isfinite(found["losses"]).sum())
+        note = f"continuing after {first} of {len(buckets)} buckets" if first else kept.note
+        yield Step(first * num, note)
+        for index in range(first, len(buckets)):
+            kept.done = f"{index} of {len(buckets)} buckets"
+            for step in _measure(analysis, index, sketch, kept.check):
                 if isinstance(step, MeanGradient):
-                    done.append(step)
+                    found["sketches"][index] = step.sketch
+                    found["losses"][index], found["reliability"][index] = (
+                        step.loss,
+                        step.reliability,
+                    )
                 else:
-                    yield GradientStep(index * num + step)
-            if time.monotonic() - last > _KEEP_SECONDS:
-                _keep(kept, done, analysis.identity)
-                last = time.monotonic()
-            yield GradientStep((index + 1) * num)
-        yield _affinity(analysis, sketch, done)
+                    yield Step(index * num + step)
+            kept.save_now_and_then()
+            yield Step((index + 1) * num)
+        yield _affinity(analysis, sketch, found)
+
+
+def _empty(num_buckets: int, size: int) -> dict[str, np.ndarray]:
+    """Places for what is found; a loss that is not finite marks a bucket still to be measured."""
+    return {
+        "sketches": np.zeros((num_buckets, size), np.float32),
+        "losses": np.full(num_buckets, np.nan),
+        "reliability": np.full(num_buckets, np.nan),
+    }
 
 
 def _measure(
@@ -191,17 +160,17 @@ def _draws(analysis: Analysis, index: int) -> list[FixedDraws]:
     return [half(range(num // 2)), half(range(num // 2, num))]
 
 
-def _affinity(analysis: Analysis, sketch: CountSketch, found: list[MeanGradient]) -> Affinity:
+def _affinity(analysis: Analysis, sketch: CountSketch, found: dict[str, np.ndarray]) -> Affinity:
     """What the mean gradients say together, with the clusters they suggest."""
-    products = inner_products(np.stack([one.sketch for one in found]))
+    products = inner_products(found["sketches"])
     norms = np.sqrt(np.diagonal(products))
     schedule, record = analysis.denoiser.schedule, analysis.denoiser.record
     affinity = Affinity(
         buckets=analysis.buckets,
         cosines=[[round(value, 6) for value in row] for row in cosines(products).tolist()],
         norms=norms.tolist(),
-        losses=[one.loss for one in found],
-        reliability=[round(one.reliability, 6) for one in found],
+        losses=found["losses"].tolist(),
+        reliability=[round(value, 6) for value in found["reliability"].tolist()],
         model={"source": analysis.model, "fingerprint": record.fingerprint},
         data={"source": analysis.examples.source, "fingerprint": analysis.examples.fingerprint},
         num=analysis.config.num,
@@ -213,37 +182,3 @@ def _affinity(analysis: Analysis, sketch: CountSketch, found: list[MeanGradient]
     )
     ranges = split_times(analysis.num_ranges, "gradient", schedule, affinity)
     return replace(affinity, ranges=ranges)
-
-
-def _keep(path: Path, done: list[MeanGradient], identity: dict[str, Any]) -> None:
-    """Write the finished buckets, whole or not at all."""
-    if done:
-        tensors = {
-            "sketches": np.stack([one.sketch for one in done]),
-            "losses": np.array([one.loss for one in done]),
-            "reliability": np.array([one.reliability for one in done]),
-        }
-        write_artifact(path, tensors, SketchesRecord(identity=identity))
-
-
-def _restore(path: Path, identity: dict[str, Any]) -> tuple[list[MeanGradient], str]:
-    """The finished buckets of an analysis with this identity, and what to say of them."""
-    if not path.exists():
-        return [], ""
-    try:
-        record = json.loads(read_header(path).metadata.get("deme", "{}"))
-        tensors = load_tensors(path)
-        if fingerprint(tensors) != record.get("fingerprint"):
-            raise ArtifactError(f"{path}: damaged")
-    except (ArtifactError, ValueError):
-        return [], "the buckets measured before cannot be read; measuring all of them anew"
-    kept = record["identity"]
-    if changed := [name for name in identity if kept.get(name) != identity[name]]:
-        names = ", ".join(changed)
-        return [], f"buckets measured before had another {names}; measuring all of them anew"
-    columns = [tensors[name] for name in ("losses", "sketches", "reliability")]
-    done = [
-        MeanGradient(float(loss), sketch.numpy(), float(reliability))
-        for loss, sketch, reliability in zip(*columns, strict=True)
-    ]
-    return done, f"continuing after {len(done)} of {identity['buckets']} buckets"

@@ -14,14 +14,9 @@ from torch.nn import functional
 
 from deme_cli.analysis import gradients as analysis_module
 from deme_cli.analysis import sketch as sketch_module
-from deme_cli.analysis.gradients import (
-    Analysis,
-    GradientStep,
-    _draws,
-    measure_gradients,
-    sketches_path,
-)
+from deme_cli.analysis.gradients import Analysis, _draws, measure_gradients
 from deme_cli.analysis.gradients_figure import draw_gradients
+from deme_cli.analysis.unfinished import Step, unfinished_path
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser, predict
 from deme_cli.errors import NumericsError, Stopped
@@ -118,9 +113,9 @@ def test_a_resumed_analysis_equals_an_uninterrupted_one(analysis: Analysis, tmp_
     whole = finish(replace(analysis, output=tmp_path / "whole.json"))
     stop_in(analysis, 3)
     steps = list(measure_gradients(analysis))
-    assert steps[0] == GradientStep(3 * CONFIG.num, "continuing after 3 of 5 buckets")
+    assert steps[0] == Step(3 * CONFIG.num, "continuing after 3 of 5 buckets")
     assert steps[-1] == whole
-    assert steps[-2] == GradientStep(5 * CONFIG.num)
+    assert steps[-2] == Step(5 * CONFIG.num)
 
 
 def test_buckets_of_other_settings_are_not_used(analysis: Analysis) -> None:
@@ -128,11 +123,11 @@ def test_buckets_of_other_settings_are_not_used(analysis: Analysis) -> None:
     other = replace(analysis, config=replace(CONFIG, seed=1))
     first = next(measure_gradients(other))
     assert first.done == 0
-    assert "had another seed; measuring all of them anew" in first.note
-    kept = sketches_path(analysis.output)
+    assert "had another seed; measuring all of it anew" in first.note
+    kept = unfinished_path(analysis.output)
     kept.write_bytes(kept.read_bytes()[:-8])
     assert "cannot be read" in next(measure_gradients(analysis)).note
-    assert next(measure_gradients(analysis, force=True)) == GradientStep(0)
+    assert next(measure_gradients(analysis, force=True)) == Step(0)
     assert not kept.exists()
 
 

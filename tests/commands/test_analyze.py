@@ -128,5 +128,5 @@ def test_latents_captions_classes_and_flow_are_measured_too(
 def test_the_group_lists_its_analyses(deme: Deme) -> None:
     shown = deme("analyze", "--help").stdout
     assert "gradients" in shown
-    assert "Example: deme analyze gradients" in shown
+    assert "Example: deme analyze losses" in shown
     assert "Example:" in deme("analyze", "gradients", "--help").stdout

@@ -1,0 +1,148 @@
+"""`deme analyze gradients`: which timesteps pull a network the same way, and which against it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deme_cli import console
+from deme_cli.commands.analysis import (
+    Data,
+    check_images,
+    check_output,
+    open_images_of,
+    open_model,
+    own_base,
+    watch,
+    write_analysis,
+)
+from deme_cli.commands.options import (
+    ConfigPath,
+    Device,
+    DryRun,
+    Force,
+    Json,
+    Pipeline,
+    Quiet,
+    begin,
+    option,
+)
+from deme_cli.config import SplitConfig
+from deme_cli.errors import ConfigError
+from deme_cli.timesteps import split_uniform
+from deme_cli.training.affinity import AFFINITY_NAME, Affinity, GradientConfig
+
+_MEANS = ("within", "across")  # what Affinity.mean_cosines returns
+_NOISY = 0.5  # halves that agree less have more noise than signal
+_C = GradientConfig
+
+
+def gradients(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help=r"An artifact, a diffusers folder, a hub id or digits \[default: the base of "
+            "deme.toml].",
+            show_default=False,
+        ),
+    ] = None,
+    data: Data = None,
+    buckets: Annotated[int, option(_C, "buckets", "--buckets")] = _C.buckets,
+    num: Annotated[int, option(_C, "num", "--num")] = _C.num,
+    batch_size: Annotated[int, option(_C, "batch_size", "--batch-size", "-b")] = _C.batch_size,
+    seed: Annotated[int, option(_C, "seed", "--seed")] = _C.seed,
+    n: Annotated[int | None, option(SplitConfig, "n", "-n", "--num-ranges")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="JSON file; pictures go beside it.")
+    ] = Path(AFFINITY_NAME),
+    pipeline: Pipeline = None,
+    config: ConfigPath = None,
+    device: Device = "auto",
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the gradients of timesteps by bucket; suggest ranges for `deme split --by gradient`.
+
+    Example: deme analyze gradients --buckets 50
+    """
+    run = begin(config, quiet=quiet)
+    settings = GradientConfig(buckets=buckets, num=num, batch_size=batch_size, seed=seed)
+    ranges = run.settings(SplitConfig, n=n).n
+    pictures = check_output(output, force=force)
+    chosen = model or own_base(run)
+    timesteps = _check_model(chosen, settings, ranges)
+    images = check_images(run, data)
+    console.note(
+        f"{chosen}: {timesteps} in {buckets} buckets, {buckets * num:,} draws from {images.source}"
+    )
+    if dry_run:
+        console.result_paths([], as_json=as_json, dry_run=True)
+        return
+
+    from dataclasses import replace
+
+    from deme_cli.analysis.gradients import Analysis, measure_gradients
+    from deme_cli.analysis.gradients_figure import draw_gradients
+
+    denoiser = open_model(chosen, device=device)
+    beside = Path(chosen).parent if Path(chosen).is_file() else output.parent
+    record, examples = open_images_of(
+        run, denoiser.record, images, split="train", beside=beside, pipeline=pipeline,
+        device=device,
+    )  # fmt: skip
+    analysis = Analysis(
+        replace(denoiser, record=record), examples, settings, output, chosen, ranges
+    )
+    steps = measure_gradients(analysis, force=force)
+    affinity = watch(steps, "gradients", buckets * num, "draw")
+    write_analysis(output, pictures, draw_gradients(affinity), affinity.to_json().encode())
+    console.result_paths(
+        [output, *pictures], as_json=as_json,
+        ranges=[str(span) for span in affinity.ranges],
+        buckets=[str(bucket) for bucket in affinity.buckets],
+        norms=affinity.norms, reliability=affinity.reliability, **_read_out(affinity),
+    )  # fmt: skip
+
+
+def _check_model(model: str, settings: GradientConfig, num_ranges: int) -> str:
+    """What can be told before torch is imported; returns what to say of the timesteps."""
+    from deme_cli.diffusion.locate import locate_model, peek_timesteps
+
+    if num_ranges > settings.buckets:
+        raise ConfigError(
+            f"cannot form {num_ranges} ranges of {settings.buckets} buckets; choose a smaller -n "
+            f"or more --buckets"
+        )
+    num_timesteps = peek_timesteps(locate_model(model))
+    if num_timesteps:
+        settings.parts(num_timesteps)
+    return f"{num_timesteps or 'all'} timesteps"
+
+
+def _read_out(affinity: Affinity) -> dict[str, float | None]:
+    """Say in a sentence what was found; the numbers in it."""
+    count, total = len(affinity.ranges), affinity.buckets[-1].stop
+    reliability = statistics.median(affinity.reliability)
+    numbers = {"reliability_median": reliability}
+    for prefix, ranges in (("", affinity.ranges), ("equal_", split_uniform(count, total))):
+        means = affinity.mean_cosines(ranges)
+        numbers |= {f"{prefix}{name}": mean for name, mean in zip(_MEANS, means, strict=True)}
+    shown = {key: "-" if math.isnan(mean) else f"{mean:.2f}" for key, mean in numbers.items()}
+    console.note(
+        f"{count} ranges by gradient, {', '.join(map(str, affinity.ranges))}: mean cosine "
+        f"{shown['within']} within, {shown['across']} across (equal ranges: "
+        f"{shown['equal_within']}, {shown['equal_across']}); two halves of a bucket's "
+        f"draws agree to {reliability:.2f} (median)"
+    )
+    if reliability < _NOISY:
+        console.warn(
+            "noise in the gradients draws all cosines towards 0; raise --num for more draws"
+        )
+    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
