@@ -27,8 +27,9 @@ GROWN_INCHES, MOST_INCHES = 7.0, 16.0  # height from which rows shrink, and the 
 MOST_ROWS, MOST_STRIPS = 90, 4  # rows from which another strip begins beside the first
 NAME_LENGTH = 64  # characters
 COLORS = "RdBu_r"
-# Where a part stands in the network; what is not named here comes with the input.
-_STAGES = ("down_blocks", "mid_block", "transformer_blocks", "up_blocks", "single_", "out")
+# How the names of parts begin, in the order of the network; of the others those with `out` in them
+# come last, the rest with the input.
+_STAGES = ("down_blocks", "mid_block", "transformer_blocks", "single_transformer", "up_blocks")
 
 
 def draw_heat_map(
@@ -95,9 +96,10 @@ def shorten(text: str, length: int) -> str:
 def network_order(glob: str) -> tuple:
     """A key that sorts groups as the data passes them: input, down, mid, up, output, the rest."""
     if glob == REST:
-        return (len(_STAGES), ())
+        return (len(_STAGES) + 1, ())
     top = glob.split(".")[0]
-    stage = next((i for i, part in enumerate(_STAGES) if part in top), -1)
+    outside = len(_STAGES) if "out" in top else -1
+    stage = next((i for i, part in enumerate(_STAGES) if top.startswith(part)), outside)
     parts = [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", glob)]
     return (stage, tuple(parts))
 

@@ -128,7 +128,10 @@ def test_coefficients_that_are_all_zero_make_a_heat_map() -> None:
 
 
 def test_groups_are_named_and_ordered_as_the_data_passes_them() -> None:
-    ordered = ["conv_in", "down_blocks.2", "down_blocks.10", "mid_block", "up_blocks.0", "conv_out"]
+    ordered = [
+        "conv_in", "down_blocks.2", "down_blocks.10", "mid_block", "transformer_blocks.0",
+        "single_transformer_blocks.0", "up_blocks.0", "conv_out",
+    ]  # fmt: skip
     globs = ["*", *(f"{name}.*" for name in reversed(ordered))]
     named = [group_name(glob) for glob in sorted(globs, key=network_order)]
     assert named == [*ordered, "rest"]
