@@ -58,7 +58,12 @@ class Entry:
 
 
 ANALYSES = (
+    "losses",
     "gradients",
+    "activations",
+    "task_vectors",
+    "trajectory",
+    "landscape",
 )  # fmt: skip
 COMMANDS: dict[str, Entry] = {
     "split": Entry(PIPELINE, "Import a model, divide its timesteps into ranges.", "split"),

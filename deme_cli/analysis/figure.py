@@ -6,6 +6,8 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from deme_cli.merging.search.heat_map import shorten
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -13,9 +15,9 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg")
 DIVERGING, SEQUENTIAL = "RdBu_r", "cividis"  # told apart by all common kinds of colour vision
 BLACK, BLUE, VERMILION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
+BASE, ENSEMBLE, MERGED, OTHER, LINE = "0.45", BLACK, VERMILION, "#F0A000", "0.25"
 # Experts in order of their ranges (Okabe and Ito, from clean to noise); more begin anew, dashed.
 EXPERTS = ("#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#8C6D31")
-ENSEMBLE, MERGED, LINE = BLUE, VERMILION, "0.25"
 _LONGEST = 90  # characters of a title
 
 
@@ -55,11 +57,3 @@ def open_axis(axis: Axes, *, grid: str = "y") -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, color="0.92")
     axis.set_axisbelow(True)
-
-
-def shorten(text: str, length: int) -> str:
-    """At most `length` characters of a text: its beginning and its end."""
-    if len(text) <= length:
-        return text
-    head = (length - 1) // 2
-    return f"{text[:head]}…{text[head + 1 - length :]}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deme_cli.diffusion.backbones.known import backbone_of
-from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.row_plans import ENSEMBLE, plan_rows
 from deme_cli.records import DenoiserRecord, ExpertRecord
 from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
@@ -25,19 +25,22 @@ class Entrant:
     """One model of the line-up, and what denoises [0, T) in it: itself, or experts by range.
 
     kind: base, expert, ensemble, merged or model. Weights are read when an expert is loaded.
+    members: of an ensemble, the names of its experts' own entrants, in order of their ranges.
     """
 
     name: str
     kind: str
     experts: Sequence[SamplingExpert]
     records: Sequence[DenoiserRecord]
+    members: Sequence[str] = ()
 
     @property
     def span(self) -> TimestepRange | None:
-        """The range that an expert was finetuned on."""
+        """The range that an expert was finetuned on, if that is not all of [0, T)."""
         record = self.records[0]
-        is_expert = self.kind == "expert" and isinstance(record, ExpertRecord)
-        return record.timesteps if is_expert else None
+        if self.kind != "expert" or not isinstance(record, ExpertRecord):
+            return None
+        return None if len(record.timesteps) == record.num_train_timesteps else record.timesteps
 
     @property
     def fingerprints(self) -> list[str]:
@@ -74,10 +77,14 @@ def line_up(arguments: Sequence[str], *, device: str = "cpu", dtype: str = "fp32
             entrants.append(_single(plan.name, plan.arguments[0], place))
             continue
         members = read_ensemble([Path(argument).expanduser() for argument in plan.arguments])
-        paths = [member.path for member in members]
-        entrants += [_single(path.stem, str(path), place) for path in paths]
-        records = [member.record for member in members]
-        entrants.append(Entrant(plan.name, ENSEMBLE, open_ensemble(paths, **place), records))
+        paths, records = [m.path for m in members], [m.record for m in members]
+        alone = [_single(path.stem, str(path), place) for path in paths]
+        names = [entrant.name for entrant in alone]
+        whole = Entrant(plan.name, ENSEMBLE, open_ensemble(paths, **place), records, names)
+        entrants += [*alone, whole]
+    names = [entrant.name for entrant in entrants]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"two models are called {twice}; give their files names of their own")
     require_alike(entrants)
     return entrants
 

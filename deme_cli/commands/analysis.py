@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -101,11 +102,14 @@ def open_model(argument: str, *, device: str) -> Denoiser:
     return open_denoiser(argument, device=str(choose_device(device)))
 
 
-def watch(steps: Iterator[Step | Result], label: str, total: int, unit: str) -> Result:
-    """Show the steps of an analysis as a bar, its notes as lines; returns what it ends in."""
+def watch(steps: Generator[Step | Result], label: str, total: int, unit: str) -> Result:
+    """Show the steps of an analysis as a bar, its notes as lines; returns what it ends in.
+
+    The analysis is closed whatever happens, so that its output is free again.
+    """
     from deme_cli.analysis.unfinished import Step
 
-    with console.progress(label, total, unit) as bar:
+    with contextlib.closing(steps), console.progress(label, total, unit) as bar:
         for step in steps:
             if not isinstance(step, Step):
                 return step

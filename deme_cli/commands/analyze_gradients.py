@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from pathlib import Path
 from typing import Annotated
 
@@ -33,10 +31,8 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import SplitConfig
 from deme_cli.errors import ConfigError
-from deme_cli.timesteps import split_uniform
-from deme_cli.training.affinity import AFFINITY_NAME, Affinity, GradientConfig
+from deme_cli.training.affinity import AFFINITY_NAME, GradientConfig
 
-_MEANS = ("within", "across")  # what Affinity.mean_cosines returns
 _NOISY = 0.5  # halves that agree less have more noise than signal
 _C = GradientConfig
 
@@ -88,6 +84,7 @@ def gradients(
 
     from dataclasses import replace
 
+    from deme_cli.analysis.agreement import numbers_of, said_of
     from deme_cli.analysis.gradients import Analysis, measure_gradients
     from deme_cli.analysis.gradients_figure import draw_gradients
 
@@ -102,12 +99,20 @@ def gradients(
     )
     steps = measure_gradients(analysis, force=force)
     affinity = watch(steps, "gradients", buckets * num, "draw")
-    write_analysis(output, pictures, draw_gradients(affinity), affinity.to_json().encode())
+    said, numbers = said_of(affinity), numbers_of(affinity)
+    document = affinity.to_json(**said).encode()
+    write_analysis(output, pictures, draw_gradients(affinity), document)
+    console.note(str(said["reading"]))
+    if numbers["reliability_median"] < _NOISY:
+        console.warn(
+            "noise in the gradients draws all cosines towards 0; raise --num for more draws"
+        )
     console.result_paths(
         [output, *pictures], as_json=as_json,
         ranges=[str(span) for span in affinity.ranges],
         buckets=[str(bucket) for bucket in affinity.buckets],
-        norms=affinity.norms, reliability=affinity.reliability, **_read_out(affinity),
+        norms=affinity.norms, reliability=affinity.reliability, mean_norms=said["mean_norms"],
+        **numbers,
     )  # fmt: skip
 
 
@@ -124,25 +129,3 @@ def _check_model(model: str, settings: GradientConfig, num_ranges: int) -> str:
     if num_timesteps:
         settings.parts(num_timesteps)
     return f"{num_timesteps or 'all'} timesteps"
-
-
-def _read_out(affinity: Affinity) -> dict[str, float | None]:
-    """Say in a sentence what was found; the numbers in it."""
-    count, total = len(affinity.ranges), affinity.buckets[-1].stop
-    reliability = statistics.median(affinity.reliability)
-    numbers = {"reliability_median": reliability}
-    for prefix, ranges in (("", affinity.ranges), ("equal_", split_uniform(count, total))):
-        means = affinity.mean_cosines(ranges)
-        numbers |= {f"{prefix}{name}": mean for name, mean in zip(_MEANS, means, strict=True)}
-    shown = {key: "-" if math.isnan(mean) else f"{mean:.2f}" for key, mean in numbers.items()}
-    console.note(
-        f"{count} ranges by gradient, {', '.join(map(str, affinity.ranges))}: mean cosine "
-        f"{shown['within']} within, {shown['across']} across (equal ranges: "
-        f"{shown['equal_within']}, {shown['equal_across']}); two halves of a bucket's "
-        f"draws agree to {reliability:.2f} (median)"
-    )
-    if reliability < _NOISY:
-        console.warn(
-            "noise in the gradients draws all cosines towards 0; raise --num for more draws"
-        )
-    return {name: None if math.isnan(value) else value for name, value in numbers.items()}

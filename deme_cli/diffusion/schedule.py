@@ -45,6 +45,32 @@ class NoiseSchedule:
         abar = per_sample(self.alphas_cumprod, t, x0)
         return abar.sqrt() * eps - (1 - abar).sqrt() * x0
 
+    def x0_of(self, output: Tensor, x_t: Tensor, time: float) -> Tensor:
+        """The x_0 that an output at (x_t, time) implies; the inverse of `target`.
+
+        eps: (x_t - sqrt(1 - abar) eps) / sqrt(abar)  (Ho et al. 2020, Eq. 15)
+        v: sqrt(abar) x_t - sqrt(1 - abar) v  (Salimans & Ho 2022, app. D)
+        output, x_t: (B, ...)   ->   (B, ...)
+        """
+        if self.prediction_type == "sample":
+            return output
+        abar = self._abar_at(time)
+        signal, noise = abar**0.5, (1 - abar) ** 0.5
+        if self.prediction_type == "epsilon":
+            return (x_t - noise * output) / signal
+        return signal * x_t - noise * output
+
+    def _abar_at(self, time: float) -> float:
+        """abar; between two timesteps sigma = sqrt((1 - abar) / abar) is linear, as in diffusers.
+
+        (Its Euler, Heun and LMS samplers have such times.)
+        """
+        low, share = int(time), time % 1
+        if not share:
+            return float(self.alphas_cumprod[low])
+        sigma = self.snr[low : low + 2].rsqrt()
+        return float(1 / (1 + torch.lerp(sigma[0], sigma[-1], share) ** 2))
+
     def times(self, t: Tensor) -> Tensor:
         """What the network is told for draws t: (B,) -> (B,)."""
         return t
@@ -81,6 +107,13 @@ class FlowSchedule:
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The velocity eps - x_0."""
         return eps - x0
+
+    def x0_of(self, output: Tensor, x_t: Tensor, time: float) -> Tensor:
+        """The x_0 that a velocity at (x_t, time = sigma T) implies: x_t - sigma (eps - x_0).
+
+        output, x_t: (B, ...)   ->   (B, ...)
+        """
+        return x_t - time / self.num_train_timesteps * output
 
     def times(self, t: Tensor) -> Tensor:
         """sigma T for draws t, as the scheduler's own timesteps: (B,) -> (B,) float32."""

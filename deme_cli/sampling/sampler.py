@@ -66,6 +66,22 @@ class StepProgress:
 
 
 @dataclass(frozen=True)
+class Forward:
+    """What was asked of expert `expert` at step `step` of the step list, and what it said.
+
+    Of images start .. start + B - 1, at time t. x_t is on the network's scale, before it is
+    narrowed to the network's dtype; the output is guided where there is a scale.
+    """
+
+    start: int
+    step: int
+    t: float
+    expert: int
+    x_t: Tensor  # (B, C, h, w) float32
+    output: Tensor  # (B, C, h, w) float32
+
+
+@dataclass(frozen=True)
 class ImageBatch:
     """Finished images start .. start + B - 1; `done` of `total` images are finished with it."""
 
@@ -114,12 +130,13 @@ def sample_images(
     scene: Scene | None = None,
     hold_one: bool = False,
     first: int = 0,
+    watch: Callable[[Forward], None] | None = None,
 ) -> Iterator[StepProgress | ImageBatch]:
     """Draw the images first .. scene.num - 1 of `config.seed`, in order.
 
     Yields a StepProgress after every forward and an ImageBatch for every finished batch. The
     experts' ranges must cover [0, T) once; `hold_one` frees each expert before the next is loaded.
-    Without a scene, `config` and the model's own record make it.
+    Without a scene, `config` and the model's own record make it. `watch` is shown every forward.
     Raises ConfigError if the sampler does not fit the model, ArtifactError if the frozen parts
     around it are others than its base's, NumericsError on non-finite images.
     """
@@ -149,8 +166,10 @@ def sample_images(
         ]  # fmt: skip
         for run in runs:
             for batch in batches:
-                for t, timestep in run.timesteps:
-                    _denoise(batch, held.take(run.expert), t, timestep, config)
+                for step, t, timestep in run.steps:
+                    seen = _denoise(batch, held.take(run.expert), t, timestep, config)
+                    if watch is not None:
+                        watch(Forward(batch.start, step, t, run.expert, *seen))
                     done += len(batch.seeds)
                     yield StepProgress(done, total)
                 if run is runs[-1]:
@@ -162,10 +181,10 @@ def sample_images(
 
 @dataclass(frozen=True)
 class _Run:
-    """Adjacent steps that one expert owns: (t for the scheduler, t on the device) each."""
+    """Adjacent steps that one expert owns: (index, t for the scheduler, t on the device) each."""
 
     expert: int
-    timesteps: list[tuple[float, Tensor]]
+    steps: list[tuple[int, float, Tensor]]
 
 
 @dataclass
@@ -200,8 +219,8 @@ def _plan_runs(
     timesteps: Tensor, ranges: Sequence[TimestepRange], device: torch.device
 ) -> list[_Run]:
     """The steps in the scheduler's order, cut where another expert takes over."""
-    steps = list(zip(timesteps.tolist(), timesteps.to(device), strict=True))
-    grouped = groupby(steps, key=lambda step: route(step[0], ranges))
+    steps = zip(range(len(timesteps)), timesteps.tolist(), timesteps.to(device), strict=True)
+    grouped = groupby(steps, key=lambda step: route(step[1], ranges))
     return [_Run(expert, list(group)) for expert, group in grouped]
 
 
@@ -242,10 +261,15 @@ def _draw(
 @torch.inference_mode()
 def _denoise(
     batch: _Batch, denoiser: Denoiser, t: float, timestep: Tensor, config: SampleConfig
-) -> None:
-    """Advance `batch` by one step; the network works in its own dtype, the scheduler in float32."""
-    x_in = scale_input(batch.scheduler, batch.x_t, t).to(denoiser.dtype)
+) -> tuple[Tensor, Tensor]:
+    """Advance `batch` by one step; returns x_t on the network's scale and what the network said.
+
+    The network works in its own dtype, the scheduler in float32.
+    """
+    x_t = scale_input(batch.scheduler, batch.x_t, t)
+    x_in = x_t.to(denoiser.dtype)
     output = predict_guided(denoiser, x_in, timestep, batch.conditions, scale=batch.guidance)
     batch.x_t = take_step(
         batch.scheduler, output, t, batch.x_t, config=config, generators=batch.generators
     )
+    return x_t, output

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.settings import Settings, setting
-from deme_cli.timesteps import TimestepRange, parse_span, require_cover, route, split_uniform
+from deme_cli.timesteps import TimestepRange, parse_span, require_cover, split_uniform
 
 AFFINITY_NAME = "gradients.json"
 KIND, SCHEMA_VERSION = "gradients", 1
@@ -75,17 +74,13 @@ class Affinity:
     standard_error: float
     ranges: list[TimestepRange]
 
-    def mean_cosines(self, ranges: Sequence[TimestepRange]) -> tuple[float, float]:
-        """The mean cosine of two buckets in one range, and in two ranges; nan without such."""
-        owners = [route(bucket.start, ranges) for bucket in self.buckets]
-        within, across = [], []
-        for i, row in enumerate(self.cosines):
-            for j, value in enumerate(row[:i]):
-                (within if owners[i] == owners[j] else across).append(value)
-        return tuple(sum(some) / len(some) if some else math.nan for some in (within, across))
+    @property
+    def whole(self) -> TimestepRange:
+        """[0, T)."""
+        return TimestepRange(0, self.buckets[-1].stop)
 
-    def to_json(self) -> str:
-        """The text of `gradients.json`: one line per bucket's cosines."""
+    def to_json(self, **said: Any) -> str:
+        """The text of `gradients.json`, one line per bucket's cosines; `said` is for people."""
         document = {
             "schema_version": SCHEMA_VERSION,
             "kind": KIND,
@@ -99,6 +94,7 @@ class Affinity:
                 "parameters": self.parameters,
                 "standard_error": self.standard_error,
             },
+            **said,
             "ranges": [str(span) for span in self.ranges],
             "buckets": [str(bucket) for bucket in self.buckets],
             "losses": self.losses,

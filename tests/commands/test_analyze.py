@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+from deme_cli.analysis.agreement import pair_cosines
 from deme_cli.artifacts import read_record
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.training.affinity import read_affinity
@@ -26,9 +27,11 @@ def test_the_file_the_pictures_and_the_sentence(deme: Deme, run_folder: Path) ->
     base = read_record(Path("base.safetensors"), "base")
     affinity = read_affinity(Path("gradients.json"), base.fingerprint)
     assert document["ranges"] == [str(span) for span in affinity.ranges]
-    assert document["within"] == pytest.approx(affinity.mean_cosines(affinity.ranges)[0])
+    within, _ = pair_cosines(affinity, affinity.ranges)
+    assert document["within"] == pytest.approx(within.mean())
     assert (affinity.num, affinity.data["source"]) == (4, "digits")
-    assert f"2 ranges by gradient, {', '.join(document['ranges'])}: mean cosine" in result.stderr
+    assert f"2 ranges by gradient, {', '.join(document['ranges'])}: " in result.stderr
+    assert json.loads(Path("gradients.json").read_text())["reading"] in result.stderr
     assert not list(Path().glob(".gradients*"))
 
 

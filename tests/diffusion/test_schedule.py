@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.training_utils import compute_snr
 
 from deme_cli.diffusion.schedule import NoiseSchedule, add_noise, read_schedule, snr
@@ -108,3 +112,32 @@ def test_ranges_of_times_share_out_the_draws_of_a_flow_once(shift: float, num_ra
 def test_a_range_without_a_time_of_the_flow_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no time .* in range 0:2"):
         read_schedule({**FLOW, "shift": 12.0}).indices(TimestepRange(0, 2))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"prediction_type": name} for name in ("epsilon", "v_prediction", "sample")]
+    + [{**FLOW, "shift": 3.0}],
+)
+def test_a_perfect_prediction_implies_x0(config: dict[str, Any]) -> None:
+    schedule = read_schedule(config)
+    x0, eps, t = (part.double() if part.is_floating_point() else part for part in draw(1000))
+    x_t, target = schedule.add_noise(x0, eps, t), schedule.target(x0, eps, t)
+    for i, time in enumerate(schedule.times(t).tolist()):
+        implied = schedule.x0_of(target[i : i + 1], x_t[i : i + 1], time)
+        torch.testing.assert_close(implied, x0[i : i + 1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_between_two_timesteps_x0_is_that_of_diffusers_euler(prediction_type: str) -> None:
+    config = {"prediction_type": prediction_type, "timestep_spacing": "linspace"}
+    euler = EulerDiscreteScheduler.from_config(config)
+    euler.set_timesteps(7)
+    t = euler.timesteps[1]
+    assert t % 1
+    x, output, _ = draw(1000)
+    euler.set_begin_index(1)
+    x_t = euler.scale_model_input(x, t)
+    expected = euler.step(output, t, x).pred_original_sample
+    found = read_schedule(config).x0_of(output, x_t, t.item())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

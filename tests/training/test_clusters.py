@@ -150,15 +150,6 @@ def test_what_cannot_be_clustered_is_refused() -> None:
         split_times(5, "snr", dense)
 
 
-def test_mean_cosines_tell_pairs_within_ranges_from_pairs_across() -> None:
-    affinity = affinity_of(split_uniform(4, 1000), blocks([2, 2], across=-0.5))
-    assert affinity.mean_cosines(split_uniform(2, 1000)) == (1.0, -0.5)
-    assert affinity.mean_cosines(split_uniform(1, 1000)) == (
-        0.0,
-        pytest.approx(float("nan"), nan_ok=True),
-    )
-
-
 def test_an_affinity_comes_back_from_its_file(tmp_path: Path) -> None:
     affinity = affinity_of(split_uniform(4, 1000), blocks([2, 2]))
     (tmp_path / "g.json").write_text(affinity.to_json())

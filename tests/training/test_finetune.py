@@ -177,7 +177,12 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)]
+    ("sent", "code"),
+    [
+        (signal.SIGKILL, -9),
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),  # the handler of SIGTERM
+    ],
 )
 def test_a_killed_run_continues_to_the_same_weights(
     deme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int
