@@ -77,6 +77,7 @@ COMMANDS: dict[str, Entry] = {
     "compare": Entry(MEASURE, "Train and measure a table of methods.", "compare"),
     "demo": Entry(LOOK, "Run the whole pipeline on the embedded digits.", "demo"),
     "analyze": Entry(LOOK, "Draw why it works: the paper's figures.", "analyze", parts=ANALYSES),
+    "report": Entry(LOOK, "Put a run folder on one HTML page.", "report"),
     "inspect": Entry(LOOK, "Show what artifacts are and where from.", "inspect"),
     "export": Entry(LOOK, "Write a diffusers pipeline folder.", "export"),
     "doctor": Entry(LOOK, "List what runs need: there or missing.", "doctor"),

@@ -22,7 +22,7 @@ HEAVY = {
 }  # fmt: skip
 FLOORS = {
     "diffusion": 1, "data": 1, "training": 2, "sampling": 2, "evaluation": 3, "merging": 4,
-    "analysis": 4, "comparison": 4, "commands": 5, "app": 6, "__main__": 7,
+    "analysis": 4, "comparison": 4, "reporting": 4, "commands": 5, "app": 6, "__main__": 7,
 }  # fmt: skip
 
 

@@ -66,6 +66,8 @@ def test_the_embedded_base_says_how_it_was_trained() -> None:
 @pytest.mark.slow
 def test_the_demo_ends_in_a_table_and_a_picture(walk, tmp_path: Path) -> None:
     document = json.loads(walk("demo --quick --json").stdout)
-    assert [Path(path).name for path in document["paths"]] == ["demo.png", "eval.json"]
+    names = [Path(path).name for path in document["paths"]]
+    assert names == ["demo.png", "eval.json", "report.html"]
+    assert "<!doctype html>" in (tmp_path / "deme-demo" / "report.html").read_text().lower()
     assert [row["name"] for row in document["rows"]] == ["base", "control", "ensemble", "merged"]
     assert (tmp_path / "deme-demo" / "demo.png").stat().st_size > 10_000

@@ -30,10 +30,12 @@ class Size:
     candidates: int
     num: int
     repeats: int = 3
+    buckets: int = 50
+    draws: int = 128
 
 
 FULL = Size(steps=400, candidates=500, num=2000)
-QUICK = Size(steps=4, candidates=20, num=80)
+QUICK = Size(steps=4, candidates=20, num=80, buckets=8, draws=4)
 
 
 def demo(
@@ -63,11 +65,11 @@ def demo(
     os.chdir(output)
     try:
         rows = _pipeline(context, size)
-        paths = [output / "demo.png", output / "eval.json"]
+        paths = [output / name for name in ("demo.png", "eval.json", "report.html")]
     finally:
         os.chdir(before)
     minutes = (time.monotonic() - start) / 60
-    console.note(f"done in {minutes:.1f} minutes; look at {paths[0]}")
+    console.note(f"done in {minutes:.1f} minutes; look at {paths[0]} and {paths[-1]}")
     console.result_paths(paths, as_json=as_json, rows=rows, minutes=minutes)
 
 
@@ -94,8 +96,13 @@ def _pipeline(context: typer.Context, size: Size) -> list[dict[str, Any]]:
         if model == "ensemble":
             command = f"ensemble-sample {' '.join(experts)}"
         _run(context, f"{command} -n 24 -o {model}-samples.safetensors --force", quiet=True)
+    _run(
+        context,
+        f"analyze losses {' '.join(models)} --buckets {size.buckets} --num {size.draws} --force",
+    )
     rows = json.loads(Path("eval.json").read_text())["rows"]
-    _draw(rows, experts, size)
+    _draw(rows, size)
+    _run(context, "report --force")
     return rows
 
 
@@ -141,38 +148,33 @@ def _train_experts_beside_control(size: Size) -> None:
             bar.advance(sum(steps.values()), "  ".join(f"{k} {v}" for k, v in steps.items()))
 
 
-def _draw(rows: list[dict[str, Any]], experts: list[str], size: Size) -> None:
+def _draw(rows: list[dict[str, Any]], size: Size) -> None:
     """The held-out losses by range, as a table, and the picture of everything."""
     from deme_cli.analysis.summary import SummaryRow, draw_summary
-    from deme_cli.timesteps import split_uniform
-    from deme_cli.training.held_out import losses_by_range
 
-    ranges = split_uniform(NUM_RANGES, 1000)
-    files = [*(f"{model}.safetensors" for model in MODELS if model != "ensemble"), *experts]
-    losses = losses_by_range([Path(file) for file in files], ranges, "digits")
-    base = losses[Path("base.safetensors")]
+    document = json.loads(Path("losses.json").read_text())
+    losses = {model["name"]: model["loss_by_range"] for model in document["models"]}
     console.table(
         "Held-out loss by range (change against the base)",
-        ["model", *map(str, ranges)],
+        ["model", *document["ranges"]],
         [
             [
-                path.stem,
-                *(f"{v:.5f} {100 * (v / b - 1):+.1f}%" for v, b in zip(values, base, strict=True)),
+                name,
+                *(
+                    f"{loss:.5f} {100 * (loss / base - 1):+.1f}%"
+                    for loss, base in zip(values, losses["base"], strict=True)
+                ),
             ]
-            for path, values in losses.items()
+            for name, values in losses.items()
         ],
     )
     metric = "frechet_digits"
-    own = [losses[Path(expert)][index] for index, expert in enumerate(experts)]
-    by_model = {"ensemble": tuple(own)}  # each range denoised by its expert
-    for model in MODELS:
-        by_model.setdefault(model, losses.get(Path(f"{model}.safetensors"), ()))
     summary = [
         SummaryRow(
             model,
             Path(f"{model}-samples.safetensors"),
             tuple(row["metrics"][metric]["values"]),
-            by_model[model],
+            tuple(losses[model]),
         )
         for model, row in zip(MODELS, rows, strict=True)
     ]
@@ -180,6 +182,4 @@ def _draw(rows: list[dict[str, Any]], experts: list[str], size: Size) -> None:
         f"Fréchet distance on digit features, {size.num} images, {size.repeats} seeds shared by "
         f"all rows, DDIM; coefficients searched on other seeds and data"
     )
-    draw_summary(
-        summary, [str(span) for span in ranges], Path("demo.png"), metric=metric, protocol=protocol
-    )
+    draw_summary(summary, document["ranges"], Path("demo.png"), metric=metric, protocol=protocol)

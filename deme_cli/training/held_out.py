@@ -7,20 +7,18 @@ batch, the mean of the posterior where there is a VAE. Captions are never left o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deme_cli.data.images import open_images
 from deme_cli.diffusion.conditions import Conditions, to
-from deme_cli.diffusion.denoiser import load_denoiser, predict
+from deme_cli.diffusion.denoiser import predict
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.examples import Examples, PixelExamples
+from deme_cli.training.examples import Examples
 
 _BATCH = 256
 Check = Callable[..., None]  # called between batches, with (done, total) if known; raises to stop
@@ -136,20 +134,3 @@ def draws_of_range(
     t = t[torch.randperm(num, generator=generator)]
     images = torch.arange(num) % len(examples)
     return FixedDraws(examples, schedule, images, t, eps.__getitem__, batch_size)
-
-
-def losses_by_range(
-    models: Sequence[Path], ranges: Sequence[TimestepRange], source: str, *, num: int = 2048
-) -> dict[Path, tuple[float, ...]]:
-    """The held-out loss of each artifact of a pixel model on each range, all on the same draws."""
-    losses = {}
-    for path in models:
-        denoiser = load_denoiser(path)
-        images = open_images(source, shape=denoiser.sample_shape, split="held-out")
-        values = []
-        for span in ranges:
-            draws = draws_of_range(PixelExamples(images), span, denoiser.schedule, num)
-            assert draws is not None
-            values.append(draws.loss(denoiser.network))
-        losses[path] = tuple(values)
-    return losses

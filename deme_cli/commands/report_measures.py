@@ -1,0 +1,136 @@
+"""The command lines of samples, tables and analyses, told from their protocol cards.
+
+A card holds what was chosen as it came out (the sampler's name, the guidance of the pipeline), so a
+line may say what the command would have chosen by itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from deme_cli.commands.report_words import (
+    Names,
+    flags_of,
+    option_words,
+    output_words,
+    path_word,
+    setting_words,
+)
+from deme_cli.config import DataConfig, EvalConfig, SampleConfig
+from deme_cli.reporting.figures import ANALYSES
+from deme_cli.run_file import RunFile
+
+_USUAL_SAMPLERS, _USUAL_SPACING = ("ddim", "euler"), "leading"
+
+
+def sampling(card: Mapping[str, Any], name: str, run: RunFile, names: Names) -> list[str]:
+    """`deme sample`, or `deme ensemble-sample` where each range had its own expert."""
+    from deme_cli.commands.ensemble_sample import ensemble_sample
+    from deme_cli.commands.sample import sample
+
+    models = [path_word(names.get(mark, "MODEL")) for mark in card["fingerprints"]]
+    if card["model"] == "ensemble":
+        command: Callable[..., Any] = ensemble_sample
+        words, usual = ["ensemble-sample", *models], "ensemble.safetensors"
+    else:
+        command, words = sample, ["sample", *models]
+        usual = f"{models[0].removesuffix('.safetensors')}-samples.safetensors"
+    words += _drawing(command, card, run)
+    return [*words, *output_words(name, usual)]
+
+
+def _drawing(command: Callable[..., Any], card: Mapping[str, Any], run: RunFile) -> list[str]:
+    """The options that say how images are drawn."""
+    values = {key: card[key] for key in ("num", "steps", "eta", "seed", "guidance", "resolution")
+              if card.get(key) is not None}  # fmt: skip
+    if card.get("sampler") not in _USUAL_SAMPLERS:
+        values["sampler"] = card.get("sampler")
+    if card.get("spacing") not in (None, _USUAL_SPACING):
+        values["spacing"] = card["spacing"]
+    if card.get("resize_to"):
+        values["resize"] = card["resize_to"]
+    if card.get("per_prompt"):
+        values["per_prompt"] = card["per_prompt"]
+    if prompts := card.get("prompts"):
+        values["prompts"] = prompts["source"]
+    elif classes := card.get("classes"):
+        values["classes"] = classes if isinstance(classes, str) else ",".join(map(str, classes))
+    words = setting_words(command, SampleConfig, run, values, renamed={"resize": "resize_to"})
+    return words + ([] if card.get("dtype", "fp32") == "fp32" else ["--dtype", card["dtype"]])
+
+
+def measuring(
+    rows: Sequence[Mapping[str, Any]], name: str, run: RunFile, names: Names
+) -> list[str]:
+    """`deme eval` of all rows of a table."""
+    from deme_cli.commands.eval import evaluate
+
+    card = rows[0]["protocol"]
+    marks = dict.fromkeys(m for row in rows for m in row["protocol"].get("fingerprints", ["?"]))
+    models = dict.fromkeys(path_word(names.get(mark, "MODEL")) for mark in marks)
+    figure = next(iter(rows[0]["metrics"].values()))
+    values: dict[str, Any] = {
+        "num": figure["n"], "repeats": figure.get("repeats", 1), "protocol": card.get("protocol"),
+        "seed": card.get("seed"), **_references(card),
+    }  # fmt: skip
+    if card.get("resize") not in (None, "none"):
+        values["resize"] = card["resize"]
+    if clip := card.get("clip_score"):
+        values |= {"clip_score": True, "clip_model": clip["model"], "clip_weights": clip["weights"]}
+    if classifier := card.get("accuracy"):
+        values["accuracy"] = classifier["model"]
+    words = setting_words(evaluate, EvalConfig, run, values)
+    drawn = {key: value for key, value in card.items() if key not in ("num", "seed", "resize")}
+    return ["eval", *models, *words, *_drawing(evaluate, drawn, run), "-o", path_word(name)]
+
+
+def _references(card: Mapping[str, Any]) -> dict[str, Any]:
+    """--fid and --kid, and the features where the references alone would not lead to them."""
+    found: dict[str, Any] = {}
+    for metric, reference in card.get("references", {}).items():
+        is_kernel = metric.startswith(("kid", "kernel"))
+        found["kid" if is_kernel else "fid"] = reference["source"]
+    features = card.get("features")
+    usual = "digits" if "digits" in found.values() else "inception"
+    return found | ({"features": features} if features and features != usual else {})
+
+
+def analysing(
+    document: Mapping[str, Any], name: str, run: RunFile, names: Names
+) -> list[str] | None:
+    """`deme analyze …` of a document; None for one that no analysis writes."""
+    kind = document.get("kind")
+    if kind not in ANALYSES:
+        return None
+    part = kind.replace("-", "_")
+    command = getattr(import_module(f"deme_cli.commands.analyze_{part}"), part)
+    protocol = document.get("protocol") or document
+    marks = dict.fromkeys(_marks(protocol["experts"] if kind == "task-vectors" else protocol))
+    models = dict.fromkeys(path_word(names[mark]) for mark in marks if mark in names)
+    words = ["analyze", kind, *models]
+    flags, parameters = flags_of(command), inspect.signature(command).parameters
+    for option, given in protocol.items():
+        told = isinstance(given, (int, float, str)) and option in flags
+        if told and given != parameters[option].default:
+            words += option_words(flags[option], given)
+    data = protocol.get("data") or {}
+    if "data" in flags and data.get("source") not in (None, run.settings(DataConfig).source):
+        words += option_words(flags["data"], data["source"])
+    if data.get("split") and "split" in flags and data["split"] != parameters["split"].default:
+        words += option_words(flags["split"], data["split"])
+    return [*words, *output_words(name, f"{kind}.json")]
+
+
+def _marks(value: Any) -> Iterator[str]:
+    """Every text in a protocol that may be a fingerprint, in order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _marks(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _marks(entry)

@@ -1,0 +1,175 @@
+"""The head of the page: what the run is of, how far it is, and what is not there yet."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from deme_cli.records import (
+    KINDS,
+    BaseRecord,
+    ExpertRecord,
+    MergedRecord,
+    SamplesRecord,
+    TaskVectorRecord,
+)
+from deme_cli.reporting.folder import Artifact, Folder
+from deme_cli.reporting.numbers import plain, size_of
+from deme_cli.reporting.tables import Table, plain_table
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a reader might expect, and the command that makes it."""
+
+    what: str
+    command: str
+
+
+def experts_of(folder: Folder) -> list[ExpertRecord]:
+    """Records of the experts of a part of the timesteps, in order of their ranges."""
+    records = [a.record for a in folder.of_kind("expert")]
+    parts = [r for r in records if isinstance(r, ExpertRecord) and not _is_whole(r)]
+    return sorted(parts, key=lambda record: (-(record.of or 0), *record.range))
+
+
+def _is_whole(record: ExpertRecord) -> bool:
+    return len(record.timesteps) == record.num_train_timesteps
+
+
+def facts(folder: Folder) -> Iterator[tuple[str, str]]:
+    """Base, experts, merged models and images, as far as there are any."""
+    for artifact in folder.of_kind("base"):
+        yield artifact.stem, _of_base(artifact)
+    if not folder.of_kind("base") and (known := folder.of_kind("expert", "merged")):
+        record = known[0].record
+        if isinstance(record, (ExpertRecord, MergedRecord)):
+            yield "base", f"{record.source}, {record.base[:12]} (not in this folder)"
+    if experts := experts_of(folder):
+        ranges = dict.fromkeys(str(record.timesteps) for record in experts)
+        shown = ", ".join(list(ranges)[:16]) + (", …" if len(ranges) > 16 else "")
+        counted = str(len(experts))
+        if len(experts) > len(ranges):
+            counted += f" in {len(ranges)} ranges"
+        yield "experts", f"{counted}: t in {shown}"
+    records = [a.record for a in folder.of_kind("expert")]
+    data = {str(r.data.get("source")): r.data for r in records if isinstance(r, ExpertRecord)}
+    if data:
+        yield (
+            "images",
+            ", ".join(
+                f"{source}, {plain(one['num'])} in training"
+                if type(one.get("num")) is int
+                else source
+                for source, one in data.items()
+            ),
+        )
+    for artifact in folder.of_kind("merged"):
+        record = artifact.record
+        if isinstance(record, MergedRecord):
+            searched = (record.search or {}).get("method")
+            how = f"coefficients by {searched}" if searched else "given coefficients"
+            yield artifact.stem, f"{record.method} merge of {len(record.parents)}, {how}"
+
+
+def _of_base(artifact: Artifact) -> str:
+    record = artifact.record
+    assert isinstance(record, BaseRecord)
+    network = record.model_config.get("_class_name", "network")
+    return (
+        f"{record.source}, {network}, {artifact.num_parameters:,} parameters, "
+        f"T = {record.num_train_timesteps:,}, {record.fingerprint[:12]}"
+    )
+
+
+def missing(folder: Folder, *, has_table: bool, has_figures: bool, is_comparison: bool) -> list[
+    Missing
+]:  # fmt: skip
+    """What is not there, in the order in which commands make it; nothing of a lone comparison."""
+    if is_comparison and not folder.artifacts:
+        return []
+    found: list[Missing] = []
+    if not folder.of_kind("base"):
+        found.append(Missing("the base", "deme split MODEL -n 4"))
+    found += _missing_experts(folder)
+    whole = {artifact.stem for artifact in folder.of_kind("expert", "base")}
+    curves = {path.name.removesuffix(".metrics.jsonl") for path in folder.metrics}
+    if folder.of_kind("expert") and not curves & whole:
+        found.append(Missing("curves of training", "deme finetune --range all"))
+    if not folder.of_kind("merged"):
+        found.append(Missing("a merged model", "deme merge ft_*.safetensors --search grid"))
+    if not (folder.of_kind("samples") or folder.image_folders):
+        model = (folder.of_kind("merged") or folder.of_kind("base") or [None])[0]
+        name = _quoted(model) if model else "merged.safetensors"
+        found.append(Missing("images", f"deme sample {name}"))
+    if not has_table:
+        found.append(Missing("a table", "deme eval --fid REF --repeats 3 --output eval.json"))
+    if not has_figures:
+        found.append(Missing("figures of why it works", "deme analyze gradients"))
+    return found
+
+
+def _quoted(artifact: Artifact) -> str:
+    name = artifact.name
+    return shlex.quote(f"./{name}" if name.startswith("-") else name)
+
+
+def _missing_experts(folder: Folder) -> Iterator[Missing]:
+    experts = experts_of(folder)
+    if not experts:
+        yield Missing("experts", "deme finetune --range all")
+        return
+    counts = {record.of for record in experts if record.of}
+    for count in sorted(counts):
+        there = {record.index for record in experts if record.of == count}
+        for index in range(1, min(count, 64) + 1):
+            if index not in there:
+                yield Missing(
+                    f"expert {index} of {count}", f"deme finetune --range {index}/{count}"
+                )
+
+
+def artifact_table(folder: Folder) -> Table:
+    """Every artifact that can be read: what it is, of what, how large."""
+    rows = []
+    names = {a.record.fingerprint: a.stem for a in reversed(folder.artifacts)}
+    kinds = list(KINDS)
+    for artifact in sorted(folder.artifacts, key=lambda a: kinds.index(a.record.kind)):
+        record = artifact.record
+        span = str(record.timesteps) if isinstance(record, ExpertRecord) else ""
+        rows.append([
+            artifact.name, record.kind, span, ", ".join(_parents(artifact, names)),
+            size_of(artifact.num_bytes), record.fingerprint[:12], record.created_by,
+        ])  # fmt: skip
+    columns = ["file", "kind", "timesteps", "made of", "size", "fingerprint", "written by"]
+    caption = f"{len(rows)} artifact{'s' * (len(rows) != 1)}"
+    return plain_table(caption, columns, rows, words=(1, 2, 3, 5, 6))
+
+
+def _parents(artifact: Artifact, names: dict[str, str]) -> list[str]:
+    """Names of what an artifact was made of, or their fingerprints where they are elsewhere."""
+    record = artifact.record
+    marks: Any = []
+    if isinstance(record, MergedRecord):
+        marks = [p.get("fingerprint") for p in record.parents if isinstance(p, dict)]
+    elif isinstance(record, TaskVectorRecord):
+        marks = [record.expert]
+    elif isinstance(record, ExpertRecord):
+        marks = [record.base]
+    elif isinstance(record, SamplesRecord):
+        marks = record.protocol.get("fingerprints")
+    marks = map(str, marks) if isinstance(marks, list) else ()
+    return [names.get(mark, mark[:12]) for mark in marks]
+
+
+def counts_of(folder: Folder) -> str:
+    """Artifacts by kind, as a line says it: `1 base, 4 experts`."""
+    counts = Counter(artifact.record.kind for artifact in folder.artifacts)
+    plural = {"base": "bases", "merged": "merged", "samples": "samples", "statistics": "statistics"}
+    return ", ".join(
+        f"{count} {kind if count == 1 else plural.get(kind, f'{kind}s')}"
+        for kind, count in counts.items()
+    )

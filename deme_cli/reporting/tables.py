@@ -1,0 +1,253 @@
+"""Tables of the page, and those made of what `deme eval --output` writes, with its cards."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deme_cli.evaluation.comparable import WHO_AND_WHENCE
+from deme_cli.reporting.measures import (
+    BETTER,
+    EVEN,
+    WORSE,
+    Difference,
+    Measure,
+    best_of,
+    lower_is_better,
+    verdict,
+)
+from deme_cli.reporting.numbers import number
+
+_WORDS = {BETTER: "better", WORSE: "worse", EVEN: "not told apart"}
+
+
+@dataclass(frozen=True)
+class Whisker:
+    """An interval drawn beside its numbers: places of 0, both ends and the mean, from 0 to 100."""
+
+    zero: float
+    low: float
+    mean: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`tone` is better, worse, even or differs; `whisker` stands in place of a text."""
+
+    text: str = ""
+    tone: str = ""
+    strong: bool = False
+    whisker: Whisker | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first column names the rows, the others are numbers unless they are in `words`."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    words: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Field:
+    """A line of a protocol card. mark: `differs`, `by row` (as it should), or nothing."""
+
+    name: str
+    text: str
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    title: str
+    fields: Sequence[Field]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A table with what is said of it above and below, and the cards of its rows."""
+
+    name: str
+    title: str
+    verdicts: list[str]
+    table: Table
+    remarks: list[str]
+    cards: list[Card]
+    more: list[Table] = field(default_factory=list)
+
+
+def evaluation(name: str, document: Mapping[str, Any]) -> Results:
+    """What an evaluation says. Raises LookupError, TypeError or ValueError on another shape."""
+    rows = document["rows"]
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row["metrics"]))
+    if not rows or not metrics:
+        raise ValueError("it has no rows")
+    measured = {metric: list(_measures(rows, metric)) for metric in metrics}
+    is_paired = any(m.difference for measures in measured.values() for m in measures)
+    columns, cells = ["row"], [[Cell(str(row["name"]), note=str(row["kind"]))] for row in rows]
+    for metric in metrics:
+        columns += metric_columns(metric, metric, measured[metric])
+        lines = metric_cells(metric, measured[metric])
+        blank = [Cell()] * len(next(iter(lines.values())))
+        for row, line in zip(rows, cells, strict=True):
+            line += lines.get(str(row["name"]), blank)
+    columns.append("images")
+    for row, line in zip(rows, cells, strict=True):
+        own = [m for by in measured.values() for m in by if m.row == str(row["name"])]
+        line.append(Cell(_counts(own[0]) if own else ""))
+    cards = [(str(row["name"]), row.get("protocol") or {}) for row in rows]
+    return Results(
+        name, f"Evaluation, {name}",
+        [verdict(metric, measures) for metric, measures in measured.items()],
+        Table(f"Rows of {name}", columns, cells),
+        [*([PAIRED] if is_paired else []), *_protocol_remark(cards)],
+        cards_of(cards),
+    )  # fmt: skip
+
+
+PAIRED = (
+    "± is the standard deviation over repeats. Differences are paired by repeat, for rows of one "
+    "repeat share their starting noise; in brackets the 95 % interval of their mean (Student's t). "
+    "Repeats are seeds of the evaluation: they tell nothing of how training varies."
+)
+
+
+def _measures(rows: Sequence[Mapping[str, Any]], metric: str) -> Iterator[Measure]:
+    """One metric of all the rows that have it."""
+    for row in rows:
+        if (figure := row["metrics"].get(metric)) is None:
+            continue
+        sd, other = figure.get("sd"), figure.get("difference")
+        yield Measure(
+            str(row["name"]), str(row["kind"]), number(figure["value"]),
+            None if sd is None else number(sd), int(figure["n"]), int(figure.get("repeats", 1)),
+            None if other is None else difference_of(other),
+        )  # fmt: skip
+
+
+def difference_of(entry: Mapping[str, Any]) -> Difference:
+    """The paired difference that a document holds."""
+    low, high = map(number, entry["interval"])
+    over = str(entry.get("over", "evaluation seeds"))
+    return Difference(str(entry["to"]), number(entry["mean"]), number(entry["sd"]), low, high, over)
+
+
+def metric_columns(title: str, metric: str, measures: Sequence[Measure]) -> list[str]:
+    """The headings of a metric: its value and, where there are any, the differences."""
+    arrow = "\N{DOWNWARDS ARROW}" if lower_is_better(metric) else "\N{UPWARDS ARROW}"
+    to = next((m.difference.to for m in measures if m.difference), None)
+    return [f"{title} {arrow}", *([f"minus {to}", "95 % interval"] if to else [])]
+
+
+def metric_cells(metric: str, measures: Sequence[Measure]) -> dict[str, list[Cell]]:
+    """The cells of a metric by row: value, and where rows are paired the difference, drawn too."""
+    lower = lower_is_better(metric)
+    best = best_of(measures, lower=lower)
+    known = [m.difference for m in measures if m.difference and m.difference.is_known]
+    is_paired = any(m.difference for m in measures)
+    cells = {}
+    for measure in measures:
+        line = [Cell(measure.text, strong=measure is best and len(measures) > 1)]
+        if difference := measure.difference:
+            side = difference.side(lower)
+            line += [
+                Cell(difference.text, tone=side, note=_WORDS[side]),
+                Cell(whisker=_whisker(difference, known), tone=side),
+            ]
+        elif is_paired:
+            line += [Cell(), Cell()]
+        cells[measure.row] = line
+    return cells
+
+
+def _whisker(difference: Difference, known: Sequence[Difference]) -> Whisker | None:
+    """All differences of a column on one scale, with 0 in it."""
+    if not difference.is_known:
+        return None
+    low = min(0.0, *(one.low for one in known))
+    high = max(0.0, *(one.high for one in known))
+    span = (high - low) or 1.0
+
+    def place(value: float) -> float:
+        return round(3 + 94 * (value - low) / span, 2)
+
+    return Whisker(place(0.0), place(difference.low), place(difference.mean),
+                   place(difference.high))  # fmt: skip
+
+
+def _counts(measure: Measure) -> str:
+    repeats = f" \N{MULTIPLICATION SIGN} {measure.repeats}" if measure.repeats > 1 else ""
+    return f"{measure.n:,}{repeats}"
+
+
+def _protocol_remark(cards: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
+    """Whether one protocol holds for all rows, or in what they differ."""
+    if len(cards) < 2:
+        return
+    differing = [f.name for card in cards_of(cards) for f in card.fields if f.mark == "differs"]
+    if differing:
+        yield f"The rows differ in {', '.join(dict.fromkeys(differing))}: compare with care."
+    elif all(card for _, card in cards):
+        yield "All rows were drawn and measured under one protocol."
+
+
+def cards_of(cards: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Card]:
+    """A card per row, its fields marked where rows differ."""
+    flat = [(title, dict(flatten(card))) for title, card in cards]
+    names = dict.fromkeys(name for _, fields in flat for name in fields)
+    values = {name: {fields.get(name) for _, fields in flat} for name in names}
+
+    def mark(name: str) -> str:
+        if len(values[name]) == 1:
+            return ""
+        return "by row" if name.split(".")[0] in WHO_AND_WHENCE else "differs"
+
+    return [
+        Card(title, [Field(name, fields.get(name, "absent"), mark(name)) for name in names])
+        for title, fields in flat
+        if fields
+    ]
+
+
+def flatten(card: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Fields of a card as texts, those of tables in it under `table.field`."""
+    for name, value in card.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", as_text(value)
+
+
+def as_text(value: Any, *, longest: int = 2000) -> str:
+    """A value of a record as a person reads it; of a very long one the beginning."""
+    if isinstance(value, str):
+        text = value
+    elif value is None or isinstance(value, bool):
+        text = {None: "none", True: "yes", False: "no"}[value]
+    elif isinstance(value, float):
+        text = f"{value:.6g}" if math.isfinite(value) else "not finite"
+    elif isinstance(value, (list, tuple)) and not any(isinstance(v, (list, dict)) for v in value):
+        text = ", ".join(as_text(entry) for entry in value) or "none"
+    else:
+        text = json.dumps(value, ensure_ascii=False)
+    cut = len(text) - longest
+    return text if cut <= 0 else f"{text[:longest]} … ({cut:,} more characters)"
+
+
+def plain_table(
+    caption: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    words: Iterable[int] = (),
+) -> Table:
+    """A table of texts alone."""
+    cells = [[Cell(text) for text in row] for row in rows]
+    return Table(caption, columns, cells, frozenset(words))
