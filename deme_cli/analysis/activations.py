@@ -30,6 +30,7 @@ from deme_cli.analysis.block_change import (
     block_sums,
     fit_map,
 )
+from deme_cli.analysis.draws import spread_draws
 from deme_cli.analysis.features import as_places, listening
 from deme_cli.analysis.random_change import randomly_changed
 from deme_cli.analysis.unfinished import Step, Unfinished
@@ -38,9 +39,7 @@ from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.projection import PREFIX, sites
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.run_file import nearest
-from deme_cli.sampling.sampler import seeded_noise
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.batches import derived_generator
 from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import FixedDraws
 
@@ -128,21 +127,12 @@ def _done(kept: Unfinished) -> int:
 
 
 def _draws(analysis: ActivationAnalysis) -> FixedDraws:
-    """The draws in a random order, so that any part of them is spread over the range."""
-    examples, config, schedule = analysis.examples, analysis.config, analysis.base.schedule
-    rows = schedule.indices(analysis.span)
-    generator = derived_generator(config.seed, "activations", analysis.span)
-    t = rows.start + torch.arange(config.num) * len(rows) // config.num
-    t = t[torch.randperm(config.num, generator=generator)]
-    rounds = -(-config.num // len(examples))
-    order = [torch.randperm(len(examples), generator=generator) for _ in range(rounds)]
-    seed = int(torch.randint(1 << 62, (), generator=generator))
-
-    def noise(chosen: Tensor) -> Tensor:
-        return seeded_noise(seed, examples.shape, chosen.tolist())
-
-    images = torch.cat(order)[: config.num]
-    return FixedDraws(examples, schedule, images, t, noise, config.batch_size)
+    """In a random order, so that any part of them is spread over the range."""
+    config = analysis.config
+    return spread_draws(
+        analysis.examples, analysis.base.schedule, [analysis.span], config.num,
+        seed=config.seed, purpose="activations", batch_size=config.batch_size,
+    )  # fmt: skip
 
 
 def _compare(

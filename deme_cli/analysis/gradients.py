@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from deme_cli.analysis.draws import part, spread_draws
 from deme_cli.analysis.sketch import CountSketch, cosines, gradients, inner_products, sketch_of
 from deme_cli.analysis.unfinished import Step, Unfinished
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.errors import NumericsError
-from deme_cli.sampling.sampler import seeded_noise
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.affinity import Affinity, GradientConfig
-from deme_cli.training.batches import derived_generator
 from deme_cli.training.clusters import split_times
 from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import Check, FixedDraws
@@ -120,8 +118,8 @@ def _measure(
     network, num = analysis.denoiser.network, analysis.config.num
     losses, halves = [], []
     parts = _draws(analysis, index)
-    for part in parts:
-        losses.append(part.loss_and_gradient(network, check))
+    for half in parts:
+        losses.append(half.loss_and_gradient(network, check))
         halves.append(sketch(gradients(network)))
         if not math.isfinite(losses[-1]) or not np.isfinite(halves[-1]).all():
             raise NumericsError(
@@ -129,9 +127,9 @@ def _measure(
                 f"finite (loss {losses[-1]:.4g}); the model's weights are broken"
             )
         if len(halves) == 1:
-            yield len(part.t)
+            yield len(half.t)
     network.zero_grad(set_to_none=True)
-    share = [len(part.t) / num for part in parts]
+    share = [len(half.t) / num for half in parts]
     mean = np.average(halves, axis=0, weights=share).astype(np.float32)
     agreement = cosines(inner_products(np.array(halves)))[0, 1]
     yield MeanGradient(float(np.dot(losses, share)), mean, float(agreement))
@@ -139,25 +137,12 @@ def _measure(
 
 def _draws(analysis: Analysis, index: int) -> list[FixedDraws]:
     """The draws of a bucket in two halves."""
-    examples, config = analysis.examples, analysis.config
-    schedule, num = analysis.denoiser.schedule, config.num
-    rows = schedule.indices(analysis.buckets[index])
-    generator = derived_generator(config.seed, "gradients", analysis.buckets[index])
-    t = rows.start + torch.arange(num) * len(rows) // num
-    t = t[torch.randperm(num, generator=generator)]
-    rounds = -(-num // len(examples))
-    order = [torch.randperm(len(examples), generator=generator) for _ in range(rounds)]
-    images = torch.cat(order)[:num]
-    seed = int(torch.randint(1 << 62, (), generator=generator))
-
-    def half(chosen: range) -> FixedDraws:
-        def noise(draws: torch.Tensor) -> torch.Tensor:
-            return seeded_noise(seed, examples.shape, [chosen[i] for i in draws.tolist()])
-
-        own = slice(chosen.start, chosen.stop)
-        return FixedDraws(examples, schedule, images[own], t[own], noise, config.batch_size)
-
-    return [half(range(num // 2)), half(range(num // 2, num))]
+    config, num = analysis.config, analysis.config.num
+    draws = spread_draws(
+        analysis.examples, analysis.denoiser.schedule, [analysis.buckets[index]], num,
+        seed=config.seed, purpose="gradients", batch_size=config.batch_size,
+    )  # fmt: skip
+    return [part(draws, range(num // 2)), part(draws, range(num // 2, num))]
 
 
 def _affinity(analysis: Analysis, sketch: CountSketch, found: dict[str, np.ndarray]) -> Affinity:

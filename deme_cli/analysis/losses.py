@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from deme_cli.analysis.draws import spread_draws
 from deme_cli.analysis.lineup import Entrant
 from deme_cli.analysis.loss_config import LossConfig
 from deme_cli.analysis.unfinished import Step, Unfinished
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.errors import ConfigError, NumericsError
-from deme_cli.sampling.sampler import seeded_noise
 from deme_cli.timesteps import TimestepRange, require_cover, route, split_uniform
-from deme_cli.training.batches import derived_generator
 from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import FixedDraws
 
@@ -150,24 +149,11 @@ def measure_losses(analysis: LossAnalysis, *, force: bool = False) -> Iterator[S
 
 
 def fixed_draws(analysis: LossAnalysis) -> FixedDraws:
-    """The same number of draws in each bucket, evenly over its timesteps, in order of buckets.
-
-    Images come in shuffled rounds; noise is a function of (seed, number of the draw) alone.
-    """
-    config, examples, schedule = analysis.config, analysis.examples, analysis.schedule
-    generator = derived_generator(config.seed, "losses", config.buckets, config.num)
-    times = []
-    for bucket in analysis.buckets:
-        rows = schedule.indices(bucket)
-        t = rows.start + torch.arange(config.num) * len(rows) // config.num
-        times.append(t[torch.randperm(config.num, generator=generator)])
-    total = config.num * config.buckets
-    rounds = -(-total // len(examples))
-    order = [torch.randperm(len(examples), generator=generator) for _ in range(rounds)]
-    return FixedDraws(
-        examples, schedule, torch.cat(order)[:total], torch.cat(times),
-        lambda chosen: seeded_noise(config.seed, examples.shape, chosen.tolist()),
-        config.batch_size,
+    """The same number of draws in each bucket, in order of buckets."""
+    config = analysis.config
+    return spread_draws(
+        analysis.examples, analysis.schedule, analysis.buckets, config.num,
+        seed=config.seed, purpose="losses", batch_size=config.batch_size,
     )  # fmt: skip
 
 

@@ -1,0 +1,57 @@
+"""Draws (x_0, t, eps) that every model of an analysis sees: spread evenly, fixed by a seed.
+
+In each of some spans of timesteps the same number of draws, t evenly over the span and in random
+order; images in shuffled rounds over all draws, so that each is used equally often. All of it is a
+function of the seed, what the draws are for, and the spans; noise is one of (seed, number of the
+draw), so nothing depends on the batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from deme_cli.diffusion.schedule import Schedule
+from deme_cli.sampling.sampler import seeded_noise
+from deme_cli.timesteps import TimestepRange
+from deme_cli.training.batches import derived_generator
+from deme_cli.training.examples import Examples
+from deme_cli.training.held_out import FixedDraws
+
+
+def spread_draws(
+    examples: Examples, schedule: Schedule, spans: Sequence[TimestepRange], num: int,
+    *, seed: int, purpose: str, batch_size: int,
+) -> FixedDraws:  # fmt: skip
+    """`num` draws in each span, in the order of spans.
+
+    Raises ConfigError where a flow schedule has no time in a span.
+    """
+    generator = derived_generator(seed, purpose, *spans)
+    times = []
+    for rows in map(schedule.indices, spans):
+        t = rows.start + torch.arange(num) * len(rows) // num
+        times.append(t[torch.randperm(num, generator=generator)])
+    total = num * len(spans)
+    rounds = -(-total // len(examples))
+    order = [torch.randperm(len(examples), generator=generator) for _ in range(rounds)]
+    noise_seed = int(torch.randint(1 << 62, (), generator=generator))
+
+    def noise(chosen: Tensor) -> Tensor:
+        return seeded_noise(noise_seed, examples.shape, chosen.tolist())
+
+    images = torch.cat(order)[:total]
+    return FixedDraws(examples, schedule, images, torch.cat(times), noise, batch_size)
+
+
+def part(draws: FixedDraws, chosen: range) -> FixedDraws:
+    """Some successive draws as draws of their own."""
+    own = slice(chosen.start, chosen.stop)
+
+    def noise(numbers: Tensor) -> Tensor:
+        return draws.noise(numbers + chosen.start)
+
+    return replace(draws, images=draws.images[own], t=draws.t[own], noise=noise)
