@@ -15,8 +15,8 @@ class ActivationConfig(Settings):
     num: int = setting(256, "draws (image, timestep, noise) that both models see")
     batch_size: int = setting(16, "draws per forward; changes rounding alone")
     controls: int = setting(
-        2, "networks with random weight changes of the same size to compare with, 0 for none; each "
-        "takes as long as the expert"
+        4, "networks with random weight changes of the same size to compare with, 0 for none; each "
+        "takes as long as the expert, and fewer tell less"
     )  # fmt: skip
     seed: int = setting(0, "seed of the draws and of the random changes")
 

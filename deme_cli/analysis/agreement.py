@@ -29,7 +29,7 @@ def pair_cosines(
 def distance_cosines(affinity: Affinity) -> tuple[np.ndarray, np.ndarray]:
     """The cosines of neighbouring buckets, and of buckets at least T / 2 apart."""
     values, n = np.array(affinity.cosines), len(affinity.buckets)
-    i, j = np.triu_indices(n, max(n // 2, 1))
+    i, j = np.triu_indices(n, -(-n // 2))
     return np.diagonal(values, 1), values[i, j]
 
 
@@ -66,6 +66,11 @@ def said_of(affinity: Affinity) -> dict[str, object]:
     spans = (affinity.whole, *affinity.ranges)
     return {
         "reading": reading_of(affinity),
+        "protocol": {
+            "model": affinity.model, "data": {**affinity.data, "split": "train"},
+            "buckets": len(affinity.buckets), "num": affinity.num, "seed": affinity.seed,
+            "n": len(affinity.ranges),
+        },
         "quantiles": list(QUANTILES),
         "within_ranges": _quantiles(within),
         "across_ranges": _quantiles(across),
@@ -98,7 +103,7 @@ def reading_of(affinity: Affinity) -> str:
     largest = max(mean_norm(affinity, span) for span in affinity.ranges)
     return (
         f"mean cosine {shown['neighbouring']} of neighbouring buckets, {shown['distant']} of those "
-        f"half of {whole} apart; {count} ranges by gradient, "
+        f"at least half of {whole} apart; {count} ranges by gradient, "
         f"{', '.join(map(str, affinity.ranges))}: {shown['within']} within, {shown['across']} "
         f"across (equal ranges: {shown['equal_within']}, {shown['equal_across']}); norm of the "
         f"mean gradient {norm:.2g} over all timesteps (noise {noise:.2g}), up to {largest:.2g} "

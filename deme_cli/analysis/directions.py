@@ -24,13 +24,14 @@ _PARALLEL = 1e-8  # 1 - cosine^2 below which two vectors span no plane (the floa
 
 @dataclass(frozen=True)
 class Basis:
-    """Directions and the models seen from them.
+    """Directions and the models seen from them, of which the first `num_spanning` make them.
 
     mixing: (k, N)   coordinates: (N, k) of the models' projections, in lengths of the directions
     distances: (N,) L2, of each model from its projection   shares: (k,) of the squared length of
     the tau_i that span, which each direction explains.
     """
 
+    num_spanning: int
     mixing: np.ndarray
     coordinates: np.ndarray
     distances: np.ndarray
@@ -113,7 +114,7 @@ def _basis(products: np.ndarray, mixing: np.ndarray, count: int) -> Basis:
     rest = own - (coordinates**2 * squares).sum(axis=1)
     distances = np.sqrt(np.where(rest > 1e-12 * own, rest, 0.0))
     shares = (coordinates[:count] ** 2 * squares).sum(axis=0) / own[:count].sum()
-    return Basis(mixing, coordinates, distances, shares)
+    return Basis(count, mixing, coordinates, distances, shares)
 
 
 def _require_lengths(products: np.ndarray, names: Sequence[str], count: int) -> None:

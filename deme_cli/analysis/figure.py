@@ -31,6 +31,7 @@ def render(
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "deme"}):
         figure = Figure(figsize=size, layout="constrained", dpi=160)
@@ -39,6 +40,8 @@ def render(
         figure.suptitle(shorten(title, _LONGEST), fontsize=11)
         if foot:
             figure.supxlabel(foot, fontsize=7.5, color="0.35")
+        for text in figure.findobj(lambda one: isinstance(one, Text) and "$" in one.get_text()):
+            text.set_parse_math(False)  # the name of a file; the numbers of axes come later
         drawn = []
         for kind in FORMATS:
             stream = io.BytesIO()

@@ -5,7 +5,7 @@ a line.) All points are measured on the same draws (image, t, eps), one forward 
 are then grouped by the range of t: what differs between two points or two ranges is not chance.
 The lowest of many points is picked, so how much lower it is than the origin is measured again, on
 fresh draws (seed + 1, more of them), and so is all that is told in numbers: slopes, barriers, the
-models themselves. Those differences are paired by draw.
+models themselves. Those differences are paired by draw, their intervals are over images.
 n draws, k directions, G groups: all timesteps, then each range.
 """
 
@@ -59,8 +59,8 @@ class Analysis:
 
     def draws_by_group(self, *, fresh: bool) -> Groups:
         """Raises ConfigError where a range has too few draws."""
-        times = held_out_loss(self.examples, self.schedule, self.config, fresh=fresh).times
-        return Groups(self.groups, times)
+        loss = held_out_loss(self.examples, self.schedule, self.config, fresh=fresh)
+        return Groups(self.groups, loss.times, loss.draws.images)
 
     @property
     def groups(self) -> list[TimestepRange]:
@@ -72,6 +72,7 @@ class Analysis:
         config, record = self.config, self.models[0].record
         return {
             "models": [model.record.fingerprint for model in self.models],
+            "spanning models": None if self.basis is None else self.basis.num_spanning,
             "scheduler": record.scheduler_config,
             "companions": record.companions,
             "data": self.examples.fingerprint,

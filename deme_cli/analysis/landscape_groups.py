@@ -1,7 +1,6 @@
 """All timesteps and each range: which draws belong to them, and what their errors say together.
 
-Intervals are 95 %: 1.96 standard errors of the draws' mean, which leave out what stratifying t
-gains. n draws, G groups.
+Intervals are those of intervals.py. n draws, G groups.
 """
 
 from __future__ import annotations
@@ -11,26 +10,27 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from deme_cli.analysis.intervals import estimate
 from deme_cli.errors import ConfigError
 from deme_cli.timesteps import TimestepRange
 
-_INTERVAL = 1.96  # standard errors
-
 
 class Groups:
-    """The draws of one seed by the range of their time.
+    """The draws of one seed by the range of their time.  times, images: (n,)
 
     Raises ConfigError where a range has fewer than two draws.
     """
 
-    def __init__(self, spans: Sequence[TimestepRange], times: Tensor) -> None:
+    def __init__(self, spans: Sequence[TimestepRange], times: Tensor, images: Tensor) -> None:
         last = max(span.stop for span in spans) - 1
+        self.images = images.numpy()
         at = times.clamp(max=last).numpy()  # a flow's last time is T itself
         self.masks = np.array([(at >= span.start) & (at < span.stop) for span in spans])  # (G, n)
         for span, mask in zip(spans, self.masks, strict=True):
             if mask.sum() < 2:
                 raise ConfigError(
-                    f"timesteps {span} have {mask.sum()} of {len(mask)} draws; raise --num"
+                    f"timesteps {span} have {mask.sum()} of {len(mask)} draws; raise --num and "
+                    f"--report-num, or tell fewer ranges apart"
                 )
 
     def means(self, values: np.ndarray) -> np.ndarray:
@@ -40,7 +40,5 @@ class Groups:
         return np.where(np.isfinite(means), means, np.nan)
 
     def intervals(self, values: np.ndarray) -> np.ndarray:
-        """Half the 95 % interval of each mean: (n,) -> (G,)."""
-        with np.errstate(invalid="ignore", over="ignore"):
-            spreads = np.array([values[mask].std(ddof=1) for mask in self.masks])
-        return _INTERVAL * spreads / np.sqrt(self.masks.sum(axis=1))
+        """Half the 95 % interval of each mean over images: (n,) -> (G,)."""
+        return np.array([estimate(values[mask], self.images[mask]).half for mask in self.masks])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deme_cli.analysis import intervals
 from deme_cli.analysis.directions import cosine, random_direction
 from deme_cli.analysis.document import document_bytes
 from deme_cli.analysis.figure import shorten
@@ -40,7 +41,7 @@ def _lowest(found: Landscape) -> str:
     """What the loss over all timesteps does."""
     origin, pick = found.models[0].name, found.lowest[0]
     if not pick.is_lower:
-        return f"no point is better than {origin} for all timesteps, chance aside"
+        return f"no point is better than {origin} for all timesteps by more than chance"
     edge = ", at the edge" if pick.at_edge else ""
     where = ", ".join(signed(value) for value in pick.coordinates)
     return (
@@ -54,7 +55,7 @@ def _by_range(found: Landscape) -> str:
     better = [f"{span} ({pick.shown})" for span, pick in pairs if pick.is_lower]
     rest = [str(span) for span, pick in pairs if not pick.is_lower]
     if not better:
-        return "nor is one in any range"
+        return "none is in any one range"
     told = f"better points lie there for {', '.join(better)}"
     return f"{told}, none for {', '.join(rest)}" if rest else told
 
@@ -80,10 +81,10 @@ def _barriers(found: Landscape) -> str:
     top = max(range(len(ranges)), key=lambda i: ranges[i].percent)
     pick = ranges[top]
     if not any(one.is_higher for one in found.barriers):
-        return "nowhere does the loss rise over the straight line between its ends: no barrier"
+        return "the loss rises nowhere over the straight line of its ends by more than chance"
     whole = first.shown if first.is_higher else "no more than chance"
     most = f", most for {found.groups[1 + top]} ({pick.shown})" if pick.is_higher else ""
-    return f"the barrier over the straight line between its ends is {whole} for all timesteps{most}"
+    return f"the barrier over the straight line of its ends is {whole} for all timesteps{most}"
 
 
 def _models(found: Landscape) -> str:
@@ -121,6 +122,7 @@ def landscape_document(
     config, examples, basis = analysis.config, analysis.examples, analysis.basis
     protocol = {
         "along": config.along,
+        "spanning": len(analysis.models) if basis is None else basis.num_spanning,
         "models": [
             {"source": model.argument, "kind": model.record.kind,
              "fingerprint": model.record.fingerprint}
@@ -135,6 +137,7 @@ def landscape_document(
         "seed": config.seed,
         "report_num": config.report_num,
         "report_seed": config.seed + 1,
+        "intervals": intervals.MEANING,
     }  # fmt: skip
     axes = [
         {"label": label.replace("\n", " "), "values": axis.tolist()}

@@ -27,6 +27,7 @@ from deme_cli.analysis.directions import random_direction
 from deme_cli.analysis.landscape_config import LandscapeConfig
 from deme_cli.analysis.subspace import (
     Subspace,
+    float_names,
     mixed_directions,
     open_origin,
     read_weights,
@@ -121,8 +122,8 @@ class Field:
         else:
             own = network.state_dict()
             weights = with_identities(read_weights(self.setup.arguments[place.model])[1], own)
-            for name, tensor in own.items():
-                tensor.copy_(weights[name])
+            for name in float_names(own):
+                own[name].copy_(weights[name])
         return self._draws_of(fresh).errors(network, check=check).numpy()
 
     def _draws_of(self, fresh: bool) -> FixedDraws:

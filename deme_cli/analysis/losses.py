@@ -3,7 +3,7 @@
 [0, T) is divided into n buckets with as many draws (x_0, t, eps) each. Every model sees the same
 draws, so the difference of two of them is paired draw by draw; the ensemble's error at a draw is
 that of the expert whose range holds its timestep (Eq. 7), and costs no forward of its own.
-Intervals are 95 % for images drawn anew: draws that share an image count as one cluster.
+Intervals are those of intervals.py.
 k models, m draws in all. The loss is that of the network's own target (eps, x_0, v or a velocity).
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from deme_cli.analysis.draws import spread_draws
+from deme_cli.analysis.intervals import Estimate, estimate
 from deme_cli.analysis.lineup import Entrant
 from deme_cli.analysis.loss_config import LossConfig
 from deme_cli.analysis.unfinished import Step, Unfinished
@@ -29,18 +30,6 @@ from deme_cli.training.held_out import FixedDraws
 
 _BATCHES = 8  # between two looks at the clock
 Values = np.ndarray  # of floats
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over draws and the half-width of its 95 % interval; nan for one image alone."""
-
-    mean: float
-    half: float
-
-    @property
-    def is_told_from_zero(self) -> bool:
-        return abs(self.mean) > self.half
 
 
 @dataclass(frozen=True)
@@ -83,6 +72,7 @@ class LossAnalysis:
     schedule: Schedule
     config: LossConfig
     ranges: Sequence[TimestepRange]
+    split: str
     output: Path
     dtype: str = "fp32"
 
@@ -95,6 +85,7 @@ class LossAnalysis:
         return {
             "models": [entrant.fingerprints for entrant in self.entrants],
             "data": self.examples.fingerprint,
+            "split": self.split,
             "shape": list(self.examples.image_shape),
             "scheduler": self.entrants[0].records[0].scheduler_config,
             "companions": self.entrants[0].records[0].companions,
@@ -106,12 +97,12 @@ class LossAnalysis:
         }
 
 
-def own_ranges(entrants: Sequence[Entrant], num_train_timesteps: int) -> list[TimestepRange]:
-    """The ranges of the first ensemble, else of experts that cover [0, T) once, else [0, T)."""
+def own_ranges(entrants: Sequence[Entrant]) -> list[TimestepRange]:
+    """The ranges of the first ensemble's experts; empty where there is none."""
     for entrant in entrants:
         if len(entrant.experts) > 1:
             return [expert.range for expert in entrant.experts]
-    return [TimestepRange(0, num_train_timesteps)]
+    return []
 
 
 def measure_losses(analysis: LossAnalysis, *, force: bool = False) -> Iterator[Step | Losses]:
@@ -179,23 +170,6 @@ def summarise(analysis: LossAnalysis, draws: FixedDraws, errors: dict[str, Value
         )  # fmt: skip
     num_images = len(np.unique(images))
     return Losses(curves, analysis.buckets, list(analysis.ranges), num_images)
-
-
-def estimate(values: Values, clusters: Values) -> Estimate:
-    """The mean of values (m,) with the half-width of its 95 % interval over clusters (m,).
-
-    The cluster-robust variance of a mean, G / (G - 1) sum_g (sum of residuals in g)^2 / m^2, with
-    Student's t of G - 1 degrees of freedom for G clusters (Cameron & Miller 2015, section II).
-    """
-    from scipy.special import stdtrit
-
-    mean = float(values.mean())
-    _, cluster = np.unique(clusters, return_inverse=True)
-    sums = np.bincount(cluster.reshape(-1), weights=values - mean)
-    if len(sums) < 2:
-        return Estimate(mean, float("nan"))
-    variance = len(sums) / (len(sums) - 1) * float(sums @ sums) / len(values) ** 2
-    return Estimate(mean, float(stdtrit(len(sums) - 1, 0.975)) * variance**0.5)
 
 
 def _errors_of(entrant: Entrant, errors: dict[str, Values], times: Sequence[float]) -> Values:

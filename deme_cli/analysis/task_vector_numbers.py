@@ -3,7 +3,7 @@
 Per tensor the norm |tau|, relative to |theta|. Per pair of experts, over the whole network or a
 block, the cosine, and two shares of sign conflict, both 1/2 for vectors that have nothing to do
 with each other: of the elements that both moved, those with opposite signs; of min(|tau_i|,
-|tau_j|), the part with opposite signs, which is what their sum loses.
+|tau_j|), the part with opposite signs, which their sum loses of each.
 T tensors, N experts in the order of their ranges, B blocks.
 """
 
@@ -114,7 +114,7 @@ def halves(found: TaskVectors) -> tuple[float, float]:
 
 
 def directions(cosines: np.ndarray) -> float:
-    """How many independent directions task vectors span: N if all are orthogonal, 1 if all agree.
+    """How many independent directions task vectors span: N if all are orthogonal, 1 on one line.
 
     The effective rank of the matrix of their unit vectors; zero vectors have none.
     cosines: (N, N)

@@ -12,6 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from deme_cli.analysis import figure as style
 from deme_cli.analysis.trajectories import Trajectories, Trajectory, standard_error
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
 
 _GAP, _BAR, _APART = 0.06, 0.13, 0.35  # in widths of a picture: between two, of a bar, the image
 _WIDTH, _LARGEST = 9.0, 0.85  # inches of the strip and of a picture, at most
-_PIXELS, _SMALLEST = 0.6e6, 0.4  # of all photographs, so that the PNG stays below 2 MB; inches
+# So that the PNG stays below 2 MB even of noise: pixels of all pictures together, in the file, and
+# of their own where each is shown as a square, at most so many a side.
+_PIXELS, _SQUARES, _MOST_SQUARES = 0.4e6, 0.25e6, 64
 _DPI = 160
 _LEAST_SIDE = 96  # pixels of a picture in the sheet
+_HEAD = 0.3  # inches of a timestep over a picture
 _NAME = 36  # characters of a name, at most
 _CURVES = 2.7  # inches
 _KINDS = {"base": style.BASE, ENSEMBLE: style.ENSEMBLE, "merged": style.MERGED}
@@ -66,13 +70,25 @@ def draw_trajectories(found: Trajectories, *, foot: str) -> list[bytes]:
 
 
 def _cell(found: Trajectories) -> float:
-    """Inches of a picture's width."""
-    pictures = found.trajectories[0].pictures
-    count = len(found.trajectories) * pictures.shape[0] * pictures.shape[1]
+    """Inches of a picture's width: as wide as there is room for, unless that is too many pixels.
+
+    Pixels that are shown as squares (`_has_squares`) take no more of the file the larger they are.
+    """
     cell = min(_LARGEST, _WIDTH / _across(found))
-    if pictures.shape[3] <= 64:
+    if _has_squares(found):
         return cell
-    return max(_SMALLEST, min(cell, math.sqrt(_PIXELS / count) / _DPI))
+    return min(cell, math.sqrt(_PIXELS / _count(found) / _height(found)) / _DPI)
+
+
+def _count(found: Trajectories) -> int:
+    """Pictures of all models."""
+    return sum(math.prod(one.pictures.shape[:2]) for one in found.trajectories)
+
+
+def _has_squares(found: Trajectories) -> bool:
+    """Whether pictures are small and few enough that each of their pixels is shown as a square."""
+    height, side = found.trajectories[0].pictures.shape[2:4]
+    return side <= _MOST_SQUARES and _count(found) * height * side <= _SQUARES
 
 
 def _across(found: Trajectories) -> float:
@@ -104,13 +120,20 @@ def _draw_strip(axis: Axes, found: Trajectories, tops: np.ndarray, bottom: float
     lefts.append(lefts[-1] + 1 + _APART)
     height = _height(found)
     sheet = _sheet(found, tops, lefts, bottom)
-    axis.imshow(sheet, extent=(0, lefts[-1] + 1, bottom, 0), aspect="equal")
+    axis.imshow(
+        sheet, extent=(0, lefts[-1] + 1, bottom, 0), aspect="equal",
+        interpolation="nearest" if _has_squares(found) else "auto",
+    )  # fmt: skip
     frames = [Rectangle((left, top), 1, height) for top in tops.ravel() for left in lefts]
     axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor="0.75", linewidth=0.5))
     for (_, place), top in np.ndenumerate(tops):
         if _has_bar(found.trajectories[place]):
             _draw_bar(axis, found, found.trajectories[place], lefts, top + height + _GAP / 2)
-    heads = [f"{found.times[column]:.0f}" for column in found.columns]
+    every = math.ceil(_HEAD / _cell(found) / (1 + _GAP))
+    heads = [
+        "" if place % every or place > len(lefts) - 1 - every else f"{found.times[column]:.0f}"
+        for place, column in enumerate(found.columns)
+    ]
     axis.set_xticks([left + 0.5 for left in lefts], [*heads, "image"], fontsize=8)
     axis.xaxis.tick_top()
     axis.annotate(
@@ -118,7 +141,7 @@ def _draw_strip(axis: Axes, found: Trajectories, tops: np.ndarray, bottom: float
         ha="right", fontsize=8,
     )  # fmt: skip
     names = [style.shorten(one.name, _NAME) for one in found.trajectories] * len(tops)
-    axis.set_yticks(tops.ravel() + height / 2, names)
+    axis.set_yticks(tops.ravel() + height / 2, names, fontsize=min(9, 65 * height * _cell(found)))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set(xlim=(-_GAP, lefts[-1] + 1 + _GAP), ylim=(bottom, -_GAP))
@@ -136,16 +159,19 @@ def _height(found: Trajectories) -> float:
 def _sheet(found: Trajectories, tops: np.ndarray, lefts: list[float], bottom: float) -> np.ndarray:
     """All pictures on white, small ones with each pixel as a square.  uint8 (H, W, 3)
 
-    One image, for matplotlib takes its time over each.
+    One image, for matplotlib takes its time over each. Large ones are reduced to about twice what
+    is shown of them.
     """
     side = found.trajectories[0].pictures.shape[3]
-    times = math.ceil(_LEAST_SIDE / side)
-    unit = side * times  # sheet pixels per width of a picture
+    factor = max(1, int(side / (2 * _DPI * _cell(found))))
+    times = math.ceil(_LEAST_SIDE / side) if factor == 1 else 1
+    unit = -(-side // factor) * times  # sheet pixels per width of a picture
     size = math.ceil(bottom * unit), math.ceil((lefts[-1] + 1) * unit), 3
     sheet = np.full(size, 255, np.uint8)
     for (row, place), top in np.ndenumerate(tops):
         for left, picture in zip(lefts, found.trajectories[place].pictures[row], strict=True):
-            colors = picture[:, :, :3] if picture.shape[2] >= 3 else picture[:, :, :1]
+            colors = picture[:, :, :3] if picture.shape[2] >= 3 else picture[:, :, [0, 0, 0]]
+            colors = np.asarray(Image.fromarray(np.ascontiguousarray(colors)).reduce(factor))
             large = colors.repeat(times, axis=0).repeat(times, axis=1)
             y, x = round(top * unit), round(left * unit)
             sheet[y : y + len(large), x : x + unit] = large

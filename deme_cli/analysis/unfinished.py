@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deme_cli.artifacts import fingerprint, load_tensors, write_artifact
-from deme_cli.errors import ArtifactError
+from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.interrupts import StopRequests
 from deme_cli.outputs import claim
 from deme_cli.records import Record
@@ -85,8 +85,9 @@ class Unfinished:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        # Finished, closed by a caller that fails to draw it, or short of a process that was killed.
         try:
-            if kind is None:
+            if kind is None or issubclass(kind, (GeneratorExit, MissingError)):
                 self.save()
         finally:
             self._stack.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from deme_cli import console
+from deme_cli.analysis.document import picture_paths
 from deme_cli.commands.caching import fill_with_bar
 from deme_cli.commands.options import option
 from deme_cli.config import DataConfig, FinetuneConfig
@@ -46,7 +47,7 @@ def check_output(output: Path, *, force: bool) -> list[Path]:
     """The output must be free or `force`; returns where its pictures go, which are drawn over."""
     if output.suffix != ".json":
         raise ConfigError(f"--output {output}: expected a name that ends in .json")
-    pictures = [output.with_suffix(suffix) for suffix in (".png", ".svg")]
+    pictures = picture_paths(output)
     require_output(output, force=force)
     for picture in pictures:
         require_output(picture, force=True)

@@ -114,7 +114,7 @@ def activations(
         require_block,
     )
     from deme_cli.analysis.activations_figure import draw_activations
-    from deme_cli.analysis.activations_reading import read_activations
+    from deme_cli.analysis.activations_found import read_activations
     from deme_cli.analysis.block_change import QUANTILES
     from deme_cli.analysis.figure import shorten
     from deme_cli.diffusion.checkpoints import open_denoiser

@@ -44,7 +44,7 @@ def landscape(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]...",
+            metavar="MODEL",
             help=r"The origin, then the models that make the line or the plane \[default: the "
             "base of deme.toml].",
             show_default=False,
@@ -151,7 +151,7 @@ def landscape(
     drawn = draw_landscape(
         found, labels, title=f"Denoising loss {place_of(found, len(spanning))}",
         foot=f"{examples.source} ({split}), {num:,} draws, the same at all {count:,} points; "
-        f"numbers: {report_num:,} fresh draws, ± 95 %; seed {seed}",
+        f"numbers: {report_num:,} fresh draws, ± 95 % over images; seed {seed}",
     )  # fmt: skip
     write_analysis(output, pictures, drawn, landscape_document(analysis, found, reading, labels))
     console.note(reading)

@@ -36,8 +36,9 @@ from deme_cli.errors import ConfigError
 from deme_cli.timesteps import split_uniform
 
 if TYPE_CHECKING:
+    from deme_cli.analysis.intervals import Estimate
     from deme_cli.analysis.lineup import Entrant
-    from deme_cli.analysis.losses import Curve, Estimate, Losses
+    from deme_cli.analysis.losses import Curve, Losses
     from deme_cli.run_file import RunFile
     from deme_cli.timesteps import TimestepRange
 
@@ -105,6 +106,7 @@ def losses(
         console.result_paths([], as_json=as_json, dry_run=True)
         return
 
+    from deme_cli.analysis import intervals
     from deme_cli.analysis.losses import LossAnalysis, measure_losses
     from deme_cli.analysis.losses_figure import draw_losses
     from deme_cli.diffusion.schedule import read_schedule
@@ -114,7 +116,9 @@ def losses(
         device=device,
     )  # fmt: skip
     schedule = read_schedule(record.scheduler_config)
-    analysis = LossAnalysis(entrants, examples, schedule, settings, ranges, output, dtype)
+    analysis = LossAnalysis(
+        entrants, examples, schedule, settings, ranges, split, output, dtype
+    )  # fmt: skip
     alone = sum(len(entrant.experts) == 1 for entrant in entrants)
     found = watch(measure_losses(analysis, force=force), "losses", alone * buckets * num, "draw")
     reading = _reading(found)
@@ -122,6 +126,7 @@ def losses(
         "models": {entrant.name: entrant.fingerprints for entrant in entrants},
         "data": {"source": examples.source, "fingerprint": examples.fingerprint, "split": split},
         "images": found.num_images, "num": num, "seed": seed, "dtype": dtype,
+        "intervals": intervals.MEANING,
     }  # fmt: skip
     foot = (
         f"{num} draws per bucket from {found.num_images} images of {images.source} ({split}), the "
@@ -139,16 +144,24 @@ def losses(
 def _ranges(
     run: RunFile, entrants: list[Entrant], n: int | None, num_train_timesteps: int
 ) -> list[TimestepRange]:
-    """-n equal ranges, else the ensemble's, else those of deme.toml."""
+    """-n equal ranges, else the ensemble's, else those of deme.toml.
+
+    Raises ConfigError where those of deme.toml are of another number of timesteps.
+    """
     from deme_cli.analysis.losses import own_ranges
 
     if n is not None:
         return split_uniform(n, num_train_timesteps)
-    own = own_ranges(entrants, num_train_timesteps)
-    split = run.settings(SplitConfig)
-    if len(own) > 1:
+    if own := own_ranges(entrants):
         return own
-    return split.timestep_ranges or split_uniform(split.n, num_train_timesteps)
+    split = run.settings(SplitConfig)
+    ranges = split.timestep_ranges
+    if ranges and (stop := max(span.stop for span in ranges)) != num_train_timesteps:
+        raise ConfigError(
+            f"[split] ranges: they end at {stop}, but this model has {num_train_timesteps} "
+            f"timesteps; correct deme.toml, or give -n"
+        )
+    return ranges or split_uniform(split.n, num_train_timesteps)
 
 
 def _document(found: Losses) -> dict:
@@ -190,15 +203,20 @@ def _reading(found: Losses) -> str:
     first, others = found.curves[0], [c for c in found.curves[1:] if c.span is None]
     others = others or found.curves[1:]
     if not others:
-        low, high = min(first.losses), max(first.losses)
-        return f"the loss of {first.name} goes from {high:.3g} near t = 0 to {low:.3g} at most"
+        low, high = int(first.losses.argmin()), int(first.losses.argmax())
+        return (
+            f"the loss of {first.name} is {first.loss:.3g} over all timesteps, from "
+            f"{first.losses[low]:.3g} in {found.buckets[low]} to {first.losses[high]:.3g} in "
+            f"{found.buckets[high]}"
+        )
     parts = []
     for curve in others:
         better, worse = _told(found, curve, -1), _told(found, curve, 1)
         words = [f"lower in {', '.join(better)}" if better else "lower in no range"]
         words += [f"higher in {', '.join(worse)}"] if worse else []
         change, half = (100 / first.loss * v for v in (curve.overall.mean, curve.overall.half))
-        parts.append(f"{curve.name} {change:+.1f} ± {half:.1f} % ({', '.join(words)})")
+        shown = f"{half:.1f}" if half == half else "?"  # one image alone has no interval
+        parts.append(f"{curve.name} {change:+.1f} ± {shown} % ({', '.join(words)})")
     return f"loss over all timesteps against {first.name}: {'; '.join(parts)}"
 
 

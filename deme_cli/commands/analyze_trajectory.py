@@ -137,7 +137,7 @@ def trajectory(
 
 
 def _first_prompts(sample: SampleConfig) -> tuple[PromptSet | None, SampleConfig]:
-    """The first prompts of a set, as many as there are to be images; all of them if fewer."""
+    """The first prompts of a set, with all images of each, enough for `num`; all if fewer."""
     if not sample.prompts:
         return None, sample
     from deme_cli.data.prompts import prompt_assets, read_prompts

@@ -16,7 +16,7 @@ import typer
 
 from deme_cli import console
 from deme_cli.commands.options import Json, Quiet
-from deme_cli.errors import ConfigError
+from deme_cli.errors import ConfigError, MissingError
 
 NUM_RANGES = 4
 MODELS = ("base", "control", "ensemble", "merged")
@@ -59,7 +59,12 @@ def demo(
     console.set_quiet(quiet)
     if output.exists() and not force:
         raise ConfigError(f"{output} exists; add --force to work in it, or choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MissingError(
+            f"{output}: cannot make this folder ({error.strerror}); choose another --output"
+        ) from error
     start, size = time.monotonic(), QUICK if quick else FULL
     before = Path.cwd()
     os.chdir(output)

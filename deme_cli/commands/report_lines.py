@@ -75,7 +75,7 @@ def _splits(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
         words = ["split", path_word(model), "-n", str(count)]
         words += ["--by", split.by] if split.by != "uniform" else []
         data = run.settings(DataConfig).source
-        yield [*words, *(["--data", data] if data and data != record.source else [])]
+        yield [*words, *(["--data", path_word(data)] if data and data != record.source else [])]
 
 
 def _trainings(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
@@ -152,8 +152,7 @@ def _merging(record: MergedRecord, run: RunFile) -> list[str]:
     values: dict[str, Any] = {"method": record.method, **record.settings}
     if "seed" in values:
         values["mask_seed"] = values.pop("seed")
-    if record.report and not search:
-        values["report"] = True
+    values |= _reporting(record)
     if search.get("method") == "post-hoc EMA":
         return ["--ema-length", word(search["ema_length"])]
     if not search:
@@ -176,7 +175,23 @@ def _merging(record: MergedRecord, run: RunFile) -> list[str]:
     protocol = search.get("protocol") or {}
     if objective.split(",")[-1].startswith(("fid", "kid")):
         values["steps"] = protocol.get("steps")
-    return setting_words(merge, MergeConfig, run, values)
+    elif "," not in objective:
+        values["loss_range"] = protocol.get("range")
+    words, dtype = setting_words(merge, MergeConfig, run, values), protocol.get("dtype", "fp32")
+    return words + (["--dtype", str(dtype)] if dtype != "fp32" else [])
+
+
+def _reporting(record: MergedRecord) -> dict[str, Any]:
+    """Whether it was measured afterwards, which it is by itself after a search alone, and how."""
+    if not record.report:
+        return {"report": False} if record.search else {}
+    last = record.report["protocols"][-1]
+    told: dict[str, Any] = {"report_seed": last["seed"], "report_repeats": last["seeds"]}
+    if not record.search:
+        told |= {"report": True, "report_num": last["num"]}
+    elif last["num"] != record.search.get("num"):
+        told["report_num"] = last["num"]
+    return told
 
 
 def _objective(search: Mapping[str, Any]) -> str:

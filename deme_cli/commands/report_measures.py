@@ -23,7 +23,7 @@ from deme_cli.config import DataConfig, EvalConfig, SampleConfig
 from deme_cli.reporting.figures import ANALYSES
 from deme_cli.run_file import RunFile
 
-_USUAL_SAMPLERS, _USUAL_SPACING = ("ddim", "euler"), "leading"
+_USUAL_SPACING = "leading"
 
 
 def sampling(card: Mapping[str, Any], name: str, run: RunFile, names: Names) -> list[str]:
@@ -46,9 +46,11 @@ def _drawing(command: Callable[..., Any], card: Mapping[str, Any], run: RunFile)
     """The options that say how images are drawn."""
     values = {key: card[key] for key in ("num", "steps", "eta", "seed", "guidance", "resolution")
               if card.get(key) is not None}  # fmt: skip
-    if card.get("sampler") not in _USUAL_SAMPLERS:
+    given = run.settings(SampleConfig)
+    own = "euler" if card.get("prediction_type") == "flow" else "ddim"
+    if card.get("sampler") != (given.sampler or own):
         values["sampler"] = card.get("sampler")
-    if card.get("spacing") not in (None, _USUAL_SPACING):
+    if card.get("spacing") not in (None, given.spacing or _USUAL_SPACING):
         values["spacing"] = card["spacing"]
     if card.get("resize_to"):
         values["resize"] = card["resize_to"]
@@ -69,8 +71,7 @@ def measuring(
     from deme_cli.commands.eval import evaluate
 
     card = rows[0]["protocol"]
-    marks = dict.fromkeys(m for row in rows for m in row["protocol"].get("fingerprints", ["?"]))
-    models = dict.fromkeys(path_word(names.get(mark, "MODEL")) for mark in marks)
+    models = dict.fromkeys(path_word(model) for row in rows for model in _drawn_by(row, names))
     figure = next(iter(rows[0]["metrics"].values()))
     values: dict[str, Any] = {
         "num": figure["n"], "repeats": figure.get("repeats", 1), "protocol": card.get("protocol"),
@@ -85,6 +86,14 @@ def measuring(
     words = setting_words(evaluate, EvalConfig, run, values)
     drawn = {key: value for key, value in card.items() if key not in ("num", "seed", "resize")}
     return ["eval", *models, *words, *_drawing(evaluate, drawn, run), "-o", path_word(name)]
+
+
+def _drawn_by(row: Mapping[str, Any], names: Names) -> list[str]:
+    """The files of a row: its models, or the finished images."""
+    if row["kind"] == "samples":
+        file = f"{row['name']}.safetensors"
+        return [file if file in names.values() else row["name"]]
+    return [names.get(mark, "MODEL") for mark in row["protocol"].get("fingerprints", ["?"])]
 
 
 def _references(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,9 +116,12 @@ def analysing(
         return None
     part = kind.replace("-", "_")
     command = getattr(import_module(f"deme_cli.commands.analyze_{part}"), part)
-    protocol = document.get("protocol") or document
+    protocol = document["protocol"]
     marks = dict.fromkeys(_marks(protocol["experts"] if kind == "task-vectors" else protocol))
-    models = dict.fromkeys(path_word(names[mark]) for mark in marks if mark in names)
+    models = [path_word(name) for name in dict.fromkeys(names[m] for m in marks if m in names)]
+    if kind == "landscape":  # the others lie beside the line or plane
+        most = protocol["spanning"]
+        models[most:] = [word for model in models[most:] for word in ("--mark", model)]
     words = ["analyze", kind, *models]
     flags, parameters = flags_of(command), inspect.signature(command).parameters
     for option, given in protocol.items():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
+from deme_cli.reporting.tables import public_name
 from deme_cli.run_file import RunFile
 from deme_cli.settings import Settings
 
@@ -63,11 +64,14 @@ def option_words(flags: Sequence[str], value: Any) -> list[str]:
 
 
 def word(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return public_name(str(value))
 
 
 def path_word(name: str) -> str:
-    """A file name that no command takes for an option."""
+    """A file that no command takes for an option, of an absolute path the last part."""
+    name = public_name(name)
     return f"./{name}" if name.startswith("-") else name
 
 

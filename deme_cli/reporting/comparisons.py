@@ -4,6 +4,7 @@ and, apart from that, the published figures."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from deme_cli.reporting.measures import Measure
@@ -17,6 +18,7 @@ from deme_cli.reporting.tables import (
     metric_cells,
     metric_columns,
     plain_table,
+    public_name,
 )
 
 DAGGER = "\N{DAGGER}"
@@ -66,7 +68,8 @@ def _state(row: Mapping[str, Any]) -> str:
     """Its kind, and what is missing of it."""
     parts = [str(row["kind"])]
     if failures := row.get("failures"):
-        parts.append(f"failed: {' '.join(str(failures[0]).split())[:200]}")
+        words = map(public_name, str(failures[0]).split())
+        parts.append(f"failed: {' '.join(words)[:200]}")
     if pending := row.get("pending"):
         parts.append(f"{pending} seeds not run yet")
     return "; ".join(parts)
@@ -89,8 +92,6 @@ def _starred(
     lines: Mapping[str, list[Cell]], rows: Sequence[Mapping[str, Any]], title: str
 ) -> dict[str, list[Cell]]:
     """A dagger where a spread or an interval is over evaluation seeds only."""
-    from dataclasses import replace
-
     found = dict(lines)
     for row in rows:
         name = str(row["name"])

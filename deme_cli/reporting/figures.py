@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deme_cli.analysis.document import SCHEMA_VERSION
 from deme_cli.errors import ArtifactError
 from deme_cli.records import SamplesRecord
 from deme_cli.reporting.folder import CARD_NAME, Folder, read_text
@@ -18,9 +19,7 @@ from deme_cli.reporting.tables import Card, Field, flatten
 from deme_cli.sampling.preview import MAX_IMAGES, preview_path
 
 ANALYSES = ("losses", "gradients", "activations", "landscape", "task-vectors", "trajectory")
-SCHEMA_VERSION = 1
 _MOST_OTHERS = 12
-_BIG = ("cosines", "buckets", "losses", "norms", "reliability")  # of gradients.json
 
 
 @dataclass(frozen=True)
@@ -66,24 +65,10 @@ def _analysis(folder: Folder, name: str, kind: str, document: Mapping[str, Any])
     path = folder.pictures.get(name.removesuffix(".json") + ".png")
     picture = open_picture(folder, path) if path else None
     protocol = document.get("protocol")
-    if not isinstance(protocol, Mapping):
-        protocol = {k: v for k, v in document.items() if k not in ("schema_version", *_BIG)}
-    reading = document.get("reading")
-    if not isinstance(reading, str) or not reading.strip():
-        reading = _reading_of(kind, document)
+    protocol = protocol if isinstance(protocol, Mapping) else {}
+    reading = str(document.get("reading") or f"Written by deme analyze {kind}")
     card = Card("Protocol", [Field(key, text) for key, text in flatten(protocol)])
     return Figure(name, kind.replace("-", " ").capitalize(), reading, picture, card)
-
-
-def _reading_of(kind: str, document: Mapping[str, Any]) -> str:
-    """A sentence for a document that has none."""
-    buckets, ranges = document.get("buckets"), document.get("ranges")
-    if kind == "gradients" and isinstance(buckets, list) and isinstance(ranges, list):
-        return (
-            f"Cosines between the mean gradients of {len(buckets)} buckets of timesteps; "
-            f"{len(ranges)} ranges by gradient: {', '.join(map(str, ranges))}"
-        )
-    return f"Written by deme analyze {kind}"
 
 
 def samples(folder: Folder) -> list[Figure]:
@@ -154,8 +139,9 @@ def share_noise(folder: Folder) -> bool:
     return len(records) > 1 and len(seeds) == 1 and not folder.image_folders
 
 
-def other_pictures(folder: Folder, shown: set[str]) -> Iterator[Figure]:
+def other_pictures(folder: Folder) -> Iterator[Figure]:
     """PNG files that nothing else has shown, the picture of `deme demo` or `compare` first."""
+    shown = _claimed(folder)
     left = [name for name in folder.pictures if name not in shown]
     left.sort(key=lambda name: (name not in ("compare.png", "demo.png"), name))
     for name in left[:_MOST_OTHERS]:
@@ -172,11 +158,10 @@ def _made_by(name: str) -> str:
     return f"The picture {name} of this folder"
 
 
-def claimed(folder: Folder) -> set[str]:
+def _claimed(folder: Folder) -> set[str]:
     """Names of the pictures that belong to an analysis, a grid or a search."""
     kinds = {name for name, document in folder.documents.items() if "kind" in document}
     names = {name.removesuffix(".json") + ".png" for name in kinds}
     names |= {preview_path(a.path).name for a in folder.of_kind("samples")}
     names |= {preview_path(path).name for path in folder.image_folders}
-    ends = SEARCH_PICTURES
-    return names | {name for name in folder.pictures if name.endswith(ends)}
+    return names | {name for name in folder.pictures if name.endswith(SEARCH_PICTURES)}

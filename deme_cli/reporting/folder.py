@@ -119,7 +119,8 @@ def _elsewhere(folder: Folder) -> str:
 def _take(folder: Folder, entry: Path) -> None:
     """Put one entry of the folder where it belongs."""
     name = entry.name
-    if entry.is_symlink() and not entry.resolve().is_relative_to(folder.path.resolve()):
+    target = Path(os.path.realpath(entry))  # which, unlike resolve, bears links in a circle
+    if entry.is_symlink() and not target.is_relative_to(folder.path.resolve()):
         if entry.suffix in (".safetensors", ".json", ".jsonl", ".png"):
             folder.unread.append(Unread(name, "a link that leads out of the folder"))
     elif entry.is_dir():

@@ -117,9 +117,7 @@ def _against(measure: Measure, first: Measure, lower: bool) -> str:
     side = difference.side(lower)
     if side == EVEN:
         return f"not told apart from {difference.to} ({difference.text})"
-    digits = difference.digits
-    spread = f" ± {fixed(difference.sd, digits)}" if math.isfinite(difference.sd) else ""
     return (
-        f"{side} than {difference.to} by {fixed(abs(difference.mean), digits)}{spread} "
-        f"(95 % interval of the difference {difference.interval})"
+        f"{side} than {difference.to} by {fixed(abs(difference.mean), difference.digits)} "
+        f"(95 % interval of the difference over {difference.over}: {difference.interval})"
     )

@@ -19,11 +19,16 @@ from deme_cli.reporting.curves import Curves, training_curves
 from deme_cli.reporting.folder import Folder, Unread
 from deme_cli.reporting.pictures import Picture
 from deme_cli.reporting.searches import Merge, merges
-from deme_cli.reporting.tables import Results, evaluation
+from deme_cli.reporting.tables import Results, Table, evaluation
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-# Control characters and lone surrogates, which HTML has no place for.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+# Control characters, lone surrogates and noncharacters, which HTML has no place for.
+_LAST_OF_PLANES = "".join(
+    chr(p + end) for p in range(0, 0x110000, 0x10000) for end in (0xFFFE, 0xFFFF)
+)
+_UNPRINTABLE = re.compile(
+    f"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_LAST_OF_PLANES}]"
+)
 _MOST_VERDICTS = 3  # in the head
 
 
@@ -43,7 +48,7 @@ class Report:
     samples: list[figures.Figure]
     shares_noise: bool
     others: list[figures.Figure]
-    artifacts: Any
+    artifacts: Table
     commands: Sequence[str]
     below: Mapping[str, int]
     unread: list[Unread]
@@ -81,15 +86,15 @@ def gather(folder: Folder, *, title: str | None = None, commands: Sequence[str] 
         for name in merge.pictures
         if (picture := figures.open_picture(folder, folder.pictures[name]))
     }
-    others = list(figures.other_pictures(folder, figures.claimed(folder)))
     lacking = summary.missing(
         folder, has_table=bool(compared or evaluated), has_figures=bool(analyses),
         is_comparison=bool(compared),
     )  # fmt: skip
     return Report(
-        title or f"{folder.name} · deme", folder.name, list(summary.facts(folder)), lacking,
+        title or folder.name, folder.name, list(summary.facts(folder)), lacking,
         [*evaluated, *compared], training_curves(folder), found, opened, analyses,
-        figures.samples(folder), figures.share_noise(folder), others,
+        figures.samples(folder), figures.share_noise(folder),
+        list(figures.other_pictures(folder)),
         summary.artifact_table(folder), commands, folder.below,
         sorted(folder.unread, key=lambda one: one.name),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 from deme_cli.errors import ArtifactError
 from deme_cli.records import MergedRecord
 from deme_cli.reporting.folder import JOURNAL, Artifact, Folder, read_text
-from deme_cli.reporting.measures import Difference
+from deme_cli.reporting.measures import Difference, Measure
 from deme_cli.reporting.numbers import digits_for, fixed, number, plain
 from deme_cli.reporting.tables import (
     Card,
@@ -22,9 +22,11 @@ from deme_cli.reporting.tables import (
     flatten,
     metric_cells,
     plain_table,
+    public_name,
 )
 
 SEARCH_PICTURES = (".search.png", ".coefficients.png", ".trials.png")
+_CANDIDATES = {"mean": "1/N each"}  # of the names in a record
 _MOST_GROUPS = 60  # rows of a table of coefficients by block or layer
 _CREATED, _STATE, _COMPLETE, _FAILED = 4, 6, 1, 3  # optuna's codes in a journal
 
@@ -100,7 +102,7 @@ def _span(parent: Mapping[str, Any]) -> str:
 def _coefficients(record: MergedRecord) -> Table:
     what = "coefficient (other tensors)" if record.coefficients_for else "coefficient"
     rows = [
-        [str(parent["path"]), _span(parent), plain(number(w)), str(parent["kind"]),
+        [public_name(str(parent["path"])), _span(parent), plain(number(w)), str(parent["kind"]),
          str(parent["fingerprint"])[:12]]
         for parent, w in zip(record.parents, record.coefficients, strict=True)
     ]  # fmt: skip
@@ -130,7 +132,7 @@ def _search(search: Mapping[str, Any]) -> Iterator[str]:
     known = [number(value) for value in values.values()]
     spread = (max(known) - min(known)) / 10 if known else 0.0
     shown = [
-        f"{name} {fixed(number(value), digits_for(spread, number(value)))}"
+        f"{_CANDIDATES.get(name, name)} {fixed(number(value), digits_for(spread, number(value)))}"
         for name, value in values.items()
     ]
     seconds = f" in {plain(number(search['seconds']))} s" if "seconds" in search else ""
@@ -179,9 +181,7 @@ def _report(report: Mapping[str, Any]) -> Iterator[Table]:
         )
 
 
-def _report_measures(rows: Sequence[Mapping[str, Any]], metric: str) -> Iterator[Any]:
-    from deme_cli.reporting.measures import Measure
-
+def _report_measures(rows: Sequence[Mapping[str, Any]], metric: str) -> Iterator[Measure]:
     base = str(rows[0]["name"])
     for index, row in enumerate(rows):
         if (figure := row["metrics"].get(metric)) is None:

@@ -18,7 +18,7 @@ from deme_cli.records import (
 )
 from deme_cli.reporting.folder import Artifact, Folder
 from deme_cli.reporting.numbers import plain, size_of
-from deme_cli.reporting.tables import Table, plain_table
+from deme_cli.reporting.tables import Table, plain_table, public_name
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def facts(folder: Folder) -> Iterator[tuple[str, str]]:
     if not folder.of_kind("base") and (known := folder.of_kind("expert", "merged")):
         record = known[0].record
         if isinstance(record, (ExpertRecord, MergedRecord)):
-            yield "base", f"{record.source}, {record.base[:12]} (not in this folder)"
+            yield "base", f"{public_name(record.source)}, {record.base[:12]} (not in this folder)"
     if experts := experts_of(folder):
         ranges = dict.fromkeys(str(record.timesteps) for record in experts)
         shown = ", ".join(list(ranges)[:16]) + (", …" if len(ranges) > 16 else "")
@@ -61,9 +61,9 @@ def facts(folder: Folder) -> Iterator[tuple[str, str]]:
         yield (
             "images",
             ", ".join(
-                f"{source}, {plain(one['num'])} in training"
+                f"{public_name(source)}, {plain(one['num'])} in training"
                 if type(one.get("num")) is int
-                else source
+                else public_name(source)
                 for source, one in data.items()
             ),
         )
@@ -80,7 +80,7 @@ def _of_base(artifact: Artifact) -> str:
     assert isinstance(record, BaseRecord)
     network = record.model_config.get("_class_name", "network")
     return (
-        f"{record.source}, {network}, {artifact.num_parameters:,} parameters, "
+        f"{public_name(record.source)}, {network}, {artifact.num_parameters:,} parameters, "
         f"T = {record.num_train_timesteps:,}, {record.fingerprint[:12]}"
     )
 

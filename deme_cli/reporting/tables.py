@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from deme_cli.evaluation.comparable import WHO_AND_WHENCE
@@ -21,6 +22,7 @@ from deme_cli.reporting.measures import (
 )
 from deme_cli.reporting.numbers import number
 
+_MOST_ENTRIES = 64  # of a list of tables in a card; a longer one is shown as JSON
 _WORDS = {BETTER: "better", WORSE: "worse", EVEN: "not told apart"}
 
 
@@ -115,6 +117,7 @@ def evaluation(name: str, document: Mapping[str, Any]) -> Results:
 PAIRED = (
     "± is the standard deviation over repeats. Differences are paired by repeat, for rows of one "
     "repeat share their starting noise; in brackets the 95 % interval of their mean (Student's t). "
+    "Intervals are not corrected for the number of rows, nor for choosing the best of them. "
     "Repeats are seeds of the evaluation: they tell nothing of how training varies."
 )
 
@@ -217,8 +220,11 @@ def cards_of(cards: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Card]:
 
 
 def flatten(card: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Fields of a card as texts, those of tables in it under `table.field`."""
+    """Fields of a card as texts, those of tables in it under `table.field`, or `table.1.field`."""
     for name, value in card.items():
+        is_list = isinstance(value, list) and len(value) <= _MOST_ENTRIES
+        if is_list and all(isinstance(entry, Mapping) for entry in value):
+            value = dict(enumerate(value, start=1)) or value
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{name}.")
         else:
@@ -228,7 +234,7 @@ def flatten(card: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 def as_text(value: Any, *, longest: int = 2000) -> str:
     """A value of a record as a person reads it; of a very long one the beginning."""
     if isinstance(value, str):
-        text = value
+        text = public_name(value)
     elif value is None or isinstance(value, bool):
         text = {None: "none", True: "yes", False: "no"}[value]
     elif isinstance(value, float):
@@ -239,6 +245,16 @@ def as_text(value: Any, *, longest: int = 2000) -> str:
         text = json.dumps(value, ensure_ascii=False)
     cut = len(text) - longest
     return text if cut <= 0 else f"{text[:longest]} … ({cut:,} more characters)"
+
+
+def public_name(text: str) -> str:
+    """Of an absolute path the last part, for a page is shared; anything else as it is."""
+    scheme = "local-dir:" if text.startswith("local-dir:") else ""  # of CLIP's weights
+    place = text.removeprefix(scheme)
+    is_absolute = any(kind(place).is_absolute() for kind in (PurePosixPath, PureWindowsPath))
+    if not (is_absolute or place.startswith("~")):
+        return text
+    return scheme + (PureWindowsPath(place).name or place)  # which knows both separators
 
 
 def plain_table(

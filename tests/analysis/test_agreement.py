@@ -44,6 +44,8 @@ def test_pairs_within_and_across_ranges_near_and_far() -> None:
     near, far = distance_cosines(affinity)
     assert near.tolist() == [1, 0, 0]
     assert sorted(far) == [-1, -1, 0]
+    odd = affinity_of(np.eye(5) + np.diag([1.0] * 3, 2))
+    assert [values.size for values in distance_cosines(odd)] == [4, 3]
     assert pair_cosines(affinity, [WHOLE])[1].size == 0
     numbers = numbers_of(affinity)
     assert (numbers["within"], numbers["across"], numbers["distant"]) == (0.5, -0.5, -2 / 3)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from deme_cli.analysis.directions import basis_of
+from deme_cli.analysis.intervals import estimate
 from deme_cli.analysis.landscape import Analysis, measure_landscape, total_points
 from deme_cli.analysis.landscape_config import LandscapeConfig
 from deme_cli.analysis.landscape_figure import contour_levels, draw_landscape
@@ -168,7 +169,7 @@ def test_a_line_reaches_both_ends_and_its_barrier_is_the_highest_rise(opened: Op
         assert pick.difference == pytest.approx(expected, abs=1e-6)
     reading = read_landscape(found, 2)
     assert reading.startswith("on the line from ft_1of4 to ft_2of4, ")
-    assert "over the straight line between its ends" in reading
+    assert "over the straight line of its ends" in reading
     png, svg = draw_landscape(found, axis_labels(analysis), title="a line", foot="tiny")
     assert png.startswith(b"\x89PNG")
     assert b"</svg>" in svg
@@ -188,8 +189,8 @@ def test_the_lowest_point_is_told_by_fresh_draws(opened: Opened) -> None:
     inside = (draws.t >= 50).numpy()
     differences = (errors[1] - errors[0])[inside]
     assert pick.difference == pytest.approx(differences.mean(), rel=1e-9)
-    error = differences.std(ddof=1) / len(differences) ** 0.5
-    assert pick.interval == pytest.approx(1.96 * error, rel=1e-9)
+    half = estimate(differences, draws.images.numpy()[inside]).half
+    assert pick.interval == pytest.approx(half, rel=1e-9)
     assert pick.percent == pytest.approx(100 * differences.mean() / errors[0][inside].mean())
 
 
@@ -212,6 +213,17 @@ def test_processes_and_stops_leave_the_numbers_alone(opened: Opened) -> None:
     other = replace(analysis, setup=replace(analysis.setup, split="held-out"))
     first = next(measure_landscape(other))
     assert first == Step(0, "what was measured before had another split; measuring all of it anew")
+
+
+def test_a_plane_of_other_models_is_another_one(opened: Opened) -> None:
+    three, four = ("base", "ft_1of4", "ft_2of4", "ft_3of4"), {"report_num": 4, "num": 4}
+    steps = measure_landscape(opened("pca", *three, marked=1, **four))
+    while next(steps).done < 2:
+        pass
+    steps.close()
+    first = next(measure_landscape(opened("pca", *three, **four)))
+    assert first.done == 0
+    assert "had another spanning models; measuring" in first.note
 
 
 def write_scaled(path: Path, source: Path, scale: float) -> Path:

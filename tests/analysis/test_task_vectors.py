@@ -216,8 +216,10 @@ def test_a_resumed_analysis_equals_an_uninterrupted_one(
     assert np.array_equal(last.stable, found.stable, equal_nan=True)
     first = next(measure_task_vectors(family, output, ranks=False))
     assert (first.done, "another ranks" in first.note) == (0, True)
-    assert next(measure_task_vectors(family, output, force=True)) == Step(0)
+    anew = measure_task_vectors(family, output, force=True)
+    assert next(anew) == Step(0)
     assert not unfinished_path(output).exists()
+    anew.close()
 
 
 def test_orthogonal_vectors_span_as_many_directions_and_equal_ones_span_one() -> None:

@@ -24,6 +24,7 @@ from deme_cli.analysis.trajectory import (
     steps_of,
 )
 from deme_cli.analysis.trajectory_config import TrajectoryConfig
+from deme_cli.analysis.trajectory_figure import _cell, draw_trajectories
 from deme_cli.analysis.unfinished import Step, unfinished_path
 from deme_cli.artifacts import load_tensors, write_artifact
 from deme_cli.config import SampleConfig
@@ -253,3 +254,13 @@ def test_latents_are_compared_as_they_are_and_decoded_where_they_are_shown(
         assert np.array_equal(picture, to_levels(analysis.scene.companions.decode(x0))[0])
     images = collect_images(entrants[0].experts, config, scene=analysis.scene)
     assert np.array_equal(only.pictures[0, -1], images[0])
+
+
+def test_the_png_stays_below_two_megabytes_and_tiny_pictures_stay_large(
+    found: Trajectories,
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 5, 128, 128, 3), np.uint8)
+    large = [replace(one, pictures=noise) for one in found.trajectories]
+    large = replace(found, trajectories=large)
+    assert len(draw_trajectories(large, foot="")[0]) < 2e6
+    assert _cell(large) < 0.5 < _cell(found)

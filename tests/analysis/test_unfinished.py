@@ -50,6 +50,17 @@ def test_arrays_of_something_else_are_not_used(output: Path) -> None:
         assert (kept.arrays, kept.note) == ({}, "")
 
 
+def test_what_was_found_outlives_a_caller_that_fails_to_draw_it(output: Path) -> None:
+    def found():
+        with Unfinished(output, IDENTITY) as kept:
+            yield kept.arrays.setdefault("values", np.zeros(2))
+
+    steps = found()
+    next(steps)[:] = 5
+    steps.close()
+    assert next(found()).tolist() == [5, 5]
+
+
 def stop_after_one_of_two(output: Path) -> None:
     with Unfinished(output, IDENTITY) as kept:
         kept.arrays["values"] = np.ones(2)

@@ -48,7 +48,7 @@ def test_one_model_alone_and_equal_ranges(deme: Deme, run_folder: Path) -> None:
         *FEW,
     )
     assert result.exit_code == 0, result.exception
-    assert "the loss of base goes from" in result.stderr
+    assert "the loss of base is " in result.stderr
     assert json.loads(Path("losses.json").read_text())["ranges"] == ["0:50", "50:100"]
 
 
@@ -67,6 +67,10 @@ def test_bad_input_is_told_and_a_dry_run_writes_nothing(deme: Deme, run_folder: 
         result = deme("analyze", "losses", *arguments, "--data", "digits")
         assert isinstance(result.exception, error), result.exception
         assert message in str(result.exception)
+    Path("deme.toml").write_text('[split]\nranges = ["0:50", "50:200"]\n')
+    result = deme("analyze", "losses", "base.safetensors", "--data", "digits")
+    assert "[split] ranges: they end at 200, but this model has 100" in str(result.exception)
+    Path("deme.toml").unlink()
     assert deme("analyze", "losses", "--data", "digits", "--dry-run").exit_code == 0
     assert "no images" in str(deme("analyze", "losses", "--data", "").exception)
     assert sorted(Path().iterdir()) == before

@@ -13,8 +13,10 @@ from typer.testing import Result
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.commands.report_lines import command_lines
+from deme_cli.commands.report_measures import sampling
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.reporting.folder import open_folder
+from deme_cli.run_file import RunFile
 
 Deme = Callable[..., Result]
 EXPERTS = [f"ft_{index}of4.safetensors" for index in range(1, 5)]
@@ -124,11 +126,13 @@ def _rung(objective: str, num: int, keep: int) -> dict:
 @pytest.mark.parametrize(("search", "told"), [
     ({"method": "grid", "grid": [[0, 0.5]] * 4, "objective": "frechet_digits", "num": 500,
       "protocol": {"steps": 10}, "rungs": [_rung("frechet_digits", 500, 10)], "per": "model"},
-     "--search grid --objective fid --grid 0,0.5 --num 500 --steps 10"),
+     "--search grid --objective fid --grid 0,0.5 --num 500 --steps 10 --no-report"),
+    ({"method": "random", "objective": "loss", "num": 64, "protocol": {"range": "250:500"},
+      "per": "model"}, "--search random --loss-range 250:500 --num 64 --no-report"),
     ({"method": "cmaes", "bounds": [[0, 1], [0, 2], [0, 1], [0, 1]], "objective": "kid", "seed": 5,
       "rungs": [_rung("loss", 64, 8), _rung("kid", 900, 2)], "per": "block", "num": 900},
      "--per block --search cmaes --objective loss@64:8,kid@900:2 --bounds '0,1;0,2;0,1;0,1' "
-     "--seed 5"),
+     "--seed 5 --no-report"),
     ({"method": "post-hoc EMA", "ema_length": 0.1}, "--ema-length 0.1"),
     ({"method": "grid", "grid": 3, "objective": "loss"}, None),
 ])  # fmt: skip
@@ -144,12 +148,38 @@ def test_a_search_is_told_as_it_was_asked_for(
     assert merges == ([expected] if told else [])
 
 
+@pytest.mark.parametrize(("prediction_type", "live", "told"), [
+    ("epsilon", {}, "--sampler euler"), ("flow", {}, ""), ("epsilon", {"sampler": "euler"}, ""),
+])  # fmt: skip
+def test_a_sampler_is_left_out_only_where_it_is_taken_by_itself(
+    prediction_type: str, live: dict, told: str
+) -> None:
+    card = {"model": "base", "fingerprints": ["0"], "sampler": "euler", "steps": 50,
+            "prediction_type": prediction_type}  # fmt: skip
+    words = sampling(card, "x-samples.safetensors", RunFile(Path(), {"sample": live}), {"0": "x"})
+    assert " ".join(words) == f"sample x {told}".strip()
+
+
 def test_an_analysis_is_told_with_its_models_and_numbers(deme: Deme, run_folder: Path) -> None:
     record = read_record(Path("base.safetensors"))
     Path("gradients.json").write_text(json.dumps({
-        "schema_version": 1, "kind": "gradients", "num": 4, "seed": 3,
-        "model": {"source": "base", "fingerprint": record.fingerprint},
-        "data": {"source": "digits"},
+        "schema_version": 1, "kind": "gradients", "reading": "x", "protocol": {
+            "num": 4, "seed": 3, "data": {"source": "digits", "split": "train"},
+            "model": {"source": "base", "fingerprint": record.fingerprint},
+        },
     }))  # fmt: skip
     line = command_lines(open_folder(Path()))[-1]
     assert line == "deme analyze gradients base.safetensors --num 4 --seed 3 --data digits"
+
+
+def test_a_landscape_is_told_with_what_lies_beside_its_plane(deme: Deme, run_folder: Path) -> None:
+    names = ["base.safetensors", *EXPERTS[:3]]
+    models = [{"fingerprint": read_record(Path(name)).fingerprint} for name in names]
+    protocol = {"along": "vectors", "spanning": 3, "models": models, "points": 5}
+    Path("landscape.json").write_text(json.dumps({
+        "schema_version": 1, "kind": "landscape", "protocol": protocol,
+    }))  # fmt: skip
+    line = command_lines(open_folder(Path()))[-1].replace("\\\n    ", "")
+    assert line == (
+        f"deme analyze landscape {' '.join(names[:3])} --mark {names[3]} --along vectors --points 5"
+    )

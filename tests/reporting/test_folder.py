@@ -24,6 +24,7 @@ def test_what_cannot_be_read_is_listed_with_its_reason(
     secret.write_text('{"schema_version": 1, "kind": "losses", "reading": "a secret"}')
     (told_copy / "outside.json").symlink_to(secret)
     (told_copy / "inside.png").symlink_to(told_copy / "merged.search.png")
+    (told_copy / "circle.png").symlink_to(told_copy / "circle.png")
     os.mkfifo(told_copy / "waits.json")
     (told_copy / "torn.safetensors").write_bytes((told_copy / "base.safetensors").read_bytes()[:-9])
     (told_copy / "deep.json").write_text("[" * 100_000)

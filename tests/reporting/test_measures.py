@@ -23,7 +23,8 @@ def _rows(*interval: float, value: float = 2.0, kind: str = "merged") -> list[Me
 
 
 @pytest.mark.parametrize(("metric", "rows", "said", "unsaid"), [
-    ("fid", _rows(-1.2, -0.8), "better than base by 1.00 ± 0.10 (95 % interval", "not told"),
+    ("fid", _rows(-1.2, -0.8), "better than base by 1.00 (95 % interval of the difference over "
+     "evaluation seeds: [\N{MINUS SIGN}1.20, \N{MINUS SIGN}0.80])", "not told"),
     ("fid", _rows(-1.2, 0.1), "not told apart from base", "better than"),
     ("fid", _rows(-1.2, 0.0), "not told apart from base", "better than"),
     ("fid", _rows(), "nothing is claimed", "better than"),

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deme_cli.artifacts import write_artifact
+from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.commands.report_lines import command_lines
 from deme_cli.records import SamplesRecord
 from deme_cli.reporting.folder import open_folder
@@ -72,7 +73,7 @@ def test_the_commands_of_the_run_are_told_from_its_records(told_run: Path) -> No
         "deme finetune --range 1/4 --steps 6 --batch-size 4 --checkpoint-every 2 --held-out 8 "
         "-o again.safetensors",
         f"deme merge {experts} -w 0.4,0.1,0.2,0.3 -o given.safetensors",
-        f"deme merge {experts} --search random --num 16",
+        f"deme merge {experts} --search random --num 16 --report-repeats 2",
         "deme sample given.safetensors --num 4 --steps 2",
         "deme eval base.safetensors given.safetensors --fid digits --num 70 --repeats 2 --steps 2 "
         "-o eval.json",
@@ -86,6 +87,34 @@ def test_the_same_folder_makes_the_same_bytes(told_run: Path, told_copy: Path) -
     for index, path in enumerate(sorted(told_copy.iterdir(), reverse=True)):
         os.utime(path, (index, index))
     assert render(gather(open_folder(told_copy))) == first
+
+
+def test_a_shared_page_names_no_place_of_the_machine(told_copy: Path, page_of: PageOf) -> None:
+    data = {"source": "/home/somebody/church", "fingerprint": "0", "num": 3}
+    for name in ("ft_1of4", "merged"):
+        path = told_copy / f"{name}.safetensors"
+        record = read_record(path)
+        if name == "merged":
+            parents = [
+                {**one, "path": f"C:\\Users\\somebody\\{one['path']}"} for one in record.parents
+            ]
+            record = replace(record, parents=parents)
+        else:
+            record = replace(record, data=data, source="~somebody/models/ddpm")
+        write_artifact(path, load_tensors(path), record)
+    (told_copy / "base.safetensors").unlink()
+    document = json.loads((told_copy / "eval.json").read_text())
+    document["rows"][0]["protocol"]["references"]["frechet_digits"]["source"] = data["source"]
+    (told_copy / "eval.json").write_text(json.dumps(document))
+    document = json.loads((told_copy / "losses.json").read_text())
+    document["protocol"]["models"] = [{"source": "/home/somebody/ft_1of4.safetensors"}]
+    (told_copy / "losses.json").write_text(json.dumps(document))
+    page, _ = page_of(told_copy, commands=command_lines(open_folder(told_copy)))
+    assert "somebody" not in page.text()
+    assert "models.1.source ft_1of4.safetensors" in page.section("figures")
+    assert "church, 3 in training" in page.text(page.all("header")[0])
+    assert "--data church" in page.section("commands")
+    assert "--fid church" in page.section("commands")
 
 
 def test_half_of_it_missing_is_told_with_the_commands_that_make_it(
@@ -118,7 +147,10 @@ def _spoil(folder: Path) -> None:
         EVIL: {EVIL: [EVIL]},
     }
     images = {"images": np.zeros((2, 8, 8, 1), np.uint8), "seeds": np.zeros(2, np.int64)}
-    prompts = ["</figure><script>alert(1)</script>", "\x00\x07 control \ud800 and </style>"]
+    prompts = [
+        "</figure><script>alert(1)</script>",
+        "\x00\x07 control \ud800 and \U0001fffe </style>",
+    ]
     write_artifact(
         folder / "shown.safetensors", images, SamplesRecord(protocol=protocol, prompts=prompts)
     )
