@@ -67,8 +67,11 @@ def said_of(affinity: Affinity) -> dict[str, object]:
     return {
         "reading": reading_of(affinity),
         "protocol": {
-            "model": affinity.model, "data": {**affinity.data, "split": "train"},
-            "buckets": len(affinity.buckets), "num": affinity.num, "seed": affinity.seed,
+            "model": affinity.model,
+            "data": {**affinity.data, "split": "train"},
+            "buckets": len(affinity.buckets),
+            "num": affinity.num,
+            "seed": affinity.seed,
             "n": len(affinity.ranges),
         },
         "quantiles": list(QUANTILES),
