@@ -5,28 +5,42 @@ from __future__ import annotations
 import os
 import sys
 
-from deme_cli import console
+from deme_cli import console, processes
 from deme_cli.errors import DemeError
+from deme_cli.interrupts import stops_told
 
 
 def main() -> None:
     """Run the command line; exits with the codes of the contract.
 
     A `DemeError` is one line on stderr; anything else is a bug and keeps its traceback (exit 1).
-    DEME_DEBUG=1 shows the traceback of a `DemeError` too.
+    DEME_DEBUG=1 shows the traceback of a `DemeError` too. Of joined processes the one that fails
+    first says why, and all exit alike.
     """
     # Two OpenMP threads that spin between small operations slow a shared machine many times over;
     # passive ones sleep. Read by the OpenMP runtime when torch loads, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from deme_cli.app import app
-
+    has_failed = True
     try:
-        app()
+        with stops_told():
+            from deme_cli.app import app
+
+            app()
+    except SystemExit as done:
+        has_failed = bool(done.code)
+        raise
     except DemeError as error:
+        is_ours, exit_code = processes.joined().fail(error)
+        console.unmute()
         if os.environ.get("DEME_DEBUG") == "1":
             raise
-        console.error(str(error))
-        sys.exit(error.exit_code)
+        if is_ours:
+            console.error(str(error))
+        sys.exit(exit_code)
+    finally:
+        if has_failed:
+            console.unmute()  # for a traceback
+        processes.joined().leave(has_failed=has_failed)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from deme_cli.tensor_file import (
 if TYPE_CHECKING:
     import torch
 
+FORMAT = "pt"  # by which other readers of safetensors know the layout of weights
 _THREADED_BYTES = 1 << 18  # below this, handing a piece to a thread costs more than hashing it
 
 
@@ -43,6 +44,11 @@ def record_of(header: Header) -> Record:
     if "deme" not in header.metadata:
         raise ArtifactError(
             f"{header.path} was not written by deme; import a model with `deme split`"
+        )
+    if (found := header.metadata.get("format")) != FORMAT:
+        raise ArtifactError(
+            f"{header.path}: its metadata should have format {FORMAT!r}, found {found!r}; the file "
+            f"was altered or damaged, make it again"
         )
     return parse_record(header.metadata["deme"], str(header.path))
 
@@ -60,10 +66,14 @@ def read_record(path: Path, *kinds: str) -> Record:
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file with a sound header, as torch tensors on the CPU."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     read_header(path)
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 def combine_digests(digests: Mapping[TensorSpec, str]) -> str:
@@ -200,7 +210,7 @@ class ArtifactWriter:
             }  # fmt: skip
             position = end
         record = replace(self.record, fingerprint=fingerprint)
-        document = {"__metadata__": {"format": "pt", "deme": record.to_json()}, **entries}
+        document = {"__metadata__": {"format": FORMAT, "deme": record.to_json()}, **entries}
         text = json.dumps(document, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text

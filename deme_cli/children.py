@@ -17,10 +17,10 @@ def start_deme(
     """Start `deme` with these words in `folder`; what it says goes to `errors`, results nowhere.
 
     Its threads wait passively unless the environment says otherwise: spinning ones take the core
-    from the process next to it.
+    from the process next to it. It runs alone, whatever launch this process is of.
     """
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-    environment["OMP_NUM_THREADS"] = str(num_threads)
+    environment |= {"OMP_NUM_THREADS": str(num_threads), "WORLD_SIZE": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "deme_cli", *words],
         cwd=folder,

@@ -1,12 +1,14 @@
 """The one place that writes to the terminal: results to stdout, everything else to stderr.
 
 On a terminal, progress is a bar with rate and time left; without one, a plain line now and then.
+Of several processes of one launch the first speaks for all; the others are muted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,15 @@ def set_quiet(quiet: bool) -> None:
 
 def is_quiet() -> bool:
     return _quiet
+
+
+def mute() -> None:
+    """Silence this process, libraries and results included; its own failure is still told."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as it runs
+
+
+def unmute() -> None:
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def stderr_console() -> Any:

@@ -69,6 +69,7 @@ _STORAGE_ADVICE = {
     errno.ENOTEMPTY: "a folder of this name exists; choose another place with --output",
     errno.ENOENT: "this place takes no files; choose another place with --output",
     errno.EINVAL: "this place takes no files; choose another place with --output",
+    errno.ELOOP: "links in this path go in a circle; choose another place with --output",
     errno.ENAMETOOLONG: "the name is too long for the disk; choose a shorter one with --output",
 }
 

@@ -1,9 +1,15 @@
-"""Stopping politely: a signal asks, the procedure saves its state at a safe point and stops."""
+"""Stopping politely: a signal asks, the procedure saves its state at a safe point and stops.
+
+Where no procedure listens (imports, a model being loaded), a signal ends the command at once, but
+with the same exit code and a line. The signal after it kills.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from deme_cli.errors import Stopped
@@ -12,6 +18,53 @@ _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 if hasattr(signal, "SIGUSR1"):
     _EXIT_CODES[signal.SIGUSR1] = 75  # what batch systems send before the time limit
     _EXIT_CODES[signal.SIGHUP] = 75  # the terminal was closed
+
+_unheard: signal.Signals | None = None  # came while no procedure listened
+
+
+class _Asked(BaseException):
+    """A signal came. No library takes it for a failure of its own, as it would an Exception."""
+
+
+@contextmanager
+def stops_told() -> Iterator[None]:
+    """While entered, a signal that no `StopRequests` hears raises Stopped, exit code 75 or 130.
+
+    Only Python's own handlers are replaced: what is ignored stays so, as SIGHUP under nohup.
+    """
+    global _unheard
+    before = {name: signal.getsignal(name) for name in _EXIT_CODES}
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    heard = [name for name, handler in before.items() if handler in usual]
+    try:
+        for name in heard:
+            signal.signal(name, _leave)
+        yield
+    except (_Asked, KeyboardInterrupt) as error:
+        asked = _unheard or signal.SIGINT
+        raise Stopped(
+            f"stopped by {asked.name}; run the same command again: it goes on from what was kept, "
+            f"if anything was",
+            exit_code=_EXIT_CODES[asked],
+        ) from error
+    finally:
+        _unheard = None
+        for name in heard:
+            signal.signal(name, before[name])
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    global _unheard
+    _unheard = signal.Signals(number)
+    _let_the_next_kill()
+    raise _Asked
+
+
+def _let_the_next_kill() -> None:
+    for name in _EXIT_CODES:
+        if signal.getsignal(name) is _leave:
+            is_ctrl_c = name == signal.SIGINT
+            signal.signal(name, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
 
 
 class StopRequests:
@@ -22,7 +75,7 @@ class StopRequests:
     """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        self.asked = _unheard  # one whose exception got lost, as in torch's import of numpy
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequests:
@@ -41,6 +94,8 @@ class StopRequests:
         for name, handler in self._before.items():
             signal.signal(name, handler)  # type: ignore[arg-type]
         self._before = {}
+        if self.asked is not None:
+            _let_the_next_kill()
 
     def __exit__(
         self,

@@ -32,7 +32,7 @@ def require_space(path: Path, num_bytes: int) -> None:
     """Check that the disk of `path` has room for `num_bytes`; raises MissingError if not."""
     import shutil
 
-    folder = Path(path).resolve().parent
+    folder = Path(os.path.realpath(path)).parent  # unlike `resolve`, content with a link to itself
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

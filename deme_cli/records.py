@@ -2,7 +2,8 @@
 
 A record is JSON in the safetensors metadata under the key `deme`, so reading one needs no tensor
 and no torch. There are six kinds. Fields absent from a file fail by name; unknown fields of a newer
-minor version are ignored; a newer `version` is refused.
+minor version are ignored; a newer `version` is refused. The text ends in a digest of itself
+(seal.py): a damaged record is refused wherever it is read.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any, ClassVar
 
 from deme_cli import __version__
 from deme_cli.errors import ArtifactError
+from deme_cli.seal import require_intact, sealed
 from deme_cli.timesteps import TimestepRange
 
 VERSION = 1
+_SHOWN = 80  # characters of a foreign value that a message shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Record:
     created_by: str = f"deme {__version__}"
 
     def to_json(self) -> str:
-        return json.dumps({"kind": self.kind, "version": VERSION, **asdict(self)})
+        return sealed(json.dumps({"kind": self.kind, "version": VERSION, **asdict(self)}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +165,12 @@ def parse_record(text: str, where: str) -> Record:
     """The record that a header's `deme` string holds. Raises ArtifactError naming what is wrong."""
     try:
         document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where}: the deme record is not valid JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("kind") not in KINDS:
-        found = document.get("kind") if isinstance(document, dict) else document
+    found = document.get("kind") if isinstance(document, dict) else document
+    if not isinstance(document, dict) or not isinstance(found, str) or found not in KINDS:
         raise ArtifactError(
-            f"{where}: unknown kind of artifact {found!r}; known: {', '.join(KINDS)}"
+            f"{where}: unknown kind of artifact {_short(found)}; known: {', '.join(KINDS)}"
         )
     if document.get("version") != VERSION:
         raise ArtifactError(
@@ -183,6 +186,9 @@ def parse_record(text: str, where: str) -> Record:
             raise ArtifactError(f"{where}: the {kind.kind} record lacks {declared.name!r}")
     if "range" in values:
         _require_range(values["range"], values["num_train_timesteps"], where)
+    for declared in fields(kind):
+        _require_entries(values.get(declared.name), declared, where)
+    require_intact(text, where, is_sealed="digest" in document)
     return kind(**values)
 
 
@@ -198,12 +204,31 @@ def _require_range(span: list[Any], num_train_timesteps: int, where: str) -> Non
 
 def _checked(value: Any, declared: Any, where: str) -> Any:
     """`value` if its JSON type is the declared one."""
-    allowed: tuple[type, ...] = ()
-    for option in declared.type.split(" | "):
-        allowed += _JSON_TYPES[option.split("[")[0]]
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+    if not any(_is_a(value, option) for option in declared.type.split(" | ")):
         raise ArtifactError(
             f"{where}: {declared.name!r} in the record should be {declared.type}, "
             f"found {type(value).__name__}"
         )
     return value
+
+
+def _require_entries(value: Any, declared: Any, where: str) -> None:
+    """Check the entries of a list against the declared ones, as in `list[int]`."""
+    entry = declared.type.partition("list[")[2].split(" | ")[0].removesuffix("]")
+    if isinstance(value, list) and not all(_is_a(one, entry) for one in value):
+        raise ArtifactError(
+            f"{where}: {declared.name!r} in the record should be {declared.type}, "
+            f"found other entries"
+        )
+
+
+def _is_a(value: Any, declared: str) -> bool:
+    """Whether a JSON value has a declared type, of which the part before `[` counts."""
+    kinds = _JSON_TYPES[declared.split("[")[0]]
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it, on one line of bounded length."""
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."

@@ -71,6 +71,11 @@ def read_run_file(path: Path | None) -> RunFile:
         document = tomli.loads(chosen.read_text(encoding="utf-8"))
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{chosen}: not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # Python's limits, of digits and of nesting
+        raise ConfigError(
+            f"{chosen}: a number of thousands of digits, or values nested as deeply; expected the "
+            f"settings that `deme split` writes"
+        ) from error
     except OSError as error:
         raise MissingError(f"{chosen}: cannot be read: {error.strerror}") from error
     for table, values in document.items():
@@ -94,6 +99,13 @@ def checked_table(table: str, values: Any, where: str) -> dict[str, Any]:
     }
 
 
+def _is_huge(value: Any) -> bool:
+    """Whether a value has an integer that TOML's 64 bits do not hold."""
+    if isinstance(value, (list, dict)):
+        return any(map(_is_huge, value.values() if isinstance(value, dict) else value))
+    return type(value) is int and not -(1 << 63) <= value < 1 << 63
+
+
 def nearest(word: str, known: Any) -> str:
     """What somebody may have meant who wrote `word`, as the end of a message."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -103,6 +115,8 @@ def nearest(word: str, known: Any) -> str:
 def _typed(value: Any, declared: str, where: str) -> Any:
     """A TOML value as the declared type; integers may stand for floats, nothing else converts."""
     names = {part.split("[")[0].strip() for part in declared.split("|")}
+    if _is_huge(value):
+        raise ConfigError(f"{where}: a number of more than 64 bits: expected {declared}")
     if type(value) is int and "float" in names and "int" not in names:
         return float(value)
     if type(value).__name__ not in names:

@@ -6,6 +6,8 @@ Lengths, offsets and shapes are checked against the file before a tensor is touc
 from __future__ import annotations
 
 import json
+import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,12 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.seal import require_intact
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_DIMENSIONS = 64  # what numpy and torch can hold; keeps the product of a shape cheap
+MAX_INTEGER = 1 << 63  # no file is that long
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
     "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -70,40 +75,26 @@ class Header:
 def read_header(path: Path) -> Header:
     """The checked header of a safetensors file.
 
-    Raises MissingError if there is no such file, ArtifactError if it is not whole and valid.
+    Takes memory of the order of the header, which is never longer than the file, and no tensor.
+    Raises MissingError if there is no such file, ArtifactError if it is not whole and valid, or
+    the record that deme wrote into it was altered.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise ArtifactError(
-                    f"{path}: not a whole safetensors file ({size} bytes, a header of {length})"
-                )
-            document = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise MissingError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise ArtifactError(f"{path}: expected a safetensors file, found a folder") from error
-    except PermissionError as error:
-        raise MissingError(f"{path}: no permission to read it") from error
-    except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not a safetensors file (its header is not JSON)") from error
-    if not isinstance(document, dict):
-        raise ArtifactError(f"{path}: not a safetensors file (its header is not a table)")
+    text, size = _header_text(path)
+    document = _parse_header(path, text)
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ArtifactError(f"{path}: the header's __metadata__ is not a table of strings")
-    start = 8 + length
+    if "deme" in metadata:
+        require_intact(metadata["deme"], str(path))
+    start = 8 + len(text)
     specs = [_parse_spec(path, name, entry, start) for name, entry in document.items()]
     position = start
     for spec in sorted(specs, key=lambda s: (s.begin, s.end)):
         if spec.begin != position:
-            raise ArtifactError(f"{path}: tensor {spec.name!r} does not follow the one before it")
+            raise ArtifactError(
+                f"{path}: tensor {_shown(spec.name)} does not follow the one before it"
+            )
         position = spec.end
     if position != size:
         raise ArtifactError(
@@ -113,20 +104,76 @@ def read_header(path: Path) -> Header:
     return Header(path, {spec.name: spec for spec in specs}, metadata)
 
 
+def _header_text(path: Path) -> tuple[bytes, int]:
+    """The bytes between the header's length and the tensors, and the size of the file.
+
+    A pipe or a device, which may never end, is not opened.
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise ArtifactError(f"{path}: expected a safetensors file, found a folder")
+        if not stat.S_ISREG(status.st_mode):
+            raise ArtifactError(f"{path}: expected a safetensors file, found a pipe or a device")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise ArtifactError(
+                    f"{path}: not a whole safetensors file ({size} bytes, a header of {length})"
+                )
+            return file.read(length), size
+    except FileNotFoundError as error:
+        raise MissingError(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise MissingError(f"{path}: no permission to read it") from error
+    except OSError as error:
+        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a zero byte in the name
+        raise MissingError(f"{str(path)!r}: no such file") from error
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    """The JSON table of a header, in which every name stands once."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            raise ArtifactError(f"{path}: the header has the same name twice")
+        return table
+
+    try:
+        document = json.loads(text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not a safetensors file (its header is not JSON)") from error
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{path}: not a safetensors file (its header is not a table)")
+    return document
+
+
+def _shown(name: str) -> str:
+    """A name from outside as a message shows it, on one line of bounded length."""
+    return f"{name!r:.80}"
+
+
 def _parse_spec(path: Path, name: str, entry: Any, start: int) -> TensorSpec:
     try:
+        name.encode()
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         spec = TensorSpec(name, dtype, tuple(shape), start + begin, start + end)
         sound = (
-            all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            isinstance(shape, list)
+            and len(shape) <= MAX_DIMENSIONS
+            and all(type(n) is int and 0 <= n < MAX_INTEGER for n in (*shape, begin, end))
             and spec.end - spec.begin == spec.num_bytes
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
-            f"{path}: tensor {name!r} is described wrongly in the header"
+            f"{path}: tensor {_shown(name)} is described wrongly in the header"
         ) from error
     if not sound:
-        raise ArtifactError(f"{path}: shape and bytes of tensor {name!r} disagree in the header")
+        raise ArtifactError(f"{path}: shape and bytes of tensor {_shown(name)} disagree")
     return spec
 
 

@@ -42,6 +42,11 @@ def test_no_file_means_defaults_and_a_named_file_must_exist(
         ("[finetune]\np = [1]", "expected float"),
         ("finetune = 3", "should be a table"),
         ("[finetune", "not valid TOML"),
+        ("[finetune]\nsteps = " + "9" * 5000, "thousands of digits"),
+        ("[finetune]\ngrid = " + "[" * 9000 + "]" * 9000, "thousands of digits, or values nested"),
+        ("[finetune]\nsteps = 0x" + "f" * 5000, "more than 64 bits"),
+        ("[finetune]\nlr = " + "9" * 400, "[finetune] lr: a number of more than 64 bits"),
+        ("[merge]\ngrid = [0.5, 1" + "0" * 400 + "]", "more than 64 bits"),
     ],
 )
 def test_a_wrong_file_is_refused_where_it_is_wrong(tmp_path: Path, text: str, word: str) -> None:

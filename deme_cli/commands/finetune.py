@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,8 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.errors import ConfigError, MissingError
+from deme_cli.launch import read_launch
+from deme_cli.processes import World, join
 from deme_cli.settings import parse_numbers
 
 if TYPE_CHECKING:
@@ -144,8 +147,12 @@ def finetune(
 ) -> None:
     """Train the expert of one timestep range (Eq. 3-6); run the same command again to continue.
 
+    Processes of one launch (torchrun, accelerate launch, srun) share each batch.
+
     Example: deme finetune --range 2/4 --p 0.1
     """
+    console.set_quiet(quiet)
+    world = _meet(device)
     run = begin(config, quiet=quiet)
     settings = run.settings(
         FinetuneConfig,
@@ -168,7 +175,15 @@ def finetune(
     if resume and force:
         raise ConfigError("--resume continues a kept run, --force starts anew; give one of them")
 
-    from deme_cli.training.plan import Job, plan_base, plan_experts
+    if jobs > 1 and not world.is_alone:
+        raise ConfigError(
+            f"--jobs {jobs} starts processes of its own; the {world.size} of this launch train one "
+            f"range after another: leave it out"
+        )
+
+    from deme_cli.training.plan import Job, plan_base, plan_experts, require_shares
+
+    require_shares(settings, world.size)
 
     job = Job(
         base=base or run.base,
@@ -177,7 +192,7 @@ def finetune(
             resolution=resolution,
         ),
         settings=settings,
-        device=device,
+        device=world.device or device,
         dtype=dtype,
         force=force,
         config_path=config,
@@ -199,8 +214,18 @@ def finetune(
         _train_side_by_side(waiting, jobs)
     else:
         for plan in waiting:
-            _train(plan)
+            _train(plan, world)
     console.result_paths([path for plan in plans for path in plan.outputs], as_json=as_json)
+
+
+def _meet(device: str) -> World:
+    """Join the other processes of this launch, if there are any; the first speaks for all."""
+    launch = read_launch(os.environ)
+    if launch.rank > 0:
+        console.mute()
+    elif launch.world_size > 1:
+        console.note(f"{launch.world_size} processes train together; waiting for all to come")
+    return join(launch, device)
 
 
 def _require_kept_runs(plans: list[Plan]) -> None:
@@ -220,16 +245,16 @@ def _check_images(plans: list[Plan]) -> None:
         open_plan_examples(plans[0])
 
 
-def _train(plan: Plan) -> None:
-    """Train one run in this process, with a progress bar."""
+def _train(plan: Plan, world: World) -> None:
+    """Train one run, in this process or with the others of its launch, with a progress bar."""
     from deme_cli.training.finetune import train
     from deme_cli.training.preparation import prepare
 
     run = prepare(plan)
-    fill_with_bar(run.examples, run.held_out)
+    fill_with_bar(run.examples, run.held_out, world=world)
     label = f"expert {plan.range_text}" if plan.choice else "base"
     with console.progress(label, run.config.steps, "update") as bar:
-        for record in train(run):
+        for record in train(run, world):
             bar.advance(record.step, f"loss {record.loss:.4g}")
 
 

@@ -99,7 +99,7 @@ def read_plan(name: str) -> Plan:
         raise MissingError(f"{name}: no such plan; a TOML file is expected, or one of {shipped}")
     try:
         document = tomli.loads(path.read_text(encoding="utf-8"))
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     except OSError as error:
         raise MissingError(f"{path}: cannot be read: {error.strerror}") from error

@@ -99,17 +99,23 @@ def _local(source: str, path: Path) -> Place:
 def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """Files under `folder` with these suffixes, sorted by relative name; hidden ones are left out.
 
-    Raises MissingError for a folder that cannot be read.
+    Links to folders are followed, also out of it, but each real folder is read once: under its own
+    name, or that of the first link to it. Raises MissingError for a folder that cannot be read.
     """
 
     def refuse(error: OSError) -> None:
         raise MissingError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
-    found = []
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(root, name) for name in files
-            if name.lower().endswith(suffixes) and not name.startswith(".")
-        ]  # fmt: skip
+    found, seen, starts = [], set(), [folder]
+    for start in starts:  # it grows by the links that are met
+        for root, folders, files in os.walk(start, onerror=refuse):
+            real = os.path.realpath(root)
+            known = real in seen
+            seen.add(real)
+            folders[:] = [] if known else sorted(n for n in folders if not n.startswith("."))
+            starts += [path for path in (Path(root, name) for name in folders) if path.is_symlink()]
+            found += [
+                Path(root, name) for name in files
+                if name.lower().endswith(suffixes) and not name.startswith(".") and not known
+            ]  # fmt: skip
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -136,7 +137,7 @@ class TableSource:
         self.rows = rows.select_columns([self.column]).cast_column(
             self.column, ImageFeature(decode=False)
         )
-        self.fingerprint = _fingerprint(_encoded_sizes(self.rows, self.column))
+        self.fingerprint = _fingerprint(self._encoded_sizes())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -158,6 +159,43 @@ class TableSource:
         if value is None or (value["bytes"] is None and value["path"] is None):
             raise ArtifactError(f"{self.name(index)} holds no image; leave such rows out")
         return Path(value["path"]) if value["bytes"] is None else io.BytesIO(value["bytes"])
+
+    def _encoded_sizes(self) -> Iterator[str]:
+        """The length and the first and last KiB of each row's encoded image; none is decoded.
+
+        Raises ArtifactError for a row that names a file which did not come with the table.
+        """
+        import pyarrow.compute
+
+        index = 0
+        for batch in self.rows.with_format("arrow").iter(batch_size=10_000):
+            images = batch.column(self.column).combine_chunks()
+            parts = (pyarrow.compute.struct_field(images, part) for part in ("bytes", "path"))
+            for value, path in zip(*parts, strict=True):
+                if value.is_valid:
+                    encoded = value.as_buffer()
+                    ends = encoded[:_END_BYTES].to_pybytes() + encoded[-_END_BYTES:].to_pybytes()
+                    yield f"{encoded.size}\0{hashlib.sha256(ends).hexdigest()}"
+                else:
+                    if path.is_valid and not _is_fetched(path.as_py()):
+                        raise ArtifactError(
+                            f"{self.name(index)} names a file, {path.as_py()!r}, instead of "
+                            f"holding an image; write the table anew with the images' bytes in it, "
+                            f"or give the folder of images"
+                        )
+                    yield "None"
+                index += 1
+
+
+def _is_fetched(path: str) -> bool:
+    """Whether a file lies where `datasets` puts what it fetches: the images of a hub's folder."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    names = ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")
+    caches = [HF_HUB_CACHE, *(getattr(datasets.config, name) for name in names)]
+    real = os.path.realpath(path.replace("\0", ""))
+    return any(Path(real).is_relative_to(os.path.realpath(cache)) for cache in caches)
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -209,21 +247,6 @@ def _holds_bytes(kind: object) -> bool:
     if isinstance(kind, dict):
         return set(kind) == {"bytes", "path"}
     return getattr(kind, "dtype", None) in ("binary", "large_binary")
-
-
-def _encoded_sizes(rows: Dataset, column: str) -> Iterable[str]:
-    """The length and the first and last KiB of each row's encoded image; none is decoded."""
-    import pyarrow.compute
-
-    for batch in rows.with_format("arrow").iter(batch_size=10_000):
-        images = batch.column(column).combine_chunks()
-        for value in pyarrow.compute.struct_field(images, "bytes"):
-            encoded = value.as_buffer() if value.is_valid else None
-            if encoded is None:
-                yield "None"
-                continue
-            ends = encoded[:_END_BYTES].to_pybytes() + encoded[-_END_BYTES:].to_pybytes()
-            yield f"{encoded.size}\0{hashlib.sha256(ends).hexdigest()}"
 
 
 def _ends(path: Path) -> str:

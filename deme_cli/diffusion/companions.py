@@ -21,7 +21,7 @@ from deme_cli.diffusion.backbones.backbone import Shape
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, choose_device
-from deme_cli.diffusion.locate import read_json
+from deme_cli.diffusion.locate import read_index, read_json
 from deme_cli.diffusion.pipeline_files import UNUSED_PARTS
 from deme_cli.diffusion.pipeline_parts import digest_of_part, locate_parts
 from deme_cli.errors import ArtifactError, ConfigError
@@ -65,7 +65,7 @@ class Companions:
         self.require_same()
         _silence()
         kind = getattr(diffusers, self.backbone.pipeline)
-        index = read_json(self.folder / "model_index.json")
+        index = read_index(self.folder)
         unused = [self.backbone.part, *(name for name in UNUSED_PARTS if name in index)]
         pipeline = kind.from_pretrained(self.folder, local_files_only=True, **dict.fromkeys(unused))
         for name, part in pipeline.components.items():

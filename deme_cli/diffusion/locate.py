@@ -12,12 +12,14 @@ from typing import Any
 
 from deme_cli.artifacts import read_record
 from deme_cli.data.digits import BASE_PATH
-from deme_cli.diffusion.pipeline_files import DENOISERS, wanted_files
+from deme_cli.diffusion.pipeline_files import DENOISERS, UNUSED_PARTS, wanted_files
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.hub import is_hub_id, is_model_cached, offline_reason
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHTS = "diffusion_pytorch_model"
+INDEX = "model_index.json"
+_LIBRARIES = ("diffusers", "transformers")
 _SECONDS = 10.0
 
 
@@ -59,8 +61,7 @@ def denoiser_folder(folder: Path) -> Path:
 
     Raises MissingError where it has none of them, ArtifactError for pipelines on a VQ-VAE.
     """
-    index = folder / "model_index.json"
-    if index.exists() and "vqvae" in read_json(index):
+    if (folder / INDEX).exists() and "vqvae" in read_index(folder):
         raise ArtifactError(f"{folder}: a pipeline with 'vqvae'; deme takes pixels and VAE latents")
     for place in (*(folder / part for part in DENOISERS), folder):
         if (place / "config.json").exists():
@@ -73,6 +74,41 @@ def denoiser_folder(folder: Path) -> Path:
         f"{folder}: not a diffusers model: it has no unet/config.json, transformer/config.json or "
         f"config.json"
     )
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A pipeline's model_index.json: which class of which library each part is.
+
+    Raises ArtifactError where a part, or the pipeline itself, would be of code that lies in the
+    folder or of another library than diffusers and transformers.
+    """
+    index = read_json(folder / INDEX)
+    for name, value in index.items():
+        if name == "_class_name":
+            is_known = isinstance(value, str) and not (folder / "None.py").exists()
+        else:  # a part, a setting, or a safety checker, which is never loaded
+            is_part = isinstance(value, list) and name not in UNUSED_PARTS
+            is_known = not is_part or _is_of_libraries(value, folder / name)
+        if not is_known:
+            raise ArtifactError(
+                f"{folder / INDEX}: {name} = {json.dumps(value)} may be code that comes with the "
+                f"pipeline, which deme does not run; expected a class of diffusers or transformers"
+            )
+    return index
+
+
+def _is_of_libraries(part: list[Any], folder: Path) -> bool:
+    """Whether a part's [library, class] is nothing, or a class that diffusers or transformers has.
+
+    diffusers prefers a file of the library's name in the part's folder, and takes a `None.py` for
+    the pipeline's class; Auto classes look for code by their config.
+    """
+    if part == [None, None]:
+        return True
+    if len(part) != 2 or part[0] not in _LIBRARIES or not isinstance(part[1], str):
+        return False
+    finds_code = part[1].startswith("Auto") and not part[1].startswith("Autoencoder")
+    return not finds_code and not (folder / f"{part[0]}.py").exists()
 
 
 def scheduler_file(folder: Path) -> Path | None:
@@ -100,7 +136,7 @@ def read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except PermissionError as error:
         raise MissingError(f"{path}: no permission to read it") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of UTF-8, and of thousands of digits
         raise ArtifactError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(document, dict):
         raise ArtifactError(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from deme_cli.assets import sha256_of
-from deme_cli.diffusion.locate import find_folder, read_json
+from deme_cli.diffusion.locate import INDEX, find_folder, read_index
 from deme_cli.diffusion.pipeline_files import DENOISERS, UNUSED_PARTS, needed_of_part
 from deme_cli.errors import MissingError
 from deme_cli.hub import is_hub_id
@@ -21,7 +21,7 @@ from deme_cli.hub import is_hub_id
 def locate_parts(source: str, parts: Sequence[str]) -> Path:
     """The pipeline folder that `source` (a folder or hub id) names, with all of `parts` in it.
 
-    Raises MissingError naming the first part that is missing.
+    Raises MissingError naming the first part that is missing, ArtifactError for foreign code.
     """
     if not (Path(source).expanduser().is_dir() or is_hub_id(source)):
         raise MissingError(
@@ -29,11 +29,12 @@ def locate_parts(source: str, parts: Sequence[str]) -> Path:
             f"the folder or hub id of its pipeline with --pipeline"
         )
     folder = find_folder(source)
-    if not (folder / "model_index.json").exists():
+    if not (folder / INDEX).exists():
         raise MissingError(
             f"{folder}: a denoiser alone; it needs {', '.join(parts)}: give the folder or hub id "
             f"of its whole pipeline with --pipeline"
         )
+    read_index(folder)
     require_parts(folder, parts)
     return folder
 
@@ -54,7 +55,7 @@ def require_parts(folder: Path, parts: Iterable[str]) -> None:
 
 def frozen_parts(folder: Path) -> list[str]:
     """The parts of a pipeline folder that are neither trained nor replaced, by its index."""
-    index = read_json(folder / "model_index.json")
+    index = read_index(folder)
     listed = [name for name, value in index.items() if isinstance(value, list) and value[0]]
     left_out = {"scheduler", *DENOISERS, *UNUSED_PARTS}
     return sorted(name for name in listed if name not in left_out)

@@ -3,7 +3,8 @@
 Every draw is a function of (seed, range, update) alone, so that a resumed run needs no generator
 state and continues bit for bit. Images are visited in epochs, each a permutation of all of them.
 One generator serves a batch, in this order: timesteps, mirrored images, x_0 (crops and the noise of
-its posterior, where there are any), eps, left-out captions.
+its posterior, where there are any), eps, left-out captions. A process that takes a share of the
+batch draws all of it, and decodes the images of its share.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.conditions import Conditions, fill_null
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.examples import Examples
+from deme_cli.training.examples import WHOLE, Examples
 from deme_cli.training.objective import draw_by_cluster, draw_timesteps
 
 
@@ -42,30 +43,39 @@ def derived_generator(*parts: object) -> torch.Generator:
 class BatchSource:
     """Draws the batches of one run. `micro` counts batches within an accumulated update.
 
-    With `clusters` of draws the timesteps come from those in equal parts.
+    With `clusters` of draws the timesteps come from those in equal parts. `share`: the images of
+    every batch that are wanted, all by default.
     """
 
     def __init__(
         self, examples: Examples, span: TimestepRange, schedule: Schedule,
         config: FinetuneConfig, *, flip: bool, clusters: Sequence[TimestepRange] = (),
+        share: slice = WHOLE,
     ) -> None:  # fmt: skip
         self.examples, self.span, self.config, self.flip = examples, span, config, flip
-        self.clusters = clusters
+        self.clusters, self.share = clusters, share
         self.draws, self.num_train_timesteps = schedule.indices(span), schedule.num_train_timesteps
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
         self._null: Conditions | None = None
 
+    @property
+    def num_shares(self) -> float:
+        """How many times the share goes into the batch: 2.5 for two images of five."""
+        size = self.config.batch_size
+        return size / len(range(size)[self.share])
+
     def batch(self, step: int, micro: int) -> Batch:
-        """The batch of update `step` (from 0), accumulation part `micro`."""
+        """The batch of update `step` (from 0), accumulation part `micro`; of it, the share."""
         config = self.config
         generator = derived_generator(config.seed, self.span, step, micro)
         count = step * config.accumulation + micro
         t = self._timesteps(generator)
         flip = torch.rand(config.batch_size, generator=generator) < 0.5 if self.flip else None
         indices = self._indices(count * config.batch_size, config.batch_size)
-        x0, conditions = self.examples.draw(indices, flip=flip, generator=generator)
-        eps = torch.randn(x0.shape, generator=generator)
-        return Batch(x0, eps, t, self._leave_out(conditions, generator))
+        share = self.share
+        x0, conditions = self.examples.draw(indices, flip=flip, generator=generator, share=share)
+        eps = torch.randn((config.batch_size, *x0.shape[1:]), generator=generator)
+        return Batch(x0, eps[share], t[share], self._leave_out(conditions, generator))
 
     def _timesteps(self, generator: torch.Generator) -> Tensor:
         config = self.config
@@ -88,7 +98,7 @@ class BatchSource:
         dropped = torch.rand(self.config.batch_size, generator=generator)
         if self._null is None:
             self._null = self.examples.null()
-        return fill_null(conditions, self._null, dropped < self.config.caption_dropout)
+        return fill_null(conditions, self._null, dropped[self.share] < self.config.caption_dropout)
 
     def _indices(self, start: int, num: int) -> list[int]:
         """Images start .. start + num - 1 of the endless sequence of epochs."""

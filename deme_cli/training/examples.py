@@ -21,6 +21,8 @@ from deme_cli.diffusion.conditions import Conditions
 from deme_cli.training.encoder import SIZES, Encoder, mirror
 from deme_cli.training.latent_cache import LatentCache
 
+WHOLE = slice(None)  # of a batch
+
 
 class Examples(Protocol):
     """Numbered (x_0, conditions). `fingerprint` is that of the images and what they show."""
@@ -35,9 +37,13 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def draw(
-        self, indices: Sequence[int], *, flip: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Conditions]:
-        """x_0 (B, C, h, w) and conditions of the images `indices`; flip (B,): which to mirror."""
+        self, indices: Sequence[int], *, flip: Tensor | None, generator: torch.Generator | None,
+        share: slice = WHOLE,
+    ) -> tuple[Tensor, Conditions]:  # fmt: skip
+        """x_0 (B, C, h, w) and conditions of the images `indices`; flip (B,): which to mirror.
+
+        Of a `share` of the batch, what they are in the whole: chance is drawn for all of it.
+        """
         ...
 
     def null(self) -> Conditions:
@@ -57,10 +63,12 @@ class PixelExamples:
         return len(self.data)
 
     def draw(
-        self, indices: Sequence[int], *, flip: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Conditions]:
-        x0 = to_unit(self.data.batch(indices, draw_crops(self.crop, len(indices), generator)))
-        return mirror(x0, flip), {}
+        self, indices: Sequence[int], *, flip: Tensor | None, generator: torch.Generator | None,
+        share: slice = WHOLE,
+    ) -> tuple[Tensor, Conditions]:  # fmt: skip
+        crops = draw_crops(self.crop, len(indices), generator)
+        x0 = to_unit(self.data.batch(indices[share], _part(crops, share)))
+        return mirror(x0, _part(flip, share)), {}
 
     def null(self) -> Conditions:
         return {}
@@ -87,9 +95,11 @@ class LatentExamples:
         return len(self.encoder.data)
 
     def draw(
-        self, indices: Sequence[int], *, flip: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Conditions]:
-        crops = draw_crops(self.crop, len(indices), generator)
+        self, indices: Sequence[int], *, flip: Tensor | None, generator: torch.Generator | None,
+        share: slice = WHOLE,
+    ) -> tuple[Tensor, Conditions]:  # fmt: skip
+        num, crops = len(indices), _part(draw_crops(self.crop, len(indices), generator), share)
+        indices, flip = indices[share], _part(flip, share)
         if self.cache is None:
             mean, deviation = self.encoder.posterior(indices, flip, crops)
             conditions = self.encoder.conditions(indices, flip, crops)
@@ -102,7 +112,9 @@ class LatentExamples:
                 mean, deviation = self.cache.posterior(indices, flip)
             else:
                 mean, deviation = self.encoder.posterior(indices, flip, crops)
-        noise = None if generator is None else torch.randn(mean.shape, generator=generator)
+        noise = None
+        if generator is not None:
+            noise = torch.randn((num, *mean.shape[1:]), generator=generator)[share]
         return self.companions.latents(mean, deviation, noise), conditions
 
     def null(self) -> Conditions:
@@ -114,3 +126,8 @@ def draw_crops(crop: str, num: int, generator: torch.Generator | None) -> Tensor
     if crop == "centre" or generator is None:
         return None
     return torch.rand(num, 2, generator=generator)
+
+
+def _part(values: Tensor | None, share: slice) -> Tensor | None:
+    """The rows of a share, where there are any."""
+    return None if values is None else values[share]

@@ -13,7 +13,7 @@ from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.pipeline_parts import digest_of_part, digests_of, locate_parts
 from deme_cli.errors import ArtifactError
-from deme_cli.interrupts import StopRequests
+from deme_cli.processes import ALONE, JointStopRequests, Lost, World
 from deme_cli.records import DenoiserRecord
 from deme_cli.training.cache_filling import fill
 from deme_cli.training.encoder import Encoder
@@ -98,16 +98,19 @@ def cache_size(*examples: Examples | None) -> int:
     return sum(one.cache.num_images for one in _cached(examples))
 
 
-def fill_caches(*examples: Examples | None) -> Iterator[int]:
+def fill_caches(*examples: Examples | None, world: World = ALONE) -> Iterator[int]:
     """Make what the caches behind these examples lack; yields the images that they hold by now.
 
-    Raises Stopped after a signal (what is made stays), and what `fill` raises.
+    Several processes make it together. Raises Stopped after a signal (what is made stays), Lost
+    where another process of the launch has ended, and what `fill` raises.
     """
     cached, before, total = _cached(examples), 0, cache_size(*examples)
-    with StopRequests() as requests:
+    with JointStopRequests(world) as requests:
         for one in cached:
             for done in fill(one.cache, one.encoder):
                 yield before + done
+                if world.has_failed():
+                    raise Lost("another process of this launch ended while latents were cached")
                 if requests.asked:
                     raise requests.stopped(
                         f"stopped at {before + done} of {total} images; of their latents whole "

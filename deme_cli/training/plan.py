@@ -140,6 +140,22 @@ def plan_base(job: Job, description: Path, output: Path) -> Plan:
     return Plan(replace(job, settings=settings), "base", None, output, document)
 
 
+def require_shares(settings: FinetuneConfig, world_size: int) -> None:
+    """Check that an update of these settings can be shared by `world_size` processes."""
+    if world_size == 1:
+        return
+    if settings.multitask != "none":
+        raise ConfigError(
+            f"multitask = {settings.multitask!r} needs the gradients of whole batches, and "
+            f"{world_size} processes share them; train with one process, or --multitask none"
+        )
+    if settings.batch_size < world_size:
+        raise ConfigError(
+            f"batch_size = {settings.batch_size} is for all {world_size} processes together: "
+            f"expected one image for each at least"
+        )
+
+
 def require_companions(record: DenoiserRecord, pipeline: str | None) -> None:
     """Check that a model's frozen parts are there; raises MissingError naming the first."""
     if record.companions:

@@ -116,7 +116,7 @@ class TrainingState:
             weights.update(zip(names, self.ema.shadow_params, strict=True))
         return weights
 
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
         """Every parameter that the optimizer moves, the network's first."""
         own = self.reduction.named_parameters(prefix="reduction")
         return [*self.network.named_parameters(), *own]
@@ -127,7 +127,7 @@ class TrainingState:
         parameters = list(self.network.named_parameters())
         for (name, _), average in zip(parameters, self.ema.shadow_params, strict=True):
             tensors[f"ema.{name}"] = average
-        for name, parameter in self._trained():
+        for name, parameter in self.trained():
             for key in _ADAM:
                 if parameter in self.optimizer.state:
                     tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
@@ -161,7 +161,7 @@ class TrainingState:
             self.ema.shadow_params[index].copy_(tensors[f"ema.{name}"])
             for average in self.power_averages:
                 average.tensors[index].copy_(tensors[f"power_ema_{average.length}.{name}"])
-        for name, parameter in self._trained():
+        for name, parameter in self.trained():
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}.{name}"].to(
                     parameter.device if key != "step" else "cpu", copy=True

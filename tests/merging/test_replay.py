@@ -59,6 +59,7 @@ def with_header(path: Path, change: Callable[[dict], None]) -> None:
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     record = json.loads(header["__metadata__"]["deme"])
+    record.pop("digest", None)  # as files of older versions, which have none
     change(record)
     header["__metadata__"]["deme"] = json.dumps(record)
     text = json.dumps(header, separators=(",", ":")).encode()

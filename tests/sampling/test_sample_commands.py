@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -258,12 +258,20 @@ def test_two_runs_do_not_write_one_output(run_folder: Path, deme: Deme) -> None:
         refuse(deme("sample", BASE, "-n", 2, "--steps", 2, "-o", "drawn"), 2, "another deme")
 
 
+@pytest.fixture
+def as_in_a_terminal() -> Iterator[None]:
+    """A SIGHUP that is heard, also where pytest itself runs under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     ("name", "exit_code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGHUP", 75), ("SIGINT", 130)]
 )
 @pytest.mark.parametrize("output", ["out.safetensors", "drawn"])
 def test_a_signal_keeps_what_is_finished_and_the_same_call_goes_on(
-    run_folder: Path, deme: Deme, output: str, name: str, exit_code: int
+    run_folder: Path, deme: Deme, output: str, name: str, exit_code: int, as_in_a_terminal: None
 ) -> None:
     denoiser = load_denoiser(BASE)
     config = SampleConfig(num=7, steps=4, batch_size=2)

@@ -1,0 +1,130 @@
+"""The files of a run while it trains, written by the first process while the others wait.
+
+Every process calls every method, and no weight that is not finite gets into a file. The held-out
+loss is measured by the first process, too: it takes as long as an update or a few, once in a
+thousand.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from deme_cli.errors import NumericsError, writing
+from deme_cli.processes import World
+from deme_cli.training.held_out import draws_of_range
+from deme_cli.training.places import checkpoint_path, metrics_path
+from deme_cli.training.results import write_results, write_snapshots
+from deme_cli.training.run import Run
+from deme_cli.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """The state of the run after update `step`; losses are means since the last record."""
+
+    step: int
+    loss: float
+    denoising: float
+    consistency: float
+    lr: float
+    images_per_second: float
+    held_out: float | None = None
+
+
+class RunFiles:
+    """Checkpoint, curve, snapshots and results of `run`, which goes on after update `step`."""
+
+    def __init__(self, run: Run, step: int, world: World) -> None:
+        self.run, self.world = run, world
+        self._stack, self._curve = ExitStack(), None
+        if world.is_first:
+            self._curve = self._stack.enter_context(MetricsLog(run.output, step))
+            self._held_out = draws_of_range(
+                run.held_out,
+                run.choice.range,
+                run.denoiser.schedule,
+                run.config.held_out,
+                batch_size=run.config.batch_size,
+            )
+
+    def __enter__(self) -> RunFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def log(self, record: TrainStep) -> None:
+        """Add a point to the curve."""
+        if self._curve:
+            self._curve.add(record)
+
+    def save(self, state: TrainingState) -> None:
+        """Save the checkpoint."""
+        self._save(state)
+        self.world.wait()
+
+    def keep(self, state: TrainingState, record: TrainStep) -> TrainStep:
+        """Save the checkpoint; the record gains the held-out loss of the averaged weights."""
+        self._save(state)
+        if self.world.is_first and self._held_out is not None:
+            value = self._held_out.loss(state.network, weights=state.averaged_weights())
+            record = replace(record, held_out=value)
+        self.world.wait()
+        return record
+
+    def write_snapshots(self, state: TrainingState) -> None:
+        """Write the run as it is now, whose checkpoint is saved."""
+        if self.world.is_first:
+            write_snapshots(self.run, state)
+        self.world.wait()
+
+    def write_results(self, state: TrainingState, base: nn.Module | None) -> None:
+        """Write what the run is for, and drop its checkpoint."""
+        _require_finite(state)
+        if self.world.is_first:
+            write_results(self.run, state, base)
+            checkpoint_path(self.run.output).unlink(missing_ok=True)
+        self.world.wait()
+
+    def _save(self, state: TrainingState) -> None:
+        _require_finite(state)
+        if self.world.is_first:
+            state.save(checkpoint_path(self.run.output), self.run.identity)
+
+
+def _require_finite(state: TrainingState) -> None:
+    if not state.is_finite():
+        raise NumericsError(
+            f"a weight became infinite or NaN by update {state.step}; only a good checkpoint is "
+            f"kept, if any: lower --lr, with --force to start anew"
+        )
+
+
+class MetricsLog:
+    """The curve beside the output: one TrainStep a line, cut back to where a run resumes."""
+
+    def __init__(self, output: Path, step: int) -> None:
+        self.path = metrics_path(output)
+        kept = []
+        if step and self.path.exists():
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if line and json.loads(line)["step"] <= step]
+        with writing(self.path):
+            self._file = self.path.open("w")
+            self._file.writelines(f"{line}\n" for line in kept)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def add(self, record: TrainStep) -> None:
+        with writing(self.path):
+            self._file.write(json.dumps(asdict(record)) + "\n")
+            self._file.flush()

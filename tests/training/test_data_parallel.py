@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_tiny_base
+from PIL import Image
+
+from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.data.images import open_images
+from deme_cli.diffusion.companions import open_companions
+from deme_cli.diffusion.conditions import concatenate
+from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
+from deme_cli.diffusion.schedule import Schedule
+from deme_cli.launch import Launch
+from deme_cli.processes import World
+from deme_cli.timesteps import TimestepRange
+from deme_cli.training.batches import Batch, BatchSource
+from deme_cli.training.data_parallel import add_up_gradients, buckets, share_of
+from deme_cli.training.examples import Examples, PixelExamples
+from deme_cli.training.materials import fill_caches, open_examples
+
+SPAN = TimestepRange(250, 500)
+
+
+def member(rank: int, size: int) -> World:
+    """A process that has joined nobody: shares can be computed, not exchanged."""
+    return World(Launch(rank=rank, world_size=size))
+
+
+@pytest.mark.parametrize(("num", "size"), [(8, 2), (5, 2), (7, 3), (3, 3), (64, 5)])
+def test_shares_cover_the_batch_once_and_differ_by_one_at_most(num: int, size: int) -> None:
+    shares = [range(num)[share_of(num, member(rank, size))] for rank in range(size)]
+    assert [image for share in shares for image in share] == list(range(num))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def joined(parts: list[Batch]) -> Batch:
+    x0, eps, t = (torch.cat([getattr(b, name) for b in parts]) for name in ("x0", "eps", "t"))
+    conditions = [part.conditions for part in parts]
+    return Batch(x0, eps, t, concatenate(*conditions) if conditions[0] else {})
+
+
+def compare_with_whole(
+    examples: Examples, schedule: Schedule, config: FinetuneConfig, *, atol: float = 0.0
+) -> None:
+    """Shares of three processes, concatenated, are the batch of one (bit for bit)."""
+    whole, *parts = (
+        BatchSource(examples, SPAN, schedule, config, flip=True, share=share)
+        for share in (slice(None), *(share_of(config.batch_size, member(k, 3)) for k in range(3)))
+    )
+    assert whole.num_shares == 1
+    assert sum(1 / part.num_shares for part in parts) == pytest.approx(1)
+    for step, micro in ((0, 0), (3, 1)):
+        wanted = whole.batch(step, micro)
+        found = joined([part.batch(step, micro) for part in parts])
+        torch.testing.assert_close(found.x0, wanted.x0, rtol=0, atol=atol)
+        assert torch.equal(found.eps, wanted.eps)
+        assert torch.equal(found.t, wanted.t)
+        torch.testing.assert_close(found.conditions, wanted.conditions, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"antithetic": True}, {"timesteps": "per-batch"}])
+def test_shares_of_pixels_are_those_of_the_whole_batch(
+    base: Callable[..., Denoiser], captioned: Path, settings: dict
+) -> None:
+    data = open_images(str(captioned), shape=(3, 16, 16), keep=False)
+    config = FinetuneConfig(batch_size=7, accumulation=2, **settings)
+    compare_with_whole(PixelExamples(data, crop="random"), base("sd").schedule, config)
+
+
+@pytest.mark.parametrize("crop", ["centre", "random"])
+def test_shares_of_latents_are_those_of_the_whole_batch(
+    base: Callable[..., Denoiser], captioned: Path, tmp_path: Path, crop: str
+) -> None:
+    examples = open_examples(
+        DataConfig(source=str(captioned), crop=crop), open_companions(base("sdxl").record),
+        split="train", flips=True, cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    list(fill_caches(examples))
+    config = FinetuneConfig(batch_size=7, accumulation=2, caption_dropout=0.5)
+    # random crops go through the VAE, whose convolutions round by the size of a batch
+    atol = 0.0 if crop == "centre" else 1e-5
+    compare_with_whole(examples, base("sdxl").schedule, config, atol=atol)
+
+
+def test_images_of_other_shares_are_not_decoded(
+    base: Callable[..., Denoiser], captioned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_images(str(captioned), shape=(3, 16, 16), keep=False)
+    seen: list[int] = []
+    batch = data.batch
+    monkeypatch.setattr(data, "batch", lambda i, c=None: seen.extend(i) or batch(i, c))
+    source = BatchSource(
+        PixelExamples(data), SPAN, base("sd").schedule, FinetuneConfig(batch_size=5), flip=False,
+        share=share_of(5, member(1, 2)),
+    )  # fmt: skip
+    source.batch(0, 0)
+    assert seen == source._indices(0, 5)[3:]
+
+
+class Doubling(World):
+    """Two processes with the same gradients, of which this is one."""
+
+    def __init__(self) -> None:
+        super().__init__(Launch(rank=0, world_size=2))
+        self.sizes: list[int] = []
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        self.sizes.append(tensor.numel())
+        tensor.mul_(2)
+
+
+def test_gradients_are_added_up_in_their_places_one_bucket_a_dtype() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4), (), (5,), (2, 1, 2)]
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    parameters += [torch.nn.Parameter(torch.zeros(6, dtype=torch.bfloat16)), parameters[0]]
+    for parameter in parameters[:-1]:
+        drawn = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        parameter.grad = drawn.mT.contiguous().mT if drawn.ndim == 2 else drawn  # any strides
+    parameters[1].grad = None
+    before = [None if p.grad is None else p.grad.clone() for p in parameters[:-1]]
+    world = Doubling()
+    add_up_gradients(parameters[:-1], world)
+    assert world.sizes == [12 + 5 + 4, 6]
+    for parameter, gradient in zip(parameters, before, strict=False):
+        assert (parameter.grad is None) == (gradient is None)
+        if gradient is not None:
+            assert torch.equal(parameter.grad, 2 * gradient)
+
+
+def test_a_bucket_is_full_before_the_next_one() -> None:
+    tensors = [torch.zeros(n) for n in (10, 10, 30, 1, 1)]
+    sizes = [[len(t) for t in bucket] for bucket in buckets(tensors, num_bytes=80)]
+    assert sizes == [[10, 10], [30], [1, 1]]
+
+
+# Processes of their own. Batches of five, so that shares are unequal.
+WORDS = [
+    "finetune", "--range", "1/2", "--data", "digits", "--device", "cpu", "--batch-size", "5",
+    "--held-out", "16",
+]  # fmt: skip
+ENDLESS = ["--steps", "100000", "--checkpoint-every", "5"]
+
+
+def launch(
+    folder: Path, *words: str, num: int = 2, by_rank: Callable[[int], list[str]] = lambda rank: []
+) -> list[subprocess.Popen]:
+    """`num` processes of one launch, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environ = {
+        **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num),
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "deme_cli", *words, *by_rank(rank)],
+            cwd=folder, env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(num)
+    ]  # fmt: skip
+
+
+def ends(processes: list[subprocess.Popen], seconds: float = 120) -> tuple[list[int], list[str]]:
+    """Exit codes, and every line that says why."""
+    said = [process.communicate(timeout=seconds)[1] for process in processes]
+    lines = [line for text in said for line in text.splitlines()]
+    assert not any("Traceback" in line for line in lines), lines
+    return [p.returncode for p in processes], [line for line in lines if line[:5] == "deme:"]
+
+
+def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
+    while not path.exists():
+        assert all(process.poll() is None for process in processes), ends(processes)
+        time.sleep(0.02)
+
+
+def steps_of(folder: Path) -> list[int]:
+    lines = (folder / "ft_1of2.metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def alone(deme: Callable, folder: Path, *words: str) -> Path:
+    """The expert that one process trains in a folder of its own."""
+    path = folder / "alone.safetensors"
+    done = deme(*words, "-o", path, "--base", folder / "base.safetensors")
+    assert done.exit_code == 0, done.exception
+    return path
+
+
+def require_close(found: Path, wanted: Path) -> None:
+    """The same weights, and the same function, but for rounding.
+
+    Adam divides a gradient by its own size, and where that is nothing but rounding noise makes
+    steps of it. Biases of keys are such (softmax does not see them): they wander between any two
+    orders of summation and change nothing. Of other weights single elements are near it.
+    """
+    one, other = load_tensors(found), load_tensors(wanted)
+    names = [name for name in one if not name.endswith("to_k.bias")]
+    apart = torch.cat([(one[name] - other[name]).flatten() for name in names])
+    assert apart.abs().max() <= 2e-6
+    assert apart.square().mean().sqrt() <= 1e-7
+    networks = [load_denoiser(path).network for path in (found, wanted)]
+    x_t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = [predict(network, x_t, torch.tensor([3, 20, 40, 90])) for network in networks]
+    torch.testing.assert_close(*outputs, rtol=0, atol=5e-6)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_tiny_base(tmp_path / "base.safetensors")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_goes_on_to_the_same_expert(deme, folder: Path) -> None:
+    words = [*WORDS, "--steps", "40", "--checkpoint-every", "5"]
+    processes = launch(folder, *words)
+    wait_for(folder / ".ft_1of2.checkpoint", processes)
+    processes[1].send_signal(signal.SIGTERM)  # the other one is not asked
+    codes, said = ends(processes)
+    assert codes == [75, 75]
+    assert len(said) == 1, said
+    assert "run the same command again" in said[0]
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"base.safetensors", ".ft_1of2.checkpoint", "ft_1of2.metrics.jsonl"}
+    done = deme(*words, "--resume")
+    assert done.exit_code == 0, done.exception
+    assert steps_of(folder) == list(range(5, 41, 5))
+    require_close(folder / "ft_1of2.safetensors", alone(deme, folder, *words))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [[], ["--loss-weighting", "uncertainty", "--accumulation", "2"]]
+)
+def test_two_processes_train_what_one_does(deme, folder: Path, settings: list[str]) -> None:
+    words = [*WORDS, *settings, "--steps", "100", "--checkpoint-every", "50"]
+    processes = launch(folder, *words, "--json")
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert json.loads(outputs[0])["paths"] == ["ft_1of2.safetensors"]
+    assert outputs[1] == ""
+    wanted = alone(deme, folder, *words)
+    require_close(folder / "ft_1of2.safetensors", wanted)
+    curves = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (folder / "ft_1of2.metrics.jsonl", folder / "alone.metrics.jsonl")
+    ]
+    for one, other in zip(*curves, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert (one["held_out"] is None) == (other["held_out"] is None)
+        assert (one["held_out"] or 0) == pytest.approx(other["held_out"] or 0, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_stopped(deme, folder: Path) -> None:
+    words = [*WORDS, "--steps", "100", "--checkpoint-every", "10"]
+    (process,) = launch(folder, *words, num=1)
+    wait_for(folder / ".ft_1of2.checkpoint", [process])
+    process.send_signal(signal.SIGTERM)
+    assert ends([process])[0] == [75]
+    processes = launch(folder, *words)
+    assert ends(processes) == ([0, 0], [])
+    assert steps_of(folder) == list(range(10, 101, 10))
+    require_close(folder / "ft_1of2.safetensors", alone(deme, folder, *words))
+
+
+def write_images(folder: Path, *, broken: int) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(30):
+        pixels = rng.integers(0, 256, (12, 14), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+    path = folder / f"{broken:02d}.png"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_told_once_and_ends_all(folder: Path) -> None:
+    write_images(folder / "images", broken=17)
+    words = [*WORDS, "--data", "images", "--crop", "random", "--held-out", "0", *ENDLESS]
+    processes = launch(folder, *words, num=3)
+    codes, said = ends(processes)
+    assert codes == [4, 4, 4]
+    assert len(said) == 1, said
+    assert "17.png: broken image" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 2])
+def test_the_death_of_one_process_is_told_once_and_ends_all(folder: Path, killed: int) -> None:
+    processes = launch(folder, *WORDS, *ENDLESS, num=3)
+    wait_for(folder / ".ft_1of2.checkpoint", processes)
+    processes[killed].kill()
+    start = time.monotonic()
+    codes, said = ends(processes)
+    assert time.monotonic() - start < 20
+    assert codes[killed] == -signal.SIGKILL
+    assert sorted(codes) == [-signal.SIGKILL, 1, 1]
+    assert len(said) == 1, said
+    assert "without a word" in said[0]
+    assert (folder / ".ft_1of2.checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_or_none_of_their_own_are_refused(folder: Path) -> None:
+    def refused(code: int, word: str, *words: str, **by_rank: Callable) -> None:
+        codes, said = ends(launch(folder, *words, **by_rank))
+        assert codes == [code, code]
+        assert len(said) == 1, said
+        assert word in said[0]
+
+    def own_range(rank: int) -> list[str]:
+        return ["--range", f"{rank + 1}/2", "-o", f"{rank}.safetensors"]
+
+    refused(2, "put WORLD_SIZE=1 before `deme`", *WORDS, *ENDLESS, by_rank=own_range)
+    refused(2, "whole batches", *WORDS, "--multitask", "uw", "--p", "0", "--clusters", "2")
+    refused(2, "expected one image for each", *WORDS, "--batch-size", "1")
+    refused(2, "--jobs 2 starts processes", *WORDS, "--jobs", "2")
+    refused(3, "nowhere", *WORDS, "--data", "nowhere")
+    assert [path.name for path in folder.iterdir()] == ["base.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_slurm_step_trains_the_ranges_one_after_another(folder: Path) -> None:
+    (folder / "deme.toml").write_text("[split]\nn = 2\n")
+    environ = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    environ |= {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_ID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": str(os.getpid()),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "deme_cli", *WORDS, "--range", "all", "--steps", "4"],
+            cwd=folder, env={**environ, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert outputs[0][0].split() == ["ft_1of2.safetensors", "ft_2of2.safetensors"]
+    assert outputs[1] == ("", "")
+    assert read_record(folder / "ft_2of2.safetensors").range == [50, 100]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_passes_on_a_signal_and_the_state_is_saved_once(
+    folder: Path, sent: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*command, "--standalone", "-m", "deme_cli", *WORDS, *ENDLESS],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(folder / ".ft_1of2.checkpoint", [process])
+    process.send_signal(sent)
+    output, errors = process.communicate(timeout=60)
+    assert output == ""
+    assert errors.count("deme: stopped at update") == 1, errors
+    assert (folder / ".ft_1of2.checkpoint").exists()
+    assert not (folder / ".ft_1of2.metrics.jsonl.lock").exists()

@@ -1,0 +1,199 @@
+"""One flipped bit, or one cut, anywhere in an artifact of any kind: `inspect --verify` finds it."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deme_cli.artifacts import read_record, write_artifact
+from deme_cli.commands.inspect import inspect
+from deme_cli.errors import ArtifactError
+from deme_cli.records import (
+    BaseRecord,
+    ExpertRecord,
+    MergedRecord,
+    Record,
+    SamplesRecord,
+    StatisticsRecord,
+    TaskVectorRecord,
+    parse_record,
+)
+from deme_cli.seal import require_intact, sealed
+from deme_cli.tensor_file import read_header
+
+MARK = "ab" * 32
+MODEL = {"source": "tiny", "model_config": {"sample_size": 8}, "num_train_timesteps": 100,
+         "scheduler_config": {"beta_start": 1e-05, "note": "h\u00e9"}}  # fmt: skip
+TRAINED = {**MODEL, "range": [25, 50], "index": 2, "of": 4, "base": MARK, "p": 0.3, "steps": 400,
+           "seed": 0, "projection": "fold", "data": {"source": "digits", "fingerprint": MARK},
+           "training": {"lr": 5e-05, "ema_lengths": [0.05]}}  # fmt: skip
+PARENT = {"path": "ft_2of4.safetensors", "kind": "expert", "fingerprint": MARK, "range": [25, 50]}
+RECORDS: dict[str, Record] = {
+    record.kind: record
+    for record in (
+        BaseRecord(**MODEL),
+        ExpertRecord(**TRAINED),
+        TaskVectorRecord(**TRAINED, expert=MARK, norms={"total": 1.5, "relative": 1e-03}),
+        MergedRecord(
+            **MODEL, base=MARK, parents=[PARENT], coefficients=[0.5], method="linear",
+            projection="fold", search={"best": 1e-09},
+        ),
+        SamplesRecord(protocol={"seed": 3, "eta": 0.0}, prompts=["a caf\u00e9", "\u6570"]),
+        StatisticsRecord(n=3, extractor={"name": "digits"}, resize="clean", source="digits"),
+    )
+}  # fmt: skip
+WEIGHTS = {"a.weight": torch.randn(4, 3), "a.bias": torch.zeros(4), "half": torch.ones(2).half()}
+TENSORS = dict.fromkeys(RECORDS, WEIGHTS) | {
+    "samples": {"images": np.zeros((2, 4, 4, 1), np.uint8), "seeds": np.arange(2)},
+    "statistics": {"mu": np.zeros(3), "sigma": np.eye(3), "n": np.array(3)},
+}
+
+
+@pytest.fixture(params=RECORDS)
+def artifact(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A tiny artifact of each kind."""
+    path = tmp_path / f"{request.param}.safetensors"
+    write_artifact(path, TENSORS[request.param], RECORDS[request.param])
+    return path
+
+
+def is_found(path: Path, content: bytes) -> bool:
+    """Whether `inspect --verify` refuses the file with these bytes, in one line."""
+    path.write_bytes(content)
+    try:
+        inspect([path], verify=True, quiet=True)
+    except ArtifactError as error:
+        return "\n" not in str(error)
+    return False
+
+
+def flipped(content: bytes, place: int, bit: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :]
+
+
+def each_hundredth(content: bytes) -> Iterator[int]:
+    return (len(content) * percent // 100 for percent in range(100))
+
+
+def test_one_flipped_bit_at_every_hundredth_of_a_file_is_found(artifact: Path) -> None:
+    whole = artifact.read_bytes()
+    for number, place in enumerate(each_hundredth(whole)):
+        assert is_found(artifact, flipped(whole, place, number % 8)), f"byte {place}"
+
+
+def test_a_file_cut_at_every_hundredth_is_found(artifact: Path) -> None:
+    whole = artifact.read_bytes()
+    for length in each_hundredth(whole):
+        assert is_found(artifact, whole[:length]), f"cut to {length} bytes"
+    assert is_found(artifact, whole + b"\0")
+
+
+@pytest.mark.slow
+def test_every_flipped_bit_of_a_file_is_found(artifact: Path) -> None:
+    whole = artifact.read_bytes()
+    missed = [
+        (place, bit)
+        for place in range(len(whole))
+        for bit in range(8)
+        if not is_found(artifact, flipped(whole, place, bit))
+    ]
+    print(f"{artifact.stem}: {len(whole) * 8} bits flipped, {len(missed)} not found")
+    assert not missed
+
+
+@pytest.mark.slow
+def test_every_length_of_a_file_but_its_own_is_found(artifact: Path) -> None:
+    whole = artifact.read_bytes()
+    assert all(is_found(artifact, whole[:length]) for length in range(len(whole)))
+
+
+def test_the_command_says_so_in_one_line_and_ends_with_4(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_artifact(path, WEIGHTS, RECORDS["expert"])
+    whole = path.read_bytes()
+    damaged = whole.replace(b'\\"steps\\": 400', b'\\"steps\\": 500')
+    assert damaged != whole
+    path.write_bytes(damaged)
+    done = subprocess.run(
+        [sys.executable, "-m", "deme_cli", "inspect", "--verify", str(path)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (4, "")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "altered or damaged" in done.stderr
+
+
+def test_a_damaged_record_is_refused_by_every_reader_not_by_verify_alone(artifact: Path) -> None:
+    whole = artifact.read_bytes()
+    artifact.write_bytes(whole.replace(b"deme 0", b"deme 9"))
+    for read in (read_header, read_record):
+        with pytest.raises(ArtifactError, match="altered or damaged"):
+            read(artifact)
+
+
+def test_a_file_from_before_there_were_seals_is_read(artifact: Path) -> None:
+    record = read_record(artifact)
+    header = read_header(artifact)
+    document = json.loads(header.metadata["deme"])
+    del document["digest"]
+    save_file(load_file(artifact), artifact, {"format": "pt", "deme": json.dumps(document)})
+    assert read_record(artifact) == record
+    inspect([artifact], verify=True, quiet=True)
+
+
+def test_a_tool_that_keeps_the_metadata_keeps_the_seal(artifact: Path) -> None:
+    metadata = read_header(artifact).metadata
+    save_file(load_file(artifact), artifact, metadata)
+    inspect([artifact], verify=True, quiet=True)
+
+
+def test_a_seal_is_the_documented_hash() -> None:
+    import hashlib
+
+    digest = hashlib.sha256(b'{"a": 1}').hexdigest()
+    assert sealed('{"a": 1}') == f'{{"a": 1, "digest": "{digest}"}}'
+    require_intact('{"a": 1}', "here")
+    require_intact("", "here")
+
+
+def test_a_damaged_seal_does_not_pass_for_none() -> None:
+    text = RECORDS["base"].to_json()
+    start = text.index(', "digest"')
+    for place in range(start, len(text)):
+        for bit in range(7):
+            damaged = text[:place] + chr(ord(text[place]) ^ (1 << bit)) + text[place + 1 :]
+            with pytest.raises(ArtifactError):
+                require_intact(damaged, "here")
+    with pytest.raises(ArtifactError, match="altered or damaged"):
+        parse_record(text.replace(MODEL["source"], "TINY", 1), "here")
+
+
+def test_another_format_than_the_contract_says_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    record = write_artifact(path, WEIGHTS, RECORDS["base"])
+    save_file(load_file(path), path, {"format": "qt", "deme": record.to_json()})
+    with pytest.raises(ArtifactError, match="should have format 'pt', found 'qt'"):
+        read_record(path)
+
+
+def test_the_seal_adds_seventy_eight_bytes(tmp_path: Path) -> None:
+    record = replace(RECORDS["base"], fingerprint=MARK)
+    text = record.to_json()
+    assert (
+        len(text) - len(json.dumps({k: v for k, v in json.loads(text).items() if k != "digest"}))
+        == 78
+    )
+    path = tmp_path / "a.safetensors"
+    write_artifact(path, WEIGHTS, record)
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert length % 8 == 0

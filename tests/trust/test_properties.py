@@ -1,0 +1,356 @@
+"""Laws of what is parsed: ranges, records, deme.toml, coefficients. Made-up input, same each time.
+
+A property is a plain function of drawn values; `hold` runs it on a few in every run of the tests
+and on many in the slow ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from deme_cli.commands.merge_options import (
+    parse_coefficients_for,
+    parse_lists,
+    parse_time,
+    resolve_bounds,
+)
+from deme_cli.config import TABLES, SplitConfig
+from deme_cli.errors import ArtifactError, ConfigError, DemeError
+from deme_cli.ladder import parse_ladder
+from deme_cli.merging.coefficients import Coefficients, block_name, groups_of, require_matches
+from deme_cli.merging.search.grid import grid_points, resolve_grid
+from deme_cli.records import KINDS, ExpertRecord, Record, parse_record
+from deme_cli.run_file import read_run_file, render_run_file
+from deme_cli.settings import parse_numbers
+from deme_cli.timesteps import (
+    TimestepRange,
+    parse_range,
+    parse_span,
+    require_cover,
+    route,
+    split_uniform,
+)
+
+FEW, MANY = 25, 3_000
+SAME = {"derandomize": True, "deadline": None, "database": None,
+        "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow,
+                                  HealthCheck.filter_too_much]}  # fmt: skip
+PROPERTIES: dict[str, tuple[Callable[..., None], dict[str, st.SearchStrategy]]] = {}
+
+
+def law(**drawn: st.SearchStrategy) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def add(check: Callable[..., None]) -> Callable[..., None]:
+        PROPERTIES[check.__name__] = check, drawn
+        return check
+
+    return add
+
+
+def hold(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.chdir(folder)
+    check, drawn = PROPERTIES[name]
+    settings(max_examples=count, **SAME)(given(**drawn)(check))()
+
+
+def only(kind: type[DemeError], work: Callable[..., Any], *arguments: Any) -> Any:
+    """The result, or None after an error of this kind in one line; any other error is a bug."""
+    try:
+        return work(*arguments)
+    except kind as error:
+        said = str(error)
+    assert "\n" not in said or any("\n" in str(a) for a in arguments)
+    return None
+
+
+@st.composite
+def divisions(draw: st.DrawFn) -> tuple[int, int]:
+    total = draw(st.integers(1, 2000))
+    return draw(st.integers(1, min(total, 64))), total
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+COEFFICIENTS = st.lists(NUMBERS, min_size=1, max_size=5)
+TEXT = st.text(max_size=20)
+# Words that parsers look for, in any order.
+WORDS = st.lists(
+    st.sampled_from(
+        ["1", "2", "-", "/", ":", ",", ";", "=", "*", "[", "]", "e", ".", "9" * 30, " ", "inf",
+         "nan", "loss", "fid", "kid", "experts", "@", "k", "s", "m", "h", "all", "\u0661",
+         "_", "1e400"]
+    ),
+    max_size=8,
+).map("".join)  # fmt: skip
+SCRAWL = WORDS | TEXT
+
+
+# Ranges
+
+
+@law(division=divisions())
+def a_split_covers_the_horizon_once_and_routes_by_floor(division: tuple[int, int]) -> None:
+    n, total = division
+    ranges = split_uniform(n, total)
+    require_cover(ranges, total)
+    assert len(ranges) == n
+    assert [t for span in ranges for t in range(span.start, span.stop)] == list(range(total))
+    for t in {0, total - 1, total // 2, *(span.start for span in ranges)}:
+        assert route(t, ranges) == t * n // total == route(t + 0.9, ranges)
+    for index, span in enumerate(ranges, 1):
+        assert parse_range(f"{index}/{n}", total).range == span == parse_span(str(span), "span")
+        assert parse_range(f" {span} ", total, ranges).range == span
+        assert parse_range(f"{index}/{n}", total, ranges).label == f"{index}of{n}"
+
+
+@law(division=divisions(), drop=st.integers(0, 63))
+def a_cover_with_one_range_missing_or_twice_is_refused(
+    division: tuple[int, int], drop: int
+) -> None:
+    n, total = division
+    ranges = split_uniform(n, total)
+    span = ranges[drop % n]
+    for wrong in ([one for one in ranges if one != span], [*ranges, span]):
+        with pytest.raises(ArtifactError, match=r"no expert covers|two experts cover"):
+            require_cover(wrong, total)
+
+
+@law(division=divisions(), t=st.floats(-1e6, 1e6))
+def every_timestep_has_a_range_and_the_nearest_where_it_is_outside(
+    division: tuple[int, int], t: float
+) -> None:
+    ranges = split_uniform(*division)
+    index = route(t, ranges)
+    assert 0 <= index < len(ranges)
+    assert int(t) in ranges[index] or (index == 0 if t < 0 else index == len(ranges) - 1)
+
+
+@law(text=SCRAWL, total=st.integers(1, 2000))
+def text_that_is_no_range_gives_a_config_error(text: str, total: int) -> None:
+    if choice := only(ConfigError, parse_range, text, total):
+        assert 0 <= choice.range.start < choice.range.stop <= total
+    only(ConfigError, parse_span, text, "span")
+    if found := only(ConfigError, lambda: SplitConfig(ranges=[text]).timestep_ranges):
+        assert isinstance(found[0], TimestepRange)
+
+
+# Records
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+TYPES: dict[str, st.SearchStrategy] = {
+    "str": TEXT, "int": st.integers(), "float": NUMBERS, "None": st.none(), "bool": st.booleans(),
+    "dict[str, Any]": st.dictionaries(TEXT, JSON, max_size=3), "Any": JSON,
+    "dict[str, list[float]]": st.dictionaries(TEXT, st.lists(NUMBERS, max_size=3), max_size=3),
+}  # fmt: skip
+
+
+def of_type(declared: str) -> st.SearchStrategy:
+    """Values of a declared type such as `list[int] | None`."""
+    options = []
+    for option in declared.split(" | "):
+        inner = option.partition("list[")[2].removesuffix("]")
+        is_list = option.startswith("list[")
+        options.append(st.lists(of_type(inner), max_size=3) if is_list else TYPES[option])
+    return st.one_of(options)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> Record:
+    kind = draw(st.sampled_from(list(KINDS.values())))
+    values = {item.name: draw(of_type(item.type)) for item in fields(kind)}
+    if issubclass(kind, ExpertRecord):
+        total = draw(st.integers(2, 1000))
+        start = draw(st.integers(0, total - 1))
+        values["num_train_timesteps"] = total
+        values["range"] = [start, draw(st.integers(start + 1, total))]
+    return kind(**values)
+
+
+@law(record=records())
+def a_record_survives_its_json(record: Record) -> None:
+    assert parse_record(record.to_json(), "here") == record
+
+
+@law(record=records(), place=st.integers(0, 10_000), piece=st.binary(min_size=1, max_size=3))
+def damaged_text_of_a_record_is_refused(record: Record, place: int, piece: bytes) -> None:
+    text = record.to_json()
+    place %= len(text)
+    damaged = text[:place] + piece.decode("latin-1") + text[place + len(piece) :]
+    assume(damaged != text)
+    with pytest.raises(ArtifactError):
+        parse_record(damaged, "here")
+
+
+@law(record=records(), data=st.data(), value=JSON | st.lists(JSON, max_size=3))
+def a_changed_entry_of_a_record_gives_a_record_or_an_artifact_error(
+    record: Record, data: Any, value: Any
+) -> None:
+    document = json.loads(record.to_json())
+    del document["digest"]  # as in files of before
+    name = data.draw(st.sampled_from([*document, "unknown"]))
+    changed = {**document, name: value}
+    found = only(ArtifactError, parse_record, json.dumps(changed), "here")
+    assert found is None or isinstance(found, Record)
+    lacking = {key: entry for key, entry in document.items() if key != name}
+    found = only(ArtifactError, parse_record, json.dumps(lacking), "here")
+    assert found is None or isinstance(found, Record)
+    only(ArtifactError, parse_record, json.dumps(value), "here")
+    with pytest.raises(ArtifactError):  # sealed, and changed under the seal
+        parse_record(json.dumps({**json.loads(record.to_json()), "unknown": value}), "here")
+
+
+# deme.toml
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
+    """Live settings, of the declared types, some of each table."""
+    found: dict[str, dict[str, Any]] = {}
+    for table, config in TABLES.items():
+        chosen = draw(st.lists(st.sampled_from([item.name for item in fields(config)]), max_size=4))
+        for item in fields(config):
+            if item.name in chosen:
+                kinds = " | ".join(k for k in item.type.split(" | ") if k != "None")
+                found.setdefault(table, {})[item.name] = draw(in_toml(kinds))
+    return found
+
+
+def in_toml(declared: str) -> st.SearchStrategy:
+    """Values that TOML holds: 64-bit integers and no null."""
+    small = {"int": st.integers(-(1 << 63), (1 << 63) - 1), "list[Any]": st.lists(NUMBERS)}
+    if declared == "list[float]":
+        return st.lists(NUMBERS, max_size=4)
+    if declared == "list[str]":
+        return st.lists(TEXT, max_size=4)
+    return small.get(declared, TYPES.get(declared, st.nothing()))
+
+
+@law(live=tables())
+def what_is_written_to_deme_toml_is_read_from_it(live: dict[str, dict[str, Any]]) -> None:
+    Path("deme.toml").write_text(render_run_file(live), encoding="utf-8")
+    run = read_run_file(None)
+    for table in TABLES:
+        assert dict(run.tables.get(table, {})) == live.get(table, {})
+    for config in TABLES.values():
+        only(ConfigError, run.settings, config)
+
+
+TOML = st.lists(
+    st.sampled_from(
+        [f"[{table}]\n" for table in TABLES]
+        + [f"{item.name} = " for config in TABLES.values() for item in fields(config)]
+        + ["1\n", "-1\n", "0.5\n", "nan\n", "inf\n", '"x"\n', "[1, [2]]\n", "true\n", "{}\n",
+           "1979-05-27\n", '"a"\n"b"\n', "\ufeff", "[[model]]\n", "9" * 5000 + "\n", "\x00"]
+    ),
+    max_size=8,
+).map("".join)  # fmt: skip
+
+
+@law(text=TOML | st.text(max_size=60) | st.binary(max_size=40))
+def any_text_as_deme_toml_gives_settings_or_a_config_error(text: str | bytes) -> None:
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    Path("deme.toml").write_bytes(data)
+    if run := only(ConfigError, read_run_file, None):
+        for config in TABLES.values():
+            only(ConfigError, run.settings, config)
+
+
+# Coefficients
+
+
+@law(values=COEFFICIENTS)
+def numbers_survive_their_text(values: list[float]) -> None:
+    assert parse_numbers(",".join(map(str, values)), "-w") == values
+    globs = parse_coefficients_for([f"mid_block.*={','.join(map(repr, values))}"])
+    assert globs == {"mid_block.*": tuple(values)}
+    text = ";".join(",".join(map(str, values)) for _ in range(2))
+    assert parse_lists(text, "--grid") == [values, values]
+
+
+@law(text=SCRAWL, num=st.integers(1, 3))
+def text_that_is_no_coefficient_gives_a_config_error(text: str, num: int) -> None:
+    numbers = only(ConfigError, parse_numbers, text, "-w") or []
+    found = only(ConfigError, Coefficients, tuple(numbers))
+    assert found is None or all(map(math.isfinite, found.values))
+    only(ConfigError, parse_coefficients_for, [text])
+    only(ConfigError, parse_coefficients_for, [f"*={text}", text])
+    if lists := only(ConfigError, parse_lists, text, "--grid"):
+        grid = only(ConfigError, resolve_grid, lists, num)
+        assert grid is None or len(grid) == num
+        only(ConfigError, resolve_bounds, lists, num)
+    if seconds := only(ConfigError, parse_time, text):
+        assert seconds > 0
+
+
+@law(text=SCRAWL)
+def text_that_is_no_ladder_gives_a_config_error(text: str) -> None:
+    if rungs := only(ConfigError, lambda one: parse_ladder(one, num=100), text):
+        assert all(rung.keep >= 1 and rung.num >= 1 for rung in rungs)
+
+
+@law(
+    lists=st.lists(st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=3),
+                   min_size=1, max_size=4)
+)  # fmt: skip
+def a_grid_holds_every_combination_once_and_base_and_mean(lists: list[list[float]]) -> None:
+    grid = resolve_grid(lists, len(lists))
+    points = grid_points(grid)
+    count = len(lists)
+    assert points[0] == (0.0,) * count
+    assert math.isclose(sum(points[1]), 1)
+    assert len(set(points)) == len(points)
+    assert len(points) >= math.prod(len(set(values)) for values in lists)
+    assert all(len(point) == count for point in points)
+
+
+NAMES = st.sampled_from(
+    ["conv_in.weight", "time_embedding.linear_1.bias"]
+    + [f"{block}.{part}.weight" for part in ("resnets.0.conv1", "attentions.1.to_q")
+       for block in ("down_blocks.0", "down_blocks.10", "mid_block", "up_blocks.1",
+                     "transformer_blocks.3", "single_transformer_blocks.2")]
+)  # fmt: skip
+
+
+@law(names=st.sets(NAMES, min_size=1), values=COEFFICIENTS, per=st.sampled_from(["block", "layer"]))
+def each_tensor_takes_the_coefficients_of_the_first_glob_that_matches(
+    names: set[str], values: list[float], per: str
+) -> None:
+    globs = groups_of(names, per)
+    require_matches(globs, names)
+    finer = {glob: tuple(w + i for w in values) for i, glob in enumerate(globs, 1)}
+    assume(all(math.isfinite(w) for group in finer.values() for w in group))
+    coefficients = Coefficients(tuple(values), finer)
+    for name in names:
+        block = block_name(name)
+        glob = f"{block}.*" if per == "block" else f"{name.rpartition('.')[0]}.*"
+        expected = finer[glob] if per == "layer" or block else tuple(values)
+        assert coefficients.of(name) == expected
+
+
+@law(glob=SCRAWL | st.text("[]!*?-a\\", max_size=12), names=st.sets(NAMES, min_size=1))
+def any_text_as_a_glob_matches_or_gives_a_config_error(glob: str, names: set[str]) -> None:
+    only(ConfigError, require_matches, [glob], names)
+    coefficients = Coefficients((1.0,), {glob: (2.0,)})
+    assert {coefficients.of(name) for name in names} <= {(1.0,), (2.0,)}
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_it_holds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold(name, tmp_path, monkeypatch, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_it_holds_on_many(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold(name, tmp_path, monkeypatch, MANY)

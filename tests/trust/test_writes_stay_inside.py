@@ -1,0 +1,308 @@
+"""What a command writes lies below its output folder; what data sets name lies below theirs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deme_cli.data.images import open_images
+from deme_cli.data.places import find_place
+from deme_cli.diffusion.locate import read_index
+from deme_cli.errors import ArtifactError, MissingError
+
+ROOT = Path(__file__).parents[2]
+# Every name that the process opens for writing, makes, moves, links or removes.
+WATCH = """
+import json, os, sys
+
+seen = open({log!r}, "a")
+CHANGES = {{
+    "os.mkdir": [0], "os.rename": [0, 1], "os.remove": [0], "os.rmdir": [0], "os.link": [0, 1],
+    "os.symlink": [1], "os.truncate": [0], "os.chmod": [0], "os.chown": [0], "os.utime": [0],
+    "shutil.rmtree": [0], "shutil.move": [0, 1],
+}}
+
+def tell(event, arguments):
+    if event == "open":
+        path, mode, flags = arguments
+        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        paths = [path] if writes and not isinstance(path, int) else []
+    elif event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"):
+        paths = [f"!{{event}} {{arguments[0]!r}}"]
+    else:
+        paths = [arguments[index] for index in CHANGES.get(event, [])]
+    for path in paths:
+        if isinstance(path, (str, bytes, os.PathLike)):
+            name = os.fsdecode(path)
+            place = name if name.startswith("!") else os.path.realpath(name)
+            seen.write(json.dumps([event, place]) + "\\n")
+    if paths:
+        seen.flush()
+
+sys.addaudithook(tell)
+"""
+
+
+def places_touched(words: list[str], folder: Path, tmp_path: Path) -> list[tuple[str, str]]:
+    """What a command changed on disk, by its own account to Python's audit hooks."""
+    watch, log, home = tmp_path / "watch", tmp_path / "seen.jsonl", tmp_path / "home"
+    for place in (watch, home, tmp_path / "scratch"):
+        place.mkdir()
+    (watch / "sitecustomize.py").write_text(WATCH.format(log=str(log)))
+    environment = {
+        **os.environ, "PYTHONPATH": f"{watch}{os.pathsep}{ROOT}", "HOME": str(home),
+        "TMPDIR": str(tmp_path / "scratch"), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "deme_cli", *words], cwd=folder, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in log.read_text().splitlines()]
+
+
+def strangers(touched: list[tuple[str, str]], allowed: list[Path]) -> list[tuple[str, str]]:
+    """What lies neither below the allowed folders nor is the system's sink."""
+    roots = [str(place.resolve()) for place in allowed]
+    return [
+        (event, place)
+        for event, place in touched
+        if place != os.devnull
+        and not any(place == root or place.startswith(root + os.sep) for root in roots)
+    ]
+
+
+COMMANDS = {
+    "inspect": ["inspect", "--verify", "base.safetensors"],
+    "merge": ["merge", "ft_1of4.safetensors", "ft_2of4.safetensors", "-o", "out/m.safetensors"],
+    "sample": ["sample", "base.safetensors", "-n", "2", "--steps", "2", "-o", "out/s.safetensors"],
+    "finetune": [
+        "finetune", "--range", "1/4", "--steps", "2", "-b", "2", "--data", "digits",
+        "--held-out", "0", "-o", "out/f.safetensors", "--force",
+    ],
+    "analyze": ["analyze", "losses", "base.safetensors", "--data", "digits", "--num", "2",
+                "--buckets", "2", "-o", "out/l.json"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "merge" else [pytest.mark.slow]) for name in COMMANDS],
+)
+def test_a_command_writes_below_its_output_the_cache_and_temp(
+    name: str, run_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = tmp_path_factory.mktemp("outside")
+    touched = places_touched(COMMANDS[name], run_folder, place)
+    # matplotlib, diffusers and torch keep caches in the home folder and work in temp
+    allowed = [run_folder / "out", place / "home", place / "scratch"]
+    assert strangers(touched, allowed) == []
+    assert (name == "inspect") == (not (run_folder / "out").exists())
+
+
+def test_links_that_go_in_a_circle_are_told_or_replaced(run_folder: Path, deme: Callable) -> None:
+    for name in ("loop", "m.safetensors"):
+        (run_folder / name).symlink_to(name)
+    model = run_folder / "base.safetensors"
+    for output in ("loop/s.safetensors", "loop/pictures"):
+        result = deme("sample", model, "-n", 1, "--steps", 1, "-o", output)
+        assert isinstance(result.exception, MissingError), result.exception
+    assert deme("merge", *COMMANDS["merge"][1:3], "-o", "m.safetensors").exit_code == 0
+    assert not (run_folder / "m.safetensors").is_symlink()
+
+
+# Data sets that name what lies outside of them
+
+
+def png(level: int = 9) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8), level, np.uint8), mode="L").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def add(shard: tarfile.TarFile, name: str, data: bytes = b"", **changes: object) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for key, value in changes.items():
+        setattr(member, key, value)
+    shard.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder three levels down, in which nothing may appear but the cache of `datasets`."""
+    place = tmp_path / "a" / "b" / "work"
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return place
+
+
+def all_files(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if "cache" not in p.parts}
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/deme-evil-{pid}", "./x/../../../evil"])
+def test_names_in_a_shard_that_lead_outside_write_nothing_there(
+    home: Path, tmp_path: Path, name: str
+) -> None:
+    name = name.format(pid=os.getpid())
+    with tarfile.open(home / "shard.tar", "w") as shard:
+        for index in range(2):
+            add(shard, f"{name}{index}.png", png(index))
+    before = all_files(tmp_path)
+    images = open_images("shard.tar", shape=(1, 8, 8), split="all")
+    assert len(images) == 2  # read into memory; their names are labels, not places
+    assert all_files(tmp_path) == before
+    assert not list(Path("/tmp").glob(f"deme-evil-{os.getpid()}*"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_in_a_shard_are_not_followed(home: Path, tmp_path: Path, kind: bytes) -> None:
+    (tmp_path / "secret.png").write_bytes(png(200))
+    with tarfile.open(home / "shard.tar", "w") as shard:
+        add(shard, "a.png", png(7))
+        add(shard, "b.png", type=kind, linkname=str(tmp_path / "secret.png"))
+    try:
+        images = open_images("shard.tar", shape=(1, 8, 8), split="all")
+    except ArtifactError:
+        return
+    found = images.batch(range(len(images)))
+    assert 200 not in found.flatten().tolist()
+
+
+def write_rows(path: Path, named: str) -> None:
+    """A table of an image, and of a row that names a file instead."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"bytes": png(7), "path": "a.png"}, {"bytes": None, "path": named}]
+    pq.write_table(pa.table({"image": rows}), path)
+
+
+@pytest.mark.parametrize("named", ["{out}/secret.png", "../../../secret.png", "{out}/cache/link"])
+def test_rows_of_a_table_do_not_read_files_by_path(home: Path, tmp_path: Path, named: str) -> None:
+    (tmp_path / "secret.png").write_bytes(png(200))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "link").symlink_to(tmp_path / "secret.png")
+    write_rows(home / "rows.parquet", named.format(out=tmp_path))
+    with pytest.raises(ArtifactError, match=r"rows.parquet: row 1 names a file, .* with|give the"):
+        open_images("rows.parquet", shape=(1, 8, 8), split="all")
+
+
+def test_images_that_datasets_fetched_beside_a_table_are_read(home: Path, tmp_path: Path) -> None:
+    fetched = tmp_path / "cache" / "downloads"
+    fetched.mkdir(parents=True)
+    (fetched / "0123").write_bytes(png(200))
+    write_rows(home / "rows.parquet", str(fetched / "0123"))  # as a hub's folder of images comes
+    images = open_images("rows.parquet", shape=(1, 8, 8), split="all")
+    assert images.batch([0, 1])[:, 0, 0, 0].tolist() == [7, 200]
+
+
+def test_metadata_names_only_images_of_its_folder(home: Path, tmp_path: Path) -> None:
+    folder = home / "images"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(png(200))
+    (folder / "a.png").write_bytes(png(7))
+    rows = [
+        {"file_name": "a.png", "text": "x"},
+        {"file_name": "../../../../secret.png", "text": "y"},
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ArtifactError, match="name images that are not there"):
+        open_images("images", shape=(1, 8, 8), split="all", wants="text")
+
+
+def test_links_out_of_a_folder_of_images_are_followed_as_readme_says(
+    home: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "b.png").write_bytes(png(200))
+    folder = home / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(7))
+    (folder / "linked").symlink_to(outside)
+    assert len(open_images("images", shape=(1, 8, 8), split="all")) == 2
+
+
+def test_a_folder_linked_into_itself_is_walked_once(home: Path, tmp_path: Path) -> None:
+    for place in (home / "images" / "b", tmp_path / "outside"):
+        place.mkdir(parents=True)
+        (place / "x.png").write_bytes(png(7))
+    for link, target in (
+        ("again", "."), ("a", "b"), ("b/up", ".."), ("b/out", tmp_path / "outside"),
+        ("out", tmp_path / "outside"), ("b/all", tmp_path),
+    ):  # fmt: skip
+        (home / "images" / link).symlink_to(target)
+    names = [path.as_posix() for path in find_place("images").files]
+    assert names == ["images/b/x.png", "images/out/x.png"]  # under its own name before a link's
+    assert len(open_images("images", shape=(1, 8, 8), split="all")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "file"),
+    [
+        ("vae", ["evil", "AutoencoderKL"], "vae/evil.py"),
+        ("vae", ["diffusers", "AutoencoderKL"], "vae/diffusers.py"),
+        ("vae", ["os", "system"], None),
+        ("vae", ["transformers", "AutoModel"], None),
+        ("extra", [["evil"], "Evil"], None),
+        ("_class_name", ["evil", "Evil"], "evil.py"),
+        ("_class_name", "StableDiffusionPipeline", "None.py"),
+    ],
+)  # fmt: skip
+def test_code_beside_a_pipeline_is_not_run(
+    pipelines: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deme: Callable,
+    name: str, value: object, file: str | None,
+) -> None:  # fmt: skip
+    import shutil
+
+    folder, mark = tmp_path / "pipeline", tmp_path / "ran"
+    shutil.copytree(pipelines("sd"), folder)
+    monkeypatch.chdir(tmp_path)
+    if name == "vae":  # also where it changes after the import
+        assert deme("split", folder, "-n", "2", "--data", "digits").exit_code == 0
+    if file:
+        (folder / file).write_text(f"open({str(mark)!r}, 'w')\n")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, name: value}))
+    commands = [["split", folder, "-n", "2", "--data", "digits", "--force"]]
+    if name == "vae":
+        drawn = ["sample", "base.safetensors", "-n", "1", "--steps", "1", "--prompt", "x"]
+        commands += [drawn, ["split", pipelines("sd"), "--pipeline", folder, "--force"]]
+    for words in commands:
+        error = deme(*words).exception
+        assert isinstance(error, ArtifactError), error
+        assert f"model_index.json: {name} = " in str(error)
+        assert "\n" not in str(error)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 100_000, b"\xff".decode("latin-1"), "[]"])
+def test_an_index_that_is_no_table_is_an_artifact_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model_index.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ArtifactError, match=r"model_index\.json"):
+        read_index(tmp_path)
+
+
+def test_a_safety_checker_of_an_old_pipeline_is_no_stranger(
+    pipelines: Callable[..., Path], tmp_path: Path
+) -> None:
+    index = json.loads((pipelines("sd") / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert read_index(tmp_path) == index
