@@ -179,9 +179,9 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize(
     ("sent", "code"),
     [
-        (signal.SIGKILL, -9),
-        (signal.SIGTERM, 75),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),  # the handler of SIGTERM
+        (signal.SIGKILL, -9),  # the others are asked in one process by test_balanced_finetune.py
+        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_continues_to_the_same_weights(
