@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg")
 DIVERGING, SEQUENTIAL = "RdBu_r", "cividis"  # told apart by all common kinds of colour vision
-BLACK, BLUE, VERMILION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
+BLACK, BLUE, VERMILION = "#000000", "#0072B2", "#D55E00"
 BASE, ENSEMBLE, MERGED, OTHER, LINE = "0.45", BLACK, VERMILION, "#F0A000", "0.25"
 # Experts in order of their ranges (Okabe and Ito, from clean to noise); more begin anew, dashed.
 EXPERTS = ("#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#8C6D31")
