@@ -15,6 +15,7 @@ from deme_cli.timesteps import TimestepRange
 
 CONFIG_NAME = "deme.toml"
 DTYPES = ("fp32", "bf16", "fp16")
+COMPILE = ("auto", "on", "off")
 PROJECTIONS = ("fold", "block", "none")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 TIMESTEP_DRAWS = ("per-sample", "per-batch")

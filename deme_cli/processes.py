@@ -9,6 +9,7 @@ all end with its exit code. Which process this is, launch.py knows.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -23,10 +24,12 @@ from deme_cli.interrupts import StopRequests
 from deme_cli.launch import Launch
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 _PATIENCE = timedelta(minutes=30)  # writing a large expert, and hub downloads before the first word
 _LEAVE_SECONDS = 5.0  # how long the first process holds the store for the others
+_MAX_DIMENSIONS = 8  # of an array that is gathered
 _SAME_SIGNAL_SECONDS = 10.0  # a launcher passes on what its processes may have got themselves
 
 
@@ -80,6 +83,32 @@ class World:
 
         with _talking():
             all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
+
+    def gather(self, array: np.ndarray) -> list[np.ndarray]:
+        """On the first process, the array of each (n_k, ...), in their order; elsewhere nothing.
+
+        All of one dtype. A process that has none gives an empty one, of any shape.
+        """
+        if self.is_alone:
+            return [array]
+        import numpy as np
+        import torch
+        from torch.distributed import gather
+
+        told = torch.zeros(self.size, _MAX_DIMENSIONS, dtype=torch.int64)  # 1 + each dimension
+        told[self.rank, : array.ndim] = torch.tensor(array.shape) + 1
+        self.add_up(told)
+        shapes = [[n - 1 for n in row if n] for row in told.tolist()]
+        sizes = [math.prod(shape) * array.itemsize for shape in shapes]
+        own = torch.zeros(max(sizes), dtype=torch.uint8)
+        own.numpy()[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view("u1")
+        parts = [torch.empty_like(own) for _ in sizes] if self.is_first else None
+        with _talking():
+            gather(own, parts, dst=0, group=self._control)
+        return [
+            part[:size].numpy().view(array.dtype).reshape(shape)
+            for part, size, shape in zip(parts or [], sizes, shapes, strict=False)
+        ]
 
     def require_same(self, document: Mapping[str, Any]) -> None:
         """Check that all processes are about the same; raises ConfigError naming what differs."""

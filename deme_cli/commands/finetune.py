@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from deme_cli import console
 from deme_cli.commands.caching import fill_with_bar
+from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -24,8 +24,7 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.errors import ConfigError, MissingError
-from deme_cli.launch import read_launch
-from deme_cli.processes import World, join
+from deme_cli.processes import World
 from deme_cli.settings import parse_numbers
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ def finetune(
     Example: deme finetune --range 2/4 --p 0.1
     """
     console.set_quiet(quiet)
-    world = _meet(device)
+    world = meet(device)
     run = begin(config, quiet=quiet)
     settings = run.settings(
         FinetuneConfig,
@@ -216,16 +215,6 @@ def finetune(
         for plan in waiting:
             _train(plan, world)
     console.result_paths([path for plan in plans for path in plan.outputs], as_json=as_json)
-
-
-def _meet(device: str) -> World:
-    """Join the other processes of this launch, if there are any; the first speaks for all."""
-    launch = read_launch(os.environ)
-    if launch.rank > 0:
-        console.mute()
-    elif launch.world_size > 1:
-        console.note(f"{launch.world_size} processes train together; waiting for all to come")
-    return join(launch, device)
 
 
 def _require_kept_runs(plans: list[Plan]) -> None:

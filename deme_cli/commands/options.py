@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.config import DTYPES, ModelConfig
+from deme_cli.config import COMPILE, DTYPES, ModelConfig
 from deme_cli.errors import ConfigError
 from deme_cli.run_file import RunFile, read_run_file
 from deme_cli.settings import help_of
@@ -38,6 +38,13 @@ def _known_dtype(name: str) -> str:
     return name
 
 
+def _known_compile(how: str) -> str:
+    """--compile, checked before any command loads torch."""
+    if how not in COMPILE:
+        raise ConfigError(f"--compile {how}: expected one of {', '.join(COMPILE)}")
+    return how
+
+
 ConfigPath = Annotated[
     Path | None,
     typer.Option("--config", help=r"The deme.toml to read \[default: ./deme.toml].",
@@ -52,6 +59,11 @@ Dtype = Annotated[
     str,
     typer.Option("--dtype", help=f"Precision: {', '.join(DTYPES)}.", callback=_known_dtype,
                  rich_help_panel=COMMON),
+]  # fmt: skip
+Compile = Annotated[
+    str,
+    typer.Option("--compile", callback=_known_compile, rich_help_panel=COMMON,
+                 help="torch.compile: on, off, or auto (on GPUs, for long work)."),
 ]  # fmt: skip
 Pipeline = Annotated[str | None, option(ModelConfig, "pipeline", "--pipeline", panel=COMMON)]
 Force = Annotated[
