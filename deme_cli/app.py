@@ -15,6 +15,7 @@ import typer.core
 import typer.main
 
 from deme_cli import __version__
+from deme_cli.commands.launching import only_first
 
 SETTINGS: dict[str, Any] = {
     "pretty_exceptions_enable": False,
@@ -22,6 +23,16 @@ SETTINGS: dict[str, Any] = {
     "rich_markup_mode": "rich",
 }
 PIPELINE, MEASURE, LOOK = "Pipeline", "Sample and measure", "Look and share"
+
+
+class FirstOnly(typer.core.TyperCommand):
+    """A command that the first process of a launch runs alone; the others end before they read it,
+    unless they are asked for help."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if not set(ctx.help_option_names) & set(args):
+            only_first()
+        return super().parse_args(ctx, args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +55,12 @@ class Entry:
         one = typer.Typer(**SETTINGS, add_completion=False, no_args_is_help=bool(self.parts))
         function = getattr(module, self.function)
         if not self.parts:
-            one.command(name, rich_help_panel=self.panel)(function)
+            one.command(name, cls=_kind(self.function), rich_help_panel=self.panel)(function)
             return typer.main.get_command(one)
         one.callback()(function)
         for part in self.parts:
             file = import_module(f"{module.__name__}_{part}")
-            one.command(part.replace("_", "-"))(getattr(file, part))
+            one.command(part.replace("_", "-"), cls=_kind(part))(getattr(file, part))
         return typer.main.get_command(one)
 
     def line(self, name: str) -> typer.core.TyperCommand:
@@ -57,6 +68,14 @@ class Entry:
         return typer.core.TyperCommand(name, help=self.summary, rich_help_panel=self.panel)
 
 
+def _kind(function: str) -> type[typer.core.TyperCommand]:
+    return typer.core.TyperCommand if function in JOINT else FirstOnly
+
+
+# What the processes of a launch do together, by function: each of these meets the others itself.
+JOINT = frozenset({
+    "finetune", "merge", "sample", "ensemble_sample", "evaluate", "stats", "landscape",
+})  # fmt: skip
 ANALYSES = (
     "losses",
     "gradients",

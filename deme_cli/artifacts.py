@@ -18,11 +18,20 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 from deme_cli.errors import ArtifactError, writing
 from deme_cli.outputs import claim, require_space
-from deme_cli.records import Record, parse_record
+from deme_cli.records import (
+    BaseRecord,
+    DenoiserRecord,
+    ExpertRecord,
+    MergedRecord,
+    Record,
+    SamplesRecord,
+    StatisticsRecord,
+    parse_record,
+)
 from deme_cli.tensor_file import (
     Header,
     TensorSpec,
@@ -37,6 +46,8 @@ if TYPE_CHECKING:
 
 FORMAT = "pt"  # by which other readers of safetensors know the layout of weights
 _THREADED_BYTES = 1 << 18  # below this, handing a piece to a thread costs more than hashing it
+_DenoiserKind = Literal["base", "expert", "task-vector", "merged"]
+_Written = TypeVar("_Written", bound=Record)
 
 
 def record_of(header: Header) -> Record:
@@ -53,6 +64,20 @@ def record_of(header: Header) -> Record:
     return parse_record(header.metadata["deme"], str(header.path))
 
 
+@overload
+def read_record(path: Path, kind: Literal["base"], /) -> BaseRecord: ...
+@overload
+def read_record(path: Path, kind: Literal["expert"], /) -> ExpertRecord: ...
+@overload
+def read_record(path: Path, kind: Literal["merged"], /) -> MergedRecord: ...
+@overload
+def read_record(path: Path, kind: Literal["samples"], /) -> SamplesRecord: ...
+@overload
+def read_record(path: Path, kind: Literal["statistics"], /) -> StatisticsRecord: ...
+@overload
+def read_record(path: Path, kind: _DenoiserKind, /, *others: _DenoiserKind) -> DenoiserRecord: ...
+@overload
+def read_record(path: Path, *kinds: str) -> Record: ...
 def read_record(path: Path, *kinds: str) -> Record:
     """The record of the artifact at `path`, checked to be one of `kinds` (any if none is given)."""
     record = record_of(read_header(path))
@@ -103,7 +128,7 @@ def fingerprint_file(path: Path) -> str:
     return combine_digests(digests)
 
 
-class ArtifactWriter:
+class ArtifactWriter(Generic[_Written]):
     """Write one artifact in the order of its layout; it appears whole on exit, or not at all.
 
     with ArtifactWriter(path, layout, record) as writer:
@@ -113,7 +138,7 @@ class ArtifactWriter:
     Large pieces are hashed on a second thread while the first hands them to the file.
     """
 
-    def __init__(self, path: Path, layout: Sequence[TensorSpec], record: Record) -> None:
+    def __init__(self, path: Path, layout: Sequence[TensorSpec], record: _Written) -> None:
         self.path, self.layout, self.record = Path(path), list(layout), record
         self._partial = self.path.parent / f".{self.path.name}.partial"
         self._digests: dict[TensorSpec, str] = {}
@@ -123,7 +148,7 @@ class ArtifactWriter:
 
         self._hasher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deme-hash")
 
-    def __enter__(self) -> ArtifactWriter:
+    def __enter__(self) -> ArtifactWriter[_Written]:
         require_space(self.path, sum(spec.num_bytes for spec in self.layout))
         self._claim = claim(self.path)
         self._claim.__enter__()
@@ -216,7 +241,7 @@ class ArtifactWriter:
         return struct.pack("<Q", len(text)) + text
 
 
-def write_artifact(path: Path, tensors: Mapping[str, Any], record: Record) -> Record:
+def write_artifact(path: Path, tensors: Mapping[str, Any], record: _Written) -> _Written:
     """Write torch or numpy tensors as one artifact; returns the record with its fingerprint."""
     layout = layout_of(tensors)
     with ArtifactWriter(path, layout, record) as writer:

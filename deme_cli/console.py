@@ -13,7 +13,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 SCHEMA_VERSION = 1
 _PLAIN_SECONDS = 10.0
@@ -101,21 +104,21 @@ class Progress:
         self.label, self.total, self.unit = label, total, unit
         self._start: tuple[float, int] | None = None
         self._shown = time.monotonic()
-        self._bar = self._task = None
-        if not _quiet and sys.stderr.isatty():
-            self._open_bar()
+        self._bar = self._open_bar() if not _quiet and sys.stderr.isatty() else None
 
-    def _open_bar(self) -> None:
+    def _open_bar(self) -> Bar:
+        """A bar on the terminal, with one task."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self._bar = Bar(
+        bar = Bar(
             TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(), console=stderr_console(),
         )  # fmt: skip
-        self._bar.start()
-        self._task = self._bar.add_task(self.label, total=self.total, rate="", note="")
+        bar.start()
+        bar.add_task(self.label, total=self.total, rate="", note="")
+        return bar
 
     def advance(self, done: int, note: str = "") -> None:
         """Show that `done` units are finished (a resumed run starts above 0)."""
@@ -127,7 +130,7 @@ class Progress:
         shown = f"{speed:.3g}" if speed < 1000 else f"{speed:.0f}"  # no 1.36e+03
         rate = f"{shown} {self.unit}/s" if speed else ""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=rate, note=note)
+            self._bar.update(self._bar.task_ids[0], completed=done, rate=rate, note=note)
         elif not _quiet and (now - self._shown >= _PLAIN_SECONDS or done >= self.total):
             self._shown = now
             parts = [f"{self.label}: {done}/{self.total}", rate, note]

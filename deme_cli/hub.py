@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 _SECONDS = 4.0
+_OFFLINE = "HF_HUB_OFFLINE"  # the variable, and what the libraries made of it
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -24,17 +25,17 @@ def is_hub_id(text: str) -> bool:
 
 def offline_reason() -> str | None:
     """Why the hub cannot be asked, or None if it answers."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE is set"
+    if os.environ.get(_OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE"):
+        return f"{_OFFLINE} is set"
     return None if _answers() else f"the hub did not answer within {_SECONDS:.0f} s"
 
 
 def stay_offline() -> None:
     """Tell the hub's libraries, imported or not, to look in their caches only."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ[_OFFLINE] = "1"
     for name in ("huggingface_hub.constants", "datasets.config"):
         if name in sys.modules:
-            sys.modules[name].HF_HUB_OFFLINE = True
+            setattr(sys.modules[name], _OFFLINE, True)
 
 
 def is_dataset_cached(hub_id: str) -> bool:

@@ -9,7 +9,6 @@ all end with its exit code. Which process this is, launch.py knows.
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import time
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-_PATIENCE = timedelta(minutes=30)  # writing a large expert, and hub downloads before the first word
+_PATIENCE = timedelta(minutes=30)  # imports and downloads before the first word
+_WORK = timedelta(hours=12)  # of one process, while others wait; a dead one is told at once
 _LEAVE_SECONDS = 5.0  # how long the first process holds the store for the others
 _MAX_DIMENSIONS = 8  # of an array that is gathered
 _SAME_SIGNAL_SECONDS = 10.0  # a launcher passes on what its processes may have got themselves
@@ -75,6 +75,15 @@ class World:
         """Go on when every process is here. Raises Lost where one has ended."""
         self.largest(0)
 
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Entered by the first process alone, then by the others together."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
     def add_up(self, tensor: Tensor) -> None:
         """Make `tensor` the sum of the processes' tensors, in place, on the device it lies on."""
         if self.is_alone:
@@ -87,7 +96,7 @@ class World:
     def gather(self, array: np.ndarray) -> list[np.ndarray]:
         """On the first process, the array of each (n_k, ...), in their order; elsewhere nothing.
 
-        All of one dtype. A process that has none gives an empty one, of any shape.
+        All of one dtype. A process that has none gives an empty one, of any shape and dtype.
         """
         if self.is_alone:
             return [array]
@@ -95,11 +104,12 @@ class World:
         import torch
         from torch.distributed import gather
 
-        told = torch.zeros(self.size, _MAX_DIMENSIONS, dtype=torch.int64)  # 1 + each dimension
-        told[self.rank, : array.ndim] = torch.tensor(array.shape) + 1
+        told = torch.zeros(self.size, 1 + _MAX_DIMENSIONS, dtype=torch.int64)
+        told[self.rank, 0] = array.nbytes
+        told[self.rank, 1 : 1 + array.ndim] = torch.tensor(array.shape) + 1  # 0: no dimension
         self.add_up(told)
-        shapes = [[n - 1 for n in row if n] for row in told.tolist()]
-        sizes = [math.prod(shape) * array.itemsize for shape in shapes]
+        sizes = told[:, 0].tolist()
+        shapes = [[n - 1 for n in row if n] for row in told[:, 1:].tolist()]
         own = torch.zeros(max(sizes), dtype=torch.uint8)
         own.numpy()[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view("u1")
         parts = [torch.empty_like(own) for _ in sizes] if self.is_first else None
@@ -119,7 +129,7 @@ class World:
         with _talking():
             if self.is_first:
                 self._store.set(key, json.dumps(own))
-                return
+            self.wait()  # `get` would not notice that the first one has ended
             first = json.loads(self._store.get(key))
         for name in own:
             if own[name] != first.get(name):
@@ -210,7 +220,7 @@ def join(launch: Launch, device: str) -> World:
         )
         # of its own, for modules of torch hold on to the default group, whose connections then
         # outlive it, and a process that fails would not be noticed before it ends
-        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        control = dist.new_group(backend="gloo", timeout=_WORK)
     except RuntimeError as error:
         meeting = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = str(error).strip().splitlines()[0]

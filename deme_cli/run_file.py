@@ -89,13 +89,12 @@ def checked_table(table: str, values: Any, where: str) -> dict[str, Any]:
     """The values of one table of settings; raises ConfigError on unknown keys and wrong types."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {table} should be a table, as in [{table}]")
-    known = {item.name: item for item in fields(TABLES[table])}
+    known = {item.name: str(item.type) for item in fields(TABLES[table])}
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r} in [{table}]{nearest(key, known)}")
     return {
-        key: _typed(value, known[key].type, f"{where}: [{table}] {key}")
-        for key, value in values.items()
+        key: _typed(value, known[key], f"{where}: [{table}] {key}") for key, value in values.items()
     }
 
 
@@ -151,6 +150,7 @@ _EXAMPLES: dict[str, Any] = {
     "resolution": 512,
     "ema_lengths": [0.05, 0.1],
     "snapshot_every": 1000,
+    "micro_batch": 16,
     "weighting_gamma": 5.0,
     "num": 64,
     "resize": 256,

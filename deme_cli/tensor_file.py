@@ -190,15 +190,13 @@ def layout_of(tensors: Mapping[str, Any]) -> list[TensorSpec]:
 
 def tensor_bytes(tensor: torch.Tensor | np.ndarray) -> memoryview:
     """The little-endian bytes of a tensor, without a copy where it is contiguous on the CPU."""
-    if hasattr(tensor, "detach"):
-        import torch
+    import numpy as np
 
-        array = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    else:
-        import numpy as np
+    if isinstance(tensor, np.ndarray):
+        return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+    import torch
 
-        array = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-    return memoryview(array)
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_pieces(file: Any, spec: TensorSpec, num_bytes: int = _CHUNK_BYTES) -> Iterator[memoryview]:

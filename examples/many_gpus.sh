@@ -1,33 +1,29 @@
 #!/usr/bin/env bash
-#SBATCH --job-name=deme
-#SBATCH --nodes=2
-#SBATCH --ntasks-per-node=4
-#SBATCH --gpus-per-node=4
-#SBATCH --cpus-per-task=8
-#SBATCH --time=04:00:00
-#SBATCH --signal=USR1@120
-#SBATCH --requeue
-# One expert on many GPUs: a process for each, which share every batch. The expert is that of one
-# process up to rounding, so a kept run continues on any number of GPUs. All of them see one folder.
+# The pipeline on all GPUs of one machine, a process for each: they share every batch of an expert,
+# the images of samples and evaluations, and the trials of a search. What comes out is that of one
+# process, up to rounding; only searches other than grid and random may ask for other points. Run it
+# again after a stop: what is done stays, what was begun goes on, on any number of GPUs.
 #
-#   sbatch examples/many_gpus.sh 2/4 --p 0.3 --dtype bf16       # on a cluster
-#   NUM_GPUS=8 examples/many_gpus.sh 2/4 --p 0.3 --dtype bf16   # on one machine
-#   DEVICE=cpu NUM_GPUS=2 examples/many_gpus.sh 2/4 --p 0.3     # to try it without any
+#   NUM_GPUS=8 examples/many_gpus.sh FOLDER             # FOLDER: where `deme split` was run, or new
+#   DEVICE=cpu NUM_GPUS=2 STEPS=20 NUM=64 examples/many_gpus.sh    # to try it on digits, without any
 #
-# SLURM sends SIGUSR1 to all processes two minutes before the time limit: they save once, exit with
-# 75, and the job is put back into the queue. torchrun ends with 1 whatever its processes say, so a
-# kept run is told by its checkpoint, and it waits 30 seconds for the state to be saved; where that
+# NUM_GPUS: all of them unless set. MODEL, DATA, RANGES: what a new folder is split from (digits, 4).
+# STEPS: updates of each expert; NUM: images of an evaluation (unset: those of deme.toml).
+#
+# The `--` keeps torchrun from taking options of deme for its own (--num, --start). It ends with 1
+# whatever its processes say, and after a signal waits 30 seconds for states to be saved; where that
 # is short, newer ones take --shutdown-timeout.
-set -uo pipefail
-range=${1:?the range to train, as in 2/4}
-shift
+set -euo pipefail
+mkdir -p "${1:-many-gpus-run}" && cd "${1:-many-gpus-run}"
 
-if [ -n "${SLURM_JOB_ID:-}" ]; then
-    srun --kill-on-bad-exit=1 deme finetune --range "$range" "$@"
-    code=$?
-    if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-    exit "$code"
-fi
+together() {
+    torchrun --standalone --nproc-per-node "${NUM_GPUS:-auto}" -m -- \
+        deme_cli "$@" --device "${DEVICE:-auto}"
+}
 
-exec torchrun --standalone --nproc-per-node "${NUM_GPUS:-2}" -m deme_cli \
-    finetune --range "$range" --device "${DEVICE:-auto}" "$@"
+[ -e deme.toml ] || deme split "${MODEL:-digits}" --data "${DATA:-digits}" -n "${RANGES:-4}"
+together finetune --range all ${STEPS:+--steps "$STEPS"}
+[ -e merged.safetensors ] ||
+    together merge ft_*.safetensors --search "${SEARCH:-grid}" --objective loss ${NUM:+--num "$NUM"}
+[ -e samples.safetensors ] || together sample merged.safetensors -n 64 -o samples.safetensors
+together eval base.safetensors ft_*.safetensors merged.safetensors ${NUM:+--num "$NUM"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,22 @@ def test_experts_are_trained_merged_drawn_from_and_exported(
     name: str,
     pipelines: Callable[..., Path],
     deme: Callable[..., Result],
+    image_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    rows = [
+        {"file_name": path.name, "text": f"thing {index}", "label": index}
+        for index, path in enumerate(sorted(image_folder.iterdir()))
+    ]
+    (image_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     def done(*words: object) -> None:
         result = deme(*words)
         assert result.exit_code == 0, (words, result.exception, result.output)
 
-    done("split", pipelines(name), "--data", "digits", "-n", 2)
+    done("split", pipelines(name), "--data", image_folder, "-n", 2)
     record = read_record(Path("base.safetensors"), "base")
     companions = open_companions(record)
     done("finetune", "--range", "all", *TRAINING)

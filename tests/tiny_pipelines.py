@@ -1,16 +1,17 @@
 """Tiny diffusers pipelines of every class that deme takes: real networks, random weights.
 
-CLIP's vocabulary is the one that ships with open_clip; T5's is a unigram model of letters. Each
-builder writes a folder as `save_pretrained` does and gives it back.
+CLIP's vocabulary is the beginning of the one that ships with open_clip, as its whole of 49408
+words takes most of the time that a tiny pipeline is read in; T5's is a unigram model of letters.
+Each builder writes a folder as `save_pretrained` does and gives it back.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
-import open_clip
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -41,15 +42,18 @@ from transformers import (
 LATENT = 8  # latent pixels per side
 FACTOR = 2  # image pixels per latent pixel
 NUM_CLASSES = 10
+NUM_MERGES = 510  # CLIP's first ones; with 256 letters, at a word's end or not, and two marks
+VOCABULARY = 2 * 256 + NUM_MERGES + 2
 _LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def clip_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer from the vocabulary that ships with open_clip."""
-    packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")
-    merges = lines[1 : 49152 - 256 - 2 + 1]  # as open_clip's own tokenizer cuts them
-    letters = list(open_clip.tokenizer.bytes_to_unicode().values())
+    """CLIP's tokenizer with the first `NUM_MERGES` merges of the vocabulary in open_clip."""
+    packed = Path(find_spec("open_clip").origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    with gzip.open(packed, "rt", encoding="utf-8") as file:
+        next(file)  # the version
+        merges = [next(file).strip() for _ in range(NUM_MERGES)]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = letters + [letter + "</w>" for letter in letters]
     words += ["".join(merge.split()) for merge in merges]
     words += ["<|startoftext|>", "<|endoftext|>"]
@@ -63,8 +67,9 @@ def clip_tokenizer(folder: Path) -> CLIPTokenizer:
 def clip_text(*, width: int = 16, projected: bool = False, seed: int = 0) -> CLIPTextModel:
     torch.manual_seed(seed)
     config = CLIPTextConfig(
-        hidden_size=width, intermediate_size=2 * width, projection_dim=width, vocab_size=49408,
-        num_hidden_layers=2, num_attention_heads=2, bos_token_id=49406, eos_token_id=49407,
+        hidden_size=width, intermediate_size=2 * width, projection_dim=width, vocab_size=VOCABULARY,
+        num_hidden_layers=2, num_attention_heads=2, bos_token_id=VOCABULARY - 2,
+        eos_token_id=VOCABULARY - 1,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 

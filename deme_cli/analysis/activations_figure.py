@@ -47,7 +47,7 @@ def draw_activations(found: ActivationChanges, *, title: str, foot: str) -> list
     """The picture in each of figure.FORMATS."""
 
     def draw(figure: Figure) -> None:
-        upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.08])
+        upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.08], squeeze=False)[:, 0]
         left, right = upper.subplots(1, 2, width_ratios=[1.15, 1])
         _draw_shares(left, found)
         _draw_differences(right, found)
@@ -72,7 +72,7 @@ def _draw_shares(axis: Axes, found: ActivationChanges) -> None:
         heights = np.nan_to_num([getattr(block.shares, part) for block in blocks])
         axis.bar(places, heights, 0.8, bottom, color=color, label=label)
         bottom += heights
-    for place, block in zip(places, blocks, strict=True):
+    for place, block in enumerate(blocks):
         if np.isnan(block.shares.rest):
             text = "one place" if block.size > 0 else "unchanged"
             axis.text(place, 0.03, text, rotation=90, ha="center", fontsize=7, color=LINE)
@@ -222,6 +222,8 @@ def _draw_channels(axes: list[Axes], block: BlockChange) -> None:
 
 def _draw_places(figure: SubFigure, axes: list[Axes], block: BlockChange) -> None:
     """Base and expert on one scale, the difference on its own, centred at 0."""
+    from matplotlib.ticker import MaxNLocator
+
     before = block.place_base.reshape(block.grid)
     change = block.place_change.reshape(block.grid)
     ends = (min(before.min(), (before + change).min()), max(before.max(), (before + change).max()))
@@ -239,15 +241,9 @@ def _draw_places(figure: SubFigure, axes: list[Axes], block: BlockChange) -> Non
         beneath = axis.inset_axes((0.05, -0.11, 0.9, 0.05))
         bar = figure.colorbar(shown, cax=beneath, orientation="horizontal")
         bar.ax.tick_params(labelsize=7.5)
-        bar.locator = _few_ticks()
+        bar.locator = MaxNLocator(3)
         bar.update_ticks()
         bar.outline.set_visible(False)
-
-
-def _few_ticks():
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(3)
 
 
 def _draw_histogram(axis: Axes, block: BlockChange, headroom: float) -> None:

@@ -50,7 +50,9 @@ class ActivationChanges:
 
     def rows(self) -> list[dict[str, Any]]:
         """The numbers of every block as JSON holds them, the means of the controls among them."""
-        means = self.control_means() or [None] * len(self.blocks)
+        means: Sequence[dict[str, Any] | None] = (
+            self.control_means() if self.controls else [None] * len(self.blocks)
+        )
         return [
             {**block.row(), "controls": mean}
             for block, mean in zip(self.blocks, means, strict=True)

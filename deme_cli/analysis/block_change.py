@@ -203,8 +203,9 @@ def block_change(
             _fixed(changes[0], of_channel / num_places, components[0], num),
             _fixed(changes[1], of_place / num_channels, components[1], num),
         ),
-        spread=tuple(
-            math.sqrt(_ratio(part * num / size, variance)) for part in (of_channel, of_place)
+        spread=(
+            math.sqrt(_ratio(of_channel * num / size, variance)),
+            math.sqrt(_ratio(of_place * num / size, variance)),
         ),
         explained=_explained(sums), projection=projection, **means,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from deme_cli.merging.search.heat_map import shorten
 
@@ -40,8 +40,9 @@ def render(
         figure.suptitle(shorten(title, _LONGEST), fontsize=11)
         if foot:
             figure.supxlabel(foot, fontsize=7.5, color="0.35")
-        for text in figure.findobj(lambda one: isinstance(one, Text) and "$" in one.get_text()):
-            text.set_parse_math(False)  # the name of a file; the numbers of axes come later
+        for text in figure.findobj(Text):
+            if isinstance(text, Text) and "$" in text.get_text():
+                text.set_parse_math(False)  # the name of a file; the numbers of axes come later
         drawn = []
         for kind in FORMATS:
             stream = io.BytesIO()
@@ -55,7 +56,7 @@ def color_of(index: int) -> str:
     return EXPERTS[index % len(EXPERTS)]
 
 
-def open_axis(axis: Axes, *, grid: str = "y") -> None:
+def open_axis(axis: Axes, *, grid: Literal["x", "y", "both"] = "y") -> None:
     """Without a frame on top and right, with a light grid behind what is drawn."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, color="0.92")

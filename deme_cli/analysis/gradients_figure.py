@@ -34,7 +34,7 @@ def draw_gradients(affinity: Affinity) -> list[bytes]:
     """The picture in each of figure.FORMATS."""
 
     def draw(figure: Figure) -> None:
-        left, right = figure.subfigures(1, 2, width_ratios=[1.3, 1])
+        left, right = figure.subfigures(1, 2, width_ratios=[1.3, 1], squeeze=False)[0]
         _draw_cosines(left, left.subplots(), affinity)
         upper, middle, lower = right.subplots(3, 1)
         _draw_distributions(upper, affinity)

@@ -24,15 +24,17 @@ from deme_cli.analysis.landscape_config import LandscapeConfig
 from deme_cli.analysis.landscape_found import Landscape, Pick, Seen
 from deme_cli.analysis.landscape_grid import Index, axes_of, is_at_edge, origin_index
 from deme_cli.analysis.landscape_groups import Groups
-from deme_cli.analysis.landscape_workers import Crew, Field, Place, Setup, held_out_loss
+from deme_cli.analysis.landscape_launch import open_crew
+from deme_cli.analysis.landscape_progress import Progress
+from deme_cli.analysis.landscape_workers import Field, Place, Setup, held_out_loss
 from deme_cli.analysis.subspace import Model
 from deme_cli.analysis.unfinished import Step, Unfinished
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.errors import NumericsError
+from deme_cli.processes import ALONE, World
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import Examples
 
-_UNMEASURED = -1.0  # no loss is negative; one that is not finite is kept as nan
 _STENCIL = 0.25  # of a step of the grid, to each side of the origin: slopes
 
 
@@ -88,19 +90,22 @@ class Analysis:
         }
 
 
-def measure_landscape(analysis: Analysis, *, force: bool = False) -> Iterator[Step | Landscape]:
+def measure_landscape(
+    analysis: Analysis, *, force: bool = False, world: World = ALONE
+) -> Iterator[Step | Landscape]:
     """Measure every point; yields a `Step` per point, and the `Landscape` last.
 
-    Finished points are kept beside the output until the caller discards them, and used again unless
-    `force`. Raises ConfigError where a range has no draws, NumericsError where the loss of the
-    origin is not finite, Stopped after a signal, and what `Crew.measure` raises.
+    The others of `world` are to call `help_landscape`. Finished points are kept beside the output
+    until the caller discards them, and used again unless `force`. Raises ConfigError where a range
+    has no draws, NumericsError where the loss of the origin is not finite, Stopped after a signal,
+    and what the crew's `measure` raises.
     """
     groups, fresh = (analysis.draws_by_group(fresh=fresh) for fresh in (False, True))
     num = analysis.config.report_num
     probes, grid = _probes(analysis), list(np.ndindex(*map(len, analysis.axes)))
-    field = Field(analysis.setup, analysis.examples)
-    with Unfinished(analysis.output, analysis.identity, force=force) as kept, Crew(field) as crew:
-        progress = _Progress(kept, crew, total_points(analysis))
+    crew = open_crew(Field(analysis.setup, analysis.examples), world)
+    with Unfinished(analysis.output, analysis.identity, force=force) as kept, crew:
+        progress = Progress(kept, crew, total_points(analysis))
         yield Step(progress.done, progress.note)
         errors = progress.rows("probes", len(probes), num)
         yield from progress.fill("probes", probes)
@@ -127,39 +132,6 @@ def total_points(analysis: Analysis) -> int:
     per_group = 1 if len(analysis.axes) > 1 else 2  # on a line also the top of its barrier
     fresh = per_group * (1 + len(analysis.groups))
     return len(_probes(analysis)) + math.prod(map(len, analysis.axes)) + fresh
-
-
-class _Progress:
-    """The places measured so far, in what is kept of them."""
-
-    def __init__(self, kept: Unfinished, crew: Crew, total: int) -> None:
-        self.kept, self.crew, self.total = kept, crew, total
-
-    def rows(self, name: str, count: int, width: int) -> np.ndarray:
-        """A row for each of some places, as kept or still to be measured: (count, width)."""
-        return self.kept.arrays.setdefault(name, np.full((count, width), _UNMEASURED))
-
-    @property
-    def done(self) -> int:
-        return sum(int((rows[:, 0] != _UNMEASURED).sum()) for rows in self.kept.arrays.values())
-
-    @property
-    def note(self) -> str:
-        return f"continuing after {self.done} points" if self.done else self.kept.note
-
-    def fill(
-        self, name: str, places: Sequence[Place], groups: Groups | None = None
-    ) -> Iterator[Step]:
-        """Measure what is left of these places, the means of groups or, on fresh draws, each."""
-        rows, kept = self.kept.arrays[name], self.kept
-        left = [(i, place) for i, place in enumerate(places) if rows[i, 0] == _UNMEASURED]
-        kept.done = f"{self.done} of {self.total} points"
-        for index, errors in self.crew.measure(left, kept.check, fresh=groups is None):
-            errors = np.where(np.isfinite(errors), errors, np.nan)
-            rows[index] = groups.means(errors) if groups else errors
-            kept.done = f"{self.done} of {self.total} points"
-            kept.save_now_and_then()
-            yield Step(self.done)
 
 
 def _places(analysis: Analysis, indices: Sequence[Index]) -> list[Place]:

@@ -52,6 +52,12 @@ class Curve:
     overall: Estimate | None
     loss: float
 
+    @property
+    def changes(self) -> list[Estimate]:
+        """The differences to the first model over each range, then over all draws."""
+        assert self.overall is not None, "the first model is not compared with itself"
+        return [*(self.by_range or ()), self.overall]
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -122,7 +128,9 @@ def measure_losses(analysis: LossAnalysis, *, force: bool = False) -> Iterator[S
         yield Step(done, "continuing with what was measured before" if done else kept.note)
         for entrant, row in zip(alone, errors, strict=True):
             first = int(np.isfinite(row).sum())
-            network = entrant.experts[0].load().network if first < total else None
+            if first == total:  # measured before
+                continue
+            network = entrant.experts[0].load().network
             for start in range(first, total, size):
                 kept.done = f"{done} of {errors.size} draws"
                 chosen = torch.arange(start, min(start + size, total))

@@ -41,7 +41,8 @@ def draw_losses(losses: Losses, *, title: str, foot: str) -> list[bytes]:
     rows = len(losses.curves)
 
     def draw(figure: Figure) -> None:
-        upper, lower = figure.subfigures(2, 1, height_ratios=[3.2, 2.2 + 0.16 * rows])
+        heights = [3.2, 2.2 + 0.16 * rows]
+        upper, lower = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
         top = upper.subplots()
         _draw_changes(top, losses)
         left, right = lower.subplots(1, 2, width_ratios=[1, 1.25])
@@ -153,7 +154,7 @@ def _draw_table(axis: Axes, losses: Losses) -> None:
         axis.set_axis_off()
         return
     scales = [100 / loss for loss in (*first.range_losses, first.loss)]
-    found = [[*(curve.by_range or []), curve.overall] for curve in rows]
+    found = [curve.changes for curve in rows]
     values = np.array([[one.mean * s for one, s in zip(row, scales, strict=True)] for row in found])
     limit = float(np.clip(np.nanquantile(np.abs(values), 0.8), 0.5, 100))
     axis.imshow(values, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto")

@@ -75,9 +75,7 @@ def read_weights(argument: str) -> tuple[DenoiserRecord, Weights]:
     """The record and the weights of a model; those of an artifact are mapped, not copied."""
     place = locate_model(argument)
     if place.is_file():
-        record = read_record(place, "base", "expert", "merged")
-        assert isinstance(record, DenoiserRecord)
-        return record, load_tensors(place)
+        return read_record(place, "base", "expert", "merged"), load_tensors(place)
     denoiser = open_denoiser(argument)
     return denoiser.record, denoiser.network.state_dict()
 

@@ -10,10 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deme_cli.artifacts import load_tensors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 _COLUMNS = 12  # images of each model
 
@@ -41,7 +46,7 @@ def draw_summary(
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(11, 7.2), layout="constrained", dpi=110)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.15])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.15], squeeze=False)[:, 0]
     _draw_images(upper, rows)
     left, right = lower.subplots(1, 2, width_ratios=[1.1, 1])
     _draw_distances(left, rows, metric)
@@ -51,7 +56,7 @@ def draw_summary(
     plt.close(figure)
 
 
-def _draw_images(figure, rows: Sequence[SummaryRow]) -> None:
+def _draw_images(figure: SubFigure, rows: Sequence[SummaryRow]) -> None:
     axes = figure.subplots(len(rows), 1)
     figure.suptitle("The same starting noise, denoised by each model", fontsize=11)
     for axis, row in zip(axes, rows, strict=True):
@@ -64,7 +69,7 @@ def _draw_images(figure, rows: Sequence[SummaryRow]) -> None:
         axis.spines[:].set_visible(False)
 
 
-def _draw_distances(axis, rows: Sequence[SummaryRow], metric: str) -> None:
+def _draw_distances(axis: Axes, rows: Sequence[SummaryRow], metric: str) -> None:
     values = np.array([row.distances for row in rows])  # (rows, seeds)
     positions = np.arange(len(rows))
     axis.plot(positions, values, color="0.75", linewidth=1, zorder=1)
@@ -83,7 +88,7 @@ def _draw_distances(axis, rows: Sequence[SummaryRow], metric: str) -> None:
     axis.grid(axis="y", color="0.92")
 
 
-def _draw_losses(axis, rows: Sequence[SummaryRow], ranges: Sequence[str]) -> None:
+def _draw_losses(axis: Axes, rows: Sequence[SummaryRow], ranges: Sequence[str]) -> None:
     losses = np.array([row.losses for row in rows])
     change = 100 * (losses / losses[0] - 1)  # per cent
     limit = max(np.abs(change).max(), 0.1)

@@ -123,7 +123,7 @@ def measure_task_vectors(
 
 def _empty(num_tensors: int, count: int, ranks: bool) -> dict[str, np.ndarray]:
     """Places for what is found; squares that are nan mark a tensor still to be measured."""
-    arrays = {name: np.zeros((num_tensors, count, count)) for name in PAIRWISE}
+    arrays: dict[str, np.ndarray] = {n: np.zeros((num_tensors, count, count)) for n in PAIRWISE}
     arrays |= {name: np.full(num_tensors, np.nan) for name in ONCE}
     if ranks:
         arrays |= {n: np.full((num_tensors, 1 + count), np.nan) for n in ("effective", "stable")}

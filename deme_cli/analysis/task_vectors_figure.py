@@ -50,14 +50,17 @@ def draw_task_vectors(found: TaskVectors, *, title: str, foot: str) -> list[byte
     names = [shorten(name, _NAME) for name in found.names]
 
     def draw(figure: Figure) -> None:
-        rows = figure.subfigures(3, 1, height_ratios=[1, 1.15, 1.2]) if has_pairs else [figure]
-        _draw_spreads(rows[0], found, names)
-        if has_pairs:
-            every = pairs(found)
-            left, right = rows[1].subplots(1, 2)
-            _draw_cosines(rows[1], left, every, names)
-            _draw_conflicts(rows[1], right, every, names)
-            _draw_blocks(rows[2], found)
+        if not has_pairs:
+            _draw_spreads(figure, found, names)
+            return
+        heights = [1, 1.15, 1.2]
+        upper, middle, lower = figure.subfigures(3, 1, height_ratios=heights, squeeze=False)[:, 0]
+        _draw_spreads(upper, found, names)
+        every = pairs(found)
+        left, right = middle.subplots(1, 2)
+        _draw_cosines(middle, left, every, names)
+        _draw_conflicts(middle, right, every, names)
+        _draw_blocks(lower, found)
 
     return render(draw, size=(11.5, 11.5 if has_pairs else 4.2), title=title, foot=foot)
 

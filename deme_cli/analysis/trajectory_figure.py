@@ -229,7 +229,7 @@ def _label(one: Trajectory) -> str:
 
 def _draw_distances(axis: Axes, found: Trajectories, reference: str) -> dict[str, Line2D]:
     """How far all others are from one, step by step; returns their lines by name."""
-    lines = {}
+    lines: dict[str, Line2D] = {}
     others = [one for one in found.trajectories if one.name != reference]
     for one in others:
         values, look = one.distances[reference].steps, _look(found, one)

@@ -21,6 +21,7 @@ from deme_cli.commands.analysis import (
     write_analysis,
 )
 from deme_cli.commands.caching import fill_with_bar
+from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -84,13 +85,22 @@ def landscape(
 ) -> None:  # fmt: skip
     """Draw the loss around a model, over a plane or along a line, of all timesteps and by range.
 
+    Processes of one launch (torchrun, accelerate launch, srun) share the points.
+
     Example: deme analyze landscape base.safetensors ft_1of4.safetensors ft_4of4.safetensors
     """
+    console.set_quiet(quiet)
+    world = meet(device)
     run = begin(config, quiet=quiet)
     settings = LandscapeConfig(
         along=along, points=points, span=span, num=num, report_num=report_num,
         batch_size=batch_size, jobs=jobs, seed=seed,
     )  # fmt: skip
+    if jobs > 1 and not world.is_alone:
+        raise ConfigError(
+            f"--jobs {jobs} starts processes of its own; the {world.size} of this launch share the "
+            f"points: leave it out"
+        )
     pictures = check_output(output, force=force)
     spanning, marks = models or [own_base(run)], mark or []
     settings = replace(settings, along=choose_along(along, len(spanning)))
@@ -118,13 +128,14 @@ def landscape(
     from deme_cli.analysis.directions import basis_of
     from deme_cli.analysis.landscape import Analysis, measure_landscape, total_points
     from deme_cli.analysis.landscape_figure import draw_landscape
+    from deme_cli.analysis.landscape_launch import help_landscape
     from deme_cli.analysis.landscape_reading import (
         axis_labels,
         landscape_document,
         place_of,
         read_landscape,
     )
-    from deme_cli.analysis.landscape_workers import Setup
+    from deme_cli.analysis.landscape_workers import Field, Setup
     from deme_cli.analysis.subspace import has_any_projections, open_models
     from deme_cli.diffusion.denoiser import choose_device
     from deme_cli.diffusion.schedule import read_schedule
@@ -136,15 +147,20 @@ def landscape(
         tuple(arguments), has_any_projections(opened), None if basis is None else basis.mixing,
         settings, images, split, cache=run.settings(FinetuneConfig).cache,
         beside=origin.parent if origin.is_file() else output.parent,
-        pipeline=run.pipeline(pipeline), device=str(choose_device(device)),
+        pipeline=run.pipeline(pipeline), device=str(choose_device(world.device or device)),
     )  # fmt: skip
     record, examples = setup.open_examples(opened[0].record)
-    fill_with_bar(examples)
+    fill_with_bar(examples, world=world)
     ranges = ranges or _ranges(run, arguments, n, record.num_train_timesteps)
     schedule = read_schedule(record.scheduler_config, spanning[0])
     opened[0] = replace(opened[0], record=record)
     analysis = Analysis(opened, setup, basis, schedule, examples, ranges, output)
-    steps = measure_landscape(analysis, force=force)
+    world.require_same({**analysis.identity, "output": str(output)})
+    world.wait()  # nothing is begun before all agree
+    if not world.is_first:
+        help_landscape(Field(setup, examples), world)
+        return
+    steps = measure_landscape(analysis, force=force, world=world)
     found = watch(steps, "landscape", total_points(analysis), "point")
     reading = read_landscape(found, len(spanning))
     labels = axis_labels(analysis)

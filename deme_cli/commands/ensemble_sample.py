@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from deme_cli import console
+from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
+    Compile,
     ConfigPath,
     Device,
     DryRun,
@@ -81,6 +84,7 @@ def ensemble_sample(
     config: ConfigPath = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
+    compile: Compile = "auto",
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -89,9 +93,12 @@ def ensemble_sample(
     """Draw images from an ensemble of experts (Eq. 7); run the same command again to continue.
 
     Timestep t goes to the expert whose range holds it. It costs what one model costs.
+    Processes of one launch (torchrun, accelerate launch, srun) share the batches.
 
     Example: deme ensemble-sample ft_*.safetensors -n 64
     """
+    console.set_quiet(quiet)
+    world = meet(device)
     run = begin(config, quiet=quiet)
     options = {
         "num": num, "prompts": prompts, "prompt_column": prompt_column, "per_prompt": per_prompt,
@@ -101,12 +108,13 @@ def ensemble_sample(
     }  # fmt: skip
     settings = sample_config(run, options, prompt=prompt, protocol=protocol)
     request = Request(
-        settings, run.pipeline(pipeline), output, device, dtype, force, dry_run, as_json
-    )
-    request.check()
+        [str(path) for path in experts], settings, run.pipeline(pipeline), output,
+        world.device or device, dtype, compile, force, dry_run, as_json,
+    )  # fmt: skip
+    request.check(world)
 
     from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
 
     records = [member.record for member in read_ensemble(experts)]
-    opened = open_ensemble(experts, device=device, dtype=dtype)
-    draw(opened, records, request, hold_one=hold_one)
+    opened = open_ensemble(experts, device=request.device, dtype=dtype)
+    draw(opened, records, request, world, hold_one=hold_one)

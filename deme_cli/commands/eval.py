@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deme_cli import console
+from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
+    Compile,
     ConfigPath,
     Device,
     DryRun,
@@ -35,7 +38,8 @@ from deme_cli.commands.sample import (
     Steps,
 )
 from deme_cli.config import EvalConfig, SampleConfig
-from deme_cli.outputs import write_whole
+from deme_cli.outputs import require_output, write_whole
+from deme_cli.processes import World
 
 if TYPE_CHECKING:
     from deme_cli.commands.eval_request import Request
@@ -109,6 +113,7 @@ def evaluate(
     config: ConfigPath = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
+    compile: Compile = "auto",
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -117,6 +122,7 @@ def evaluate(
     """Measure images of models: distances to reference images, CLIP score, accuracy.
 
     Rows of one repeat start from the same noise; differences to the first row are paired.
+    Processes of one launch (torchrun, accelerate launch, srun) share the images.
 
     Example: deme eval base.safetensors merged.safetensors --fid digits -n 2000 --repeats 3
     """
@@ -131,6 +137,8 @@ def evaluate(
     from deme_cli.commands.eval_table import document_of, require_gate, show
     from deme_cli.evaluation.protocols import apply_protocol, find_protocol
 
+    console.set_quiet(quiet)
+    world = meet(device)
     run = begin(config, quiet=quiet)
     named = find_protocol(run.settings(EvalConfig, protocol=protocol).protocol)
     given = {
@@ -148,38 +156,49 @@ def evaluate(
         "batch_size": batch_size, "num": settings.num, "seed": settings.seed,
     }  # fmt: skip
     sample = run.settings(SampleConfig, **apply_protocol(named, SampleConfig, options))
-    check_options(settings, named, max_fid=max_fid, weights=weights, output=output, force=force)
+    world.require_same({"models": models, **asdict(settings), **asdict(sample), "dtype": dtype})
+    check_options(settings, named, max_fid=max_fid, weights=weights)
+    if output is not None and world.is_first:
+        require_output(output, force=force)
     if named is not None:
         console.note(f"protocol {named.name}: {named.source}")
         console.note(f"not told there: {named.open}")
-    chosen, settings, sample = find_prompts(run, settings, sample, given["num"])
-    rows = find_rows(run, models or [])
-    means = find_means(run, settings, weights, named)
+    with world.first_before_others():
+        chosen, settings, sample = find_prompts(run, settings, sample, given["num"])
+        rows = find_rows(run, models or [])
+        means = find_means(run, settings, weights, named)
     parts = run.pipeline(pipeline)
-    request = Request(settings, sample, means, rows, chosen, parts, device, dtype)
+    request = Request(
+        settings, sample, means, rows, chosen, parts, world.device or device, dtype, compile
+    )
     if dry_run:
         say_what_would_run(request, as_json=as_json)
         return
-    measured, figures, cards = _measure(request)
-    show(figures, cards)
-    document = document_of(figures, {row.name: row.kind for row in measured}, cards)
-    if output is not None:
-        text = json.dumps({"schema_version": console.SCHEMA_VERSION, **document}, indent=2)
-        write_whole(output, [text.encode(), b"\n"])
-    if as_json:
-        console.result_json(document)
-    elif output is not None:
-        console.result_paths([output], as_json=False)
-    if means.features is not None:
-        require_gate(figures, means.features.metric_name, max_fid)
+    measured, figures, cards = _measure(request, world)
+    if world.is_first:
+        show(figures, cards)
+        document = document_of(figures, {row.name: row.kind for row in measured}, cards)
+        if output is not None:
+            text = json.dumps({"schema_version": console.SCHEMA_VERSION, **document}, indent=2)
+            write_whole(output, [text.encode(), b"\n"])
+        if as_json:
+            console.result_json(document)
+        elif output is not None:
+            console.result_paths([output], as_json=False)
+        if means.features is not None:
+            require_gate(figures, means.features.metric_name, max_fid)
+    world.wait()  # nobody ends well where the gate does not open
 
 
-def _measure(request: Request) -> tuple[list[Row], Figures, Cards]:
-    """Measure all rows with a bar: the rows, their figures and their protocol cards."""
+def _measure(request: Request, world: World) -> tuple[list[Row], Figures, Cards]:
+    """Measure all rows with a bar: the rows, their figures and their protocol cards.
+
+    The first process of `world` has the figures.
+    """
     from deme_cli.evaluation.evaluate import evaluate_rows, total_images
     from deme_cli.evaluation.ledger import Ledger
     from deme_cli.evaluation.measure import Measured, seeds_of
-    from deme_cli.evaluation.protocol import evaluation_card
+    from deme_cli.evaluation.protocol import card_digest, evaluation_card
     from deme_cli.evaluation.rows import RowOpener, open_rows
     from deme_cli.evaluation.summary import summarise
 
@@ -189,29 +208,32 @@ def _measure(request: Request) -> tuple[list[Row], Figures, Cards]:
     )
     rows = open_rows(request.rows.plans, opener, config)
     _warn(request, rows)
-    instruments = _open_instruments(request, rows[0].shape)
+    instruments = _open_instruments(request, rows[0].shape, world)
     references = {target.metric: target.reference for target in instruments.targets}
     means = request.means.counted(references)
     cards = {
         row.name: evaluation_card(row.card, means, seeds=seeds_of(row, config)) for row in rows
     }
-    ledger = Ledger(Path("."), [config.num, config.repeats, cards])
+    world.require_same({name: card_digest(card) for name, card in cards.items()})
+    identity = [config.num, config.repeats, cards]
+    ledger = Ledger(Path("."), identity) if world.is_first else None
     measured: list[Measured] = []
     shown = 0
     with console.progress("measuring", total_images(rows, config), "image") as bar:
         for record in evaluate_rows(
-            rows, instruments, sample=request.sample, config=config, ledger=ledger
-        ):
+            rows, instruments, sample=request.sample, config=config, ledger=ledger,
+            compile=request.compile, world=world,
+        ):  # fmt: skip
             done = sum(finished.n for finished in measured) + record.done
             if isinstance(record, Measured):
                 measured.append(record)
             if done > shown:
                 shown = done
                 bar.advance(done, f"{record.row}, repeat {record.repeat + 1}")
-    return rows, summarise(measured), cards
+    return rows, summarise(measured) if measured else {}, cards
 
 
-def _open_instruments(request: Request, shape: tuple[int, int, int]) -> Instruments:
+def _open_instruments(request: Request, shape: tuple[int, int, int], world: World) -> Instruments:
     """Load what measures, and look at the reference images. shape: (C, H, W) of the rows."""
     from deme_cli.evaluation.accuracy import open_classifier
     from deme_cli.evaluation.clip_score import open_clip_scorer
@@ -223,14 +245,14 @@ def _open_instruments(request: Request, shape: tuple[int, int, int]) -> Instrume
     extractor = open_extractor(means.features, **place) if means.features else None
     return Instruments(
         extractor,
-        _open_targets(request, extractor, shape) if extractor else (),
+        _open_targets(request, extractor, shape, world) if extractor else (),
         open_clip_scorer(means.clip, **place) if means.clip else None,
         open_classifier(means.classifier, **place) if means.classifier else None,
     )
 
 
 def _open_targets(
-    request: Request, extractor: Extractor, shape: tuple[int, int, int]
+    request: Request, extractor: Extractor, shape: tuple[int, int, int], world: World
 ) -> list[Target]:
     """The references' statistics and features, with a bar for their images."""
     from deme_cli.evaluation.targets import Target, open_target
@@ -238,7 +260,7 @@ def _open_targets(
     targets = []
     for metric, reference in request.means.references.items():
         with console.progress(f"reference {reference.source}", 100, "%") as bar:
-            for record in open_target(metric, reference, extractor, shape):
+            for record in open_target(metric, reference, extractor, shape, world=world):
                 if isinstance(record, Target):
                     targets.append(record)
                 else:

@@ -21,7 +21,6 @@ from deme_cli.evaluation.weights import (
     find_weights,
     weights_assets,
 )
-from deme_cli.outputs import require_output
 from deme_cli.run_file import RunFile
 
 
@@ -37,6 +36,7 @@ class Request:
     pipeline: str | None
     device: str
     dtype: str
+    compile: str
 
 
 def check_options(
@@ -45,8 +45,6 @@ def check_options(
     *,
     max_fid: float | None,
     weights: Path | None,
-    output: Path | None,
-    force: bool,
 ) -> None:
     """What the command line alone can get wrong."""
     require_reference(protocol, settings.fid)
@@ -59,8 +57,6 @@ def check_options(
         raise ConfigError("--max-fid needs --fid")
     if weights is not None and not (settings.fid or settings.kid):
         raise ConfigError("--weights goes with --fid or --kid; those of CLIP are --clip-weights")
-    if output is not None:
-        require_output(output, force=force)
 
 
 def find_prompts(

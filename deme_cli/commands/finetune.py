@@ -11,6 +11,7 @@ from deme_cli import console
 from deme_cli.commands.caching import fill_with_bar
 from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
+    Compile,
     ConfigPath,
     Device,
     DryRun,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from deme_cli.training.plan import Plan
 
 _C, _RATE, _IMAGES, _MORE = FinetuneConfig, "Optimisation", "Images and captions", "More"
-_WEIGHTS = "Weights of timesteps"
+_WEIGHTS, _MEMORY = "Weights of timesteps", "Memory"
 
 
 def finetune(
@@ -129,6 +130,26 @@ def finetune(
     ] = None,
     cache: Annotated[str | None, option(_C, "cache", "--cache", panel=_IMAGES)] = None,
     seed: Annotated[int | None, option(_C, "seed", "--seed", panel=_MORE)] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        option(
+            _C,
+            "gradient_checkpointing",
+            "--gradient-checkpointing/--keep-activations",
+            panel=_MEMORY,
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        int | None, option(_C, "micro_batch", "--micro-batch", panel=_MEMORY)
+    ] = None,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Divide the network among the processes of a launch; changes rounding alone.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -139,6 +160,7 @@ def finetune(
     config: ConfigPath = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
+    compile: Compile = "auto",
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -164,6 +186,7 @@ def finetune(
         loss_weighting=loss_weighting, weighting_gamma=weighting_gamma, weighting_k=weighting_k,
         normalise_weighting=normalise_weighting, multitask=multitask, clusters=clusters,
         cluster_by=cluster_by, multitask_lr=multitask_lr, multitask_every=multitask_every,
+        gradient_checkpointing=gradient_checkpointing, micro_batch=micro_batch,
         ema_lengths=None if ema_lengths is None else parse_numbers(ema_lengths, "--ema-lengths"),
     )  # fmt: skip
     if bool(range) == bool(from_scratch):
@@ -180,9 +203,9 @@ def finetune(
             f"range after another: leave it out"
         )
 
-    from deme_cli.training.plan import Job, plan_base, plan_experts, require_shares
+    from deme_cli.training.plan import Job, plan_base, plan_experts, require_processes
 
-    require_shares(settings, world.size)
+    require_processes(settings, world.size, shard=shard, dtype=dtype, compile=compile)
 
     job = Job(
         base=base or run.base,
@@ -193,6 +216,8 @@ def finetune(
         settings=settings,
         device=world.device or device,
         dtype=dtype,
+        compile=compile,
+        shard=shard,
         force=force,
         config_path=config,
         pipeline=run.pipeline(pipeline),
@@ -244,6 +269,11 @@ def _train(plan: Plan, world: World) -> None:
     label = f"expert {plan.range_text}" if plan.choice else "base"
     with console.progress(label, run.config.steps, "update") as bar:
         for record in train(run, world):
+            if record.halved_to:
+                console.warn(
+                    f"out of memory: {record.halved_to} images at a time from here on, as with "
+                    f"--micro-batch {record.halved_to} (the same batches, more slowly)"
+                )
             bar.advance(record.step, f"loss {record.loss:.4g}")
 
 

@@ -1,8 +1,10 @@
-"""What commands that work in several processes of one launch do first: meet, and let one speak."""
+"""What a command does first in a launch of several processes: meet, or leave all to the first."""
 
 from __future__ import annotations
 
 import os
+
+import typer
 
 from deme_cli import console
 from deme_cli.launch import read_launch
@@ -20,3 +22,15 @@ def meet(device: str) -> World:
     elif launch.world_size > 1:
         console.note(f"{launch.world_size} processes work together; waiting for all to come")
     return join(launch, device)
+
+
+def only_first() -> None:
+    """Go on in the first process of this launch, which is alone from here on; end the others.
+
+    They end well and without a word. Raises what `read_launch` raises, and typer.Exit.
+    """
+    launch = read_launch(os.environ)
+    if launch.rank > 0:
+        raise typer.Exit
+    if launch.world_size > 1:
+        os.environ["WORLD_SIZE"] = "1"  # nor does a command that this one runs look for the others

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
+from deme_cli.commands.launching import meet, only_first
 from deme_cli.commands.merge_options import (
+    looks_for,
     parse_coefficients_for,
     parse_lists,
     require_sense,
@@ -28,6 +30,7 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import MergeConfig
 from deme_cli.errors import ConfigError
+from deme_cli.processes import ALONE
 from deme_cli.settings import parse_numbers
 
 _C, _METHOD, _SEARCH, _REPORT = MergeConfig, "Method", "Search", "Report"
@@ -190,11 +193,22 @@ def merge(
     """Merge experts or task vectors into one model of the base's size (Eq. 8).
 
     With --search, a stopped search goes on when the same command is run again, and several
-    processes that run it share the trials.
+    processes that run it share the trials, as do those of one launch (torchrun, accelerate launch,
+    srun).
 
     Example: deme merge ft_*.safetensors --search grid
     """
     run = begin(config, quiet=quiet)
+    is_search = (
+        coefficients is None
+        and not (dry_run or show or replay)
+        and looks_for(run.tables.get("merge", {}), method=method, search=search)
+    )
+    world = ALONE
+    if is_search:
+        world = meet(device)
+    else:
+        only_first()
     target = output or Path("merged.safetensors")
     if dry_run and (show or replay):
         raise ConfigError("--dry-run goes with a merge, not with --show or --replay")
@@ -249,7 +263,7 @@ def merge(
 
     job = Job(
         run, settings, parents, parse_coefficients_for(coefficients_for or []), base, target,
-        pipeline, device, dtype, force, ema_length,
+        pipeline, world.device or device, dtype, force, ema_length, world=world,
         by_argument=frozenset(
             name
             for name, given in {"coefficients": coefficients, "grid": grid, "bounds": bounds,

@@ -16,6 +16,7 @@ from deme_cli.config import MergeConfig
 from deme_cli.errors import ConfigError
 from deme_cli.interrupts import StopRequests
 from deme_cli.outputs import require_output, require_space
+from deme_cli.processes import ALONE, World
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Job:
     force: bool
     ema_length: float | None = None
     by_argument: frozenset[str] = frozenset()
+    world: World = ALONE  # who shares the trials of a search
 
     def open(self) -> Order:
         """The files behind the arguments, checked to belong together and to fit the settings."""
@@ -176,12 +178,16 @@ class Job:
     def _searched(self, order: Order, *, as_json: bool) -> None:
         from deme_cli.artifacts import read_record
         from deme_cli.commands.merge_search import finishing, search_coefficients
+        from deme_cli.commands.merge_trials import help_search
         from deme_cli.merging.combine import merge_family
 
         measure = find_measure(self.run_file, order, self.pipeline)
+        if not self.world.is_first:
+            help_search(order, measure, self.world)
+            return
         with (
             StopRequests() as stop,
-            search_coefficients(order, measure) as found,
+            search_coefficients(order, measure, self.world) as found,
             finishing(found.journal, partial(_stop_if_asked, stop)) as is_ours,
         ):
             if not is_ours and order.output.exists():

@@ -20,6 +20,13 @@ _GRADIENT_OF = ("loss", "experts")
 _OF_ROWS = ("--objective", "--num", "--steps", "--batch-size")  # what a report alone reads as well
 
 
+def looks_for(table: Mapping[str, Any], *, method: str | None, search: str | None) -> bool:
+    """Whether a merge looks for its coefficients: options, None where absent, before [merge]."""
+    method = method or table.get("method", MergeConfig.method)
+    search = search or table.get("search", MergeConfig.search)
+    return search != "none" or method == "greedy"
+
+
 def parse_lists(text: str, flag: str) -> list[Any]:
     """`0,1` as one list for every expert, `0,1;0,2` as one list per expert."""
     lists = [parse_numbers(part, flag) for part in text.split(";")]

@@ -1,4 +1,4 @@
-"""What `deme merge --search` does: open the objectives, run the trials, show what came out."""
+"""What `deme merge --search` does: run the trials, conclude from them, show what came out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.commands.caching import fill_with_bar
-from deme_cli.commands.merge_options import parse_time
 from deme_cli.commands.merge_order import Order
 from deme_cli.commands.merge_pictures import draw_pictures
-from deme_cli.commands.merge_plan import open_plan
-from deme_cli.commands.search_view import SearchView
-from deme_cli.interrupts import StopRequests
+from deme_cli.commands.merge_trials import open_trials
 from deme_cli.merging.search.trials import BASE_NAME, MEAN_NAME, trials_of
+from deme_cli.processes import World
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -50,48 +47,29 @@ class Found:
     soup: Point | None
 
 
-def journal_path(output: Path) -> Path:
-    """The trials of the search for `output`."""
-    return output.with_name(f"{output.stem}.trials.jsonl")
-
-
 @contextmanager
-def search_coefficients(order: Order, measure: Measure) -> Iterator[Found]:
+def search_coefficients(order: Order, measure: Measure, world: World) -> Iterator[Found]:
     """Run the trials that are left; show the best as a table and all as pictures.
 
-    While it is entered, this process counts as one that works on the journal.
+    While it is entered, this process counts as one that works on the journal. The others of its
+    launch are to call `help_search`.
     """
     from deme_cli.merging.search.conclusion import conclude
-    from deme_cli.merging.search.distances import FeatureStore
-    from deme_cli.merging.search.evaluator import Evaluator
-    from deme_cli.merging.search.journal import Journal
-    from deme_cli.merging.search.objectives import Workbench
 
-    space, rungs = order.space(), order.rungs
-    search = _open_search(order, space)
-    path = journal_path(order.output)
-    store = FeatureStore(path.with_name(f".{path.name}.features"))
-    bench = Workbench(measure, order.family.base_record, store=store if len(rungs) > 1 else None)
-    evaluator = Evaluator(
-        order.family, space, method=order.method, device=order.device, dtype=order.dtype,
-        with_slopes=search.plan.needs_slopes,
-    )  # fmt: skip
-    objectives = [bench.open(rung, order.settings, experts=evaluator.ensemble) for rung in rungs]
-    for examples in {id(one.examples): one.examples for one in objectives}.values():
-        fill_with_bar(examples)
-    evaluator.objectives = objectives
-    evaluator.open()  # before the first trial, whose time it is not
-    with Journal(path, space.labels, describe(order, space, objectives)) as journal:
-        asked = _run(order, search, journal, evaluator)
+    trials = open_trials(order, measure, world)
+    search, objectives, evaluator = trials.search, trials.objectives, trials.evaluator
+    space = trials.space
+    with trials.journal() as journal:
+        asked = trials.run(journal)
         end = conclude(search, asked, objectives, evaluator.ranges)
         _tell(order, search, end, asked, objectives)
         labels, best = [one.label for one in objectives], end.best.point
         pictures = draw_pictures(order, space, trials_of(asked), labels, end.rhos, best)
         yield Found(
             best, space.coefficients(best), _record(order, search, end, objectives), journal,
-            pictures, evaluator, bench, _soup(search, asked),
+            pictures, evaluator, trials.workbench, _soup(search, asked),
         )  # fmt: skip
-        store.clear()
+        trials.features.clear()
 
 
 @contextmanager
@@ -120,69 +98,6 @@ def _take(lock: BaseFileLock) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def _open_search(order: Order, space: Space) -> Search:
-    from deme_cli.merging.search.run import Search
-
-    settings, plan = order.settings, open_plan(order, space)
-    return Search(
-        space, plan, order.rungs, settings.evaluations or plan.evaluations,
-        parse_time(settings.time) if settings.time else None,
-        with_soup=order.reports and order.search != "greedy",
-    )  # fmt: skip
-
-
-def describe(order: Order, space: Space, objectives: Sequence[Any]) -> dict[str, Any]:
-    """Everything the trials depend on; budgets are left out where they can be changed."""
-    settings = order.settings
-    is_paced = settings.optimizer == "adam" if order.search == "gradient" else False
-    grid = order.grid() if order.search == "grid" else None
-    return {
-        "method": order.search,
-        "parents": [parent.record.fingerprint for parent in order.family.parents],
-        "base": order.family.base_record.fingerprint,
-        "combination": {"name": order.method.name, **order.method.used},
-        "groups": list(space.all_groups),
-        "fixed": {glob: list(w) for glob, w in space.fixed.items()},
-        "grid": [list(values) for values in grid] if grid else None,
-        "bounds": [list(pair) for pair in space.bounds] if order.search != "grid" else None,
-        "start": list(space.start),
-        "optimizer": order.settings.optimizer if order.search == "gradient" else None,
-        "evaluations": settings.evaluations if is_paced or space.groups else None,
-        "seed": settings.seed,
-        "objectives": [{**one.protocol, "dtype": order.dtype} for one in objectives],
-        "keep": [rung.keep for rung in order.rungs[:-1]],
-    }
-
-
-def _run(order: Order, search: Search, journal: Journal, evaluator: Evaluator) -> list[Asked]:
-    """The trials that are left, shown as they come; all of them in the end."""
-    names = [one.label for one in evaluator.objectives]
-    view = SearchView(
-        search.space.experts, names, search.expected, name=order.search,
-        summary=search.space.summary if search.space.groups else None,
-    )  # fmt: skip
-    with StopRequests() as stop:
-
-        def check(done: int = 0, total: int = 0) -> None:
-            if stop.asked:
-                raise stop.stopped(
-                    f"{len(trials_of(journal.asked()))} trials are saved in {journal.path}; run "
-                    f"the same command again to continue"
-                )
-            if total:
-                view.progress(done, total)
-
-        evaluator.check = check
-        if kept := journal.open(force=order.force):
-            console.note(f"{journal.path}: continuing after {kept} trials")
-            view.recall(trials_of(journal.asked()))
-        with view:
-            for trial in search.run(journal, evaluator, check):
-                view.recall([t for t in trials_of(journal.asked()) if t.index != trial.index])
-                view.add(trial)
-    return journal.asked()
 
 
 def _soup(search: Search, asked: Sequence[Asked]) -> Point | None:

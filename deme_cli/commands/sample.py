@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,9 @@ import typer
 
 from deme_cli import console
 from deme_cli.commands.fetching import fetch
+from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
+    Compile,
     ConfigPath,
     Device,
     DryRun,
@@ -27,6 +29,7 @@ from deme_cli.commands.options import (
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import ConfigError, writing
 from deme_cli.outputs import require_output
+from deme_cli.processes import World
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
@@ -59,27 +62,39 @@ OUTPUT_HELP = "A .safetensors artifact, or a folder for PNG files"
 
 @dataclass(frozen=True)
 class Request:
-    """What a command is to draw, where the images go, and how it speaks."""
+    """What a command is to draw of `models`, where the images go, and how it speaks."""
 
+    models: Sequence[str]
     config: SampleConfig
     pipeline: str | None
     output: Path
     device: str
     dtype: str
+    compile: str
     force: bool
     dry_run: bool
     as_json: bool
 
-    def check(self) -> None:
-        """What can be told before anything heavy is loaded; fetches prompts that are not here."""
+    def check(self, world: World) -> None:
+        """What can be told before anything heavy is loaded; fetches prompts that are not here.
+
+        The first process of `world` goes first, and it alone looks at the output.
+        """
+        told = {"models": list(self.models), "output": str(self.output), "dtype": self.dtype}
+        world.require_same({**told, **asdict(self.config)})
+        with world.first_before_others():
+            if world.is_first:
+                self._check_output()
+            if self.config.prompts:
+                from deme_cli.data.prompts import prompt_assets
+
+                fetch(prompt_assets(self.config.prompts))
+
+    def _check_output(self) -> None:
         with writing(self.output):
             to_artifact = self.output.suffix == ".safetensors" and not self.output.is_dir()
         if to_artifact:
             require_output(self.output, force=self.force)
-        if self.config.prompts:
-            from deme_cli.data.prompts import prompt_assets
-
-            fetch(prompt_assets(self.config.prompts))
 
 
 def sample_config(
@@ -140,6 +155,7 @@ def sample(
     config: ConfigPath = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
+    compile: Compile = "auto",
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -148,9 +164,12 @@ def sample(
     """Draw images from one model; run the same command again to continue.
 
     A preview lies beside them. Image i depends on the seed, i and its prompt or class alone.
+    Processes of one launch (torchrun, accelerate launch, srun) share the batches.
 
     Example: deme sample merged.safetensors -n 64
     """
+    console.set_quiet(quiet)
+    world = meet(device)
     run = begin(config, quiet=quiet)
     options = {
         "num": num, "prompts": prompts, "prompt_column": prompt_column, "per_prompt": per_prompt,
@@ -160,16 +179,16 @@ def sample(
     }  # fmt: skip
     settings = sample_config(run, options, prompt=prompt, protocol=protocol)
     request = Request(
-        settings, run.pipeline(pipeline), output or _default_output(model), device, dtype,
-        force, dry_run, as_json,
+        [model], settings, run.pipeline(pipeline), output or _default_output(model),
+        world.device or device, dtype, compile, force, dry_run, as_json,
     )  # fmt: skip
-    request.check()
+    request.check(world)
 
     from deme_cli.sampling.single import open_single
 
-    experts, record = open_single(model, device=device, dtype=dtype)
+    experts, record = open_single(model, device=request.device, dtype=dtype)
     _warn_of_lone_expert(model, record)
-    draw(experts, [record], request)
+    draw(experts, [record], request, world)
 
 
 def _default_output(model: str) -> Path:
@@ -191,10 +210,11 @@ def draw(
     experts: Sequence[SamplingExpert],
     records: Sequence[DenoiserRecord],
     request: Request,
+    world: World,
     *,
     hold_one: bool = False,
 ) -> None:
-    """Draw what was asked, with a progress bar, and print the paths."""
+    """Draw what was asked, with the other processes of `world`; a bar, and the paths."""
     from deme_cli.sampling.draw import Drawn, draw_samples
     from deme_cli.sampling.protocol import protocol_card
     from deme_cli.sampling.scene import open_scene
@@ -211,13 +231,19 @@ def draw(
     if request.dry_run:
         _say_what_would_run(order.path, order.shape, card, as_json=request.as_json)
         return
-    began = time.monotonic()
+    began, drawn = time.monotonic(), None
     with console.progress("sampling", order.num, "image") as bar:
-        for record in draw_samples(experts, config, order, scene=scene, hold_one=hold_one):
+        for record in draw_samples(
+            experts, config, order, scene=scene, hold_one=hold_one, compile=request.compile,
+            world=world,
+        ):  # fmt: skip
             if isinstance(record, Drawn):
                 drawn = record
             else:
                 bar.advance(record.done * order.num // record.total)
+    world.wait()  # nobody ends well before the images are there
+    if drawn is None:
+        return
     seconds = time.monotonic() - began
     console.result_paths(
         [drawn.images, drawn.preview],

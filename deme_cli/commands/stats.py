@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
+from deme_cli.commands.launching import meet
 from deme_cli.commands.options import ConfigPath, Device, Force, Json, Quiet, begin, option
 from deme_cli.config import EvalConfig
 from deme_cli.errors import ConfigError
@@ -66,13 +67,23 @@ def stats(
 ) -> None:
     """Make reference statistics of images: mean and covariance of their features.
 
+    Processes of one launch (torchrun, accelerate launch, srun) share the images.
+
     Example: deme stats digits -o digits-train.safetensors --split train
     """
     from deme_cli.artifacts import write_artifact
 
+    console.set_quiet(quiet)
+    world = meet(device)
     run = begin(config, quiet=quiet)
     settings = run.settings(EvalConfig, features=features, resize=resize, batch_size=batch_size)
-    require_output(output, force=force)
+    world.require_same({
+        "data": data, "output": str(output), "split": split, "size": size, "squeeze": squeeze,
+        "features": settings.features, "resize": settings.resize, "weights": str(weights),
+        "batch_size": settings.batch_size,
+    })  # fmt: skip
+    if world.is_first:
+        require_output(output, force=force)
     if size is not None and size < 1:
         raise ConfigError(f"--size {size}: expected a number of pixels above 0")
     if squeeze and size is None:
@@ -86,7 +97,8 @@ def stats(
 
     chosen = choose_features(settings.features, [data])
     reference = find_images(data, split)
-    fetch(weights_assets(chosen, settings.resize, weights))
+    with world.first_before_others():
+        fetch(weights_assets(chosen, settings.resize, weights))
     found = find_weights(chosen, settings.resize, weights)
 
     from deme_cli.evaluation.features import open_extractor
@@ -97,19 +109,21 @@ def stats(
     )
     from deme_cli.evaluation.targets import open_reference_images
 
-    extractor = open_extractor(found, device=device, batch_size=settings.batch_size)
+    extractor = open_extractor(found, device=world.device or device, batch_size=settings.batch_size)
     shape = None if size is None else (3, size, size)
     images = open_reference_images(reference, shape, squeeze=squeeze)
     with console.progress(f"looking at {data}", len(images), "image") as bar:
-        for record in measure_statistics(images, extractor):
+        for record in measure_statistics(images, extractor, world):
             if not isinstance(record, Statistics):
                 bar.advance(record.done)
             else:
                 tensors, made = statistics_artifact(
                     record, images, extractor, split=reference.split or "all"
                 )
-    made = write_artifact(output, tensors, made)
-    console.result_paths(
-        [output], as_json=as_json, n=made.n, num_features=len(tensors["mu"]),
-        extractor=made.extractor, resize=made.resize, source=made.source, data=made.data,
-    )  # fmt: skip
+                made = write_artifact(output, tensors, made)
+    world.wait()  # nobody ends well before the statistics are there
+    if world.is_first:
+        console.result_paths(
+            [output], as_json=as_json, n=made.n, num_features=len(tensors["mu"]),
+            extractor=made.extractor, resize=made.resize, source=made.source, data=made.data,
+        )  # fmt: skip

@@ -14,7 +14,6 @@ from deme_cli.comparison.results import Column, Comparison, Result, RowResult, S
 from deme_cli.config import FinetuneConfig
 from deme_cli.errors import ArtifactError
 from deme_cli.evaluation.comparable import compare
-from deme_cli.records import ExpertRecord, MergedRecord
 
 _HIGHER_IS_BETTER = ("clip_score", "accuracy")
 
@@ -110,7 +109,6 @@ def _merge(merged: Path) -> dict[str, Any]:
     if not merged.exists():
         return {}
     record = read_record(merged, "merged")
-    assert isinstance(record, MergedRecord)
     found: dict[str, Any] = {"coefficients": tuple(record.coefficients)}
     if search := record.search:
         rungs = search.get("rungs", [])
@@ -156,7 +154,6 @@ def _require_same_images(rows: Sequence[RowJobs]) -> None:
             if job.is_done:
                 path = job.folder / job.commands[-1].output
                 record = read_record(path, "expert")
-                assert isinstance(record, ExpertRecord)
                 first = first or record.data
                 if record.data != first:
                     raise ArtifactError(

@@ -150,7 +150,9 @@ def _row_jobs(row: RowPlan, plan: Plan, stage: Stage) -> RowJobs:
         return RowJobs(row, {None: _result_job(row, stage, None, None, None)}, {})
     config = finetune_settings(row, stage.tables, updates=stage.updates[row.name])
     merge = merge_settings(row, stage.tables)
-    trainings = {seed: _training_job(row, config, stage, seed) for seed in plan.seeds}
+    trainings: dict[int | None, Job] = {
+        seed: _training_job(row, config, stage, seed) for seed in plan.seeds
+    }
     results = {seed: _result_job(row, stage, merge, seed, job) for seed, job in trainings.items()}
     apart = settings_apart(row, config, merge, stage.tables)
     return RowJobs(row, results, trainings, config, merge, apart)
@@ -204,8 +206,7 @@ def _result_job(
         models = ["merged.safetensors"]
     for index, measure in enumerate(stage.measures):
         toml, output = f"measure-{index}.toml", f"measure-{index}.json"
-        tables = {"sample": measure.sample, "eval": measure.eval}
-        files[toml] = _run_file(tables, stage, folder)
+        files[toml] = _run_file({"sample": measure.sample, "eval": measure.eval}, stage, folder)
         words = ("eval", *models, "--config", toml, "--output", output)
         commands.append(Command((*words, *stage.options), output))
     title = row.name if seed is None else f"{row.name}, seed {seed}"

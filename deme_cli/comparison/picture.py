@@ -11,6 +11,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,7 @@ def _figure(comparison: Comparison) -> Figure:
     """Title and legend on top, panels, and what the figures depend on at the foot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns, rows = comparison.columns, comparison.rows
     count = max(len(columns), 1)
@@ -70,11 +72,10 @@ def _figure(comparison: Comparison) -> Figure:
     head = 0.15 + 0.22 * _lines(title) + 0.17 * math.ceil(len(handles) / across)
     below = 0.1 + 0.12 * _lines(foot)
     height = head + down * (ROW_INCHES * (len(rows) + 1) + 0.65) + below
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    panels = (0, below / height, 1, 1 - (head + below) / height)
+    layout = ConstrainedLayoutEngine(rect=panels, w_pad=0.1)
+    figure = Figure(figsize=(width, height), layout=layout, dpi=150)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(
-        rect=(0, below / height, 1, 1 - (head + below) / height), w_pad=0.1
-    )
     axes = figure.subplots(down, abreast, squeeze=False, sharey=True)
     _draw_panels(axes, comparison)
     left, top = 0.1 / width, 1 - 0.08 / height
@@ -211,7 +212,7 @@ def _legend(comparison: Comparison) -> list[Artist]:
         Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
         for marker, color, label in map(KINDS.__getitem__, kinds)
     ]
-    grey = {"color": "0.45", "linewidth": 1.2}
+    grey_line = partial(Line2D, [], [], color="0.45", linewidth=1.2)
     cells = [
         (row, cell)
         for row in rows
@@ -221,15 +222,13 @@ def _legend(comparison: Comparison) -> list[Artist]:
     if any(cell.interval for _, cell in cells):
         handles += [
             Line2D([], [], marker=".", color="0.45", linestyle="none", label="one training seed"),
-            Line2D([], [], **grey, label="95 % interval over training seeds"),
+            grey_line(label="95 % interval over training seeds"),
         ]
     if any(_is_lone(row, cell) for row, cell in cells):
         label = "hollow: one training seed, no interval"
-        handles.append(
-            Line2D([], [], marker="o", markerfacecolor="white", **grey, linestyle="", label=label)
-        )
+        handles.append(grey_line(marker="o", markerfacecolor="white", linestyle="", label=label))
     if any(row is first for row, _ in cells):
-        handles.append(Line2D([], [], **grey, linestyle="--", label="mean of the first row"))
+        handles.append(grey_line(linestyle="--", label="mean of the first row"))
     if any(row is first and cell.repeats_sd for row, cell in cells):
         handles.append(Patch(color="0.9", label="its sd over evaluation seeds"))
     return handles

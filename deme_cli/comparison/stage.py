@@ -113,7 +113,6 @@ def open_stage(
     if not base.exists():
         raise MissingError(f"{base}: no base there; make one with `deme split`, or use --model")
     record = read_record(base, "base")
-    assert isinstance(record, BaseRecord)
     tables = common_tables(plan, run)
     images = DataConfig(**tables.get("data", {})).source
     if not images:

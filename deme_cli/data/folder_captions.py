@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.data.captions import Annotations, columns_for
-from deme_cli.data.places import Place, find_files
+from deme_cli.data.places import ImageFolder, find_files
 from deme_cli.data.text_tables import TextTable, read_text_table
 from deme_cli.errors import ArtifactError
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
 
-def folder_annotations(place: Place, wants: str, column: str | None) -> Annotations:
+def folder_annotations(place: ImageFolder, wants: str, column: str | None) -> Annotations:
     """The captions (wants `text`) or classes (wants `class`) of a folder's images, in their order.
 
     Raises ArtifactError if there are none at all, or metadata and images disagree.
@@ -49,7 +49,7 @@ def folder_annotations(place: Place, wants: str, column: str | None) -> Annotati
     return Annotations([values.get(path) for path in place.files], where)
 
 
-def _folder_names(place: Place) -> Annotations:
+def _folder_names(place: ImageFolder) -> Annotations:
     """The folder each image lies in; None for an image at the root."""
     names = [None if path.parent == place.path else path.parent.name for path in place.files]
     where = "the names of sub-folders (there is no metadata)"

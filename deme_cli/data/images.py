@@ -9,8 +9,9 @@ B batch, C channels (1 grey, 3 colour), H height, W width.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,10 +21,21 @@ from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.data.captions import WANTED, Subjects, read_captions, read_labels
 from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
 from deme_cli.data.fitting import CENTRE, Shape, fit
-from deme_cli.data.places import Place, find_place
+from deme_cli.data.places import (
+    Digits,
+    HubDataset,
+    ImageFolder,
+    Place,
+    SamplesFile,
+    TableFiles,
+    find_place,
+)
 from deme_cli.data.sources import ArraySource, FolderSource, Source, TableSource
 from deme_cli.data.tables import held_out_table, read_tables
 from deme_cli.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SPLITS = ("train", "held-out", "all")
 HELD_OUT_EVERY = 50
@@ -123,7 +135,7 @@ def open_images(
         raise ArtifactError(f"{source}: too few images for the split {split!r}")
     return ImageData(
         origin, indices, source=source, shape=shape or _own_shape(origin, indices),
-        can_flip=place.kind != "digits", subjects=_subjects(origin, source, wants, captions),
+        can_flip=not isinstance(place, Digits), subjects=_subjects(origin, source, wants, captions),
         keep=keep, squeeze=squeeze,
     )  # fmt: skip
 
@@ -143,12 +155,12 @@ def _subjects(origin: Source, source: str, wants: str, column: str | None) -> Su
 
 def _open_split(place: Place, split: str) -> tuple[Source, Sequence[int]]:
     """The source of a split and the numbers of its images in that source."""
-    if place.kind == "digits":
+    if isinstance(place, Digits):
         origin: Source = _digits({"train": "train", "held-out": "test", "all": "all"}[split])
         return origin, range(len(origin))
-    if place.kind == "folder":
+    if isinstance(place, ImageFolder):
         origin = FolderSource(place)
-    elif place.kind == "samples":
+    elif isinstance(place, SamplesFile):
         origin = _samples(place)
     else:
         tables = read_tables(place)
@@ -159,7 +171,7 @@ def _open_split(place: Place, split: str) -> tuple[Source, Sequence[int]]:
 
 
 def _open_table(
-    place: Place, tables: dict, test: str, split: str
+    place: TableFiles | HubDataset, tables: Mapping[str, Dataset], test: str, split: str
 ) -> tuple[TableSource, Sequence[int]]:
     """A split of a dataset that has its own test split."""
     train = [table for name, table in tables.items() if name != test]
@@ -168,7 +180,7 @@ def _open_table(
     return origin, range(len(origin))
 
 
-def _join(tables: Iterable) -> object:
+def _join(tables: Iterable[Dataset]) -> Dataset:
     from datasets import concatenate_datasets
 
     return concatenate_datasets(list(tables))
@@ -180,7 +192,7 @@ def _digits(name: str) -> ArraySource:
     return ArraySource("digits", images, captions=captions, labels=labels, num_classes=10)
 
 
-def _samples(place: Place) -> ArraySource:
+def _samples(place: SamplesFile) -> ArraySource:
     """The images of a samples artifact; the prompts they were drawn for are their captions."""
     images = load_tensors(place.path).get("images")
     if images is None or images.dtype != torch.uint8 or images.ndim != 4:
@@ -201,13 +213,13 @@ def _every_fiftieth(count: int, split: str) -> Sequence[int]:
 
 def _own_shape(origin: Source, indices: Sequence[int]) -> Shape:
     """The size that all images share, grey if all are grey."""
-    channels, *first = origin.size(indices[0])
+    channels, height, width = origin.size(indices[0])
     for index in indices[1:]:
-        own_channels, *size = origin.size(index)
-        if size != first:
+        own_channels, own_height, own_width = origin.size(index)
+        if (own_height, own_width) != (height, width):
             raise ArtifactError(
-                f"{origin.name(index)} is {size[1]}x{size[0]}, {origin.name(indices[0])} "
-                f"{first[1]}x{first[0]}; give images of one size"
+                f"{origin.name(index)} is {own_width}x{own_height}, {origin.name(indices[0])} "
+                f"{width}x{height}; give images of one size"
             )
         channels = max(channels, own_channels)
-    return channels, *first
+    return channels, height, width

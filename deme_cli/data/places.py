@@ -25,17 +25,48 @@ FOLDERS_ONLY = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where images lie. kind: `digits`, `folder`, `parquet`, `webdataset`, `samples` or `hub`.
+class Digits:
+    """The handwritten digits that come with deme. `source`, of every place, is the argument."""
 
-    `files` are the image files, parquet files or shards of a folder, sorted by relative name.
-    """
-
-    kind: str
     source: str
-    path: Path | None = None
-    files: tuple[Path, ...] = ()
-    hub_id: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of image files, `files` sorted by relative name."""
+
+    source: str
+    path: Path
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class TableFiles:
+    """`files` of tables at or under `path`. kind: `parquet` or `webdataset`."""
+
+    source: str
+    path: Path
+    files: tuple[Path, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class SamplesFile:
+    """A samples artifact."""
+
+    source: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset on the hub, or in its cache."""
+
+    source: str
+    hub_id: str
+
+
+Place = Digits | ImageFolder | TableFiles | SamplesFile | HubDataset
 
 
 def find_place(source: str) -> Place:
@@ -45,7 +76,7 @@ def find_place(source: str) -> Place:
     ArtifactError for an artifact of another kind; ConfigError for what no images can be read from.
     """
     if source == "digits":
-        return Place("digits", source)
+        return Digits(source)
     path = Path(source).expanduser()
     if source in FOLDERS_ONLY and not path.is_dir():
         raise MissingError(
@@ -65,18 +96,18 @@ def find_place(source: str) -> Place:
             f"{source}: no such folder, not in the hub's cache as {hub_id}, and {reason}; "
             f"connect to the network, or give a folder of images or a parquet file"
         )
-    return Place("hub", source, hub_id=hub_id)
+    return HubDataset(source, hub_id)
 
 
 def _local(source: str, path: Path) -> Place:
     """The place at an existing path."""
     if path.is_dir():
         if images := find_files(path, IMAGE_SUFFIXES):
-            return Place("folder", source, path, tuple(images))
+            return ImageFolder(source, path, tuple(images))
         if tables := find_files(path, (".parquet",)):
-            return Place("parquet", source, path, tuple(tables))
+            return TableFiles(source, path, tuple(tables), "parquet")
         if shards := find_files(path, (".tar",)):
-            return Place("webdataset", source, path, tuple(shards))
+            return TableFiles(source, path, tuple(shards), "webdataset")
         kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
         raise MissingError(
             f"{source}: the folder holds no images ({kinds}), no parquet files and no shards (tar)"
@@ -84,12 +115,12 @@ def _local(source: str, path: Path) -> Place:
     if not path.exists():
         raise MissingError(f"{source}: a link to nothing")
     if path.suffix == ".parquet":
-        return Place("parquet", source, path, (path,))
+        return TableFiles(source, path, (path,), "parquet")
     if path.suffix == ".tar":
-        return Place("webdataset", source, path, (path,))
+        return TableFiles(source, path, (path,), "webdataset")
     if path.suffix == ".safetensors":
         read_record(path, "samples")
-        return Place("samples", source, path)
+        return SamplesFile(source, path)
     raise ConfigError(
         f"{source}: expected a folder of images, a .parquet file, a .tar of webdataset or a "
         f"samples artifact"

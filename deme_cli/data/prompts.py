@@ -144,8 +144,7 @@ def _imagenet_prompts() -> tuple[str, ...]:
             "pip install open-clip-torch"
         )
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        names = [target.id for target in getattr(node, "targets", ()) if hasattr(target, "id")]
-        if "IMAGENET_CLASSNAMES" in names:
+        if isinstance(node, ast.Assign) and "IMAGENET_CLASSNAMES" in map(ast.unparse, node.targets):
             return tuple(IMAGENET_TEMPLATE.format(name) for name in ast.literal_eval(node.value))
     raise MissingError(f"{path}: no IMAGENET_CLASSNAMES; install another version of open_clip")
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deme_cli.data.captions import Annotations
 from deme_cli.data.folder_captions import folder_annotations
-from deme_cli.data.places import Place
+from deme_cli.data.places import ImageFolder
 from deme_cli.data.table_captions import table_annotations
 from deme_cli.errors import ArtifactError, MissingError
 
@@ -68,7 +68,7 @@ class ArraySource:
         self.label, self.images = label, np.ascontiguousarray(images)
         self._captions, self._labels, self._num_classes = captions, labels, num_classes
         digest = hashlib.sha256(f"{images.shape}\n".encode())
-        digest.update(memoryview(self.images).cast("B"))
+        digest.update(self.images.data.cast("B"))
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class ArraySource:
 class FolderSource:
     """Image files under a folder; the fingerprint is of names, sizes, first and last KiB."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: ImageFolder) -> None:
         self._place, self.paths = place, place.files
         self.fingerprint = _fingerprint(
             f"{path.relative_to(place.path).as_posix()}\0{path.stat().st_size}\0{_ends(path)}"

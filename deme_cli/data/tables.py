@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import tarfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from deme_cli.data.places import Place
+from deme_cli.data.places import HubDataset, TableFiles
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.hub import offline_reason, stay_offline
 
@@ -17,21 +18,21 @@ if TYPE_CHECKING:
 HELD_OUT_NAMES = ("test", "validation", "valid", "val")
 
 
-def read_tables(place: Place) -> Mapping[str, Dataset]:
+def read_tables(place: TableFiles | HubDataset) -> Mapping[str, Dataset]:
     """The tables of a parquet file or shard, a folder of them, or a hub dataset, by split name.
 
     Raises ArtifactError for files that are not what they say, MissingError for what cannot be had.
     """
-    if place.kind == "hub" and offline_reason():
+    if isinstance(place, HubDataset) and offline_reason():
         stay_offline()
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    return _read_hub(place) if place.kind == "hub" else _read_files(place)
+    return _read_hub(place) if isinstance(place, HubDataset) else _read_files(place)
 
 
-def _read_hub(place: Place) -> Mapping[str, Dataset]:
+def _read_hub(place: HubDataset) -> Mapping[str, Dataset]:
     import datasets
 
     try:
@@ -43,7 +44,7 @@ def _read_hub(place: Place) -> Mapping[str, Dataset]:
         ) from error
 
 
-def _read_files(place: Place) -> Mapping[str, Dataset]:
+def _read_files(place: TableFiles) -> Mapping[str, Dataset]:
     """Parquet files or shards. IndexError is how `datasets` says that a shard holds nothing."""
     import datasets
 
@@ -57,13 +58,12 @@ def _read_files(place: Place) -> Mapping[str, Dataset]:
         raise MissingError(f"{place.source}: cannot be read: {error}") from error
 
 
-def _files_by_split(place: Place) -> dict[str, list[str]]:
+def _files_by_split(place: TableFiles) -> dict[str, list[str]]:
     """Files by split: those whose name or folder says test or validation are `test`."""
     root = place.path if place.path.is_dir() else place.path.parent
     files: dict[str, list[str]] = {"train": [], "test": []}
     for path in place.files:
-        words = path.relative_to(root).with_suffix("").as_posix().lower()
-        words = words.replace("/", "-").replace("_", "-").replace(".", "-").split("-")
+        words = re.split(r"[/_.-]", path.relative_to(root).with_suffix("").as_posix().lower())
         is_test = len(place.files) > 1 and not set(HELD_OUT_NAMES).isdisjoint(words)
         files["test" if is_test else "train"].append(str(path))
     if not files["train"]:

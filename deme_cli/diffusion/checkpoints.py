@@ -117,7 +117,8 @@ def _import_artifact(path: Path, source: str) -> ImportedModel:
         source = record.source  # where its frozen parts still are
     return ImportedModel(
         weights, record.model_config, record.scheduler_config, source,
-        training=getattr(record, "training", None), companions=dict(record.companions),
+        training=record.training if isinstance(record, BaseRecord) else None,
+        companions=dict(record.companions),
     )  # fmt: skip
 
 
@@ -148,8 +149,8 @@ def _read_scheduler(folder: Path, source: str) -> tuple[dict[str, Any], tuple[st
     path = scheduler_file(folder)
     config = read_json(path) if path else {"_class_name": "DDPMScheduler"}
     name = config.get("_class_name")
-    scheduler_class = getattr(diffusers, str(name), None)
-    if not (inspect.isclass(scheduler_class) and _is_known(scheduler_class)):
+    scheduler_class: Any = getattr(diffusers, str(name), None)
+    if not _is_known(scheduler_class):
         raise ArtifactError(
             f"{path}: scheduler {name!r} has neither discrete betas nor a flow; deme takes the "
             f"DDPM family and FlowMatchEulerDiscreteScheduler"
@@ -163,19 +164,23 @@ def _read_scheduler(folder: Path, source: str) -> tuple[dict[str, Any], tuple[st
     return complete, () if path else (DEFAULT_SCHEDULER,)
 
 
-def _is_known(scheduler_class: type) -> bool:
-    by_betas = "beta_schedule" in inspect.signature(scheduler_class).parameters
-    return by_betas or scheduler_class.__name__ == "FlowMatchEulerDiscreteScheduler"
+def _is_known(found: Any) -> bool:
+    """Whether something of diffusers is a scheduler class that deme takes."""
+    if not inspect.isclass(found):
+        return False
+    by_betas = "beta_schedule" in inspect.signature(found).parameters
+    return by_betas or found.__name__ == "FlowMatchEulerDiscreteScheduler"
 
 
 def _load_network(folder: Path, backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and complete config through diffusers; all parameters must be there, and no other."""
     import diffusers
     import torch
+    from diffusers.utils import logging as remarks
 
     for path in folder.glob(f"{WEIGHTS}*.safetensors"):
         read_header(path)
-    diffusers.logging.set_verbosity(logging.CRITICAL)
+    remarks.set_verbosity(logging.CRITICAL)
     try:
         network, report = getattr(diffusers, backbone.class_name).from_pretrained(
             folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True,

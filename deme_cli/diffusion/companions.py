@@ -243,10 +243,9 @@ def _keep_in_float32(part: torch.nn.Module) -> None:
 
 def _silence() -> None:
     """Keep the libraries' bars and remarks off the terminal."""
-    import diffusers
-    import transformers
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
-    diffusers.logging.set_verbosity(logging.CRITICAL)
-    diffusers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
+    for remarks in (of_diffusers, of_transformers):
+        remarks.set_verbosity(logging.CRITICAL)
+        remarks.disable_progress_bar()

@@ -49,9 +49,10 @@ def export_pipeline(
     if the disk refuses. `force` replaces a folder that is there.
     """
     import diffusers
+    from diffusers.utils import logging as remarks
 
-    diffusers.logging.set_verbosity(logging.CRITICAL)
-    diffusers.logging.disable_progress_bar()
+    remarks.set_verbosity(logging.CRITICAL)
+    remarks.disable_progress_bar()
     with writing(folder), _whole_folder(folder, force=force) as partial:
         if companions.folder is None:
             _pixel_pipeline(denoiser).save_pretrained(partial)
@@ -125,8 +126,11 @@ def _pixel_pipeline(denoiser: Denoiser) -> Any:
 def _write_parts(denoiser: Denoiser, companions: Companions, target: Path) -> None:
     """The pipeline's index and frozen parts as they are, with this denoiser in its place."""
     import diffusers
+    from diffusers.models import ModelMixin
 
+    network = denoiser.network
     assert companions.folder is not None
+    assert isinstance(network, ModelMixin)
     companions.require_same()
     source, backbone = companions.folder, denoiser.backbone
     index = read_json(source / "model_index.json")
@@ -145,7 +149,7 @@ def _write_parts(denoiser: Denoiser, companions: Companions, target: Path) -> No
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    denoiser.network.save_pretrained(target / backbone.part)
+    network.save_pretrained(target / backbone.part)
     scheduler.save_pretrained(target / "scheduler")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deme_cli.diffusion.backbones.backbone import Backbone, Site
+from deme_cli.diffusion.backbones.backbone import Backbone, Site, config_of
 from deme_cli.diffusion.backbones.known import backbone_of
 
 PREFIX = "channel_projection"
@@ -41,8 +41,9 @@ def has_projections(names: Iterable[str]) -> bool:
 
 
 def backbone_of_network(network: nn.Module) -> Backbone:
-    """The backbone of a diffusers network."""
-    return backbone_of({**network.config, "_class_name": type(network).__name__})
+    """The backbone of a diffusers network, also where FSDP has put a class before its own."""
+    classes = [c for c in type(network).__mro__ if c.__module__.startswith("diffusers.")]
+    return backbone_of({**config_of(network), "_class_name": classes[0].__name__})
 
 
 def sites(network: nn.Module, placement: str) -> list[Site]:
@@ -63,8 +64,8 @@ def attach_projections(network: nn.Module, placement: str) -> None:
     places = sites(network, placement)
     if not places:
         return
-    projections = nn.ModuleDict({_name(site): ChannelProjection(site.width) for site in places})
-    network.add_module(PREFIX, projections)
+    projections = {_name(site): ChannelProjection(site.width) for site in places}
+    network.add_module(PREFIX, nn.ModuleDict(projections))
     for site in places:
         hook = _ProjectOutput(projections[_name(site)], site.output)
         network.get_submodule(site.path).register_forward_hook(hook)

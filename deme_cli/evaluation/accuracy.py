@@ -19,7 +19,7 @@ from torch.nn import functional
 from deme_cli.data.digits import load_digits
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.errors import ArtifactError, NumericsError
-from deme_cli.evaluation.networks import Network, load_script, run_network
+from deme_cli.evaluation.networks import Network, load_script, run_network, to_input
 from deme_cli.evaluation.weights import ClassifierWeights, find_classifier
 
 _DIGIT_PIXELS = 8
@@ -47,9 +47,8 @@ class Classifier:
         return np.concatenate(found) == np.asarray(classes)
 
     def _classify(self, images: np.ndarray, num_classes: int) -> np.ndarray:
-        logits = run_network(
-            self.network, images, self.device, where=self.weights.path, option="--accuracy"
-        )
+        x = to_input(images, self.device)
+        logits = run_network(self.network, x, where=self.weights.path, option="--accuracy")
         if logits.ndim != 2 or logits.shape[1] < num_classes:
             shape = " x ".join(str(size) for size in logits.shape[1:]) or "one number"
             raise ArtifactError(

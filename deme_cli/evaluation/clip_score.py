@@ -27,8 +27,8 @@ from torch.nn import functional
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.evaluation.clip_weights import ClipWeights, find_clip
-from deme_cli.evaluation.features import resize_all
-from deme_cli.evaluation.networks import last_line
+from deme_cli.evaluation.networks import full_float32, last_line
+from deme_cli.evaluation.resizing import resize_all
 from deme_cli.hub import offline_reason, stay_offline
 
 Tokenizer = Callable[..., Tensor]  # prompts, context_length -> int64 (B, L)
@@ -67,7 +67,8 @@ class ClipScorer:
     def _image_features(self, images: np.ndarray) -> Tensor:
         """Unit vectors (B, d) float64."""
         x = torch.from_numpy(resize_all(images, self._prepare)).to(self.device)
-        return _unit(self.model.encode_image(x))
+        with full_float32(self.device):
+            return _unit(self.model.encode_image(x))
 
     def _prepare(self, image: np.ndarray) -> np.ndarray:
         shown = image[..., 0] if image.shape[-1] == 1 else image
@@ -78,7 +79,8 @@ class ClipScorer:
         """Unit vectors (B, d) float64, and whether each prompt was cut (B,); equal ones at once."""
         unique = list(dict.fromkeys(prompts))
         tokens = self.tokenizer(unique)
-        features = _unit(self.model.encode_text(tokens.to(self.device)))
+        with full_float32(self.device):
+            features = _unit(self.model.encode_text(tokens.to(self.device)))
         place = {prompt: index for index, prompt in enumerate(unique)}
         chosen = torch.tensor([place[prompt] for prompt in prompts])
         return features[chosen], cut_short(self.tokenizer, unique, tokens)[chosen]

@@ -1,46 +1,57 @@
 """From images to features, through a loaded network, whatever it is.
 
-B batch, C channels (1 or 3), H x W pixels, d features. Images come as uint8 (B, H, W, C), grey ones
-are repeated to three channels; features go out as float64 (B, d), computed in float32.
+B batch, C channels (1 or 3), H x W pixels, d features. Images come as uint8 (B, H, W, C), arrays or
+tensors wherever they lie; grey ones are repeated to three channels. Features go out as float64
+(B, d), computed in float32. On CUDA devices no image passes Pillow, unless for CLIP.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from deme_cli.data.images import ImageData
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.evaluation.networks import (
     Network,
-    Resizer,
-    clip_resizer,
-    in_colour,
-    inception_resizer,
     load_clip,
     load_inception,
     load_script,
     run_network,
+    to_input,
+)
+from deme_cli.evaluation.resizing import (
+    BatchResizer,
+    Resizer,
+    clip_resizer,
+    in_colour,
+    inception_batch_resizer,
+    inception_resizer,
+    resize_all,
 )
 from deme_cli.evaluation.weights import FeatureWeights, find_weights
+from deme_cli.processes import ALONE, World
+from deme_cli.sampling.shares import Shares
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A loaded feature network. `resize_image` is None where images go in at their own size."""
+    """A loaded feature network, and what brings images to its size: None where they go in as is.
+
+    `resize_batch` works on the device and comes first.
+    """
 
     weights: FeatureWeights
     network: Network
     resize_image: Resizer | None
     device: torch.device
     batch_size: int = 128
+    resize_batch: BatchResizer | None = None
 
     @property
     def name(self) -> str:
@@ -58,7 +69,7 @@ class Extractor:
     def metric_name(self) -> str:
         return self.weights.metric_name
 
-    def features(self, images: np.ndarray) -> np.ndarray:
+    def features(self, images: np.ndarray | Tensor) -> np.ndarray:
         """uint8 (B, H, W, C) -> float64 (B, d).
 
         Raises ArtifactError where the network does not take images of this size.
@@ -74,13 +85,20 @@ class Extractor:
         channels, height, width = shape
         return self.features(np.zeros((1, height, width, channels), np.uint8)).shape[1]
 
-    def _forward(self, images: np.ndarray) -> np.ndarray:
-        if self.resize_image is not None:
-            images = resize_all(in_colour(images), self.resize_image)
-        features = run_network(
-            self.network, images, self.device, where=self.weights.path, option="--features"
-        )
+    def _forward(self, images: np.ndarray | Tensor) -> np.ndarray:
+        if self.resize_batch is not None:
+            x = self.resize_batch(to_input(images, self.device))
+        elif self.resize_image is not None:
+            resized = resize_all(in_colour(_array(images)), self.resize_image)
+            x = to_input(resized, self.device)
+        else:
+            x = to_input(images, self.device)
+        features = run_network(self.network, x, where=self.weights.path, option="--features")
         return features.flatten(1).cpu().double().numpy()
+
+
+def _array(images: np.ndarray | Tensor) -> np.ndarray:
+    return images.cpu().numpy() if isinstance(images, Tensor) else images
 
 
 def load_extractor(
@@ -98,27 +116,33 @@ def open_extractor(
 ) -> Extractor:
     """The network behind weights that have been found."""
     place = choose_device(device)
-    resize_image = None
+    resize_image = resize_batch = None
     if weights.family == "inception":
         network = load_inception(weights, place)
         resize_image = inception_resizer(weights.resize)
+        resize_batch = inception_batch_resizer(weights.resize, place)
     elif weights.family == "clip":
         network, resize_image = load_clip(weights.path, place), clip_resizer()
     else:
         network = load_script(weights.path, place)
-    return Extractor(weights, network, resize_image, place, batch_size)
+    return Extractor(weights, network, resize_image, place, batch_size, resize_batch)
 
 
-def image_features(data: ImageData, extractor: Extractor) -> Iterator[np.ndarray]:
-    """The features of all images of a set, in its order, batch by batch: float64 (B, d)."""
-    for start in range(0, len(data), extractor.batch_size):
-        indices = range(start, min(start + extractor.batch_size, len(data)))
-        yield extractor.features(data.batch(indices).permute(0, 2, 3, 1).numpy())
+def image_features(
+    data: ImageData, extractor: Extractor, world: World = ALONE
+) -> Iterator[np.ndarray]:
+    """The features of all images of a set, in its order, batch by batch: float64 (B, d).
 
-
-def resize_all(images: np.ndarray, resize_image: Resizer) -> np.ndarray:
-    """Each image through the resizer, in threads (Pillow and torch let go of the lock)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Pillow's Image.fromarray(mode=)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return np.stack(list(pool.map(resize_image, images)))
+    Processes of `world` share the batches; the first one gets all features, the others none.
+    Raises ConfigError where they have other images.
+    """
+    source = data.source
+    world.require_same(
+        {f"images in {source}": len(data), f"fingerprint of {source}": data.fingerprint[:12]}
+    )
+    shares = Shares(len(data), extractor.batch_size, world=world)
+    for span in shares.rounds(shares.own):
+        features = None
+        if span is not None:
+            features = extractor.features(data.batch(span).permute(0, 2, 3, 1).numpy())
+        yield from shares.gather(features)

@@ -1,12 +1,16 @@
 """Measuring one row in one repeat: its images pass through every meter.
 
+Several processes share the batches: each draws its own and looks at them on its own device, and the
+first one takes in what all have seen, in the order of the images. So the figures are those of one
+process, bit for bit where the devices are alike.
+
 The seed moves every row together far more than rows differ, so in one repeat all rows start from
 the same noise, and rows are compared by paired differences to the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,14 +18,20 @@ import numpy as np
 
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import NumericsError
-from deme_cli.evaluation.meters import Instruments
+from deme_cli.evaluation.meters import Instruments, Meter
 from deme_cli.evaluation.rows import Row
+from deme_cli.processes import ALONE, World
+from deme_cli.sampling.compiled import CompiledNetworks
 from deme_cli.sampling.sampler import ImageBatch, sample_images
+from deme_cli.sampling.shares import Shares
 
 
 @dataclass(frozen=True, slots=True)
 class MeasureProgress:
-    """`done` of the `total` images of this row and repeat are drawn and looked at."""
+    """`done` of the `total` images of this row and repeat are drawn and looked at.
+
+    Of images of other processes, those are counted that have been taken in.
+    """
 
     row: str
     repeat: int
@@ -69,27 +79,41 @@ def measure_row(
     *,
     sample: SampleConfig,
     config: EvalConfig,
+    world: World = ALONE,
+    compiled: CompiledNetworks | None = None,
 ) -> Iterator[MeasureProgress | Measured]:
     """Draw the images of a repeat (its seed is config.seed + repeat) and take their scores.
 
-    Yields progress, then the one Measured. Raises NumericsError on images, features or scores
-    that are not finite.
+    Yields progress, then, on the first process, the one Measured. Raises NumericsError on images,
+    features or scores that are not finite, Lost where another process has ended.
     """
     n = num_images(row, config)
     seed = config.seed + repeat
-    meters, first = instruments.meters(row.prompts, row.classes, seed=seed), 0
-    for record in _images_of(row, replace(sample, num=n, seed=seed)):
+    meters = instruments.meters(row.prompts, row.classes, seed=seed)
+    shares = Shares(n, sample.batch_size, world=world)
+    images = _images_of(row, replace(sample, num=n, seed=seed), shares, compiled)
+    num_rounds = num_own = 0
+    for record in shares.rounds(images):
         if isinstance(record, MeasureProgress):
-            yield replace(record, repeat=repeat)
+            others = shares.num_done(num_rounds) - num_own
+            yield replace(record, repeat=repeat, done=record.done + others)
             continue
         for meter in meters:
-            meter.add(record, first)
-        first += len(record)
+            for rows in shares.gather(meter.look(record.images, record.start) if record else None):
+                meter.take(rows)
+        num_rounds += 1
+        num_own += len(record.images) if record else 0
+    if world.is_first:
+        yield _measured(row, repeat, n, meters)
+
+
+def _measured(row: Row, repeat: int, n: int, meters: Sequence[Meter]) -> Measured:
+    """The scores of meters that have taken in all images. Raises NumericsError."""
     scores = {metric: score for meter in meters for metric, score in meter.scores().items()}
     for metric, score in scores.items():
         if not np.isfinite(score.value):
             raise NumericsError(f"{row.name}: {metric} is not finite ({score.value})")
-    yield Measured(
+    return Measured(
         row.name,
         repeat,
         n,
@@ -98,17 +122,30 @@ def measure_row(
     )
 
 
-def _images_of(row: Row, sample: SampleConfig) -> Iterator[MeasureProgress | np.ndarray]:
-    """The images of a row in batches uint8 (B, H, W, C), with progress between."""
+@dataclass(frozen=True)
+class _Batch:
+    """Images start .. start + B - 1, uint8 (B, H, W, C)."""
+
+    start: int
+    images: np.ndarray
+
+
+def _images_of(
+    row: Row, sample: SampleConfig, shares: Shares, compiled: CompiledNetworks | None
+) -> Iterator[MeasureProgress | _Batch]:
+    """The images of a row that this process sees, with the progress of these between."""
     if row.finished is not None:
-        for start in range(0, sample.num, sample.batch_size):
-            stop = min(start + sample.batch_size, sample.num)
-            yield row.finished.batch(range(start, stop)).permute(0, 2, 3, 1).numpy()
-            yield MeasureProgress(row.name, 0, stop, sample.num)
+        done = 0
+        for span in shares.own:
+            yield _Batch(span.start, row.finished.batch(span).permute(0, 2, 3, 1).numpy())
+            done += len(span)
+            yield MeasureProgress(row.name, 0, done, sample.num)
         return
-    for record in sample_images(row.experts, sample, scene=row.scene):
+    for record in sample_images(
+        row.experts, sample, scene=row.scene, world=shares.world, compiled=compiled
+    ):
         if isinstance(record, ImageBatch):
-            yield record.images
+            yield _Batch(record.start, record.images)
         else:
             done = record.done * sample.num // record.total
             yield MeasureProgress(row.name, 0, done, sample.num)

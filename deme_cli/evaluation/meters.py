@@ -1,6 +1,9 @@
-"""Meters: each takes in the images of one row and repeat, batch by batch, and tells its scores.
+"""Meters: each looks at the images of one row and repeat, batch by batch, and tells its scores.
 
-Distances to references, the CLIP score of images and prompts, the accuracy of a classifier.
+Distances to references, the CLIP score of images and prompts, the accuracy of a classifier. Looking
+at images costs the time and depends on them alone, so several processes do it; what comes out, a
+row of numbers per image, is taken in by one of them, in the order of the images.
+B batch, d features.
 """
 
 from __future__ import annotations
@@ -28,12 +31,16 @@ class Score:
 
 
 class Meter(Protocol):
-    def add(self, images: np.ndarray, first: int) -> None:
-        """Take in images first .. first + B - 1, uint8 (B, H, W, C)."""
+    def look(self, images: np.ndarray, first: int) -> np.ndarray:
+        """What there is to know of images first .. first + B - 1, uint8 (B, H, W, C): (B, ...)."""
+        ...
+
+    def take(self, rows: np.ndarray) -> None:
+        """Take in what was seen of the next images."""
         ...
 
     def scores(self) -> dict[str, Score]:
-        """By metric, once all images have been seen."""
+        """By metric, once all images have been taken in."""
         ...
 
 
@@ -73,11 +80,14 @@ class DistanceMeter:
         if any(target.features is not None for target in targets):
             self._kept = []
 
-    def add(self, images: np.ndarray, first: int) -> None:
-        features = self._extractor.features(images)
-        self._running.add(features)
+    def look(self, images: np.ndarray, first: int) -> np.ndarray:
+        """Features (B, d) float64."""
+        return self._extractor.features(images)
+
+    def take(self, rows: np.ndarray) -> None:
+        self._running.add(rows)
         if self._kept is not None:
-            self._kept.append(features.astype(np.float32))
+            self._kept.append(rows.astype(np.float32))
 
     def scores(self) -> dict[str, Score]:
         statistics = self._running.statistics()
@@ -101,10 +111,14 @@ class ClipMeter:
         self._cosines: list[np.ndarray] = []
         self._num_truncated = 0
 
-    def add(self, images: np.ndarray, first: int) -> None:
+    def look(self, images: np.ndarray, first: int) -> np.ndarray:
+        """Cosines, and whether the prompt was truncated (1 or 0): (B, 2) float64."""
         pairs = self._scorer.compare(images, self._prompts[first : first + len(images)])
-        self._cosines.append(pairs.cosines)
-        self._num_truncated += int(pairs.truncated.sum())
+        return np.stack([pairs.cosines, pairs.truncated], axis=1)
+
+    def take(self, rows: np.ndarray) -> None:
+        self._cosines.append(rows[:, 0])
+        self._num_truncated += int(rows[:, 1].sum())
 
     def scores(self) -> dict[str, Score]:
         weights = self._scorer.weights
@@ -124,10 +138,13 @@ class AccuracyMeter:
         self._classifier, self._classes = classifier, classes
         self._num_right = self._num = 0
 
-    def add(self, images: np.ndarray, first: int) -> None:
-        right = self._classifier.recognise(images, self._classes[first : first + len(images)])
-        self._num_right += int(right.sum())
-        self._num += len(right)
+    def look(self, images: np.ndarray, first: int) -> np.ndarray:
+        """Whether each image is taken for its class: bool (B,)."""
+        return self._classifier.recognise(images, self._classes[first : first + len(images)])
+
+    def take(self, rows: np.ndarray) -> None:
+        self._num_right += int(rows.sum())
+        self._num += len(rows)
 
     def scores(self) -> dict[str, Score]:
         share = self._num_right / self._num

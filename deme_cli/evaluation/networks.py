@@ -23,9 +23,7 @@ from deme_cli.errors import ArtifactError
 from deme_cli.evaluation.weights import FeatureWeights
 
 CLIP_MODEL = "ViT-B-32-quickgelu"  # OpenAI trained with QuickGELU
-CLIP_SIZE = 224
 Network = Callable[[Tensor], Tensor]  # float32 (B, 3, H, W) in [0, 255] -> (B, d)
-Resizer = Callable[[np.ndarray], np.ndarray]  # one image (H, W, 3) -> (H', W', 3)
 
 
 def load_inception(weights: FeatureWeights, device: torch.device) -> Network:
@@ -120,53 +118,57 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def inception_resizer(resize: str) -> Resizer | None:
-    """clean-fid's own resizer of a mode; None for legacy_tensorflow, whose network resizes."""
-    if resize == "legacy_tensorflow":
-        return None
-    with quiet_clean_fid():
-        from cleanfid.resize import build_resizer
+def to_input(images: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Images (B, H, W, C), C of 1 or 3, as a network takes them: float32 (B, 3, H, W) on `device`.
 
-        return build_resizer(resize)
-
-
-def clip_resizer() -> Resizer:
-    """Short side to 224 (bicubic) and centre crop, as in clean-fid's `clip_features`."""
-    from PIL import Image
-    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
-
-    steps = Compose([Resize(CLIP_SIZE, InterpolationMode.BICUBIC), CenterCrop(CLIP_SIZE)])
-    return lambda image: np.asarray(steps(Image.fromarray(image)))
-
-
-def in_colour(images: np.ndarray) -> np.ndarray:
-    """Grey images as three equal channels.  (B, H, W, C), C of 1 or 3  ->  (B, H, W, 3)"""
-    return np.broadcast_to(images, (*images.shape[:3], 3))
+    Of 8-bit levels, a quarter of the bytes travels.
+    """
+    levels = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
+    x = levels.to(device).permute(0, 3, 1, 2)
+    return x.float().expand(-1, 3, -1, -1).contiguous()
 
 
 @torch.inference_mode()
-def run_network(
-    network: Network, images: np.ndarray, device: torch.device, *, where: Path, option: str
-) -> Tensor:
-    """What a network says of uint8 images (B, H, W, C), C of 1 or 3: a row per image.
+def run_network(network: Network, x: Tensor, *, where: Path, option: str) -> Tensor:
+    """What a network says of images float32 (B, 3, H, W) in [0, 255]: a row per image.
 
     Raises ArtifactError, naming the network's file and the option that chose it, where it does not
     take images of this size.
     """
-    x = torch.from_numpy(np.array(in_colour(images).transpose(0, 3, 1, 2), order="C"))
     try:
-        output = network(x.to(device, torch.float32))
+        with full_float32(x.device):
+            output = network(x)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        height, width = images.shape[1:3]
+        height, width = x.shape[2:]
         raise ArtifactError(
             f"{where}: the network fails on {width}x{height} images ({last_line(error)}); "
             f"choose another {option}"
         ) from error
-    if not isinstance(output, Tensor) or output.shape[0] != len(images):
+    if not isinstance(output, Tensor) or output.shape[0] != len(x):
         raise ArtifactError(f"{where}: expected one row per image")
     return output
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """While entered, float32 on `device` is float32: no autocast, and no TF32.
+
+    Convolutions on GPUs take TF32 by default, which keeps 10 of 23 bits; a distance is a small
+    difference of large sums.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = cudnn.allow_tf32, matmul.allow_tf32
+        cudnn.allow_tf32 = matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 from deme_cli.data.images import ImageData
 from deme_cli.evaluation.features import Extractor, image_features
 from deme_cli.evaluation.frechet import RunningStatistics, Statistics
+from deme_cli.processes import ALONE, World
 from deme_cli.records import StatisticsRecord
 
 
@@ -21,13 +22,19 @@ class SetProgress:
     total: int
 
 
-def measure_statistics(data: ImageData, extractor: Extractor) -> Iterator[SetProgress | Statistics]:
-    """Look at all images; yields progress, then the Statistics."""
+def measure_statistics(
+    data: ImageData, extractor: Extractor, world: World = ALONE
+) -> Iterator[SetProgress | Statistics]:
+    """Look at all images; yields progress, then the Statistics.
+
+    Of the processes of `world`, which share the images, the first one alone yields anything.
+    """
     running = RunningStatistics()
-    for features in image_features(data, extractor):
+    for features in image_features(data, extractor, world):
         running.add(features)
         yield SetProgress(running.n, len(data))
-    yield running.statistics()
+    if world.is_first:
+        yield running.statistics()
 
 
 def statistics_artifact(

@@ -19,13 +19,15 @@ from deme_cli.evaluation.features import Extractor, image_features
 from deme_cli.evaluation.frechet import RunningStatistics, Statistics
 from deme_cli.evaluation.references import Reference, find_reference
 from deme_cli.evaluation.statistics import SetProgress, measure_statistics
+from deme_cli.processes import ALONE, World
 
 
 @dataclass(frozen=True)
 class Target:
     """A reference under the name of its metric.
 
-    `statistics` for a Fréchet distance, or `features` (n, d) for a kernel distance.
+    `statistics` for a Fréchet distance, or `features` (n, d) for a kernel distance. A process that
+    has looked at reference images for another one has neither.
     """
 
     metric: str
@@ -35,12 +37,18 @@ class Target:
 
 
 def open_target(
-    metric: str, reference: Reference, extractor: Extractor, shape: tuple[int, int, int]
+    metric: str,
+    reference: Reference,
+    extractor: Extractor,
+    shape: tuple[int, int, int],
+    *,
+    world: World = ALONE,
 ) -> Iterator[SetProgress | Target]:
     """The target of one metric; reference images come at `shape` (C, H, W), that of the rows.
 
-    Yields progress over images, if there are any, then the Target. Raises ArtifactError if
-    statistics have another number of features.
+    Yields progress over images, if there are any, then the Target. Processes of `world` share the
+    images, and the first one alone has what they are for. Raises ArtifactError if statistics have
+    another number of features.
     """
     num_features = extractor.num_features(shape)
     if statistics := read_statistics(reference):
@@ -54,14 +62,16 @@ def open_target(
     data = open_reference_images(reference, shape)
     keep = metric == extractor.weights.kernel_name
     running, kept, done = RunningStatistics(), [], 0
-    for features in image_features(data, extractor):
+    for features in image_features(data, extractor, world):
         running.add(features)
         if keep:
             kept.append(features.astype(np.float32))
         done += len(features)
         yield SetProgress(done, len(data))
     counted = replace(reference, n=len(data))
-    if keep:
+    if not world.is_first:
+        yield Target(metric, counted)
+    elif keep:
         yield Target(metric, counted, features=np.concatenate(kept))
     else:
         yield Target(metric, counted, running.statistics())

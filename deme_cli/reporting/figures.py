@@ -4,7 +4,7 @@ that belong to neither."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,12 +124,14 @@ def _subjects(path: Path) -> tuple[list[Any] | None, list[Any] | None]:
     try:
         rows = [json.loads(line) for line in read_text(place).split("\n") if line]
         rows = sorted(rows, key=lambda row: str(row["file_name"]))
-        return tuple(
-            [row[key] for row in rows] if rows and all(key in row for row in rows) else None
-            for key in ("text", "label")
-        )
+        return _entries(rows, "text"), _entries(rows, "label")
     except (ArtifactError, OSError, LookupError, TypeError, ValueError, RecursionError):
         return None, None
+
+
+def _entries(rows: Sequence[Mapping[str, Any]], key: str) -> list[Any] | None:
+    """What the rows say of `key`, None unless all of them do."""
+    return [row[key] for row in rows] if rows and all(key in row for row in rows) else None
 
 
 def share_noise(folder: Folder) -> bool:

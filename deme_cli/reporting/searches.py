@@ -76,8 +76,8 @@ def _merge(folder: Folder, artifact: Artifact, journal: Path | None) -> Merge:
         sentences.append(f"{journal.name}: {told}.")
     if record.report:
         tables += list(_report(record.report))
-        told = {key: value for key, value in record.report.items() if key != "rows"}
-        cards.append(_card("Report", dict(flatten(told))))
+        besides = {key: value for key, value in record.report.items() if key != "rows"}
+        cards.append(_card("Report", dict(flatten(besides))))
     return Merge(artifact.name, sentences, tables, cards, _pictures(folder, artifact.stem))
 
 

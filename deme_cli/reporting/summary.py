@@ -102,8 +102,8 @@ def missing(folder: Folder, *, has_table: bool, has_figures: bool, is_comparison
     if not folder.of_kind("merged"):
         found.append(Missing("a merged model", "deme merge ft_*.safetensors --search grid"))
     if not (folder.of_kind("samples") or folder.image_folders):
-        model = (folder.of_kind("merged") or folder.of_kind("base") or [None])[0]
-        name = _quoted(model) if model else "merged.safetensors"
+        models = folder.of_kind("merged") or folder.of_kind("base")
+        name = _quoted(models[0]) if models else "merged.safetensors"
         found.append(Missing("images", f"deme sample {name}"))
     if not has_table:
         found.append(Missing("a table", "deme eval --fid REF --repeats 3 --output eval.json"))

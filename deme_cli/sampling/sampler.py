@@ -5,7 +5,8 @@ generator, and fresh noise in stochastic samplers comes from the same one, so it
 i) and its subject alone. Expert i denoises the timesteps of its range, whatever their place in the
 step list (Eq. 7); samplers that evaluate twice per step ask for the expert of each evaluation. A
 chunk of batches passes through one expert after another: each forward is paid once, so an ensemble
-costs what one model costs, and an expert can leave memory before the next one comes.
+costs what one model costs, and an expert can leave memory before the next one comes. Of several
+processes each draws its share of the batches, whole ones.
 
 Writing images anywhere is not done here.
 """
@@ -26,10 +27,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from deme_cli.config import SampleConfig
-from deme_cli.diffusion.conditions import Conditions
+from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import Denoiser
+from deme_cli.diffusion.threads import fitting_number, using_threads
+from deme_cli.processes import ALONE, World
+from deme_cli.sampling.compiled import CompiledNetworks
 from deme_cli.sampling.finish import finish_images
 from deme_cli.sampling.guidance import predict_guided
+from deme_cli.sampling.held_experts import HeldExperts
 from deme_cli.sampling.scene import Scene, scene_of
 from deme_cli.sampling.scheduler import (
     build_scheduler,
@@ -39,6 +44,7 @@ from deme_cli.sampling.scheduler import (
     take_step,
     uses_noise,
 )
+from deme_cli.sampling.shares import Shares
 from deme_cli.timesteps import TimestepRange, route
 
 CHUNK_BYTES = 1 << 30  # state of the images that pass through the experts together
@@ -131,16 +137,20 @@ def sample_images(
     hold_one: bool = False,
     first: int = 0,
     watch: Callable[[Forward], None] | None = None,
+    world: World = ALONE,
+    compiled: CompiledNetworks | None = None,
 ) -> Iterator[StepProgress | ImageBatch]:
     """Draw the images first .. scene.num - 1 of `config.seed`, in order.
 
     Yields a StepProgress after every forward and an ImageBatch for every finished batch. The
     experts' ranges must cover [0, T) once; `hold_one` frees each expert before the next is loaded.
     Without a scene, `config` and the model's own record make it. `watch` is shown every forward.
+    A process of `world` draws its share of the batches, talking to nobody, and counts no others.
+    `compiled`: what forwards go through, in batches of one size; images then change by rounding.
     Raises ConfigError if the sampler does not fit the model, ArtifactError if the frozen parts
     around it are others than its base's, NumericsError on non-finite images.
     """
-    held = _HeldExperts(experts, hold_one)
+    held = HeldExperts(experts, hold_one=hold_one, compiled=compiled)
     ranges = [expert.range for expert in experts]
     model = held.take(ranges.index(max(ranges)))  # the one that sees the noise first
     scene = scene or scene_of(model, config)
@@ -150,32 +160,34 @@ def sample_images(
         model.record.scheduler_config, config, lay_out=scene.lay_out, has_latents=scene.has_latents
     )
     scene.load()
-    device = model.device
+    device, threads = model.device, _fitting_threads(model, scene, config)
     del model  # so that `held` alone keeps it
     runs = _plan_runs(scheduler.timesteps, ranges, device)
-    num_steps, num = len(scheduler.timesteps), scene.num
+    num, num_steps = scene.num, len(scheduler.timesteps)
     done, total = first * num_steps, num * num_steps
-    alone = hold_one and len(experts) > 1
-    chunk_size = _chunk_size(scene, config.batch_size) if alone else config.batch_size
-    for chunk_start in range(first, num, chunk_size):
-        chunk_stop = min(chunk_start + chunk_size, num)
+    is_static = compiled is not None and compiled.is_on(device)
+    size = min(config.batch_size, num - first) if is_static else 0
+    own = Shares(num, config.batch_size, first, world).own
+    chunk = _batches_per_chunk(scene, config) if hold_one and len(experts) > 1 else 1
+    for begin in range(0, len(own), chunk):
         batches = [
-            _draw(start, min(start + config.batch_size, chunk_stop), scene, device,
-                  scheduler=scheduler, config=config)
-            for start in range(chunk_start, chunk_stop, config.batch_size)
-        ]  # fmt: skip
+            _draw(span, scene, device, scheduler=scheduler, config=config)
+            for span in own[begin : begin + chunk]
+        ]
         for run in runs:
             for batch in batches:
                 for step, t, timestep in run.steps:
-                    seen = _denoise(batch, held.take(run.expert), t, timestep, config)
+                    denoiser = held.take(run.expert)
+                    with using_threads(threads):
+                        seen = _denoise(batch, denoiser, t, timestep, config=config, size=size)
+                    del denoiser  # `held` alone decides how long it stays
                     if watch is not None:
                         watch(Forward(batch.start, step, t, run.expert, *seen))
                     done += len(batch.seeds)
                     yield StepProgress(done, total)
                 if run is runs[-1]:
                     images = finish_images(batch.x_t, scene, config, first=batch.start)
-                    stop = batch.start + len(images)
-                    seeds = np.array(batch.seeds, dtype=np.int64)
+                    seeds, stop = np.array(batch.seeds, np.int64), batch.start + len(images)
                     yield ImageBatch(batch.start, images, seeds, done=stop, total=num)
 
 
@@ -200,21 +212,6 @@ class _Batch:
     guidance: float | None  # where conditions come in pairs
 
 
-class _HeldExperts:
-    """Loaded experts by index: all of them, or only the one taken last."""
-
-    def __init__(self, experts: Sequence[SamplingExpert], hold_one: bool) -> None:
-        self._experts, self._hold_one = experts, hold_one
-        self._held: dict[int, Denoiser] = {}
-
-    def take(self, index: int) -> Denoiser:
-        if index not in self._held:
-            if self._hold_one:
-                self._held.clear()
-            self._held[index] = self._experts[index].load()
-        return self._held[index]
-
-
 def _plan_runs(
     timesteps: Tensor, ranges: Sequence[TimestepRange], device: torch.device
 ) -> list[_Run]:
@@ -224,51 +221,60 @@ def _plan_runs(
     return [_Run(expert, list(group)) for expert, group in grouped]
 
 
+def _fitting_threads(denoiser: Denoiser, scene: Scene, config: SampleConfig) -> int:
+    """Threads for the forwards of a batch, which has every image twice for a guidance pair."""
+
+    def inputs() -> tuple[Tensor, Conditions]:
+        num = 2 if scene.is_paired else 1
+        x_t = torch.zeros(num, *scene.latent_shape, dtype=denoiser.dtype)
+        return x_t, to(scene.conditions(0, 1), x_t.device, denoiser.dtype)
+
+    return fitting_number(denoiser.network, inputs, num_images=config.batch_size)
+
+
 @torch.inference_mode()
-def _chunk_size(scene: Scene, batch_size: int) -> int:
-    """Images per chunk: whole batches within CHUNK_BYTES of state, at least one."""
+def _batches_per_chunk(scene: Scene, config: SampleConfig) -> int:
+    """Batches whose state stays within CHUNK_BYTES, at least one."""
     told = scene.conditions(0, 1).values()
     per_image = 4 * _STATE_TENSORS * math.prod(scene.latent_shape) + _GENERATOR_BYTES
     per_image += sum(value.numel() * value.element_size() for value in told)
-    return max(1, CHUNK_BYTES // per_image // batch_size) * batch_size
+    return max(1, CHUNK_BYTES // per_image // config.batch_size)
 
 
 @torch.inference_mode()
 def _draw(
-    start: int,
-    stop: int,
-    scene: Scene,
-    device: torch.device,
-    *,
-    scheduler: Any,
-    config: SampleConfig,
+    span: range, scene: Scene, device: torch.device, *, scheduler: Any, config: SampleConfig
 ) -> _Batch:
-    """Images start .. stop - 1 at the first timestep: noise, each from its own generator."""
-    seeds = [image_seed(config.seed, index) for index in range(start, stop)]
+    """The images of `span` at the first timestep: noise, each from its own generator."""
+    seeds = [image_seed(config.seed, index) for index in span]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     noise = randn_tensor((len(seeds), *scene.latent_shape), generator=generators, device=device)
     return _Batch(
-        start=start,
+        start=span.start,
         seeds=seeds,
         generators=generators if uses_noise(config) else None,
         scheduler=copy.deepcopy(scheduler),
         x_t=noise * first_scale(scheduler),
-        conditions=scene.conditions(start, stop),
+        conditions=scene.conditions(span.start, span.stop),
         guidance=scene.guidance if scene.is_paired else None,
     )
 
 
 @torch.inference_mode()
 def _denoise(
-    batch: _Batch, denoiser: Denoiser, t: float, timestep: Tensor, config: SampleConfig
-) -> tuple[Tensor, Tensor]:
+    batch: _Batch, denoiser: Denoiser, t: float, timestep: Tensor, *, config: SampleConfig,
+    size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Advance `batch` by one step; returns x_t on the network's scale and what the network said.
 
-    The network works in its own dtype, the scheduler in float32.
+    The network works in its own dtype, the scheduler in float32. size: images that the network
+    sees at least.
     """
     x_t = scale_input(batch.scheduler, batch.x_t, t)
-    x_in = x_t.to(denoiser.dtype)
-    output = predict_guided(denoiser, x_in, timestep, batch.conditions, scale=batch.guidance)
+    output = predict_guided(
+        denoiser, x_t.to(denoiser.dtype), timestep, batch.conditions, scale=batch.guidance,
+        size=size,
+    )  # fmt: skip
     batch.x_t = take_step(
         batch.scheduler, output, t, batch.x_t, config=config, generators=batch.generators
     )

@@ -5,6 +5,9 @@ state and continues bit for bit. Images are visited in epochs, each a permutatio
 One generator serves a batch, in this order: timesteps, mirrored images, x_0 (crops and the noise of
 its posterior, where there are any), eps, left-out captions. A process that takes a share of the
 batch draws all of it, and decodes the images of its share.
+
+On a GPU eps comes from a generator there, which the batch's own seeds: other noise than on a
+processor, of the same seed the same on every GPU of one kind.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +26,7 @@ from deme_cli.diffusion.schedule import Schedule
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import WHOLE, Examples
 from deme_cli.training.objective import draw_by_cluster, draw_timesteps
+from deme_cli.training.on_device import send
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,24 @@ class Batch:
     eps: Tensor
     t: Tensor
     conditions: Conditions
+
+    def part(self, chosen: slice) -> Batch:
+        """Some of its members."""
+        conditions = {name: value[chosen] for name, value in self.conditions.items()}
+        return Batch(self.x0[chosen], self.eps[chosen], self.t[chosen], conditions)
+
+    def on(self, device: torch.device) -> Batch:
+        """The batch on a GPU."""
+        conditions = {name: send(value, device) for name, value in self.conditions.items()}
+        return Batch(*(send(x, device) for x in (self.x0, self.eps, self.t)), conditions)
+
+
+class Batches(Protocol):
+    """Where batches come from."""
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """The batch of update `step` (from 0), accumulation part `micro`."""
+        ...
 
 
 def derived_generator(*parts: object) -> torch.Generator:
@@ -44,25 +67,20 @@ class BatchSource:
     """Draws the batches of one run. `micro` counts batches within an accumulated update.
 
     With `clusters` of draws the timesteps come from those in equal parts. `share`: the images of
-    every batch that are wanted, all by default.
+    every batch that are wanted, all by default. `device`: the GPU that they are for, where eps is
+    drawn and the batch lies; None leaves all of it on the processor.
     """
 
     def __init__(
         self, examples: Examples, span: TimestepRange, schedule: Schedule,
         config: FinetuneConfig, *, flip: bool, clusters: Sequence[TimestepRange] = (),
-        share: slice = WHOLE,
+        share: slice = WHOLE, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         self.examples, self.span, self.config, self.flip = examples, span, config, flip
-        self.clusters, self.share = clusters, share
+        self.clusters, self.share, self.device = clusters, share, device
         self.draws, self.num_train_timesteps = schedule.indices(span), schedule.num_train_timesteps
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
         self._null: Conditions | None = None
-
-    @property
-    def num_shares(self) -> float:
-        """How many times the share goes into the batch: 2.5 for two images of five."""
-        size = self.config.batch_size
-        return size / len(range(size)[self.share])
 
     def batch(self, step: int, micro: int) -> Batch:
         """The batch of update `step` (from 0), accumulation part `micro`; of it, the share."""
@@ -74,8 +92,16 @@ class BatchSource:
         indices = self._indices(count * config.batch_size, config.batch_size)
         share = self.share
         x0, conditions = self.examples.draw(indices, flip=flip, generator=generator, share=share)
-        eps = torch.randn((config.batch_size, *x0.shape[1:]), generator=generator)
-        return Batch(x0, eps[share], t[share], self._leave_out(conditions, generator))
+        eps = self._noise((config.batch_size, *x0.shape[1:]), generator)[share]
+        batch = Batch(x0, eps, t[share], self._leave_out(conditions, generator))
+        return batch if self.device is None else batch.on(self.device)
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if self.device is None:
+            return torch.randn(shape, generator=generator)
+        seed = int(torch.randint(1 << 62, (), generator=generator))
+        there = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=there, device=self.device)
 
     def _timesteps(self, generator: torch.Generator) -> Tensor:
         config = self.config

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from deme_cli.config import FinetuneConfig
-from deme_cli.training.finetune import open_networks
+from deme_cli.training.networks import open_networks
 from deme_cli.training.objective import expert_losses
 from deme_cli.training.run import Run
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deme_cli.processes import World
+from deme_cli.training.sharding import is_divided, own_part
 
 BUCKET_BYTES = 128 << 20  # copied and sent at a time: the memory that adding up costs
 
@@ -32,12 +33,15 @@ def share_of(num: int, world: World) -> slice:
 def add_up_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     """Make `.grad` of every parameter the sum over the processes.
 
-    Each one's has to be weighed by its share before. Raises Lost where a process has ended.
+    Each one's has to be weighed by its share before. Raises Lost where a process has ended. Of a
+    network that is divided, the backward pass has left the mean.
     """
     if world.is_alone:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    for bucket in buckets(gradients):
+    if means := [own_part(gradient) for gradient in gradients if is_divided(gradient)]:
+        torch._foreach_mul_(means, world.size)
+    for bucket in buckets(gradient for gradient in gradients if not is_divided(gradient)):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         world.add_up(flat)
         parts = flat.split([gradient.numel() for gradient in bucket])

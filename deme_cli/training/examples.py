@@ -20,6 +20,7 @@ from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.training.encoder import SIZES, Encoder, mirror
 from deme_cli.training.latent_cache import LatentCache
+from deme_cli.training.on_device import ResidentImages, send
 
 WHOLE = slice(None)  # of a batch
 
@@ -33,6 +34,7 @@ class Examples(Protocol):
     shape: Shape  # (C, h, w) of x_0
     image_shape: Shape  # (C, H, W) of the images behind it
     crop: str  # centre or random
+    runs_vae: bool  # whether drawing sends images through the VAE, which is on the device
 
     def __len__(self) -> int: ...
 
@@ -54,10 +56,17 @@ class Examples(Protocol):
 class PixelExamples:
     """Images as they are, in [-1, 1], for models that draw pixels from noise alone."""
 
+    runs_vae = False
+
     def __init__(self, data: ImageData, *, crop: str = "centre") -> None:
         self.data, self.crop = data, crop
         self.source, self.fingerprint = data.source, data.fingerprint
         self.can_flip, self.shape, self.image_shape = data.can_flip, data.shape, data.shape
+        self._resident: ResidentImages | None = None
+
+    def keep_on(self, device: torch.device) -> None:
+        """Draw on `device` from here on, where the centre crops of all images are kept."""
+        self._resident = ResidentImages(self.data, device)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -67,8 +76,13 @@ class PixelExamples:
         share: slice = WHOLE,
     ) -> tuple[Tensor, Conditions]:  # fmt: skip
         crops = draw_crops(self.crop, len(indices), generator)
-        x0 = to_unit(self.data.batch(indices[share], _part(crops, share)))
-        return mirror(x0, _part(flip, share)), {}
+        flip = _part(flip, share)
+        if self._resident is not None and crops is None:
+            images = self._resident.batch(indices[share])
+            flip = None if flip is None else send(flip, images.device)
+        else:
+            images = self.data.batch(indices[share], _part(crops, share))
+        return mirror(to_unit(images), flip), {}
 
     def null(self) -> Conditions:
         return {}
@@ -90,6 +104,10 @@ class LatentExamples:
         self.source, self.fingerprint = data.source, data.fingerprint
         self.can_flip = data.can_flip
         self.shape, self.image_shape = encoder.latent_shape, data.shape
+
+    @property
+    def runs_vae(self) -> bool:
+        return self.cache is None or not self.cache.holds_latents
 
     def __len__(self) -> int:
         return len(self.encoder.data)

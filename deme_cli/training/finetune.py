@@ -8,30 +8,30 @@ one expert together (data_parallel.py); the first of them writes (run_files.py).
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from deme_cli.config import FinetuneConfig
-from deme_cli.diffusion.conditions import to
-from deme_cli.diffusion.denoiser import TORCH_DTYPES
-from deme_cli.diffusion.projection import attach_projections
+from deme_cli.diffusion.compiling import compile_network
+from deme_cli.diffusion.threads import using_threads
 from deme_cli.errors import NumericsError
 from deme_cli.outputs import claim
 from deme_cli.processes import ALONE, JointStopRequests, World
-from deme_cli.training.batches import BatchSource, derived_generator
-from deme_cli.training.data_parallel import add_up_gradients, share_of
+from deme_cli.training.data_parallel import add_up_gradients
+from deme_cli.training.gradients import Gradients, memory_told
 from deme_cli.training.materials import fill_caches
-from deme_cli.training.objective import expert_losses
+from deme_cli.training.networks import fitting_threads, for_precision, open_networks
 from deme_cli.training.places import checkpoint_path, metrics_path
+from deme_cli.training.prefetch import open_batches
 from deme_cli.training.reduction import Reduction
 from deme_cli.training.results import is_snapshot
 from deme_cli.training.run import Run
 from deme_cli.training.run_files import RunFiles, TrainStep
+from deme_cli.training.sharding import shard
 from deme_cli.training.state import TrainingState, learning_rate
 
 _REPORT_EVERY = 10  # updates; reading a loss makes a GPU wait
@@ -45,37 +45,38 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
     another process writes the same output, Lost where a process of `world` has ended. Caches that
     are not full yet are filled first.
     """
-    config, checkpoint = run.config, checkpoint_path(run.output)
+    config = run.config
     for _ in fill_caches(run.examples, run.held_out, world=world):
         pass
     with ExitStack() as stack:
-        world.require_same({**run.identity, "output": str(run.output)})
+        world.require_same({**run.identity, "output": str(run.output), "shard": run.shard})
         if world.is_first:
             stack.enter_context(claim(metrics_path(run.output)))
         requests = stack.enter_context(JointStopRequests(world))
         world.wait()  # the output is ours, and what --force drops is gone
-        network, base = open_networks(run)
-        reduction = Reduction(config, run.denoiser.schedule, run.clusters)
-        state = TrainingState(network, reduction, config, scale_loss=run.dtype == "fp16")
-        if checkpoint.exists():
-            state.restore(checkpoint, run.identity, run.output)
+        stack.enter_context(using_threads(fitting_threads(run)))
+        with memory_told(run):
+            state, base = open_state(run, world)
         world.require_same({"updates done": state.step})
         files = stack.enter_context(RunFiles(run, state.step, world))
-        source = open_source(run, world)
-        window = _Window(network, world)
+        source = stack.enter_context(open_batches(run, world, state.device))
+        compile_networks(run, [state.network, base], state.step)
+        gradients = Gradients(run, state, base, source, world)
+        window = _Window(gradients)
         while state.step < config.steps:
             if is_snapshot(state.step, config):  # its state is saved: a resumed run comes here too
                 files.write_snapshots(state)
-            for micro in range(config.accumulation):
-                window.add(_backward(run, state, base, source, micro))
+            for losses in gradients.of_update():
+                window.add(losses)
             requests.exchange()
-            add_up_gradients([parameter for _, parameter in state.trained()], world)
-            state.update()
+            with memory_told(run):
+                add_up_gradients([parameter for _, parameter in state.trained()], world)
+                state.update()
             at_checkpoint = _is_checkpoint(state.step, config)
             if state.step % _REPORT_EVERY == 0 or at_checkpoint or state.step == config.steps:
-                record = window.close(state, config)
+                record = window.close()
                 if at_checkpoint:
-                    record = files.keep(state, record)
+                    record = files.keep(state, record, at_once=gradients.at_once)
                 files.log(record)
                 yield record
             if requests.is_agreed:
@@ -87,63 +88,41 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
         files.write_results(state, base)
 
 
-def open_networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
-    """The network to train, with projections, and the frozen base (None when it is not needed)."""
-    network = copy.deepcopy(run.denoiser.network).train().requires_grad_(True)
-    if run.from_scratch:
-        return network, None
-    attach_projections(network, run.config.projection)
-    network.to(run.denoiser.device)
-    return network, run.denoiser.network
+def open_state(run: Run, world: World) -> tuple[TrainingState, nn.Module | None]:
+    """What is trained, as it is at the start or in the checkpoint that is kept; the frozen base."""
+    network, base = for_precision(run, *open_networks(run))
+    if run.shard:
+        shard_networks(run, [network, base], world)
+    reduction = Reduction(run.config, run.denoiser.schedule, run.clusters)
+    state = TrainingState(network, reduction, run.config, scale_loss=run.dtype == "fp16")
+    if (checkpoint := checkpoint_path(run.output)).exists():
+        state.restore(checkpoint, run.identity, run.output)
+    return state, base
 
 
-def open_source(run: Run, world: World = ALONE) -> BatchSource:
-    """The batches of `run`, as far as this process shares in them."""
-    return BatchSource(
-        run.examples, run.choice.range, run.denoiser.schedule, run.config, flip=run.flip,
-        clusters=run.clusters, share=share_of(run.config.batch_size, world),
-    )  # fmt: skip
+def shard_networks(run: Run, networks: Sequence[nn.Module | None], world: World) -> None:
+    """Divide what the updates run among the processes."""
+    for network in networks if run.config.consistency else networks[:1]:
+        if network is not None:
+            shard(network, world)
 
 
-def _backward(
-    run: Run, state: TrainingState, base: nn.Module | None, source: BatchSource, micro: int
-) -> torch.Tensor:
-    """Gradients of one batch, and its (minimised, denoising, consistency) losses.  -> (3,)
-
-    Of a share of the batch, both are weighed by it: over the processes they add up to the batch's.
-    """
-    device, half, config = run.denoiser.device, TORCH_DTYPES[run.dtype], run.config
-    batch = source.batch(state.step, micro)
-    t = batch.t.to(device, non_blocking=True)
-    with torch.autocast(device.type, half, enabled=run.dtype != "fp32"):
-        losses = expert_losses(
-            state.network,
-            base,
-            run.denoiser.schedule,
-            x0=batch.x0.to(device, non_blocking=True),
-            eps=batch.eps.to(device, non_blocking=True),
-            t=t,
-            conditions=to(batch.conditions, device, torch.float32),
-            consistency=config.consistency,
-        )
-    total = state.reduction.backward(
-        losses.total,
-        t,
-        list(state.network.parameters()),
-        step=state.step,
-        generator=derived_generator(config.seed, source.span, state.step, micro, "order"),
-        scale=lambda loss: state.scaler.scale(loss / (config.accumulation * source.num_shares)),
-    )
-    means = torch.stack([total, losses.denoising.mean(), losses.consistency.mean()])
-    return means / source.num_shares
+def compile_networks(run: Run, networks: Sequence[nn.Module | None], step: int) -> None:
+    """Compile what the updates from `step` on will run, where `run.compile` asks for it."""
+    if run.shard:  # gathering its blocks would break what is compiled into pieces
+        return
+    num_forwards = (run.config.steps - step) * run.config.accumulation
+    for network in networks if run.config.consistency else networks[:1]:
+        if network is not None:
+            compile_network(network, run.compile, num_forwards=num_forwards)
 
 
 class _Window:
     """Sums the losses between two records on the device, so that the loop does not wait for it."""
 
-    def __init__(self, network: nn.Module, world: World) -> None:
-        self._zero = torch.zeros(3, device=next(network.parameters()).device)
-        self._world = world
+    def __init__(self, gradients: Gradients) -> None:
+        self._gradients, self._at_once = gradients, gradients.at_once
+        self._zero = torch.zeros(3, device=gradients.state.device)
         self._open()
 
     def _open(self) -> None:
@@ -153,23 +132,31 @@ class _Window:
         self._sum += losses
         self._count += 1
 
-    def close(self, state: TrainingState, config: FinetuneConfig) -> TrainStep:
+    def close(self) -> TrainStep:
         """The record of the window, the same in all processes.
 
         Raises NumericsError if its loss is not finite.
         """
+        world, config = self._gradients.world, self._gradients.run.config
+        step = self._gradients.state.step
         means = (self._sum / self._count).cpu()
-        self._world.add_up(means)
+        world.add_up(means)
         total, denoising, consistency = means.tolist()
         if not means.isfinite().all():
             raise NumericsError(
-                f"the loss became {total} by update {state.step}; only a good checkpoint is kept, "
+                f"the loss became {total} by update {step}; only a good checkpoint is kept, "
                 f"if any: lower --lr, or use --dtype bf16 or fp32, with --force to start anew"
             )
         rate = self._count * config.batch_size / max(time.monotonic() - self._start, 1e-9)
         self._open()
-        lr = learning_rate(state.step - 1, config)
-        return TrainStep(state.step, total, denoising, consistency, lr, rate)
+        lr, halved_to = learning_rate(step - 1, config), self._halved_to()
+        return TrainStep(step, total, denoising, consistency, lr, rate, halved_to=halved_to)
+
+    def _halved_to(self) -> int | None:
+        """`at_once` of the process that takes fewest images, where it has fallen."""
+        at_once = -self._gradients.world.largest(-self._gradients.at_once)
+        before, self._at_once = self._at_once, at_once
+        return at_once if at_once < before else None
 
 
 def _is_checkpoint(step: int, config: FinetuneConfig) -> bool:

@@ -121,9 +121,8 @@ class _Predictor(nn.Module):
 
 
 def draws_of_range(
-    examples: Examples | None, span: TimestepRange, schedule: Schedule, num: int,
-    *, batch_size: int = _BATCH,
-) -> FixedDraws | None:  # fmt: skip
+    examples: Examples | None, span: TimestepRange, schedule: Schedule, num: int
+) -> FixedDraws | None:
     """`num` draws with timesteps spread evenly over the range; None without images or draws."""
     if examples is None or num == 0 or len(examples) == 0:
         return None
@@ -133,4 +132,4 @@ def draws_of_range(
     t = span.start + torch.arange(num) * len(span) // num
     t = t[torch.randperm(num, generator=generator)]
     images = torch.arange(num) % len(examples)
-    return FixedDraws(examples, schedule, images, t, eps.__getitem__, batch_size)
+    return FixedDraws(examples, schedule, images, t, eps.__getitem__)

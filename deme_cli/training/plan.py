@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.artifacts import read_record
-from deme_cli.config import NOT_RESULT, DataConfig, FinetuneConfig, SplitConfig
+from deme_cli.config import DataConfig, SplitConfig
 from deme_cli.errors import ConfigError, MissingError
+from deme_cli.finetune_config import NOT_RESULT, FinetuneConfig
 from deme_cli.outputs import require_output, require_space
 from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.run_file import RunFile
@@ -24,6 +25,7 @@ from deme_cli.training.places import affinity_path, checkpoint_path, variant_pat
 _SWITCHES = {  # options of a setting that is true or false
     "antithetic": ("--antithetic", "--independent"),
     "normalise_weighting": ("--normalise-weighting", "--raw-weighting"),
+    "gradient_checkpointing": ("--gradient-checkpointing", "--keep-activations"),
 }
 _FILES_BESIDE = 5  # of the base's size: a checkpoint (weights, average, two moments), the expert
 
@@ -40,11 +42,14 @@ class Job:
     force: bool = False
     config_path: Path | None = None
     pipeline: str | None = None
+    compile: str = "auto"
+    shard: bool = False
 
     def arguments(self, range_text: str) -> list[str]:
         """The `deme` command line that trains one range with exactly these settings."""
         words = ["finetune", "--range", range_text, "--base", str(self.base), "--quiet"]
         words += ["--data", self.images.source, "--device", self.device, "--dtype", self.dtype]
+        words += ["--compile", self.compile]
         for item in fields(FinetuneConfig):
             value = getattr(self.settings, item.name)
             if item.name in _SWITCHES:
@@ -140,8 +145,12 @@ def plan_base(job: Job, description: Path, output: Path) -> Plan:
     return Plan(replace(job, settings=settings), "base", None, output, document)
 
 
-def require_shares(settings: FinetuneConfig, world_size: int) -> None:
-    """Check that an update of these settings can be shared by `world_size` processes."""
+def require_processes(
+    settings: FinetuneConfig, world_size: int, *, shard: bool, dtype: str, compile: str
+) -> None:
+    """Check that `world_size` processes can share an update, and with `shard` the network."""
+    if shard:
+        _require_dividable(dtype, compile, world_size)
     if world_size == 1:
         return
     if settings.multitask != "none":
@@ -154,6 +163,18 @@ def require_shares(settings: FinetuneConfig, world_size: int) -> None:
             f"batch_size = {settings.batch_size} is for all {world_size} processes together: "
             f"expected one image for each at least"
         )
+
+
+def _require_dividable(dtype: str, compile: str, world_size: int) -> None:
+    if world_size == 1:
+        raise ConfigError(
+            "--shard divides the network among several processes, and this is one alone: start "
+            "one for each GPU (torchrun, accelerate launch, srun), or leave it out"
+        )
+    if dtype == "fp16":
+        raise ConfigError("--shard with --dtype fp16: choose bf16, which needs no loss scale")
+    if compile == "on":
+        raise ConfigError("--shard with --compile on: what is divided is not compiled; choose one")
 
 
 def require_companions(record: DenoiserRecord, pipeline: str | None) -> None:

@@ -26,7 +26,8 @@ def prepare(plan: Plan) -> Run:
     The caches behind the examples may still have to be filled. With `force`, a kept run of this
     output is dropped here, and not before.
     """
-    job, device = plan.job, str(choose_device(plan.job.device))
+    job = plan.job
+    device = "cpu" if job.shard else str(choose_device(job.device))  # to be divided from there
     if plan.description is not None:
         denoiser = random_denoiser(
             plan.description, job.settings.seed, device=device, pipeline=job.pipeline
@@ -52,6 +53,8 @@ def prepare(plan: Plan) -> Run:
         output=plan.output,
         dtype=job.dtype,
         from_scratch=plan.choice is None,
+        compile=job.compile,
+        shard=job.shard,
     )
 
 

@@ -4,7 +4,8 @@ Every one of them is an artifact like the result itself (an expert, or a base fr
 where the projection is `fold`), so that it can be merged, sampled and measured. The `steps` of its
 record say how many updates are in it; `training` gains `step` and, for a power-function average,
 `ema_length` and `ema_gamma`. Each costs a file of the base's size, each length a copy of the
-weights in memory, and each snapshot a saved state.
+weights in memory, and each snapshot a saved state. The first of several processes writes; where a
+network is divided among them, all of them give it their slices.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from typing import Any
 
 from torch import nn
 
-from deme_cli.artifacts import fingerprint, write_artifact
+from deme_cli.artifacts import write_artifact
 from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.projection import fold_weights
+from deme_cli.processes import ALONE, World
 from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
+from deme_cli.training.networks import require_unchanged
 from deme_cli.training.places import variant_path
 from deme_cli.training.power_average import PowerAverage
 from deme_cli.training.run import Run
+from deme_cli.training.sharding import gather
 from deme_cli.training.state import TrainingState
 
 
@@ -30,7 +34,7 @@ def is_snapshot(step: int, config: FinetuneConfig) -> bool:
     return bool(every) and 0 < step < config.steps and step % every == 0
 
 
-def write_snapshots(run: Run, state: TrainingState) -> None:
+def write_snapshots(run: Run, state: TrainingState, world: World = ALONE) -> None:
     """Write the run as it is now: the usual weights, and every power-function average.
 
     It is this run, broken off: what a run of so many `steps` would have saved, except that a
@@ -39,23 +43,26 @@ def write_snapshots(run: Run, state: TrainingState) -> None:
     the usual ones serve, with `ema_decay` 0 the very weights.
     """
     for average in (None, *state.power_averages):
-        _write(run, state, average, step=state.step)
+        _write(run, state, average, world, step=state.step)
 
 
-def write_results(run: Run, state: TrainingState, base: nn.Module | None) -> None:
+def write_results(
+    run: Run, state: TrainingState, base: nn.Module | None, world: World = ALONE
+) -> None:
     """Write the averages of other lengths, then the result: where it lies, all of them do."""
-    if base is not None:
-        frozen = run.denoiser.record.fingerprint
-        assert fingerprint(base.state_dict()) == frozen, "the frozen base was changed"
+    require_unchanged(run, base)
     for average in (*state.power_averages, None):
-        _write(run, state, average)
+        _write(run, state, average, world)
 
 
 def _write(
-    run: Run, state: TrainingState, average: PowerAverage | None, *, step: int | None = None
-) -> None:
+    run: Run, state: TrainingState, average: PowerAverage | None, world: World,
+    *, step: int | None = None,
+) -> None:  # fmt: skip
     """Write one artifact: of the power-function `average`, or of the usual weights."""
-    weights = state.averaged_weights(average)
+    weights = gather(state.averaged_weights(average), world)
+    if not world.is_first:
+        return
     if not run.from_scratch and run.config.projection == "fold":
         weights = fold_weights(weights, state.network)
     length = average.length if average else None

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deme_cli.config import NOT_RESULT, FinetuneConfig
 from deme_cli.diffusion.denoiser import Denoiser
+from deme_cli.finetune_config import NOT_RESULT, FinetuneConfig
 from deme_cli.timesteps import RangeChoice, TimestepRange
 from deme_cli.training.examples import Examples
 
@@ -17,7 +17,9 @@ from deme_cli.training.examples import Examples
 class Run:
     """What is trained, on what, how, and where it ends.
 
-    `clusters` are the draws whose losses are balanced against each other, if any.
+    `clusters` are the draws whose losses are balanced against each other, if any. `compile`: auto,
+    on or off, as of `compile_network`; `shard`: divide the networks among the processes, which uses
+    up the denoiser's. Like the device, neither is part of what makes a run the same.
 
     With `from_scratch` the denoiser's random weights are trained into a base: no frozen copy, no
     consistency, no projection.
@@ -33,6 +35,8 @@ class Run:
     dtype: str = "fp32"
     from_scratch: bool = False
     clusters: Sequence[TimestepRange] = ()
+    compile: str = "off"
+    shard: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:

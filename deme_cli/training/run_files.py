@@ -2,7 +2,7 @@
 
 Every process calls every method, and no weight that is not finite gets into a file. The held-out
 loss is measured by the first process, too: it takes as long as an update or a few, once in a
-thousand.
+thousand. Where the network is divided among them, all take part in both.
 """
 
 from __future__ import annotations
@@ -14,18 +14,24 @@ from pathlib import Path
 
 from torch import nn
 
+from deme_cli.diffusion.compiling import uncompiled
 from deme_cli.errors import NumericsError, writing
 from deme_cli.processes import World
-from deme_cli.training.held_out import draws_of_range
+from deme_cli.training.held_out import FixedDraws, draws_of_range
 from deme_cli.training.places import checkpoint_path, metrics_path
 from deme_cli.training.results import write_results, write_snapshots
 from deme_cli.training.run import Run
+from deme_cli.training.sharding import holding, joint_passes
 from deme_cli.training.state import TrainingState
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """The state of the run after update `step`; losses are means since the last record."""
+    """The state of the run after update `step`; losses are means since the last record.
+
+    halved_to: where memory ran out since then, how many images go through the network at a time
+    from now on, in the process that takes fewest.
+    """
 
     step: int
     loss: float
@@ -34,6 +40,7 @@ class TrainStep:
     lr: float
     images_per_second: float
     held_out: float | None = None
+    halved_to: int | None = None
 
 
 class RunFiles:
@@ -42,14 +49,15 @@ class RunFiles:
     def __init__(self, run: Run, step: int, world: World) -> None:
         self.run, self.world = run, world
         self._stack, self._curve = ExitStack(), None
+        self._held_out = None
         if world.is_first:
             self._curve = self._stack.enter_context(MetricsLog(run.output, step))
+        if world.is_first or run.shard:
             self._held_out = draws_of_range(
                 run.held_out,
                 run.choice.range,
                 run.denoiser.schedule,
                 run.config.held_out,
-                batch_size=run.config.batch_size,
             )
 
     def __enter__(self) -> RunFiles:
@@ -68,41 +76,58 @@ class RunFiles:
         self._save(state)
         self.world.wait()
 
-    def keep(self, state: TrainingState, record: TrainStep) -> TrainStep:
-        """Save the checkpoint; the record gains the held-out loss of the averaged weights."""
+    def keep(self, state: TrainingState, record: TrainStep, *, at_once: int) -> TrainStep:
+        """Save the checkpoint; the record gains the held-out loss of the averaged weights.
+
+        at_once: the images of which a pass fits into memory.
+        """
         self._save(state)
-        if self.world.is_first and self._held_out is not None:
-            value = self._held_out.loss(state.network, weights=state.averaged_weights())
-            record = replace(record, held_out=value)
+        if self._held_out is not None:
+            draws = replace(self._held_out, batch_size=at_once)
+            record = replace(record, held_out=self._held_out_loss(draws, state))
         self.world.wait()
         return record
 
     def write_snapshots(self, state: TrainingState) -> None:
         """Write the run as it is now, whose checkpoint is saved."""
-        if self.world.is_first:
-            write_snapshots(self.run, state)
+        if self._writes:
+            write_snapshots(self.run, state, self.world)
         self.world.wait()
 
     def write_results(self, state: TrainingState, base: nn.Module | None) -> None:
         """Write what the run is for, and drop its checkpoint."""
-        _require_finite(state)
+        self._require_finite(state)
+        if self._writes:
+            write_results(self.run, state, base, self.world)
         if self.world.is_first:
-            write_results(self.run, state, base)
             checkpoint_path(self.run.output).unlink(missing_ok=True)
         self.world.wait()
 
     def _save(self, state: TrainingState) -> None:
-        _require_finite(state)
-        if self.world.is_first:
-            state.save(checkpoint_path(self.run.output), self.run.identity)
+        self._require_finite(state)
+        if self._writes:
+            state.save(checkpoint_path(self.run.output), self.run.identity, self.world)
 
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes, or has slices of what is written."""
+        return self.world.is_first or self.run.shard
 
-def _require_finite(state: TrainingState) -> None:
-    if not state.is_finite():
-        raise NumericsError(
-            f"a weight became infinite or NaN by update {state.step}; only a good checkpoint is "
-            f"kept, if any: lower --lr, with --force to start anew"
-        )
+    def _held_out_loss(self, draws: FixedDraws, state: TrainingState) -> float:
+        """Of the averaged weights; a divided network is asked by all processes, for the same."""
+        weights = state.averaged_weights()
+        if self.run.shard:
+            with holding(state.network, weights), joint_passes():
+                return draws.loss(state.network)
+        with uncompiled(state.network):  # other weights and batches than it was compiled for
+            return draws.loss(state.network, weights=weights)
+
+    def _require_finite(self, state: TrainingState) -> None:
+        if self.world.largest(int(not state.is_finite())):
+            raise NumericsError(
+                f"a weight became infinite or NaN by update {state.step}; only a good checkpoint "
+                f"is kept, if any: lower --lr, with --force to start anew"
+            )
 
 
 class MetricsLog:

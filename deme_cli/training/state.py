@@ -16,17 +16,21 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from deme_cli.artifacts import fingerprint, load_tensors, write_artifact
+from deme_cli.artifacts import fingerprint_file
 from deme_cli.config import FinetuneConfig
 from deme_cli.errors import ArtifactError, ConfigError
+from deme_cli.processes import ALONE, World
 from deme_cli.records import Record
 from deme_cli.tensor_file import read_header
 from deme_cli.training.power_average import PowerAverage
 from deme_cli.training.reduction import Reduction
+from deme_cli.training.sharding import own_part, put, write_gathered
 
-_ADAM = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAM = (*_MOMENTS, "step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +61,8 @@ class TrainingState:
     def __init__(
         self, network: nn.Module, reduction: Reduction, config: FinetuneConfig, *, scale_loss: bool
     ) -> None:
-        device = next(network.parameters()).device
-        self.network, self.reduction = network, reduction.to(device)
+        self.device = next(network.parameters()).device
+        self.network, self.reduction = network, reduction.to(self.device)
         self.config, self.step = config, 0
         groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
         if own := list(reduction.parameters()):
@@ -69,16 +73,15 @@ class TrainingState:
             betas=(config.beta1, config.beta2),
             eps=1e-8,  # the released recipe (REFERENCE 1.1)
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,  # on processors 4 to 6 times as fast as foreach
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
         self.ema = EMAModel(
             network.parameters(),
             decay=config.ema_decay,
             use_ema_warmup=True,
             inv_gamma=1.0,
             power=0.75,
-            foreach=True,
         )
         parameters = list(network.parameters())
         self.power_averages = [PowerAverage(parameters, s) for s in config.ema_lengths or []]
@@ -99,9 +102,16 @@ class TrainingState:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.config.ema_decay:
-            self.ema.step(parameters)
+            self._average(parameters)
         for average in self.power_averages:
             average.step(parameters, self.step)
+
+    @torch.no_grad()
+    def _average(self, parameters: list[nn.Parameter]) -> None:
+        """ema + (1 - decay) (theta - ema), in one pass over the weights (EMAModel.step takes three,
+        and memory for one more copy)."""
+        decay = self.ema.get_decay(self.step)
+        torch._foreach_lerp_(self.ema.shadow_params, parameters, 1 - decay)
 
     def averaged_weights(self, average: PowerAverage | None = None) -> dict[str, Tensor]:
         """The weights that the run is for: the moving average, or the last ones without it.
@@ -136,45 +146,39 @@ class TrainingState:
                 tensors[f"power_ema_{average.length}.{name}"] = tensor
         return tensors
 
-    def save(self, path: Path, identity: dict[str, Any]) -> None:
-        """Write the checkpoint of the run that `identity` describes."""
+    def save(self, path: Path, identity: dict[str, Any], world: World = ALONE) -> None:
+        """Write the checkpoint of the run that `identity` describes; all processes, one file."""
         record = CheckpointRecord(
             identity=identity, step=self.step, loss_scale=self.scaler.state_dict()
         )
-        write_artifact(path, self._tensors(), record)
+        write_gathered(path, self._tensors(), record, world)
 
     def restore(self, path: Path, identity: dict[str, Any], output: Path) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint, read tensor by tensor.
 
         Raises ConfigError if it belongs to a run with other settings (naming the first that
         differs), ArtifactError if its bytes are not those that were written.
         """
-        document = json.loads(read_header(path).metadata["deme"])
+        header = read_header(path)
+        document = json.loads(header.metadata["deme"])
         require_same_run(document["identity"], identity, output)
-        tensors = load_tensors(path)
-        if fingerprint(tensors) != document["fingerprint"]:
+        if fingerprint_file(path) != document["fingerprint"]:
             raise ArtifactError(f"{path}: the checkpoint is corrupt; --force starts the run anew")
-        for module, prefix in ((self.network, "network"), (self.reduction, "reduction")):
-            own = module.state_dict()
-            module.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in own})
-        for index, (name, _) in enumerate(self.network.named_parameters()):
-            self.ema.shadow_params[index].copy_(tensors[f"ema.{name}"])
-            for average in self.power_averages:
-                average.tensors[index].copy_(tensors[f"power_ema_{average.length}.{name}"])
         for name, parameter in self.trained():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(
-                    parameter.device if key != "step" else "cpu", copy=True
-                )
-                for key in _ADAM
-            }
-        self.step = self.ema.optimization_step = document["step"]
+            if f"step.{name}" in header.tensors:
+                moments = {key: torch.zeros_like(parameter) for key in _MOMENTS}
+                count = torch.zeros((), device=parameter.device)
+                self.optimizer.state[parameter] = {"step": count, **moments}
+        with safe_open(path, "pt") as file:
+            for name, tensor in self._tensors().items():
+                put(tensor, file.get_tensor(name))
+        self.step = document["step"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(document["loss_scale"])
 
     def is_finite(self) -> bool:
-        """Whether every weight is a number (asks the device once)."""
-        norms = torch._foreach_norm([p.detach() for p in self.network.parameters()])
+        """Whether every weight that this process holds is a number (asks the device once)."""
+        norms = torch._foreach_norm([own_part(p.detach()) for p in self.network.parameters()])
         return bool(torch.isfinite(torch.stack(norms)).all())
 
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
+from rounds import machine, ratios, rounds_of, verdict
 
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.digits import BASE_PATH
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
+    print(machine())
     config = FinetuneConfig(
         steps=options.steps, batch_size=options.batch_size, projection="none", held_out=0
     )
@@ -94,15 +96,16 @@ def main() -> None:
             ("embedded base", embedded),
             ("8x8, channels (16, 32)", _with_network(embedded, wide)),
         ):
-            ratios = []
-            for _ in range(options.rounds):
-                theirs = hand_written(denoiser, images, config)
-                ratios.append(theirs / deme(denoiser, config, Path(folder)))
-            print(
-                f"{name}, batch {options.batch_size}: deme / hand-written "
-                f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), "
-                f"{options.rounds} rounds of {options.steps} updates"
+            seconds = rounds_of(
+                {
+                    "deme": partial(deme, denoiser, config, Path(folder)),
+                    "hand-written": partial(hand_written, denoiser, images, config),
+                },
+                options.rounds,
             )
+            speed = ratios(seconds["hand-written"], seconds["deme"])
+            label = f"{name}, batch {options.batch_size}, {options.steps} updates"
+            print(verdict(f"{label}: deme / hand-written", speed, ">= 0.95"), flush=True)
 
 
 def _with_network(denoiser: Denoiser, network: torch.nn.Module) -> Denoiser:

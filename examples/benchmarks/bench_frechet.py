@@ -1,6 +1,6 @@
 """The Fréchet distance at d = 2048: deme and clean-fid side by side, in interleaved rounds.
 
-    python examples/benchmarks/bench_frechet.py [--rounds 3] [--dimension 2048]
+    python examples/benchmarks/bench_frechet.py [--rounds 5] [--dimension 2048]
 
 Prints the seconds of each round and the median ratio with its range; target: at least 15. Then the
 singular case (n < d), where clean-fid's figure is shown beside ours and the exact one, which needs
@@ -10,11 +10,12 @@ the features themselves.
 from __future__ import annotations
 
 import argparse
-import statistics
+import importlib.util
 import time
 import warnings
 
 import numpy as np
+from rounds import machine, skip, verdict
 
 from deme_cli.evaluation.frechet import frechet_distance
 
@@ -70,10 +71,7 @@ def compare(label: str, parts: tuple[np.ndarray, ...], rounds: int) -> None:
             f"relative difference {abs(value - other) / abs(other):.1e}",
             flush=True,
         )
-    print(
-        f"{label}: median ratio {statistics.median(ratios):.1f} "
-        f"({min(ratios):.1f} to {max(ratios):.1f})"
-    )
+    print(verdict(f"{label}: clean-fid / deme", ratios, ">= 15"))
 
 
 def exact_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -88,9 +86,13 @@ def exact_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dimension", type=int, default=2048)
     options = parser.parse_args()
+    print(machine())
+    if importlib.util.find_spec("cleanfid") is None:
+        skip("clean-fid", "not installed; nothing is compared")
+        return
     d = options.dimension
     x, y = draw_features(3 * d, d, seed=1), draw_features(3 * d, d, seed=2)
     frechet_distance(*gaussian_of(x[:50, :50]), *gaussian_of(y[:50, :50]))  # load the libraries

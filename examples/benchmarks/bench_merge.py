@@ -11,12 +11,17 @@ then runs, in turns, each as a process of its own:
                   new dictionaries, applied to a deep copy, saved
     safetensors   load_file on all files, arithmetic on dictionaries, save_file
     loop          a bare loop that reads every input and writes as many bytes as the output has
+    mergekit      mergekit-pytorch, which merges raw state dicts, method linear without
+                  normalisation: weight 1 - sum w of the base, w_i of the experts
+    mergekit-ta   the same, method task_arithmetic: base + sum w_i (expert - base)
     deme          deme merge -w 0.1,0.1,0.2,0.5
 
 Times are of whole processes with warm files; `work` leaves out the imports before it. Ratios are
 of the runs of one round, shown as median (least to most), because machines have moods. Anonymous
 memory is the peak of RssAnon, Linux only. --parameters shrinks the network, --folder chooses the
-disk.
+disk. mergekit runs in an environment of its own, made with `uv venv mk` and
+`uv pip install --python mk/bin/python mergekit`, and named by --mergekit-python mk/bin/python, or
+found by `mergekit-pytorch` on PATH; else it is skipped. After the rounds the outputs are compared.
 """
 
 from __future__ import annotations
@@ -28,11 +33,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
-ARMS = ("recipe", "safetensors", "loop", "deme")
-COEFFICIENTS = (0.1, 0.1, 0.2, 0.5)
+from merge_ways import METHODS, coefficients_for
+from rounds import in_turn, machine, ratios, skip, spread, watched
+
+ARMS = ("recipe", "safetensors", "loop", "mergekit", "mergekit-ta", "deme")
+WAYS = Path(__file__).resolve().with_name("merge_ways.py")
 STABLE_DIFFUSION = {
     "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 4,
     "cross_attention_dim": 768, "attention_head_dim": 8,
@@ -48,23 +56,42 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--arms", default=",".join(ARMS), help="which ways to run")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)  # one way, run by the script itself
+    parser.add_argument("--mergekit-python", help="interpreter of an environment with mergekit")
     options = parser.parse_args()
-    if options.arm:
-        run_arm(options.arm, Path.cwd())
-        return
-    arms = options.arms.split(",")
-    with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.folder) as folder:
-        is_sd = options.model == "sd"
+    print(machine())
+    python = find_mergekit(options.mergekit_python)
+    arms = [arm for arm in options.arms.split(",") if python or arm not in METHODS]
+    with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.folder) as name:
+        folder, is_sd = Path(name), options.model == "sd"
         config = STABLE_DIFFUSION if is_sd else model_config(options.parameters)
-        num_bytes = write_models(Path(folder), config, options.experts)
+        num_bytes = write_models(folder, config, options.experts)
         inputs = options.experts + 1
         print(f"{inputs} files of {num_bytes / 1e6:.0f} MB in {folder}", file=sys.stderr)
         if num_bytes * (inputs + 2) > shutil.disk_usage(folder).free:
             sys.exit("not enough disk space; use --parameters or --folder")
-        rounds = [run_round(arms, Path(folder)) for _ in range(options.rounds)]
-        memory = peak_anonymous(Path(folder)) if "deme" in arms else None
-    report(arms, rounds, memory, num_bytes * (inputs + 1) / 1e6)
+        write_mergekit_configs(folder)
+        runs: dict[str, list[Timed]] = {arm: [] for arm in arms}
+        for counts, arm in in_turn(arms, options.rounds):
+            timed = run_once(arm, folder, python)
+            if counts:
+                runs[arm].append(timed)
+        report(runs, num_bytes * (inputs + 1) / 1e6)
+        compare_outputs(arms, folder, python)
+
+
+def find_mergekit(python: str | None) -> str | None:
+    """The interpreter beside which `mergekit-pytorch` lies; None, said aloud, without one."""
+    command = Path(python).parent / "mergekit-pytorch" if python else None
+    if command is None and (on_path := shutil.which("mergekit-pytorch")):
+        command = Path(on_path)
+    if command is None or not command.exists():
+        skip("mergekit", "no mergekit-pytorch on PATH; --mergekit-python names an interpreter")
+        return None
+    python = str(command.absolute().parent / "python")
+    said = "from importlib.metadata import version as v; print(v('mergekit'), 'torch', v('torch'))"
+    found = subprocess.run([python, "-c", said], capture_output=True, text=True)
+    print("mergekit", found.stdout.strip())
+    return python
 
 
 def model_config(parameters: float) -> dict:
@@ -84,65 +111,79 @@ def write_models(folder: Path, config: dict, experts: int) -> int:
     """base and ft_*.safetensors, and diffusers folders of the same files; returns bytes of one."""
     import json
 
-    import diffusers
-    import numpy as np
-    import torch
+    from random_models import write_family
 
-    from deme_cli.artifacts import ArtifactWriter
-    from deme_cli.records import BaseRecord, ExpertRecord
-    from deme_cli.tensor_file import layout_of
-    from deme_cli.timesteps import split_uniform
+    num_bytes = write_family(folder, config, experts)
+    for path in folder.glob("*.safetensors"):
+        own = path.with_suffix("")
+        own.mkdir()
+        (own / "config.json").write_text(json.dumps(config))
+        os.link(path, own / "diffusion_pytorch_model.safetensors")
+    return num_bytes
 
-    network = getattr(diffusers, config["_class_name"])
-    with torch.device("meta"):
-        layout = layout_of(network.from_config(config).state_dict())
-    shared = {
-        "source": "random", "model_config": config, "num_train_timesteps": 1000,
-        "scheduler_config": {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000},
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of the whole process and of its work alone; its peak of RssAnon in MB."""
+
+    process: float
+    work: float
+    anonymous: float | None
+
+
+def write_mergekit_configs(folder: Path) -> None:
+    """mergekit's own account of the merge, by method; JSON is YAML."""
+    import json
+
+    experts = [str(path) for path in sorted(folder.glob("ft_*.safetensors"))]
+    base, weights = str(folder / "base.safetensors"), coefficients_for(len(experts))
+    models = [
+        {"model": path, "parameters": {"weight": w}}
+        for path, w in zip(experts, weights, strict=True)
+    ]
+    shared = {"parameters": {"normalize": False}, "dtype": "float32"}
+    of_base = {"model": base, "parameters": {"weight": 1 - sum(weights)}}
+    configs = {
+        "linear": {"merge_method": "linear", "models": [of_base, *models], **shared},
+        "task_arithmetic": {
+            "merge_method": "task_arithmetic", "base_model": base, "models": models, **shared,
+        },
     }  # fmt: skip
-    base = BaseRecord(**shared)
-    for index in range(experts + 1):
-        name = f"ft_{index}of{experts}" if index else "base"
-        record = base
-        if index:
-            span = split_uniform(experts, 1000)[index - 1]
-            record = ExpertRecord(
-                **shared, range=[span.start, span.stop], index=index, of=experts, p=0.3, steps=0,
-                base=base.fingerprint, seed=0, projection="none", data={}, training={},
-            )  # fmt: skip
-        path = folder / f"{name}.safetensors"
-        generator = np.random.default_rng(index)
-        with ArtifactWriter(path, layout, record) as writer:
-            for spec in layout:
-                writer.write(generator.standard_normal(spec.num_elements, np.float32))
-        base = writer.record if not index else base
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config))
-        os.link(path, folder / name / "diffusion_pytorch_model.safetensors")
-    return sum(spec.num_bytes for spec in layout)
+    for method, config in configs.items():
+        (folder / f"{method}.yaml").write_text(json.dumps(config))
 
 
-def run_round(arms: list[str], folder: Path) -> dict[str, tuple[float, float]]:
-    """Seconds of each arm, as a process and in its work; every arm starts on a quiet disk."""
-    seconds = {}
-    for arm in arms:
-        for path in folder.glob("out*"):
-            path.unlink()
-        os.sync()
-        start = time.perf_counter()
-        result = subprocess.run(command(arm, folder), cwd=folder, stdout=subprocess.PIPE, text=True)
-        process = time.perf_counter() - start
-        if result.returncode:
-            sys.exit(f"{arm} failed")
-        work = float(result.stdout) if arm != "deme" else engine_seconds(folder)
-        seconds[arm] = (process, work)
-        print(f"{arm:12} {process:7.2f} s  (work {work:.2f} s)", file=sys.stderr)
-    return seconds
+def run_once(arm: str, folder: Path, python: str | None) -> Timed:
+    """One way, on a quiet disk: as a process, and its work in it or, if need be, in another."""
+    environment = {"HF_HUB_OFFLINE": "1"}
+    clean(folder)
+    whole = watched(command(arm, folder, python), folder, environment)
+    if arm == "deme" or arm in METHODS:
+        clean(folder)
+        interpreter = python if arm in METHODS else sys.executable
+        words = [str(interpreter), str(WAYS), arm]
+        work = float(watched(words, folder, environment).output.split()[-1])
+    else:
+        work = float(whole.output)
+    print(f"{arm:12} {whole.seconds:7.2f} s  (work {work:.2f} s)", file=sys.stderr)
+    return Timed(whole.seconds, work, whole.anonymous)
 
 
-def command(arm: str, folder: Path) -> list[str]:
+def clean(folder: Path) -> None:
+    """Remove what was written, and let the disk finish."""
+    for path in folder.glob("out*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.sync()
+
+
+def command(arm: str, folder: Path, python: str | None) -> list[str]:
+    if arm in METHODS:
+        return [
+            str(Path(str(python)).parent / "mergekit-pytorch"), f"{METHODS[arm]}.yaml", "out",
+            "--quiet",
+        ]  # fmt: skip
     if arm != "deme":
-        return [sys.executable, str(Path(__file__).resolve()), "--arm", arm]
+        return [sys.executable, str(WAYS), arm]
     experts = sorted(str(path) for path in folder.glob("ft_*.safetensors"))
     coefficients = ",".join(str(w) for w in coefficients_for(len(experts)))
     return [
@@ -151,129 +192,44 @@ def command(arm: str, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def coefficients_for(count: int) -> list[float]:
-    return [COEFFICIENTS[i % len(COEFFICIENTS)] for i in range(count)]
+def compare_outputs(arms: list[str], folder: Path, python: str | None) -> None:
+    """Whether all ways come to the same weights, within rounding."""
+    from safetensors.torch import load_file
+
+    found = {}
+    for arm in set(arms) & {"safetensors", "deme", *METHODS}:
+        clean(folder)
+        watched(command(arm, folder, python), folder, {"HF_HUB_OFFLINE": "1"})
+        parts = (folder / "out").glob("*.safetensors") if arm in METHODS else [
+            folder / "out.safetensors"]  # fmt: skip
+        found[arm] = {name: value for path in parts for name, value in load_file(path).items()}
+    if "deme" not in found:
+        return
+    ours = found.pop("deme")
+    for arm, theirs in sorted(found.items()):
+        assert theirs.keys() == ours.keys(), arm
+        largest = max(float((theirs[name] - ours[name]).abs().max()) for name in ours)
+        print(f"largest difference of a weight (standard normal), {arm} - deme: {largest:.1e}")
 
 
-def engine_seconds(folder: Path) -> float:
-    """The merge alone, as a library call in a fresh process."""
-    (folder / "out.safetensors").unlink()
-    os.sync()
-    arguments = [sys.executable, str(Path(__file__).resolve()), "--arm", "engine"]
-    return float(subprocess.run(arguments, cwd=folder, check=True, capture_output=True).stdout)
-
-
-def run_arm(arm: str, folder: Path) -> None:
-    """One way of merging, in this process; prints the seconds of its work."""
-    paths = [folder / "base.safetensors", *sorted(folder.glob("ft_*.safetensors"))]
-    prepare, work = {
-        "recipe": (_import_diffusers, _recipe), "safetensors": (_import_torch, _dictionaries),
-        "loop": (lambda: None, _loop), "engine": (_import_deme, _engine),
-    }[arm]  # fmt: skip
-    prepare()
-    start = time.perf_counter()
-    work(paths, coefficients_for(len(paths) - 1), folder)
-    print(time.perf_counter() - start)
-
-
-def _import_diffusers() -> None:
-    import diffusers  # noqa: F401
-
-
-def _import_torch() -> None:
-    import safetensors.torch  # noqa: F401
-
-
-def _import_deme() -> None:
-    import deme_cli.merging.combine  # noqa: F401
-
-
-def _recipe(paths: list[Path], coefficients: list[float], folder: Path) -> None:
-    import copy
-    import json
-
-    import diffusers
-    import torch
-
-    config = json.loads((paths[0].with_suffix("") / "config.json").read_text())
-    network = getattr(diffusers, config["_class_name"])
-    base, *experts = (network.from_pretrained(path.with_suffix("")) for path in paths)
-    theta = base.state_dict()
-    vectors = [{name: expert.state_dict()[name] - theta[name] for name in theta}
-               for expert in experts]  # fmt: skip
-    total = {name: torch.zeros_like(tensor) for name, tensor in theta.items()}
-    for w, vector in zip(coefficients, vectors, strict=True):
-        scaled = {name: w * tensor for name, tensor in vector.items()}
-        total = {name: total[name] + scaled[name] for name in theta}
-    merged = copy.deepcopy(base)
-    merged.load_state_dict({name: theta[name] + total[name] for name in theta})
-    torch.save(merged, folder / "out.pt")
-
-
-def _dictionaries(paths: list[Path], coefficients: list[float], folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    base, *experts = (load_file(path) for path in paths)
-    merged = {}
-    for name, theta in base.items():
-        merged[name] = theta.clone()
-        for w, expert in zip(coefficients, experts, strict=True):
-            merged[name] += w * (expert[name] - theta)
-    save_file(merged, folder / "out.safetensors")
-
-
-def _loop(paths: list[Path], coefficients: list[float], folder: Path) -> None:
-    buffer = bytearray(1 << 20)
-    with open(folder / "out.bin", "wb", buffering=0) as out:
-        for path in paths:
-            with open(path, "rb", buffering=0) as file:
-                while count := file.readinto(buffer):
-                    if path is paths[0]:
-                        out.write(memoryview(buffer)[:count])
-
-
-def _engine(paths: list[Path], coefficients: list[float], folder: Path) -> None:
-    from deme_cli.merging.combine import merge_artifacts
-
-    merge_artifacts(paths[0], paths[1:], coefficients, folder / "out.safetensors")
-
-
-def peak_anonymous(folder: Path) -> float | None:
-    """Peak RssAnon of `deme merge` in MB, looked at every millisecond; None without /proc."""
-    if not Path("/proc/self/status").exists():
-        return None
-    for path in folder.glob("out*"):
-        path.unlink()
-    process, peak = subprocess.Popen(command("deme", folder), stdout=subprocess.DEVNULL), 0
-    while process.poll() is None:
-        text = Path(f"/proc/{process.pid}/status").read_text()
-        peak = max([peak, *(int(line.split()[1]) for line in text.splitlines()
-                            if line.startswith("RssAnon"))])  # fmt: skip
-        time.sleep(0.001)
-    return peak * 1024 / 1e6
-
-
-def report(
-    arms: list[str],
-    rounds: list[dict[str, tuple[float, float]]],
-    memory: float | None,
-    megabytes: float,
-) -> None:
+def report(runs: dict[str, list[Timed]], megabytes: float) -> None:
     """The table; MB/s are of bytes read and written, `megabytes` in all, in the work alone."""
-    print("| way | process, s | work, s | work, MB/s | process / deme | work / deme |")
-    print("|---|---|---|---|---|---|")
-    for arm in arms:
-        cells = [spread([r[arm][i] for r in rounds]) for i in (0, 1)]
-        cells.append(f"{megabytes / statistics.median([r[arm][1] for r in rounds]):.0f}")
-        if "deme" in arms:
-            cells += [spread([r[arm][i] / r["deme"][i] for r in rounds]) for i in (0, 1)]
+    ours = runs.get("deme")
+    print("| way | process, s | work, s | MB/s | RssAnon, MB | process / deme | work / deme |")
+    print("|---|---|---|---|---|---|---|")
+    for arm, each in runs.items():
+        process, work = [r.process for r in each], [r.work for r in each]
+        peaks = [r.anonymous for r in each if r.anonymous is not None]
+        cells = [spread(process), spread(work), f"{megabytes / statistics.median(work):.0f}"]
+        cells.append(f"{max(peaks):.0f}" if peaks else "")
+        if ours:
+            cells.append(spread(ratios(process, [r.process for r in ours])))
+            cells.append(spread(ratios(work, [r.work for r in ours])))
         print(f"| {arm} | {' | '.join(cells)} |")
-    if memory is not None:
-        print(f"\npeak anonymous memory of deme merge: {memory:.0f} MB")
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    print(
+        "targets: recipe / deme >= 12, mergekit / deme >= 5, loop / deme >= 0.67 in the work alone,"
+    )
+    print("at most 200 MB of RssAnon in deme")
 
 
 if __name__ == "__main__":

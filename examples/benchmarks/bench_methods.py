@@ -10,11 +10,13 @@ beside the ratio that counted FLOPs alone would give.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+from rounds import machine, ratios, rounds_of, spread
 
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.digits import BASE_PATH
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     denoiser = load_denoiser(BASE_PATH)
-    ratios: dict[str, list[float]] = {name: [] for name in METHODS}
+    print(machine())
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             name: open_run(denoiser, replace(PLAIN, steps=options.steps, **own), Path(folder))
@@ -86,19 +88,14 @@ def main() -> None:
         flops = {
             name: flops_per_update(run.config, count_passes(run)) for name, run in runs.items()
         }
-        for run in runs.values():  # warm up
-            seconds(run)
-        for _ in range(options.rounds):
-            spent = {name: seconds(run) for name, run in runs.items()}
-            for name in METHODS:
-                ratios[name].append(spent["plain finetuning"] / spent[name])
-    print(f"{options.rounds} rounds of {options.steps} updates, batch {PLAIN.batch_size}")
-    for name, found in ratios.items():
-        by_flops = flops["plain finetuning"] / flops[name]
-        print(
-            f"{name}: {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f}), "
-            f"by FLOPs {by_flops:.2f}"
+        spent = rounds_of(
+            {name: partial(seconds, run) for name, run in runs.items()}, options.rounds
         )
+    print(f"{options.rounds} rounds of {options.steps} updates, batch {PLAIN.batch_size}")
+    for name in METHODS:
+        found = ratios(spent["plain finetuning"], spent[name])
+        by_flops = flops["plain finetuning"] / flops[name]
+        print(f"{name}: {spread(found)}, by FLOPs {by_flops:.2f}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from torch.nn import functional
 from deme_cli.analysis import gradients as analysis_module
 from deme_cli.analysis import sketch as sketch_module
 from deme_cli.analysis.gradients import Analysis, _draws, measure_gradients
-from deme_cli.analysis.gradients_figure import draw_gradients
 from deme_cli.analysis.unfinished import Step, unfinished_path
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser, predict
@@ -136,9 +135,3 @@ def test_a_gradient_that_is_not_finite_is_an_error(analysis: Analysis) -> None:
     next(analysis.denoiser.network.parameters()).data.fill_(float("nan"))
     with pytest.raises(NumericsError, match="tiny: the gradient of timesteps 0:20 is not finite"):
         finish(analysis)
-
-
-def test_the_picture_is_drawn_in_both_formats(analysis: Analysis) -> None:
-    png, svg = draw_gradients(finish(analysis))
-    assert png.startswith(b"\x89PNG")
-    assert b"</svg>" in svg

@@ -23,7 +23,9 @@ def test_the_file_the_pictures_and_the_sentence(deme: Deme, run_folder: Path) ->
     assert result.exit_code == 0
     document = json.loads(result.stdout)
     assert document["paths"] == ["gradients.json", "gradients.png", "gradients.svg"]
-    assert all(Path(path).stat().st_size for path in document["paths"])
+    png, svg = (Path(path).read_bytes() for path in document["paths"][1:])
+    assert png.startswith(b"\x89PNG")
+    assert b"</svg>" in svg
     base = read_record(Path("base.safetensors"), "base")
     affinity = read_affinity(Path("gradients.json"), base.fingerprint)
     assert document["ranges"] == [str(span) for span in affinity.ranges]

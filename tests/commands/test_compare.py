@@ -187,6 +187,7 @@ def test_the_table_of_what_is_finished_runs_nothing(folder: Path, deme: Deme) ->
     assert [one["seed"] for one in found["Merged"]["results"]] == [0]
 
 
+@pytest.mark.slow  # three commands in processes of their own
 def test_a_changed_row_is_made_anew_and_a_broken_one_fails_alone(folder: Path, deme: Deme) -> None:
     """Coefficients of 0 leave the base bit for bit, and all rows share their starting noise."""
     changed = PLAN.replace("[0.5, 0.5]", "[0.0, 0.0]")

@@ -6,11 +6,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base
+from diffusers import UNet2DModel
 from PIL import Image
+from torch import Tensor
 
 from deme_cli.artifacts import read_record
 from deme_cli.config import DataConfig, FinetuneConfig
@@ -60,6 +64,7 @@ def test_all_ranges_follow_the_split_and_finished_ones_are_kept(deme, folder: Pa
     assert "another lr" in str(other.exception)
 
 
+@pytest.mark.slow
 def test_ranges_side_by_side_equal_ranges_one_after_another(deme, folder: Path) -> None:
     (folder / "deme.toml").write_text("[split]\nn = 2\n")
     words = [*QUICK, "--p", 0, "--multitask", "uw", "--clusters", 2, "--multitask-lr", 0.5]
@@ -69,6 +74,26 @@ def test_ranges_side_by_side_equal_ranges_one_after_another(deme, folder: Path) 
     together = read_record(path).fingerprint
     deme("finetune", "--range", "2/2", "--force", *words)
     assert read_record(path).fingerprint == together
+
+
+def test_a_lack_of_memory_is_told_with_what_is_done_about_it(
+    deme, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = UNet2DModel.forward
+
+    def with_little_memory(self: UNet2DModel, x_t: Tensor, *args: object, **kwargs: object) -> Any:
+        if len(x_t) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, x_t, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DModel, "forward", with_little_memory)
+    held_out = ["--held-out", 5, "--checkpoint-every", 2]  # in parts that fit, too
+    done = deme("finetune", "--range", "1/2", *QUICK, *held_out)
+    assert done.exit_code == 0, done.exception
+    assert "out of memory: 2 images at a time from here on" in done.stderr
+    assert done.stderr.count("--micro-batch 2") == 1
+    curve = (folder / "ft_1of2.metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["halved_to"] for line in curve] == [2, None]
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(deme, folder: Path) -> None:
@@ -197,7 +222,10 @@ def test_a_description_that_lacks_a_table_or_is_no_toml_is_refused(deme, folder:
     assert "neither valid TOML nor JSON" in str(done.exception)
 
 
-LATENT = ["--data", "images", "--steps", 2, "--batch-size", 2, "--device", "cpu", "--held-out", 1]
+LATENT = [
+    "--data", "images", "--steps", 2, "--batch-size", 2, "--accumulation", 1, "--device", "cpu",
+    "--held-out", 1,
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import diffusers
 import pytest
 import torch
 from tiny_pipelines import BUILDERS
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from deme_cli.diffusion.backbones.known import KNOWN, backbone_of
 from deme_cli.diffusion.checkpoints import open_denoiser
@@ -23,6 +25,7 @@ from deme_cli.diffusion.projection import (
     fold_weights,
     sites,
 )
+from deme_cli.diffusion.threads import forward_flops
 from deme_cli.errors import ArtifactError
 
 LATENT = (4, 8, 8)
@@ -41,6 +44,16 @@ def opened(request: Any, pipelines: Callable[..., Path]) -> tuple[Denoiser, Comp
 def given_to(companions: Companions) -> Conditions:
     subjects = [3, 7] if companions.wants == "class" else ["a seven", "a boat"]
     return companions.conditions(subjects, torch.tensor([[20, 24, 1, 0, 16, 16]] * 2))
+
+
+@torch.no_grad()
+def test_work_is_counted_without_doing_it(opened: tuple[Denoiser, Companions, Any]) -> None:
+    denoiser, companions, _ = opened
+    x_t, told = noisy(), given_to(companions)
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        predict(denoiser.network, x_t, torch.zeros(2, dtype=torch.long), told)
+    assert forward_flops(denoiser.network, x_t, told) == counter.get_total_flops() > 0
 
 
 def noisy(seed: int = 0) -> torch.Tensor:

@@ -36,8 +36,8 @@ class Flat(nn.Module):
 def test_the_digit_classifier_tells_the_test_digits() -> None:
     images, labels = load_digits("test")
     meter = AccuracyMeter(load_classifier("digits"), labels)
-    meter.add(images[:200], 0)
-    meter.add(images[200:], 200)
+    meter.take(meter.look(images[:200], 0))
+    meter.take(meter.look(images[200:], 200))
     score = meter.scores()["accuracy"]
     assert score.value > 99
     assert score.details["model"] == "digits"

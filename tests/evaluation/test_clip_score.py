@@ -53,8 +53,8 @@ def test_the_score_equals_a_direct_computation_with_open_clip(
     clip_folder: Path, images: np.ndarray
 ) -> None:
     meter = ClipMeter(load_clip_scorer("", f"local-dir:{clip_folder}"), PROMPTS)
-    meter.add(images[:3], 0)
-    meter.add(images[3:], 3)
+    meter.take(meter.look(images[:3], 0))
+    meter.take(meter.look(images[3:], 3))
     score = meter.scores()["clip_score"]
     assert score.value == pytest.approx(direct_score(clip_folder, images, PROMPTS), abs=1e-5)
     assert score.details["truncated"] == 0

@@ -141,6 +141,22 @@ def test_merged_running_statistics_equal_one() -> None:
     np.testing.assert_allclose(parts[0].statistics().sigma, np.cov(features, rowvar=False))
 
 
+@pytest.mark.parametrize("num_shares", [2, 3, 7])
+def test_shares_of_batches_merge_to_the_statistics_of_one_pass(num_shares: int) -> None:
+    features = draw_features(1000, 32, seed=13) + 1e3
+    batches = np.split(features, range(64, 1000, 64))
+    whole, shares = RunningStatistics(), [RunningStatistics() for _ in range(num_shares)]
+    for k, batch in enumerate(batches):
+        whole.add(batch)
+        shares[k % num_shares].add(batch)
+    for share in shares[1:]:
+        shares[0].merge(share)
+    found, wanted = shares[0].statistics(), whole.statistics()
+    assert found.n == 1000
+    np.testing.assert_allclose(found.mu, wanted.mu, rtol=1e-12)
+    np.testing.assert_allclose(found.sigma, wanted.sigma, rtol=0, atol=1e-10)
+
+
 def test_one_image_has_no_covariance() -> None:
     running = RunningStatistics()
     running.add(np.ones((1, 3)))

@@ -251,3 +251,18 @@ def test_a_gpu_draws_the_images_of_the_cpu(run_folder: Path) -> None:
     on_cpu = collect_images(open_ensemble(paths), config)
     on_gpu = collect_images(open_ensemble(paths, device="cuda"), config, hold_one=True)
     assert largest_difference(on_gpu, on_cpu) <= 2
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu(run_folder: Path) -> None:
+    paths = sorted(run_folder.glob("ft_*.safetensors"))
+    config = SampleConfig(num=4, steps=12, batch_size=2)
+    list(sample_images(experts := open_ensemble(paths, device="cuda"), config))  # kernels load
+    drawing = sample_images(experts, config)
+    for _ in range(10):  # every expert has been loaded
+        next(drawing)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(drawing)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

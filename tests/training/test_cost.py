@@ -19,7 +19,8 @@ from deme_cli.timesteps import TimestepRange, parse_range
 from deme_cli.training.batches import BatchSource
 from deme_cli.training.cost import PassCost, count_passes, flops_per_update
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.finetune import _backward, open_networks
+from deme_cli.training.gradients import Gradients
+from deme_cli.training.networks import open_networks
 from deme_cli.training.reduction import Reduction
 from deme_cli.training.run import Run
 from deme_cli.training.state import TrainingState
@@ -74,8 +75,7 @@ def count_updates(run: Run, num: int) -> int:
     measured = {"pcgrad": num * config.accumulation, "nashmtl": -(-num // config.multitask_every)}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for _ in range(num):
-            for micro in range(config.accumulation):
-                _backward(run, state, base, source, micro)
+            Gradients(run, state, base, source).of_update()
             state.update()
     size = sum(parameter.numel() for parameter in network.parameters())
     gram = 2 * len(run.clusters) ** 2 * size  # one matrix product of (k, size) with its transpose
@@ -84,17 +84,13 @@ def count_updates(run: Run, num: int) -> int:
 
 UPDATES = {
     "plain": {},
-    "consistency": {"consistency": 1.0},
     "accumulation": {"consistency": 1.0, "accumulation": 2},
     "fold": {"projection": "fold"},
     "block": {"projection": "block", "consistency": 1.0},
-    "min-snr": {"loss_weighting": "min-snr"},
     "uncertainty": {"loss_weighting": "uncertainty"},
     "uw": {"multitask": "uw"},
-    "pcgrad": {"multitask": "pcgrad", "consistency": 1.0},
-    "pcgrad, accumulation": {"multitask": "pcgrad", "accumulation": 2},
-    "nashmtl": {"multitask": "nashmtl", "consistency": 1.0},
-    "nashmtl, accumulation": {"multitask": "nashmtl", "accumulation": 2},
+    "pcgrad": {"multitask": "pcgrad", "consistency": 1.0, "accumulation": 2},
+    "nashmtl": {"multitask": "nashmtl", "consistency": 1.0, "accumulation": 2},
     "nashmtl, every": {"multitask": "nashmtl", "multitask_every": 1},
 }
 

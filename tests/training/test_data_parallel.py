@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_base
+from launched import ends, launch
 from PIL import Image
 
 from deme_cli.artifacts import load_tensors, read_record
@@ -23,6 +23,7 @@ from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.conditions import concatenate
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.diffusion.schedule import Schedule
+from deme_cli.errors import ConfigError
 from deme_cli.launch import Launch
 from deme_cli.processes import World
 from deme_cli.timesteps import TimestepRange
@@ -30,6 +31,7 @@ from deme_cli.training.batches import Batch, BatchSource
 from deme_cli.training.data_parallel import add_up_gradients, buckets, share_of
 from deme_cli.training.examples import Examples, PixelExamples
 from deme_cli.training.materials import fill_caches, open_examples
+from deme_cli.training.plan import require_processes
 
 SPAN = TimestepRange(250, 500)
 
@@ -60,8 +62,6 @@ def compare_with_whole(
         BatchSource(examples, SPAN, schedule, config, flip=True, share=share)
         for share in (slice(None), *(share_of(config.batch_size, member(k, 3)) for k in range(3)))
     )
-    assert whole.num_shares == 1
-    assert sum(1 / part.num_shares for part in parts) == pytest.approx(1)
     for step, micro in ((0, 0), (3, 1)):
         wanted = whole.batch(step, micro)
         found = joined([part.batch(step, micro) for part in parts])
@@ -155,38 +155,15 @@ WORDS = [
 ENDLESS = ["--steps", "100000", "--checkpoint-every", "5"]
 
 
-def launch(
-    folder: Path, *words: str, num: int = 2, by_rank: Callable[[int], list[str]] = lambda rank: []
-) -> list[subprocess.Popen]:
-    """`num` processes of one launch, as a launcher starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environ = {
-        **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num),
-    }  # fmt: skip
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "deme_cli", *words, *by_rank(rank)],
-            cwd=folder, env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(num)
-    ]  # fmt: skip
-
-
-def ends(processes: list[subprocess.Popen], seconds: float = 120) -> tuple[list[int], list[str]]:
-    """Exit codes, and every line that says why."""
-    said = [process.communicate(timeout=seconds)[1] for process in processes]
-    lines = [line for text in said for line in text.splitlines()]
-    assert not any("Traceback" in line for line in lines), lines
-    return [p.returncode for p in processes], [line for line in lines if line[:5] == "deme:"]
-
-
 def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
     while not path.exists():
         assert all(process.poll() is None for process in processes), ends(processes)
+        time.sleep(0.02)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    while not steps_of(folder) or steps_of(folder)[-1] < step:
+        assert process.poll() is None, ends([process])
         time.sleep(0.02)
 
 
@@ -281,6 +258,93 @@ def test_two_processes_go_on_where_one_stopped(deme, folder: Path) -> None:
     assert ends(processes) == ([0, 0], [])
     assert steps_of(folder) == list(range(10, 101, 10))
     require_close(folder / "ft_1of2.safetensors", alone(deme, folder, *words))
+
+
+SHORT = ["--steps", "20", "--checkpoint-every", "10"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--ema-lengths", "0.1", "--snapshot-every", "10"],
+        ["--projection", "block", "--micro-batch", "1", "--accumulation", "2"],
+        ["--loss-weighting", "uncertainty", "--gradient-checkpointing", "--consistency", "0"],
+    ],
+)
+def test_a_divided_network_is_trained_to_the_expert_of_one_process(
+    deme, folder: Path, settings: list[str]
+) -> None:
+    words = [*WORDS, *settings, *SHORT]
+    assert ends(launch(folder, *words, "--shard")) == ([0, 0], [])
+    wanted = alone(deme, folder, *words)
+    require_close(folder / "ft_1of2.safetensors", wanted)
+    others = list((folder / "ft_1of2.snapshots").glob("*"))
+    assert len(others) == (3 if "--ema-lengths" in settings else 0)
+    for path in others:
+        require_close(path, folder / "alone.snapshots" / path.name)
+    curves = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (folder / "ft_1of2.metrics.jsonl", folder / "alone.metrics.jsonl")
+    ]
+    for one, other in zip(*curves, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["held_out"] == pytest.approx(other["held_out"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_divided_run_goes_on_undivided_and_the_other_way_round(deme, folder: Path) -> None:
+    words = [*WORDS, "--steps", "40", "--checkpoint-every", "5", "--projection", "block"]
+    processes = launch(folder, *words, "--shard")
+    wait_for(folder / ".ft_1of2.checkpoint", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, said = ends(processes)
+    assert codes == [75, 75]
+    assert len(said) == 1, said
+    assert steps_of(folder)[-1] < 40
+    (process,) = launch(folder, *words, "--steps", "40", num=1)
+    wait_for_step(folder, 20, process)
+    process.send_signal(signal.SIGTERM)
+    assert ends([process])[0] == [75]
+    assert ends(launch(folder, *words, "--shard", "--resume", num=3)) == ([0, 0, 0], [])
+    assert steps_of(folder) == list(range(5, 41, 5))
+    require_close(folder / "ft_1of2.safetensors", alone(deme, folder, *words))
+
+
+@pytest.mark.slow
+def test_a_divided_network_in_half_precision_is_about_the_same(deme, folder: Path) -> None:
+    words = [*WORDS, *SHORT, "--dtype", "bf16"]
+    assert ends(launch(folder, *words, "--shard")) == ([0, 0], [])
+    found, wanted = folder / "ft_1of2.safetensors", alone(deme, folder, *words)
+
+    def flat(path: Path) -> torch.Tensor:
+        weights = load_tensors(path)
+        return torch.cat([weights[name].flatten() for name in weights if "to_k.b" not in name])
+
+    one, other, base = map(flat, (found, wanted, folder / "base.safetensors"))
+    apart, moved = (one - other).square().mean().sqrt(), (other - base).square().mean().sqrt()
+    assert apart < 0.05 * moved  # bf16 rounds by up to 0.4 percent, and Adam divides
+
+
+@pytest.mark.slow
+def test_the_death_of_a_process_ends_those_that_share_its_network(folder: Path) -> None:
+    processes = launch(folder, *WORDS, *ENDLESS, "--shard", num=3)
+    wait_for(folder / ".ft_1of2.checkpoint", processes)
+    processes[1].kill()
+    codes, said = ends(processes)
+    assert sorted(codes) == [-signal.SIGKILL, 1, 1]
+    assert len(said) == 1, said
+    assert "without a word" in said[0]
+
+
+def test_a_network_is_divided_among_several_processes_in_a_precision_that_allows_it(
+    deme, folder: Path
+) -> None:
+    assert "this is one alone" in str(deme(*WORDS, "--shard").exception)
+    with pytest.raises(ConfigError, match="choose bf16"):
+        require_processes(FinetuneConfig(), 2, shard=True, dtype="fp16", compile="auto")
+    with pytest.raises(ConfigError, match="--compile on"):
+        require_processes(FinetuneConfig(), 2, shard=True, dtype="bf16", compile="on")
 
 
 def write_images(folder: Path, *, broken: int) -> None:

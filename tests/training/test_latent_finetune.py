@@ -82,7 +82,10 @@ def test_two_ranges_of_every_backbone_become_experts(
     assert any(not torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
 
 
-@pytest.mark.parametrize("projection", ["fold", "block", "none"])
+@pytest.mark.parametrize(
+    "projection",
+    [pytest.param("fold", marks=pytest.mark.slow), "block"],  # of pixels: test_finetune.py
+)
 def test_a_resumed_run_on_latents_equals_an_uninterrupted_one_bit_for_bit(
     run_of: Callable[..., Run], projection: str
 ) -> None:

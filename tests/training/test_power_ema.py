@@ -105,11 +105,19 @@ def test_a_length_that_was_not_saved_is_mixed_from_those_that_were(iterates: Run
     assert (mixed - kept).norm() < 0.005 * (kept - theta).norm()
 
 
+@pytest.fixture(scope="module")
+def whole(run_of: Callable[..., Run]) -> Run:
+    """A finished run that saves its state also where nothing else is written."""
+    run = run_of(replace(SAVING, checkpoint_every=11, lr_schedule="cosine"))
+    list(train(run))
+    return run
+
+
 @pytest.mark.parametrize("step", [8, 11, 12])
-def test_a_resumed_run_writes_the_same_files(run_of: Callable[..., Run], step: int) -> None:
-    config = replace(SAVING, checkpoint_every=11, lr_schedule="cosine")
-    whole, broken = run_of(config), run_of(config)
-    list(train(whole))
+def test_a_resumed_run_writes_the_same_files(
+    run_of: Callable[..., Run], whole: Run, step: int
+) -> None:
+    broken = run_of(whole.config)
     for record in train(broken):  # broken off at a state that is saved, before what comes after
         if record.step >= step:
             break

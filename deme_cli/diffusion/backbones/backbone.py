@@ -105,6 +105,14 @@ class Backbone(Protocol):
         ...
 
 
+def config_of(network: nn.Module) -> Config:
+    """The diffusers config that a network was built from."""
+    from diffusers import ConfigMixin
+
+    assert isinstance(network, ConfigMixin), type(network).__name__
+    return network.config
+
+
 def square(size: int | Sequence[int]) -> tuple[int, int]:
     """(H, W) of a config's sample_size."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import TOKENS, Config, Shape, Site
+from deme_cli.diffusion.backbones.backbone import TOKENS, Config, Shape, Site, config_of
 from deme_cli.diffusion.backbones.flow_layout import dynamic_shift
 from deme_cli.diffusion.backbones.token_blocks import token_block_sites, token_fold_sites
 from deme_cli.diffusion.conditions import Conditions
@@ -76,7 +76,7 @@ class Flux:
         batch, channels, height, width = x_t.shape
         tokens = given["encoder_hidden_states"]
         guidance = None
-        if network.config.guidance_embeds:
+        if self.embeds_guidance(config_of(network)):
             told = x_t.new_full((batch,), TRAINED_GUIDANCE, dtype=torch.float32)
             guidance = given.get("guidance", told)
         output = network(

@@ -13,9 +13,11 @@ def token_block_sites(
     network: nn.Module, lists: Sequence[str] = ("transformer_blocks",), *, output: int = 0
 ) -> Iterator[Site]:
     """Every block of the lists; `output` is the place of the image tokens in what a block gives."""
+    width = network.inner_dim
+    assert isinstance(width, int)
     for name in lists:
-        for index in range(len(network.get_submodule(name))):
-            yield Site(f"{name}.{index}", network.inner_dim, output)
+        for index, _ in enumerate(network.get_submodule(name).children()):
+            yield Site(f"{name}.{index}", width, output)
 
 
 def token_fold_sites(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from deme_cli.diffusion.backbones.backbone import Site
+from deme_cli.diffusion.backbones.backbone import Site, config_of
 
 _BRANCHES = (".conv2", ".proj_out", ".to_out.0")  # ends of residual branches
 _INSIDE = ".transformer_blocks."  # its branches end in the proj_out around them
@@ -14,7 +14,7 @@ _INSIDE = ".transformer_blocks."  # its branches end in the proj_out around them
 
 def unet_block_sites(network: nn.Module) -> Iterator[Site]:
     """Every down, mid and up block; a down block gives (h, skips), of which h is projected."""
-    widths = list(network.config.block_out_channels)
+    widths = config_of(network)["block_out_channels"]
     for index, width in enumerate(widths):
         yield Site(f"down_blocks.{index}", width)
     if network.mid_block is not None:

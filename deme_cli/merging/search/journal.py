@@ -62,6 +62,7 @@ class Journal:
         if self._alive is not None:
             self._lock_of(self.worker).unlink(missing_ok=True)
             self._alive.release()
+        self._lock.tidy()
 
     def _lock_of(self, worker: str) -> Path:
         return self.path.with_name(f".{self.path.name}.{worker}.worker")

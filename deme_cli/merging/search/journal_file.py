@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,8 @@ class JournalLock:
 
     def __init__(self, path: Path) -> None:
         self._path = Path(path)
-        self._lock = kernel_lock(self._path.with_name(f".{self._path.name}.lock"))
+        self._place = self._path.with_name(f".{self._path.name}.lock")
+        self._lock = kernel_lock(self._place)
 
     def acquire(self) -> bool:
         self._lock.acquire()
@@ -43,6 +46,15 @@ class JournalLock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+    def tidy(self) -> None:
+        """Remove the lock's file, unless somebody works on the journal, who will.
+
+        Whoever waits for it meanwhile gets a file without a name, and filelock takes a new one.
+        """
+        with suppress(OSError), self:  # a file that stays does no harm
+            if not any(self._path.parent.glob(f".{escape(self._path.name)}.*.worker")):
+                self._place.unlink(missing_ok=True)
 
     def _cut_torn_line(self) -> None:
         if not self._path.exists():
@@ -121,14 +133,18 @@ def read_journal(path: Path, held: JournalLock | None = None) -> JournalDocument
     """
     if not path.is_file():
         raise MissingError(f"{path}: no such journal of trials")
-    with held or JournalLock(path) as lock:
-        storage = open_storage(path, lock)
-        try:
+    lock = held or JournalLock(path)
+    try:
+        with lock:
+            storage = open_storage(path, lock)
             study = storage.get_study_id_from_name(STUDY)
-        except KeyError as error:
-            raise ConfigError(f"{path} holds no search of `deme merge`") from error
-        attributes = storage.get_study_user_attrs(study)
-        trials = storage.get_all_trials(study)
+            attributes = storage.get_study_user_attrs(study)
+            trials = storage.get_all_trials(study)
+    except KeyError as error:
+        raise ConfigError(f"{path} holds no search of `deme merge`") from error
+    finally:
+        if held is None:
+            lock.tidy()
     if "search" not in attributes:
         raise ConfigError(f"{path} holds no search of `deme merge`")
     return JournalDocument(

@@ -283,6 +283,17 @@ def test_the_trial_of_a_living_worker_is_its_own(path: Path, worker: subprocess.
             assert len(asked) == 1, "a worker that sleeps is not dead"
 
 
+def test_who_leaves_last_takes_the_lock_along(path: Path, worker: subprocess.Popen) -> None:
+    lock = path.with_name(f".{path.name}.lock")
+    reopen(path)
+    assert lock.exists(), "a worker lives"
+    worker.kill()
+    worker.wait()
+    reopen(path)
+    read_journal(path)
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_trial_of_a_dead_worker_returns(
     path: Path, worker: subprocess.Popen, number: int

@@ -1,0 +1,163 @@
+"""Settings of a training run: what one expert minimises, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deme_cli.errors import ConfigError
+from deme_cli.settings import Settings, setting
+
+PROJECTIONS = ("fold", "block", "none")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+TIMESTEP_DRAWS = ("per-sample", "per-batch")
+WEIGHTINGS = (
+    "none", "uniform", "snr+1", "truncated-snr", "min-snr", "soft-min-snr", "p2", "uncertainty",
+)  # fmt: skip
+MULTITASK = ("none", "uw", "nashmtl", "pcgrad")
+DIVISIONS = ("uniform", "snr", "log-snr", "gradient")
+NOT_RESULT = (  # of FinetuneConfig: they leave the weights alone, but for rounding
+    "checkpoint_every", "held_out", "cache", "gradient_checkpointing", "micro_batch",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Settings):
+    """[finetune]: what one expert minimises and how (Eq. 3-6, rates of the released recipe)."""
+
+    p: float = setting(0.3, "probability of drawing a timestep from all of [0, T) (Eq. 6)")
+    steps: int = setting(20_000, "optimizer updates")
+    batch_size: int = setting(64, "images per optimizer update, before accumulation")
+    accumulation: int = setting(1, "batches whose gradients make one update")
+    lr: float = setting(5e-5, "peak learning rate")
+    lr_schedule: str = setting("constant", "learning rate over the run", choices=LR_SCHEDULES)
+    warmup: int = setting(0, "updates over which the learning rate rises from 0")
+    consistency: float = setting(
+        1.0, "weight of the consistency loss against the frozen base (Eq. 4); 0 turns it off"
+    )
+    projection: str = setting(
+        "fold", "placement of the channel-wise projection", choices=PROJECTIONS
+    )
+    timesteps: str = setting(
+        "per-sample",
+        "who draws between the range and [0, T): each image, or a whole batch as the official code",
+        choices=TIMESTEP_DRAWS,
+    )
+    antithetic: bool = setting(
+        False, "draw timesteps in mirrored pairs t and start + stop - 1 - t, as the official code"
+    )
+    loss_weighting: str = setting(
+        "none",
+        "weight of each timestep in the loss: none (as the network's own target has it), uniform "
+        "on the noise, a published one, or learned (uncertainty, as EDM2)",
+        choices=WEIGHTINGS,
+    )
+    weighting_gamma: float | None = setting(
+        None, "gamma of min-snr, soft-min-snr (unset: 5) and p2 (unset: 1)"
+    )
+    weighting_k: float = setting(1.0, "k of p2")
+    normalise_weighting: bool = setting(
+        False, "scale the loss weighting to a mean of 1 over all timesteps"
+    )
+    multitask: str = setting(
+        "none", "how clusters of timesteps share an update (ANT)", choices=MULTITASK
+    )
+    clusters: int = setting(5, "clusters of timesteps for --multitask")
+    cluster_by: str = setting(
+        "uniform", "what the timesteps of a cluster have in common", choices=DIVISIONS
+    )
+    multitask_lr: float = setting(0.025, "learning rate of the task weights of uw")
+    multitask_every: int = setting(25, "updates between new task weights of nashmtl")
+    ema_decay: float = setting(
+        0.9999, "largest decay of the weights' moving average; 0 turns it off"
+    )
+    ema_lengths: list[float] | None = setting(
+        None, "relative lengths of power-function EMAs to write as well, as 0.05,0.1; unset: none"
+    )
+    weight_decay: float = setting(1e-6, "AdamW weight decay")
+    beta1: float = setting(0.95, "AdamW first-moment decay")
+    beta2: float = setting(0.999, "AdamW second-moment decay")
+    grad_clip: float = setting(1.0, "largest gradient norm; 0 turns clipping off")
+    checkpoint_every: int = setting(1000, "updates between checkpoints")
+    snapshot_every: int | None = setting(
+        None, "updates between experts written on the way, to be merged; unset: none"
+    )
+    held_out: int = setting(
+        512, "held-out draws whose loss is logged at every checkpoint; 0 logs none"
+    )
+    caption_dropout: float = setting(
+        0.1, "share of captions or classes left out, so that guidance keeps working"
+    )
+    cache: str = setting(
+        "auto",
+        "latents and text embeddings on disk: auto (beside the base), off, or a folder; "
+        "does not change the draws",
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "compute activations again in the backward pass: less memory, a third more time; "
+        "changes rounding alone",
+    )
+    micro_batch: int | None = setting(
+        None,
+        "images per forward and backward; changes rounding alone; unset: the whole batch. "
+        "Halved where a GPU's memory runs out",
+    )
+    seed: int = setting(0, "seed of data order, timesteps, noise and flips")
+
+    def check(self) -> None:
+        for name in ("p", "caption_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)}: expected a probability from 0 to 1"
+                )
+        self._positive("steps", "batch_size", "accumulation", "lr")
+        self._positive("checkpoint_every", "snapshot_every", "micro_batch")
+        self._not_negative("warmup", "consistency", "weight_decay", "grad_clip", "held_out", "seed")
+        for name in ("ema_decay", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected 0 or more, below 1")
+        if self.snapshot_every and self.snapshot_every >= self.steps:
+            raise ConfigError(
+                f"snapshot_every = {self.snapshot_every}: expected fewer than steps = {self.steps}"
+            )
+        lengths = self.ema_lengths or []
+        if len(set(lengths)) < len(lengths) or not all(0 < s < 12**-0.5 for s in lengths):
+            raise ConfigError(  # 12^(-1/2) is the length of the plain mean
+                f"ema_lengths = {lengths}: expected different numbers above 0, below 0.2886"
+            )
+        self._check_weighting()
+
+    def _check_weighting(self) -> None:
+        """What belongs to a loss weighting or to tasks is refused where it would do nothing."""
+        self._positive("weighting_gamma", "weighting_k", "multitask_lr", "multitask_every")
+        if self.weighting_gamma and self.loss_weighting not in ("min-snr", "soft-min-snr", "p2"):
+            raise ConfigError(
+                f"weighting_gamma belongs to min-snr, soft-min-snr and p2, not to "
+                f"loss_weighting = {self.loss_weighting!r}"
+            )
+        if self.weighting_k != 1 and self.loss_weighting != "p2":
+            raise ConfigError(f"weighting_k belongs to p2, not to {self.loss_weighting!r}")
+        if self.normalise_weighting and self.loss_weighting in ("none", "uncertainty"):
+            raise ConfigError(
+                f"normalise_weighting: there is no table of weights to scale with "
+                f"loss_weighting = {self.loss_weighting!r}"
+            )
+        if self.multitask == "none":
+            return
+        if not 2 <= self.clusters <= self.batch_size:
+            raise ConfigError(
+                f"clusters = {self.clusters}: expected from 2 to batch_size = {self.batch_size}, "
+                f"for each cluster has its share of every batch"
+            )
+        if self.antithetic or self.timesteps != "per-sample":
+            raise ConfigError(
+                f"multitask = {self.multitask!r} draws timesteps by cluster; "
+                f"leave timesteps and antithetic at their defaults"
+            )
+        if self.micro_batch:
+            raise ConfigError(
+                f"micro_batch = {self.micro_batch}: multitask = {self.multitask!r} balances the "
+                f"losses of whole batches; use --gradient-checkpointing for less memory"
+            )
+        if self.loss_weighting == "uncertainty":
+            raise ConfigError("multitask and loss_weighting = 'uncertainty' both learn weights")

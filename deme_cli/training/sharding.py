@@ -1,0 +1,132 @@
+"""A network that does not fit one GPU, divided among the processes of a launch.
+
+Fully sharded data parallelism (Rajbhandari et al. 2020, ZeRO stage 3; torch's FSDP2): of every
+parameter, its gradient, moments and averages each process holds a slice, and the whole of one block
+for as long as that block computes. Files hold whole tensors, so a run goes on divided otherwise, or
+not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from deme_cli.artifacts import ArtifactWriter
+from deme_cli.processes import Lost, World
+from deme_cli.records import Record
+from deme_cli.tensor_file import layout_of, tensor_bytes
+
+_BLOCKS = (  # diffusers' classes that a network repeats; of nested ones the outermost counts
+    "ResnetBlock2D", "Attention", "BasicTransformerBlock",
+    "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock",
+)  # fmt: skip
+
+
+def shard(network: nn.Module, world: World) -> None:
+    """Divide `network` among the processes of `world`, in place, and move it to their devices.
+
+    It is gathered block by block when it is called; what is outside of blocks stays gathered until
+    the backward pass is over. Every process has to make the same calls.
+    """
+    mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
+    for block in _blocks(network):
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if type(child).__name__ in _BLOCKS:
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Whether this process holds but a slice of it."""
+    return isinstance(tensor, DTensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor, world: World) -> Tensor:
+    """`tensor` with the slices of all processes, which all have to ask. Raises Lost."""
+    if not is_divided(tensor):
+        return tensor
+    world.wait()  # where one that has gone is noticed, which the gathering itself may not
+    return tensor.full_tensor()
+
+
+@torch.no_grad()
+def put(own: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one of which this process may hold a slice."""
+    if is_divided(own):
+        mesh, places = own.device_mesh, own.placements
+        value = distribute_tensor(value.to(own.device), mesh, places, src_data_rank=None)
+        own, value = own_part(own), own_part(value)
+    own.copy_(value)
+
+
+def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors: on the first process all of them, on its processor. Elsewhere none."""
+    found = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor, world)
+        if world.is_first:
+            found[name] = value.cpu()
+    return found
+
+
+def write_gathered(path: Path, tensors: Mapping[str, Tensor], record: Record, world: World) -> None:
+    """Write tensors of which each process may hold slices, gathered one at a time.
+
+    The first process writes; the others have to come along.
+    """
+    layout = layout_of(tensors)
+    if not world.is_first:
+        for spec in layout:
+            whole(tensors[spec.name], world)
+        return
+    with ArtifactWriter(path, layout, record) as writer:
+        for spec in layout:
+            writer.write(tensor_bytes(whole(tensors[spec.name], world)))
+
+
+@contextmanager
+@torch.no_grad()
+def holding(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, a divided network has `weights`, which are divided like its own."""
+    state = network.state_dict()
+    own = {name: tensor.clone() for name, tensor in state.items()}
+    for name, tensor in state.items():
+        tensor.copy_(weights[name])
+    try:
+        yield
+    finally:
+        for name, tensor in state.items():
+            tensor.copy_(own[name])
+        network.reshard()  # else what lies outside of blocks would stay gathered as it was
+
+
+@contextmanager
+def joint_passes() -> Iterator[None]:
+    """Translate what torch says in a pass through a divided network when a process has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            raise Lost(
+                "another process of this launch ended without a word (killed, or out of memory?); "
+                "run the same command again to continue from the last checkpoint"
+            ) from error
+        raise

@@ -1,0 +1,336 @@
+"""Commands started several times at once, as torchrun, accelerate launch and srun do.
+
+What each process of a launch does: share the work, or leave it to the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+from deme_cli.app import COMMANDS, JOINT
+from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.commands.launching import only_first
+from deme_cli.commands.merge_options import looks_for
+from deme_cli.merging.search.journal_file import read_journal
+
+SECOND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+EXPERTS = ["ft_1of4.safetensors", "ft_3of4.safetensors"]
+GRID = ["--search", "grid", "--grid", "0,0.2,0.4,0.6,0.8,1", "--num", "64"]
+SLOW_GRID = [*GRID[:4], "--num", "4000", "--batch-size", "100", "--no-report"]
+MERGED, JOURNAL = Path("merged.safetensors"), Path("merged.trials.jsonl")
+
+# Every command line that leaves its work to the first process; half of them would be refused.
+LEAVING = [
+    name.split()
+    for command, entry in COMMANDS.items()
+    for function, name in [
+        *((part, f"{command} {part.replace('_', '-')}") for part in entry.parts),
+        *([] if entry.parts else [(entry.function, command)]),
+    ]
+    if function not in JOINT
+]
+MERGES = [
+    ["-w", "1,2"],
+    ["-w", "1,2", "--search", "grid"],
+    ["--method", "regmean"],
+    ["--show", "x.jsonl"],
+    ["--replay", "x.safetensors"],
+    ["--search", "grid", "--dry-run"],
+]
+LEAVE = """
+import json, sys
+from typer.testing import CliRunner
+from deme_cli.app import app
+leaving, merges = json.loads(sys.argv[1])
+lines = [[*words, *more] for words in leaving for more in (["nowhere"], ["--no-such-option"], [])]
+for words in [*lines, *(["merge", "a", "b", *words] for words in merges)]:
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, done.output) == (0, ""), (words, done.output, done.exception)
+for words in [*leaving, ["merge"]]:
+    assert "Example:" in CliRunner().invoke(app, [*words, "--help"]).stdout, words
+print({"torch", "numpy", "diffusers", "optuna"} & set(sys.modules))
+"""
+
+
+def test_all_but_the_first_process_leave_at_once_what_is_no_joint_work(tmp_path: Path) -> None:
+    assert len(LEAVING) == 13, "with the parts of `analyze`"
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVE, json.dumps([LEAVING, MERGES])], capture_output=True,
+        text=True, cwd=tmp_path, env={**os.environ, **SECOND},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "set()"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_process_is_alone_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**SECOND, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    only_first()
+    assert os.environ["WORLD_SIZE"] == "1"
+    only_first()
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}
+    monkeypatch.delenv("WORLD_SIZE")
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(typer.Exit) as left:
+        only_first()
+    assert left.value.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "expected"),
+    [
+        ({}, {}, False),
+        ({}, {"search": "grid"}, True),
+        ({}, {"method": "greedy"}, True),
+        ({"search": "cmaes"}, {}, True),
+        ({"search": "cmaes"}, {"search": "none"}, False),
+        ({"method": "greedy"}, {}, True),
+        ({"method": "greedy"}, {"method": "ties"}, False),
+    ],
+)
+def test_whether_a_merge_searches_is_known_before_its_settings_are(
+    table: dict, options: dict, expected: bool
+) -> None:
+    assert looks_for(table, **{"method": None, "search": None, **options}) == expected
+
+
+# Processes of their own.
+
+
+def launch(
+    folder: Path, *words: str, num: int = 2, by_rank: Callable[[int], list[str]] = lambda rank: []
+) -> list[subprocess.Popen]:
+    """`num` processes of one launch on this machine, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environ = {
+        **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num),
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "deme_cli", *words, "--device", "cpu", *by_rank(rank)],
+            cwd=folder, env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(num)
+    ]  # fmt: skip
+
+
+def ends(processes: list[subprocess.Popen], seconds: float = 300) -> tuple[list[int], list[str]]:
+    """Exit codes, and every line that says why."""
+    said = [process.communicate(timeout=seconds)[1] for process in processes]
+    lines = [line for text in said for line in text.splitlines()]
+    assert not any("Traceback" in line for line in lines), lines
+    return [p.returncode for p in processes], [line for line in lines if line[:5] == "deme:"]
+
+
+def wait_for_trials(processes: list[subprocess.Popen]) -> None:
+    """Until every process has begun a trial, and some are done."""
+    while True:
+        text = JOURNAL.read_text() if JOURNAL.exists() else ""
+        if len(workers_of(text)) == len(processes) and text.count('"op_code":6') > 3:
+            return
+        assert all(process.poll() is None for process in processes), ends(processes)
+        time.sleep(0.05)
+
+
+def workers_of(journal: str) -> set[str]:
+    return set(re.findall(r'"worker": *"([0-9a-f]+)"', journal))
+
+
+def points_of(journal: Path) -> dict[tuple, float]:
+    """The objective of each point that was tried, each tried once."""
+    document = read_journal(journal)
+    trials = [trial for trial in document.trials if not trial.user_attrs.get("lost")]
+    points = [(t.user_attrs["rung"], *t.params.values()) for t in trials]
+    assert max(Counter(points).values()) == 1
+    return {point: trial.values[0] for point, trial in zip(points, trials, strict=True)}
+
+
+def require_same(found: Path, wanted: Path) -> None:
+    one, other = read_record(found, "merged"), read_record(wanted, "merged")
+    assert one.fingerprint == other.fingerprint
+    assert one.coefficients == other.coefficients
+    assert {**one.search, "seconds": 0} == {**other.search, "seconds": 0}
+    assert one.report == other.report
+    weights = load_tensors(wanted)
+    for name, tensor in load_tensors(found).items():
+        assert tensor.equal(weights[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [GRID, ["--search", "random", "--evaluations", "20", "--num", "64"],
+              ["--search", "random", "--evaluations", "12", "--objective", "loss:4,kid@16",
+               "--steps", "2", "--num", "64", "--no-report"]]
+)  # fmt: skip
+def test_two_processes_find_what_one_does(
+    deme: Callable, run_folder: Path, words: list[str]
+) -> None:
+    processes = launch(run_folder, "merge", *EXPERTS, *words, "--json")
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert json.loads(outputs[0][0])["path"] == str(MERGED)
+    assert outputs[1] == ("", "")
+    assert "2 processes work together" in outputs[0][1]
+    assert len(workers_of(JOURNAL.read_text())) == 2, "one did all the work"
+    told = [line for line in outputs[0][1].splitlines() if line.startswith("trial ")]
+    assert len([line for line in told if "best" in line]) == len(points_of(JOURNAL))
+    names = {path.name for path in run_folder.iterdir()}
+    whole = Path("whole.safetensors")
+    assert deme("merge", *EXPERTS, *words, "-o", whole).exit_code == 0
+    require_same(MERGED, whole)
+    assert points_of(JOURNAL) == points_of(Path("whole.trials.jsonl"))
+    assert not [name for name in names if name.startswith(".")], "nothing hidden is left"
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_a_search_and_one_process_ends_it(
+    deme: Callable, run_folder: Path
+) -> None:
+    words = ["merge", *EXPERTS, *SLOW_GRID]
+    processes = launch(run_folder, *words)
+    wait_for_trials(processes)
+    processes[1].send_signal(signal.SIGTERM)  # the other one is not asked
+    codes, said = ends(processes)
+    assert codes == [75, 75]
+    assert len(said) == 1, said
+    assert "trials are saved in merged.trials.jsonl; run the same command again" in said[0]
+    assert not MERGED.exists()
+    assert 0 < len(read_journal(JOURNAL).trials) < 37
+    done = deme(*words)
+    assert done.exit_code == 0, done.exception
+    assert "continuing after" in done.stderr
+    assert len(points_of(JOURNAL)) == 37
+    assert not list(run_folder.glob(".*"))
+
+
+@pytest.mark.slow
+def test_the_trial_of_a_process_that_was_killed_comes_back(run_folder: Path) -> None:
+    processes = launch(run_folder, "merge", *EXPERTS, *SLOW_GRID)
+    wait_for_trials(processes)
+    processes[1].kill()
+    codes, said = ends(processes)
+    assert codes == [0, -signal.SIGKILL]
+    assert said == []
+    assert len(points_of(JOURNAL)) == 37
+    assert read_record(MERGED).fingerprint == read_journal(JOURNAL).merged
+    assert not list(run_folder.glob(".*"))
+
+
+@pytest.mark.slow
+def test_without_the_first_process_the_others_end_and_their_trials_are_kept(
+    run_folder: Path,
+) -> None:
+    processes = launch(run_folder, "merge", *EXPERTS, *SLOW_GRID, num=3)
+    wait_for_trials(processes)
+    processes[0].kill()
+    codes, said = ends(processes)
+    assert codes == [-signal.SIGKILL, 1, 1]
+    assert len(said) == 1, said
+    assert "another process of this launch has ended; " in said[0]
+    assert not MERGED.exists()
+    processes = launch(run_folder, "merge", *EXPERTS, *SLOW_GRID)
+    assert ends(processes) == ([0, 0], [])
+    assert len(points_of(JOURNAL)) == 37
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_told_once(run_folder: Path) -> None:
+    def refused(code: int, word: str, *words: str, **by_rank: Callable) -> None:
+        codes, said = ends(launch(run_folder, *words, **by_rank))
+        assert codes == [code, code], said
+        assert len(said) == 1, said
+        assert word in said[0]
+
+    before = sorted(run_folder.iterdir())
+    refused(3, "nowhere.safetensors", "merge", "nowhere.safetensors", *GRID)
+    refused(2, "put WORLD_SIZE=1 before `deme`", "merge", *EXPERTS, *GRID,
+            by_rank=lambda rank: ["--seed", f"{rank}"])  # fmt: skip
+    landscape = ["analyze", "landscape", "base.safetensors", "--data", "digits"]
+    refused(2, "--jobs 2 starts processes of its own", *landscape, "--jobs", "2")
+    refused(2, "put WORLD_SIZE=1 before `deme`", *landscape,
+            by_rank=lambda rank: ["--seed", f"{rank}"])  # fmt: skip
+    assert sorted(run_folder.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_force_repeats_a_finished_search_once_for_all(run_folder: Path) -> None:
+    words = ["merge", *EXPERTS, *GRID[:2], "--grid", "0,0.5", "--num", "16", "--no-report"]
+    for _ in range(2):
+        assert ends(launch(run_folder, *words, "--force")) == ([0, 0], [])
+        assert len(points_of(JOURNAL)) == 4
+    codes, said = ends(launch(run_folder, *words))
+    assert codes == [2, 2]
+    assert len(said) == 1
+    assert "add --force" in said[0]
+
+
+@pytest.mark.slow
+def test_a_plain_merge_is_made_by_the_first_process(run_folder: Path) -> None:
+    processes = launch(run_folder, "merge", *EXPERTS, "-w", "0.5,0.5")
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert outputs[0][0].split() == [str(MERGED)]
+    assert outputs[1] == ("", "")
+
+
+LANDSCAPE = [
+    "analyze", "landscape", "base.safetensors", "ft_1of4.safetensors", "ft_4of4.safetensors",
+    "--data", "digits", "--mark", "ft_3of4.safetensors", "--points", "5",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [2, 3])
+def test_processes_share_the_points_of_a_landscape(
+    deme: Callable, run_folder: Path, num: int
+) -> None:
+    words = [*LANDSCAPE, "--num", "64", "--report-num", "64"]
+    processes = launch(run_folder, *words, num=num)
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * num, outputs
+    assert [output for output, _ in outputs[1:]] == [""] * (num - 1)
+    assert deme(*words, "-o", "whole.json").exit_code == 0
+    assert Path("landscape.json").read_bytes() == Path("whole.json").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_to_one_process_stops_a_landscape_that_one_process_ends(
+    deme: Callable, run_folder: Path, asked: int
+) -> None:
+    words = [*LANDSCAPE, "--num", "8192", "--report-num", "64"]
+    processes = launch(run_folder, *words)
+    while not list(run_folder.glob(".landscape.json.lock")):
+        assert all(process.poll() is None for process in processes), ends(processes)
+        time.sleep(0.05)
+    time.sleep(3)
+    processes[asked].send_signal(signal.SIGTERM)
+    codes, said = ends(processes)
+    assert codes == [75, 75]
+    assert len(said) == 1, said
+    assert "run the same command again to continue" in said[0]
+    assert Path(".landscape.unfinished").exists()
+    done = deme(*words)
+    assert done.exit_code == 0, done.exception
+    assert not Path(".landscape.unfinished").exists()
+    assert deme(*words, "-o", "whole.json").exit_code == 0
+    assert Path("landscape.json").read_bytes() == Path("whole.json").read_bytes()

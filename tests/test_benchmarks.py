@@ -1,0 +1,99 @@
+"""The benchmarks keep up with the package, and their rounds are fair. Nothing is timed here."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "examples" / "benchmarks"
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+
+
+def load(name: str) -> ModuleType:
+    """A module of the benchmarks that imports nothing but the standard library."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+    return module
+
+
+def names_defined_in(body: list[ast.stmt]) -> set[str]:
+    """What a module has at its top level: functions, classes, assignments, imports."""
+    names = set()
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            stored = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+            names |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.If | ast.Try):
+            names |= names_defined_in(node.body)
+    return names
+
+
+def source_of(module: str) -> Path | None:
+    """Where the package or the benchmarks' folder has a module; None for those of others."""
+    if module.split(".")[0] == "deme_cli":
+        path = ROOT.joinpath(*module.split("."))
+        return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    path = FOLDER / f"{module}.py"
+    return path if path.exists() else None
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_name_that_a_benchmark_imports_is_there(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (source := source_of(node.module)):
+            assert source.exists(), f"{script.name}: no module {node.module}"
+            known = names_defined_in(ast.parse(source.read_text()).body)
+            missing = {alias.name for alias in node.names} - known
+            assert not missing, f"{script.name}: {node.module} has no {sorted(missing)}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_benchmark_says_what_it_is_and_how_it_is_run(script: Path) -> None:
+    tree = ast.parse(script.read_text())
+    said = ast.get_docstring(tree) or ""
+    assert said.splitlines()[0].endswith((".", ":"))
+    if "__main__" in script.read_text():
+        assert script.name in said
+
+
+def test_each_round_begins_with_another_way_and_the_first_does_not_count() -> None:
+    turns = list(load("rounds").in_turn(["a", "b", "c"], 2))
+    assert [name for _, name in turns] == [*"abc", *"bca", *"cab"]
+    assert [counts for counts, _ in turns] == [False] * 3 + [True] * 6
+
+
+def test_ratios_are_of_the_runs_of_one_round() -> None:
+    rounds = load("rounds")
+    ticks = iter([0, 9, 10, 19, 20, 21, 30, 33, 40, 48, 50, 52])  # one pair per run
+    seconds = rounds.timed_rounds({"a": lambda: 0, "b": lambda: 0}, 2, lambda: next(ticks))
+    assert seconds == {"a": [3, 8], "b": [1, 2]}
+    assert rounds.ratios(seconds["a"], seconds["b"]) == [3.0, 4.0]
+    assert rounds.spread([3.0, 4.0, 8.0]) == "4.00 (3.00 to 8.00)"
+
+
+def test_three_points_give_the_exponent_whatever_starting_takes() -> None:
+    cost = load("cost")
+    sizes = [2.0, 6.0, 18.0]
+    for p in (0.5, 1.0, 2.0):
+        found = cost.growth(sizes, [40 + 3 * x**p for x in sizes], 1.0, 0.1)
+        assert float(found.exponent) == pytest.approx(p, abs=0.01)
+    line = cost.growth(sizes, [40 + 3 * x for x in sizes], 10.0, 0.1)
+    assert (line.per_unit, line.at_nothing) == pytest.approx((30, 40))
+    assert cost.growth(sizes, [40, 40.1, 40.05], 1.0, 0.3).exponent == "flat"
+    assert cost.growth(sizes, [40, 39, 60], 1.0, 0.3).exponent == "unclear"

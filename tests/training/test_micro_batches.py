@@ -1,0 +1,227 @@
+"""Batches that go through the network in parts: the same gradient, and what a lack of memory does.
+
+No tiny network needs more memory than there is: one that refuses large batches stands in for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_tiny_base
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from deme_cli.artifacts import load_tensors
+from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.data.images import open_images
+from deme_cli.diffusion.denoiser import load_denoiser
+from deme_cli.errors import ConfigError, MissingError
+from deme_cli.launch import Launch
+from deme_cli.processes import ALONE, World
+from deme_cli.timesteps import parse_range
+from deme_cli.training.batches import BatchSource
+from deme_cli.training.data_parallel import share_of
+from deme_cli.training.examples import PixelExamples
+from deme_cli.training.finetune import train
+from deme_cli.training.gradients import Gradients
+from deme_cli.training.networks import open_networks
+from deme_cli.training.plan import Job
+from deme_cli.training.reduction import Reduction
+from deme_cli.training.run import Run
+from deme_cli.training.state import TrainingState
+
+CONFIG = FinetuneConfig(
+    steps=3, batch_size=10, accumulation=2, lr=1e-3, checkpoint_every=100, held_out=0
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("micro")
+    write_tiny_base(folder / "base.safetensors")
+    denoiser = load_denoiser(folder / "base.safetensors")
+    return Run(
+        denoiser=denoiser,
+        choice=parse_range("2/4", 100),
+        examples=PixelExamples(open_images("digits", shape=denoiser.sample_shape)),
+        held_out=None,
+        flip=False,
+        config=CONFIG,
+        output=folder / "ft_2of4.safetensors",
+    )
+
+
+def update_of(run: Run, world: World = ALONE) -> tuple[list[Tensor], Tensor]:
+    """The gradients of the first update, and the mean losses of its batches."""
+    network, base = open_networks(run)
+    reduction = Reduction(run.config, run.denoiser.schedule)
+    state = TrainingState(network, reduction, run.config, scale_loss=False)
+    source = BatchSource(
+        run.examples, run.choice.range, run.denoiser.schedule, run.config, flip=False,
+        share=share_of(run.config.batch_size, world),
+    )  # fmt: skip
+    losses = Gradients(run, state, base, source, world).of_update()
+    return [p.grad for _, p in state.trained()], torch.stack(losses)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"micro_batch": 3},
+        {"micro_batch": 4, "loss_weighting": "uncertainty"},
+        pytest.param({"micro_batch": 1}, marks=pytest.mark.slow),
+        pytest.param(
+            {"micro_batch": 9, "loss_weighting": "p2", "consistency": 0.0}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_parts_of_a_batch_have_the_gradient_and_the_losses_of_the_whole(
+    run: Run, settings: dict
+) -> None:
+    config = replace(CONFIG, **settings)
+    whole = replace(config, micro_batch=None)
+    (found, losses), (wanted, other) = (update_of(replace(run, config=c)) for c in (config, whole))
+    scale = max(gradient.abs().max() for gradient in wanted)
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6 * float(scale))
+    torch.testing.assert_close(losses, other, rtol=1e-6, atol=1e-7)
+
+
+def test_unequal_shares_in_parts_add_up_to_the_whole(
+    run: Run, most: Callable[[int], list[int]]
+) -> None:
+    whole = replace(run, config=replace(CONFIG, batch_size=5, accumulation=1))
+    parts = replace(run, config=replace(whole.config, micro_batch=1))
+    wanted, losses = update_of(whole)
+    tried = most(1)
+    found = [update_of(parts, World(Launch(rank=rank, world_size=2))) for rank in (0, 1)]
+    assert tried == [1] * 5
+    scale = max(gradient.abs().max() for gradient in wanted)
+    for one, other, total in zip(found[0][0], found[1][0], wanted, strict=True):
+        torch.testing.assert_close(one + other, total, rtol=0, atol=1e-6 * float(scale))
+    torch.testing.assert_close(found[0][1] + found[1][1], losses, rtol=1e-6, atol=1e-7)
+
+
+def test_activations_computed_again_are_the_same_bit_for_bit(run: Run) -> None:
+    again = replace(run, config=replace(CONFIG, gradient_checkpointing=True))
+    for one, two in zip(update_of(again)[0], update_of(run)[0], strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.fixture
+def most(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Let UNets that get gradients take so many images at most; the numbers that were tried."""
+    from diffusers import UNet2DModel
+
+    def limit(num: int) -> list[int]:
+        tried: list[int] = []
+        forward = UNet2DModel.forward
+
+        def with_limit(self: nn.Module, sample: Tensor, *args: object, **kwargs: object) -> object:
+            output = forward(self, sample, *args, **kwargs)
+            if torch.is_grad_enabled():
+                tried.append(len(sample))
+                if len(sample) > num:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return output
+
+        monkeypatch.setattr(UNet2DModel, "forward", with_limit)
+        return tried
+
+    return limit
+
+
+def test_where_memory_runs_out_parts_are_halved_and_the_expert_is_the_same(
+    run: Run, most: Callable[[int], list[int]]
+) -> None:
+    list(train(run))
+    wanted = load_tensors(run.output)
+    run.output.unlink()
+    tried = most(3)
+    (record,) = train(run)
+    assert tried == [10, 5, *[2, 3, 2, 3] * 2 * CONFIG.steps]
+    assert record.halved_to == 3
+    for name, tensor in load_tensors(run.output).items():
+        if not name.endswith("to_k.bias"):  # see test_data_parallel.py
+            torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=2e-5)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """A quarter of a GiB on a GPU, beside what is taken."""
+    room = torch.cuda.memory_reserved() + (1 << 28)
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.gpu
+def test_a_batch_that_a_gpu_has_no_memory_for_goes_in_parts(run: Run, little_memory: None) -> None:
+    denoiser = load_denoiser(run.output.with_name("base.safetensors"), device="cuda")
+    config = replace(CONFIG, batch_size=1 << 14, accumulation=1, steps=1)
+    (record,) = train(replace(run, denoiser=denoiser, config=config))
+    assert 1 < record.halved_to < 1 << 14
+
+
+def test_one_image_that_does_not_fit_is_told_with_what_helps(
+    run: Run, most: Callable[[int], list[int]]
+) -> None:
+    most(0)
+    with pytest.raises(MissingError, match=r"one image at a time; use --gradient-checkp.*--dtype"):
+        list(train(run))
+    spared = replace(run, config=replace(CONFIG, gradient_checkpointing=True), dtype="bf16")
+    with pytest.raises(MissingError, match="use a smaller --resolution, or a device"):
+        list(train(spared))
+
+
+@pytest.mark.parametrize("place", [EMAModel, torch.optim.AdamW])
+def test_weights_that_do_not_fit_are_told_with_what_helps(
+    run: Run, monkeypatch: pytest.MonkeyPatch, place: type
+) -> None:
+    def refuse(self: object, *args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(place, "__init__" if place is EMAModel else "step", refuse)
+    with pytest.raises(MissingError, match=r"moments and averages .*memory; divide the netw"):
+        list(train(run))
+    longer = replace(run, config=replace(CONFIG, ema_lengths=[0.1]))
+    with pytest.raises(MissingError, match="leave out --ema-lengths, divide"):
+        list(train(longer))
+
+
+def test_losses_that_are_balanced_need_whole_batches(
+    run: Run, most: Callable[[int], list[int]]
+) -> None:
+    with pytest.raises(ConfigError, match="micro_batch = 4: multitask = 'uw' balances"):
+        FinetuneConfig(multitask="uw", micro_batch=4)
+    from deme_cli.training.clusters import cluster_draws
+
+    config = replace(CONFIG, multitask="uw", clusters=2, p=0.0)
+    clusters = cluster_draws(run.choice.range, 2, "uniform", run.denoiser.schedule, None)
+    most(3)
+    with pytest.raises(MissingError, match=r"10 images \(whole batches, for --multitask\)"):
+        list(train(replace(run, config=config, clusters=clusters)))
+
+
+def test_a_network_without_gradient_checkpointing_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(run.denoiser.network), "_supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigError, match="UNet2DModel does not support it"):
+        open_networks(replace(run, config=replace(CONFIG, gradient_checkpointing=True)))
+
+
+def test_what_leaves_the_result_alone_is_no_part_of_a_run_but_goes_to_its_processes(
+    run: Run,
+) -> None:
+    spared = replace(CONFIG, gradient_checkpointing=True, micro_batch=2)
+    assert replace(run, config=spared, compile="on").identity == run.identity
+    job = Job(Path("base"), DataConfig("digits"), spared, compile="on")
+    words = job.arguments("1/2")
+    assert "--gradient-checkpointing" in words
+    assert words[words.index("--micro-batch") + 1] == "2"
+    assert words[words.index("--compile") + 1] == "on"

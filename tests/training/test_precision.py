@@ -1,0 +1,215 @@
+"""Half precision, the order of channels, and moving averages: faster, and the same numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_tiny_base
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from deme_cli.artifacts import fingerprint_file, load_tensors, read_record
+from deme_cli.config import FinetuneConfig
+from deme_cli.data.images import open_images
+from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
+from deme_cli.timesteps import parse_range
+from deme_cli.training.batches import Batch, BatchSource
+from deme_cli.training.clusters import cluster_draws
+from deme_cli.training.examples import Examples, PixelExamples
+from deme_cli.training.finetune import train
+from deme_cli.training.gradients import Gradients
+from deme_cli.training.networks import (
+    for_precision,
+    hold_in,
+    is_convolutional,
+    open_networks,
+    require_unchanged,
+)
+from deme_cli.training.reduction import Reduction
+from deme_cli.training.run import Run
+from deme_cli.training.state import TrainingState
+
+SHORT = FinetuneConfig(steps=4, batch_size=6, lr=1e-3, checkpoint_every=2, held_out=0)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    write_tiny_base(tmp_path / "base.safetensors")
+    denoiser = load_denoiser(tmp_path / "base.safetensors")
+    return Run(
+        denoiser=denoiser,
+        choice=parse_range("2/4", 100),
+        examples=PixelExamples(open_images("digits", shape=denoiser.sample_shape)),
+        held_out=None,
+        flip=False,
+        config=SHORT,
+        output=tmp_path / "ft_2of4.safetensors",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_base_held_in_half_says_what_autocast_makes_of_it(
+    base: Callable[..., Denoiser], examples: Callable[..., Examples], name: str, half: torch.dtype
+) -> None:
+    denoiser = base(name)
+    x0, conditions = examples(name).draw([0, 1, 2], flip=None, generator=None)
+    t = denoiser.schedule.times(torch.tensor([1, 400, 900]))
+    held = hold_in(copy.deepcopy(denoiser.network), half)
+    assert next(held.parameters()).dtype == half or name == "dit"
+    with torch.no_grad(), torch.autocast("cpu", half):
+        outputs = [predict(n, x0.float(), t, conditions) for n in (denoiser.network, held)]
+    assert torch.equal(*outputs)
+    assert is_convolutional(held) == (name in ("sd", "sdxl"))
+
+
+def test_half_precision_leaves_the_base_and_checks_it(run: Run) -> None:
+    half = replace(run, dtype="bf16")
+    list(train(half))
+    assert next(run.denoiser.network.parameters()).dtype == torch.float32
+    assert load_tensors(half.output)["conv_in.weight"].dtype == torch.float32
+    _, base = for_precision(half, *open_networks(half))
+    require_unchanged(half, base)
+    x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 80])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = [predict(network, x_t, t) for network in (run.denoiser.network, base)]
+    assert torch.equal(*outputs)
+    base.conv_in.weight.data[0, 0, 0, 0] += 1
+    with pytest.raises(AssertionError, match=r"base was changed: conv_in\.weight"):
+        require_unchanged(half, base)
+    alone = replace(half, config=replace(SHORT, consistency=0.0))  # which never runs the base
+    assert for_precision(alone, *open_networks(alone))[1] is run.denoiser.network
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_gpu_trains_in_half_precision_about_as_in_float32(run: Run, dtype: str) -> None:
+    base, losses = run.output.with_name("base.safetensors"), []
+    held_out = PixelExamples(open_images("digits", shape=(1, 8, 8), split="held-out"))
+    config = replace(SHORT, held_out=10, ema_lengths=[0.1])
+    for name in ("fp32", dtype):
+        denoiser = load_denoiser(base, device="cuda")  # in half precision it leaves the GPU
+        one = replace(run, denoiser=denoiser, held_out=held_out, config=config, dtype=name)
+        losses.append([(record.loss, record.held_out) for record in train(one)])
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.1, atol=0)
+    assert load_tensors(run.output)["conv_in.weight"].dtype == torch.float32
+
+
+def test_channels_last_changes_no_file(run: Run, tmp_path: Path) -> None:
+    def state_of(layout: torch.memory_format) -> TrainingState:
+        torch.manual_seed(0)
+        network = open_networks(run)[0].to(memory_format=layout)
+        config = replace(SHORT, ema_lengths=[0.1])
+        state = TrainingState(network, Reduction(config, run.denoiser.schedule), config,
+                              scale_loss=False)  # fmt: skip
+        for _ in range(2):
+            for parameter in network.parameters():
+                drawn = torch.randn(parameter.shape)
+                parameter.grad = torch.empty_like(parameter).copy_(drawn)
+            state.update()
+        return state
+
+    paths = [tmp_path / "plain", tmp_path / "last"]
+    states = [state_of(layout) for layout in (torch.contiguous_format, torch.channels_last)]
+    for state, path in zip(states, paths, strict=True):
+        state.save(path, run.identity)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    own = states[1].optimizer.state
+    states[1].restore(paths[0], run.identity, run.output)
+    for parameter in states[1].network.parameters():
+        assert own[parameter]["exp_avg"].stride() == parameter.stride()
+    states[1].save(tmp_path / "again", run.identity)
+    assert (tmp_path / "again").read_bytes() == paths[0].read_bytes()
+
+
+def test_the_moving_average_is_that_of_diffusers(run: Run) -> None:
+    network = nn.Linear(30, 40)
+    config = replace(SHORT, ema_decay=0.99, steps=300)
+    state = TrainingState(network, Reduction(config, run.denoiser.schedule), config,
+                          scale_loss=False)  # fmt: skip
+    theirs = EMAModel(network.parameters(), decay=0.99, use_ema_warmup=True, power=0.75)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        for parameter in network.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        state.update()
+        theirs.step(network.parameters())
+    for one, other in zip(state.ema.shadow_params, theirs.shadow_params, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux"])
+def test_every_backbone_can_compute_its_activations_again(
+    run: Run, base: Callable[..., Denoiser], examples: Callable[..., Examples], name: str
+) -> None:
+    def gradients(again: bool) -> list[torch.Tensor]:
+        config = replace(SHORT, gradient_checkpointing=again, projection="block")
+        own = replace(run, denoiser=base(name), examples=examples(name), config=config)
+        network, frozen = open_networks(own)
+        state = TrainingState(network, Reduction(config, base(name).schedule), config,
+                              scale_loss=False)  # fmt: skip
+        source = BatchSource(own.examples, parse_range("1/2", 1000).range, base(name).schedule,
+                             config, flip=False)  # fmt: skip
+        Gradients(own, state, frozen, source).of_update()
+        return [parameter.grad for parameter in network.parameters()]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_expert_under_the_same_names(run: Run) -> None:
+    """Also stopped and continued plainly, with a held-out loss and in parts."""
+    held_out = PixelExamples(open_images("digits", shape=(1, 8, 8), split="held-out"))
+    config = replace(SHORT, held_out=10, micro_batch=3)
+    plain = replace(run, held_out=held_out, config=replace(config, projection="block"))
+    compiled = replace(plain, compile="on", output=run.output.with_name("compiled.safetensors"))
+    wanted = list(train(plain))
+    for record in train(compiled):
+        if record.step == 2:
+            break
+    found = list(train(replace(compiled, compile="off")))
+    assert found[-1].held_out == pytest.approx(wanted[-1].held_out, rel=1e-4)
+    one, other = load_tensors(plain.output), load_tensors(compiled.output)
+    assert one.keys() == other.keys()
+    names = [name for name in one if not name.endswith("to_k.bias")]  # see test_data_parallel.py
+    apart = torch.cat([(one[name] - other[name]).flatten() for name in names])
+    assert apart.abs().max() <= SHORT.lr  # where a gradient is rounding alone, Adam makes a step
+    assert apart.square().mean().sqrt() <= 1e-5
+    records = [read_record(path) for path in (plain.output, compiled.output)]
+    assert records[0].training == records[1].training
+    assert records[1].fingerprint == fingerprint_file(compiled.output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"loss_weighting": "p2"}, {"loss_weighting": "uncertainty"}, {"multitask": "uw"}],
+)
+def test_an_update_asks_the_device_nothing(run: Run, settings: dict) -> None:
+    """Tensors without numbers refuse whatever would make a processor wait for a GPU's."""
+    config = replace(SHORT, clusters=2, p=0.0, ema_lengths=[0.1], **settings)
+    schedule, span = run.denoiser.schedule, run.choice.range
+    clusters = cluster_draws(span, 2, "uniform", schedule, None) if config.multitask == "uw" else ()
+    run = replace(run, config=config, clusters=clusters)
+    source = BatchSource(run.examples, span, schedule, config, flip=False, clusters=clusters)
+    drawn = source.batch(0, 0)
+    network, base = open_networks(run)
+    reduction = Reduction(config, schedule, clusters)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor
+        source.batch = lambda step, micro: Batch(*map(fake, (drawn.x0, drawn.eps, drawn.t)), {})
+        state = TrainingState(network, reduction, config, scale_loss=False)
+        (losses,) = Gradients(run, state, base, source).of_update()
+        state.update()
+        with pytest.raises(DataDependentOutputException):
+            losses.sum().item()
