@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from deme_cli.errors import ConfigError
 from deme_cli.finetune_config import DIVISIONS, FinetuneConfig
-from deme_cli.finetune_config import NOT_RESULT as NOT_RESULT
 from deme_cli.merge_config import MergeConfig
 from deme_cli.settings import Settings, setting
 from deme_cli.timesteps import TimestepRange

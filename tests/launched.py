@@ -17,13 +17,16 @@ def launch(
     by_rank: Callable[[int], list[str]] = lambda rank: [],
     machines: list[str] | None = None,
 ) -> list[subprocess.Popen]:  # fmt: skip
-    """`num` processes of `deme WORDS`, which meet each other, in the folder or one below each."""
+    """`num` processes of `deme WORDS`, which meet each other, in the folder or one below each.
+
+    On processors, for there may be fewer GPUs than processes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environ = {
         **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num),
+        "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num), "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     return [
         subprocess.Popen(

@@ -14,7 +14,8 @@ from dataclasses import asdict
 from typing import Any
 
 from deme_cli.comparison.plan import MeasurePlan
-from deme_cli.config import NOT_RESULT, EvalConfig, FinetuneConfig, MergeConfig, SampleConfig
+from deme_cli.config import EvalConfig, FinetuneConfig, MergeConfig, SampleConfig
+from deme_cli.finetune_config import NOT_RESULT
 
 _OF_TASKS = ("clusters", "cluster_by", "multitask_lr", "multitask_every")
 _LEFT_ALONE = {

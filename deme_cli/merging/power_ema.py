@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deme_cli.config import NOT_RESULT
 from deme_cli.errors import ConfigError
+from deme_cli.finetune_config import NOT_RESULT
 from deme_cli.records import ExpertRecord
 from deme_cli.training.power_profile import gamma_of
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from launched import ends, launch
 
 from deme_cli.app import COMMANDS, JOINT
 from deme_cli.artifacts import load_tensors, read_record
@@ -110,35 +110,6 @@ def test_whether_a_merge_searches_is_known_before_its_settings_are(
 
 
 # Processes of their own.
-
-
-def launch(
-    folder: Path, *words: str, num: int = 2, by_rank: Callable[[int], list[str]] = lambda rank: []
-) -> list[subprocess.Popen]:
-    """`num` processes of one launch on this machine, as a launcher starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environ = {
-        **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num),
-    }  # fmt: skip
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "deme_cli", *words, "--device", "cpu", *by_rank(rank)],
-            cwd=folder, env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(num)
-    ]  # fmt: skip
-
-
-def ends(processes: list[subprocess.Popen], seconds: float = 300) -> tuple[list[int], list[str]]:
-    """Exit codes, and every line that says why."""
-    said = [process.communicate(timeout=seconds)[1] for process in processes]
-    lines = [line for text in said for line in text.splitlines()]
-    assert not any("Traceback" in line for line in lines), lines
-    return [p.returncode for p in processes], [line for line in lines if line[:5] == "deme:"]
 
 
 def wait_for_trials(processes: list[subprocess.Popen]) -> None:

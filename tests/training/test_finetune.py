@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_tiny_base
+from tiny_runs import digits_run
 
 from deme_cli.artifacts import fingerprint_file, load_tensors, read_record
 from deme_cli.config import FinetuneConfig
-from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.timesteps import parse_range
-from deme_cli.training.examples import PixelExamples
 from deme_cli.training.finetune import train
 from deme_cli.training.places import checkpoint_path, metrics_path
 from deme_cli.training.run import Run
@@ -29,19 +28,7 @@ SHORT = FinetuneConfig(steps=12, batch_size=8, lr=1e-3, checkpoint_every=5, held
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    write_tiny_base(tmp_path / "base.safetensors")
-    denoiser = load_denoiser(tmp_path / "base.safetensors")
-    return Run(
-        denoiser=denoiser,
-        choice=parse_range("2/4", 100),
-        examples=PixelExamples(open_images("digits", shape=denoiser.sample_shape)),
-        held_out=PixelExamples(
-            open_images("digits", shape=denoiser.sample_shape, split="held-out")
-        ),
-        flip=False,
-        config=SHORT,
-        output=tmp_path / "ft_2of4.safetensors",
-    )
+    return digits_run(tmp_path, SHORT)
 
 
 def train_to(run: Run, step: int) -> None:

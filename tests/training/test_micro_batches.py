@@ -11,21 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_base
 from diffusers.training_utils import EMAModel
+from tiny_runs import digits_run
 from torch import Tensor, nn
 
 from deme_cli.artifacts import load_tensors
 from deme_cli.config import DataConfig, FinetuneConfig
-from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.launch import Launch
 from deme_cli.processes import ALONE, World
-from deme_cli.timesteps import parse_range
 from deme_cli.training.batches import BatchSource
 from deme_cli.training.data_parallel import share_of
-from deme_cli.training.examples import PixelExamples
 from deme_cli.training.finetune import train
 from deme_cli.training.gradients import Gradients
 from deme_cli.training.networks import open_networks
@@ -41,18 +38,7 @@ CONFIG = FinetuneConfig(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("micro")
-    write_tiny_base(folder / "base.safetensors")
-    denoiser = load_denoiser(folder / "base.safetensors")
-    return Run(
-        denoiser=denoiser,
-        choice=parse_range("2/4", 100),
-        examples=PixelExamples(open_images("digits", shape=denoiser.sample_shape)),
-        held_out=None,
-        flip=False,
-        config=CONFIG,
-        output=folder / "ft_2of4.safetensors",
-    )
+    return digits_run(tmp_path_factory.mktemp("micro"), CONFIG)
 
 
 def update_of(run: Run, world: World = ALONE) -> tuple[list[Tensor], Tensor]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_base
 from diffusers.training_utils import EMAModel
+from tiny_runs import digits_run
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -40,17 +40,7 @@ SHORT = FinetuneConfig(steps=4, batch_size=6, lr=1e-3, checkpoint_every=2, held_
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    write_tiny_base(tmp_path / "base.safetensors")
-    denoiser = load_denoiser(tmp_path / "base.safetensors")
-    return Run(
-        denoiser=denoiser,
-        choice=parse_range("2/4", 100),
-        examples=PixelExamples(open_images("digits", shape=denoiser.sample_shape)),
-        held_out=None,
-        flip=False,
-        config=SHORT,
-        output=tmp_path / "ft_2of4.safetensors",
-    )
+    return digits_run(tmp_path, SHORT)
 
 
 @pytest.mark.slow
