@@ -1,1 +1,70 @@
+"""deme in Python: what the command line does, as functions that return what they made.
+
+    import deme_cli as deme
+    from deme_cli.config import EvalConfig, FinetuneConfig, MergeConfig, SampleConfig
+
+    run = deme.split("digits").run                       # base.safetensors, deme.toml
+    experts = deme.finetune("all", run.settings(FinetuneConfig, p=0.1), run=run)
+    vectors = deme.task_vector(experts)                  # their norms, and the cosines between them
+    merged = deme.merge(experts, MergeConfig(coefficients=[0.1, 0.1, 0.2, 0.5]))
+    found = deme.search(experts, output=Path("found.safetensors"), run=run)
+    images = deme.sample(found.path, run.settings(SampleConfig, num=64))
+    table = deme.evaluate([run.base, found.path], run.settings(EvalConfig, fid="digits", num=2000))
+
+Settings are the tables of deme.toml (`deme_cli.config`): `run.settings(FinetuneConfig, p=0.1)` is
+the file's table with another p, `FinetuneConfig(p=0.1)` the defaults with it. Artifacts are paths;
+failures that a user can mend are `DemeError`s (`deme_cli.errors`). Progress, notes and warnings go
+to stderr; `set_quiet(True)` silences them. Each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deme_cli.api.drawing import Images as Images
+    from deme_cli.api.drawing import ensemble_sample as ensemble_sample
+    from deme_cli.api.drawing import sample as sample
+    from deme_cli.api.evaluating import Evaluation as Evaluation
+    from deme_cli.api.evaluating import evaluate as evaluate
+    from deme_cli.api.exporting import export as export
+    from deme_cli.api.finetuning import finetune as finetune
+    from deme_cli.api.finetuning import train_base as train_base
+    from deme_cli.api.merge_job import MergeResult as MergeResult
+    from deme_cli.api.merging import merge as merge
+    from deme_cli.api.merging import search as search
+    from deme_cli.api.replaying import replay as replay
+    from deme_cli.api.splitting import SplitResult as SplitResult
+    from deme_cli.api.splitting import split as split
+    from deme_cli.api.statistics import reference_statistics as reference_statistics
+    from deme_cli.api.vectors import TaskVectors as TaskVectors
+    from deme_cli.api.vectors import task_vector as task_vector
+    from deme_cli.console import set_quiet as set_quiet
+    from deme_cli.run_file import RunFile as RunFile
+    from deme_cli.run_file import read_run_file as read_run_file
+
 __version__ = "0.1.0"
+
+_PLACES = {
+    "split": "api.splitting", "SplitResult": "api.splitting",
+    "finetune": "api.finetuning", "train_base": "api.finetuning",
+    "task_vector": "api.vectors", "TaskVectors": "api.vectors",
+    "merge": "api.merging", "search": "api.merging", "MergeResult": "api.merge_job",
+    "replay": "api.replaying",
+    "sample": "api.drawing", "ensemble_sample": "api.drawing", "Images": "api.drawing",
+    "evaluate": "api.evaluating", "Evaluation": "api.evaluating",
+    "reference_statistics": "api.statistics", "export": "api.exporting",
+    "RunFile": "run_file", "read_run_file": "run_file", "set_quiet": "console",
+}  # fmt: skip
+__all__ = ["__version__", *_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'deme_cli' has no attribute {name!r}")
+    return getattr(import_module(f"deme_cli.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

@@ -1,7 +1,8 @@
 """The Typer app: every subcommand, grouped as they are used; each is imported when it is called.
 
 Building twelve commands with their options costs more than the rest of `deme --help`, so what it
-lists is a table here, and a command is built when somebody runs it or asks for its help.
+lists is a table here, and a command is built when somebody runs it or asks for its help. Typer has
+no public names for the classes of contexts and commands that its own methods take: these are `Any`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import typer
 import typer.core
 import typer.main
 
-from deme_cli import __version__
 from deme_cli.commands.launching import only_first
+from deme_cli.commands.version import show_version
 
 SETTINGS: dict[str, Any] = {
     "pretty_exceptions_enable": False,
@@ -29,7 +30,7 @@ class FirstOnly(typer.core.TyperCommand):
     """A command that the first process of a launch runs alone; the others end before they read it,
     unless they are asked for help."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not set(ctx.help_option_names) & set(args):
             only_first()
         return super().parse_args(ctx, args)
@@ -49,7 +50,7 @@ class Entry:
     module: str = ""
     parts: tuple[str, ...] = ()
 
-    def build(self, name: str) -> typer.core.TyperCommand:
+    def build(self, name: str) -> Any:
         """Import the command and make its options."""
         module = import_module(f"deme_cli.commands.{self.module or self.function}")
         one = typer.Typer(**SETTINGS, add_completion=False, no_args_is_help=bool(self.parts))
@@ -108,16 +109,16 @@ class LazyGroup(typer.core.TyperGroup):
 
     _lists_commands = False
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> typer.core.TyperCommand | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         entry = COMMANDS.get(cmd_name)
         if entry is None:
             return None
         return entry.line(cmd_name) if self._lists_commands else entry.build(cmd_name)
 
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         self._lists_commands = True
         super().format_help(ctx, formatter)
         self._lists_commands = False
@@ -132,16 +133,13 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"deme {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def deme(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show version.")
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="Show versions and the device."
+        ),
     ] = False,
 ) -> None:
     """Decouple-then-Merge: one diffusion expert per range of timesteps, merged into one model."""

@@ -11,8 +11,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
 
 from deme_cli.errors import Stopped
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 if hasattr(signal, "SIGUSR1"):
@@ -76,9 +80,9 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.asked = _unheard  # one whose exception got lost, as in torch's import of numpy
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopRequests:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for name in _EXIT_CODES:
                 if name.name == "SIGHUP" and signal.getsignal(name) == signal.SIG_IGN:
@@ -92,7 +96,7 @@ class StopRequests:
 
     def _restore(self) -> None:
         for name, handler in self._before.items():
-            signal.signal(name, handler)  # type: ignore[arg-type]
+            signal.signal(name, handler)
         self._before = {}
         if self.asked is not None:
             _let_the_next_kill()

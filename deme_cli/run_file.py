@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +21,13 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 @dataclass(frozen=True)
 class RunFile:
-    """A parsed `deme.toml`: its folder (paths in it are relative to that) and its tables."""
+    """A parsed `deme.toml`: its folder (paths in it are relative to that) and its tables.
 
-    folder: Path
-    tables: Mapping[str, Mapping[str, Any]]
+    RunFile() is the run of somebody who has none: the current folder and the defaults.
+    """
+
+    folder: Path = Path(".")
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     path: Path | None = None
 
     def settings(self, config: type[AnySettings], **options: Any) -> AnySettings:
@@ -64,7 +67,7 @@ def read_run_file(path: Path | None) -> RunFile:
     if not chosen.exists():
         if path is not None:
             raise MissingError(f"{path}: no such file; `deme split` writes one")
-        return RunFile(Path("."), {})
+        return RunFile()
     import tomli
 
     try:

@@ -21,7 +21,8 @@ HEAVY = {
 }  # fmt: skip
 FLOORS = {
     "diffusion": 1, "data": 1, "training": 2, "sampling": 2, "evaluation": 3, "merging": 4,
-    "analysis": 4, "comparison": 4, "reporting": 4, "commands": 5, "app": 6, "__main__": 7,
+    "analysis": 4, "comparison": 4, "reporting": 4, "api": 5, "commands": 6, "app": 7,
+    "__main__": 8,
 }  # fmt: skip
 
 
@@ -67,7 +68,9 @@ def test_a_file_imports_only_from_its_own_floor_or_below() -> None:
     above = [
         f"{importer} imports {module} from above"
         for importer, module in imports
-        if module.startswith("deme_cli") and floor_of(module) > floor_of(importer)
+        if module.startswith("deme_cli")
+        and floor_of(module) > floor_of(importer)
+        and importer != "deme_cli.__init__"  # which offers the api, and imports it when asked
     ]
     assert not above
     click = [importer for importer, module in imports if module.split(".")[0] == "click"]
@@ -87,12 +90,25 @@ def test_files_and_functions_stay_small() -> None:
     assert not long
 
 
-def test_the_ground_floor_and_the_commands_import_nothing_heavy() -> None:
+def test_the_ground_the_api_and_the_commands_import_nothing_heavy() -> None:
     for path in FILES:
-        if floor_of(module_of(path)) in (0, 5, 6, 7):
+        if floor_of(module_of(path)) in (0, 5, 6, 7, 8):
             for module, at_import in imports_of(path):
                 heavy = at_import and module.split(".")[0] in HEAVY
                 assert not heavy, f"{module_of(path)} imports {module} when it is imported"
+
+
+def test_the_pipeline_commands_use_nothing_but_the_api() -> None:
+    """What the command line can do, a notebook can do: their work lies behind `deme_cli.api`."""
+    names = ("split", "finetune", "task_vector", "merge", "merge_options", "sample",
+             "ensemble_sample", "eval", "eval_table", "stats", "export")  # fmt: skip
+    for name in names:
+        beyond = [
+            module
+            for module, _ in imports_of(PACKAGE / "commands" / f"{name}.py")
+            if module.startswith("deme_cli.") and 0 < floor_of(module) < FLOORS["api"]
+        ]
+        assert not beyond, f"commands/{name}.py"
 
 
 def test_no_circle_of_imports() -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import gzip
 import json
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -27,6 +29,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
@@ -37,6 +40,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 LATENT = 8  # latent pixels per side
@@ -89,6 +94,15 @@ def t5_encoder(*, width: int = 16) -> T5EncoderModel:
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     return T5EncoderModel(config).eval()
+
+
+def umt5_encoder(*, width: int = 16) -> UMT5EncoderModel:
+    torch.manual_seed(3)
+    config = UMT5Config(
+        vocab_size=64, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return UMT5EncoderModel(config).eval()
 
 
 def vae(*, channels: int = 4, shift: float | None = None) -> AutoencoderKL:
@@ -197,6 +211,35 @@ def flux(folder: Path, *, distilled: bool = True) -> Path:
     return folder
 
 
+def wan(folder: Path, *, scheduler: str = "unipc") -> Path:
+    """Wan 2.1: a video transformer and its VAE, UniPC on a shifted flow as published, or Euler."""
+    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+
+    factors = {"scale_factor_temporal": 2, "scale_factor_spatial": FACTOR}
+    if "scale_factor_spatial" not in signature(AutoencoderKLWan.__init__).parameters:
+        factors = {}  # in diffusers 0.33 they follow from the levels
+    torch.manual_seed(9)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32,
+        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=64,
+    )  # fmt: skip
+    pipeline = WanPipeline(
+        transformer=transformer.eval(), text_encoder=umt5_encoder(width=32),
+        tokenizer=t5_tokenizer(),
+        vae=AutoencoderKLWan(
+            base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
+            latents_mean=[0.3, -0.2, 0.1, 0.0], latents_std=[0.5, 0.8, 1.1, 0.6], **factors,
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)
+        if scheduler == "euler"
+        else UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 BUILDERS = {
     "sd": stable_diffusion,
     "sdxl": stable_diffusion_xl,
@@ -204,3 +247,5 @@ BUILDERS = {
     "sd3": stable_diffusion_3,
     "flux": flux,
 }
+if hasattr(diffusers, "WanPipeline"):  # since 0.33
+    BUILDERS["wan"] = wan

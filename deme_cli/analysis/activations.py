@@ -10,7 +10,7 @@ Then the same once more for each control, a network with random weight changes (
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def require_block(network: nn.Module, block: str | None, name: str) -> None:
 
 def measure_activations(
     analysis: ActivationAnalysis, *, force: bool = False
-) -> Iterator[Step | ActivationChanges]:
+) -> Generator[Step | ActivationChanges, None, None]:
     """Compare the features; yields a `Step` per batch, and the `ActivationChanges` last.
 
     A comparison is one draw of base and expert, then, one after another, of base and each control.

@@ -37,7 +37,7 @@ _LOWEST = -0.05  # where an R^2 below it is drawn
 _ROOM = 60  # characters of names beside each other under a wide axis
 _SHORT = (
     (r"^single_transformer_blocks\.", "single "),
-    (r"^transformer_blocks\.", ""),
+    (r"^(transformer_)?blocks\.", ""),
     (r"_blocks?\.", " "),
     (r"_block$", ""),
 )

@@ -12,7 +12,7 @@ n buckets, m numbers per sketch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,9 @@ class MeanGradient:
     reliability: float
 
 
-def measure_gradients(analysis: Analysis, *, force: bool = False) -> Iterator[Step | Affinity]:
+def measure_gradients(
+    analysis: Analysis, *, force: bool = False
+) -> Generator[Step | Affinity, None, None]:
     """Measure every bucket; yields a `Step` per half of one, and the `Affinity` last.
 
     Finished buckets are kept beside the output until the caller discards them, and used again

@@ -12,7 +12,7 @@ n draws, k directions, G groups: all timesteps, then each range.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 from deme_cli.analysis.directions import Basis
 from deme_cli.analysis.landscape_config import LandscapeConfig
 from deme_cli.analysis.landscape_found import Landscape, Pick, Seen
-from deme_cli.analysis.landscape_grid import Index, axes_of, is_at_edge, origin_index
+from deme_cli.analysis.landscape_grid import Index, at_origin, axes_of, is_at_edge, origin_index
 from deme_cli.analysis.landscape_groups import Groups
 from deme_cli.analysis.landscape_launch import open_crew
 from deme_cli.analysis.landscape_progress import Progress
@@ -92,7 +92,7 @@ class Analysis:
 
 def measure_landscape(
     analysis: Analysis, *, force: bool = False, world: World = ALONE
-) -> Iterator[Step | Landscape]:
+) -> Generator[Step | Landscape, None, None]:
     """Measure every point; yields a `Step` per point, and the `Landscape` last.
 
     The others of `world` are to call `help_landscape`. Finished points are kept beside the output
@@ -113,7 +113,7 @@ def measure_landscape(
         values = progress.rows("grid", len(grid), len(analysis.groups))
         yield from progress.fill("grid", _places(analysis, grid), groups)
         losses = values.T.reshape(-1, *map(len, analysis.axes))
-        _require_finite(analysis, losses[(slice(None), *origin_index(analysis.axes))])
+        _require_finite(analysis, at_origin(losses, analysis.axes))
         lowest, barriers = _lowest(losses), _barriers(analysis.axes, losses)
         picked = list(dict.fromkeys([*_references(analysis.axes), *lowest, *barriers]))
         again = progress.rows("picked", len(picked), num)

@@ -70,7 +70,7 @@ def contour_levels(percent: np.ndarray) -> np.ndarray:
 def _draw_plane(
     figure: Figure, found: Landscape, labels: list[str], shape: tuple[int, int]
 ) -> None:
-    sheet = figure.subfigures()  # whose labels are one for all panels
+    sheet: Any = figure.subfigures()  # whose labels are one for all panels
     sheet.supxlabel(labels[0], fontsize=8.5)
     sheet.supylabel(labels[1], fontsize=8.5)
     axes = sheet.subplots(*shape, sharex=True, sharey=True, squeeze=False)
@@ -112,29 +112,24 @@ def _contours(axis: Axes, found: Landscape, percent: np.ndarray, levels: np.ndar
 
 def _mark(axis: Axes, found: Landscape, group: int) -> None:
     """The origin, the other models where they lie, the lowest point of this panel."""
-    style = {"edgecolors": BLACK, "linewidths": 0.9, "zorder": 5, "clip_on": False}
+    style: dict[str, Any] = {"edgecolors": BLACK, "linewidths": 0.9, "zorder": 5, "clip_on": False}
     marker, color, size = _ORIGIN
     axis.scatter(
-        0, 0, size, color, marker=marker, label=f"{found.models[0].name} (origin)", **style
+        0, 0, s=size, c=color, marker=marker, label=f"{found.models[0].name} (origin)", **style
     )
     for number, seen in enumerate(found.models[1:]):
         out = f", {digits(seen.distance)} off the plane" if seen.distance else ""
         color = color_of(number)
         off = {"edgecolors": color, "linewidths": 1.6} if seen.distance else {}
+        x, y = seen.coordinates
         axis.scatter(
-            *seen.coordinates, 40, "white" if seen.distance else color,
+            x, y, s=40, c="white" if seen.distance else color,
             marker=_MARKERS[number % len(_MARKERS)], label=f"{shorten(seen.name, 18)}{out}",
             **style | off,
         )  # fmt: skip
     marker, color, size = _LOWEST
-    axis.scatter(
-        *found.lowest[group].coordinates,
-        size,
-        color,
-        marker=marker,
-        label="lowest point",
-        **style,
-    )
+    x, y = found.lowest[group].coordinates
+    axis.scatter(x, y, s=size, c=color, marker=marker, label="lowest point", **style)
 
 
 def _title(axis: Axes, found: Landscape, group: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from deme_cli.analysis.landscape_grid import Index, origin_index
+from deme_cli.analysis.landscape_grid import Index, at_origin
 from deme_cli.timesteps import TimestepRange
 
 
@@ -105,7 +105,7 @@ class Landscape:
     @property
     def percent(self) -> np.ndarray:
         """Losses against the origin's, in per cent: (G, points, ...)."""
-        origin = self.losses[(slice(None), *origin_index(self.axes))]
+        origin = at_origin(self.losses, self.axes)
         return 100 * (self.losses / origin.reshape(-1, *[1] * len(self.axes)) - 1)
 
     @property

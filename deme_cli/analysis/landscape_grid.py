@@ -6,6 +6,9 @@ both ends are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from deme_cli.analysis.landscape_config import LandscapeConfig
@@ -44,11 +47,17 @@ def line_axis(reach: float, points: int) -> np.ndarray:
     return (np.arange(points) - beyond) / (points - 1 - 2 * beyond)
 
 
-def origin_index(axes: list[np.ndarray]) -> Index:
+def origin_index(axes: Sequence[np.ndarray]) -> Index:
     """Where all coordinates are 0."""
     return tuple(int(np.flatnonzero(axis == 0)[0]) for axis in axes)
 
 
-def is_at_edge(index: Index, axes: list[np.ndarray]) -> bool:
+def at_origin(losses: np.ndarray, axes: Sequence[np.ndarray]) -> np.ndarray:
+    """Of losses (G, points, ...) those where all coordinates are 0, (G,)."""
+    place: tuple[Any, ...] = (slice(None), *origin_index(axes))
+    return losses[place]
+
+
+def is_at_edge(index: Index, axes: Sequence[np.ndarray]) -> bool:
     """Whether a point is an outermost one."""
     return any(i in (0, len(axis) - 1) for i, axis in zip(index, axes, strict=True))

@@ -180,7 +180,8 @@ class Crew:
                 check()
                 yield index, self.field.errors(place, check, fresh=fresh)
             return
-        waiting, running = list(reversed(places)), {}
+        waiting = list(reversed(places))
+        running: dict[Future[Any], int] = {}
         while waiting or running:
             check()
             while waiting and len(running) < 2 * self.jobs:  # one is measured, one is ready

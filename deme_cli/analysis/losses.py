@@ -9,7 +9,7 @@ k models, m draws in all. The loss is that of the network's own target (eps, x_0
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,9 @@ def own_ranges(entrants: Sequence[Entrant]) -> list[TimestepRange]:
     return []
 
 
-def measure_losses(analysis: LossAnalysis, *, force: bool = False) -> Iterator[Step | Losses]:
+def measure_losses(
+    analysis: LossAnalysis, *, force: bool = False
+) -> Generator[Step | Losses, None, None]:
     """Measure every model on the same draws; yields a `Step` now and then, the `Losses` last.
 
     Finished draws are kept beside the output until the caller discards them. Raises NumericsError

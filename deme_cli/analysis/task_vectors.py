@@ -9,7 +9,7 @@ T tensors in the network's order, N experts in the order of their ranges, n elem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,7 +85,7 @@ def layers_of(family: Family) -> list[TensorSpec]:
 
 def measure_task_vectors(
     family: Family, output: Path, *, ranks: bool = True, force: bool = False
-) -> Iterator[Step | TaskVectors]:
+) -> Generator[Step | TaskVectors, None, None]:
     """Measure every tensor; yields a `Step` of parameters after each, and `TaskVectors` last.
 
     ranks: also effective ranks, whose time grows with the cubes of layer widths. Finished tensors

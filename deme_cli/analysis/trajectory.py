@@ -12,7 +12,7 @@ compared as they are, in their own units, and decoded only where they are shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -161,7 +161,7 @@ def steps_of(timesteps: Sequence[float]) -> list[int]:
 
 def measure_trajectories(
     analysis: TrajectoryAnalysis, *, force: bool = False
-) -> Iterator[Step | Trajectories]:
+) -> Generator[Step | Trajectories, None, None]:
     """Denoise with every model; yields a `Step` per forward, and the `Trajectories` last.
 
     Finished models are kept beside the output until the caller discards them, and used again unless

@@ -11,7 +11,7 @@ import typer
 
 from deme_cli import console
 from deme_cli.analysis.document import picture_paths
-from deme_cli.commands.caching import fill_with_bar
+from deme_cli.api.caching import fill_with_bar
 from deme_cli.commands.options import option
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.errors import ConfigError, MissingError
@@ -103,7 +103,7 @@ def open_model(argument: str, *, device: str) -> Denoiser:
     return open_denoiser(argument, device=str(choose_device(device)))
 
 
-def watch(steps: Generator[Step | Result], label: str, total: int, unit: str) -> Result:
+def watch(steps: Generator[Step | Result, None, None], label: str, total: int, unit: str) -> Result:
     """Show the steps of an analysis as a bar, its notes as lines; returns what it ends in.
 
     The analysis is closed whatever happens, so that its output is free again.

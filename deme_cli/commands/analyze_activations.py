@@ -35,11 +35,11 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import SplitConfig
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.records import DenoiserRecord
 from deme_cli.timesteps import TimestepRange, parse_range
 
 if TYPE_CHECKING:
     from deme_cli.analysis.activations import ActivationAnalysis
-    from deme_cli.records import DenoiserRecord
     from deme_cli.run_file import RunFile
 
 _C = ActivationConfig
@@ -181,10 +181,11 @@ def _check_models(run: RunFile, pair: tuple[str, str], span: str | None) -> Time
 
     places = [locate_model(model) for model in pair]
     records = [read_record(place) if place.is_file() else None for place in places]
-    if all(records):
-        require_same_network(*records, pair)
-    if records[1]:
-        return _range(run, records[1], span)
+    base, expert = records
+    if isinstance(base, DenoiserRecord) and isinstance(expert, DenoiserRecord):
+        require_same_network(base, expert, pair)
+    if isinstance(expert, DenoiserRecord):
+        return _range(run, expert, span)
     timesteps = peek_timesteps(places[1])
     return _parse(run, span or "all", timesteps) if timesteps else None
 
@@ -251,7 +252,7 @@ def _protocol(analysis: ActivationAnalysis, pair: tuple[str, str], dtype: str) -
 def _foot(analysis: ActivationAnalysis) -> str:
     from deme_cli.analysis.figure import shorten
 
-    projection = getattr(analysis.expert.record, "projection", None)
+    projection = getattr(analysis.expert.record, "projection", "block")
     told = {
         "fold": "; the expert's projections were folded into other layers, none is left to look at",
         "none": "; the expert was finetuned without projections",

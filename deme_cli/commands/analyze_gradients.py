@@ -103,7 +103,8 @@ def gradients(
     document = affinity.to_json(**said).encode()
     write_analysis(output, pictures, draw_gradients(affinity), document)
     console.note(str(said["reading"]))
-    if numbers["reliability_median"] < _NOISY:
+    reliability = numbers["reliability_median"]
+    if reliability is not None and reliability < _NOISY:
         console.warn(
             "noise in the gradients draws all cosines towards 0; raise --num for more draws"
         )

@@ -11,6 +11,7 @@ import typer
 
 from deme_cli import console
 from deme_cli.analysis.landscape_config import LandscapeConfig, choose_along, choose_ranges
+from deme_cli.api.caching import fill_with_bar
 from deme_cli.commands.analysis import (
     Data,
     Split,
@@ -20,7 +21,6 @@ from deme_cli.commands.analysis import (
     watch,
     write_analysis,
 )
-from deme_cli.commands.caching import fill_with_bar
 from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     ConfigPath,

@@ -214,6 +214,7 @@ def _reading(found: Losses) -> str:
         better, worse = _told(found, curve, -1), _told(found, curve, 1)
         words = [f"lower in {', '.join(better)}" if better else "lower in no range"]
         words += [f"higher in {', '.join(worse)}"] if worse else []
+        assert curve.overall is not None, "only the first model has nothing to be compared with"
         change, half = (100 / first.loss * v for v in (curve.overall.mean, curve.overall.half))
         shown = f"{half:.1f}" if half == half else "?"  # one image alone has no interval
         parts.append(f"{curve.name} {change:+.1f} ± {shown} % ({', '.join(words)})")

@@ -11,8 +11,9 @@ import typer
 from deme_cli import console
 from deme_cli.analysis.document import document_bytes
 from deme_cli.analysis.trajectory_config import TrajectoryConfig
+from deme_cli.api.drawing import sample_settings
+from deme_cli.api.fetching import fetch
 from deme_cli.commands.analysis import check_output, watch, write_analysis
-from deme_cli.commands.fetching import fetch
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -40,7 +41,6 @@ from deme_cli.commands.sample import (
     Seed,
     Spacing,
     Steps,
-    sample_config,
 )
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ def trajectory(
         "spacing": spacing, "resolution": resolution, "resize": resize_to,
         "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
-    sample = sample_config(run, options, prompt=prompt, protocol=None)
+    sample = sample_settings(run, options, prompt=prompt, protocol=None)
     pictures = check_output(output, force=force)
-    chosen, sample = _first_prompts(sample)
+    chosen, sample = _first_prompts(sample, num)
 
     analysis = _open(run, models, chosen, sample, settings, output, pipeline, device, dtype)
     told = analysis.config
@@ -136,7 +136,7 @@ def trajectory(
     )
 
 
-def _first_prompts(sample: SampleConfig) -> tuple[PromptSet | None, SampleConfig]:
+def _first_prompts(sample: SampleConfig, num: int) -> tuple[PromptSet | None, SampleConfig]:
     """The first prompts of a set, with all images of each, enough for `num`; all if fewer."""
     if not sample.prompts:
         return None, sample
@@ -146,7 +146,7 @@ def _first_prompts(sample: SampleConfig) -> tuple[PromptSet | None, SampleConfig
     found = read_prompts(sample.prompts, column=sample.prompt_column)
     if found.cycles:
         return found, sample
-    count = -(-sample.num // sample.per_prompt)
+    count = -(-num // sample.per_prompt)
     classes = found.classes and found.classes[:count]
     return replace(found, prompts=found.prompts[:count], classes=classes), replace(sample, num=None)
 

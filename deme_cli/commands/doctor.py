@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli import __version__, console
 from deme_cli.commands.options import Json, Quiet, begin
+from deme_cli.commands.version import device_facts, library_version
 
 if TYPE_CHECKING:
     from deme_cli.evaluation.inventory import Item
@@ -30,11 +31,15 @@ def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
 
     run = begin(None, quiet=quiet)
 
-    versions = {"deme": __version__, "python": platform.python_version(), **_versions()}
+    versions = {
+        "deme": __version__,
+        "python": platform.python_version(),
+        **{name: library_version(name) for name in LIBRARIES},
+    }
     items = list(take_inventory())
     if run.base.is_file():
         items += take_companions(run.base, run.pipeline())
-    device = _device()
+    device = device_facts()
     _show(versions, device, items, str(cache_folder()))
     if as_json:
         console.result_json(
@@ -45,36 +50,6 @@ def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
                 "items": [_document(item) for item in items],
             }
         )
-
-
-def _versions() -> dict[str, str | None]:
-    from importlib import metadata
-
-    found: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def _device() -> dict[str, Any]:
-    """What `--device auto` takes, and its name and memory where it is a GPU."""
-    import torch
-
-    from deme_cli.diffusion.denoiser import choose_device
-
-    device = choose_device("auto")
-    if device.type != "cuda":
-        return {"auto": device.type, "threads": torch.get_num_threads()}
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "auto": device.type,
-        "gpus": torch.cuda.device_count(),
-        "name": properties.name,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-    }
 
 
 def _document(item: Item) -> dict[str, Any]:

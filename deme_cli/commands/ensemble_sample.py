@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
+from deme_cli.api.drawing import ENSEMBLE_NAME, DrawingJob, sample_settings
 from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     Compile,
@@ -33,7 +34,6 @@ from deme_cli.commands.sample import (
     PromptColumn,
     Prompts,
     Protocol,
-    Request,
     ResizeTo,
     Resolution,
     Sampler,
@@ -41,7 +41,6 @@ from deme_cli.commands.sample import (
     Spacing,
     Steps,
     draw,
-    sample_config,
 )
 
 
@@ -78,7 +77,7 @@ def ensemble_sample(
         ),
     ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help=f"{OUTPUT_HELP}.")] = Path(
-        "ensemble.safetensors"
+        ENSEMBLE_NAME
     ),
     pipeline: Pipeline = None,
     config: ConfigPath = None,
@@ -106,15 +105,10 @@ def ensemble_sample(
         "spacing": spacing, "resolution": resolution, "resize": resize_to,
         "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
-    settings = sample_config(run, options, prompt=prompt, protocol=protocol)
-    request = Request(
-        [str(path) for path in experts], settings, run.pipeline(pipeline), output,
-        world.device or device, dtype, compile, force, dry_run, as_json,
+    settings = sample_settings(run, options, prompt=prompt, protocol=protocol)
+    job = DrawingJob(
+        [str(path) for path in experts], settings, output, run.pipeline(pipeline),
+        world.device or device, dtype, compile, force, is_ensemble=True, hold_one=hold_one,
+        world=world,
     )  # fmt: skip
-    request.check(world)
-
-    from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
-
-    records = [member.record for member in read_ensemble(experts)]
-    opened = open_ensemble(experts, device=request.device, dtype=dtype)
-    draw(opened, records, request, world, hold_one=hold_one)
+    draw(job, dry_run=dry_run, as_json=as_json)

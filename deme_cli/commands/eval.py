@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from deme_cli import console
+from deme_cli.api.eval_request import resolve_order
+from deme_cli.api.evaluating import Evaluation, EvaluationJob
+from deme_cli.commands.eval_table import show
 from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     Compile,
@@ -37,17 +39,9 @@ from deme_cli.commands.sample import (
     Spacing,
     Steps,
 )
-from deme_cli.config import EvalConfig, SampleConfig
+from deme_cli.config import EvalConfig
+from deme_cli.errors import ConfigError
 from deme_cli.outputs import require_output, write_whole
-from deme_cli.processes import World
-
-if TYPE_CHECKING:
-    from deme_cli.commands.eval_request import Request
-    from deme_cli.commands.eval_table import Cards, Figures
-    from deme_cli.evaluation.features import Extractor
-    from deme_cli.evaluation.meters import Instruments
-    from deme_cli.evaluation.rows import Row
-    from deme_cli.evaluation.targets import Target
 
 _C = EvalConfig
 
@@ -126,170 +120,52 @@ def evaluate(
 
     Example: deme eval base.safetensors merged.safetensors --fid digits -n 2000 --repeats 3
     """
-    from deme_cli.commands.eval_request import (
-        Request,
-        check_options,
-        find_means,
-        find_prompts,
-        find_rows,
-        say_what_would_run,
-    )
-    from deme_cli.commands.eval_table import document_of, require_gate, show
-    from deme_cli.evaluation.protocols import apply_protocol, find_protocol
-
     console.set_quiet(quiet)
     world = meet(device)
     run = begin(config, quiet=quiet)
-    named = find_protocol(run.settings(EvalConfig, protocol=protocol).protocol)
-    given = {
+    options = {
         "protocol": protocol, "fid": fid, "kid": kid, "clip_score": clip_score,
         "clip_model": clip_model, "clip_weights": clip_weights, "accuracy": accuracy,
         "mixed": mixed, "num": num, "repeats": repeats, "features": features, "resize": resize,
         "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
-    given = apply_protocol(named, EvalConfig, given)
-    settings = run.settings(EvalConfig, **given)
-    options = {
+    of_sampling = {
         "sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing, "guidance": guidance,
         "prompts": prompts, "prompt_column": prompt_column, "per_prompt": per_prompt,
         "classes": classes, "resolution": resolution, "resize": resize_to,
-        "batch_size": batch_size, "num": settings.num, "seed": settings.seed,
+        "batch_size": batch_size,
     }  # fmt: skip
-    sample = run.settings(SampleConfig, **apply_protocol(named, SampleConfig, options))
-    world.require_same({"models": models, **asdict(settings), **asdict(sample), "dtype": dtype})
-    check_options(settings, named, max_fid=max_fid, weights=weights)
+    order = resolve_order(run, options, of_sampling, weights)
+    if max_fid is not None and not order.settings.fid:
+        raise ConfigError("--max-fid needs --fid")
     if output is not None and world.is_first:
         require_output(output, force=force)
-    if named is not None:
-        console.note(f"protocol {named.name}: {named.source}")
-        console.note(f"not told there: {named.open}")
-    with world.first_before_others():
-        chosen, settings, sample = find_prompts(run, settings, sample, given["num"])
-        rows = find_rows(run, models or [])
-        means = find_means(run, settings, weights, named)
-    parts = run.pipeline(pipeline)
-    request = Request(
-        settings, sample, means, rows, chosen, parts, world.device or device, dtype, compile
+    job = EvaluationJob(
+        order, models or [], run.pipeline(pipeline), world.device or device, dtype, compile, world
     )
+    request = job.open()
     if dry_run:
-        say_what_would_run(request, as_json=as_json)
-        return
-    measured, figures, cards = _measure(request, world)
-    if world.is_first:
-        show(figures, cards)
-        document = document_of(figures, {row.name: row.kind for row in measured}, cards)
-        if output is not None:
-            text = json.dumps({"schema_version": console.SCHEMA_VERSION, **document}, indent=2)
-            write_whole(output, [text.encode(), b"\n"])
+        request.say_what_would_run()
         if as_json:
-            console.result_json(document)
-        elif output is not None:
-            console.result_paths([output], as_json=False)
-        if means.features is not None:
-            require_gate(figures, means.features.metric_name, max_fid)
+            rows = [{"name": plan.name} for plan in request.rows.plans]
+            told = request.means.protocol
+            console.result_json({"dry_run": True, "rows": rows, "protocol": told})
+        return
+    if measured := job.run(request):
+        _tell(measured, output, as_json=as_json)
+        if max_fid is not None:
+            measured.require_at_most(max_fid)
     world.wait()  # nobody ends well where the gate does not open
 
 
-def _measure(request: Request, world: World) -> tuple[list[Row], Figures, Cards]:
-    """Measure all rows with a bar: the rows, their figures and their protocol cards.
-
-    The first process of `world` has the figures.
-    """
-    from deme_cli.evaluation.evaluate import evaluate_rows, total_images
-    from deme_cli.evaluation.ledger import Ledger
-    from deme_cli.evaluation.measure import Measured, seeds_of
-    from deme_cli.evaluation.protocol import card_digest, evaluation_card
-    from deme_cli.evaluation.rows import RowOpener, open_rows
-    from deme_cli.evaluation.summary import summarise
-
-    config = request.config
-    opener = RowOpener(
-        request.sample, request.prompts, request.pipeline, request.device, request.dtype
-    )
-    rows = open_rows(request.rows.plans, opener, config)
-    _warn(request, rows)
-    instruments = _open_instruments(request, rows[0].shape, world)
-    references = {target.metric: target.reference for target in instruments.targets}
-    means = request.means.counted(references)
-    cards = {
-        row.name: evaluation_card(row.card, means, seeds=seeds_of(row, config)) for row in rows
-    }
-    world.require_same({name: card_digest(card) for name, card in cards.items()})
-    identity = [config.num, config.repeats, cards]
-    ledger = Ledger(Path("."), identity) if world.is_first else None
-    measured: list[Measured] = []
-    shown = 0
-    with console.progress("measuring", total_images(rows, config), "image") as bar:
-        for record in evaluate_rows(
-            rows, instruments, sample=request.sample, config=config, ledger=ledger,
-            compile=request.compile, world=world,
-        ):  # fmt: skip
-            done = sum(finished.n for finished in measured) + record.done
-            if isinstance(record, Measured):
-                measured.append(record)
-            if done > shown:
-                shown = done
-                bar.advance(done, f"{record.row}, repeat {record.repeat + 1}")
-    return rows, summarise(measured) if measured else {}, cards
-
-
-def _open_instruments(request: Request, shape: tuple[int, int, int], world: World) -> Instruments:
-    """Load what measures, and look at the reference images. shape: (C, H, W) of the rows."""
-    from deme_cli.evaluation.accuracy import open_classifier
-    from deme_cli.evaluation.clip_score import open_clip_scorer
-    from deme_cli.evaluation.features import open_extractor
-    from deme_cli.evaluation.meters import Instruments
-
-    means = request.means
-    place = {"device": request.device, "batch_size": request.config.batch_size}
-    extractor = open_extractor(means.features, **place) if means.features else None
-    return Instruments(
-        extractor,
-        _open_targets(request, extractor, shape, world) if extractor else (),
-        open_clip_scorer(means.clip, **place) if means.clip else None,
-        open_classifier(means.classifier, **place) if means.classifier else None,
-    )
-
-
-def _open_targets(
-    request: Request, extractor: Extractor, shape: tuple[int, int, int], world: World
-) -> list[Target]:
-    """The references' statistics and features, with a bar for their images."""
-    from deme_cli.evaluation.targets import Target, open_target
-
-    targets = []
-    for metric, reference in request.means.references.items():
-        with console.progress(f"reference {reference.source}", 100, "%") as bar:
-            for record in open_target(metric, reference, extractor, shape, world=world):
-                if isinstance(record, Target):
-                    targets.append(record)
-                else:
-                    bar.advance(100 * record.done // record.total)
-    return targets
-
-
-def _warn(request: Request, rows: list[Row]) -> None:
-    """What makes figures hard to compare, told before the work; raises what must not be."""
-    from deme_cli.evaluation.comparable import require_one_protocol
-    from deme_cli.evaluation.measure import num_images
-
-    config = request.config
-    for text in request.rows.warnings:
-        console.warn(text)
-    features = request.means.features
-    if features is not None and features.published is False:
-        console.warn(
-            f"{features.path}: not the published {features.name} weights (sha256 "
-            f"{features.sha256[:12]}); figures cannot be compared with others'"
-        )
-    for row in rows:
-        measures_distance = bool(config.fid or config.kid)
-        if measures_distance and row.finished is not None and len(row.finished) < config.num:
-            console.warn(
-                f"{row.name} has {len(row.finished)} images, not {config.num}: "
-                f"fewer images make a distance larger"
-            )
-    cards = {row.name: row.card for row in rows}
-    counts = {row.name: num_images(row, config) for row in rows}
-    for text in require_one_protocol(cards, counts, mixed=config.mixed):
-        console.warn(text)
+def _tell(measured: Evaluation, output: Path | None, *, as_json: bool) -> None:
+    """The table on stderr, the document to stdout, to `output`, or both."""
+    show(measured)
+    document = measured.document
+    if output is not None:
+        text = json.dumps({"schema_version": console.SCHEMA_VERSION, **document}, indent=2)
+        write_whole(output, [text.encode(), b"\n"])
+    if as_json:
+        console.result_json(document)
+    elif output is not None:
+        console.result_paths([output], as_json=False)

@@ -1,39 +1,19 @@
-"""How `deme eval` shows its figures: a table and its protocol on stderr, a document, a gate."""
+"""How `deme eval` shows its figures: a table, and the protocol under it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deme_cli import console
-from deme_cli.errors import GateError
 
 if TYPE_CHECKING:
-    from deme_cli.evaluation.summary import Figure
-
-Figures = Mapping[str, "Mapping[str, Figure]"]  # by row and metric
-Cards = Mapping[str, Mapping[str, Any]]  # by row
+    from deme_cli.api.evaluating import Evaluation, Figure, Figures
 
 
-def document_of(figures: Figures, kinds: Mapping[str, str], cards: Cards) -> dict[str, Any]:
-    """The rows as `--json` and `--output` give them."""
-    return {
-        "rows": [
-            {
-                "name": name,
-                "kind": kinds[name],
-                "metrics": {metric: figure.document for metric, figure in row.items()},
-                "protocol": cards[name],
-            }
-            for name, row in figures.items()
-        ]
-    }
-
-
-def show(figures: Figures, cards: Cards) -> None:
+def show(measured: Evaluation) -> None:
     """The table, and under it what its figures depend on."""
-    from deme_cli.evaluation.protocol import describe_cards
-
+    figures = measured.figures
     first = next(iter(figures))
     paired = any(figure.difference for row in figures.values() for figure in row.values())
     columns = ["row"]
@@ -41,7 +21,7 @@ def show(figures: Figures, cards: Cards) -> None:
         columns += [metric, f"minus {first}"] if paired else [metric]
     lines = [[name, *_cells(row, paired=paired)] for name, row in figures.items()]
     console.table("", [*columns, "images"], lines)
-    for line in (*describe_cards(cards), *_truncated(figures)):
+    for line in (*measured.remarks(), *_truncated(figures)):
         console.note(line)
     if paired:
         where = "in brackets" if len(figures[first]) == 1 else "in --json"
@@ -82,16 +62,3 @@ def _truncated(figures: Figures) -> Iterator[str]:
         for figure in row.values():
             if count := figure.details.get("truncated"):
                 yield f"{name}: CLIP reads {count} of {figure.n} prompts without their end"
-
-
-def require_gate(figures: Figures, metric: str, max_fid: float | None) -> None:
-    """Raises GateError if a row's distance is above the one allowed."""
-    if max_fid is None:
-        return
-    above = [
-        f"{name} {row[metric].value:.4g}"
-        for name, row in figures.items()
-        if row[metric].value > max_fid
-    ]
-    if above:
-        raise GateError(f"{metric} above --max-fid {max_fid:g}: {', '.join(above)}")

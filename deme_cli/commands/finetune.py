@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from deme_cli import console
-from deme_cli.commands.caching import fill_with_bar
 from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     Compile,
@@ -23,13 +22,9 @@ from deme_cli.commands.options import (
     begin,
     option,
 )
-from deme_cli.config import DataConfig, FinetuneConfig
-from deme_cli.errors import ConfigError, MissingError
-from deme_cli.processes import World
+from deme_cli.config import DataConfig, FinetuneConfig, ModelConfig
+from deme_cli.errors import ConfigError
 from deme_cli.settings import parse_numbers
-
-if TYPE_CHECKING:
-    from deme_cli.training.plan import Plan
 
 _C, _RATE, _IMAGES, _MORE = FinetuneConfig, "Optimisation", "Images and captions", "More"
 _WEIGHTS, _MEMORY = "Weights of timesteps", "Memory"
@@ -197,102 +192,33 @@ def finetune(
     if resume and force:
         raise ConfigError("--resume continues a kept run, --force starts anew; give one of them")
 
-    if jobs > 1 and not world.is_alone:
-        raise ConfigError(
-            f"--jobs {jobs} starts processes of its own; the {world.size} of this launch train one "
-            f"range after another: leave it out"
-        )
+    from deme_cli.api.finetuning import (
+        check_images,
+        open_job,
+        plan_from_scratch,
+        plan_ranges,
+        require_kept_runs,
+        train_all,
+    )
 
-    from deme_cli.training.plan import Job, plan_base, plan_experts, require_processes
-
-    require_processes(settings, world.size, shard=shard, dtype=dtype, compile=compile)
-
-    job = Job(
-        base=base or run.base,
-        images=run.settings(
+    job = open_job(
+        settings,
+        run.settings(
             DataConfig, source=data, horizontal_flip=flip, captions=captions, crop=crop,
             resolution=resolution,
         ),
-        settings=settings,
-        device=world.device or device,
-        dtype=dtype,
-        compile=compile,
-        shard=shard,
-        force=force,
-        config_path=config,
-        pipeline=run.pipeline(pipeline),
+        base or run.base, run, pipeline, device=device, dtype=dtype, compile=compile, shard=shard,
+        force=force, jobs=jobs, world=world,
     )  # fmt: skip
     if from_scratch:
-        plans = [plan_base(job, from_scratch, output or Path("base.safetensors"))]
+        plans = plan_from_scratch(job, from_scratch, output or Path(ModelConfig.base))
     else:
-        plans = plan_experts(job, run, range, output)
+        plans = plan_ranges(job, run, range, output)
     if resume:
-        _require_kept_runs(plans)
-    waiting = [plan for plan in plans if not plan.is_done]
+        require_kept_runs(plans)
     if dry_run:
-        _check_images(waiting)
+        check_images(plans)
         for plan in plans:
             console.note(plan.describe())
         return
-    if len(waiting) > 1 and jobs > 1:
-        _train_side_by_side(waiting, jobs)
-    else:
-        for plan in waiting:
-            _train(plan, world)
-    console.result_paths([path for plan in plans for path in plan.outputs], as_json=as_json)
-
-
-def _require_kept_runs(plans: list[Plan]) -> None:
-    """What --resume insists on: every run that is not done has a checkpoint."""
-    from deme_cli.training.places import checkpoint_path
-
-    for plan in plans:
-        if not plan.is_done and not checkpoint_path(plan.output).exists():
-            raise MissingError(f"{plan.output}: no unfinished run is kept here; leave out --resume")
-
-
-def _check_images(plans: list[Plan]) -> None:
-    """What a dry run checks beyond names: images and captions of a model that reads them."""
-    if plans and plans[0].has_companions:
-        from deme_cli.training.preparation import open_plan_examples
-
-        open_plan_examples(plans[0])
-
-
-def _train(plan: Plan, world: World) -> None:
-    """Train one run, in this process or with the others of its launch, with a progress bar."""
-    from deme_cli.training.finetune import train
-    from deme_cli.training.preparation import prepare
-
-    run = prepare(plan)
-    fill_with_bar(run.examples, run.held_out, world=world)
-    label = f"expert {plan.range_text}" if plan.choice else "base"
-    with console.progress(label, run.config.steps, "update") as bar:
-        for record in train(run, world):
-            if record.halved_to:
-                console.warn(
-                    f"out of memory: {record.halved_to} images at a time from here on, as with "
-                    f"--micro-batch {record.halved_to} (the same batches, more slowly)"
-                )
-            bar.advance(record.step, f"loss {record.loss:.4g}")
-
-
-def _train_side_by_side(plans: list[Plan], num_processes: int) -> None:
-    """Train each run in a process of its own, and show their joint progress."""
-    from deme_cli.training.jobs import RangeProcess, run_jobs
-    from deme_cli.training.places import metrics_path
-
-    children = [
-        RangeProcess(
-            plan.range_text, plan.job.arguments(plan.range_text), [metrics_path(plan.output)]
-        )
-        for plan in plans
-    ]
-    if plans[0].has_companions:  # once for all of them, rather than each a part unseen
-        from deme_cli.training.preparation import open_plan_examples
-
-        fill_with_bar(*open_plan_examples(plans[0]))
-    total = plans[0].job.settings.steps * len(plans)
-    with console.progress(f"{len(plans)} experts", total, "update") as bar:
-        for steps in run_jobs(children, at_once=num_processes):
-            bar.advance(sum(steps.values()), "  ".join(f"{k}: {v}" for k, v in steps.items()))
+    console.result_paths(train_all(plans, jobs=jobs, world=world), as_json=as_json)

@@ -13,7 +13,6 @@ from deme_cli.commands.merge_options import (
     looks_for,
     parse_coefficients_for,
     parse_lists,
-    require_sense,
     require_use,
 )
 from deme_cli.commands.options import (
@@ -220,9 +219,7 @@ def merge(
     if replay is not None:
         from deme_cli.commands.merge_show import replay_merge
 
-        replay_merge(
-            run, replay, output, parents or [], base, device=device, force=force, as_json=as_json
-        )
+        replay_merge(replay, output, parents or [], base, run, device, force=force, as_json=as_json)
         return
     if not parents:
         raise ConfigError("nothing to merge: name experts or task vectors, as in ft_*.safetensors")
@@ -258,22 +255,21 @@ def merge(
     }  # fmt: skip
     of_method = {"--density": density, "--trim": trim, "--mask-seed": mask_seed}
     require_use(settings, {**of_search, **of_method, **of_report}, list(of_search))
-    require_sense(settings)
-    from deme_cli.commands.merge_job import Job
+    from deme_cli.api.merge_job import MergeJob
 
-    job = Job(
+    on_command_line = {
+        "coefficients": coefficients, "grid": grid, "bounds": bounds, "start": start,
+    }  # fmt: skip
+    job = MergeJob(
         run, settings, parents, parse_coefficients_for(coefficients_for or []), base, target,
         pipeline, world.device or device, dtype, force, ema_length, world=world,
-        by_argument=frozenset(
-            name
-            for name, given in {"coefficients": coefficients, "grid": grid, "bounds": bounds,
-                                "start": start}.items()
-            if given is not None
-        ),
+        by_range=frozenset(name for name, given in on_command_line.items() if given is None),
     )  # fmt: skip
     if dry_run:
         job.say_what_would_run()
         if as_json:
             console.result_json({"dry_run": True, "paths": [str(target)]})
-        return
-    job.run(as_json=as_json)
+    elif merged := job.run():
+        from deme_cli.commands.merge_show import tell
+
+        tell(merged, as_json=as_json)

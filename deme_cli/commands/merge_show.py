@@ -1,19 +1,19 @@
-"""`deme merge --show` and `--replay`: what a search has tried, and a merged file built again."""
+"""What `deme merge` shows: the trials of a search, a merged file, one that was built again."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.errors import MissingError
-from deme_cli.outputs import require_output, write_whole
+from deme_cli.outputs import write_whole
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
+    from deme_cli.api.merge_job import MergeResult
     from deme_cli.merging.search.journal_file import JournalDocument
     from deme_cli.merging.search.trials import Trial
 
@@ -113,19 +113,50 @@ def _show_rung(name: str, trials: Sequence[Trial], document: JournalDocument) ->
 
 
 def replay_merge(
-    run: RunFile, merged: Path, output: Path | None, parents: Sequence[Path], base: Path | None, *,
-    device: str, force: bool, as_json: bool,
+    merged: Path, output: Path | None, parents: list[Path], base: Path | None, run: RunFile,
+    device: str, *, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Build `merged` again from its parents into `output`, and say that it is the same."""
-    from deme_cli.commands.merge_data import rebuild_from_data
-    from deme_cli.merging.replay import replay
+    """Build `merged` again, and say that it is the same."""
+    from deme_cli.api import replaying
 
-    target = output or merged.with_name(f"{merged.stem}.replayed.safetensors")
-    require_output(target, force=force)
-    rebuild = partial(rebuild_from_data, run, device)
-    record = replay(merged, target, parents=parents, base=base, rebuild=rebuild)
-    console.note(f"{target}: equal to {merged}, fingerprint {record.fingerprint[:12]}")
+    built = replaying.replay(
+        merged, output, parents=parents, base=base, run=run, device=device, force=force
+    )
+    console.note(f"{built.path}: equal to {merged}, fingerprint {built.record.fingerprint[:12]}")
     console.result_paths(
-        [target], as_json=as_json, path=str(target), fingerprint=record.fingerprint,
-        coefficients=record.coefficients,
+        [built.path], as_json=as_json, path=str(built.path),
+        fingerprint=built.record.fingerprint, coefficients=built.record.coefficients,
     )  # fmt: skip
+
+
+def tell(merged: MergeResult, *, as_json: bool) -> None:
+    """The merged file, what it was made of, and the files beside it."""
+    record, search = merged.record, merged.record.search
+    what = "coefficient (other tensors)" if record.coefficients_for else "coefficient"
+    rows = sorted(zip(record.parents, record.coefficients, strict=True), key=_range_of)
+    console.table(
+        f"Merged into {merged.path} ({record.method})",
+        ["timesteps", what, "from"],
+        [
+            [":".join(map(str, parent["range"])), f"{coefficient:.4g}", parent["path"]]
+            for parent, coefficient in rows
+        ],
+    )
+    console.result_paths(
+        [merged.path, *merged.files],
+        as_json=as_json,
+        path=str(merged.path),
+        fingerprint=record.fingerprint,
+        parents=record.parents,
+        method=record.method,
+        coefficients=record.coefficients,
+        coefficients_for=record.coefficients_for,
+        objective=search["best"] if search else None,
+        evaluations=search["evaluations"] if search else 0,
+        search=search,
+        report=record.report,
+    )
+
+
+def _range_of(row: tuple[dict[str, Any], float]) -> list[int]:
+    return row[0]["range"]

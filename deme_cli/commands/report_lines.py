@@ -70,7 +70,8 @@ def _splits(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
             ]
             continue
         split = run.settings(SplitConfig)
-        counts = [r.of for a in folder.of_kind("expert") if (r := a.record).of and r.of > 1]
+        experts = [a.record for a in folder.of_kind("expert") if isinstance(a.record, ExpertRecord)]
+        counts = [record.of for record in experts if record.of and record.of > 1]
         count = split.n if "split" in run.tables else max(counts, default=split.n)
         words = ["split", path_word(model), "-n", str(count)]
         words += ["--by", split.by] if split.by != "uniform" else []

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from deme_cli import console
-from deme_cli.commands.fetching import fetch
+from deme_cli.api.drawing import DrawingJob, default_output, sample_settings
 from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     Compile,
@@ -27,14 +24,6 @@ from deme_cli.commands.options import (
     option,
 )
 from deme_cli.config import EvalConfig, SampleConfig
-from deme_cli.errors import ConfigError, writing
-from deme_cli.outputs import require_output
-from deme_cli.processes import World
-from deme_cli.run_file import RunFile
-
-if TYPE_CHECKING:
-    from deme_cli.records import DenoiserRecord
-    from deme_cli.sampling.sampler import SamplingExpert
 
 _C, _SHOWN, _SIZE = SampleConfig, "What is shown", "Size"
 Num = Annotated[int | None, option(_C, "num", "-n", "--num")]
@@ -58,66 +47,6 @@ Resolution = Annotated[int | None, option(_C, "resolution", "--resolution", pane
 ResizeTo = Annotated[int | None, option(_C, "resize", "--resize-to", panel=_SIZE)]
 Protocol = Annotated[str | None, option(EvalConfig, "protocol", "--protocol")]
 OUTPUT_HELP = "A .safetensors artifact, or a folder for PNG files"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a command is to draw of `models`, where the images go, and how it speaks."""
-
-    models: Sequence[str]
-    config: SampleConfig
-    pipeline: str | None
-    output: Path
-    device: str
-    dtype: str
-    compile: str
-    force: bool
-    dry_run: bool
-    as_json: bool
-
-    def check(self, world: World) -> None:
-        """What can be told before anything heavy is loaded; fetches prompts that are not here.
-
-        The first process of `world` goes first, and it alone looks at the output.
-        """
-        told = {"models": list(self.models), "output": str(self.output), "dtype": self.dtype}
-        world.require_same({**told, **asdict(self.config)})
-        with world.first_before_others():
-            if world.is_first:
-                self._check_output()
-            if self.config.prompts:
-                from deme_cli.data.prompts import prompt_assets
-
-                fetch(prompt_assets(self.config.prompts))
-
-    def _check_output(self) -> None:
-        with writing(self.output):
-            to_artifact = self.output.suffix == ".safetensors" and not self.output.is_dir()
-        if to_artifact:
-            require_output(self.output, force=self.force)
-
-
-def sample_config(
-    run: RunFile, options: Mapping[str, Any], *, prompt: str | None, protocol: str | None
-) -> SampleConfig:
-    """The settings of [sample] that the options (None if not given) and a protocol make."""
-    from deme_cli.data.prompts import TEXT
-    from deme_cli.evaluation.protocols import apply_protocol, find_protocol
-
-    options = dict(options)
-    if prompt is not None:
-        if options.get("prompts") is not None:
-            raise ConfigError(
-                "--prompt is one prompt, --prompts a set of them; give one of the two"
-            )
-        options["prompts"] = f"{TEXT}{prompt}"
-    named = find_protocol(protocol)
-    config = run.settings(_C, **apply_protocol(named, _C, options))
-    if config.prompts and options.get("prompts") is None:
-        config = replace(config, prompts=run.seen(config.prompts))
-    if prompt is not None and options.get("prompt_column") is None:
-        config = replace(config, prompt_column=None)  # that of the set in deme.toml
-    return config
 
 
 def sample(
@@ -177,97 +106,22 @@ def sample(
         "spacing": spacing, "resolution": resolution, "resize": resize_to,
         "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
-    settings = sample_config(run, options, prompt=prompt, protocol=protocol)
-    request = Request(
-        [model], settings, run.pipeline(pipeline), output or _default_output(model),
-        world.device or device, dtype, compile, force, dry_run, as_json,
+    settings = sample_settings(run, options, prompt=prompt, protocol=protocol)
+    job = DrawingJob(
+        [model], settings, output or default_output(model), run.pipeline(pipeline),
+        world.device or device, dtype, compile, force, world=world,
     )  # fmt: skip
-    request.check(world)
-
-    from deme_cli.sampling.single import open_single
-
-    experts, record = open_single(model, device=request.device, dtype=dtype)
-    _warn_of_lone_expert(model, record)
-    draw(experts, [record], request, world)
+    draw(job, dry_run=dry_run, as_json=as_json)
 
 
-def _default_output(model: str) -> Path:
-    name = Path(model).expanduser().resolve().name.removesuffix(".safetensors")
-    return Path(f"{name}-samples.safetensors")
-
-
-def _warn_of_lone_expert(model: str, record: Any) -> None:
-    from deme_cli.records import ExpertRecord
-
-    if isinstance(record, ExpertRecord) and len(record.timesteps) < record.num_train_timesteps:
-        console.warn(
-            f"{model} is the expert of timesteps {record.timesteps} and will denoise all "
-            f"{record.num_train_timesteps}; deme ensemble-sample takes each expert for its own"
-        )
-
-
-def draw(
-    experts: Sequence[SamplingExpert],
-    records: Sequence[DenoiserRecord],
-    request: Request,
-    world: World,
-    *,
-    hold_one: bool = False,
-) -> None:
-    """Draw what was asked, with the other processes of `world`; a bar, and the paths."""
-    from deme_cli.sampling.draw import Drawn, draw_samples
-    from deme_cli.sampling.protocol import protocol_card
-    from deme_cli.sampling.scene import open_scene
-    from deme_cli.sampling.store import Order
-
-    config, device, dtype = request.config, request.device, request.dtype
-    scene = open_scene(records, config, pipeline=request.pipeline, device=device, dtype=dtype)
-    card = protocol_card(records, config, scene=scene, dtype=dtype)
-    channels, height, width = scene.image_shape
-    order = Order(
-        request.output, card, (height, width, channels), config.batch_size,
-        force=request.force, prompts=scene.prompts, classes=scene.classes,
-    )  # fmt: skip
-    if request.dry_run:
-        _say_what_would_run(order.path, order.shape, card, as_json=request.as_json)
-        return
-    began, drawn = time.monotonic(), None
-    with console.progress("sampling", order.num, "image") as bar:
-        for record in draw_samples(
-            experts, config, order, scene=scene, hold_one=hold_one, compile=request.compile,
-            world=world,
-        ):  # fmt: skip
-            if isinstance(record, Drawn):
-                drawn = record
-            else:
-                bar.advance(record.done * order.num // record.total)
-    world.wait()  # nobody ends well before the images are there
-    if drawn is None:
-        return
-    seconds = time.monotonic() - began
-    console.result_paths(
-        [drawn.images, drawn.preview],
-        as_json=request.as_json,
-        num=order.num,
-        kept=drawn.num_kept,
-        seconds=round(seconds, 3),
-        protocol=card,
-    )
-
-
-def _say_what_would_run(
-    path: Path, shape: tuple[int, int, int], card: dict[str, Any], *, as_json: bool
-) -> None:
-    height, width, channels = shape
-    told = [f"{card['sampler']}, {card['steps']} steps"]
-    told += [f"{card['spacing']} spacing"] if card["spacing"] else []
-    told += [f"prompts of {card['prompts']['source']}"] if card["prompts"] else []
-    told += [f"classes {card['classes']}"] if card["classes"] else []
-    told += [f"guidance {card['guidance']:g}"] if card["guidance"] is not None else []
-    console.note(
-        f"would draw {card['num']} images ({height} x {width}, {channels} channels) to {path}: "
-        f"{card['model']} {' '.join(mark[:12] for mark in card['fingerprints'])}, "
-        f"{', '.join(told)}, seed {card['seed']}"
-    )
-    if as_json:
-        console.result_json({"dry_run": True, "paths": [str(path)], "protocol": card})
+def draw(job: DrawingJob, *, dry_run: bool, as_json: bool) -> None:
+    """Draw what was asked, or say what would be drawn; then the paths."""
+    if dry_run:
+        card = job.say_what_would_run()
+        if as_json:
+            console.result_json({"dry_run": True, "paths": [str(job.output)], "protocol": card})
+    elif images := job.run():
+        console.result_paths(
+            [images.path, images.preview], as_json=as_json, num=images.num, kept=images.num_kept,
+            seconds=images.seconds, protocol=images.protocol,
+        )  # fmt: skip

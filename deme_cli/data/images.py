@@ -118,10 +118,10 @@ def open_images(
 ) -> ImageData:  # fmt: skip
     """The images that an argument names, at `shape` (C, H, W); None keeps the size they share.
 
-    A shape scales the short side, crops the centre (`squeeze`: scales both sides, crops nothing)
-    and converts the channels. split: `held-out` is
-    the test split where the source has one, else every 50th image (index % 50 == 49, or the last),
-    which `train` then leaves out; `all` is both.
+    A shape scales the short side, crops the centre and converts the channels; with `squeeze` it
+    scales both sides and crops nothing.
+    split: `held-out` is the test split where the source has one, else every 50th image (index % 50
+    == 49, or the last), which `train` then leaves out; `all` is both.
     wants: `text` requires a caption of every image, `class` a class; captions: the column of either
     (None: the usual names). keep: hold the decoded images in memory where there is room.
     Raises MissingError, ArtifactError or ConfigError, naming the source or the broken image.

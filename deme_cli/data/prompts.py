@@ -169,10 +169,10 @@ def _refuse_column(source: str, column: str | None) -> None:
         raise ConfigError(f"{source} has no columns; leave the prompt column {column!r} out")
 
 
-def _nonempty(source: str, prompts: Sequence[str], **more: Any) -> PromptSet:
+def _nonempty(source: str, prompts: Sequence[str]) -> PromptSet:
     if not prompts:
         raise ArtifactError(f"{source}: the file holds no prompts")
-    return PromptSet(source, tuple(prompts), **more)
+    return PromptSet(source, tuple(prompts))
 
 
 def _of_table(source: str, table: TextTable, column: str | None) -> PromptSet:
@@ -193,7 +193,7 @@ def _of_table(source: str, table: TextTable, column: str | None) -> PromptSet:
             raise ArtifactError(f"{source}: row {number} has no prompt in column {chosen!r}")
         prompts.append(prompt.strip())
     classes, seeds = _numbers(source, table, _CLASS_COLUMNS), _numbers(source, table, _SEED_COLUMNS)
-    return _nonempty(source, prompts, classes=classes, seeds=seeds)
+    return PromptSet(source, tuple(prompts), classes, seeds=seeds)
 
 
 def _numbers(source: str, table: TextTable, names: Sequence[str]) -> tuple[int, ...] | None:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -103,7 +104,7 @@ class FolderSource:
     def __init__(self, place: ImageFolder) -> None:
         self._place, self.paths = place, place.files
         self.fingerprint = _fingerprint(
-            f"{path.relative_to(place.path).as_posix()}\0{path.stat().st_size}\0{_ends(path)}"
+            f"{path.relative_to(place.path).as_posix()}\0{_size_and_ends(path)}"
             for path in self.paths
         )
 
@@ -203,15 +204,22 @@ def is_grey(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
 
 
-def _open(encoded: Path | io.BytesIO, name: str) -> Image.Image:
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Translate what may go wrong on the way to an encoded image."""
     try:
-        return Image.open(encoded)
+        yield
     except FileNotFoundError as error:
         raise MissingError(f"{name}: no such file") from error
     except PermissionError as error:
         raise MissingError(f"{name}: no permission to read it") from error
     except _BROKEN as error:
         raise ArtifactError(f"{name}: not a readable image; remove or mend it") from error
+
+
+def _open(encoded: Path | io.BytesIO, name: str) -> Image.Image:
+    with _reading(name):
+        return Image.open(encoded)
 
 
 def _decode(encoded: Path | io.BytesIO, name: str) -> Image.Image:
@@ -249,15 +257,13 @@ def _holds_bytes(kind: object) -> bool:
     return getattr(kind, "dtype", None) in ("binary", "large_binary")
 
 
-def _ends(path: Path) -> str:
-    """SHA-256 of a file's first and last KiB: other images of the same size differ there."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(_END_BYTES)
-            file.seek(max(0, path.stat().st_size - _END_BYTES))
-            return hashlib.sha256(head + file.read(_END_BYTES)).hexdigest()
-    except PermissionError as error:
-        raise MissingError(f"{path}: no permission to read it") from error
+def _size_and_ends(path: Path) -> str:
+    """A file's size, and SHA-256 of its first and last KiB: others of that size differ there."""
+    with _reading(str(path)), path.open("rb") as file:
+        size = path.stat().st_size
+        head = file.read(_END_BYTES)
+        file.seek(max(0, size - _END_BYTES))
+        return f"{size}\0{hashlib.sha256(head + file.read(_END_BYTES)).hexdigest()}"
 
 
 def _fingerprint(lines: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deme_cli.artifacts import fingerprint, load_tensors, read_record
@@ -28,6 +29,7 @@ from deme_cli.diffusion.denoiser import (
     load_weights_into,
 )
 from deme_cli.diffusion.locate import (
+    INDEX,
     WEIGHTS,
     denoiser_folder,
     locate_model,
@@ -129,7 +131,7 @@ def _import_folder(folder: Path, source: str, pipeline: str | None = None) -> Im
     companions: dict[str, str] = {}
     notes: tuple[str, ...] = ()
     if backbone.parts:
-        is_whole = (folder / "model_index.json").exists()
+        is_whole = (folder / INDEX).exists()
         if pipeline or is_whole:
             companions = digests_of(locate_parts(pipeline or str(folder), backbone.parts))
         else:
@@ -174,24 +176,23 @@ def _is_known(found: Any) -> bool:
 
 def _load_network(folder: Path, backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and complete config through diffusers; all parameters must be there, and no other."""
-    import diffusers
-    import torch
     from diffusers.utils import logging as remarks
 
     for path in folder.glob(f"{WEIGHTS}*.safetensors"):
         read_header(path)
     remarks.set_verbosity(logging.CRITICAL)
+    kind = backbone.network_class
     try:
-        network, report = getattr(diffusers, backbone.class_name).from_pretrained(
+        network, report = kind.from_pretrained(
             folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True,
-            low_cpu_mem_usage=False,
+            low_cpu_mem_usage=bool(kind._keep_in_fp32_modules),  # such classes insist
         )  # fmt: skip
-    except RuntimeError as error:
-        mismatch = next((line for line in str(error).splitlines() if "mismatch" in line), error)
-        raise ArtifactError(
-            f"{folder}: weights of another network: {str(mismatch).strip()}"
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        signs = ("mismatch", "expected shape")
+        lines = [line for line in str(error).splitlines() if any(sign in line for sign in signs)]
+        if lines or isinstance(error, RuntimeError):
+            mismatch = lines[0].strip() if lines else error
+            raise ArtifactError(f"{folder}: weights of another network: {mismatch}") from error
         raise ArtifactError(
             f"{folder}: the weights cannot be read: they are broken, or a pickle of more than "
             f"tensors (nothing in it was run); get {WEIGHTS}.safetensors instead"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deme_cli.diffusion.backbones.backbone import Shape
+from deme_cli.diffusion.backbones.backbone import Config, Shape
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, choose_device
@@ -53,6 +53,12 @@ class Companions:
     def num_classes(self) -> int | None:
         return self.backbone.num_classes(self.record.model_config)
 
+    @property
+    def _whole(self) -> Path:
+        """The folder of a model that has frozen parts."""
+        assert self.folder is not None
+        return self.folder
+
     @functools.cached_property
     def pipeline(self) -> Any:
         """diffusers' pipeline with its frozen parts, without the denoiser.
@@ -61,13 +67,12 @@ class Companions:
         """
         import diffusers
 
-        assert self.folder is not None
         self.require_same()
         _silence()
         kind = getattr(diffusers, self.backbone.pipeline)
-        index = read_index(self.folder)
+        index = read_index(self._whole)
         unused = [self.backbone.part, *(name for name in UNUSED_PARTS if name in index)]
-        pipeline = kind.from_pretrained(self.folder, local_files_only=True, **dict.fromkeys(unused))
+        pipeline = kind.from_pretrained(self._whole, local_files_only=True, **dict.fromkeys(unused))
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
                 dtype = torch.float32 if name == "vae" else self.dtype
@@ -92,22 +97,20 @@ class Companions:
         """Let go of the loaded parts; they are loaded again when they are needed."""
         vars(self).pop("pipeline", None)
 
-    def require_same(self) -> None:
-        """Check that the folder holds the parts that the record names; raises ArtifactError."""
-        assert self.folder is not None
-        for part, digest in self.digests.items():
-            if digest_of_part(self.folder, part) != digest:
+    def require_same(self, *parts: str) -> None:
+        """Check that `parts` (or all) are those that the record names; raises ArtifactError."""
+        for part in parts or self.digests:
+            if digest_of_part(self._whole, part) != self.digests[part]:
                 raise ArtifactError(
-                    f"{self.folder / part}: not the {part} that the base was imported with; give "
+                    f"{self._whole / part}: not the {part} that the base was imported with; give "
                     f"that pipeline with --pipeline, or import the model anew with `deme split`"
                 )
 
     @functools.cached_property
-    def _vae_config(self) -> dict[str, Any] | None:
+    def _vae_config(self) -> Config | None:
         if "vae" not in self.backbone.parts:
             return None
-        assert self.folder is not None
-        return read_json(self.folder / "vae" / "config.json")
+        return self.backbone.vae_config(read_json(self._whole / "vae" / "config.json"))
 
     @property
     def factor(self) -> int:
@@ -149,8 +152,8 @@ class Companions:
         """
         if self._vae_config is None:
             return images, torch.zeros_like(images)
-        posterior = self.pipeline.vae.encode(images.to(self.device, torch.float32)).latent_dist
-        return posterior.mean, posterior.std
+        images = images.to(self.device, torch.float32)
+        return self.backbone.encode_images(self.pipeline.vae, images)
 
     def latents(self, mean: Tensor, deviation: Tensor, noise: Tensor | None) -> Tensor:
         """x_0 = scaled (mean + deviation * noise); without noise, of the mean.  (B, C, h, w)"""
@@ -167,7 +170,7 @@ class Companions:
             return x0
         x0 = x0.to(self.device, torch.float32)
         shift, spread = self._scale(x0)
-        return self.pipeline.vae.decode(x0 / spread + shift, return_dict=False)[0]
+        return self.backbone.decode(self.pipeline.vae, x0 / spread + shift)
 
     def _scale(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """x_0 = (z - shift) * spread: numbers of the VAE's config, or a pair for each channel."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.denoiser import Denoiser, predict
-from deme_cli.diffusion.locate import read_json
+from deme_cli.diffusion.locate import INDEX, read_json
 from deme_cli.errors import NumericsError, writing
 
 LARGEST_DIFFERENCE = 1e-5
@@ -48,7 +48,6 @@ def export_pipeline(
     Raises NumericsError if the denoiser, loaded again, does not give the same outputs; MissingError
     if the disk refuses. `force` replaces a folder that is there.
     """
-    import diffusers
     from diffusers.utils import logging as remarks
 
     remarks.set_verbosity(logging.CRITICAL)
@@ -57,10 +56,11 @@ def export_pipeline(
         if companions.folder is None:
             _pixel_pipeline(denoiser).save_pretrained(partial)
         else:
-            _write_parts(denoiser, companions, partial)
+            companions.require_same()
+            _write_parts(denoiser, companions.folder, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         backbone = denoiser.backbone
-        loaded = getattr(diffusers, backbone.class_name).from_pretrained(
+        loaded = backbone.network_class.from_pretrained(
             partial / backbone.part, local_files_only=True
         )
         check = compare(denoiser, loaded)
@@ -123,17 +123,14 @@ def _pixel_pipeline(denoiser: Denoiser) -> Any:
     return DDPMPipeline(denoiser.network, DDPMScheduler.from_config(config))
 
 
-def _write_parts(denoiser: Denoiser, companions: Companions, target: Path) -> None:
+def _write_parts(denoiser: Denoiser, source: Path, target: Path) -> None:
     """The pipeline's index and frozen parts as they are, with this denoiser in its place."""
     import diffusers
     from diffusers.models import ModelMixin
 
-    network = denoiser.network
-    assert companions.folder is not None
+    network, backbone = denoiser.network, denoiser.backbone
     assert isinstance(network, ModelMixin)
-    companions.require_same()
-    source, backbone = companions.folder, denoiser.backbone
-    index = read_json(source / "model_index.json")
+    index = read_json(source / INDEX)
     for name, value in index.items():
         listed = isinstance(value, list) and bool(value[0])
         if not listed or name in (backbone.part, "scheduler"):
@@ -148,7 +145,7 @@ def _write_parts(denoiser: Denoiser, companions: Companions, target: Path) -> No
     config = denoiser.record.scheduler_config
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     network.save_pretrained(target / backbone.part)
     scheduler.save_pretrained(target / "scheduler")
 

@@ -7,6 +7,7 @@ configs and one set of weights of every part, safetensors where there is a choic
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
+_NOTHING = [None, None]  # a part that a pipeline has not
 _SECONDS = 10.0
 
 
@@ -59,10 +61,10 @@ def find_folder(source: str) -> Path:
 def denoiser_folder(folder: Path) -> Path:
     """Where a model folder keeps config.json and weights: `unet/`, `transformer/`, or itself.
 
-    Raises MissingError where it has none of them, ArtifactError for pipelines on a VQ-VAE.
+    Raises MissingError where it has none of them, and what `read_index` raises.
     """
-    if (folder / INDEX).exists() and "vqvae" in read_index(folder):
-        raise ArtifactError(f"{folder}: a pipeline with 'vqvae'; deme takes pixels and VAE latents")
+    if (folder / INDEX).exists():
+        read_index(folder)
     for place in (*(folder / part for part in DENOISERS), folder):
         if (place / "config.json").exists():
             if any(place.glob(f"{WEIGHTS}*")):
@@ -80,7 +82,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     """A pipeline's model_index.json: which class of which library each part is.
 
     Raises ArtifactError where a part, or the pipeline itself, would be of code that lies in the
-    folder or of another library than diffusers and transformers.
+    folder or of another library than diffusers and transformers, and for pipelines that deme does
+    not take.
     """
     index = read_json(folder / INDEX)
     for name, value in index.items():
@@ -94,7 +97,22 @@ def read_index(folder: Path) -> dict[str, Any]:
                 f"{folder / INDEX}: {name} = {json.dumps(value)} may be code that comes with the "
                 f"pipeline, which deme does not run; expected a class of diffusers or transformers"
             )
+    if reason := _refusal(index):
+        raise ArtifactError(f"{folder}: {reason}")
     return index
+
+
+def _refusal(index: Mapping[str, Any]) -> str | None:
+    """Why deme does not take a pipeline of this index, whatever its networks; or None."""
+    if "vqvae" in index:
+        return "a pipeline with 'vqvae'; deme takes pixels and VAE latents"
+    instead = "deme takes Wan 2.1, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    two = [n for n in ("transformer_2", "boundary_ratio") if index.get(n) not in (None, _NOTHING)]
+    if two:
+        return f"a pipeline of two denoisers ({', '.join(two)}), as Wan 2.2 A14B; {instead}"
+    if index.get("expand_timesteps"):
+        return f"a pipeline with a time for each token (expand_timesteps), Wan 2.2 5B; {instead}"
+    return None
 
 
 def _is_of_libraries(part: list[Any], folder: Path) -> bool:
@@ -103,7 +121,7 @@ def _is_of_libraries(part: list[Any], folder: Path) -> bool:
     diffusers prefers a file of the library's name in the part's folder, and takes a `None.py` for
     the pipeline's class; Auto classes look for code by their config.
     """
-    if part == [None, None]:
+    if part == _NOTHING:
         return True
     if len(part) != 2 or part[0] not in _LIBRARIES or not isinstance(part[1], str):
         return False
@@ -177,7 +195,7 @@ def _cached(hub_id: str) -> Path | None:
 
 
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
@@ -185,6 +203,8 @@ def _download(hub_id: str) -> Path:
     try:
         info = HfApi().model_info(hub_id, timeout=_SECONDS)
         names = wanted_files([sibling.rfilename for sibling in info.siblings or []])
+        if INDEX in names:  # so that what is refused is, before gigabytes are fetched
+            read_index(Path(hf_hub_download(hub_id, INDEX, etag_timeout=_SECONDS)).parent)
         folder = snapshot_download(hub_id, allow_patterns=names, etag_timeout=_SECONDS)
     except GatedRepoError as error:
         raise MissingError(

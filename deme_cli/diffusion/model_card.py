@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.diffusion.backbones.known import backbone_of
-from deme_cli.diffusion.schedule import read_schedule
+from deme_cli.diffusion.schedule import flow_config, read_schedule
 from deme_cli.hub import is_hub_id
 from deme_cli.records import DenoiserRecord, ExpertRecord, MergedRecord
 
@@ -63,6 +63,7 @@ def _wants(record: DenoiserRecord) -> str:
 
 def model_card(record: DenoiserRecord, path: Path) -> str:
     """The README.md of a pipeline made from the artifact at `path`."""
+    backbone = backbone_of(record.model_config)
     parts = [
         _front_matter(record),
         f"# {path.stem}",
@@ -85,7 +86,7 @@ def model_card(record: DenoiserRecord, path: Path) -> str:
     parts += [
         "## Use\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
         'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
-        f"image = pipeline({_CALLS[_wants(record)]}).images[0]\n```",
+        f"image = {backbone.call.format(_CALLS[backbone.wants])}\n```",
         "## Caveats\n\n" + _CAVEATS[record.kind],
         "## Licence\n\n" + _LICENCE,
     ]
@@ -109,11 +110,12 @@ def _front_matter(record: DenoiserRecord) -> str:
 
 
 def _model_facts(record: DenoiserRecord) -> dict[str, Any]:
+    is_flow = flow_config(record.scheduler_config) is not None  # whose betas, if any, are unused
     facts: dict[str, Any] = {
         "starting point": _public_name(record.source),
         "network": record.model_config.get("_class_name"),
         "timesteps T": record.num_train_timesteps,
-        "beta schedule": record.scheduler_config.get("beta_schedule"),
+        "beta schedule": None if is_flow else record.scheduler_config.get("beta_schedule"),
         "predicts": read_schedule(record.scheduler_config).prediction_type,
         "fingerprint of the weights": record.fingerprint,
         "written by": record.created_by,

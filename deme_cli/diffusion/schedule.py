@@ -8,6 +8,7 @@ is denser at high noise where the checkpoint's scheduler shifts it. Ranges are s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from deme_cli.timesteps import TimestepRange
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FLOW = "flow"
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,22 @@ class FlowSchedule:
 Schedule = NoiseSchedule | FlowSchedule
 
 
+def flow_config(scheduler_config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The FlowMatchEulerDiscreteScheduler config with the sigmas of a flow model; None for others.
+
+    Some pipelines of flow models (Wan) come with a multistep sampler, told to follow a flow.
+    """
+    if str(scheduler_config.get("_class_name", "")).startswith("FlowMatch"):
+        return dict(scheduler_config)
+    predicts_flow = scheduler_config.get("prediction_type") == "flow_prediction"
+    if not (predicts_flow and scheduler_config.get("use_flow_sigmas")):
+        return None
+    told = {"shift": scheduler_config.get("flow_shift"), "_class_name": FLOW_SCHEDULER}
+    for name in ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type"):
+        told[name] = scheduler_config.get(name)
+    return {name: value for name, value in told.items() if value is not None}
+
+
 def read_schedule(scheduler_config: dict[str, Any], where: str = "the model") -> Schedule:
     """The schedule that a diffusers scheduler config describes.
 
@@ -150,13 +168,13 @@ def read_schedule(scheduler_config: dict[str, Any], where: str = "the model") ->
     """
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-    is_flow = str(scheduler_config.get("_class_name", "")).startswith("FlowMatch")
-    family = FlowMatchEulerDiscreteScheduler if is_flow else DDPMScheduler
+    flow = flow_config(scheduler_config)
+    family = FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler
     try:
-        scheduler = family.from_config(scheduler_config)
+        scheduler = family.from_config(flow or scheduler_config)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where}: unusable scheduler config: {error}") from error
-    if is_flow:
+    if flow:
         return FlowSchedule(scheduler.sigmas.double().flip(0))
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in PREDICTIONS:

@@ -20,7 +20,7 @@ from deme_cli.data.digits import load_digits
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.errors import ArtifactError, NumericsError
 from deme_cli.evaluation.networks import Network, load_script, run_network, to_input
-from deme_cli.evaluation.weights import ClassifierWeights, find_classifier
+from deme_cli.evaluation.weights import ClassifierWeights
 
 _DIGIT_PIXELS = 8
 
@@ -65,11 +65,6 @@ def standard_error(share: float, n: int) -> float:
     return (share * (1 - share) / n) ** 0.5
 
 
-def load_classifier(name: str, *, device: str = "cpu") -> Classifier:
-    """The classifier called digits, or in the TorchScript file `name`."""
-    return open_classifier(find_classifier(name), device=device)
-
-
 def open_classifier(
     weights: ClassifierWeights, *, device: str = "cpu", batch_size: int = 128
 ) -> Classifier:
@@ -84,9 +79,9 @@ def open_classifier(
 def _digit_classifier(features: Network, device: torch.device) -> Network:
     """Logits (B, 10) of the digit features; images of other sizes come to 8x8 in grey."""
     images, labels = load_digits("train")
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1)
+    x = to_input(images, device)
     with torch.inference_mode():
-        discriminant = linear_discriminant(features(x.to(device)).cpu(), torch.tensor(labels))
+        discriminant = linear_discriminant(features(x).cpu(), torch.tensor(labels))
     return lambda images: discriminant(features(_to_digit_size(images)).cpu().double())
 
 
@@ -106,7 +101,7 @@ def linear_discriminant(features: Tensor, labels: Tensor) -> nn.Linear:
     centred = x - means[labels]
     covariance = centred.T @ centred / (len(x) - len(means))
     weight = torch.linalg.solve(covariance, means.T).T  # (K, d)
-    linear = nn.Linear(*weight.T.shape, dtype=torch.float64)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.float64)
     with torch.no_grad():
         linear.weight.copy_(weight)
         linear.bias.copy_(-(means * weight).sum(dim=1) / 2)

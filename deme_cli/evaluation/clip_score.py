@@ -15,23 +15,30 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.errors import ArtifactError, MissingError
-from deme_cli.evaluation.clip_weights import ClipWeights, find_clip
+from deme_cli.evaluation.clip_weights import ClipWeights
 from deme_cli.evaluation.networks import full_float32, last_line
 from deme_cli.evaluation.resizing import resize_all
 from deme_cli.hub import offline_reason, stay_offline
 
 Tokenizer = Callable[..., Tensor]  # prompts, context_length -> int64 (B, L)
+
+
+class Clip(Protocol):
+    """A model of open_clip."""
+
+    def encode_image(self, image: Tensor, /) -> Tensor: ...
+    def encode_text(self, text: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class ClipScorer:
     """A loaded CLIP with its preprocessing and tokenizer."""
 
     weights: ClipWeights
-    model: nn.Module
+    model: Clip
     preprocess: Callable[[Image.Image], Tensor]
     tokenizer: Tokenizer
     device: torch.device
@@ -99,11 +106,6 @@ def cut_short(tokenizer: Tokenizer, prompts: Sequence[str], tokens: Tensor) -> T
     """
     longer = tokenizer(list(prompts), context_length=tokens.shape[1] + 1)
     return (longer[:, :-1] != tokens).any(dim=1)
-
-
-def load_clip_scorer(model: str, weights: str, *, device: str = "cpu") -> ClipScorer:
-    """The scorer that an architecture and a tag, a file or `local-dir:FOLDER` name."""
-    return open_clip_scorer(find_clip(model, weights), device=device)
 
 
 def open_clip_scorer(

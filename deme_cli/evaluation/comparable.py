@@ -20,6 +20,7 @@ WHO_AND_WHENCE = frozenset(
         "seed", "seeds", "num", "companions", "pipeline", "images", "protocol", "prompts",
     )
 )  # fmt: skip
+_HOW = ("sampler", "steps", "spacing", "dtype", "seed")  # without which a card tells too little
 _SHOWN = 40
 
 
@@ -51,16 +52,14 @@ def compare(
     """(field, value, other value) of all that differs; None where one of the two has no card."""
     if is_known(card) != is_known(other):
         return None
-    pairs = [("n", count, other_count)]
-    for field in dict.fromkeys([*card, *other]):
-        if field not in WHO_AND_WHENCE:
-            pairs.append((field, card.get(field), other.get(field)))
+    fields = [field for field in dict.fromkeys([*card, *other]) if field not in WHO_AND_WHENCE]
+    pairs = [("n", count, other_count), *((f, card.get(f), other.get(f)) for f in fields)]
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def is_known(card: Card) -> bool:
     """Whether a card tells how images were drawn."""
-    return "sampler" in card
+    return all(name in card for name in _HOW)
 
 
 def _about_seeds(cards: Mapping[str, Card]) -> list[str]:

@@ -48,7 +48,8 @@ def evaluate_rows(
     stays. Raises Lost where another process has ended.
     """
     compiled, num_kept = _compiled(compile, rows, sample, config, world), 0
-    with DrawingStops(world) as stop:
+    stop = DrawingStops(world)
+    with stop:
         for repeat in range(config.repeats):
             for row in rows:
                 if repeat >= repeats_of(row, config):
@@ -82,10 +83,8 @@ def _stopped(num_kept: int) -> str:
 
 def _compiled(
     how: str, rows: Sequence[Row], sample: SampleConfig, config: EvalConfig, world: World
-) -> CompiledNetworks | None:
-    """What the forwards of all rows go through, where they are to be compiled."""
-    if how == "off":
-        return None
+) -> CompiledNetworks:
+    """What the forwards of all rows go through."""
     models = [row for row in rows if row.finished is None]
     num_batches = math.ceil(config.num / sample.batch_size / world.size)
     return CompiledNetworks(

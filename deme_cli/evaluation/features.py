@@ -1,8 +1,8 @@
 """From images to features, through a loaded network, whatever it is.
 
-B batch, C channels (1 or 3), H x W pixels, d features. Images come as uint8 (B, H, W, C), arrays or
-tensors wherever they lie; grey ones are repeated to three channels. Features go out as float64
-(B, d), computed in float32. On CUDA devices no image passes Pillow, unless for CLIP.
+B batch, C channels (1 or 3), H x W pixels, d features. Images come as uint8 (B, H, W, C); grey
+ones are repeated to three channels. Features go out as float64 (B, d), computed in float32. On CUDA
+devices no image passes Pillow, unless for CLIP.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from deme_cli.data.images import ImageData
 from deme_cli.diffusion.denoiser import choose_device
@@ -62,14 +61,10 @@ class Extractor:
         return self.weights.sha256
 
     @property
-    def resize(self) -> str:
-        return self.weights.resize
-
-    @property
     def metric_name(self) -> str:
         return self.weights.metric_name
 
-    def features(self, images: np.ndarray | Tensor) -> np.ndarray:
+    def features(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, C) -> float64 (B, d).
 
         Raises ArtifactError where the network does not take images of this size.
@@ -85,20 +80,14 @@ class Extractor:
         channels, height, width = shape
         return self.features(np.zeros((1, height, width, channels), np.uint8)).shape[1]
 
-    def _forward(self, images: np.ndarray | Tensor) -> np.ndarray:
+    def _forward(self, images: np.ndarray) -> np.ndarray:
+        if self.resize_batch is None and self.resize_image is not None:
+            images = resize_all(in_colour(images), self.resize_image)
+        x = to_input(images, self.device)
         if self.resize_batch is not None:
-            x = self.resize_batch(to_input(images, self.device))
-        elif self.resize_image is not None:
-            resized = resize_all(in_colour(_array(images)), self.resize_image)
-            x = to_input(resized, self.device)
-        else:
-            x = to_input(images, self.device)
+            x = self.resize_batch(x)
         features = run_network(self.network, x, where=self.weights.path, option="--features")
         return features.flatten(1).cpu().double().numpy()
-
-
-def _array(images: np.ndarray | Tensor) -> np.ndarray:
-    return images.cpu().numpy() if isinstance(images, Tensor) else images
 
 
 def load_extractor(

@@ -9,7 +9,6 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from deme_cli.artifacts import read_record
 from deme_cli.assets import Asset, sha256_of
@@ -26,7 +25,6 @@ from deme_cli.evaluation.assets import (
 )
 from deme_cli.evaluation.weights import DIGITS_PATH
 from deme_cli.hub import is_hub_id, is_model_cached
-from deme_cli.records import BaseRecord
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,9 @@ def take_inventory() -> Iterator[Item]:
     yield _embedded(BASE_PATH, "the embedded model digits", install)
     yield _embedded(DIGITS_PATH, "--features digits", install)
     package = importlib.util.find_spec("sklearn")
-    digits = (
-        Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz" if package else None
-    )
+    digits = None
+    if package and package.origin:
+        digits = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     yield _embedded(digits, "the embedded data digits", "pip install scikit-learn")
     yield _outside(inception_asset("clean"), "--fid, --kid (resize clean, legacy_tensorflow)")
     yield _outside(inception_asset("legacy_pytorch"), "--fid, --kid (resize legacy_pytorch)")
@@ -74,7 +72,7 @@ def take_companions(base: Path, pipeline: str | None) -> Iterator[Item]:
     """
     from deme_cli.diffusion.backbones.known import backbone_of
 
-    record = cast(BaseRecord, read_record(base, "base"))
+    record = read_record(base, "base")
     source = pipeline or record.source
     folder = _pipeline_folder(source)
     for part in backbone_of(record.model_config).parts:

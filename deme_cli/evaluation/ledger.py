@@ -35,9 +35,6 @@ class Ledger:
         except (OSError, ValueError, TypeError):
             return []  # absent, or written by a run that was killed: measure again
 
-    def __len__(self) -> int:
-        return len(self._records)
-
     def find(self, row: str, repeat: int) -> Measured | None:
         """What was measured of a row in a repeat, if it was."""
         return next((r for r in self._records if (r.row, r.repeat) == (row, repeat)), None)

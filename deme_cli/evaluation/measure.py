@@ -21,7 +21,7 @@ from deme_cli.errors import NumericsError
 from deme_cli.evaluation.meters import Instruments, Meter
 from deme_cli.evaluation.rows import Row
 from deme_cli.processes import ALONE, World
-from deme_cli.sampling.compiled import CompiledNetworks
+from deme_cli.sampling.compiled import UNCOMPILED, CompiledNetworks
 from deme_cli.sampling.sampler import ImageBatch, sample_images
 from deme_cli.sampling.shares import Shares
 
@@ -80,7 +80,7 @@ def measure_row(
     sample: SampleConfig,
     config: EvalConfig,
     world: World = ALONE,
-    compiled: CompiledNetworks | None = None,
+    compiled: CompiledNetworks = UNCOMPILED,
 ) -> Iterator[MeasureProgress | Measured]:
     """Draw the images of a repeat (its seed is config.seed + repeat) and take their scores.
 
@@ -92,17 +92,15 @@ def measure_row(
     meters = instruments.meters(row.prompts, row.classes, seed=seed)
     shares = Shares(n, sample.batch_size, world=world)
     images = _images_of(row, replace(sample, num=n, seed=seed), shares, compiled)
-    num_rounds = num_own = 0
-    for record in shares.rounds(images):
-        if isinstance(record, MeasureProgress):
-            others = shares.num_done(num_rounds) - num_own
-            yield replace(record, repeat=repeat, done=record.done + others)
+    num_rounds = 0
+    for seen in shares.rounds(images):
+        if isinstance(seen, int):
+            yield MeasureProgress(row.name, repeat, seen + shares.num_of_others(num_rounds), n)
             continue
         for meter in meters:
-            for rows in shares.gather(meter.look(record.images, record.start) if record else None):
+            for rows in shares.gather(meter.look(seen.images, seen.start) if seen else None):
                 meter.take(rows)
         num_rounds += 1
-        num_own += len(record.images) if record else 0
     if world.is_first:
         yield _measured(row, repeat, n, meters)
 
@@ -122,30 +120,21 @@ def _measured(row: Row, repeat: int, n: int, meters: Sequence[Meter]) -> Measure
     )
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Images start .. start + B - 1, uint8 (B, H, W, C)."""
-
-    start: int
-    images: np.ndarray
-
-
 def _images_of(
-    row: Row, sample: SampleConfig, shares: Shares, compiled: CompiledNetworks | None
-) -> Iterator[MeasureProgress | _Batch]:
-    """The images of a row that this process sees, with the progress of these between."""
+    row: Row, sample: SampleConfig, shares: Shares, compiled: CompiledNetworks
+) -> Iterator[ImageBatch | int]:
+    """The images of a row that this process sees, and between, how many of them are done."""
     if row.finished is not None:
         done = 0
         for span in shares.own:
-            yield _Batch(span.start, row.finished.batch(span).permute(0, 2, 3, 1).numpy())
+            yield ImageBatch(span.start, row.finished.batch(span).permute(0, 2, 3, 1).numpy())
             done += len(span)
-            yield MeasureProgress(row.name, 0, done, sample.num)
+            yield done
         return
     for record in sample_images(
         row.experts, sample, scene=row.scene, world=shares.world, compiled=compiled
     ):
         if isinstance(record, ImageBatch):
-            yield _Batch(record.start, record.images)
+            yield record
         else:
-            done = record.done * sample.num // record.total
-            yield MeasureProgress(row.name, 0, done, sample.num)
+            yield record.done * shares.num // record.total

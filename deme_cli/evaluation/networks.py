@@ -80,7 +80,10 @@ def load_clip(path: Path, device: torch.device) -> Network:
     """The visual tower of CLIP ViT-B/32 from OpenAI's file or an open_clip state dict."""
     import open_clip
 
-    state = load_script(path, "cpu").state_dict() if is_torchscript(path) else read_state_dict(path)
+    if is_torchscript(path):
+        state = load_script(path, torch.device("cpu")).state_dict()
+    else:
+        state = read_state_dict(path)
     tower = open_clip.create_model(CLIP_MODEL, pretrained=None).visual
     visual = {
         name.removeprefix("visual."): tensor.float()
@@ -118,13 +121,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def to_input(images: np.ndarray | Tensor, device: torch.device) -> Tensor:
+def to_input(images: np.ndarray, device: torch.device) -> Tensor:
     """Images (B, H, W, C), C of 1 or 3, as a network takes them: float32 (B, 3, H, W) on `device`.
 
     Of 8-bit levels, a quarter of the bytes travels.
     """
-    levels = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
-    x = levels.to(device).permute(0, 3, 1, 2)
+    x = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2)
     return x.float().expand(-1, 3, -1, -1).contiguous()
 
 

@@ -141,7 +141,9 @@ def apply_protocol(
 
     Raises ConfigError naming an option that says something else.
     """
-    fixed = {} if protocol is None else protocol.settings(config)
+    if protocol is None:
+        return dict(options)
+    fixed = protocol.settings(config)
     for name, value in fixed.items():
         given = options.get(name)
         if given is not None and given != value:

@@ -44,18 +44,19 @@ def plan_rows(arguments: Sequence[str]) -> Rows:
     measured.
     """
     rows = Rows()
-    experts: dict[str, ExpertRecord] = {}
-    for argument in arguments:
-        record = record_of_file(argument)
-        if isinstance(record, ExpertRecord) and not _covers_all(record):
-            experts[argument] = record
+    records = {argument: record_of_file(argument) for argument in arguments}
+    experts = {
+        argument: record
+        for argument, record in records.items()
+        if isinstance(record, ExpertRecord) and not _covers_all(record)
+    }
     ensembles = {group[0]: group for group in _ensembles(experts)}
     grouped = {argument for group in ensembles.values() for argument in group}
     for argument in arguments:
         if argument in ensembles:
             rows.plans.append(_ensemble_plan(ensembles[argument], many=len(ensembles) > 1))
         elif argument not in grouped:
-            rows.plans.append(_plan(argument))
+            rows.plans.append(_plan(argument, records[argument]))
             if argument in experts:
                 rows.warnings.append(_lone_warning(argument, experts[argument]))
     _require_own_names(rows)
@@ -91,8 +92,7 @@ def record_of_file(argument: str) -> Record | None:
     return read_record(path) if path.is_file() and path.suffix == ".safetensors" else None
 
 
-def _plan(argument: str) -> RowPlan:
-    record = record_of_file(argument)
+def _plan(argument: str, record: Record | None) -> RowPlan:
     path = Path(argument).expanduser()
     if record is None:
         if path.is_dir() and _is_image_folder(path):

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.data.images import ImageData, open_images
-from deme_cli.data.prompts import PromptSet, select_prompts
+from deme_cli.data.prompts import PromptSet
 from deme_cli.diffusion.locate import read_json
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.evaluation.row_plans import ENSEMBLE, RowPlan, record_of_file
-from deme_cli.records import SamplesRecord
+from deme_cli.records import DenoiserRecord, SamplesRecord
 from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
 from deme_cli.sampling.protocol import protocol_card
 from deme_cli.sampling.sampler import SamplingExpert
 from deme_cli.sampling.samples_folder import CARD_NAME, read_subjects
 from deme_cli.sampling.scene import Scene, open_scene
 from deme_cli.sampling.single import open_single
+from deme_cli.sampling.subjects import prompts_in_turn
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,7 @@ class RowOpener:
     pipeline: str | None = None
     device: str = "cpu"
     dtype: str = "fp32"
-
-    def __post_init__(self) -> None:
-        self._scenes: dict[str, Scene] = {}
+    _scenes: dict[str, Scene] = field(default_factory=dict, init=False)
 
     def open(self, plan: RowPlan) -> Row:
         """What a plan needs to be measured. Models in artifacts are loaded when sampled."""
@@ -65,7 +64,7 @@ class RowOpener:
     def _model(self, plan: RowPlan) -> Row:
         if plan.kind == ENSEMBLE:
             paths = [Path(argument).expanduser() for argument in plan.arguments]
-            records: list[Any] = [member.record for member in read_ensemble(paths)]
+            records: list[DenoiserRecord] = [member.record for member in read_ensemble(paths)]
             experts = open_ensemble(paths, device=self.device, dtype=self.dtype)
         else:
             experts, record = open_single(plan.arguments[0], device=self.device, dtype=self.dtype)
@@ -78,7 +77,7 @@ class RowOpener:
             prompts=scene.prompts, classes=scene.classes,
         )  # fmt: skip
 
-    def _scene(self, records: Sequence[Any]) -> Scene:
+    def _scene(self, records: Sequence[DenoiserRecord]) -> Scene:
         first = records[0]
         key = json.dumps([first.source, first.model_config, first.companions], sort_keys=True)
         if key not in self._scenes:
@@ -101,9 +100,8 @@ class RowOpener:
         _require_one_each(argument, "prompts", prompts, str, len(data))
         _require_one_each(argument, "classes", classes, int, len(data))
         if self.prompts is not None and prompts is None and classes is None:
-            pairs = select_prompts(self.prompts, num=len(data), per_prompt=self.sample.per_prompt)
-            prompts = [prompt for prompt, _ in pairs]
-            classes = None if self.prompts.classes is None else [number for _, number in pairs]
+            per_prompt = self.sample.per_prompt
+            prompts, classes = prompts_in_turn(self.prompts, num=len(data), per_prompt=per_prompt)
             card = {**card, "prompts_sha256": self.prompts.sha256}
         card = {**card, "images": data.fingerprint}
         return Row(
@@ -126,7 +124,10 @@ def _require_one_each(
 def _card_of(folder: Path) -> dict[str, Any]:
     """The protocol card that `deme sample` left in a folder of images; empty without one."""
     path = folder / CARD_NAME
-    return read_json(path).get("protocol", {}) if path.is_file() else {}
+    card = read_json(path).get("protocol", {}) if path.is_file() else {}
+    if not isinstance(card, dict):
+        raise ArtifactError(f"{path}: expected a table under protocol, found {card!r:.40}")
+    return card
 
 
 def open_rows(plans: Sequence[RowPlan], opener: RowOpener, config: EvalConfig) -> list[Row]:

@@ -49,7 +49,7 @@ def statistics_artifact(
     record = StatisticsRecord(
         n=statistics.n,
         extractor=extractor.weights.extractor,
-        resize=extractor.resize,
+        resize=extractor.weights.resize,
         source=data.source,
         data={
             "fingerprint": data.fingerprint,

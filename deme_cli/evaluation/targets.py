@@ -6,7 +6,7 @@ n images, d features.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from deme_cli.errors import ArtifactError
 from deme_cli.evaluation.features import Extractor, image_features
 from deme_cli.evaluation.frechet import RunningStatistics, Statistics
 from deme_cli.evaluation.references import Reference, find_reference
-from deme_cli.evaluation.statistics import SetProgress, measure_statistics
+from deme_cli.evaluation.statistics import SetProgress
 from deme_cli.processes import ALONE, World
 
 
@@ -61,13 +61,12 @@ def open_target(
         return
     data = open_reference_images(reference, shape)
     keep = metric == extractor.weights.kernel_name
-    running, kept, done = RunningStatistics(), [], 0
+    running, kept = RunningStatistics(), []
     for features in image_features(data, extractor, world):
         running.add(features)
         if keep:
             kept.append(features.astype(np.float32))
-        done += len(features)
-        yield SetProgress(done, len(data))
+        yield SetProgress(running.n, len(data))
     counted = replace(reference, n=len(data))
     if not world.is_first:
         yield Target(metric, counted)
@@ -88,18 +87,19 @@ def reference_statistics(
     reference = find_reference(source, weights.family, weights.resize, weights=weights, split=split)
     if statistics := read_statistics(reference):
         return statistics
-    images = open_reference_images(reference)
-    *_, statistics = measure_statistics(images, replace(extractor, batch_size=batch_size))
-    return statistics
+    running = RunningStatistics()
+    images, extractor = open_reference_images(reference), replace(extractor, batch_size=batch_size)
+    for features in image_features(images, extractor):
+        running.add(features)
+    return running.statistics()
 
 
 def open_reference_images(
-    reference: Reference, shape: Sequence[int] | None = None, *, squeeze: bool = False
+    reference: Reference, shape: tuple[int, int, int] | None = None, *, squeeze: bool = False
 ) -> ImageData:
     """The images of a reference, cropped or squeezed to `shape` (C, H, W), or at their own size."""
-    size = None if shape is None else (shape[0], shape[1], shape[2])
     split = reference.split or "all"
-    return open_images(reference.source, shape=size, split=split, squeeze=squeeze)
+    return open_images(reference.source, shape=shape, split=split, squeeze=squeeze)
 
 
 def read_statistics(reference: Reference) -> Statistics | None:

@@ -98,9 +98,15 @@ def choose_features(features: str | None, references: Sequence[str]) -> str:
 def weights_assets(features: str, resize: str, weights: Path | None) -> list[Asset]:
     """What `find_weights` will look for outside, if anything. Raises ConfigError as it does."""
     _require_settings(features, resize, weights)
-    if weights is not None or features not in ("inception", "clip"):
-        return []
-    return [inception_asset(resize) if features == "inception" else clip_asset()]
+    asset = _asset(features, resize) if weights is None else None
+    return [] if asset is None else [asset]
+
+
+def _asset(features: str, resize: str) -> Asset | None:
+    """The published file of these features; None for those that come otherwise."""
+    if features == "inception":
+        return inception_asset(resize)
+    return clip_asset() if features == "clip" else None
 
 
 def find_weights(
@@ -111,31 +117,26 @@ def find_weights(
     resize counts for Inception alone: images reach the other networks in their own way. Raises
     ConfigError for settings that contradict each other, MissingError for a file that is not there.
     """
-    assets = weights_assets(features, resize, weights)
-    if features == "digits":
-        path, name, resize, known = DIGITS_PATH, "digits", "none", None
-    elif features in NAMED:
-        asset = assets[0] if assets else _given(features, resize)
-        found = weights if weights is not None else asset.find()
-        if found is None:
-            raise MissingError(f"{asset.name}: the {asset.what} are missing; fetch {asset.url}")
-        path, name, known = Path(found), features, asset.sha256
-        resize = resize if features == "inception" else "clip"
+    _require_settings(features, resize, weights)
+    asset = _asset(features, resize)
+    if asset is None:
+        path = DIGITS_PATH if features == "digits" else Path(features).expanduser()
+    elif (found := weights if weights is not None else asset.find()) is None:
+        raise MissingError(f"{asset.name}: the {asset.what} are missing; fetch {asset.url}")
     else:
-        path, resize, known = Path(features).expanduser(), "none", None
-        name = re.sub(r"\W+", "_", path.stem).strip("_").lower()
+        path = found
     if not path.is_file():
         raise MissingError(f"{path}: no such file of feature network weights")
     digest = sha256_of(path)
-    family = features if features in NAMED else "file"
+    known = None if asset is None else asset.sha256
     if features == "clip" and path.suffix == ".safetensors":
         known = None  # the same weights in another file, of no published checksum
     published = None if known is None else digest == known
-    return FeatureWeights(family, name, resize, path, digest, published)
-
-
-def _given(features: str, resize: str) -> Asset:
-    return inception_asset(resize) if features == "inception" else clip_asset()
+    if features not in NAMED:
+        name = re.sub(r"\W+", "_", path.stem).strip("_").lower()
+        return FeatureWeights("file", name, "none", path, digest, published)
+    way = {"inception": resize, "clip": "clip", "digits": "none"}[features]
+    return FeatureWeights(features, features, way, path, digest, published)
 
 
 def _require_settings(features: str, resize: str, weights: Path | None) -> None:

@@ -49,10 +49,11 @@ class CandidateNetwork:
         self._held = self._read_all(choose_device(device)) if hold else None
 
     @torch.no_grad()
-    def at(self, coefficients: Coefficients | Sequence[float]) -> Denoiser:
+    def at(self, coefficients: Coefficients | Sequence[float] | None) -> Denoiser:
         """The denoiser of these coefficients; valid until the next call.
 
-        Integers stay the base's. Raises ConfigError where the coefficients do not fit.
+        None: 1/N each, or what the method finds itself. Integers stay the base's. Raises
+        ConfigError where the coefficients do not fit.
         """
         fitted = fit_coefficients(self._family, coefficients, self._settings)
         weights = self._denoiser.network.state_dict()
@@ -83,8 +84,9 @@ class CandidateNetwork:
             differences = Differences(sources, self._family)
             for run in float_runs(self._family):
                 name = run.specs[0].name
-                if name in parameters and parameters[name].grad is not None:
-                    slopes[name] = self._slope(differences, run, parameters[name].grad.reshape(-1))
+                grad = parameters[name].grad if name in parameters else None
+                if grad is not None:
+                    slopes[name] = self._slope(differences, run, grad.reshape(-1))
         return slopes
 
     def _slope(self, differences: Differences, run: Run, grad: Tensor) -> tuple[float, ...]:

@@ -19,7 +19,7 @@ from functools import cached_property
 from deme_cli.errors import ConfigError
 
 _BLOCK = re.compile(
-    r"((?:down_blocks|up_blocks|(?:single_|joint_)?transformer_blocks)\.\d+|mid_block)\."
+    r"((?:down_blocks|up_blocks|(?:single_|joint_)?transformer_blocks|blocks)\.\d+|mid_block)\."
 )
 
 

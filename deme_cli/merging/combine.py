@@ -8,7 +8,10 @@ identity matrices in the base. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from deme_cli.artifacts import ArtifactWriter
 from deme_cli.errors import ArtifactError, NumericsError
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.lineage import Family, is_projection, open_family, open_parents
+from deme_cli.merging.merged_record import merged_record
 from deme_cli.merging.methods.known import LINEAR, MethodSettings, fit_coefficients, open_method
 from deme_cli.merging.methods.method import BASE, Method, Terms
 from deme_cli.merging.pieces import (
@@ -37,6 +41,7 @@ from deme_cli.records import MergedRecord
 from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
 
 Advance = Callable[[int], None]
+_ENGINES = 2  # reading and adding keep up with writing and hashing, on two cores and on more
 
 
 def merge_artifacts(
@@ -103,27 +108,21 @@ def write_merge(
     """Write the merged tensors under `record`; returns it with the fingerprint they have."""
     written = 0
     with (
-        Sources(plan.family.headers) as sources,
         ArtifactWriter(output, plan.layout, record) as writer,
-        WriteBehind(writer.write, BLOCK * max(DTYPE_BYTES.values())) as behind,
-        np.errstate(over="ignore", invalid="ignore"),  # looked for in the result
+        WriteBehind(writer.write, BLOCK * max(DTYPE_BYTES.values()), 2 + _ENGINES) as behind,
+        _Crew(plan, output) as crew,
     ):
-        engine = _Engine(sources, plan, output)
-        for run in engine.runs():
-            for start, stop in run.spans(BLOCK):
-                block = behind.block()
-                num_bytes = (stop - start) * DTYPE_BYTES[run.dtype]
-                engine.fill(run, start, block[:num_bytes])
-                behind.put(block, num_bytes)
-                written += num_bytes
-                advance(written)
+        for filled in crew.fill(behind.block):
+            behind.put(filled.block, filled.num_bytes)
+            written += filled.num_bytes
+            advance(written)
     assert isinstance(writer.record, MergedRecord)
     return writer.record
 
 
 def _require_arithmetic(family: Family) -> None:
     """Check that every tensor can be added up, or is of integers, which are copied."""
-    for spec in [*family.base.tensors.values(), *family.projections]:
+    for spec in family.specs:
         if spec.dtype not in COMPUTED_IN and (
             spec.dtype not in INTEGERS or is_projection(spec.name)
         ):
@@ -137,6 +136,63 @@ def _layout(family: Family, terms: dict[str, Terms]) -> list[TensorSpec]:
     moved = any(terms[spec.name] != BASE for spec in family.projections)
     specs = [*family.base.tensors.values(), *(family.projections if moved else [])]
     return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """The next bytes of the merged file: the first `num_bytes` of `block`."""
+
+    block: np.ndarray
+    num_bytes: int
+
+
+class _Crew:
+    """Engines that fill blocks side by side, handed out and given back in the order of the file.
+
+    Where task vectors are transformed there is one: a method may keep what it has seen.
+    """
+
+    def __init__(self, plan: Plan, output: Path) -> None:
+        num_engines = _ENGINES if plan.method.transform is None else 1
+        self._plan = plan
+        self._sources = [Sources(plan.family.headers) for _ in range(num_engines)]
+        self._engines = [_Engine(sources, plan, output) for sources in self._sources]
+
+    def __enter__(self) -> _Crew:
+        with ExitStack() as stack:
+            for sources in self._sources:
+                stack.enter_context(sources)
+            num_engines = len(self._engines)
+            self._pool = stack.enter_context(ThreadPoolExecutor(num_engines, "deme-merge"))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._stack.close()
+
+    def fill(self, block: Callable[[], np.ndarray]) -> Iterator[_Filled]:
+        """Every byte of the merged file, in order, in buffers that `block` gives."""
+        pending: deque[tuple[Future[None], _Filled]] = deque()
+        for number, (run, start, stop) in enumerate(self._spans()):
+            engine = self._engines[number % len(self._engines)]
+            if len(pending) == len(self._engines):  # the oldest is this engine's
+                yield _finished(*pending.popleft())
+            filled = _Filled(block(), (stop - start) * DTYPE_BYTES[run.dtype])
+            out = filled.block[: filled.num_bytes]
+            pending.append((self._pool.submit(engine.fill, run, start, out), filled))
+        while pending:
+            yield _finished(*pending.popleft())
+
+    def _spans(self) -> Iterator[tuple[Run, int, int]]:
+        for run in self._engines[0].runs():
+            for start, stop in run.spans(BLOCK):
+                yield run, start, stop
+
+
+def _finished(future: Future[None], filled: _Filled) -> _Filled:
+    future.result()
+    return filled
 
 
 class _Engine:
@@ -153,6 +209,10 @@ class _Engine:
 
     def fill(self, run: Run, start: int, out: np.ndarray) -> None:
         """Put the merged elements of `run` from `start` on into the bytes `out`."""
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for in the result
+            self._fill(run, start, out)
+
+    def _fill(self, run: Run, start: int, out: np.ndarray) -> None:
         terms = self._plan.terms[run.specs[0].name]
         is_file = terms == BASE or (self._plan.method.transform is None and len(terms) == 1)
         if run.dtype in INTEGERS:
@@ -216,53 +276,6 @@ def _record_of(
         method=method.name,
         settings=method.used,
         has_projections=any(is_projection(spec.name) for spec in plan.layout),
-        search=search,
-        report=report,
-    )
-
-
-def merged_record(
-    family: Family,
-    *,
-    coefficients: Sequence[float],
-    method: str,
-    settings: dict[str, Any],
-    coefficients_for: Mapping[str, Sequence[float]] | None = None,
-    has_projections: bool = True,
-    search: dict[str, Any] | None = None,
-    report: dict[str, Any] | None = None,
-) -> MergedRecord:
-    """Where a merged file comes from; `parents` in the order of `coefficients`.
-
-    has_projections: whether the file holds the block projections that its parents have.
-    """
-    base = family.base_record
-    placements = {parent.record.projection for parent in family.parents}
-    if not has_projections and "block" in placements:
-        placements = {"none"}  # nothing has moved them: the base has none
-    return MergedRecord(
-        source=base.source,
-        model_config=base.model_config,
-        scheduler_config=base.scheduler_config,
-        num_train_timesteps=base.num_train_timesteps,
-        companions=base.companions or family.parents[0].record.companions,
-        base=base.fingerprint,
-        parents=[
-            {
-                "path": str(parent.path),
-                "kind": parent.record.kind,
-                "fingerprint": parent.record.fingerprint,
-                "range": parent.record.range,
-            }
-            for parent in family.parents
-        ],
-        coefficients=[float(w) for w in coefficients],
-        coefficients_for={
-            glob: [float(w) for w in values] for glob, values in (coefficients_for or {}).items()
-        },
-        method=method,
-        settings=settings,
-        projection=placements.pop() if len(placements) == 1 else "mixed",
         search=search,
         report=report,
     )

@@ -28,18 +28,15 @@ from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
 
 def float_specs(family: Family) -> list[TensorSpec]:
     """The floating-point tensors of a merge: the base's, and the experts' projections."""
-    specs = [*family.base.tensors.values(), *family.projections]
-    return [spec for spec in specs if spec.dtype not in INTEGERS]
+    return [spec for spec in family.specs if spec.dtype not in INTEGERS]
 
 
 def float_runs(family: Family, *, by_tensor: bool = True) -> list[Run]:
     """Runs over `float_specs`, one per tensor or as long as the files allow."""
     specs = sorted(float_specs(family), key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
-    return plan_runs(specs, family.headers, (lambda spec: spec.name) if by_tensor else _together)
-
-
-def _together(spec: TensorSpec) -> None:
-    """The group of every tensor."""
+    if not by_tensor:
+        return plan_runs(specs, family.headers)
+    return plan_runs(specs, family.headers, lambda spec: spec.name)
 
 
 class Differences:
@@ -59,10 +56,10 @@ class Differences:
 
         dtype: what to compute in; unset: float32, float64 for F64.
         """
-        dtype = COMPUTED_IN[run.dtype] if dtype is None else dtype
-        if dtype not in self._buffers:
-            self._buffers[dtype] = np.empty((len(self._are_vectors) + 1, PIECE), dtype)
-        numbers = self._buffers[dtype][:, : stop - start]
+        kind = COMPUTED_IN[run.dtype] if dtype is None else dtype
+        if kind not in self._buffers:
+            self._buffers[kind] = np.empty((len(self._are_vectors) + 1, PIECE), kind)
+        numbers = self._buffers[kind][:, : stop - start]
         raw = self._raw[: (stop - start) * DTYPE_BYTES[run.dtype]]
         for source, row in enumerate(numbers):
             self._sources.read(source, run, start, raw)

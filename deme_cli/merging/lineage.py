@@ -60,6 +60,11 @@ class Family:
         ]
 
     @property
+    def specs(self) -> list[TensorSpec]:
+        """The tensors of a merge: those of the base, and the projections."""
+        return [*self.base.tensors.values(), *self.projections]
+
+    @property
     def headers(self) -> list[Header]:
         """The base's header, then the parents'."""
         return [self.base, *(parent.header for parent in self.parents)]
@@ -140,7 +145,8 @@ def open_family(base: Path, parents: Sequence[Parent]) -> Family:
                 f"{parent.path}: was finetuned from base {parent.record.base[:12]}, "
                 f"{base} is {record.fingerprint[:12]}; merge experts of one base"
             )
-        require_same_tensors(header, parent.header)
+        own = {n: spec for n, spec in parent.header.tensors.items() if not is_projection(n)}
+        _require_equal(header, header.tensors, parent.header, own)
     for parent in parents[1:]:
         _require_same_projections(parents[0].header, parent.header)
     for spec in family.projections:
@@ -150,12 +156,6 @@ def open_family(base: Path, parents: Sequence[Parent]) -> Family:
                 f"a channel projection is a square matrix"
             )
     return family
-
-
-def require_same_tensors(base: Header, other: Header) -> None:
-    """Check that `other` has the tensors of `base`, block projections aside."""
-    own = {name: spec for name, spec in other.tensors.items() if not is_projection(name)}
-    _require_equal(base, base.tensors, other, own)
 
 
 def _require_same_projections(first: Header, other: Header) -> None:

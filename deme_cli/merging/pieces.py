@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from deme_cli.tensor_file import DTYPE_BYTES, Header, TensorSpec
 
 PIECE = 1 << 16  # elements: 256 KiB of float32, so that two operands stay in the cache
 BLOCK = 8 * PIECE  # elements handed over to be written at once
-COMPUTED_IN = {
+COMPUTED_IN: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f4"), "BF16": np.dtype("<f4"),
 }  # fmt: skip
 INTEGERS = frozenset({"I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL"})
@@ -73,7 +74,7 @@ def plan_runs(
     ends: tuple[int | None, ...] = ()
     for spec in layout:
         places = [header.tensors.get(spec.name) for header in headers]
-        begins = tuple(place and place.begin for place in places)
+        begins = tuple(None if place is None else place.begin for place in places)
         joins = (
             begins == ends
             and spec.dtype == runs[-1].dtype
@@ -85,7 +86,7 @@ def plan_runs(
             runs[-1] = Run((*runs[-1].specs, spec), runs[-1].begins)
         else:
             runs.append(Run((spec,), begins))
-        ends = tuple(place and place.end for place in places)
+        ends = tuple(None if place is None else place.end for place in places)
     return runs
 
 
@@ -130,7 +131,7 @@ class Sources:
         file, position = self._files[source], begin + start * DTYPE_BYTES[run.dtype]
         if file.tell() != position:
             file.seek(position)
-        view = memoryview(out)
+        view = out.data
         while len(view):
             count = file.readinto(view)
             if not count:
@@ -183,7 +184,7 @@ class WriteBehind:
     def __init__(self, write: Callable[[np.ndarray], None], num_bytes: int, depth: int = 3) -> None:
         self._write = write
         self._free = [np.empty(num_bytes, np.uint8) for _ in range(depth)]
-        self._pending: deque[tuple[Future, np.ndarray]] = deque()
+        self._pending: deque[tuple[Future[None], np.ndarray]] = deque()
 
     def __enter__(self) -> WriteBehind:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deme-write")

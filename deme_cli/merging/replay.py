@@ -8,7 +8,7 @@ appears only if the weights under it have the fingerprint that the header tells.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,17 @@ from typing import Any
 from deme_cli.artifacts import fingerprint_file, record_of
 from deme_cli.errors import (
     ArtifactError,
-    ConfigError,
     DemeError,
     MissingError,
     NumericsError,
     writing,
 )
 from deme_cli.merging.coefficients import Coefficients
-from deme_cli.merging.combine import Advance, Plan, plan_merge, write_merge
+from deme_cli.merging.combine import Plan, plan_merge, write_merge
 from deme_cli.merging.lineage import BASE_NAME, Family, find_base, open_family, open_parents
 from deme_cli.merging.methods.known import USES, MethodSettings
 from deme_cli.records import BaseRecord, MergedRecord
-from deme_cli.run_file import read_run_file
+from deme_cli.run_file import RunFile
 from deme_cli.tensor_file import Header, read_header
 
 NEED_DATA = ("regmean", "fisher")
@@ -39,17 +38,17 @@ def replay(
     merged: Path,
     output: Path,
     *,
+    rebuild: Rebuild,
     parents: Sequence[Path] = (),
     base: Path | None = None,
-    rebuild: Rebuild | None = None,
-    advance: Advance = lambda num_bytes: None,
+    run: RunFile,
 ) -> MergedRecord:
     """Make the merged artifact `merged` again as `output`, from files found or given.
 
-    rebuild: makes the file of a method that needs data (regmean, fisher).
-    Raises ConfigError for such a method without it, MissingError naming what is not found,
-    ArtifactError naming a file that differs, NumericsError where the result differs although base
-    and parents do not. Then no output appears.
+    rebuild: makes the file of a method that needs data (regmean, fisher).   run: names the base, if
+    not beside the merged file.
+    Raises MissingError naming what is not found, ArtifactError naming a file that differs,
+    NumericsError where the result differs although base and parents do not. Then no output appears.
     """
     header = read_header(merged)
     record = record_of(header)
@@ -57,19 +56,13 @@ def replay(
         raise ArtifactError(
             f"{merged}: expected an artifact of kind 'merged', found {record.kind!r}"
         )
-    needs_data = record.method in NEED_DATA
-    if needs_data and rebuild is None:
-        raise ConfigError(
-            f"{merged}: method {record.method} needs the data it was made with; run `deme merge "
-            f"--method {record.method}` on its experts with the same --num, --batch-size, --seed"
-        )
-    family = _find_family(header, record, parents, base)
+    family = _find_family(header, record, parents, base, run)
     partial = output.with_name(f".{output.name}.replay")
     try:
-        if needs_data and rebuild is not None:
+        if record.method in NEED_DATA:
             made = rebuild(family, record, partial)
         else:
-            made = write_merge(_plan(family, header, record), record, partial, advance)
+            made = write_merge(_plan(family, header, record), record, partial)
         if made.fingerprint != record.fingerprint:
             raise _culprit(family, merged, record, made.fingerprint)
         _put_header(header, partial)
@@ -81,7 +74,7 @@ def replay(
 
 
 def _find_family(
-    header: Header, record: MergedRecord, given: Sequence[Path], base: Path | None
+    header: Header, record: MergedRecord, given: Sequence[Path], base: Path | None, run: RunFile
 ) -> Family:
     """The recorded parents in their order, with their base."""
     beside = header.path.parent
@@ -92,13 +85,13 @@ def _find_family(
             own = record_of(read_header(place)) if place.is_file() else None
             if isinstance(own, BaseRecord) and own.fingerprint == record.base:
                 return open_family(place, opened)
-    return open_family(find_base(opened, read_run_file(None), base), opened)
+    return open_family(find_base(opened, run, base), opened)
 
 
 def _find(merged: Path, parent: dict[str, Any], given: Sequence[Path]) -> Path:
     """The file of a recorded parent: given, at its recorded path, or beside the merged file."""
     path, wanted, others = Path(parent["path"]), parent["fingerprint"], []
-    for place in _places(merged, path, given):
+    for place in (*given, path, merged.parent / path, merged.parent / path.name):
         if place.is_file():
             fingerprint = record_of(read_header(place)).fingerprint
             if fingerprint == wanted:
@@ -114,14 +107,6 @@ def _find(merged: Path, parent: dict[str, Any], given: Sequence[Path]) -> Path:
         f"{parent['path']}: not found; {merged} was made from it (fingerprint {wanted[:12]}); "
         f"give its file"
     )
-
-
-def _places(merged: Path, path: Path, given: Sequence[Path]) -> Iterator[Path]:
-    """Where a parent may lie."""
-    yield from given
-    yield path
-    yield merged.parent / path
-    yield merged.parent / path.name
 
 
 def _plan(family: Family, header: Header, record: MergedRecord) -> Plan:

@@ -28,8 +28,7 @@ from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
 
 def terms_of(family: Family, method: Method, coefficients: Coefficients) -> dict[str, Terms]:
     """The terms of each tensor of the base and each projection, by name."""
-    specs = [*family.base.tensors.values(), *family.projections]
-    return {spec.name: method.terms(spec.name, coefficients.of(spec.name)) for spec in specs}
+    return {spec.name: method.terms(spec.name, coefficients.of(spec.name)) for spec in family.specs}
 
 
 class Sums:
@@ -85,5 +84,6 @@ class Sums:
     def _transformed(self, run: Run, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """theta (n,) and tau'_i (N, n) of a run of one tensor."""
         theta, taus = self._differences.read(run, start, start + size)
-        self._transform(run.specs[0].name, start, taus)
+        if self._transform is not None:
+            self._transform(run.specs[0].name, start, taus)
         return theta, taus

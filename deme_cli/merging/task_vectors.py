@@ -110,20 +110,18 @@ def write_task_vector(
                 writer.write(piece)
                 done += stop - start
                 advance(done)
-    assert isinstance(writer.record, TaskVectorRecord)
     return writer.record
 
 
 def _layout(family: Family) -> list[TensorSpec]:
     """The base's tensors and the experts' projections, in the order of files."""
-    specs = [*family.base.tensors.values(), *family.projections]
-    for spec in specs:
+    for spec in family.specs:
         integer = spec.dtype in INTEGERS and not is_projection(spec.name)
         if spec.dtype not in COMPUTED_IN and not integer:
             raise ArtifactError(
                 f"{family.base.path}: {spec.name!r} of {spec.dtype} cannot be subtracted"
             )
-    return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
+    return sorted(family.specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
 
 
 def _zeros_if_equal(

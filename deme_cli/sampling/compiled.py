@@ -55,6 +55,9 @@ class CompiledNetworks:
         return replace(denoiser, network=network)
 
 
+UNCOMPILED = CompiledNetworks("off", num_forwards=0, num_loads=0)
+
+
 def _tensors(network: nn.Module) -> list[Tensor]:
     """Parameters and buffers, in the network's order."""
     return [*network.parameters(), *network.buffers()]

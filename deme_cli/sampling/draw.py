@@ -6,8 +6,8 @@ order. So the files are those of one process, and any number of processes goes o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,15 +18,9 @@ from deme_cli.outputs import require_output
 from deme_cli.processes import ALONE, World
 from deme_cli.sampling.compiled import CompiledNetworks
 from deme_cli.sampling.preview import MAX_IMAGES, preview_path, write_preview
-from deme_cli.sampling.sampler import (
-    ImageBatch,
-    SamplingExpert,
-    StepProgress,
-    image_seed,
-    sample_images,
-)
-from deme_cli.sampling.samples_file import SamplesFile
-from deme_cli.sampling.samples_folder import SamplesFolder
+from deme_cli.sampling.sampler import ImageBatch, SamplingExpert, StepProgress, sample_images
+from deme_cli.sampling.samples_file import SamplesFile, open_samples_file
+from deme_cli.sampling.samples_folder import SamplesFolder, open_samples_folder
 from deme_cli.sampling.scene import Scene
 from deme_cli.sampling.shares import DrawingStops, Shares
 from deme_cli.sampling.store import Order, is_folder
@@ -63,25 +57,28 @@ def draw_samples(
         world.require_same(
             {"output": str(order.path), "batch_size": order.batch_size, **order.card}
         )
-        store = None
-        if world.is_first:
-            store = stack.enter_context(open_store(order))
-        stop = stack.enter_context(DrawingStops(world))
+        store = stack.enter_context(open_store(order)) if world.is_first else None
+        stop = DrawingStops(world)
+        stack.enter_context(stop)
         if store is not None and not store.first:
             require_output(preview_path(order.path), force=order.force)
         first = num_done = world.largest(store.first if store else 0)  # the output is ours
         shares = Shares(order.num, config.batch_size, first, world)
+        compiled = CompiledNetworks(
+            compile, num_forwards=len(shares.own) * config.steps, num_loads=len(experts)
+        )
         drawing = sample_images(
             experts, config, scene=scene, hold_one=hold_one, first=first, world=world,
-            compiled=_compiled(compile, shares, config, len(experts)),
+            compiled=compiled,
         )  # fmt: skip
-        for record in _in_rounds(drawing, shares, config.seed):
+        for record in _in_rounds(drawing, shares):
             if isinstance(record, StepProgress):
                 yield record
             else:
-                for batch in record.batches if store else ():
-                    store.add(batch)
                 num_done = record.num_done
+                if store is not None:
+                    for images in record.batches:
+                        store.add(images)
             stop.go_on(
                 f"stopped; {num_done} of {order.num} images for {order.path} are kept, run the "
                 f"same command again to go on"
@@ -90,61 +87,39 @@ def draw_samples(
             return
         preview = preview_path(order.path)
         write_preview(preview, store.head(MAX_IMAGES))
-        images = store.finish()
-    yield Drawn(images, preview, first)
+        path = store.finish()
+    yield Drawn(path, preview, first)
 
 
-def open_store(order: Order) -> SamplesFolder | SamplesFile:
+def open_store(order: Order) -> AbstractContextManager[SamplesFolder | SamplesFile]:
     """Where the images of an order go."""
-    return SamplesFolder(order) if is_folder(order.path) else SamplesFile(order)
+    return open_samples_folder(order) if is_folder(order.path) else open_samples_file(order)
 
 
 @dataclass(frozen=True)
 class _Round:
     """A batch of each process, in order, on the first one; `num_done` images are there with it."""
 
-    batches: list[ImageBatch]
+    batches: list[np.ndarray]  # uint8 (B, H, W, C) each
     num_done: int
 
 
 def _in_rounds(
-    drawing: Iterator[StepProgress | ImageBatch], shares: Shares, seed: int
+    drawing: Iterator[StepProgress | ImageBatch], shares: Shares
 ) -> Iterator[StepProgress | _Round]:
     """What this process draws, and after each round what all have drawn.
 
     Of others, progress counts the images that are here, so it falls behind rather than promises.
     """
-    num_rounds = num_own = 0
+    num_rounds = 0
     own: StepProgress | None = None  # of this process alone
     for record in shares.rounds(drawing):
         if isinstance(record, StepProgress):
             own = record
         else:
             images = None if record is None else record.images
-            start, num_rounds = shares.num_done(num_rounds), num_rounds + 1
-            batches = list(_batches(shares.gather(images), start, shares.num, seed))
-            num_own += 0 if images is None else len(images)
-            yield _Round(batches, shares.num_done(num_rounds))
+            num_rounds += 1
+            yield _Round(shares.gather(images), shares.num_done(num_rounds))
         if own is not None:
-            others = shares.num_done(num_rounds) - shares.first - num_own  # images
-            yield replace(own, done=own.done + others * (own.total // shares.num))
-
-
-def _batches(
-    parts: Iterable[np.ndarray], start: int, total: int, seed: int
-) -> Iterator[ImageBatch]:
-    """Images uint8 (B, H, W, C) each, from number `start` on."""
-    for images in parts:
-        stop = start + len(images)
-        seeds = np.array([image_seed(seed, index) for index in range(start, stop)], np.int64)
-        yield ImageBatch(start, images, seeds, done=stop, total=total)
-        start = stop
-
-
-def _compiled(
-    how: str, shares: Shares, config: SampleConfig, num_experts: int
-) -> CompiledNetworks | None:
-    """What forwards go through, where they are to be compiled."""
-    if how == "off":
-        return None
-    return CompiledNetworks(how, num_forwards=len(shares.own) * config.steps, num_loads=num_experts)
+            others = shares.num_of_others(num_rounds) * (own.total // shares.num)
+            yield replace(own, done=own.done + others)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from deme_cli.artifacts import read_record
 from deme_cli.errors import ArtifactError
@@ -42,7 +42,7 @@ def read_ensemble(paths: Sequence[Path]) -> list[Member]:
     Raises ArtifactError if a file is no expert, if the experts differ in base, schedule or
     architecture, or if their ranges leave a gap or overlap.
     """
-    members = [Member(path, cast(ExpertRecord, read_record(path, "expert"))) for path in paths]
+    members = [Member(path, read_record(path, "expert")) for path in paths]
     if not members:
         raise ArtifactError("an ensemble needs at least one expert")
     members.sort(key=lambda member: member.record.timesteps)

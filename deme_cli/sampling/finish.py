@@ -56,5 +56,6 @@ def resize_images(images: np.ndarray, size: int | None) -> np.ndarray:
     for index, image in enumerate(images):
         for channel in range(image.shape[2]):
             plane = Image.fromarray(np.ascontiguousarray(image[:, :, channel]))
-            resized[index, :, :, channel] = plane.resize((size, size), Image.Resampling.BICUBIC)
+            small = plane.resize((size, size), Image.Resampling.BICUBIC)
+            resized[index, :, :, channel] = np.asarray(small)
     return resized

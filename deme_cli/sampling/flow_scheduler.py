@@ -7,12 +7,14 @@ alphas do not fit. Steps are even in sigma before the shift, so `spacing` has no
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from deme_cli.config import SampleConfig
+from deme_cli.diffusion.schedule import flow_config
 from deme_cli.errors import ConfigError
 
 FLOW_SCHEDULERS = {
@@ -25,7 +27,7 @@ FLOW_SCHEDULERS = {
 
 def is_flow(scheduler_config: Mapping[str, Any]) -> bool:
     """Whether a diffusers scheduler config is of a flow-matching model."""
-    return str(scheduler_config.get("_class_name", "")).startswith("FlowMatch")
+    return flow_config(scheduler_config) is not None
 
 
 def build_flow_scheduler(
@@ -39,15 +41,19 @@ def build_flow_scheduler(
     Raises ConfigError where the sampler cannot do what is asked with this checkpoint.
     """
     _require_settings(config)
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    import diffusers
 
     try:
-        euler = FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler_config))
+        euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(flow_config(scheduler_config))
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ConfigError(f"this model's schedule is unusable: {error}") from error
     _require_fit(euler, config)
     if config.sampler in ("dpm++", "unipc"):
-        scheduler = _multistep(euler, config.sampler)
+        name = FLOW_SCHEDULERS[config.sampler]
+        if scheduler_config["_class_name"] == name:  # the pipeline's own, with all its settings
+            scheduler = getattr(diffusers, name).from_config(dict(scheduler_config))
+        else:
+            scheduler = _multistep(euler, config.sampler)
         lay_out(scheduler, config.steps)
         return scheduler
     lay_out(euler, config.steps)
@@ -75,11 +81,12 @@ def _require_fit(euler: Any, config: SampleConfig) -> None:
             f"steps = {config.steps}: the sampler {config.sampler} takes 1 to {horizon} steps with "
             f"this model's {horizon} timesteps"
         )
-    if euler.config.stochastic_sampling:
+    if euler.config.get("stochastic_sampling"):  # not in diffusers 0.33
         raise ConfigError(
             "this model's schedule asks for stochastic sampling, whose noise knows no seed"
         )
-    shifts_linearly = euler.config.use_dynamic_shifting and euler.config.time_shift_type == "linear"
+    shifts_by_size = euler.config.use_dynamic_shifting
+    shifts_linearly = shifts_by_size and euler.config.get("time_shift_type") == "linear"
     if config.sampler == "dpm++" and shifts_linearly:
         raise ConfigError(
             "the sampler dpm++ cannot shift linearly, as this model's schedule asks; choose euler"
@@ -90,16 +97,23 @@ def _multistep(euler: Any, sampler: str) -> Any:
     """DPM-Solver++ or UniPC on the flow's sigmas, with the shift of the checkpoint's schedule."""
     import diffusers
 
+    kind = getattr(diffusers, FLOW_SCHEDULERS[sampler])
+    known = inspect.signature(kind.__init__).parameters
     own = {name: value for name, value in euler.config.items() if not name.startswith("_")}
+    if own["use_dynamic_shifting"] and "use_dynamic_shifting" not in known:
+        raise ConfigError(
+            f"the sampler {sampler} of diffusers {diffusers.__version__} cannot shift by the size "
+            f"of the image; choose euler, or install a newer diffusers"
+        )
     kept = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type")
-    changes: dict[str, Any] = {name: own[name] for name in kept}
+    changes: dict[str, Any] = {n: own[n] for n in kept if n in own and n in known}
     changes |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     changes["flow_shift"] = own["shift"]
     if sampler == "dpm++":
         changes["algorithm_type"] = "dpmsolver++"
-    elif own["shift_terminal"]:
+    elif own.get("shift_terminal"):
         changes["shift_terminal"] = own["shift_terminal"]
-    scheduler = getattr(diffusers, FLOW_SCHEDULERS[sampler])(**changes)
+    scheduler = kind(**changes)
     about_size = {name: value for name, value in own.items() if name not in scheduler.config}
     scheduler.register_to_config(**about_size)  # lay_out asks it how to shift for this image size
     return scheduler
@@ -113,7 +127,7 @@ def _heun(euler: Any, steps: int) -> Any:
     from diffusers import FlowMatchHeunDiscreteScheduler
 
     config = euler.config
-    scheduler = FlowMatchHeunDiscreteScheduler(config.num_train_timesteps, config.shift)
+    scheduler: Any = FlowMatchHeunDiscreteScheduler(config.num_train_timesteps, config.shift)
     scheduler.set_timesteps(steps)
     t, sigmas = euler.timesteps, euler.sigmas.cpu()
     scheduler.timesteps = torch.cat([t[:1], t[1:].repeat_interleave(2)])

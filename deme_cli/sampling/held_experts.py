@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 class HeldExperts:
     """Loaded experts by index: all of them, or only the one taken last.
 
-    compiled: what their calls go through; it has weights of its own, and beside them an expert that
-    would be held alone need not be kept.
+    compiled: what their calls go through; it has weights of its own where it is on, and beside them
+    an expert that would be held alone is not kept.
     """
 
     def __init__(
-        self, experts: Sequence[SamplingExpert], *, hold_one: bool,
-        compiled: CompiledNetworks | None = None,
-    ) -> None:  # fmt: skip
+        self, experts: Sequence[SamplingExpert], *, hold_one: bool, compiled: CompiledNetworks
+    ) -> None:
         self._experts, self._compiled = experts, compiled
         self._hold_one = hold_one or len(experts) == 1
         self._held: dict[int, Denoiser] = {}
@@ -30,17 +29,15 @@ class HeldExperts:
 
     def take(self, index: int) -> Denoiser:
         """The denoiser of expert `index`, good until the next one is taken."""
-        if self._turn is not None and self._turn[0] == index:
-            return self._turn[1]
-        self._turn = None
-        if index not in self._held:
-            if self._hold_one:
-                self._held.clear()
-            self._held[index] = self._experts[index].load()
-        denoiser = self._held[index]
-        if self._compiled is not None:
-            denoiser = self._compiled.carry(denoiser)
-            if self._hold_one:
-                self._held.clear()
-        self._turn = index, denoiser
+        if self._turn is None or self._turn[0] != index:
+            self._turn = None  # leaves memory before the next one comes
+            self._turn = index, self._compiled.carry(self._loaded(index))
+        return self._turn[1]
+
+    def _loaded(self, index: int) -> Denoiser:
+        if index in self._held:
+            return self._held[index]
+        denoiser = self._experts[index].load()
+        if not self._hold_one:
+            self._held[index] = denoiser
         return denoiser

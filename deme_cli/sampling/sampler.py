@@ -31,7 +31,7 @@ from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.threads import fitting_number, using_threads
 from deme_cli.processes import ALONE, World
-from deme_cli.sampling.compiled import CompiledNetworks
+from deme_cli.sampling.compiled import UNCOMPILED, CompiledNetworks
 from deme_cli.sampling.finish import finish_images
 from deme_cli.sampling.guidance import predict_guided
 from deme_cli.sampling.held_experts import HeldExperts
@@ -89,13 +89,10 @@ class Forward:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Finished images start .. start + B - 1; `done` of `total` images are finished with it."""
+    """Finished images start .. start + B - 1."""
 
     start: int
     images: np.ndarray  # uint8 (B, H, W, C)
-    seeds: np.ndarray  # int64 (B,)
-    done: int
-    total: int
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -138,7 +135,7 @@ def sample_images(
     first: int = 0,
     watch: Callable[[Forward], None] | None = None,
     world: World = ALONE,
-    compiled: CompiledNetworks | None = None,
+    compiled: CompiledNetworks = UNCOMPILED,
 ) -> Iterator[StepProgress | ImageBatch]:
     """Draw the images first .. scene.num - 1 of `config.seed`, in order.
 
@@ -146,7 +143,8 @@ def sample_images(
     experts' ranges must cover [0, T) once; `hold_one` frees each expert before the next is loaded.
     Without a scene, `config` and the model's own record make it. `watch` is shown every forward.
     A process of `world` draws its share of the batches, talking to nobody, and counts no others.
-    `compiled`: what forwards go through, in batches of one size; images then change by rounding.
+    `compiled`: what forwards go through; where it is on, in batches of one size, and images change
+    by rounding.
     Raises ConfigError if the sampler does not fit the model, ArtifactError if the frozen parts
     around it are others than its base's, NumericsError on non-finite images.
     """
@@ -165,8 +163,7 @@ def sample_images(
     runs = _plan_runs(scheduler.timesteps, ranges, device)
     num, num_steps = scene.num, len(scheduler.timesteps)
     done, total = first * num_steps, num * num_steps
-    is_static = compiled is not None and compiled.is_on(device)
-    size = min(config.batch_size, num - first) if is_static else 0
+    size = min(config.batch_size, num - first) if compiled.is_on(device) else 0
     own = Shares(num, config.batch_size, first, world).own
     chunk = _batches_per_chunk(scene, config) if hold_one and len(experts) > 1 else 1
     for begin in range(0, len(own), chunk):
@@ -183,12 +180,11 @@ def sample_images(
                     del denoiser  # `held` alone decides how long it stays
                     if watch is not None:
                         watch(Forward(batch.start, step, t, run.expert, *seen))
-                    done += len(batch.seeds)
+                    done += len(batch.x_t)
                     yield StepProgress(done, total)
                 if run is runs[-1]:
                     images = finish_images(batch.x_t, scene, config, first=batch.start)
-                    seeds, stop = np.array(batch.seeds, np.int64), batch.start + len(images)
-                    yield ImageBatch(batch.start, images, seeds, done=stop, total=num)
+                    yield ImageBatch(batch.start, images)
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,6 @@ class _Batch:
     """Images under way, with what their scheduler remembers."""
 
     start: int
-    seeds: list[int]
     generators: list[torch.Generator] | None  # kept where the sampler draws noise in its steps
     scheduler: Any
     x_t: Tensor  # (B, C, h, w) float32
@@ -248,10 +243,9 @@ def _draw(
     """The images of `span` at the first timestep: noise, each from its own generator."""
     seeds = [image_seed(config.seed, index) for index in span]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    noise = randn_tensor((len(seeds), *scene.latent_shape), generator=generators, device=device)
+    noise = randn_tensor((len(span), *scene.latent_shape), generator=generators, device=device)
     return _Batch(
         start=span.start,
-        seeds=seeds,
         generators=generators if uses_noise(config) else None,
         scheduler=copy.deepcopy(scheduler),
         x_t=noise * first_scale(scheduler),

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 
@@ -20,87 +19,73 @@ from deme_cli.artifacts import ArtifactWriter
 from deme_cli.errors import writing
 from deme_cli.outputs import claim, require_output, require_space
 from deme_cli.records import SamplesRecord
-from deme_cli.sampling.sampler import ImageBatch, image_seed
-from deme_cli.sampling.store import Order
+from deme_cli.sampling.sampler import image_seed
+from deme_cli.sampling.store import Order, card_in
 from deme_cli.tensor_file import TensorSpec
 
 _PIECE_BYTES = 1 << 24
 
 
-class SamplesFile:
-    """Collects the images of one order. Enter it, add batches from `first` on, then finish.
+@contextmanager
+def open_samples_file(order: Order) -> Iterator[SamplesFile]:
+    """The unfinished file of an order, which stays if this ends before its artifact is written.
 
     Raises ConfigError if the artifact exists, is being written, or an unfinished one has another
     protocol, unless the order says `force`.
     """
-
-    def __init__(self, order: Order) -> None:
-        self.order = order
-        self.unfinished = order.path.parent / f".{order.path.name}.unfinished"
-        self._line = json.dumps({"protocol": order.card}).encode() + b"\n"
-        self.first = 0
-
-    def __enter__(self) -> SamplesFile:
-        order = self.order
-        require_output(order.path, force=order.force)
-        self._claim = claim(self.unfinished)
-        self._claim.__enter__()
+    require_output(order.path, force=order.force)
+    unfinished = order.path.parent / f".{order.path.name}.unfinished"
+    with claim(unfinished):
+        line, first = _find_images(order, unfinished)
+        require_space(order.path, (2 * order.num - first) * order.image_bytes)
+        with writing(unfinished):
+            file = unfinished.open("r+b" if first else "w+b")
+            if not first:
+                file.write(line)
+            file.truncate(len(line) + first * order.image_bytes)
         try:
-            self.first = order.kept(self._find_images())
-            left = order.num - self.first
-            require_space(order.path, (left + order.num) * order.image_bytes)
-            self._open()
-        except BaseException:
-            self._claim.__exit__(None, None, None)
-            raise
-        return self
+            yield SamplesFile(order, first, unfinished, file, begin=len(line))
+        finally:
+            with suppress(OSError):  # a full disk: what was flushed is kept
+                file.close()
+            if unfinished.exists() and unfinished.stat().st_size <= len(line):
+                unfinished.unlink()  # holds no image yet
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
+
+def _find_images(order: Order, unfinished: Path) -> tuple[bytes, int]:
+    """The line that the unfinished file begins with, and how many images after it are kept."""
+    anew = json.dumps({"protocol": order.card}).encode() + b"\n", 0
+    if not unfinished.exists():
+        return anew
+    with unfinished.open("rb") as file:
+        line = file.readline(1 << 20)
+        num_bytes = file.seek(0, 2) - len(line)
+    card = card_in(line) if line.endswith(b"\n") else None  # else a crash cut it short
+    if card is None or (order.force and not order.is_same(card)):
+        return anew
+    order.require_same(card, unfinished)
+    return line, order.kept(num_bytes // order.image_bytes)
+
+
+class SamplesFile:
+    """Collects the images of one order: those before `first` are there. Add the others, finish."""
+
+    def __init__(
+        self, order: Order, first: int, unfinished: Path, file: BinaryIO, *, begin: int
     ) -> None:
-        with suppress(OSError):  # a full disk: what was flushed is kept
-            self._file.close()
-        if self.unfinished.exists() and self.unfinished.stat().st_size <= len(self._line):
-            self.unfinished.unlink()  # holds no image yet
-        self._claim.__exit__(None, None, None)
+        self.order, self.first = order, first
+        self._unfinished, self._file, self._begin = unfinished, file, begin
 
-    def _find_images(self) -> int:
-        """Whole images in the unfinished file, whose header is then known to promise the same."""
-        if not self.unfinished.exists():
-            return 0
-        with self.unfinished.open("rb") as file:
-            line = file.readline(1 << 20)
-            file.seek(0, 2)
-            num_bytes = file.tell() - len(line)
-        card = _parse_card(line)
-        if card is None or (self.order.force and not self.order.is_same(card)):
-            return 0
-        self.order.require_same(card, self.unfinished)
-        self._line = line
-        return num_bytes // self.order.image_bytes
-
-    def _open(self) -> None:
-        """Open the unfinished file for the images that follow, cut to those kept."""
-        with writing(self.unfinished):
-            self._file = self.unfinished.open("r+b" if self.first else "w+b")
-            if not self.first:
-                self._file.write(self._line)
-            self._file.truncate(len(self._line) + self.first * self.order.image_bytes)
-            self._file.seek(0, 2)
-
-    def add(self, batch: ImageBatch) -> None:
-        """Append the next images; they are kept from here on."""
+    def add(self, images: np.ndarray) -> None:
+        """Append the next images, uint8 (B, H, W, C); they are kept from here on."""
         with writing(self.order.path):
             self._file.seek(0, 2)
-            self._file.write(np.ascontiguousarray(batch.images).data)
+            self._file.write(np.ascontiguousarray(images).data)
             self._file.flush()
 
     def head(self, num: int) -> np.ndarray:
         """The first `num` images, uint8 (num, H, W, C)."""
-        self._file.seek(len(self._line))
+        self._file.seek(self._begin)
         data = self._file.read(min(num, self.order.num) * self.order.image_bytes)
         return np.frombuffer(data, np.uint8).reshape(-1, *self.order.shape)
 
@@ -118,21 +103,13 @@ class SamplesFile:
             for piece in self._pieces():
                 writer.write(piece)
         self._file.close()
-        self.unfinished.unlink(missing_ok=True)
+        self._unfinished.unlink(missing_ok=True)
         return order.path
 
     def _pieces(self) -> Iterator[bytes]:
-        self._file.seek(len(self._line))
+        self._file.seek(self._begin)
         left = self.order.num * self.order.image_bytes
         while left:
             piece = self._file.read(min(left, _PIECE_BYTES))
             yield piece
             left -= len(piece)
-
-
-def _parse_card(line: bytes) -> dict[str, Any] | None:
-    """The card in the first line of an unfinished file, or None if a crash cut the line short."""
-    try:
-        return json.loads(line)["protocol"] if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
-        return None

@@ -12,8 +12,8 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ from PIL import Image
 from deme_cli.errors import ArtifactError, ConfigError, writing
 from deme_cli.outputs import claim, require_space, write_whole
 from deme_cli.sampling.preview import png_bytes
-from deme_cli.sampling.sampler import ImageBatch, image_seed
-from deme_cli.sampling.store import Order
+from deme_cli.sampling.sampler import image_seed
+from deme_cli.sampling.store import Order, card_in
 
 CARD_NAME = "samples.json"
 METADATA_NAME = "metadata.jsonl"
@@ -31,96 +31,108 @@ _NUMBERED = re.compile(r"\d{6,}\.png")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class SamplesFolder:
-    """Collects the images of one order. Enter it, add batches from `first` on, then finish.
+@contextmanager
+def open_samples_folder(order: Order) -> Iterator[SamplesFolder]:
+    """The folder of an order; one with fewer images than ordered is extended.
 
-    A folder with fewer images than ordered is extended. Raises ConfigError if it is finished, is
-    being written, or holds images of another protocol, unless the order says `force`; and if it
-    holds images that deme did not number, always.
+    Raises ConfigError if it is finished, is being written, or holds images of another protocol,
+    unless the order says `force`; and if it holds images that deme did not number, always.
     """
-
-    def __init__(self, order: Order) -> None:
-        self.order = order
-        self.first = 0
-        self._card_path = order.path / CARD_NAME
-
-    def __enter__(self) -> SamplesFolder:
-        order = self.order
-        if order.shape[2] not in (1, 3):
-            raise ConfigError(
-                f"{order.path}: PNG files hold 1 or 3 channels, this model has {order.shape[2]}; "
-                f"name an artifact with --output, as in samples.safetensors"
-            )
-        self._claim = claim(self._card_path)
-        self._claim.__enter__()
-        try:
-            self._prepare()
-        except BaseException:
-            self._claim.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        if kind is not None and not self._numbered():
-            self._card_path.unlink(missing_ok=True)  # promises images of which there is none
-        self._claim.__exit__(None, None, None)
-
-    def _prepare(self) -> None:
-        """Find out which images are there, and make room for the others."""
-        order, found = self.order, self._numbered()
-        card, whole = self._read_card(), _whole_images(found)
-        if found and order.force and (whole >= order.num or not card or not order.is_same(card)):
-            for path in found:
-                path.unlink()
-            (order.path / METADATA_NAME).unlink(missing_ok=True)  # it spoke of them
-        elif found:
-            self._require_unfinished(found, card, whole)
-            self.first = order.kept(whole)
-        require_space(order.path, (order.num - self.first) * order.image_bytes)
+    if order.shape[2] not in (1, 3):
+        raise ConfigError(
+            f"{order.path}: PNG files hold 1 or 3 channels, this model has {order.shape[2]}; "
+            f"name an artifact with --output, as in samples.safetensors"
+        )
+    card_path = order.path / CARD_NAME
+    with claim(card_path):
+        first = _make_room(order)
+        require_space(order.path, (order.num - first) * order.image_bytes)
         text = json.dumps({"schema_version": 1, "protocol": order.card}, indent=2)
-        write_whole(self._card_path, [text.encode(), b"\n"])
-
-    def _numbered(self) -> list[Path]:
-        """The PNG files with a number for a name; other images in the folder are refused."""
-        images = [p for p in self.order.path.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES]
-        for path in images:
-            if not _NUMBERED.fullmatch(path.name):
-                raise ConfigError(f"{path}: not drawn by deme; choose another --output")
-        return sorted(images, key=lambda path: int(path.stem))
-
-    def _read_card(self) -> dict[str, Any] | None:
-        """The card of the images that are there, or None without a readable one."""
+        write_whole(card_path, [text.encode(), b"\n"])
         try:
-            return json.loads(self._card_path.read_text(encoding="utf-8"))["protocol"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            yield SamplesFolder(order, first)
+        except BaseException:
+            if not _numbered(order.path):
+                card_path.unlink(missing_ok=True)  # promises images of which there is none
+            raise
 
-    def _require_unfinished(
-        self, found: list[Path], card: dict[str, Any] | None, whole: int
-    ) -> None:
-        """Check that the images found are the beginning of this order."""
-        where = self.order.path
-        if card is None:
-            raise ConfigError(
-                f"{where}: holds images without {CARD_NAME}; choose another --output, or add "
-                f"--force to replace them"
-            )
-        self.order.require_same(card, where)
-        if whole >= self.order.num or int(found[-1].stem) >= self.order.num:
-            raise ConfigError(
-                f"{where} exists with {len(found)} images; add --force to replace them, or choose "
-                f"another --output"
-            )
 
-    def add(self, batch: ImageBatch) -> None:
-        """Write the next images; they are kept from here on."""
-        for index, image in enumerate(batch.images, batch.start):
-            path = self._path(index)
+def _make_room(order: Order) -> int:
+    """How many images that are there are kept; those that are to be replaced are gone."""
+    found = _numbered(order.path)
+    if not found:
+        return 0
+    card, whole = _read_card(order.path), _whole_images(found)
+    if order.force and (whole >= order.num or not card or not order.is_same(card)):
+        for path in found:
+            path.unlink()
+        (order.path / METADATA_NAME).unlink(missing_ok=True)  # it spoke of them
+        return 0
+    _require_unfinished(order, found, card, whole)
+    return order.kept(whole)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The PNG files with a number for a name; other images in the folder are refused."""
+    images = [path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES]
+    for path in images:
+        if not _NUMBERED.fullmatch(path.name):
+            raise ConfigError(f"{path}: not drawn by deme; choose another --output")
+    return sorted(images, key=lambda path: int(path.stem))
+
+
+def _read_card(folder: Path) -> dict[str, Any] | None:
+    try:
+        return card_in((folder / CARD_NAME).read_bytes())
+    except OSError:
+        return None
+
+
+def _require_unfinished(
+    order: Order, found: list[Path], card: dict[str, Any] | None, whole: int
+) -> None:
+    """Check that the images found are the beginning of this order."""
+    if card is None:
+        raise ConfigError(
+            f"{order.path}: holds images without {CARD_NAME}; choose another --output, or add "
+            f"--force to replace them"
+        )
+    order.require_same(card, order.path)
+    if whole >= order.num or int(found[-1].stem) >= order.num:
+        raise ConfigError(
+            f"{order.path} exists with {len(found)} images; add --force to replace them, or choose "
+            f"another --output"
+        )
+
+
+def _whole_images(paths: list[Path]) -> int:
+    """How many images from 000000.png on are there without a gap and can be read."""
+    for index, path in enumerate(paths):
+        if int(path.stem) != index or not _is_readable(path):
+            return index
+    return len(paths)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):  # what Pillow raises for a PNG cut short
+        return False
+    return True
+
+
+class SamplesFolder:
+    """Collects the images of one order: those before `first` are there. Add the others, finish."""
+
+    def __init__(self, order: Order, first: int) -> None:
+        self.order, self.first = order, first
+        self._num = first
+
+    def add(self, images: np.ndarray) -> None:
+        """Write the next images, uint8 (B, H, W, C); they are kept from here on."""
+        for image in images:
+            path = self._path(self._num)
             partial = path.with_suffix(".partial")
             try:
                 with writing(path):
@@ -128,6 +140,7 @@ class SamplesFolder:
                     os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
+            self._num += 1
 
     def head(self, num: int) -> np.ndarray:
         """The first `num` images, uint8 (num, H, W, C)."""
@@ -179,20 +192,3 @@ def _column(rows: list[dict[str, Any]], name: str, kind: type) -> list[Any] | No
     """A value per row, or None unless every row has one."""
     values = [row.get(name) for row in rows]
     return values if values and all(isinstance(value, kind) for value in values) else None
-
-
-def _whole_images(paths: list[Path]) -> int:
-    """How many images from 000000.png on are there without a gap and can be read."""
-    for index, path in enumerate(paths):
-        if int(path.stem) != index or not _is_readable(path):
-            return index
-    return len(paths)
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError):  # what Pillow raises for a PNG cut short
-        return False
-    return True

@@ -73,14 +73,16 @@ class Scene:
         return {"text": self.prompts, "class": self.classes}.get(self.companions.wants)
 
     @property
-    def embeds_guidance(self) -> bool:
-        """Whether the scale is an input of the network (distilled)."""
-        return self.companions.backbone.embeds_guidance(self.companions.record.model_config)
+    def told_guidance(self) -> float | None:
+        """The scale where it is an input of the network (distilled)."""
+        companions = self.companions
+        is_input = companions.backbone.embeds_guidance(companions.record.model_config)
+        return self.guidance if is_input else None
 
     @property
     def is_paired(self) -> bool:
         """Whether every forward has the images twice: told nothing, and told their subject."""
-        return self.guidance is not None and self.guidance > 1 and not self.embeds_guidance
+        return self.told_guidance is None and self.guidance is not None and self.guidance > 1
 
     def conditions(self, start: int, stop: int) -> Conditions:
         """What the network is told of images start .. stop - 1, batch B.
@@ -94,8 +96,8 @@ class Scene:
         assert len(sizes) == GEOMETRY
         geometry = torch.tensor([sizes] * (stop - start))
         told = self.companions.conditions(self.subjects[start:stop], geometry)
-        if self.embeds_guidance:
-            scale = torch.full((stop - start,), self.guidance, dtype=torch.float32)
+        if self.told_guidance is not None:
+            scale = torch.full((stop - start,), self.told_guidance, dtype=torch.float32)
             told["guidance"] = scale.to(self.companions.device)
         if self.is_paired:
             told = concatenate(null_like(told, self.companions.null()), told)

@@ -34,18 +34,24 @@ PNDM_WARMUP = 4  # Runge-Kutta steps before the linear multistep ones (Liu et al
 LayOut = Callable[[Any, int], None]  # sets a scheduler's timesteps for a number of steps
 
 
+def _lay_out(scheduler: Any, steps: int) -> None:
+    scheduler.set_timesteps(steps)
+
+
 def name_sampler(scheduler_config: Mapping[str, Any], config: SampleConfig) -> SampleConfig:
     """The settings with their sampler named: unset, it is ddim, or euler for flow models."""
-    if config.sampler is not None:
-        return config
-    return replace(config, sampler="euler" if is_flow(scheduler_config) else "ddim")
+    return replace(config, sampler=_sampler_of(scheduler_config, config))
+
+
+def _sampler_of(scheduler_config: Mapping[str, Any], config: SampleConfig) -> str:
+    return config.sampler or ("euler" if is_flow(scheduler_config) else "ddim")
 
 
 def build_scheduler(
     scheduler_config: Mapping[str, Any],
     config: SampleConfig,
     *,
-    lay_out: LayOut | None = None,
+    lay_out: LayOut = _lay_out,
     has_latents: bool = False,
 ) -> Any:
     """The scheduler `config.sampler` on the checkpoint's schedule, its timesteps set (on the CPU).
@@ -55,7 +61,6 @@ def build_scheduler(
     Raises ConfigError where the sampler cannot do what is asked with this checkpoint.
     """
     config = name_sampler(scheduler_config, config)
-    lay_out = lay_out or _lay_out
     _require_settings(config)
     if is_flow(scheduler_config):
         return build_flow_scheduler(scheduler_config, config, lay_out)
@@ -66,14 +71,10 @@ def build_scheduler(
     return scheduler
 
 
-def _lay_out(scheduler: Any, steps: int) -> None:
-    scheduler.set_timesteps(steps)
-
-
 def _build(scheduler_config: Mapping[str, Any], config: SampleConfig, has_latents: bool) -> Any:
     import diffusers
 
-    kind = getattr(diffusers, SCHEDULERS[config.sampler])
+    kind = getattr(diffusers, SCHEDULERS[_sampler_of(scheduler_config, config)])
     changes: dict[str, Any] = {}
     if config.spacing is not None:
         changes["timestep_spacing"] = config.spacing
@@ -95,7 +96,7 @@ def _build(scheduler_config: Mapping[str, Any], config: SampleConfig, has_latent
 
 def can_clip(kind: type) -> bool:
     """Whether samplers of this class can clip x_0 in every step."""
-    return "clip_sample" in inspect.signature(kind.__init__).parameters
+    return "clip_sample" in inspect.signature(kind).parameters
 
 
 def _complete(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,10 @@ class Shares:
         """Images that are there after so many rounds, those before `first` included."""
         return min(self.first + num_rounds * self.world.size * self.batch_size, self.num)
 
+    def num_of_others(self, num_rounds: int) -> int:
+        """Images that the other processes have made in so many rounds."""
+        return self.num_done(num_rounds) - self.first - sum(map(len, self.own[:num_rounds]))
+
     def rounds(self, own: Iterable[T]) -> Iterator[T | None]:
         """What this process makes of its batches, then None if the last round has none for it."""
         return chain(own, [None] if self.is_idle_at_last else [])

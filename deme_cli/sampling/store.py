@@ -7,6 +7,7 @@ signal or a crash. Nothing is kept that another protocol drew.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,15 @@ class Order:
                 f"{self.card.get(name)}; run the command that began it, choose another --output, "
                 f"or add --force to discard them"
             )
+
+
+def card_in(text: bytes) -> dict[str, Any] | None:
+    """The protocol card in JSON that lies beside images; None where there is no whole one."""
+    try:
+        card = json.loads(text)["protocol"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return card if isinstance(card, dict) else None
 
 
 def is_folder(path: Path) -> bool:

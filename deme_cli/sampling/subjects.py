@@ -59,16 +59,25 @@ def choose_subjects(
     return Subjects(_num(config))
 
 
+def prompts_in_turn(
+    found: PromptSet, *, num: int | None, per_prompt: int
+) -> tuple[list[str], list[int] | None]:
+    """The prompt of each image, and its class where the prompts have any, as `select_prompts`."""
+    pairs = select_prompts(found, num=num, per_prompt=per_prompt)
+    classes = [number for _, number in pairs if number is not None]
+    return [prompt for prompt, _ in pairs], classes or None
+
+
 def _prompted(config: SampleConfig, found: PromptSet | None) -> Subjects:
     _refuse(config, "this model draws prompts, not classes", "classes")
-    if found is None and not config.prompts:
-        raise ConfigError(
-            "this model draws prompts: give them with --prompts FILE (txt, csv, tsv or json), "
-            "--prompts parti, coco, imagenet or digits, or one with --prompt TEXT"
-        )
-    found = found or read_prompts(config.prompts, column=config.prompt_column)
-    pairs = select_prompts(found, num=config.num, per_prompt=config.per_prompt)
-    classes = [number for _, number in pairs if number is not None]
+    if found is None:
+        if not config.prompts:
+            raise ConfigError(
+                "this model draws prompts: give them with --prompts FILE (txt, csv, tsv or json), "
+                "--prompts parti, coco, imagenet or digits, or one with --prompt TEXT"
+            )
+        found = read_prompts(config.prompts, column=config.prompt_column)
+    prompts, classes = prompts_in_turn(found, num=config.num, per_prompt=config.per_prompt)
     card = {
         "prompts": {
             "source": found.source,
@@ -79,7 +88,7 @@ def _prompted(config: SampleConfig, found: PromptSet | None) -> Subjects:
         "prompts_sha256": found.sha256,
         "per_prompt": config.per_prompt,
     }
-    return Subjects(len(pairs), [prompt for prompt, _ in pairs], classes or None, card)
+    return Subjects(len(prompts), prompts, classes, card)
 
 
 def _classified(config: SampleConfig, num_classes: int) -> Subjects:

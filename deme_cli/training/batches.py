@@ -45,8 +45,9 @@ class Batch:
 
     def on(self, device: torch.device) -> Batch:
         """The batch on a GPU."""
+        x0, eps, t = (send(tensor, device) for tensor in (self.x0, self.eps, self.t))
         conditions = {name: send(value, device) for name, value in self.conditions.items()}
-        return Batch(*(send(x, device) for x in (self.x0, self.eps, self.t)), conditions)
+        return Batch(x0, eps, t, conditions)
 
 
 class Batches(Protocol):

@@ -139,14 +139,12 @@ def _by_gradient(
         )
     draws = [schedule.indices(bucket) for bucket in affinity.buckets]
     chosen = [i for i, one in enumerate(draws) if one.start < span.stop and span.start < one.stop]
-    starts = [max(draws[i].start, span.start) for i in chosen]
-    sizes = np.diff([*starts, span.stop])
+    edges = [*(max(draws[i].start, span.start) for i in chosen), span.stop]
     if k > len(chosen):
         raise ConfigError(
             f"cannot form {k} clusters of the {len(chosen)} buckets of gradients in {span}; "
             f"measure more with `deme analyze gradients --buckets`"
         )
     cosines = np.array(affinity.cosines)[np.ix_(chosen, chosen)]
-    edges = [*starts, span.stop]
-    clusters = interval_clusters(affinity_cost(cosines, sizes), k)
+    clusters = interval_clusters(affinity_cost(cosines, np.diff(edges)), k)
     return [TimestepRange(edges[start], edges[stop]) for start, stop in clusters]

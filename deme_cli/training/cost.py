@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from deme_cli.config import FinetuneConfig
+from deme_cli.diffusion.threads import forward_flops
 from deme_cli.training.networks import open_networks
 from deme_cli.training.objective import expert_losses
 from deme_cli.training.run import Run
@@ -29,26 +30,22 @@ class PassCost:
 
 
 def count_passes(run: Run) -> PassCost:
-    """Count the passes of `run`'s networks on its first training image."""
-    network, base = open_networks(run)
-    draws = run.denoiser.schedule.indices(run.choice.range)
+    """Count the passes of `run`'s networks on its first training image.
+
+    The base counts also where this run does not ask it.
+    """
+    network, schedule = open_networks(run)[0], run.denoiser.schedule
     x0, conditions = run.examples.draw([0], flip=None, generator=None)
-    common = {
-        "x0": x0.float().cpu(), "eps": torch.zeros_like(x0, dtype=torch.float32, device="cpu"),
-        "t": torch.tensor([draws.start]), "conditions": conditions,
-    }  # fmt: skip
-    schedule = run.denoiser.schedule
+    x0, first = x0.float().cpu(), schedule.indices(run.choice.range).start
+    forward = forward_flops(network, x0, conditions)
+    base = 0 if run.from_scratch else forward_flops(run.denoiser.network, x0, conditions)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        losses = expert_losses(network, None, schedule, **common, consistency=0.0)
-        forward = counter.get_total_flops()
+        losses = expert_losses(
+            network, None, schedule, x0=x0, eps=torch.zeros_like(x0), t=torch.tensor([first]),
+            conditions=conditions, consistency=0.0,
+        )  # fmt: skip
         losses.total.mean().backward()
-        backward = counter.get_total_flops() - forward
-        through_base = 0
-        if base is not None:
-            with torch.no_grad():
-                expert_losses(base, None, schedule, **common, consistency=0.0)
-            through_base = counter.get_total_flops() - forward - backward
-    return PassCost(forward, backward, through_base)
+    return PassCost(forward, counter.get_total_flops() - forward, base)
 
 
 def flops_per_update(config: FinetuneConfig, passes: PassCost) -> float:

@@ -22,6 +22,8 @@ SIZES = "time_ids"  # SDXL's keyword for the sizes of an image and its crop
 class Encoder:
     """`data` as the frozen parts see it; `latent_shape` (C, h, w) is that of its latents."""
 
+    runs_vae = True
+
     def __init__(self, data: ImageData, companions: Companions, latent_shape: Shape) -> None:
         self.data, self.companions, self.latent_shape = data, companions, latent_shape
         self._null: Conditions | None = None

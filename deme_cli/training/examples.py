@@ -16,10 +16,9 @@ from torch import Tensor
 
 from deme_cli.data.fitting import Shape
 from deme_cli.data.images import ImageData, to_unit
-from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.conditions import Conditions
-from deme_cli.training.encoder import SIZES, Encoder, mirror
-from deme_cli.training.latent_cache import LatentCache
+from deme_cli.training.encoder import Encoder, mirror
+from deme_cli.training.latent_cache import CachedEncoder
 from deme_cli.training.on_device import ResidentImages, send
 
 WHOLE = slice(None)  # of a batch
@@ -34,7 +33,11 @@ class Examples(Protocol):
     shape: Shape  # (C, h, w) of x_0
     image_shape: Shape  # (C, H, W) of the images behind it
     crop: str  # centre or random
-    runs_vae: bool  # whether drawing sends images through the VAE, which is on the device
+
+    @property
+    def runs_vae(self) -> bool:
+        """Whether drawing sends images through the VAE, which is on the device."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -89,25 +92,17 @@ class PixelExamples:
 
 
 class LatentExamples:
-    """VAE latents and conditions of images, read from a cache as far as it holds them.
+    """VAE latents and conditions of images, from the frozen parts or from a cache of theirs."""
 
-    Centre crops come with their latents from the cache; of random crops only what is said of the
-    image does.
-    """
-
-    def __init__(
-        self, encoder: Encoder, companions: Companions, *, crop: str = "centre",
-        cache: LatentCache | None = None,
-    ) -> None:  # fmt: skip
-        self.encoder, self.companions, self.cache, self.crop = encoder, companions, cache, crop
+    def __init__(self, encoder: Encoder | CachedEncoder, *, crop: str = "centre") -> None:
+        self.encoder, self.crop = encoder, crop
         data = encoder.data
-        self.source, self.fingerprint = data.source, data.fingerprint
-        self.can_flip = data.can_flip
+        self.source, self.fingerprint, self.can_flip = data.source, data.fingerprint, data.can_flip
         self.shape, self.image_shape = encoder.latent_shape, data.shape
 
     @property
     def runs_vae(self) -> bool:
-        return self.cache is None or not self.cache.holds_latents
+        return self.encoder.runs_vae
 
     def __len__(self) -> int:
         return len(self.encoder.data)
@@ -118,25 +113,15 @@ class LatentExamples:
     ) -> tuple[Tensor, Conditions]:  # fmt: skip
         num, crops = len(indices), _part(draw_crops(self.crop, len(indices), generator), share)
         indices, flip = indices[share], _part(flip, share)
-        if self.cache is None:
-            mean, deviation = self.encoder.posterior(indices, flip, crops)
-            conditions = self.encoder.conditions(indices, flip, crops)
-        else:
-            conditions = self.cache.conditions(indices)
-            if crops is not None and SIZES in conditions:  # the text stays, the crop is new
-                sizes = self.encoder.geometry(indices, flip, crops)
-                conditions[SIZES] = sizes.to(conditions[SIZES])
-            if self.cache.holds_latents:
-                mean, deviation = self.cache.posterior(indices, flip)
-            else:
-                mean, deviation = self.encoder.posterior(indices, flip, crops)
+        mean, deviation = self.encoder.posterior(indices, flip, crops)
+        conditions = self.encoder.conditions(indices, flip, crops)
         noise = None
         if generator is not None:
             noise = torch.randn((num, *mean.shape[1:]), generator=generator)[share]
-        return self.companions.latents(mean, deviation, noise), conditions
+        return self.encoder.companions.latents(mean, deviation, noise), conditions
 
     def null(self) -> Conditions:
-        return self.encoder.null() if self.cache is None else self.cache.null()
+        return self.encoder.null()
 
 
 def draw_crops(crop: str, num: int, generator: torch.Generator | None) -> Tensor | None:

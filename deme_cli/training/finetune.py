@@ -52,7 +52,8 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
         world.require_same({**run.identity, "output": str(run.output), "shard": run.shard})
         if world.is_first:
             stack.enter_context(claim(metrics_path(run.output)))
-        requests = stack.enter_context(JointStopRequests(world))
+        requests = JointStopRequests(world)
+        stack.enter_context(requests)
         world.wait()  # the output is ours, and what --force drops is gone
         stack.enter_context(using_threads(fitting_threads(run)))
         with memory_told(run):
@@ -92,7 +93,8 @@ def open_state(run: Run, world: World) -> tuple[TrainingState, nn.Module | None]
     """What is trained, as it is at the start or in the checkpoint that is kept; the frozen base."""
     network, base = for_precision(run, *open_networks(run))
     if run.shard:
-        shard_networks(run, [network, base], world)
+        for one in (network, base) if base is not None else (network,):
+            shard(one, world)
     reduction = Reduction(run.config, run.denoiser.schedule, run.clusters)
     state = TrainingState(network, reduction, run.config, scale_loss=run.dtype == "fp16")
     if (checkpoint := checkpoint_path(run.output)).exists():
@@ -100,19 +102,12 @@ def open_state(run: Run, world: World) -> tuple[TrainingState, nn.Module | None]
     return state, base
 
 
-def shard_networks(run: Run, networks: Sequence[nn.Module | None], world: World) -> None:
-    """Divide what the updates run among the processes."""
-    for network in networks if run.config.consistency else networks[:1]:
-        if network is not None:
-            shard(network, world)
-
-
 def compile_networks(run: Run, networks: Sequence[nn.Module | None], step: int) -> None:
     """Compile what the updates from `step` on will run, where `run.compile` asks for it."""
     if run.shard:  # gathering its blocks would break what is compiled into pieces
         return
     num_forwards = (run.config.steps - step) * run.config.accumulation
-    for network in networks if run.config.consistency else networks[:1]:
+    for network in networks:
         if network is not None:
             compile_network(network, run.compile, num_forwards=num_forwards)
 

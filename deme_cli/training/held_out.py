@@ -121,11 +121,9 @@ class _Predictor(nn.Module):
 
 
 def draws_of_range(
-    examples: Examples | None, span: TimestepRange, schedule: Schedule, num: int
-) -> FixedDraws | None:
-    """`num` draws with timesteps spread evenly over the range; None without images or draws."""
-    if examples is None or num == 0 or len(examples) == 0:
-        return None
+    examples: Examples, span: TimestepRange, schedule: Schedule, num: int
+) -> FixedDraws:
+    """`num` draws with timesteps spread evenly over the range."""
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn((num, *examples.shape), generator=generator)
     span = schedule.indices(span)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from deme_cli.children import reason_of, start_deme
 from deme_cli.errors import DemeError
@@ -29,22 +31,28 @@ class JobFailed(DemeError):
         self.exit_code = exit_code
 
 
-@dataclass
+@dataclass(frozen=True)
 class RangeProcess:
-    """One range: its command line (after `deme`), its curve, and its process once started."""
+    """One range: its command line (after `deme`), and the curves that tell how far it is."""
 
     label: str
     arguments: Sequence[str]
     metrics: Sequence[Path]
-    process: subprocess.Popen[bytes] | None = field(default=None)
-
-    def start(self, num_threads: int) -> None:
-        self.process = start_deme(self.arguments, num_threads=num_threads, errors=subprocess.PIPE)
 
     @property
     def step(self) -> int:
         """Updates done, as far as its metrics files tell."""
         return sum(last_step(path) for path in self.metrics)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A range whose process was started; `said` is what it tells people, in a file: a pipe that
+    nobody empties would stop it."""
+
+    job: RangeProcess
+    process: subprocess.Popen[bytes]
+    said: IO[bytes]
 
 
 def run_jobs(jobs: Sequence[RangeProcess], *, at_once: int) -> Iterator[dict[str, int]]:
@@ -54,24 +62,24 @@ def run_jobs(jobs: Sequence[RangeProcess], *, at_once: int) -> Iterator[dict[str
     save), Stopped after a signal, once every process has saved its state.
     """
     num_threads = max(1, (os.cpu_count() or 1) // at_once)
-    waiting, running = list(jobs), []
+    waiting, running = list(jobs), list[_Running]()
     with StopRequests() as requests:
         while waiting or running:
             while waiting and len(running) < at_once and not requests.asked:
-                running.append(waiting.pop(0))
-                running[-1].start(num_threads)
+                running.append(_start(waiting.pop(0), num_threads))
             time.sleep(_POLL_SECONDS)
-            yield {job.label: job.step for job in jobs if job.process}
+            yield {job.label: job.step for job in jobs if job not in waiting}
             if requests.asked:
                 _stop(running)
                 raise requests.stopped("all ranges saved; run the same command again to continue")
-            for job in [job for job in running if job.process.poll() is not None]:
-                running.remove(job)
-                if job.process.returncode:
+            for ended in [one for one in running if one.process.poll() is not None]:
+                running.remove(ended)
+                if code := ended.process.returncode:
                     _stop(running)
-                    code = job.process.returncode
-                    reason = reason_of(code, job.process.stderr.read())
-                    raise JobFailed(f"range {job.label}: {reason}", code if code > 0 else 1)
+                    ended.said.seek(0)
+                    reason = reason_of(code, ended.said.read())
+                    message = f"range {ended.job.label}: {reason}"
+                    raise JobFailed(message, code if code > 0 else 1)
 
 
 def last_step(metrics: Path) -> int:
@@ -83,10 +91,15 @@ def last_step(metrics: Path) -> int:
         return 0
 
 
-def _stop(running: Sequence[RangeProcess]) -> None:
+def _start(job: RangeProcess, num_threads: int) -> _Running:
+    said = tempfile.TemporaryFile()  # noqa: SIM115  read when the process ends; it has no name
+    return _Running(job, start_deme(job.arguments, num_threads=num_threads, errors=said), said)
+
+
+def _stop(running: Sequence[_Running]) -> None:
     """Ask the processes to save and stop, and wait for them."""
-    for job in running:
-        if job.process.poll() is None:
-            job.process.terminate()
-    for job in running:
-        job.process.communicate()
+    for one in running:
+        if one.process.poll() is None:
+            one.process.terminate()
+    for one in running:
+        one.process.wait()

@@ -28,7 +28,7 @@ from deme_cli.diffusion.conditions import Conditions
 from deme_cli.errors import ArtifactError
 from deme_cli.records import Record
 from deme_cli.tensor_file import read_header
-from deme_cli.training.encoder import Encoder
+from deme_cli.training.encoder import SIZES, Encoder
 
 ROWS, LEAST_ROWS = 256, 32  # images of a shard; fewer where they are large
 _SHARD_PIXELS = 1 << 26  # 256 images of 512 x 512, 64 of 1024 x 1024
@@ -70,10 +70,8 @@ def cache_key(encoder: Encoder, *, split: str, crop: str, flips: bool) -> dict[s
     }
 
 
-def cache_place(setting: str, beside: Path, key: Mapping[str, Any]) -> Path | None:
+def cache_place(setting: str, beside: Path, key: Mapping[str, Any]) -> Path:
     """The folder of a cache: `auto` names it by its key, a given one holds a folder per split."""
-    if setting == "off":
-        return None
     if setting != "auto":
         return Path(setting).expanduser() / key["split"]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -188,6 +186,42 @@ class LatentCache:
     def _open(self, shard: int) -> Any:
         assert self.has(shard), f"{self.path(shard)} is read before the cache is filled"
         return safe_open(self.path(shard), "pt")
+
+
+class CachedEncoder:
+    """An encoder that reads what its cache holds, and asks the frozen parts for the rest.
+
+    Centre crops come with their latents from the cache; of random crops only what is said of the
+    image does.
+    """
+
+    def __init__(self, encoder: Encoder, cache: LatentCache) -> None:
+        self.encoder, self.cache = encoder, cache
+        self.data, self.companions = encoder.data, encoder.companions
+        self.latent_shape = encoder.latent_shape
+
+    @property
+    def runs_vae(self) -> bool:
+        return not self.cache.holds_latents
+
+    def posterior(
+        self, indices: Sequence[int], flip: Tensor | None = None, crops: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.cache.holds_latents:
+            return self.cache.posterior(indices, flip)
+        return self.encoder.posterior(indices, flip, crops)
+
+    def conditions(
+        self, indices: Sequence[int], flip: Tensor | None = None, crops: Tensor | None = None
+    ) -> Conditions:
+        conditions = self.cache.conditions(indices)
+        if crops is not None and SIZES in conditions:  # the text stays, the crop is new
+            sizes = self.encoder.geometry(indices, flip, crops)
+            conditions[SIZES] = sizes.to(conditions[SIZES])
+        return conditions
+
+    def null(self) -> Conditions:
+        return self.cache.null()
 
 
 def _short(value: Any) -> str:

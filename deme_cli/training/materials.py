@@ -11,14 +11,14 @@ from deme_cli.config import DataConfig
 from deme_cli.data.images import ImageData, open_images
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.companions import Companions
-from deme_cli.diffusion.pipeline_parts import digest_of_part, digests_of, locate_parts
+from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts
 from deme_cli.errors import ArtifactError
 from deme_cli.processes import ALONE, JointStopRequests, Lost, World
 from deme_cli.records import DenoiserRecord
 from deme_cli.training.cache_filling import fill
 from deme_cli.training.encoder import Encoder
 from deme_cli.training.examples import Examples, LatentExamples, PixelExamples
-from deme_cli.training.latent_cache import LatentCache, cache_key, cache_place
+from deme_cli.training.latent_cache import CachedEncoder, LatentCache, cache_key, cache_place
 
 AnyRecord = TypeVar("AnyRecord", bound=DenoiserRecord)
 
@@ -67,21 +67,14 @@ def open_examples(
     _require_classes(data, companions)
     if not has_latents:
         return PixelExamples(data, crop=crop)
-    encoder, opened = Encoder(data, companions, shape), None
-    if is_cached:
-        _require_vae(companions)
-        flips = data.can_flip if flips is None else flips
-        key = cache_key(encoder, split=split, crop=crop, flips=flips)
-        place, num = cache_place(cache, beside, key), len(data)
-        opened = LatentCache(place, key, num_needed=min(num, num_needed or num))
-    return LatentExamples(encoder, companions, crop=crop, cache=opened)
-
-
-def _require_vae(companions: Companions) -> None:
-    """Check the VAE, whose scales are read even where the rest comes from a cache."""
-    assert companions.folder is not None
-    if digest_of_part(companions.folder, "vae") != companions.digests["vae"]:
-        companions.require_same()
+    encoder = Encoder(data, companions, shape)
+    if not is_cached:
+        return LatentExamples(encoder, crop=crop)
+    companions.require_same("vae")  # whose scales are read even where the rest is cached
+    flips, num = data.can_flip if flips is None else flips, len(data)
+    key = cache_key(encoder, split=split, crop=crop, flips=flips)
+    kept = LatentCache(cache_place(cache, beside, key), key, num_needed=min(num, num_needed or num))
+    return LatentExamples(CachedEncoder(encoder, kept), crop=crop)
 
 
 def _require_classes(data: ImageData, companions: Companions) -> None:
@@ -123,5 +116,8 @@ def fill_caches(*examples: Examples | None, world: World = ALONE) -> Iterator[in
             one.companions.release()  # gigabytes that training does not read
 
 
-def _cached(examples: Sequence[Examples | None]) -> list[LatentExamples]:
-    return [one for one in examples if isinstance(one, LatentExamples) and one.cache is not None]
+def _cached(examples: Sequence[Examples | None]) -> list[CachedEncoder]:
+    return [
+        one.encoder for one in examples
+        if isinstance(one, LatentExamples) and isinstance(one.encoder, CachedEncoder)
+    ]  # fmt: skip

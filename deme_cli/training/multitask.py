@@ -75,6 +75,9 @@ class NashWeights(nn.Module):
     Only the first batch of such an update is measured; alpha stays where there is no solution.
     """
 
+    alpha: Tensor
+    measured_at: Tensor
+
     def __init__(self, num_tasks: int, every: int) -> None:
         super().__init__()
         self.every = every
@@ -152,10 +155,13 @@ def _measure(losses: Tensor, parameters: Sequence[nn.Parameter], scale: Scale) -
 def _add(parameters: Sequence[nn.Parameter], gradients: Gradients, weights: Tensor) -> None:
     """Add sum_i w_i g_i to `.grad`.  weights: (k,)"""
     for weight, gradient in zip(weights.tolist(), gradients, strict=True):
-        pairs = [(p, g) for p, g in zip(parameters, gradient, strict=True) if g is not None]
-        for parameter, _ in pairs:
+        sums, added = [], []
+        for parameter, grad in zip(parameters, gradient, strict=True):
+            if grad is None:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter, _ in pairs]
-        if grads:
-            torch._foreach_add_(grads, [g for _, g in pairs], alpha=weight)
+            sums.append(parameter.grad)
+            added.append(grad)
+        if sums:
+            torch._foreach_add_(sums, added, alpha=weight)

@@ -24,18 +24,16 @@ _CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by autocast, on every de
 
 
 def open_networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
-    """The network to train, with projections, and the frozen base (None when it is not needed).
+    """The network to train, with projections, and the frozen base (None where no loss asks it).
 
     Raises ConfigError where gradient checkpointing is asked of a network that has none.
     """
     network = copy.deepcopy(run.denoiser.network).train().requires_grad_(True)
     if run.config.gradient_checkpointing:
         checkpoint_gradients(network)
-    if run.from_scratch:
-        return network, None
     attach_projections(network, run.config.projection)
     network.to(run.denoiser.device)
-    return network, run.denoiser.network
+    return network, run.denoiser.network if run.config.consistency else None
 
 
 def fitting_threads(run: Run) -> int:
@@ -51,6 +49,9 @@ def fitting_threads(run: Run) -> int:
 
 def checkpoint_gradients(network: nn.Module) -> None:
     """Let `network` compute its blocks' activations again instead of keeping them."""
+    from diffusers.models import ModelMixin
+
+    assert isinstance(network, ModelMixin)
     try:
         network.enable_gradient_checkpointing()
     except ValueError as error:
@@ -72,7 +73,7 @@ def for_precision(
     half, device = TORCH_DTYPES[run.dtype], run.denoiser.device
     if half == torch.float32:
         return network, base
-    if base is not None and run.config.consistency:
+    if base is not None:
         original, base = base, hold_in(base if run.shard else copy.deepcopy(base), half)
         if device.type == "cuda":
             original.cpu()
@@ -96,12 +97,12 @@ def is_convolutional(network: nn.Module) -> bool:
 
 
 def require_unchanged(run: Run, base: nn.Module | None) -> None:
-    """Assert that the frozen base is still the one that the record names, where it is whole."""
-    if base is None or run.shard:
+    """Assert that what the run started from is still what the record names, where it is whole."""
+    if run.shard:
         return
     original = run.denoiser.network.state_dict()
     assert fingerprint(original) == run.denoiser.record.fingerprint, "the frozen base was changed"
-    if base is not run.denoiser.network:
+    if base is not None and base is not run.denoiser.network:
         for name, tensor in base.state_dict().items():
             same = torch.equal(original[name].to(tensor.dtype), tensor.to(original[name].device))
             assert same, f"the frozen base was changed: {name}"

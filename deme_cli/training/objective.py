@@ -79,13 +79,13 @@ def expert_losses(
 ) -> Losses:
     """Eq. 5 on one batch: denoising plus `consistency` times the distance to the base's output.
 
-    x0, eps: (B, C, H, W)   t: (B,) draws of the schedule   conditions: (B, ...) each. The base is
-    not run where `consistency` is 0.
+    x0, eps: (B, C, H, W)   t: (B,) draws of the schedule   conditions: (B, ...) each   base: None
+    where `consistency` is 0.
     """
     x_t, times = schedule.add_noise(x0, eps, t), schedule.times(t)
     output = predict(network, x_t, times, conditions).float()
     denoising = _squared_error(output, schedule.target(x0, eps, t))
-    if base is None or consistency == 0:
+    if base is None:
         return Losses(denoising, denoising.detach(), torch.zeros_like(denoising.detach()))
     with torch.no_grad():
         base_output = predict(base, x_t, times, conditions)

@@ -7,7 +7,8 @@ loads the rest.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from deme_cli.config import DataConfig, SplitConfig
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.finetune_config import NOT_RESULT, FinetuneConfig
 from deme_cli.outputs import require_output, require_space
-from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
+from deme_cli.records import BaseRecord, DenoiserRecord
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import RangeChoice, parse_range
 from deme_cli.training.affinity import read_affinity
@@ -73,13 +74,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run to come: its range (None for a base from scratch) and its output."""
+    """One run to come: its range and its output.
+
+    A base from scratch has no range, but a `description` of its network and schedule.
+    """
 
     job: Job
     range_text: str
     choice: RangeChoice | None
     output: Path
-    description: dict[str, Any] | None = None
+    description: Mapping[str, Any] = field(default_factory=dict)
     is_done: bool = False
     has_companions: bool = False
 
@@ -109,7 +113,6 @@ def plan_experts(job: Job, run: RunFile, range_text: str, output: Path | None) -
     if not job.base.exists():
         raise MissingError(f"{job.base}: no base there; make one with `deme split`, or use --base")
     record = read_record(job.base, "base")
-    assert isinstance(record, BaseRecord)
     split = run.settings(SplitConfig)
     num_ranges = len(split.timestep_ranges) or split.n
     if range_text == "all" and output is not None:
@@ -218,7 +221,6 @@ def _files_beside(output: Path, settings: FinetuneConfig) -> int:
 def _require_same_settings(output: Path, base: BaseRecord, job: Job) -> None:
     """Check that the finished expert at `output` is what this command line would make again."""
     record = read_record(output, "expert")
-    assert isinstance(record, ExpertRecord)
     wanted = {n: v for n, v in asdict(job.settings).items() if n not in NOT_RESULT}
     wanted |= {"base": base.fingerprint, "crop": job.images.crop}
     if job.images.source != record.data.get("source"):

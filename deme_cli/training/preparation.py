@@ -28,14 +28,13 @@ def prepare(plan: Plan) -> Run:
     """
     job = plan.job
     device = "cpu" if job.shard else str(choose_device(job.device))  # to be divided from there
-    if plan.description is not None:
+    if plan.choice is None:
         denoiser = random_denoiser(
             plan.description, job.settings.seed, device=device, pipeline=job.pipeline
         )
         choice = RangeChoice(TimestepRange(0, denoiser.schedule.num_train_timesteps), 1, 1)
         examples, held_out = _open(plan, denoiser.record)
     else:
-        assert plan.choice is not None
         record, choice = _base_record(job), plan.choice
         examples, held_out = _open(plan, record)
         denoiser = replace(_load_base(job, device), record=record)
@@ -77,9 +76,7 @@ def open_plan_examples(plan: Plan) -> tuple[Examples, Examples | None]:
 
 def _base_record(job: Job) -> DenoiserRecord:
     """The base's record, its frozen parts named."""
-    record = read_record(job.base, "base")
-    assert isinstance(record, DenoiserRecord)
-    return name_companions(record, job.pipeline)
+    return name_companions(read_record(job.base, "base"), job.pipeline)
 
 
 def _open(plan: Plan, record: DenoiserRecord) -> tuple[Examples, Examples | None]:

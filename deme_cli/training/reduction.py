@@ -27,6 +27,9 @@ class Reduction(nn.Module):
     needs to continue. Raises ConfigError on a weighting that this schedule has no number for.
     """
 
+    weights: Tensor | None
+    stops: Tensor
+
     def __init__(
         self, config: FinetuneConfig, schedule: Schedule, clusters: Sequence[TimestepRange] = ()
     ) -> None:

@@ -22,7 +22,7 @@ from deme_cli.processes import ALONE, World
 from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.training.networks import require_unchanged
 from deme_cli.training.places import variant_path
-from deme_cli.training.power_average import PowerAverage
+from deme_cli.training.power_profile import gamma_of
 from deme_cli.training.run import Run
 from deme_cli.training.sharding import gather
 from deme_cli.training.state import TrainingState
@@ -31,7 +31,7 @@ from deme_cli.training.state import TrainingState
 def is_snapshot(step: int, config: FinetuneConfig) -> bool:
     """Whether `step` updates make a snapshot; the end does not, for it is the result."""
     every = config.snapshot_every
-    return bool(every) and 0 < step < config.steps and step % every == 0
+    return every is not None and 0 < step < config.steps and step % every == 0
 
 
 def write_snapshots(run: Run, state: TrainingState, world: World = ALONE) -> None:
@@ -42,8 +42,8 @@ def write_snapshots(run: Run, state: TrainingState, world: World = ALONE) -> Non
     Algorithm 3) one needs the power-function ones of several steps; to average plain checkpoints
     the usual ones serve, with `ema_decay` 0 the very weights.
     """
-    for average in (None, *state.power_averages):
-        _write(run, state, average, world, step=state.step)
+    for length in (None, *(run.config.ema_lengths or [])):
+        _write(run, state, world, length=length, step=state.step)
 
 
 def write_results(
@@ -51,32 +51,30 @@ def write_results(
 ) -> None:
     """Write the averages of other lengths, then the result: where it lies, all of them do."""
     require_unchanged(run, base)
-    for average in (*state.power_averages, None):
-        _write(run, state, average, world)
+    for length in (*(run.config.ema_lengths or []), None):
+        _write(run, state, world, length=length)
 
 
 def _write(
-    run: Run, state: TrainingState, average: PowerAverage | None, world: World,
-    *, step: int | None = None,
-) -> None:  # fmt: skip
-    """Write one artifact: of the power-function `average`, or of the usual weights."""
-    weights = gather(state.averaged_weights(average), world)
+    run: Run, state: TrainingState, world: World, *, length: float | None, step: int | None = None
+) -> None:
+    """Write one artifact: of the power-function average of `length`, or of the usual weights."""
+    weights = gather(state.averaged_weights(length), world)
     if not world.is_first:
         return
-    if not run.from_scratch and run.config.projection == "fold":
+    if run.config.projection == "fold":
         weights = fold_weights(weights, state.network)
-    length = average.length if average else None
     path = variant_path(run.output, step=step, length=length)
     averaging: dict[str, Any] = {} if path == run.output else {"step": state.step}
-    if average:
-        averaging |= {"ema_length": average.length, "ema_gamma": average.gamma}
+    if length is not None:
+        averaging |= {"ema_length": length, "ema_gamma": gamma_of(length)}
     write_artifact(path, weights, _record(run, state, averaging))
 
 
 def _record(run: Run, state: TrainingState, averaging: dict[str, Any]) -> DenoiserRecord:
     """The header of a result: every setting that is set, and what was averaged how."""
     config, record, examples = run.config, run.denoiser.record, run.examples
-    model = {
+    model: dict[str, Any] = {
         "source": record.source,
         "model_config": record.model_config,
         "scheduler_config": record.scheduler_config,

@@ -21,8 +21,8 @@ class Run:
     on or off, as of `compile_network`; `shard`: divide the networks among the processes, which uses
     up the denoiser's. Like the device, neither is part of what makes a run the same.
 
-    With `from_scratch` the denoiser's random weights are trained into a base: no frozen copy, no
-    consistency, no projection.
+    With `from_scratch` the denoiser's random weights are trained into a base; its config then asks
+    for no consistency and no projection.
     """
 
     denoiser: Denoiser

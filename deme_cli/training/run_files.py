@@ -8,7 +8,7 @@ thousand. Where the network is divided among them, all take part in both.
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -48,23 +48,19 @@ class RunFiles:
 
     def __init__(self, run: Run, step: int, world: World) -> None:
         self.run, self.world = run, world
-        self._stack, self._curve = ExitStack(), None
-        self._held_out = None
-        if world.is_first:
-            self._curve = self._stack.enter_context(MetricsLog(run.output, step))
-        if world.is_first or run.shard:
+        self._curve = MetricsLog(run.output, step) if world.is_first else None
+        self._held_out: FixedDraws | None = None
+        if run.held_out is not None and self._writes:
             self._held_out = draws_of_range(
-                run.held_out,
-                run.choice.range,
-                run.denoiser.schedule,
-                run.config.held_out,
+                run.held_out, run.choice.range, run.denoiser.schedule, run.config.held_out
             )
 
     def __enter__(self) -> RunFiles:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        if self._curve:
+            self._curve.close()
 
     def log(self, record: TrainStep) -> None:
         """Add a point to the curve."""
@@ -135,21 +131,25 @@ class MetricsLog:
 
     def __init__(self, output: Path, step: int) -> None:
         self.path = metrics_path(output)
-        kept = []
-        if step and self.path.exists():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if line and json.loads(line)["step"] <= step]
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
         with writing(self.path):
             self._file = self.path.open("w")
             self._file.writelines(f"{line}\n" for line in kept)
 
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
     def add(self, record: TrainStep) -> None:
+        """Write a line, and let it reach those who watch."""
         with writing(self.path):
             self._file.write(json.dumps(asdict(record)) + "\n")
             self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The update of a line; infinite for one that was being written when its run was killed."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deme_cli.artifacts import fingerprint
+from deme_cli.diffusion.backbones.backbone import config_of
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.denoiser import Denoiser, build_network, choose_device
 from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts
@@ -19,7 +21,7 @@ _NO_PIPELINE = "trained from scratch"
 
 
 def random_denoiser(
-    description: dict[str, Any], seed: int, *, device: str, pipeline: str | None = None
+    description: Mapping[str, Any], seed: int, *, device: str, pipeline: str | None = None
 ) -> Denoiser:
     """The denoiser that {model, scheduler} describes, its weights drawn from `seed`.
 
@@ -44,7 +46,7 @@ def random_denoiser(
     schedule = read_schedule(scheduler, "[scheduler]")
     record = BaseRecord(
         source=source,
-        model_config={**dict(network.config), "_class_name": model["_class_name"]},
+        model_config={**config_of(network), "_class_name": model["_class_name"]},
         scheduler_config=scheduler,
         num_train_timesteps=schedule.num_train_timesteps,
         companions=companions,

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deme_cli.artifacts import ArtifactWriter
@@ -26,6 +27,7 @@ from deme_cli.tensor_file import layout_of, tensor_bytes
 _BLOCKS = (  # diffusers' classes that a network repeats; of nested ones the outermost counts
     "ResnetBlock2D", "Attention", "BasicTransformerBlock",
     "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock",
+    "WanTransformerBlock",
 )  # fmt: skip
 
 
@@ -49,22 +51,22 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-def is_divided(tensor: Tensor) -> bool:
+def is_divided(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether this process holds but a slice of it."""
     return isinstance(tensor, DTensor)
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_divided(tensor) else tensor
 
 
 def whole(tensor: Tensor, world: World) -> Tensor:
     """`tensor` with the slices of all processes, which all have to ask. Raises Lost."""
-    if not is_divided(tensor):
-        return tensor
-    world.wait()  # where one that has gone is noticed, which the gathering itself may not
-    return tensor.full_tensor()
+    if is_divided(tensor):
+        world.wait()  # where one that has gone is noticed, which the gathering itself may not
+        return tensor.full_tensor()
+    return tensor
 
 
 @torch.no_grad()
@@ -106,6 +108,7 @@ def write_gathered(path: Path, tensors: Mapping[str, Tensor], record: Record, wo
 @torch.no_grad()
 def holding(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, a divided network has `weights`, which are divided like its own."""
+    assert isinstance(network, FSDPModule)
     state = network.state_dict()
     own = {name: tensor.clone() for name, tensor in state.items()}
     for name, tensor in state.items():

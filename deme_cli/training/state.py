@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.processes import ALONE, World
 from deme_cli.records import Record
 from deme_cli.tensor_file import read_header
-from deme_cli.training.power_average import PowerAverage
+from deme_cli.training.averages import open_averages
 from deme_cli.training.reduction import Reduction
 from deme_cli.training.sharding import own_part, put, write_gathered
 
@@ -76,15 +75,8 @@ class TrainingState:
             fused=True,  # on processors 4 to 6 times as fast as foreach
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
-        self.ema = EMAModel(
-            network.parameters(),
-            decay=config.ema_decay,
-            use_ema_warmup=True,
-            inv_gamma=1.0,
-            power=0.75,
-        )
         parameters = list(network.parameters())
-        self.power_averages = [PowerAverage(parameters, s) for s in config.ema_lengths or []]
+        self.averages = open_averages(parameters, config.ema_decay, config.ema_lengths or [])
 
     def update(self) -> None:
         """One optimizer update from the gradients at hand, then the moving averages."""
@@ -101,29 +93,18 @@ class TrainingState:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.config.ema_decay:
-            self._average(parameters)
-        for average in self.power_averages:
+        for average in self.averages.values():
             average.step(parameters, self.step)
 
-    @torch.no_grad()
-    def _average(self, parameters: list[nn.Parameter]) -> None:
-        """ema + (1 - decay) (theta - ema), in one pass over the weights (EMAModel.step takes three,
-        and memory for one more copy)."""
-        decay = self.ema.get_decay(self.step)
-        torch._foreach_lerp_(self.ema.shadow_params, parameters, 1 - decay)
+    def averaged_weights(self, length: float | None = None) -> dict[str, Tensor]:
+        """The weights under the power-function average of `length`; None for the usual weights.
 
-    def averaged_weights(self, average: PowerAverage | None = None) -> dict[str, Tensor]:
-        """The weights that the run is for: the moving average, or the last ones without it.
-
-        With one of `power_averages`, the weights under that instead.
+        Those are what the run is for: the moving average, or the last ones without it.
         """
         weights = {name: tensor.detach() for name, tensor in self.network.state_dict().items()}
-        names = [name for name, _ in self.network.named_parameters()]
-        if average:
+        if average := self.averages.get(length):
+            names = [name for name, _ in self.network.named_parameters()]
             weights.update(zip(names, average.tensors, strict=True))
-        elif self.config.ema_decay:
-            weights.update(zip(names, self.ema.shadow_params, strict=True))
         return weights
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -134,16 +115,15 @@ class TrainingState:
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"reduction.{name}": v for name, v in self.reduction.state_dict().items()}
-        parameters = list(self.network.named_parameters())
-        for (name, _), average in zip(parameters, self.ema.shadow_params, strict=True):
-            tensors[f"ema.{name}"] = average
         for name, parameter in self.trained():
             for key in _ADAM:
                 if parameter in self.optimizer.state:
                     tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
-        for average in self.power_averages:
-            for (name, _), tensor in zip(parameters, average.tensors, strict=True):
-                tensors[f"power_ema_{average.length}.{name}"] = tensor
+        names = [name for name, _ in self.network.named_parameters()]
+        for length, average in self.averages.items():
+            prefix = "ema" if length is None else f"power_ema_{length}"
+            for name, tensor in zip(names, average.tensors, strict=True):
+                tensors[f"{prefix}.{name}"] = tensor
         return tensors
 
     def save(self, path: Path, identity: dict[str, Any], world: World = ALONE) -> None:

@@ -31,6 +31,10 @@ class Uncertainty(nn.Module):
     The features are drawn from `seed` and saved with the weights: a state_dict restores all of u.
     """
 
+    frequencies: Tensor
+    phases: Tensor
+    noise_levels: Tensor
+
     def __init__(self, schedule: Schedule, *, channels: int = 128, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)

@@ -21,7 +21,8 @@ from typer.testing import Result
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
 from deme_cli.errors import ArtifactError, ConfigError, GateError, MissingError
-from deme_cli.evaluation.clip_score import load_clip_scorer
+from deme_cli.evaluation.clip_score import open_clip_scorer
+from deme_cli.evaluation.clip_weights import find_clip
 from deme_cli.evaluation.protocols import PROTOCOLS
 from deme_cli.records import SamplesRecord
 
@@ -193,7 +194,7 @@ def test_clip_score_and_accuracy_of_samples_that_know_their_prompts_and_classes(
     score, accuracy = row["metrics"]["clip_score"], row["metrics"]["accuracy"]
     images = load_tensors(digit_samples)["images"].numpy()
     record = read_record(digit_samples, "samples")
-    cosines = load_clip_scorer("", clip).compare(images, record.prompts).cosines
+    cosines = open_clip_scorer(find_clip("", clip)).compare(images, record.prompts).cosines
     assert score["value"] == pytest.approx(100 * cosines.mean(), abs=1e-9)
     assert (score["n"], score["repeats"], score["sd"], score["truncated"]) == (40, 1, None, 0)
     assert (score["model"], score["weights"]) == ("clip", "open_clip_model.safetensors")

@@ -252,7 +252,7 @@ def test_an_expert_of_nan_is_refused_alone_as_well(run_folder: Path, deme: Calla
 def test_a_merge_that_does_not_carry_over_is_called_worse(
     capsys: pytest.CaptureFixture, interval: tuple[float, float], is_told: bool
 ) -> None:
-    from deme_cli.commands.merge_report import warn_if_worse
+    from deme_cli.api.merge_report import warn_if_worse
     from deme_cli.merging.search.report import Estimate, ReportRow
 
     base = ReportRow("base", [0.0], {"loss": Estimate(1.0, (1.0,))})

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from deme_cli import console
-from deme_cli.commands.search_view import SearchView
+from deme_cli.api.search_view import SearchView
 from deme_cli.merging.search.trials import Trial
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from deme_cli.artifacts import write_artifact
 from deme_cli.data.fitting import crop_corner, fit
 from deme_cli.data.images import ImageData, open_images
-from deme_cli.errors import ArtifactError, ConfigError, DemeError
+from deme_cli.errors import ArtifactError, DemeError
 from deme_cli.records import SamplesRecord
 
 NAMES = [f"{index:02d}.png" for index in range(10)]  # of the fixture image_folder
@@ -367,12 +367,6 @@ def test_images_that_are_not_kept_are_the_same(image_folder: Path) -> None:
     assert kept.batch([3]).shape == (1, 1, 8, 8)
     with pytest.raises(DemeError, match=r"03\.png"):
         lazy.batch([3])
-
-
-def test_an_image_source_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "images.zip").write_bytes(b"PK")
-    with pytest.raises(ConfigError, match=r"\.tar of webdataset"):
-        open_text(tmp_path / "images.zip")
 
 
 def test_other_images_of_the_same_size_have_another_fingerprint(tmp_path: Path) -> None:

@@ -168,6 +168,13 @@ def test_a_file_that_is_no_image_is_named(image_folder: Path) -> None:
         open_images(str(image_folder), shape=(1, 8, 8), split="all")
 
 
+def test_a_link_to_nothing_among_images_is_named(image_folder: Path) -> None:
+    (image_folder / "05.png").unlink()
+    (image_folder / "05.png").symlink_to("gone.png")
+    with pytest.raises(MissingError, match=r"05\.png: no such file"):
+        open_images(str(image_folder), shape=(1, 8, 8), split="all")
+
+
 def test_images_too_many_to_keep_are_decoded_by_batch(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from deme_cli.data.digits import load_digits
 from deme_cli.errors import ArtifactError, MissingError, NumericsError
-from deme_cli.evaluation.accuracy import linear_discriminant, load_classifier, standard_error
+from deme_cli.evaluation.accuracy import (
+    Classifier,
+    linear_discriminant,
+    open_classifier,
+    standard_error,
+)
 from deme_cli.evaluation.meters import AccuracyMeter
+from deme_cli.evaluation.weights import find_classifier
 
 
 class Brightest(nn.Module):
@@ -31,6 +37,10 @@ class Broken(nn.Module):
 class Flat(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=[1, 2, 3])
+
+
+def load_classifier(name: str) -> Classifier:
+    return open_classifier(find_classifier(name))
 
 
 def test_the_digit_classifier_tells_the_test_digits() -> None:

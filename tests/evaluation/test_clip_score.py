@@ -16,11 +16,15 @@ from tiny_clip import CONFIG, write_clip
 from deme_cli import hub
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.assets import hub_cache
-from deme_cli.evaluation.clip_score import load_clip_scorer
+from deme_cli.evaluation.clip_score import ClipScorer, open_clip_scorer
 from deme_cli.evaluation.clip_weights import find_clip, require_clip
 from deme_cli.evaluation.meters import ClipMeter
 
 PROMPTS = ["a seven", "a red bus in the rain", "a seven", "two dogs, one cat"]
+
+
+def load_clip_scorer(model: str, weights: str) -> ClipScorer:
+    return open_clip_scorer(find_clip(model, weights))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.comparable import require_one_protocol
+from deme_cli.evaluation.protocol import describe_cards
 
 CARD: dict[str, Any] = {
     "model": "base", "source": "digits", "fingerprints": ["a"], "ranges": [[0, 1000]],
@@ -62,6 +63,14 @@ def test_images_without_a_card_beside_some_with_one_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"no protocol card.*--mixed"):
         remarks(CARD, {"images": "f"})
     assert remarks({"images": "f"}, {"images": "g"}) == []
+
+
+@pytest.mark.parametrize("field", ["sampler", "steps", "spacing", "dtype", "seed"])
+def test_a_card_without_its_essentials_counts_as_none(field: str) -> None:
+    rest = {name: value for name, value in CARD.items() if name != field}
+    assert describe_cards({"drawn": rest}) == ["drawn: finished images of unknown protocol"]
+    with pytest.raises(ConfigError, match="no protocol card"):
+        remarks(CARD, rest)
 
 
 def test_mixed_rows_are_allowed_and_told() -> None:

@@ -132,8 +132,9 @@ def test_a_stopped_run_goes_on_where_it_was(run_folder: Path, instruments: Instr
                 os.kill(os.getpid(), signal.SIGTERM)
     assert raised.value.exit_code == 75
     ledger = Ledger(Path("."), "y")
-    assert len(ledger) == 2
-    assert len(Ledger(Path("."), "another run")) == 0
+    assert [ledger.find("base", 0), ledger.find("ft_1of4", 0)] == whole[:2]
+    assert ledger.find("base", 1) is None
+    assert Ledger(Path("."), "another run").find("base", 0) is None
     records = evaluate_rows(rows, instruments, ledger=ledger, **arguments)
     assert [record for record in records if isinstance(record, Measured)] == whole
     assert not ledger.path.exists()
@@ -142,7 +143,7 @@ def test_a_stopped_run_goes_on_where_it_was(run_folder: Path, instruments: Instr
 def test_a_broken_ledger_is_measured_again(run_folder: Path) -> None:
     ledger = Ledger(Path("."), "x")
     ledger.path.write_text("[{")
-    assert len(Ledger(Path("."), "x")) == 0
+    assert Ledger(Path("."), "x").find("base", 0) is None
 
 
 def test_rows_of_different_sizes_are_refused(run_folder: Path) -> None:
@@ -184,6 +185,15 @@ def test_samples_need_a_prompt_and_a_class_for_every_image(run_folder: Path) -> 
         write_artifact(Path("drawn.safetensors"), {"images": images}, record)
         with pytest.raises(ArtifactError, match=f"expected {words}"):
             open_these("drawn.safetensors")
+
+
+def test_a_folder_whose_card_is_no_table_is_refused(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(image_folder.parent)
+    (image_folder / "samples.json").write_text('{"protocol": null}')
+    with pytest.raises(ArtifactError, match="expected a table under protocol, found None"):
+        open_these(image_folder.name)
 
 
 def test_models_of_one_base_share_their_scene(run_folder: Path) -> None:

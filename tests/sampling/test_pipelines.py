@@ -91,14 +91,19 @@ def require_same(found: Ours, pipeline: Any, **options: Any) -> None:
     is_packed = isinstance(pipeline, FluxPipeline)
     if is_packed:
         noise = pipeline._pack_latents(noise, *noise.shape)
+    is_video = type(pipeline).__name__ == "WanPipeline"
+    if is_video:
+        noise, options = noise[:, :, None], {"num_frames": 1, **options}
     settings = {
         "prompt": list(PROMPTS), "num_inference_steps": found.config.steps, "latents": noise,
         "height": size, "width": size, **options,
     }  # fmt: skip
-    latents = pipeline(**settings, output_type="latent").images
+    latents, images = (pipeline(**settings, output_type=kind)[0] for kind in ("latent", "pil"))
+    if is_video:
+        latents, images = latents[:, :, 0], [frames[0] for frames in images]
     if is_packed:
         latents = pipeline._unpack_latents(latents, size, size, pipeline.vae_scale_factor)
-    images = np.stack([np.asarray(image) for image in pipeline(**settings).images])
+    images = np.stack([np.asarray(image) for image in images])
     assert latents.std() > 0.5
     assert torch.allclose(found.latents, latents, rtol=0, atol=1e-5)
     assert largest_difference(found.images, images) <= 1
@@ -121,6 +126,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         "flux", {"distilled": False}, {"resolution": SIZE, "guidance": 2.0},
         {"true_cfg_scale": 2.0, "negative_prompt": ""},
     ),
+    "wan": ("wan", {}, {"sampler": "unipc", "resolution": SIZE}, {"guidance_scale": 5.0}),
+    "wan unguided": (
+        "wan", {}, {"sampler": "unipc", "resolution": 2 * SIZE, "guidance": 1.0},
+        {"guidance_scale": 1.0},
+    ),
+    "wan euler": ("wan", {"scheduler": "euler"}, {"resolution": SIZE}, {"guidance_scale": 5.0}),
 }  # fmt: skip
 
 

@@ -181,10 +181,15 @@ def test_a_folder_with_strange_images_is_refused_even_by_force(
     refuse(deme(*command), 2, "cat.jpg")
 
 
-def test_numbered_images_without_a_card_are_refused(run_folder: Path, deme: Deme) -> None:
+@pytest.mark.parametrize("card", [None, "{", "[]", '{"protocol": []}', "[" * 100_000])
+def test_numbered_images_without_a_card_are_refused(
+    run_folder: Path, deme: Deme, card: str | None
+) -> None:
     Path("drawn").mkdir()
     Path("drawn/000000.png").write_bytes(b"")
-    refuse(deme("sample", BASE, "-n", 2, "--steps", 2, "-o", "drawn"), 2, "samples.json")
+    if card is not None:
+        Path("drawn/samples.json").write_text(card)
+    refuse(deme("sample", BASE, "-n", 2, "--steps", 2, "-o", "drawn"), 2, "without samples.json")
 
 
 def test_a_folder_is_extended_and_never_holds_more_than_n(run_folder: Path, deme: Deme) -> None:
@@ -236,8 +241,9 @@ def test_an_artifact_stopped_before_its_end_was_written_is_finished(
     assert images_of(OUTPUT).shape == (7, 8, 8, 1)
 
 
-def test_a_card_cut_short_starts_anew(run_folder: Path, deme: Deme) -> None:
-    Path(".out.safetensors.unfinished").write_bytes(b'{"protocol": {"mod')
+@pytest.mark.parametrize("line", ['{"protocol": {"mod', '{"protocol": []}\n'])
+def test_a_card_that_is_not_whole_starts_anew(run_folder: Path, deme: Deme, line: str) -> None:
+    Path(".out.safetensors.unfinished").write_text(line)
     succeed(deme("sample", BASE, "-n", 2, "--steps", 4, "-o", OUTPUT))
 
 

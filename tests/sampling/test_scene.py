@@ -132,6 +132,7 @@ def test_a_guidance_of_one_is_no_guidance_for_pixels() -> None:
         ("sd", {}, 7.5, True),
         ("sdxl", {}, 5.0, True),
         ("sd3", {}, 7.0, True),
+        ("wan", {}, 5.0, True),
         ("dit", {}, 4.0, True),
         ("flux", {}, 3.5, False),
         ("flux", {"distilled": False}, 1.0, False),
@@ -181,7 +182,7 @@ def test_the_card_of_a_flow_model_has_no_spacing(opened: Any) -> None:
     assert [card[name] for name in fields] == ["euler", "flow", None, None, None, 10]
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux", "wan"])
 def test_images_do_not_depend_on_the_batch_size_and_go_on_from_any_batch(
     opened: Any, scene_for: Any, prompts: str, name: str
 ) -> None:
@@ -213,6 +214,7 @@ def test_images_do_not_depend_on_the_batch_size_and_go_on_from_any_batch(
         ("sd3", "euler", None),
         ("sd3", "heun", None),
         ("sd3", "dpm++", None),
+        ("wan", "unipc", None),
         ("flux", "euler", None),
         ("dit", "ddim", None),
     ],
@@ -314,7 +316,7 @@ def test_half_precision_draws_nearly_the_same_images(opened: Any, pipelines: Any
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux", "wan"])
 def test_a_gpu_draws_the_guided_images_of_the_cpu(pipelines: Any, name: str) -> None:
     config = SampleConfig(num=2, steps=4, resolution=16)
     if name != "dit":

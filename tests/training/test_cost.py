@@ -15,15 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
+from deme_cli.processes import ALONE
 from deme_cli.timesteps import TimestepRange, parse_range
-from deme_cli.training.batches import BatchSource
 from deme_cli.training.cost import PassCost, count_passes, flops_per_update
 from deme_cli.training.examples import PixelExamples
+from deme_cli.training.finetune import open_state
 from deme_cli.training.gradients import Gradients
-from deme_cli.training.networks import open_networks
-from deme_cli.training.reduction import Reduction
+from deme_cli.training.prefetch import open_batches
 from deme_cli.training.run import Run
-from deme_cli.training.state import TrainingState
 
 CLUSTERS = [TimestepRange(0, 30), TimestepRange(30, 60), TimestepRange(60, 100)]
 PLAIN = FinetuneConfig(
@@ -65,19 +64,16 @@ def passes() -> Callable[[Run], PassCost]:
 
 def count_updates(run: Run, num: int) -> int:
     """FLOPs of the first `num` updates of a run, less those of its Gram matrices."""
-    network, base = open_networks(run)
-    config, schedule, span = run.config, run.denoiser.schedule, run.choice.range
-    reduction = Reduction(config, schedule, run.clusters)
-    state = TrainingState(network, reduction, config, scale_loss=False)
-    source = BatchSource(
-        run.examples, span, schedule, config, flip=False, clusters=run.clusters
-    )  # fmt: skip
+    config = run.config
+    state, base = open_state(run, ALONE)
     measured = {"pcgrad": num * config.accumulation, "nashmtl": -(-num // config.multitask_every)}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    batches = open_batches(run, ALONE, state.device)
+    with batches as source, sdpa_kernel(SDPBackend.MATH), counter:
         for _ in range(num):
             Gradients(run, state, base, source).of_update()
             state.update()
-    size = sum(parameter.numel() for parameter in network.parameters())
+    size = sum(parameter.numel() for parameter in state.network.parameters())
     gram = 2 * len(run.clusters) ** 2 * size  # one matrix product of (k, size) with its transpose
     return counter.get_total_flops() - measured.get(config.multitask, 0) * gram
 

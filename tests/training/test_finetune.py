@@ -49,6 +49,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run: Run, project
     run.output.unlink()
 
     train_to(run, 10)  # the checkpoint is that of update 10
+    with metrics_path(run.output).open("a") as lines_cut_short:
+        lines_cut_short.write('{"step": 11, "lo')
     assert checkpoint_path(run.output).exists()
     list(train(run))
     assert read_record(run.output, "expert") == whole

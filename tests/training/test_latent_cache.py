@@ -67,7 +67,7 @@ def test_a_cache_gives_what_the_frozen_parts_give(
     for seed in (0, 1, None):
         torch.testing.assert_close(draw(stored, seed), draw(direct, seed), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(stored.null(), direct.null(), rtol=1e-6, atol=1e-6)
-    assert "pipeline" not in vars(stored.companions)
+    assert "pipeline" not in vars(stored.encoder.companions)
 
 
 def test_what_is_cached_is_read_without_the_frozen_parts(
@@ -96,7 +96,7 @@ def test_a_random_crop_caches_what_is_said_and_nothing_that_is_seen(
     torch.testing.assert_close(
         draw(stored), draw(examples("sdxl", crop="random")), rtol=1e-6, atol=1e-6
     )
-    names = set(stored.cache._shard(0).keys())
+    names = set(stored.encoder.cache._shard(0).keys())
     assert not {"mean", "mirrored_mean"} & names
 
 
@@ -122,7 +122,7 @@ def test_a_broken_off_cache_is_finished_to_the_same_bytes(
     cached: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     whole = filled(cached(folder="whole"))
-    wanted = shards(whole.cache.folder)
+    wanted = shards(whole.encoder.cache.folder)
     folder = tmp_path / "cache" / "train"
     if how == "killed":
         write, written = cache_filling.write_artifact, []
@@ -139,7 +139,7 @@ def test_a_broken_off_cache_is_finished_to_the_same_bytes(
         monkeypatch.setattr(cache_filling, "write_artifact", write)
         assert list(shards(folder)) == ["00000.safetensors"]
     else:
-        shutil.copytree(whole.cache.folder, folder)
+        shutil.copytree(whole.encoder.cache.folder, folder)
         last = folder / "00002.safetensors"
         if how == "removed":
             last.unlink()
@@ -157,7 +157,7 @@ def test_a_broken_off_cache_is_finished_to_the_same_bytes(
 
 
 def test_a_shard_with_other_bytes_is_refused_by_name(cached: Callable) -> None:
-    path = filled(cached()).cache.path(1)
+    path = filled(cached()).encoder.cache.path(1)
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
@@ -246,7 +246,7 @@ def test_a_stranger_s_folder_is_left_alone(cached: Callable, tmp_path: Path) -> 
 
 
 def test_two_fill_one_cache_together(cached: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = shards(filled(cached(folder="whole")).cache.folder)
+    wanted = shards(filled(cached(folder="whole")).encoder.cache.folder)
     made: dict[str, list[int]] = {"one": [], "two": []}
     write = cache_filling.write_artifact
 
@@ -258,7 +258,7 @@ def test_two_fill_one_cache_together(cached: Callable, monkeypatch: pytest.Monke
     monkeypatch.setattr(cache_filling, "_POLL_SECONDS", 0.01)
     pair = [cached(), cached()]
     for each in pair:
-        _ = each.companions.pipeline  # both have loaded: the race is for the shards
+        _ = each.encoder.companions.pipeline  # both have loaded: the race is for the shards
     threads = [
         threading.Thread(target=filled, args=(each,), name=name)
         for each, name in zip(pair, made, strict=True)
@@ -268,9 +268,9 @@ def test_two_fill_one_cache_together(cached: Callable, monkeypatch: pytest.Monke
     for thread in threads:
         thread.join(60)
     assert sorted(made["one"] + made["two"]) == [0, 8, 16]
-    assert shards(pair[0].cache.folder) == wanted
+    assert shards(pair[0].encoder.cache.folder) == wanted
     for each in pair:
-        assert all(each.cache.has(shard) for shard in range(3))
+        assert all(each.encoder.cache.has(shard) for shard in range(3))
 
 
 def test_a_shard_that_another_makes_is_waited_for_and_made_if_its_maker_dies(
@@ -278,7 +278,7 @@ def test_a_shard_that_another_makes_is_waited_for_and_made_if_its_maker_dies(
 ) -> None:
     examples = cached()
     waits = []
-    holder = claim(examples.cache.path(0).with_suffix(""))
+    holder = claim(examples.encoder.cache.path(0).with_suffix(""))
     holder.__enter__()
 
     def die_soon(seconds: float) -> None:
@@ -289,7 +289,7 @@ def test_a_shard_that_another_makes_is_waited_for_and_made_if_its_maker_dies(
     monkeypatch.setattr(cache_filling.time, "sleep", die_soon)
     progress: Iterator[int] = fill_caches(examples)
     assert next(progress) == 3
-    assert list(shards(examples.cache.folder)) == []  # shard 1 is under way, 0 is another's
+    assert list(shards(examples.encoder.cache.folder)) == []  # shard 1 is under way, 0 is another's
     assert list(progress)[-1] == NUM_TRAIN
     assert len(waits) == 2
 

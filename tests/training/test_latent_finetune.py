@@ -17,6 +17,7 @@ from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.diffusion.projection import has_projections
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.timesteps import parse_range
+from deme_cli.training.encoder import Encoder
 from deme_cli.training.examples import LatentExamples
 from deme_cli.training.finetune import train
 from deme_cli.training.materials import open_examples
@@ -186,14 +187,7 @@ def test_a_base_of_ones_own_without_frozen_parts_is_refused(
 def test_half_precision_trains_on_latents(run_of: Callable[..., Run]) -> None:
     run = run_of("sdxl")
     companions = open_companions(run.denoiser.record, dtype="bf16")
-    examples = replace_companions(run.examples, companions)
+    examples = LatentExamples(Encoder(run.examples.encoder.data, companions, run.examples.shape))
     run = replace(run, examples=examples, held_out=None, dtype="bf16")
     (last,) = train(run)
     assert last.loss > 0
-
-
-def replace_companions(examples: LatentExamples, companions) -> LatentExamples:
-    from deme_cli.training.encoder import Encoder
-
-    encoder = Encoder(examples.encoder.data, companions, examples.shape)
-    return LatentExamples(encoder, companions)

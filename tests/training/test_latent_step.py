@@ -33,6 +33,11 @@ def captions(captioned: Path) -> list[str]:
 
 def encode(vae, images: Tensor, noise: Tensor) -> Tensor:
     """x_0 as diffusers' training scripts have it, with given noise for the posterior."""
+    if hasattr(vae.config, "z_dim"):  # Wan's, of videos
+        posterior = vae.encode(images[:, :, None]).latent_dist
+        stated = (vae.config.latents_mean, vae.config.latents_std)
+        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in stated)
+        return (posterior.mean[:, :, 0] + posterior.std[:, :, 0] * noise - mean) / std
     posterior = vae.encode(images).latent_dist
     shift = vae.config.shift_factor or 0.0
     return (posterior.mean + posterior.std * noise - shift) * vae.config.scaling_factor
@@ -44,11 +49,16 @@ def direct(name: str, folder: Path, network, captioned: Path, noise: Tensor, eps
     x0 = encode(pipeline.vae, pixels(captioned), noise)
     draws = torch.tensor([10, 500, 990])
     config, texts = pipeline.scheduler.config, captions(captioned)
-    if name in ("sd3", "flux"):
+    if name in ("sd3", "flux", "wan"):
+        if name == "wan":
+            config = {"num_train_timesteps": 1000, "shift": config.flow_shift}
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         times = scheduler.timesteps.flip(0)[draws]  # rising, as draws are
         x_t, target = scheduler.scale_noise(x0, times, eps), eps - x0
-        if name == "sd3":
+        if name == "wan":
+            tokens, _ = pipeline.encode_prompt(texts, max_sequence_length=512)
+            output = network(x_t[:, :, None], times, tokens).sample[:, :, 0]
+        elif name == "sd3":
             tokens, _, pooled, _ = pipeline.encode_prompt(texts, texts, texts)
             output = network(
                 hidden_states=x_t, timestep=times, encoder_hidden_states=tokens,
@@ -108,6 +118,7 @@ def sizes(captioned: Path) -> Tensor:
         ("sd3", {}),
         ("flux", {"distilled": True}),
         ("flux", {"distilled": False}),
+        ("wan", {}),
     ],
 )
 def test_a_step_has_the_loss_and_the_gradient_of_one_written_with_diffusers(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 from tiny_runs import digits_run
 from torch import Tensor, nn
 
@@ -21,15 +20,13 @@ from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.launch import Launch
 from deme_cli.processes import ALONE, World
-from deme_cli.training.batches import BatchSource
-from deme_cli.training.data_parallel import share_of
-from deme_cli.training.finetune import train
+from deme_cli.training.averages import Average
+from deme_cli.training.finetune import open_state, train
 from deme_cli.training.gradients import Gradients
 from deme_cli.training.networks import open_networks
 from deme_cli.training.plan import Job
-from deme_cli.training.reduction import Reduction
+from deme_cli.training.prefetch import open_batches
 from deme_cli.training.run import Run
-from deme_cli.training.state import TrainingState
 
 CONFIG = FinetuneConfig(
     steps=3, batch_size=10, accumulation=2, lr=1e-3, checkpoint_every=100, held_out=0
@@ -43,14 +40,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def update_of(run: Run, world: World = ALONE) -> tuple[list[Tensor], Tensor]:
     """The gradients of the first update, and the mean losses of its batches."""
-    network, base = open_networks(run)
-    reduction = Reduction(run.config, run.denoiser.schedule)
-    state = TrainingState(network, reduction, run.config, scale_loss=False)
-    source = BatchSource(
-        run.examples, run.choice.range, run.denoiser.schedule, run.config, flip=False,
-        share=share_of(run.config.batch_size, world),
-    )  # fmt: skip
-    losses = Gradients(run, state, base, source, world).of_update()
+    state, base = open_state(run, world)
+    with open_batches(run, world, state.device) as source:
+        losses = Gradients(run, state, base, source, world).of_update()
     return [p.grad for _, p in state.trained()], torch.stack(losses)
 
 
@@ -164,14 +156,14 @@ def test_one_image_that_does_not_fit_is_told_with_what_helps(
         list(train(spared))
 
 
-@pytest.mark.parametrize("place", [EMAModel, torch.optim.AdamW])
+@pytest.mark.parametrize(("place", "method"), [(Average, "__init__"), (torch.optim.AdamW, "step")])
 def test_weights_that_do_not_fit_are_told_with_what_helps(
-    run: Run, monkeypatch: pytest.MonkeyPatch, place: type
+    run: Run, monkeypatch: pytest.MonkeyPatch, place: type, method: str
 ) -> None:
     def refuse(self: object, *args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(place, "__init__" if place is EMAModel else "step", refuse)
+    monkeypatch.setattr(place, method, refuse)
     with pytest.raises(MissingError, match=r"moments and averages .*memory; divide the netw"):
         list(train(run))
     longer = replace(run, config=replace(CONFIG, ema_lengths=[0.1]))

@@ -1,21 +1,25 @@
 """What the rest of the program may ask of a network, whichever it is.
 
 B batch, C channels, H x W pixels (of latents where there is a VAE). To add a backbone, write a file
-beside this one and name it in known.py: nothing else asks which network it has.
+beside this one and name it in known.py: nothing else asks which network it has. Its file says what
+is particular to it; what most networks share stands here.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from deme_cli.diffusion.conditions import Conditions
+from deme_cli.errors import MissingError
 
 Config = Mapping[str, Any]
 Shape = tuple[int, int, int]  # (C, H, W)
+Tables = Mapping[str, Mapping[str, Any]]  # settings by table of deme.toml
 TOKENS = 77  # of a caption in CLIP's text encoders
 
 
@@ -31,7 +35,7 @@ class Site:
     output: int = 0
 
 
-class Backbone(Protocol):
+class Backbone(ABC):
     """A network class of diffusers, and the pipeline that draws with it."""
 
     class_name: str  # of the network
@@ -39,70 +43,100 @@ class Backbone(Protocol):
     part: str  # the network's name in the pipeline: unet or transformer
     parts: tuple[str, ...]  # the frozen parts it cannot do without; () for pixels from noise alone
     wants: str  # what an image is drawn from, besides noise: nothing, class or text
-    settings: Mapping[str, Mapping[str, Any]]  # what `split` writes into deme.toml, by table
+    settings: ClassVar[Tables] = {}  # what `split` writes into deme.toml, by table
+    since: str = "0.32"  # the oldest diffusers that has the network
+    call: str = "pipeline({}).images[0]"  # how the pipeline is asked for an image
+
+    @property
+    def network_class(self) -> Any:
+        """The network's class in diffusers. Raises MissingError where that is too old for it."""
+        import diffusers
+
+        found = getattr(diffusers, self.class_name, None)
+        if found is None:
+            raise MissingError(
+                f"diffusers {diffusers.__version__} has no {self.class_name}, which came with "
+                f"{self.since}: pip install --upgrade diffusers"
+            )
+        return found
 
     def matches(self, config: Config) -> bool:
         """Whether a diffusers config describes this network."""
-        ...
+        return config.get("_class_name") == self.class_name
 
+    @abstractmethod
     def refusal(self, config: Config) -> str | None:
         """Why deme does not take this variant, or None."""
-        ...
 
     def build(self, config: Config) -> nn.Module:
         """A network with random weights. Raises what diffusers raises on an unusable config."""
-        ...
+        return self.network_class.from_config({**config, "_class_name": self.class_name})
 
     def sample_shape(self, config: Config) -> Shape:
         """(C, H, W) of x_t at the size the model was made for."""
-        ...
+        size = config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return config["in_channels"], height, width
 
+    @abstractmethod
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """The shape of each condition, by keyword, without its batch; () for a class number."""
-        ...
 
     def num_classes(self, config: Config) -> int | None:
         """Classes of a class-conditional model."""
-        ...
+        return None
 
     def default_guidance(self, config: Config) -> float:
         """The pipeline's own scale of classifier-free guidance; 1 for none."""
-        ...
+        return 1.0
 
     def size_refusal(self, config: Config, side: int) -> str | None:
         """Why x_t cannot be `side` pixels wide and high, or None."""
-        ...
+        return None
 
     def embeds_guidance(self, config: Config) -> bool:
         """Whether guidance is an input of the network (distilled), not a second prediction."""
-        ...
+        return False
 
+    @abstractmethod
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
         """The prediction at (x_t, t).  x_t: (B, C, H, W)   t: (B,) or ()   ->   (B, C, H, W)"""
-        ...
 
+    @abstractmethod
     def block_sites(self, network: nn.Module) -> Iterator[Site]:
         """After every block, as the paper places its projections."""
-        ...
 
+    @abstractmethod
     def fold_sites(self, network: nn.Module) -> Iterator[Site]:
         """After linear layers into which a projection can be multiplied."""
-        ...
 
+    @abstractmethod
     def encode(self, pipeline: Any, subjects: Sequence[Any], geometry: Tensor) -> Conditions:
         """Conditions of captions or class numbers, by the frozen parts of `pipeline`.
 
         geometry: (B, 6) original height, width, crop top, left, target height, width in pixels.
         """
-        ...
 
     def null(self, pipeline: Any, config: Config) -> Conditions:
         """The condition of nothing said, of batch 1."""
-        ...
+        return self.encode(pipeline, [""], Tensor())
+
+    def vae_config(self, config: Config) -> Config:
+        """The VAE's config in AutoencoderKL's words."""
+        return config
+
+    def encode_images(self, vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior.  (B, 3, H, W)   ->   (B, C, h, w) each"""
+        posterior = vae.encode(images).latent_dist
+        return posterior.mean, posterior.std
+
+    def decode(self, vae: Any, z: Tensor) -> Tensor:
+        """Images of unscaled latents.  (B, C, h, w)   ->   (B, 3, H, W)"""
+        return vae.decode(z, return_dict=False)[0]
 
     def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
         """Set the scheduler's timesteps as the pipeline does for x_t of `shape`."""
-        ...
+        scheduler.set_timesteps(steps)
 
 
 def config_of(network: nn.Module) -> Config:
@@ -111,8 +145,3 @@ def config_of(network: nn.Module) -> Config:
 
     assert isinstance(network, ConfigMixin), type(network).__name__
     return network.config
-
-
-def square(size: int | Sequence[int]) -> tuple[int, int]:
-    """(H, W) of a config's sample_size."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -7,27 +7,24 @@ class is the number of classes (diffusers' DiTPipeline fixes it at 1000, right f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import Config, Shape, Site, square
+from deme_cli.diffusion.backbones.backbone import Backbone, Config, Site, Tables
 from deme_cli.diffusion.backbones.token_blocks import token_block_sites, token_fold_sites
 from deme_cli.diffusion.conditions import Conditions
 
 
-class DiT:
+class DiT(Backbone):
     """DiTTransformer2DModel (Peebles & Xie 2023)."""
 
     class_name, pipeline, part = "DiTTransformer2DModel", "DiTPipeline", "transformer"
-    parts: tuple[str, ...] = ("vae",)
+    parts = ("vae",)
     wants = "class"
-    settings: Mapping[str, Mapping[str, Any]] = {
-        "merge": {"batch_size": 32},
-        "sample": {"batch_size": 32},
-    }
+    settings: ClassVar[Tables] = {"merge": {"batch_size": 32}, "sample": {"batch_size": 32}}
 
     def matches(self, config: Config) -> bool:
         # the published folders were written when the class was still Transformer2DModel
@@ -43,20 +40,15 @@ class DiT:
 
     def build(self, config: Config) -> nn.Module:
         """The network, its own class dropout off: who is left out is drawn from the run's seed."""
-        from diffusers import DiTTransformer2DModel
-
-        network = DiTTransformer2DModel.from_config({**config, "_class_name": self.class_name})
+        network: Any = super().build(config)
         for block in network.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
         return network
 
-    def sample_shape(self, config: Config) -> Shape:
-        return config["in_channels"], *square(config["sample_size"])
-
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         return {"class_labels": ()}
 
-    def num_classes(self, config: Config) -> int | None:
+    def num_classes(self, config: Config) -> int:
         return config["num_embeds_ada_norm"]
 
     def default_guidance(self, config: Config) -> float:
@@ -65,9 +57,6 @@ class DiT:
     def size_refusal(self, config: Config, side: int) -> str | None:
         own = config["sample_size"]
         return None if side == own else f"takes {own} alone"
-
-    def embeds_guidance(self, config: Config) -> bool:
-        return False
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
         output = network(
@@ -86,6 +75,3 @@ class DiT:
 
     def null(self, pipeline: Any, config: Config) -> Conditions:
         return {"class_labels": torch.tensor([self.num_classes(config)])}
-
-    def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
-        scheduler.set_timesteps(steps)

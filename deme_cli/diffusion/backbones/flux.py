@@ -6,14 +6,22 @@ network and unpacked on the way out. The `dev` model is guidance-distilled: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import TOKENS, Config, Shape, Site, config_of
+from deme_cli.diffusion.backbones.backbone import (
+    TOKENS,
+    Backbone,
+    Config,
+    Shape,
+    Site,
+    Tables,
+    config_of,
+)
 from deme_cli.diffusion.backbones.flow_layout import dynamic_shift
 from deme_cli.diffusion.backbones.token_blocks import token_block_sites, token_fold_sites
 from deme_cli.diffusion.conditions import Conditions
@@ -24,30 +32,22 @@ _TIME_SCALE = 1000  # the network multiplies its timestep by it
 TRAINED_GUIDANCE = 3.5  # scale told to a distilled model in training, as in diffusers' scripts
 
 
-class Flux:
+class Flux(Backbone):
     """FluxTransformer2DModel (Black Forest Labs 2024)."""
 
     class_name, pipeline, part = "FluxTransformer2DModel", "FluxPipeline", "transformer"
-    parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     wants = "text"
-    settings: Mapping[str, Mapping[str, Any]] = {
+    settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 1, "accumulation": 64},
         "merge": {"batch_size": 1},
         "sample": {"steps": 28, "batch_size": 1},
     }
 
-    def matches(self, config: Config) -> bool:
-        return config.get("_class_name") == self.class_name
-
     def refusal(self, config: Config) -> str | None:
         if config.get("out_channels") not in (None, config.get("in_channels")):
             return "output and input channels differ: a fill or control model, not text-to-image"
         return None
-
-    def build(self, config: Config) -> nn.Module:
-        from diffusers import FluxTransformer2DModel
-
-        return FluxTransformer2DModel.from_config(dict(config))
 
     def sample_shape(self, config: Config) -> Shape:
         return config["in_channels"] // 4, _SAMPLE_SIZE, _SAMPLE_SIZE
@@ -57,9 +57,6 @@ class Flux:
             "encoder_hidden_states": (TOKENS, config["joint_attention_dim"]),
             "pooled_projections": (config["pooled_projection_dim"],),
         }
-
-    def num_classes(self, config: Config) -> int | None:
-        return None
 
     def default_guidance(self, config: Config) -> float:
         return 3.5 if self.embeds_guidance(config) else 1.0
@@ -104,9 +101,6 @@ class Flux:
             list(subjects), None, device=pipeline.text_encoder.device
         )
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
-
-    def null(self, pipeline: Any, config: Config) -> Conditions:
-        return self.encode(pipeline, [""], Tensor())
 
     def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
         told: dict[str, Any] = dynamic_shift(scheduler, shape[1] * shape[2] // 4)

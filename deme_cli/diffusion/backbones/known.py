@@ -9,10 +9,11 @@ from deme_cli.diffusion.backbones.stable_diffusion import StableDiffusion
 from deme_cli.diffusion.backbones.stable_diffusion_3 import StableDiffusion3
 from deme_cli.diffusion.backbones.stable_diffusion_xl import StableDiffusionXL
 from deme_cli.diffusion.backbones.unet import UNet
+from deme_cli.diffusion.backbones.wan import Wan
 from deme_cli.errors import ArtifactError
 
 KNOWN: tuple[Backbone, ...] = (
-    UNet(), StableDiffusion(), StableDiffusionXL(), DiT(), StableDiffusion3(), Flux(),
+    UNet(), StableDiffusion(), StableDiffusionXL(), DiT(), StableDiffusion3(), Flux(), Wan(),
 )  # fmt: skip
 
 

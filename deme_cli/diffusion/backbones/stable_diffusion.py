@@ -2,60 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import TOKENS, Config, Shape, Site, square
+from deme_cli.diffusion.backbones.backbone import TOKENS, Backbone, Config, Site, Tables
 from deme_cli.diffusion.backbones.unet_blocks import unet_block_sites, unet_fold_sites
 from deme_cli.diffusion.conditions import Conditions
 
 
-class StableDiffusion:
+class StableDiffusion(Backbone):
     """UNet2DConditionModel with one text encoder (Rombach et al. 2022)."""
 
     class_name, pipeline, part = "UNet2DConditionModel", "StableDiffusionPipeline", "unet"
-    parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
+    parts = ("vae", "text_encoder", "tokenizer")
     wants = "text"
-    settings: Mapping[str, Mapping[str, Any]] = {
+    settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 16, "accumulation": 16},
         "merge": {"batch_size": 8},
         "sample": {"sampler": "pndm", "steps": 25, "batch_size": 8},
     }
 
     def matches(self, config: Config) -> bool:
-        return config.get("_class_name") == self.class_name and not config.get(
-            "addition_embed_type"
-        )
+        return super().matches(config) and not config.get("addition_embed_type")
 
     def refusal(self, config: Config) -> str | None:
         if config.get("class_embed_type") or config.get("encoder_hid_dim_type"):
             return "a UNet2DConditionModel with class or image embeddings; deme takes text alone"
         return refusal_of_latent_unet(config)
 
-    def build(self, config: Config) -> nn.Module:
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel.from_config(dict(config))
-
-    def sample_shape(self, config: Config) -> Shape:
-        return config["in_channels"], *square(config["sample_size"])
-
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (TOKENS, config["cross_attention_dim"])}
 
-    def num_classes(self, config: Config) -> int | None:
-        return None
-
     def default_guidance(self, config: Config) -> float:
         return 7.5
-
-    def size_refusal(self, config: Config, side: int) -> str | None:
-        return None
-
-    def embeds_guidance(self, config: Config) -> bool:
-        return False
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
         return network(x_t, t, given["encoder_hidden_states"], return_dict=False)[0]
@@ -71,12 +52,6 @@ class StableDiffusion:
             list(subjects), pipeline.text_encoder.device, 1, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": tokens}
-
-    def null(self, pipeline: Any, config: Config) -> Conditions:
-        return self.encode(pipeline, [""], Tensor())
-
-    def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
-        scheduler.set_timesteps(steps)
 
 
 def refusal_of_latent_unet(config: Config) -> str | None:

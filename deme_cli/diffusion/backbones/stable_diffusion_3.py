@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import TOKENS, Config, Shape, Site, square
+from deme_cli.diffusion.backbones.backbone import TOKENS, Backbone, Config, Shape, Site, Tables
 from deme_cli.diffusion.backbones.flow_layout import dynamic_shift
 from deme_cli.diffusion.backbones.token_blocks import token_block_sites, token_fold_sites
 from deme_cli.diffusion.conditions import Conditions
 
 
-class StableDiffusion3:
+class StableDiffusion3(Backbone):
     """SD3Transformer2DModel (Esser et al. 2024). T5 may be left out of the pipeline."""
 
     class_name, pipeline, part = "SD3Transformer2DModel", "StableDiffusion3Pipeline", "transformer"
-    parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     wants = "text"
-    settings: Mapping[str, Mapping[str, Any]] = {
+    settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 4, "accumulation": 64},
         "merge": {"batch_size": 4},
         "sample": {"steps": 28, "batch_size": 4},
     }
-
-    def matches(self, config: Config) -> bool:
-        return config.get("_class_name") == self.class_name
 
     def refusal(self, config: Config) -> str | None:
         if config.get("out_channels") not in (None, config.get("in_channels")):
             return "output and input channels differ; deme takes text-to-image transformers"
         return None
 
-    def build(self, config: Config) -> nn.Module:
-        from diffusers import SD3Transformer2DModel
-
-        return SD3Transformer2DModel.from_config(dict(config))
-
-    def sample_shape(self, config: Config) -> Shape:
-        return config["in_channels"], *square(config["sample_size"])
-
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         return {
             "encoder_hidden_states": (TOKENS, config["joint_attention_dim"]),
             "pooled_projections": (config["pooled_projection_dim"],),
         }
-
-    def num_classes(self, config: Config) -> int | None:
-        return None
 
     def default_guidance(self, config: Config) -> float:
         return 7.0
@@ -59,13 +45,9 @@ class StableDiffusion3:
             return f"takes multiples of {patch} up to {most}"
         return None
 
-    def embeds_guidance(self, config: Config) -> bool:
-        return False
-
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
-        return network(hidden_states=x_t, timestep=t.expand(len(x_t)), return_dict=False, **given)[
-            0
-        ]
+        times = t.expand(len(x_t))
+        return network(hidden_states=x_t, timestep=times, return_dict=False, **given)[0]
 
     def block_sites(self, network: nn.Module) -> Iterator[Site]:
         return token_block_sites(network, output=1)  # blocks give (text tokens, image tokens)
@@ -79,9 +61,6 @@ class StableDiffusion3:
             device=pipeline.text_encoder.device, do_classifier_free_guidance=False,
         )  # fmt: skip
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
-
-    def null(self, pipeline: Any, config: Config) -> Conditions:
-        return self.encode(pipeline, [""], Tensor())
 
     def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
         # patches of 2 x 2 latents, as in every published SD3

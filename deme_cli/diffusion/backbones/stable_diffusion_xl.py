@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import TOKENS, Config, Shape, Site, square
+from deme_cli.diffusion.backbones.backbone import TOKENS, Backbone, Config, Site, Tables
 from deme_cli.diffusion.backbones.stable_diffusion import refusal_of_latent_unet
 from deme_cli.diffusion.backbones.unet_blocks import unet_block_sites, unet_fold_sites
 from deme_cli.diffusion.conditions import Conditions
 
 
-class StableDiffusionXL:
+class StableDiffusionXL(Backbone):
     """UNet2DConditionModel with `text_time` conditions (Podell et al. 2023)."""
 
     class_name, pipeline, part = "UNet2DConditionModel", "StableDiffusionXLPipeline", "unet"
-    parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     wants = "text"
-    settings: Mapping[str, Mapping[str, Any]] = {
+    settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 4, "accumulation": 64},
         "merge": {"batch_size": 4},
         "sample": {"sampler": "euler", "batch_size": 4},
     }
 
     def matches(self, config: Config) -> bool:
-        return (
-            config.get("_class_name") == self.class_name
-            and config.get("addition_embed_type") == "text_time"
-        )
+        return super().matches(config) and config.get("addition_embed_type") == "text_time"
 
     def refusal(self, config: Config) -> str | None:
         return refusal_of_latent_unet(config)
-
-    def build(self, config: Config) -> nn.Module:
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel.from_config(dict(config))
-
-    def sample_shape(self, config: Config) -> Shape:
-        return config["in_channels"], *square(config["sample_size"])
 
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         sizes = 6 * config["addition_time_embed_dim"]
@@ -49,17 +38,8 @@ class StableDiffusionXL:
         tokens = (TOKENS, config["cross_attention_dim"])
         return {"encoder_hidden_states": tokens, "text_embeds": (pooled,), "time_ids": (6,)}
 
-    def num_classes(self, config: Config) -> int | None:
-        return None
-
     def default_guidance(self, config: Config) -> float:
         return 5.0
-
-    def size_refusal(self, config: Config, side: int) -> str | None:
-        return None
-
-    def embeds_guidance(self, config: Config) -> bool:
-        return False
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
         added = {"text_embeds": given["text_embeds"], "time_ids": given["time_ids"]}
@@ -83,11 +63,8 @@ class StableDiffusionXL:
 
     def null(self, pipeline: Any, config: Config) -> Conditions:
         """Zeros where the pipeline forces them for an empty prompt; the sizes stay."""
-        silent = self.encode(pipeline, [""], torch.zeros(1, 6))
+        silent = super().null(pipeline, config)
         del silent["time_ids"]
         if pipeline.config.force_zeros_for_empty_prompt:
             return {name: torch.zeros_like(value) for name, value in silent.items()}
         return silent
-
-    def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
-        scheduler.set_timesteps(steps)

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from deme_cli.diffusion.backbones.backbone import Site
+from deme_cli.diffusion.backbones.backbone import Site, config_of
 
 
 def token_block_sites(
     network: nn.Module, lists: Sequence[str] = ("transformer_blocks",), *, output: int = 0
 ) -> Iterator[Site]:
     """Every block of the lists; `output` is the place of the image tokens in what a block gives."""
-    width = network.inner_dim
-    assert isinstance(width, int)
+    config = config_of(network)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
     for name in lists:
         for index, _ in enumerate(network.get_submodule(name).children()):
             yield Site(f"{name}.{index}", width, output)
@@ -30,6 +30,6 @@ def token_fold_sites(
     for block in token_block_sites(network, lists):
         inside = dict(network.get_submodule(block.path).named_modules())
         for name, module in inside.items():
-            ends = name in ("ff.net.2", "proj_out") or name.endswith(".to_out.0")
+            ends = name in ("ff.net.2", "ffn.net.2", "proj_out") or name.endswith(".to_out.0")
             if ends and isinstance(module, nn.Linear):
                 yield Site(f"{block.path}.{name}", module.weight.shape[0])

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import Config, Shape, Site, square
+from deme_cli.diffusion.backbones.backbone import Backbone, Config, Site
 from deme_cli.diffusion.backbones.unet_blocks import unet_block_sites, unet_fold_sites
 from deme_cli.diffusion.conditions import Conditions
 
 
-class UNet:
+class UNet(Backbone):
     """UNet2DModel (Ho et al. 2020)."""
 
     class_name, pipeline, part = "UNet2DModel", "DDPMPipeline", "unet"
-    parts: tuple[str, ...] = ()
+    parts = ()
     wants = "nothing"
-    settings: Mapping[str, Mapping[str, Any]] = {}
-
-    def matches(self, config: Config) -> bool:
-        return config.get("_class_name") == self.class_name
 
     def refusal(self, config: Config) -> str | None:
         if not config.get("sample_size"):
@@ -35,29 +31,12 @@ class UNet:
             )
         return None
 
-    def build(self, config: Config) -> nn.Module:
-        from diffusers import UNet2DModel
-
-        return UNet2DModel.from_config(dict(config))
-
-    def sample_shape(self, config: Config) -> Shape:
-        return config["in_channels"], *square(config["sample_size"])
-
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         return {}
-
-    def num_classes(self, config: Config) -> int | None:
-        return None
-
-    def default_guidance(self, config: Config) -> float:
-        return 1.0
 
     def size_refusal(self, config: Config, side: int) -> str | None:
         step = 2 ** (len(config["block_out_channels"]) - 1)
         return None if side % step == 0 else f"takes multiples of {step}"
-
-    def embeds_guidance(self, config: Config) -> bool:
-        return False
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
         return network(x_t, t, return_dict=False)[0]
@@ -70,9 +49,3 @@ class UNet:
 
     def encode(self, pipeline: Any, subjects: Sequence[Any], geometry: Tensor) -> Conditions:
         return {}
-
-    def null(self, pipeline: Any, config: Config) -> Conditions:
-        return {}
-
-    def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:
-        scheduler.set_timesteps(steps)

@@ -10,41 +10,29 @@ N parents, n elements of a piece.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 
 from deme_cli.merging.lineage import Family
-from deme_cli.merging.methods.linear import linear_terms
-from deme_cli.merging.methods.method import Terms, vector_terms
+from deme_cli.merging.methods.linear import linear
+from deme_cli.merging.methods.method import Method, vector_terms
 
 WORDS = 8  # 32-bit words that one step of the counter makes (Philox 4x64)
 
 
-class Dare:
+def dare(family: Family, *, density: float, seed: int) -> Method:
     """Task vectors with a random share `density` of their elements."""
+    if density == 1:
+        return linear(family)
 
-    is_linear = True
-    found = None
+    def drop_and_rescale(name: str, start: int, taus: np.ndarray) -> None:
+        for parent, tau in zip(family.parents, taus, strict=True):
+            tau *= keeps(
+                start, len(tau), seed=seed, expert=parent.expert, name=name, density=density
+            )
+            tau *= 1 / density
 
-    def __init__(self, family: Family, *, density: float, seed: int) -> None:
-        self._family, self._density, self._seed = family, density, seed
-        self.transform = self._drop_and_rescale if density < 1 else None
-
-    def terms(self, name: str, coefficients: Sequence[float]) -> Terms:
-        if self.transform is None:
-            return linear_terms(self._family, coefficients)
-        return vector_terms(coefficients)
-
-    def _drop_and_rescale(self, name: str, start: int, taus: np.ndarray) -> None:
-        """tau'_i from tau_i (N, n), in place."""
-        for parent, tau in zip(self._family.parents, taus, strict=True):
-            kept = keeps(
-                start, len(tau), seed=self._seed, expert=parent.expert, name=name,
-                density=self._density,
-            )  # fmt: skip
-            tau *= kept
-            tau *= 1 / self._density
+    return Method(vector_terms, drop_and_rescale)
 
 
 def keeps(

@@ -7,7 +7,7 @@ computed in float32 (float64 tensors in float64) and rounded once to the dtypes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from deme_cli.artifacts import load_tensors, write_artifact
 from deme_cli.diffusion.denoiser import assemble
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
-from deme_cli.merging.combine import merged_record
 from deme_cli.merging.lineage import Family, Parent
+from deme_cli.merging.merged_record import merged_record
 from deme_cli.records import MergedRecord
-
-Check = Callable[[], None]  # called between batches; raises to stop
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,6 @@ def write_merged_weights(
     coefficients: Sequence[float],
     method: str,
     settings: dict[str, Any],
-    search: dict[str, Any] | None = None,
     report: dict[str, Any] | None = None,
 ) -> MergedRecord:
     """Write a merge from data as an artifact of kind merged; returns its record.
@@ -151,9 +148,6 @@ def write_merged_weights(
     coefficients: what weighed the experts' statistics, in the order of the parents.
     """
     record = merged_record(
-        family, coefficients=coefficients, method=method, settings=settings, search=search,
-        report=report,
-    )  # fmt: skip
-    written = write_artifact(output, weights, record)
-    assert isinstance(written, MergedRecord)
-    return written
+        family, coefficients=coefficients, method=method, settings=settings, report=report
+    )
+    return write_artifact(output, weights, record)

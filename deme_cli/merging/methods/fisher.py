@@ -25,7 +25,6 @@ from deme_cli.diffusion.denoiser import predict
 from deme_cli.errors import NumericsError
 from deme_cli.merging.lineage import Family, Parent
 from deme_cli.merging.methods.data_driven import (
-    Check,
     DataProgress,
     MergedWeights,
     expert_network,
@@ -36,6 +35,7 @@ from deme_cli.merging.methods.data_driven import (
     shares,
 )
 from deme_cli.merging.methods.range_draws import RangeBatch, RangeDraws
+from deme_cli.training.held_out import Check
 
 FLOOR = 1e-6  # of the mean F: below it the result is the mean (the published code's target model)
 
@@ -66,8 +66,7 @@ def merge_fisher(
         theta = expert_weights(family, parent)
         network = expert_network(parent, theta, device=device, dtype=dtype)
         fisher = DiagonalFisher(network)
-        first = next(network.parameters())
-        for batch in draws.batches(parent.record.timesteps, first.device, first.dtype):
+        for batch in draws.batches(parent.record.timesteps, network):
             for example in range(len(batch)):
                 fisher.add(batch, example)
             check()

@@ -13,12 +13,12 @@ from typing import Any
 from deme_cli.errors import ConfigError
 from deme_cli.merging.coefficients import Coefficients, require_matches
 from deme_cli.merging.lineage import Family
-from deme_cli.merging.methods.dare import Dare
-from deme_cli.merging.methods.linear import Linear
+from deme_cli.merging.methods.dare import dare
+from deme_cli.merging.methods.linear import linear
 from deme_cli.merging.methods.method import Method
-from deme_cli.merging.methods.model_stock import ModelStock
-from deme_cli.merging.methods.slerp import Slerp
-from deme_cli.merging.methods.ties import TRIMS, Ties
+from deme_cli.merging.methods.model_stock import model_stock
+from deme_cli.merging.methods.slerp import slerp
+from deme_cli.merging.methods.ties import TRIMS, ties
 
 SUM_TOLERANCE = 1e-9  # of slerp's w_1 + w_2 = 1
 
@@ -48,11 +48,11 @@ class MethodSettings:
 
 USES = {"ties": ("density", "trim"), "dare": ("density", "seed")}
 METHODS: dict[str, Callable[[Family, MethodSettings], Method]] = {
-    "linear": lambda family, settings: Linear(family),
-    "ties": lambda family, settings: Ties(family, density=settings.density, trim=settings.trim),
-    "dare": lambda family, settings: Dare(family, density=settings.density, seed=settings.seed),
-    "slerp": lambda family, settings: Slerp(family),
-    "model-stock": lambda family, settings: ModelStock(family),
+    "linear": lambda family, settings: linear(family),
+    "ties": lambda family, settings: ties(family, density=settings.density, trim=settings.trim),
+    "dare": lambda family, settings: dare(family, density=settings.density, seed=settings.seed),
+    "slerp": lambda family, settings: slerp(family),
+    "model-stock": lambda family, settings: model_stock(family),
 }
 LINEAR = MethodSettings()
 
@@ -87,8 +87,7 @@ def fit_coefficients(
         raise ConfigError(
             f"{len(given.values)} coefficients for {count} experts; give one for each"
         )
-    names = [*family.base.tensors, *(spec.name for spec in family.projections)]
-    require_matches(list(given.finer), names)
+    require_matches(list(given.finer), [spec.name for spec in family.specs])
     for values in (given.values, *given.finer.values()) if settings.name == "slerp" else ():
         if abs(sum(values) - 1) > SUM_TOLERANCE:
             raise ConfigError(

@@ -11,37 +11,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deme_cli.errors import ConfigError
 from deme_cli.merging.lineage import Family
-from deme_cli.merging.methods.method import Terms
+from deme_cli.merging.methods.method import Method, Terms
 
 
-class Linear:
+def linear(family: Family) -> Method:
     """Task vectors as they are."""
-
-    transform = None
-    is_linear = True
-    found = None
-
-    def __init__(self, family: Family) -> None:
-        self._family = family
-
-    def terms(self, name: str, coefficients: Sequence[float]) -> Terms:
-        return linear_terms(self._family, coefficients)
+    return Method(lambda name, coefficients: linear_terms(family, coefficients))
 
 
 def linear_terms(family: Family, coefficients: Sequence[float]) -> Terms:
     """Files and coefficients whose sum is Eq. 8, those with coefficient 0 left out.
 
     c_0 is taken as 0 where it is only the rounding of the coefficients (three times 1/3).
-    Raises ConfigError on a wrong count or a coefficient that is not a finite number.
     """
-    if len(coefficients) != len(family.parents):
-        raise ConfigError(
-            f"{len(coefficients)} coefficients for {len(family.parents)} experts; give one for each"
-        )
-    if not np.isfinite(coefficients).all():
-        raise ConfigError(f"coefficients {list(coefficients)}: expected finite numbers")
     weights = [w for w, parent in zip(coefficients, family.parents, strict=True)
                if not parent.is_vector]  # fmt: skip
     c_0 = 1.0 - sum(weights)

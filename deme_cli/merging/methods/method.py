@@ -8,7 +8,7 @@ N parents, n elements of a piece.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,24 +17,23 @@ Transform = Callable[[str, int, np.ndarray], None]
 BASE: Terms = ((0, 1.0),)  # the base itself
 
 
-class Method(Protocol):
+@dataclass(frozen=True)
+class Method:
     """A method opened for one family of files.
 
+    terms: what the tensor `name` is made of, for its N coefficients.
     transform: turns tau_i (N, n) of the elements `start` ... of the tensor `name` into tau'_i, in
         place; it must not depend on how tensors are cut into pieces. None: terms count the files.
     is_linear: whether the merged weights are linear in the coefficients.
     found: the coefficients, where the method finds them itself (mean over parameters).
     """
 
-    transform: Transform | None
-    is_linear: bool
-    found: tuple[float, ...] | None
-
-    def terms(self, name: str, coefficients: Sequence[float]) -> Terms:
-        """What the tensor `name` is made of, for its N coefficients."""
-        ...
+    terms: Callable[[str, Sequence[float]], Terms]
+    transform: Transform | None = None
+    is_linear: bool = True
+    found: tuple[float, ...] | None = None
 
 
-def vector_terms(coefficients: Sequence[float]) -> Terms:
-    """theta + sum_i w_i tau'_i."""
+def vector_terms(name: str, coefficients: Sequence[float]) -> Terms:
+    """theta + sum_i w_i tau'_i, whatever the tensor."""
     return (*BASE, *((i, float(w)) for i, w in enumerate(coefficients, start=1) if w != 0))

@@ -18,30 +18,23 @@ import numpy as np
 from deme_cli.merging.differences import inner_products
 from deme_cli.merging.lineage import Family
 from deme_cli.merging.methods.linear import linear_terms
-from deme_cli.merging.methods.method import BASE, Terms
+from deme_cli.merging.methods.method import BASE, Method, Terms
 
 
-class ModelStock:
+def model_stock(family: Family) -> Method:
     """Coefficients from the angles between experts; opening it reads the files once."""
+    count = len(family.parents)
+    ratios = {name: ratio(gram) for name, gram in inner_products(family).items()}
 
-    transform = None
-    is_linear = False
-
-    def __init__(self, family: Family) -> None:
-        self._family = family
-        count = len(family.parents)
-        self._ratios = {name: ratio(gram) for name, gram in inner_products(family).items()}
-        sizes = {name: spec.num_elements for header in family.headers
-                 for name, spec in header.tensors.items()}  # fmt: skip
-        total = sum(sizes[name] for name in self._ratios)
-        mean = sum(t * sizes[name] for name, t in self._ratios.items()) / max(total, 1)
-        self.found = (mean / count,) * count
-
-    def terms(self, name: str, coefficients: Sequence[float]) -> Terms:
-        count = len(self._family.parents)
-        if name not in self._ratios:
+    def terms(name: str, coefficients: Sequence[float]) -> Terms:
+        if name not in ratios:
             return BASE  # integers
-        return linear_terms(self._family, [self._ratios[name] / count] * count)
+        return linear_terms(family, [ratios[name] / count] * count)
+
+    sizes = {spec.name: spec.num_elements for spec in family.specs}
+    total = sum(sizes[name] for name in ratios)
+    mean = sum(t * sizes[name] for name, t in ratios.items()) / max(total, 1)
+    return Method(terms, is_linear=False, found=(mean / count,) * count)
 
 
 def ratio(gram: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.schedule import Schedule
@@ -48,22 +48,22 @@ class RangeDraws:
     batch_size: int
     seed: int
 
-    def batches(
-        self, span: TimestepRange, device: torch.device, dtype: torch.dtype
-    ) -> Iterator[RangeBatch]:
-        """The draws of one range in order; the target in float32, the rest in `dtype`.
+    def batches(self, span: TimestepRange, network: nn.Module) -> Iterator[RangeBatch]:
+        """The draws of one range in order, where `network` is; the target in float32, the rest in
+        its dtype.
 
         Raises ConfigError where a flow schedule has no time in `span`.
         """
+        first = next(network.parameters())
         images, t = self.images(), self.timesteps(span)
         for chosen in torch.arange(self.num).split(self.batch_size):
             x0, conditions = self.examples.draw(images[chosen].tolist(), flip=None, generator=None)
             x0, eps = x0.cpu(), seeded_noise(self.seed, self.examples.shape, chosen.tolist())
             yield RangeBatch(
-                self.schedule.add_noise(x0, eps, t[chosen]).to(device, dtype),
-                self.schedule.times(t[chosen]).to(device),
-                to(conditions, device, dtype),
-                self.schedule.target(x0, eps, t[chosen]).to(device),
+                self.schedule.add_noise(x0, eps, t[chosen]).to(first.device, first.dtype),
+                self.schedule.times(t[chosen]).to(first.device),
+                to(conditions, first.device, first.dtype),
+                self.schedule.target(x0, eps, t[chosen]).to(first.device),
             )
 
     def images(self) -> Tensor:

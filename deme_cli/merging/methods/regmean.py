@@ -24,7 +24,6 @@ from deme_cli.diffusion.denoiser import build_network, choose_device, predict
 from deme_cli.errors import NumericsError
 from deme_cli.merging.lineage import Family, Parent
 from deme_cli.merging.methods.data_driven import (
-    Check,
     DataProgress,
     MergedWeights,
     expert_network,
@@ -36,6 +35,7 @@ from deme_cli.merging.methods.data_driven import (
 )
 from deme_cli.merging.methods.range_draws import RangeDraws
 from deme_cli.timesteps import TimestepRange
+from deme_cli.training.held_out import Check
 
 LARGEST_ALPHA = 1 - 1e-5  # keeps sums invertible, above the rounding of inputs in float32
 _PATCHES = 1 << 26  # elements of unfolded inputs at a time: 256 MiB of float32
@@ -147,9 +147,9 @@ class LayerSums:
     def __init__(self, layer: Layer, alpha: float, device: torch.device) -> None:
         self._alpha = min(alpha, LARGEST_ALPHA)
         self._products_in = torch.float32 if alpha <= 0.99 else torch.float64
-        size = {"dtype": torch.float64, "device": device}
-        self._gram = torch.zeros(layer.num_inputs, layer.num_inputs, **size)
-        self._moment = torch.zeros(layer.num_inputs, layer.num_outputs, **size)
+        d, o = layer.num_inputs, layer.num_outputs
+        self._gram = torch.zeros(d, d, dtype=torch.float64, device=device)
+        self._moment = torch.zeros(d, o, dtype=torch.float64, device=device)
 
     def begin(self, share: float, weight: Tensor, average: Tensor) -> None:
         """Take rows of the expert with `weight` (o, ...) and share s_i from now on."""
@@ -191,6 +191,7 @@ def input_rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
         yield inputs.reshape(-1, inputs.shape[-1])
         return
     assert isinstance(module, nn.Conv2d)
+    assert isinstance(module.padding, tuple)  # as `_unfolds` asks
     per_image = module.weight[0, 0].numel() * inputs[0].numel()
     for part in inputs.split(max(1, _PATCHES // per_image)):
         patches = functional.unfold(
@@ -214,8 +215,7 @@ def _listen(
 
     for path in sums:
         network.get_submodule(path).register_forward_pre_hook(hear(path))
-    first = next(network.parameters())
-    for batch in draws.batches(span, first.device, first.dtype):
+    for batch in draws.batches(span, network):
         predict(network, batch.x_t, batch.times, batch.conditions)
         yield len(batch)
 

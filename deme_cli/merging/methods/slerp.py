@@ -16,32 +16,27 @@ import numpy as np
 from deme_cli.merging.differences import inner_products
 from deme_cli.merging.lineage import Family
 from deme_cli.merging.methods.linear import linear_terms
-from deme_cli.merging.methods.method import Terms
+from deme_cli.merging.methods.method import Method, Terms
 
 COLINEAR = 0.9995  # mergekit's DOT_THRESHOLD
 
 
-class Slerp:
+def slerp(family: Family) -> Method:
     """Weights of two experts on the arc between them; opening it reads the files once."""
+    grams = inner_products(family, of_weights=True)
+    cosines = {name: _cosine(gram) for name, gram in grams.items()}
+    vectors = [parent.is_vector for parent in family.parents]
 
-    transform = None
-    is_linear = False
-    found = None
-
-    def __init__(self, family: Family) -> None:
-        self._family = family
-        grams = inner_products(family, of_weights=True)
-        self._cosines = {name: _cosine(gram) for name, gram in grams.items()}
-
-    def terms(self, name: str, coefficients: Sequence[float]) -> Terms:
+    def terms(name: str, coefficients: Sequence[float]) -> Terms:
         """The terms of theta_1 and theta_2; stored vectors stand for theta + tau."""
-        cosine = self._cosines.get(name)
+        cosine = cosines.get(name)  # integers have none
         if cosine is None or abs(cosine) > COLINEAR:
-            return linear_terms(self._family, coefficients)
+            return linear_terms(family, coefficients)
         weights = arc(coefficients[1], cosine)
-        vectors = [parent.is_vector for parent in self._family.parents]
         c_0 = sum((w for w, is_vector in zip(weights, vectors, strict=True) if is_vector), 0.0)
         return tuple((k, w) for k, w in enumerate([c_0, *weights]) if w != 0)
+
+    return Method(terms, is_linear=False)
 
 
 def arc(t: float, cosine: float) -> tuple[float, float]:

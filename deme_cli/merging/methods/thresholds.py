@@ -43,11 +43,12 @@ def kth_largest(
             bits = magnitudes(vector).view(np.uint32)
             within = bits[bits >> LOW_BITS == place] & (NUM_LOW - 1)
             histogram += np.bincount(within, minlength=NUM_LOW)
-    bits = [
+    found = [
         place << LOW_BITS | _bin_of(histogram, rank)[0]
         for histogram, (place, rank) in zip(low, places, strict=True)
     ]
-    return np.array(bits, np.uint32).view(np.float32), ~high[:, NOT_FINITE:].any(axis=1)
+    are_finite = high[:, NOT_FINITE:].sum(axis=1) == 0
+    return np.array(found, np.uint32).view(np.float32), are_finite
 
 
 def _bin_of(histogram: np.ndarray, k: int) -> tuple[int, int]:

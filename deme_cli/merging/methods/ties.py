@@ -12,67 +12,54 @@ N parents, n elements of a piece.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from deme_cli.errors import NumericsError
 from deme_cli.merging.differences import float_runs, vector_pieces
 from deme_cli.merging.lineage import Family
-from deme_cli.merging.methods.linear import linear_terms
-from deme_cli.merging.methods.method import Terms, vector_terms
+from deme_cli.merging.methods.linear import linear
+from deme_cli.merging.methods.method import Method, vector_terms
 from deme_cli.merging.methods.thresholds import kth_largest, magnitudes
 from deme_cli.merging.pieces import Run
 
 TRIMS = ("model", "tensor")
 
 
-class Ties:
+def ties(family: Family, *, density: float, trim: str) -> Method:
     """Trimmed, agreeing task vectors; opening it reads the files twice for the thresholds."""
+    if density == 1 and len(family.parents) == 1:
+        return linear(family)  # nothing is trimmed and nothing disagrees
+    thresholds = _thresholds(family, density, trim)
 
-    is_linear = True
-    found = None
-
-    def __init__(self, family: Family, *, density: float, trim: str) -> None:
-        self._family, self._density = family, density
-        self.transform = None
-        if density == 1 and len(family.parents) == 1:
-            return  # nothing is trimmed and nothing disagrees
-        self.transform = self._trim_and_elect
-        if trim == "model":
-            threshold = self._threshold(float_runs(family, by_tensor=False))
-            self._thresholds = {run.specs[0].name: threshold for run in float_runs(family)}
-        else:
-            self._thresholds = {
-                run.specs[0].name: self._threshold([run])
-                for run in float_runs(family)
-                if run.num_elements
-            }
-
-    def terms(self, name: str, coefficients: Sequence[float]) -> Terms:
-        if self.transform is None:
-            return linear_terms(self._family, coefficients)
-        return vector_terms(coefficients)
-
-    def _threshold(self, runs: list[Run]) -> np.ndarray:
-        """The least magnitude kept of each expert (N,), float32.
-
-        Raises NumericsError naming an expert whose difference is not finite.
-        """
-        count = len(self._family.parents)
-        with np.errstate(over="ignore", invalid="ignore"):
-            thresholds, are_finite = kth_largest(
-                vector_pieces(self._family, runs), count, self._density
-            )
-        for parent, is_finite in zip(self._family.parents, are_finite, strict=True):
-            if not is_finite:
-                raise NumericsError(f"{parent.path}: holds weights that are not finite")
-        return thresholds
-
-    def _trim_and_elect(self, name: str, start: int, taus: np.ndarray) -> None:
-        """tau'_i of Algorithm 1 from tau_i (N, n), in place."""
-        taus *= magnitudes(taus) >= self._thresholds[name][:, None]
+    def trim_and_elect(name: str, start: int, taus: np.ndarray) -> None:
+        taus *= magnitudes(taus) >= thresholds[name][:, None]
         agreeing_mean(taus)
+
+    return Method(vector_terms, trim_and_elect)
+
+
+def _thresholds(family: Family, density: float, trim: str) -> dict[str, np.ndarray]:
+    """The least magnitude kept of each expert (N,), float32, by tensor."""
+    tensors = [run for run in float_runs(family) if run.num_elements]
+    if trim == "tensor":
+        return {run.specs[0].name: _threshold(family, density, [run]) for run in tensors}
+    shared = _threshold(family, density, float_runs(family, by_tensor=False))
+    return {run.specs[0].name: shared for run in tensors}
+
+
+def _threshold(family: Family, density: float, runs: list[Run]) -> np.ndarray:
+    """The least magnitude kept of each expert (N,) over all of `runs`.
+
+    Raises NumericsError naming an expert whose difference is not finite.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        thresholds, are_finite = kth_largest(
+            vector_pieces(family, runs), len(family.parents), density
+        )
+    for parent, is_finite in zip(family.parents, are_finite, strict=True):
+        if not is_finite:
+            raise NumericsError(f"{parent.path}: holds weights that are not finite")
+    return thresholds
 
 
 def agreeing_mean(taus: np.ndarray) -> None:

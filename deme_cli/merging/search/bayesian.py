@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deme_cli.merging.search.plan import Wait
+from deme_cli.merging.search.plan import Plan
 from deme_cli.merging.search.space import Point, Space
 from deme_cli.merging.search.trials import Asked
 
@@ -28,42 +28,41 @@ MOST = {"tpe": 1000, "gp": 300}
 FIRST_RANDOM = 10  # trials before the model is trusted, the default of both samplers
 
 
-class Bayesian:
+class Bayesian(Plan):
     """`kind`: tpe or gp. The start comes first."""
-
-    needs_slopes = False
 
     def __init__(self, kind: str, space: Space, seed: int) -> None:
         self.kind, self.space, self.seed = kind, space, seed
         self.evaluations = min(PER_NUMBER[kind] * space.dimensions, MOST[kind])
 
-    def propose(self, trials: Sequence[Asked]) -> Point | Wait | None:
+    def propose(self, trials: Sequence[Asked]) -> Point:
         import optuna
-        from optuna.distributions import FloatDistribution
+        from optuna.distributions import BaseDistribution, FloatDistribution
         from optuna.trial import TrialState, create_trial
 
         known = {trial.point for trial in trials}
         if self.space.start_point not in known:
             return self.space.start_point
         box = self.space.box
-        kinds = {f"w{i}": FloatDistribution(low, high) for i, (low, high) in enumerate(box)}
+        kinds: dict[str, BaseDistribution] = {
+            f"w{i}": FloatDistribution(low, high) for i, (low, high) in enumerate(box)
+        }
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(sampler=self._sampler(len(trials)))
-        values = [t.value for t in trials if t.value is not None and math.isfinite(t.value)]
+        finite = [t.value for t in trials if t.value is not None and math.isfinite(t.value)]
         for trial in trials:
-            inside = all(low <= w <= high for w, (low, high) in zip(trial.point, box, strict=True))
-            running = trial.value is None
-            if inside and (values or running):
+            if not all(low <= w <= high for w, (low, high) in zip(trial.point, box, strict=True)):
+                continue
+            params = dict(zip(kinds, trial.point, strict=True))
+            if trial.value is None:
                 study.add_trial(
-                    create_trial(
-                        state=TrialState.RUNNING if running else TrialState.COMPLETE,
-                        value=None if running else min(trial.value, max(values)),
-                        params=dict(zip(kinds, trial.point, strict=True)),
-                        distributions=kinds,
-                    )
+                    create_trial(state=TrialState.RUNNING, params=params, distributions=kinds)
                 )
-        params = study.ask(kinds).params
-        point = tuple(float(params[name]) for name in kinds)
+            elif finite:
+                value = min(trial.value, max(finite))
+                study.add_trial(create_trial(value=value, params=params, distributions=kinds))
+        found = study.ask(kinds).params
+        point = tuple(float(found[name]) for name in kinds)
         return self._random(len(trials)) if point in known else point
 
     def _random(self, count: int) -> Point:
@@ -84,6 +83,3 @@ class Bayesian:
             return optuna.samplers.GPSampler(
                 n_startup_trials=FIRST_RANDOM, deterministic_objective=True, seed=seed
             )
-
-    def remarks(self, trials: Sequence[Asked]) -> list[str]:
-        return []

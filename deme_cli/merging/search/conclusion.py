@@ -52,7 +52,7 @@ def conclude(
     pairs = list(pairwise(by_rung))
     rhos = [rank_correlation(lower, upper) for lower, upper in pairs]
     by_range = [
-        _by_range([one for one in asked if one.rung == rung], upper, ranges)
+        rank_correlations_by_range([one for one in asked if one.rung == rung], upper, ranges)
         for rung, (_, upper) in enumerate(pairs)
     ]
     ranking = ranked(by_rung[-1])
@@ -71,8 +71,7 @@ def conclude(
         "rungs": [
             {
                 "objective": objective.name, "num": rung.num, "evaluations": len(found),
-                "keep": rung.keep, "rho_to_next": rho,
-                "rho_to_next_by_range": rhos_by_range,
+                "keep": rung.keep, "rho_to_next": rho, "rho_to_next_by_range": rhos_by_range,
             }
             for rung, objective, found, rho, rhos_by_range in zip(
                 search.rungs, objectives, by_rung, [*rhos, None], [*by_range, {}], strict=True
@@ -82,11 +81,3 @@ def conclude(
     broken = sum(not math.isfinite(trial.objective) for trial in trials)
     shared = [len({t.point for t in a} & {t.point for t in b}) for a, b in pairs]
     return Conclusion(ranking, rhos, shared, by_range, len(trials), broken, record)
-
-
-def _by_range(
-    lower: Sequence[Asked], upper: Sequence[Trial], ranges: Sequence[TimestepRange]
-) -> dict[str, float]:
-    """Spearman's rho of the loss on each range with the next rung, where there is one."""
-    rhos = rank_correlations_by_range(lower, upper, len(ranges))
-    return {str(span): rho for span, rho in zip(ranges, rhos, strict=True) if rho is not None}

@@ -9,32 +9,29 @@ the trials that are known, and asks for the first point that is not. D searched 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from deme_cli.evaluation.threads import fitting_threads
-from deme_cli.merging.search.plan import WAIT, Wait
+from deme_cli.merging.search.plan import WAIT, Plan, Wait
 from deme_cli.merging.search.space import Point, Space
 from deme_cli.merging.search.trials import Asked
 
 STEPS = 20
 FIRST_STEP = 0.3  # how far the first trial lies from the start
 ADAM_RATE = 0.1
+Evaluate = Callable[[np.ndarray], tuple[float, np.ndarray]]  # a point: its value and slopes
 
 
-class _Unknown(Exception):
-    """The optimiser wants a point that has not been evaluated."""
+class _Answer(Exception):
+    """Ends the optimiser's run where it wants a point that has no value: what to do instead."""
 
-    def __init__(self, point: Point) -> None:
-        self.point = point
-
-
-class _Broken(Exception):
-    """The objective was not finite where the optimiser went."""
+    def __init__(self, step: Point | Wait | None) -> None:
+        self.step = step
 
 
-class Descent:
+class Descent(Plan):
     """`optimizer`: lbfgs or adam; `evaluations` is the most that it may ask for."""
 
     needs_slopes = True
@@ -49,10 +46,12 @@ class Descent:
         def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
             point = tuple(map(float, x))
             trial = known.get(point)
-            if trial is None or trial.value is None:
-                raise _Unknown(point)
+            if trial is None:
+                raise _Answer(point)
+            if trial.value is None:
+                raise _Answer(WAIT)
             if not math.isfinite(trial.value):
-                raise _Broken
+                raise _Answer(None)
             return trial.value, np.array(trial.extra["slopes"])
 
         try:
@@ -60,20 +59,17 @@ class Descent:
                 self._adam(evaluate)
             else:
                 self._lbfgs(evaluate)
-        except _Broken:
-            return None
-        except _Unknown as unknown:
-            waits = unknown.point in known and known[unknown.point].value is None
-            return WAIT if waits else unknown.point
+        except _Answer as answer:
+            return answer.step
         return None
 
-    def _lbfgs(self, evaluate) -> None:
+    def _lbfgs(self, evaluate: Evaluate) -> None:
         """The objective is scaled so that the first step has a sensible length."""
         from scipy.optimize import minimize
 
         start = np.array(self.space.start_point)
         first, slope = evaluate(start)
-        size = np.linalg.norm(slope)
+        size = float(np.linalg.norm(slope))
         if not size:
             return
         scale = FIRST_STEP / size
@@ -84,11 +80,11 @@ class Descent:
 
         with fitting_threads(len(start)):
             minimize(
-            scaled, start, jac=True, method="L-BFGS-B", bounds=self.space.box,
-            options={"maxfun": self.evaluations, "ftol": 1e-5, "gtol": 1e-5},
-        )  # fmt: skip
+                scaled, start, jac=True, method="L-BFGS-B", bounds=self.space.box,
+                options={"maxfun": self.evaluations, "ftol": 1e-5, "gtol": 1e-5},
+            )  # fmt: skip
 
-    def _adam(self, evaluate) -> None:
+    def _adam(self, evaluate: Evaluate) -> None:
         import torch
 
         low, high = torch.tensor(self.space.box, dtype=torch.float64).T
@@ -108,22 +104,3 @@ class Descent:
             return []
         return ["the descent ended at a point whose objective was not finite; narrow --bounds, or "
                 "take --search cmaes, which passes over such points"]  # fmt: skip
-
-
-def slopes_of(space: Space, by_tensor: Mapping[str, Sequence[float]]) -> list[float]:
-    """The gradient (D,) in the order of a point, from <grad, tau_i> of each tensor.
-
-    Tensors of fixed coefficients do not count.
-    """
-    from fnmatch import fnmatchcase
-
-    groups = space.all_groups
-    total = np.zeros((len(groups), space.num_experts))
-    for name, products in by_tensor.items():
-        if any(fnmatchcase(name, glob) for glob in space.fixed):
-            continue
-        for index, glob in enumerate(groups):
-            if fnmatchcase(name, glob):
-                total[index] += products
-                break
-    return [float(v) for v in total.ravel()]

@@ -33,7 +33,7 @@ class FeatureStore:
     """Features of candidates' images, by a key, in a folder that goes when the search ends."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+        self.folder = folder
 
     def load(self, key: str) -> np.ndarray | None:
         """What is kept: (m, d) float32. A file that is not whole counts as nothing."""

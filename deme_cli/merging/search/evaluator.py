@@ -12,8 +12,7 @@ from deme_cli.errors import ArtifactError
 from deme_cli.merging.candidates import CandidateNetwork
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.lineage import Family
-from deme_cli.merging.methods.known import MethodSettings
-from deme_cli.merging.search.descent import slopes_of
+from deme_cli.merging.methods.known import LINEAR, MethodSettings
 from deme_cli.merging.search.losses import HeldOutLoss
 from deme_cli.merging.search.objectives import Objective
 from deme_cli.merging.search.run import Evaluated
@@ -38,7 +37,7 @@ class Evaluator:
         with_slopes: bool = False,
     ) -> None:  # fmt: skip
         self.family, self.space, self.with_slopes = family, space, with_slopes
-        self._method, self._place = method, {"device": device, "dtype": dtype}
+        self._method, self._device, self._dtype = method, device, dtype
         self.objectives: Sequence[Objective] = ()
         self.check: Check = lambda *progress: None
 
@@ -56,7 +55,12 @@ class Evaluator:
     @cached_property
     def network(self) -> CandidateNetwork:
         """Loaded when the first candidate comes."""
-        return CandidateNetwork(self.family, method=self._method, hold=self._holds, **self._place)
+        return self._open(self._method)
+
+    def _open(self, method: MethodSettings) -> CandidateNetwork:
+        return CandidateNetwork(
+            self.family, method=method, hold=self._holds, device=self._device, dtype=self._dtype
+        )
 
     def __call__(self, rung: int, point: Point, name: str = "") -> Evaluated:
         """The objective of a rung at `point`, where the reference `name` lies, if any."""
@@ -67,7 +71,7 @@ class Evaluator:
             value = objective.value_and_gradient(denoiser, self.check)
             if not math.isfinite(value):
                 return Evaluated(value, {})
-            return Evaluated(value, {"slopes": slopes_of(self.space, self.network.slopes())})
+            return Evaluated(value, {"slopes": self.space.slopes(self.network.slopes())})
         if isinstance(objective, HeldOutLoss):
             errors = objective.errors(single(denoiser), self.check)
             by_range = objective.by_range(errors, self.ranges)
@@ -80,7 +84,7 @@ class Evaluator:
         parents = [parent.record.fingerprint for parent in self.family.parents]
         space, method = self.space, [self._method.name, self._method.used]
         return json.dumps(
-            [self.family.base_record.fingerprint, parents, method, self._place["dtype"],
+            [self.family.base_record.fingerprint, parents, method, self._dtype,
              space.all_groups, dict(space.fixed), point]
         )  # fmt: skip
 
@@ -94,7 +98,7 @@ class Evaluator:
         """The network of linear combinations, whatever the method."""
         if self._method.name == "linear":
             return self.network
-        return CandidateNetwork(self.family, hold=self._holds, **self._place)
+        return self._open(LINEAR)
 
     def linear(self, coefficients: Sequence[float]) -> list[SamplingExpert]:
         """theta + sum_i w_i tau_i with the same N coefficients everywhere; valid until the next."""
@@ -131,7 +135,7 @@ def first_of_each_range(family: Family) -> list[int]:
 
     Raises ArtifactError where these do not cover [0, T) once.
     """
-    found: dict = {}
+    found: dict[TimestepRange, int] = {}
     for index in family.by_range:
         found.setdefault(family.parents[index].record.timesteps, index)
     require_cover(list(found), family.base_record.num_train_timesteps)

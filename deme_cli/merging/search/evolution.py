@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deme_cli.merging.search.plan import WAIT, Known, Wait, first_open, is_running
+from deme_cli.merging.search.plan import Known, Plan, Wait, needed
 from deme_cli.merging.search.space import Point, Space
 from deme_cli.merging.search.trials import Asked, known_values
 
@@ -26,10 +26,8 @@ _WIDE = 50  # dimensions from which hardly any draw lies within the box
 _REDRAWS, _WIDE_REDRAWS = 100, 5  # of a draw outside the box, before it is clipped
 
 
-class Evolution:
+class Evolution(Plan):
     """One generation after another, each asked for as a whole before the next is drawn."""
-
-    needs_slopes = False
 
     def __init__(self, space: Space, seed: int) -> None:
         self.space, self.seed = space, seed
@@ -64,10 +62,8 @@ class Evolution:
             self._restart()
         while not self._strategy.should_stop():
             points = [tuple(map(float, self._low + x * self._width)) for x in self._drawn]
-            if (point := first_open(points, known)) is not None:
-                return point
-            if is_running(points, known):
-                return WAIT
+            if (step := needed(points, known)) is not None:
+                return step
             self._tell(points, known)
         return None
 
@@ -76,9 +72,6 @@ class Evolution:
         self._strategy.tell(list(zip(self._drawn, values, strict=True)))
         self._told.update({point: known[point] for point in points})
         self._drawn = self._draw()
-
-    def remarks(self, trials: Sequence[Asked]) -> list[str]:
-        return []
 
 
 def _finite(values: Sequence[float | None]) -> list[float]:

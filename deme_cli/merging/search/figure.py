@@ -19,6 +19,7 @@ from deme_cli.merging.search.trials import BASE_NAME, MEAN_NAME, Trial, ranked
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
 CELL_INCHES, MOST_INCHES = 2.4, 15.0
 WIDE_SPREAD = 8.0  # largest over least objective from which axes and colours are logarithmic
@@ -34,14 +35,12 @@ def draw_search(
 
     trials: the grid's points, of one rung; the base and the mean, known by name, are lines.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
     count, best = len(grid), ranked(trials)[0]
     size = min(CELL_INCHES * max(count, 2), MOST_INCHES)
     figure = Figure(figsize=(size + 1.2 * (count > 1), size + 0.6), layout="constrained", dpi=130)
-    FigureCanvasAgg(figure)
     axes = figure.subplots(count, count, squeeze=False)
     maps = {
         (row, column): least_over_others(trials, grid, row, column)
@@ -69,6 +68,11 @@ def draw_search(
         bar = figure.colorbar(ScalarMappable(norm, "viridis_r"), ax=axes, shrink=0.6, pad=0.02)
         bar.set_label(f"{objective}, least over the other coefficients")
     figure.suptitle(_title(trials, best, objective))
+    return to_png(figure)
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as it is saved."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
@@ -154,7 +158,8 @@ def is_wide(values: np.ndarray) -> bool:
 
 def _digits(norm: Normalize) -> int:
     """Significant digits that tell neighbouring colours apart: 3 to 6."""
-    spread = (norm.vmax - norm.vmin) / abs(norm.vmax) if norm.vmax else 0
+    low, high = norm.vmin, norm.vmax
+    spread = (high - low) / abs(high) if low is not None and high else 0
     return int(np.clip(2 - math.floor(math.log10(spread)), 3, 6)) if spread > 0 else 3
 
 

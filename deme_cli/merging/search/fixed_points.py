@@ -6,27 +6,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deme_cli.merging.search.plan import Wait, first_open
+from deme_cli.merging.search.plan import Plan
 from deme_cli.merging.search.space import Point, Space
 from deme_cli.merging.search.trials import Asked, known_values
 
 PER_NUMBER = 25
 
 
-class FixedPoints:
+class FixedPoints(Plan):
     """Points one after another, in order."""
-
-    needs_slopes = False
 
     def __init__(self, points: Sequence[Point]) -> None:
         self.points = list(points)
         self.evaluations = len(self.points)
 
-    def propose(self, trials: Sequence[Asked]) -> Point | Wait | None:
-        return first_open(self.points, known_values(trials))
-
-    def remarks(self, trials: Sequence[Asked]) -> list[str]:
-        return []
+    def propose(self, trials: Sequence[Asked]) -> Point | None:
+        known = known_values(trials)
+        return next((point for point in self.points if point not in known), None)
 
 
 def random_points(space: Space, num: int | None, seed: int) -> list[Point]:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from deme_cli.merging.search.plan import WAIT, Wait
+from deme_cli.merging.search.plan import Plan, Wait, needed
 from deme_cli.merging.search.space import Point, Space
 from deme_cli.merging.search.trials import Asked, known_values
 
 
-class GreedySoup:
+class GreedySoup(Plan):
     """At most 2 N - 1 trials."""
-
-    needs_slopes = False
 
     def __init__(self, space: Space) -> None:
         self.space = space
@@ -40,29 +38,16 @@ class GreedySoup:
     def _walk(self, trials: Sequence[Asked]) -> Point | Wait | list[int]:
         """The point that is needed next, or the experts chosen."""
         known = known_values(trials)
+        values = {point: value for point, value in known.items() if value is not None}
         alone = [self.mean_of([i]) for i in range(self.space.num_experts)]
-        if (step := _need(alone, known)) is not None:
+        if (step := needed(alone, known)) is not None:
             return step
-        order = sorted(range(len(alone)), key=lambda i: (known[alone[i]], i))
-        chosen, least = [order[0]], known[alone[order[0]]]
+        order = sorted(range(len(alone)), key=lambda i: (values[alone[i]], i))
+        chosen, least = [order[0]], values[alone[order[0]]]
         for expert in order[1:]:
             point = self.mean_of([*chosen, expert])
-            if (step := _need([point], known)) is not None:
+            if (step := needed([point], known)) is not None:
                 return step
-            value = known[point]
-            assert value is not None
-            assert least is not None
-            if math.isfinite(value) and value <= least:
-                chosen, least = [*chosen, expert], value
+            if math.isfinite(values[point]) and values[point] <= least:
+                chosen, least = [*chosen, expert], values[point]
         return chosen
-
-    def remarks(self, trials: Sequence[Asked]) -> list[str]:
-        return []
-
-
-def _need(points: Sequence[Point], known: dict[Point, float | None]) -> Point | Wait | None:
-    """The first point without a value, or WAIT where somebody has it."""
-    for point in points:
-        if point not in known:
-            return point
-    return WAIT if any(known[point] is None for point in points) else None

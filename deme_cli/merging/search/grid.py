@@ -1,7 +1,5 @@
-"""The points of a grid search: every combination of a few values for each coefficient.
+"""The points of a grid search: every combination of a few values for each coefficient. No torch.
 
-Besides the grid, the base (all 0) and the mean (1/N each) are tried, so that a result can be
-judged; they may win as well. No torch.
 N experts.
 """
 
@@ -13,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from deme_cli.errors import ConfigError
+from deme_cli.merging.search.space import Point
 
 Grid = tuple[tuple[float, ...], ...]  # the values tried for each expert
-Point = tuple[float, ...]  # a coefficient for each expert
 MAX_CANDIDATES = 1_000_000
 DEFAULT_VALUES = ((4, (0.0, 0.5, 1.0)), (8, (0.0, 1.0)))  # up to N experts: at most 81, 256 points
 
@@ -58,7 +56,5 @@ def _checked_values(values: Any) -> tuple[float, ...]:
 
 
 def grid_points(grid: Grid) -> list[Point]:
-    """The base, the mean, and every combination of the grid that is neither."""
-    count = len(grid)
-    first = [(0.0,) * count, (1 / count,) * count]
-    return [*first, *(point for point in itertools.product(*grid) if point not in first)]
+    """Every combination of the values, the last coefficient varying first."""
+    return list(itertools.product(*grid))

@@ -8,7 +8,6 @@ N experts.
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deme_cli.merging.search.figure import to_png
 from deme_cli.merging.search.space import REST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
 
 ROW_INCHES, LEAST_ROW_INCHES = 0.26, 0.14  # of few rows, and down to which rows shrink
 GROWN_INCHES, MOST_INCHES = 7.0, 16.0  # height from which rows shrink, and the picture's
@@ -29,7 +28,9 @@ NAME_LENGTH = 64  # characters
 COLORS = "RdBu_r"
 # How the names of parts begin, in the order of the network; of the others those with `out` in them
 # come last, the rest with the input.
-_STAGES = ("down_blocks", "mid_block", "transformer_blocks", "single_transformer", "up_blocks")
+_STAGES = (
+    "down_blocks", "mid_block", "transformer_blocks", "single_transformer", "blocks", "up_blocks",
+)  # fmt: skip
 
 
 def draw_heat_map(
@@ -41,7 +42,6 @@ def draw_heat_map(
     means: the one number per expert (N,) that the whole is summed up in, shown under its name.
     """
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
@@ -57,27 +57,23 @@ def draw_heat_map(
     tall = row * rows + 1.3
     values = np.array([by_group[group] for group in groups], dtype=float)  # (groups, N)
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) or 1.0
-    norm = Normalize(-largest, largest)
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(wide + 1.2, tall), layout="constrained", dpi=160)
-        FigureCanvasAgg(figure)
         axes = figure.subplots(1, strips, squeeze=False)[0]
         for strip, axis in enumerate(axes):
             own = slice(strip * rows, (strip + 1) * rows)
-            _draw_strip(axis, values[own], norm, row)
+            _draw_strip(axis, values[own], largest, row)
             _name_rows(axis, names[own], row, points)
             _name_columns(axis, experts, means)
             axis.set_ylim(rows - 0.5, -0.5)
         bar = figure.colorbar(
-            ScalarMappable(norm, COLORS), ax=axes, fraction=0.3 / wide, pad=0.2 / wide, aspect=20,
-            shrink=min(1.0, 4.0 / tall), anchor=(0.0, 1.0),
+            ScalarMappable(Normalize(-largest, largest), COLORS), ax=axes, fraction=0.3 / wide,
+            pad=0.2 / wide, aspect=20, shrink=min(1.0, 4.0 / tall), anchor=(0.0, 1.0),
         )  # fmt: skip
         bar.set_label("coefficient w")
         bar.outline.set_visible(False)
-        figure.suptitle(title or None, fontsize=9)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png")
-    return stream.getvalue()
+        figure.suptitle(title, fontsize=9)
+        return to_png(figure)
 
 
 def group_name(glob: str) -> str:
@@ -131,12 +127,12 @@ def _name_rows(axis: Axes, names: Sequence[str], row: float, points: float) -> N
         axis.tick_params(axis="y", length=2)
 
 
-def _draw_strip(axis: Axes, values: np.ndarray, norm: Normalize, row: float) -> None:
+def _draw_strip(axis: Axes, values: np.ndarray, largest: float, row: float) -> None:
     """The cells of some groups with their numbers, where these fit; white on dark colours."""
-    axis.imshow(values, cmap=COLORS, norm=norm, aspect="auto")
+    axis.imshow(values, cmap=COLORS, vmin=-largest, vmax=largest, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
         if row >= LEAST_ROW_INCHES and math.isfinite(value):
             text = f"{round(value, 2) + 0.0:.2f}"  # + 0.0 makes 0 of -0
-            color = "white" if abs(value) > 0.65 * norm.vmax else "black"
+            color = "white" if abs(value) > 0.65 * largest else "black"
             size = min(8.0, row * 42)
             axis.text(x, y, text, ha="center", va="center", fontsize=size, color=color)

@@ -16,13 +16,13 @@ def importances(trials: Sequence[Trial], labels: Sequence[str]) -> dict[str, flo
     Of the lowest rung, within the values that were tried.
     """
     import optuna
-    from optuna.distributions import FloatDistribution
+    from optuna.distributions import BaseDistribution, FloatDistribution
     from optuna.trial import TrialState, create_trial
 
     lowest = [t for t in trials if t.rung == 0 and math.isfinite(t.objective)]
     if len(lowest) < FEWEST or len(labels) < 2:
         return None
-    kinds = {}
+    kinds: dict[str, BaseDistribution] = {}
     for i, label in enumerate(labels):
         reached = [t.point[i] for t in lowest]
         kinds[label] = FloatDistribution(min(reached), max(reached))

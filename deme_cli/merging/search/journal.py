@@ -45,7 +45,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, labels: Sequence[str], search: dict[str, Any]) -> None:
-        self.path, self.labels = Path(path), list(labels)
+        self.path, self.labels = path, list(labels)
         self.search = json.loads(json.dumps(search))
         self.worker = uuid.uuid4().hex
         self._lock = JournalLock(self.path)
@@ -163,10 +163,10 @@ class Journal:
 
     def start(self, rung: int, point: Sequence[float], name: str = "") -> int:
         """Note that this worker evaluates `point`; returns the trial's id. Only while planning."""
-        from optuna.distributions import FloatDistribution
+        from optuna.distributions import BaseDistribution, FloatDistribution
         from optuna.trial import TrialState, create_trial
 
-        kinds = {
+        kinds: dict[str, BaseDistribution] = {
             label: FloatDistribution(min(-1.0, w), max(2.0, w))
             for label, w in zip(self.labels, point, strict=True)
         }
@@ -222,14 +222,21 @@ def asked_trials(trials: Sequence[FrozenTrial], labels: Sequence[str]) -> list[A
         if attributes.get(_LOST):
             continue
         value = trial.values[0] if trial.values else math.inf if trial.state.is_finished() else None
-        stamps = [
+        began, ended = (
             d.timestamp() if d else 0.0 for d in (trial.datetime_start, trial.datetime_complete)
-        ]
+        )
         extra = {k: v for k, v in attributes.items() if k not in ("rung", "name", "worker")}
         point = tuple(trial.params[label] for label in labels)
         found.append(
             Asked(
-                trial.number, attributes["rung"], point, value, attributes["name"], *stamps, extra
+                trial.number,
+                attributes["rung"],
+                point,
+                value,
+                attributes["name"],
+                began,
+                ended,
+                extra,
             )
         )
     return found

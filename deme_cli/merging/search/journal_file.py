@@ -27,7 +27,7 @@ class JournalLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = Path(path)
+        self._path = path
         self._place = self._path.with_name(f".{self._path.name}.lock")
         self._lock = kernel_lock(self._place)
 
@@ -86,7 +86,9 @@ def open_storage(path: Path, lock: JournalLock) -> JournalStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     require_journal(path)
     try:
-        storage = JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+        # Of the interface that optuna asks for, not of its class, which is slow to import.
+        backend = JournalFileBackend(str(path), lock_obj=lock)  # type: ignore[arg-type]
+        storage = JournalStorage(backend)
         if lines := path.read_bytes().splitlines():
             json.loads(lines[-1])  # optuna passes over the last one until something follows it
     except (ValueError, KeyError, TypeError, AssertionError) as error:

@@ -8,12 +8,12 @@ B batch, C channels, n draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deme_cli.config import MergeConfig
 from deme_cli.diffusion.denoiser import Denoiser
@@ -74,21 +74,20 @@ class HeldOutLoss:
 
     def errors(self, experts: Sequence[SamplingExpert], check: Check) -> Tensor:
         """Squared error of each draw, by the expert of its timestep: (n,) float64."""
-        owner = self._owners(experts)
-        errors = torch.zeros(len(owner), dtype=torch.float64)
-        for index, expert in enumerate(experts):
-            chosen = (owner == index).nonzero()[:, 0]
-            if len(chosen):
-                network = expert.load().network
-                errors[chosen] = self.draws.errors(network, check=check, chosen=chosen)
+        errors = torch.zeros(len(self.draws.t), dtype=torch.float64)
+        for network, chosen in self._turns(experts):
+            errors[chosen] = self.draws.errors(network, check=check, chosen=chosen)
         return errors
 
     def by_range(self, errors: Tensor, ranges: Sequence[TimestepRange]) -> list[float | None]:
         """The mean error of the draws in each range; None where there are none."""
-        times = self.times.clamp(max=self.draws.schedule.num_train_timesteps - 1)
-        inside = [(times >= span.start) & (times < span.stop) for span in ranges]
-        means = [errors[mine].mean().item() for mine in inside]
+        means = [errors[self.draws_in(span)].mean().item() for span in ranges]
         return [mean if math.isfinite(mean) else None for mean in means]
+
+    def draws_in(self, span: TimestepRange) -> Tensor:
+        """Which draws have their time in `span`: (n,) bool. T, where a flow begins, is T - 1."""
+        times = self.times.clamp(max=self.draws.schedule.num_train_timesteps - 1)
+        return (times >= span.start) & (times < span.stop)
 
     def value_and_gradient(self, denoiser: Denoiser, check: Check) -> float:
         """The loss of one network, its gradient left in `.grad` of the parameters."""
@@ -99,12 +98,15 @@ class HeldOutLoss:
         """The time that the network is told in each draw: (n,)."""
         return self.draws.schedule.times(self.draws.t)
 
-    def _owners(self, experts: Sequence[SamplingExpert]) -> Tensor:
-        """Which expert each draw belongs to: (n,)."""
+    def _turns(self, experts: Sequence[SamplingExpert]) -> Iterator[tuple[nn.Module, Tensor]]:
+        """The network of each expert with the draws whose time it owns, where there are any."""
         if len(experts) == 1:
-            return torch.zeros(len(self.draws.t), dtype=torch.long)
+            yield experts[0].load().network, torch.arange(len(self.draws.t))
+            return
         ranges = [expert.range for expert in experts]
-        return torch.tensor([route(t, ranges) for t in self.times.tolist()])
+        owner = torch.tensor([route(t, ranges) for t in self.times.tolist()])
+        for index in owner.unique().tolist():
+            yield experts[index].load().network, (owner == index).nonzero()[:, 0]
 
 
 def _span(text: str | None, schedule: Schedule) -> TimestepRange:
@@ -135,10 +137,7 @@ class ExpertsLoss(HeldOutLoss):
     @torch.no_grad()
     def _say(self, experts: Sequence[SamplingExpert]) -> Tensor:
         """What the expert of each draw says: (n, C, H, W) float32."""
-        owner = self._owners(experts)
-        said = torch.zeros(len(owner), *self.examples.shape)
-        for index, expert in enumerate(experts):
-            chosen = (owner == index).nonzero()[:, 0]
-            if len(chosen):
-                said[chosen] = self.draws.outputs(expert.load().network, chosen)
+        said = torch.zeros(len(self.draws.t), *self.examples.shape)
+        for network, chosen in self._turns(experts):
+            said[chosen] = self.draws.outputs(network, chosen)
         return said

@@ -20,7 +20,7 @@ from deme_cli.merging.search.trials import Asked
 COARSE_SHARE = 1 / 3  # of the evaluations, where their number was given
 
 
-class CoarseToFine:
+class CoarseToFine(Plan):
     """`open_plan` opens the plan of a space; `evaluations`: the number given, if any."""
 
     def __init__(

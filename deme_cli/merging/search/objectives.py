@@ -23,7 +23,7 @@ from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.evaluation.features import Extractor, load_extractor
 from deme_cli.evaluation.frechet import Statistics
 from deme_cli.evaluation.references import Reference, find_reference
-from deme_cli.evaluation.targets import open_target, reference_statistics
+from deme_cli.evaluation.targets import Target, open_target, reference_statistics
 from deme_cli.ladder import Rung
 from deme_cli.merging.search.distances import FeatureStore, GeneratedDistance
 from deme_cli.merging.search.losses import ExpertsLoss, HeldOutLoss
@@ -48,7 +48,11 @@ class Objective(Protocol):
     name: str  # as JSON has it
     label: str  # as people call it
     protocol: dict[str, Any]  # everything the number depends on, besides the candidate
-    examples: Examples | None  # what it draws from; their cache may still have to be filled
+
+    @property
+    def examples(self) -> Examples | None:
+        """What it draws from; their cache may still have to be filled."""
+        ...
 
     def __call__(self, experts: Sequence[SamplingExpert], check: Check, key: str = "") -> float: ...
 
@@ -124,7 +128,9 @@ class Workbench:
         if is_kernel or scene.has_latents:
             metric = self.extractor.weights.kernel_name if is_kernel else self.extractor.metric_name
             *_, target = open_target(metric, found, self.extractor, scene.image_shape)
+            assert isinstance(target, Target)
             reference = target.features if is_kernel else target.statistics
+            assert reference is not None, "a process alone has looked at all images itself"
             n = target.reference.n
         else:
             reference = reference_statistics(
@@ -136,25 +142,27 @@ class Workbench:
 
     def _find_reference(self, is_kernel: bool, part: int) -> Reference:
         weights, measure = self.extractor.weights, self.measure
-        source, split = measure.source, "train" if part == SEARCH else "test"
-        if part == REPORT and measure.report_reference:
-            source, split = measure.report_reference, None
+        other = measure.report_reference if part == REPORT else None
+        split = None if other else "train" if part == SEARCH else "test"
         return find_reference(
-            source, weights.family, weights.resize, weights=weights, kernel=is_kernel, split=split
+            other or measure.source,
+            weights.family,
+            weights.resize,
+            weights=weights,
+            kernel=is_kernel,
+            split=split,
         )
 
     def _scene(self, sample: SampleConfig) -> Scene:
         """What candidates draw: classes in turn, prompts in turn, or nothing in particular."""
-        place = {
-            "pipeline": self.measure.pipeline,
-            "device": self.measure.device,
-            "dtype": self.measure.dtype,
-        }
-        if backbone_of(self.record.model_config).wants != "text":
-            return open_scene([self.record], sample, **place)
-        sample = replace(sample, per_prompt=1)
-        prompts = _prompts(self.measure.images, sample)
-        return open_scene([self.record], sample, prompts=prompts, **place)
+        measure, prompts = self.measure, None
+        if backbone_of(self.record.model_config).wants == "text":
+            sample = replace(sample, per_prompt=1)
+            prompts = _prompts(measure.images, sample)
+        return open_scene(
+            [self.record], sample, prompts=prompts, pipeline=measure.pipeline,
+            device=measure.device, dtype=measure.dtype,
+        )  # fmt: skip
 
 
 _SPLIT_WORDS = {"train": "train", "held-out": "test", "all": "all"}

@@ -7,13 +7,13 @@ asks for the same points as one that ran through. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from deme_cli.merging.search.space import Point
 from deme_cli.merging.search.trials import Asked
 
-Known = Mapping[Point, float | None]
+Known = Mapping[Point, float | None]  # None: being evaluated
 
 
 class Wait:
@@ -25,23 +25,25 @@ WAIT = Wait()
 
 class Plan(Protocol):
     """`evaluations` is how many trials it wants if nobody says otherwise; `needs_slopes` whether
-    each must come with the gradient of the objective. `remarks` are things a person should know."""
+    each must come with the gradient of the objective."""
 
     evaluations: int
-    needs_slopes: bool
+    needs_slopes: bool = False
 
     def propose(self, trials: Sequence[Asked]) -> Point | Wait | None:
         """The next point, WAIT, or None at the end."""
         ...
 
-    def remarks(self, trials: Sequence[Asked]) -> list[str]: ...
+    def remarks(self, trials: Sequence[Asked]) -> list[str]:
+        """What a person should know of these trials."""
+        return []
 
 
-def first_open(points: Sequence[Point], known: Known) -> Point | None:
-    """The first of `points` that nobody has begun."""
-    return next((point for point in points if point not in known), None)
-
-
-def is_running(points: Sequence[Point], known: Known) -> bool:
-    """Whether somebody still evaluates one of `points`."""
-    return any(known.get(point, 0.0) is None for point in points)
+def needed(points: Iterable[Point], known: Known) -> Point | Wait | None:
+    """The first of `points` that nobody has begun, WAIT until all are evaluated, then None."""
+    is_running = False
+    for point in points:
+        if point not in known:
+            return point
+        is_running = is_running or known[point] is None
+    return WAIT if is_running else None

@@ -12,10 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from deme_cli.merging.search.plan import WAIT, Known, Wait, first_open, is_running
+from deme_cli.merging.search.plan import Known, Plan, Wait, needed
 from deme_cli.merging.search.space import Point, Space
 from deme_cli.merging.search.trials import Asked, known_values
 
@@ -25,16 +26,15 @@ _ROUNDING = 1e-4  # of a surface, what single precision leaves
 _STARTS = 16  # of the local minimisations of a surface that may be a saddle
 
 
-class Quadratic:
+class Quadratic(Plan):
     """Rounds of a design and the least point of the surface fitted to it."""
-
-    needs_slopes = False
 
     def __init__(self, space: Space) -> None:
         self.space = space
         terms = num_terms(space.dimensions)
         self.evaluations = ROUNDS * (terms + 1)
-        self._low, self._width = _low_and_width(space)
+        self._low, high = np.array(space.box).T
+        self._width = high - self._low
 
     def propose(self, trials: Sequence[Asked]) -> Point | Wait | None:
         """A round sees the references and the rounds before it, so all processes fit the same."""
@@ -42,17 +42,12 @@ class Quadratic:
         used = sorted(trial.point for trial in trials if trial.name)
         centre, radius = self._unit([self.space.start_point])[0], FIRST_RADIUS
         while radius > 1e-3:
-            design = [self._point(x) for x in design_around(centre, radius)]
-            if (point := first_open(design, known)) is not None:
-                return point
-            used += design
-            if is_running(used, known):
-                return WAIT
+            used += [self._point(x) for x in design_around(centre, radius)]
+            if (step := needed(used, known)) is not None:
+                return step
             least = self._point(self._least(_finite(used, known), centre, radius))
-            if least not in known:
-                return least
-            if known[least] is None:
-                return WAIT
+            if (step := needed([least], known)) is not None:
+                return step
             used.append(least)
             centre, radius = self._best(_finite(used, known)), radius * SHRINK
         return None
@@ -76,9 +71,6 @@ class Quadratic:
             return centre
         points, found = self._unit(list(values)), np.array(list(values.values()))
         return fit_surface(points, found, centre, radius).least(centre)
-
-    def remarks(self, trials: Sequence[Asked]) -> list[str]:
-        return []
 
 
 def _finite(points: Sequence[Point], known: Known) -> dict[Point, float]:
@@ -104,11 +96,13 @@ def design_around(centre: np.ndarray, radius: float) -> list[np.ndarray]:
             *(centre + s for s in pairs)]  # fmt: skip
 
 
+@dataclass(frozen=True)
 class Surface:
     """a + b.x + x.C.x / 2 over the unit cube."""
 
-    def __init__(self, constant: float, slope: np.ndarray, curvature: np.ndarray) -> None:
-        self.constant, self.slope, self.curvature = constant, slope, curvature
+    constant: float
+    slope: np.ndarray
+    curvature: np.ndarray
 
     def value(self, x: np.ndarray) -> float:
         return float(self.constant + self.slope @ x + x @ self.curvature @ x / 2)
@@ -163,8 +157,3 @@ def fit_surface(
         curvature[j, i] += c
     constant = solution[0] - slope @ centre + centre @ curvature @ centre / 2
     return Surface(constant, slope - curvature @ centre, curvature)
-
-
-def _low_and_width(space: Space) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.array(space.box).T
-    return low, high - low

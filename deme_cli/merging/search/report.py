@@ -143,10 +143,8 @@ def _samples(
         images = objective.draws.images.numpy()
         found.setdefault(objective.name, []).append(_of_errors(errors, images))
         if len(ranges) > 1:
-            last = objective.draws.schedule.num_train_timesteps - 1  # a flow may begin at T
-            times = [min(int(t), last) for t in objective.times.tolist()]
             for span in ranges:
-                mine = np.array([t in span for t in times])  # a t may belong to no expert
+                mine = objective.draws_in(span).numpy()  # a t may belong to no expert
                 if mine.any():
                     name = f"{objective.name} {span}"
                     found.setdefault(name, []).append(_of_errors(errors[mine], images[mine]))

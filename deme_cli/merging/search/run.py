@@ -86,15 +86,11 @@ class Search:
         is_over = len(proposed) >= self.evaluations or (
             self.seconds is not None and seconds_spent(asked) >= self.seconds
         )
-        step = None if is_over else self.plan.propose(self._seen_by_plan(asked))
+        name, seen = "", [one for one in asked if one.name != SOUP_NAME]  # the soup comes after
+        step = None if is_over else self.plan.propose(seen)
         if step is None and self.with_soup:
-            step = GreedySoup(self.space).propose(asked)
-            return (step, SOUP_NAME) if isinstance(step, tuple) else step
-        return (step, "") if isinstance(step, tuple) else step
-
-    def _seen_by_plan(self, asked: Sequence[Asked]) -> list[Asked]:
-        """All trials of rung 0 but the soup's, which comes after the plan."""
-        return [one for one in asked if one.name != SOUP_NAME]
+            name, step = SOUP_NAME, GreedySoup(self.space).propose(asked)
+        return (step, name) if isinstance(step, tuple) else step
 
     def run(
         self, journal: Journal, evaluate: Evaluate, check: Callable[[], None]

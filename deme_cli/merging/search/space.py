@@ -2,7 +2,7 @@
 
 D = N times the number of groups of tensors; a point holds the N coefficients of the first group,
 then those of the next. With `has_rest` the last N are those of all tensors that no group matches.
-Globs of `fixed` come first and are not searched. No torch.
+Globs of `fixed` come first, are not searched, and are none of the groups. No torch.
 N experts.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from deme_cli.errors import ConfigError
 from deme_cli.merging.coefficients import Coefficients
@@ -96,9 +97,20 @@ class Space:
         """What a point stands for; without a rest, its place is taken by the mean over groups."""
         by_group = self.by_group(point)
         rest = by_group.pop(REST, None) or self.summary(point)
-        return Coefficients(
-            rest, {**self.fixed, **{g: by_group[g] for g in by_group if g not in self.fixed}}
-        )
+        return Coefficients(rest, {**self.fixed, **by_group})
+
+    def slopes(self, by_tensor: Mapping[str, Sequence[float]]) -> list[float]:
+        """The gradient (D,) in the order of a point, from <grad, tau_i> (N,) of each tensor.
+
+        Tensors of fixed coefficients do not count.
+        """
+        globs = [*self.fixed, *self.all_groups]
+        totals = [[0.0] * self.num_experts for _ in globs]
+        for name, products in by_tensor.items():
+            place = next((i for i, glob in enumerate(globs) if fnmatchcase(name, glob)), None)
+            if place is not None:
+                totals[place] = [a + b for a, b in zip(totals[place], products, strict=True)]
+        return [slope for total in totals[len(self.fixed) :] for slope in total]
 
     def summary(self, point: Point) -> tuple[float, ...]:
         """One number per expert: the mean over the groups, weighed by their parameters."""

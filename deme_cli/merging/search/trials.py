@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deme_cli.errors import NumericsError
+from deme_cli.merging.search.space import Point
 
 BASE_NAME, MEAN_NAME, SOUP_NAME = "base", "1/N each", "soup candidate"
 BY_RANGE = "by_range"  # in `extra`: the loss on the range of each expert
@@ -15,14 +16,14 @@ BY_RANGE = "by_range"  # in `extra`: the loss on the range of each expert
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One evaluation: the point (D,) of the space and its objective (inf where it was not finite).
+    """One evaluation: a point of the space and its objective (inf where it was not finite).
 
     `best` is the least objective of its rung so far, this one included; `rung` counts the ladder's
     objectives from 0; `name` tells what a reference point is (base, 1/N each, soup candidate).
     """
 
     index: int
-    point: tuple[float, ...]
+    point: Point
     objective: float
     best: float
     rung: int = 0
@@ -39,7 +40,7 @@ class Asked:
 
     number: int
     rung: int
-    point: tuple[float, ...]
+    point: Point
     value: float | None
     name: str = ""
     began: float = 0.0
@@ -47,7 +48,7 @@ class Asked:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def known_values(asked: Sequence[Asked]) -> dict[tuple[float, ...], float | None]:
+def known_values(asked: Sequence[Asked]) -> dict[Point, float | None]:
     """The value of each point; None where it is being evaluated."""
     return {trial.point: trial.value for trial in asked}
 

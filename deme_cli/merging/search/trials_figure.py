@@ -9,19 +9,19 @@ D searched numbers.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from deme_cli.merging.search.figure import BEST, REFERENCES, is_wide, reference_values
+from deme_cli.merging.search.figure import BEST, REFERENCES, is_wide, reference_values, to_png
 from deme_cli.merging.search.heat_map import group_name, shorten
 from deme_cli.merging.search.trials import Trial, ranked
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
@@ -30,12 +30,11 @@ LEFT_INCHES, COLUMN_INCHES, ROW_INCHES = 5.2, 1.9, 1.9
 TRIAL, BROKEN = "#0072B2", "black"
 NEAR = 4  # times the spread of the other values up to which the base or the mean is shown
 WHISKER = 1.5  # quartile ranges above the third quartile from which a value is far off (Tukey)
-_STYLE = {"font.size": 8.5, "axes.titlesize": 8.5, "legend.fontsize": 7.5, "axes.labelsize": 8.5}
 
 
 def draw_trials(
     trials: Sequence[Trial], labels: Sequence[str], *, objectives: Sequence[str],
-    importances: Mapping[str, float] | None = None, rhos: Sequence[float] = (),
+    importances: Mapping[str, float] | None = None, rhos: Sequence[float | None] = (),
 ) -> bytes:  # fmt: skip
     """A search as a PNG. labels: of the D numbers; objectives: what each rung minimised.
 
@@ -43,7 +42,6 @@ def draw_trials(
     rank correlation of each rung with the next. Raises NumericsError where nothing was finite.
     """
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rungs = sorted({trial.rung for trial in trials})
@@ -51,29 +49,26 @@ def draw_trials(
     shown = _numbers_to_show(trials, labels, importances)
     columns = math.ceil(len(shown) / (len(rungs) + 1))
     rows = math.ceil(len(shown) / columns)
-    right = max(COLUMN_INCHES * columns, 3.2)
+    wide = max(COLUMN_INCHES * columns, 3.2)
     tall = ROW_INCHES * max(rows, len(rungs) + (len(rungs) > 1), 2) + 0.7
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(LEFT_INCHES + right, tall), layout="constrained", dpi=160)
-        FigureCanvasAgg(figure)
-        sides = figure.subfigures(1, 2, width_ratios=[LEFT_INCHES, right])
-        _draw_rungs(sides[0], trials, objectives, rhos, best=best)
-        axes = sides[1].subplots(rows, columns, squeeze=False, sharey=True)
+    with matplotlib.rc_context(
+        {"font.size": 8.5, "axes.titlesize": 8.5, "legend.fontsize": 7.5, "axes.labelsize": 8.5}
+    ):
+        figure = Figure(figsize=(LEFT_INCHES + wide, tall), layout="constrained", dpi=160)
+        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[LEFT_INCHES, wide])[0]
+        _draw_rungs(left, trials, objectives, rhos, best=best)
+        axes = right.subplots(rows, columns, squeeze=False, sharey=True)
         lowest = [trial for trial in trials if trial.rung == rungs[0]]
-        for place, axis in enumerate(axes.ravel()):
-            if place >= len(shown):
-                axis.set_axis_off()
-                continue
-            index = shown[place]
+        for axis in axes.ravel()[len(shown) :]:
+            axis.set_axis_off()
+        for index, axis in zip(shown, axes.ravel(), strict=False):
             _draw_slice(axis, lowest, index, best=best)
             axis.set_xlabel(number_name(labels[index]))
             if importances and labels[index] in importances:
                 axis.set_title(f"importance {importances[labels[index]]:.2g}")
-        sides[1].supylabel(_objective(objectives, rungs[0]), fontsize=8.5)
-        sides[1].supxlabel(_caption(shown, labels, importances), fontsize=8.5)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png")
-    return stream.getvalue()
+        right.supylabel(_objective(objectives, rungs[0]), fontsize=8.5)
+        right.supxlabel(_caption(shown, labels, importances), fontsize=8.5)
+        return to_png(figure)
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
@@ -107,7 +102,7 @@ def window(values: Sequence[float], references: Sequence[float]) -> tuple[float,
     return float(low), float(high)
 
 
-def _set_window(axis: Axes, low: float, high: float, *, side: str = "y") -> None:
+def _set_window(axis: Axes, low: float, high: float, *, side: Literal["x", "y"] = "y") -> None:
     """Limits with room for marks at the upper end; logarithmic where values spread widely."""
     set_limits = axis.set_ylim if side == "y" else axis.set_xlim
     set_scale = axis.set_yscale if side == "y" else axis.set_xscale
@@ -122,20 +117,21 @@ def _set_window(axis: Axes, low: float, high: float, *, side: str = "y") -> None
 
 
 def _draw_rungs(
-    side: SubFigure, trials: Sequence[Trial], objectives: Sequence[str], rhos: Sequence[float], *,
-    best: Trial,
+    side: SubFigure, trials: Sequence[Trial], objectives: Sequence[str],
+    rhos: Sequence[float | None], *, best: Trial,
 ) -> None:  # fmt: skip
     """One panel per rung, one above the other, and a row of panels for neighbouring rungs."""
     rungs = sorted({trial.rung for trial in trials})
     grid = side.add_gridspec(len(rungs) + (len(rungs) > 1), max(len(rungs) - 1, 1))
-    legend: dict[str, object] = {}
+    legend: dict[str, Artist] = {}
     for row, rung in enumerate(rungs):
         axis = side.add_subplot(grid[row, :])
         own = [trial for trial in trials if trial.rung == rung]
         _draw_progress(axis, own)
         axis.set_ylabel(_objective(objectives, rung))
         axis.set_title(_rung_title(own), loc="left")
-        legend |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        handles, names = axis.get_legend_handles_labels()
+        legend |= dict(zip(names, handles, strict=True))
     axis.set_xlabel("trial")
     for column, (low, high) in enumerate(itertools.pairwise(rungs)):
         axis = side.add_subplot(grid[-1, column])
@@ -144,8 +140,8 @@ def _draw_rungs(
         axis.set_xlabel(_objective(objectives, low))
         axis.set_ylabel(_objective(objectives, high))
     side.legend(
-        legend.values(), legend.keys(), loc="outside upper left", ncols=len(legend), frameon=False,
-        columnspacing=1.0, handlelength=1.5, handletextpad=0.4,
+        list(legend.values()), list(legend), loc="outside upper left", ncols=len(legend),
+        frameon=False, columnspacing=1.0, handlelength=1.5, handletextpad=0.4,
     )  # fmt: skip
 
 
@@ -166,11 +162,11 @@ def _draw_progress(axis: Axes, trials: Sequence[Trial]) -> None:
     _draw_references(axis, values, high)
     best = min(trials, key=lambda trial: trial.objective)
     if math.isfinite(best.objective):
-        axis.plot(best.index + 1, best.objective, **_star(), label="best")
+        _draw_star(axis, best.index + 1, best.objective, label="best")
     _mark_above(axis, trials, numbers, high)
     _set_window(axis, low, high)
     axis.set_xlim(numbers[0] - 0.7 - 0.02 * len(numbers), numbers[-1] + 0.7 + 0.02 * len(numbers))
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.locator_params(axis="x", integer=True, min_n_ticks=1)
     axis.grid(alpha=0.25, linewidth=0.6)
 
 
@@ -188,7 +184,7 @@ def _draw_slice(axis: Axes, trials: Sequence[Trial], index: int, *, best: Trial)
     axis.axvline(best.point[index], color=BEST, linewidth=0.8, zorder=0)
     for trial in trials:
         if trial.point == best.point and trial.objective <= high:
-            axis.plot(trial.point[index], trial.objective, **_star())
+            _draw_star(axis, trial.point[index], trial.objective)
             break
     _mark_above(axis, trials, [trial.point[index] for trial in trials], high)
     _set_window(axis, low, high)
@@ -215,7 +211,7 @@ def _draw_pairs(
             if high[point].name == name:
                 axis.plot(*pair, "D", color=color, markersize=5)
         if point == best.point:
-            axis.plot(*pair, **_star())
+            _draw_star(axis, *pair)
     (x_low, x_high), (y_low, y_high) = (window(values, ()) for values in pairs.T)
     axis.tick_params(labelsize="small")
     _set_window(axis, x_low, x_high, side="x")
@@ -247,11 +243,12 @@ def _mark_above(axis: Axes, trials: Sequence[Trial], xs: Sequence[float], high: 
             )  # fmt: skip
 
 
-def _star() -> dict[str, object]:
-    return {
-        "marker": "*", "markersize": 11, "color": BEST, "markeredgecolor": "white",
-        "markeredgewidth": 0.6, "linestyle": "none", "zorder": 5,
-    }  # fmt: skip
+def _draw_star(axis: Axes, x: float, y: float, label: str | None = None) -> None:
+    """The mark of the best."""
+    axis.plot(
+        x, y, "*", color=BEST, markersize=11, markeredgecolor="white", markeredgewidth=0.6,
+        zorder=5, label=label,
+    )  # fmt: skip
 
 
 def _objective(objectives: Sequence[str], rung: int) -> str:

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny_base, write_tiny_expert
+from conftest import write_tiny_expert
 from torch import Tensor, nn
 from torch.nn import functional
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
-from deme_cli.data.images import open_images, to_unit
 from deme_cli.diffusion.checkpoints import base_record, import_model
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import build_network, load_denoiser
 from deme_cli.diffusion.projection import attach_projections
 from deme_cli.diffusion.schedule import read_schedule
-from deme_cli.errors import ArtifactError, ConfigError, NumericsError
-from deme_cli.merging.lineage import Family, open_family, open_parents
-from deme_cli.merging.methods.data_driven import (
-    DataProgress,
-    MergedWeights,
-    mean_weights,
-    write_merged_weights,
-)
+from deme_cli.merging.lineage import Family, Parent, open_family, open_parents
+from deme_cli.merging.methods.data_driven import write_merged_weights
 from deme_cli.merging.methods.range_draws import RangeDraws
 from deme_cli.merging.methods.regmean import (
     Layer,
@@ -40,59 +33,9 @@ from deme_cli.merging.methods.regmean import (
     regressed_layers,
 )
 from deme_cli.merging.task_vectors import write_task_vector
-from deme_cli.sampling.sampler import image_seed
-from deme_cli.timesteps import TimestepRange
-from deme_cli.training.examples import Examples, PixelExamples
 from deme_cli.training.materials import open_examples
 
 CPU = torch.device("cpu")
-SEED = 3
-
-
-def open_two(folder: Path) -> Family:
-    """The base of a folder and its experts ft_1of2 and ft_2of2."""
-    experts = [folder / f"ft_{index}of2.safetensors" for index in (1, 2)]
-    return open_family(folder / "base.safetensors", open_parents(experts, "expert"))
-
-
-@pytest.fixture
-def family(tmp_path: Path) -> Family:
-    base = tmp_path / "base.safetensors"
-    write_tiny_base(base)
-    for index in (1, 2):
-        path = tmp_path / f"ft_{index}of2.safetensors"
-        write_tiny_expert(path, base, index=index, of=2, scale=0.05)
-    return open_two(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def digits() -> Examples:
-    return PixelExamples(open_images("digits", shape=(1, 8, 8), split="train"))
-
-
-def draws_of(
-    family: Family, examples: Examples, *, num: int = 6, batch_size: int = 4
-) -> RangeDraws:
-    schedule = read_schedule(family.base_record.scheduler_config)
-    return RangeDraws(examples, schedule, num=num, batch_size=batch_size, seed=SEED)
-
-
-def finish(merge: Iterator[DataProgress | MergedWeights]) -> MergedWeights:
-    *_, last = merge
-    assert isinstance(last, MergedWeights)
-    return last
-
-
-def noisy_images(draws: RangeDraws, span: TimestepRange) -> tuple[Tensor, Tensor]:
-    """x_t and t of all draws, one by one, as Ho et al. 2020, Eq. 4 says."""
-    data = open_images("digits", shape=(1, 8, 8), split="train")
-    t, x_t = draws.timesteps(span), []
-    for index, image in enumerate(draws.images().tolist()):
-        generator = torch.Generator().manual_seed(image_seed(SEED, index))
-        eps = torch.randn(1, 1, 8, 8, generator=generator)
-        abar = draws.schedule.alphas_cumprod[t[index]]
-        x_t.append((abar.sqrt() * to_unit(data.batch([image])) + (1 - abar).sqrt() * eps).float())
-    return torch.cat(x_t), t
 
 
 def patches(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -105,9 +48,10 @@ def patches(module: nn.Module, inputs: Tensor) -> Tensor:
     return columns.transpose(1, 2).flatten(0, 1)
 
 
-def inputs_by_layer(path: Path, draws: RangeDraws, span: TimestepRange) -> dict[str, np.ndarray]:
+def inputs_by_layer(parent: Parent, draws: RangeDraws, drawn: Callable) -> dict[str, np.ndarray]:
     """X_i (n, d) in float64 of every layer of one expert on its own range."""
-    network, seen = load_denoiser(path).network, {}
+    network, seen = load_denoiser(parent.path).network, {}
+    x_t, _, t = map(torch.cat, zip(*drawn(draws, parent.record.timesteps), strict=True))
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.register_forward_hook(
@@ -116,20 +60,18 @@ def inputs_by_layer(path: Path, draws: RangeDraws, span: TimestepRange) -> dict[
                 )
             )
     with torch.no_grad():
-        network(*noisy_images(draws, span))
+        network(x_t, t)
     return seen
 
 
 @pytest.mark.parametrize("alpha", [0.9, 0.5])
 def test_every_layer_solves_the_published_equation(
-    family: Family, digits: Examples, alpha: float
+    family: Family, draws: RangeDraws, drawn: Callable, alpha: float
 ) -> None:
-    draws = draws_of(family, digits)
-    merged = finish(merge_regmean(family, draws, alpha=alpha)).weights
+    *_, found = merge_regmean(family, draws, alpha=alpha)
+    merged = dict(found.weights)
     experts = [load_tensors(parent.path) for parent in family.parents]
-    inputs = [
-        inputs_by_layer(parent.path, draws, parent.record.timesteps) for parent in family.parents
-    ]
+    inputs = [inputs_by_layer(parent, draws, drawn) for parent in family.parents]
     assert len(inputs[0]) > 20
     for name in inputs[0]:
         total, moment = 0, 0
@@ -220,26 +162,9 @@ def test_a_convolution_of_one_pixel_and_a_linear_layer_are_the_same() -> None:
     assert torch.equal(*rows)
 
 
-def test_equal_experts_give_the_expert(family: Family, digits: Examples, tmp_path: Path) -> None:
-    first = family.parents[0]
-    copy = replace(first.record, range=[50, 100], index=2)
-    write_artifact(tmp_path / "ft_2of2.safetensors", load_tensors(first.path), copy)
-    family = open_two(tmp_path)
-    merged = finish(merge_regmean(family, draws_of(family, digits))).weights
-    for name, tensor in load_tensors(first.path).items():
-        assert torch.equal(merged[name], tensor), name
-
-
-def test_an_expert_of_coefficient_0_does_not_count(family: Family, digits: Examples) -> None:
-    merged = finish(merge_regmean(family, draws_of(family, digits), coefficients=[2, 0])).weights
-    for name, tensor in load_tensors(family.parents[0].path).items():
-        torch.testing.assert_close(merged[name], tensor)
-
-
-def test_groups_and_batches_do_not_change_the_result(family: Family, digits: Examples) -> None:
-    whole = finish(merge_regmean(family, draws_of(family, digits)))
-    draws = draws_of(family, digits, batch_size=6)
-    parts = finish(merge_regmean(family, draws, memory_bytes=1_000_000))
+def test_groups_and_batches_do_not_change_the_result(family: Family, draws: RangeDraws) -> None:
+    *_, whole = merge_regmean(family, draws)
+    *_, parts = merge_regmean(family, replace(draws, batch_size=6), memory_bytes=1_000_000)
     assert whole.details["passes"] == 1 < parts.details["passes"] < parts.details["layers"]
     for name, tensor in whole.weights.items():
         torch.testing.assert_close(parts.weights[name], tensor, atol=1e-5, rtol=1e-4)
@@ -254,36 +179,21 @@ def test_groups_fit_into_memory_and_a_larger_layer_stands_alone(family: Family) 
     assert any(group[0].num_bytes > 100_000 for group in groups)
 
 
-def test_progress_counts_the_images_forwarded_and_a_check_can_stop(
-    family: Family, digits: Examples
-) -> None:
-    *steps, _ = merge_regmean(family, draws_of(family, digits))
-    assert [step.done for step in steps] == [4, 6, 10, 12]
-    assert {step.total for step in steps} == {12}
-
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        next(merge_regmean(family, draws_of(family, digits), check=stop))
-
-
 def test_task_vectors_merge_as_their_experts_do(
-    family: Family, digits: Examples, tmp_path: Path
+    family: Family, draws: RangeDraws, tmp_path: Path
 ) -> None:
     vectors = []
     for index in range(2):
         vectors.append(tmp_path / f"tv_{index}.safetensors")
         write_task_vector(family, index, {}, vectors[-1])
     others = open_family(family.base.path, open_parents(vectors, "task-vector"))
-    merged = finish(merge_regmean(others, draws_of(family, digits))).weights
-    for name, tensor in finish(merge_regmean(family, draws_of(family, digits))).weights.items():
-        torch.testing.assert_close(merged[name], tensor, atol=1e-5, rtol=1e-4)
+    *_, expected = merge_regmean(family, draws)
+    *_, merged = merge_regmean(others, draws)
+    for name, tensor in expected.weights.items():
+        torch.testing.assert_close(merged.weights[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_block_projections_are_averaged_and_in_force(
-    family: Family, digits: Examples, tmp_path: Path
-) -> None:
+def test_block_projections_are_averaged_and_in_force(family: Family, draws: RangeDraws) -> None:
     for seed, parent in enumerate(family.parents):
         torch.manual_seed(seed)
         network = build_network(parent.record.model_config)
@@ -293,52 +203,14 @@ def test_block_projections_are_averaged_and_in_force(
         for name in projections:
             weights[name] = weights[name] + 0.1 * torch.randn(weights[name].shape)
         write_artifact(parent.path, weights, replace(parent.record, projection="block"))
-    family = open_two(tmp_path)
-    merged = finish(merge_regmean(family, draws_of(family, digits))).weights
+    paths = [parent.path for parent in family.parents]
+    family = open_family(family.base.path, open_parents(paths, "expert"))
+    *_, merged = merge_regmean(family, draws)
     experts = [load_tensors(parent.path) for parent in family.parents]
     assert projections
-    assert merged.keys() == experts[0].keys()
+    assert merged.weights.keys() == experts[0].keys()
     for name in projections:
-        torch.testing.assert_close(merged[name], (experts[0][name] + experts[1][name]) / 2)
-
-
-def test_an_expert_with_nan_is_named(family: Family, digits: Examples) -> None:
-    parent = family.parents[1]
-    weights = load_tensors(parent.path)
-    weights["conv_in.weight"][0, 0, 0, 0] = torch.nan
-    write_artifact(parent.path, weights, parent.record)
-    with pytest.raises(NumericsError, match=r"ft_2of2\.safetensors: 'conv_in\.weight'"):
-        finish(merge_regmean(family, draws_of(family, digits)))
-
-
-def test_an_expert_whose_inputs_overflow_is_named(family: Family, digits: Examples) -> None:
-    parent = family.parents[1]
-    weights = load_tensors(parent.path)
-    weights["conv_in.weight"] *= 1e37
-    write_artifact(parent.path, weights, parent.record)
-    with pytest.raises(NumericsError, match=r"ft_2of2\.safetensors: the inputs of"):
-        finish(merge_regmean(family, draws_of(family, digits)))
-
-
-@pytest.mark.parametrize("coefficients", [[1], [1, -1], [0, 0], [1, float("nan")]])
-def test_coefficients_that_cannot_weigh_are_refused(
-    family: Family, digits: Examples, coefficients: list[float]
-) -> None:
-    with pytest.raises(ConfigError, match="coefficients"):
-        finish(merge_regmean(family, draws_of(family, digits), coefficients=coefficients))
-
-
-def test_integers_are_the_base_s_or_an_error(write_family: Callable) -> None:
-    base = {"weight": torch.ones(3), "count": torch.tensor([1, 2])}
-    same = write_family(base, [{**base, "weight": torch.zeros(3)}, base], folder="same")
-    mean = mean_weights(open_family(same[0], open_parents(same[1], "expert")), [0.5, 0.5])
-    assert torch.equal(mean["count"], base["count"])
-    assert (mean["weight"] == 0.5).all()
-    other = {**base, "count": torch.tensor([1, 3])}
-    changed = write_family(base, [base, other], folder="changed")
-    family = open_family(changed[0], open_parents(changed[1], "expert"))
-    with pytest.raises(ArtifactError, match=r"ft_2of2\.safetensors: 'count' of integers"):
-        mean_weights(family, [0.5, 0.5])
+        torch.testing.assert_close(merged.weights[name], (experts[0][name] + experts[1][name]) / 2)
 
 
 def test_a_text_conditional_model_merges_on_latents_and_captions_and_is_written(
@@ -348,13 +220,15 @@ def test_a_text_conditional_model_merges_on_latents_and_captions_and_is_written(
     base = tmp_path / "base.safetensors"
     weights = {name: tensor.half() for name, tensor in model.weights.items()}
     write_artifact(base, weights, base_record(model))
-    for index in (1, 2):
-        write_tiny_expert(tmp_path / f"ft_{index}of2.safetensors", base, index=index, of=2)
-        halve(tmp_path / f"ft_{index}of2.safetensors")
-    family = open_two(tmp_path)
+    paths = [tmp_path / f"ft_{index}of2.safetensors" for index in (1, 2)]
+    for index, path in enumerate(paths, start=1):
+        write_tiny_expert(path, base, index=index, of=2)
+        halve(path)
+    family = open_family(base, open_parents(paths, "expert"))
     images = DataConfig(source=str(caption(image_folder)))
     examples = open_examples(images, open_companions(family.base_record), split="train")
-    merged = finish(merge_regmean(family, draws_of(family, examples, num=3, batch_size=2)))
+    schedule = read_schedule(family.base_record.scheduler_config)
+    *_, merged = merge_regmean(family, RangeDraws(examples, schedule, 3, batch_size=2, seed=3))
     assert {tensor.dtype for tensor in merged.weights.values()} == {torch.float16}
     output = tmp_path / "merged.safetensors"
     write_merged_weights(

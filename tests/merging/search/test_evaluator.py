@@ -1,3 +1,5 @@
+"""The key under which what was drawn of a candidate is kept."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Pictures of searches: that there is one of any search, and what decides what it shows."""
+
 from __future__ import annotations
 
 import itertools
@@ -15,6 +17,7 @@ from deme_cli.merging.search.trials import Trial
 from deme_cli.merging.search.trials_figure import best_of, draw_trials, window
 
 GRID = ((0.0, 0.5, 1.0), (0.0, 1.0))
+POINTS = [(0.0, 0.0), (0.5, 0.5), *grid_points(GRID)[1:]]  # the base and the mean come first
 
 
 def trials_of(values, points, *, rung: int = 0, first: int = 0, names=("base", "1/N each")):
@@ -92,25 +95,22 @@ def test_values_far_off_do_not_flatten_the_picture() -> None:
 
 
 def test_the_map_holds_the_least_over_the_other_coefficients() -> None:
-    points = grid_points(GRID)
-    values = [math.inf if p == (0.5, 1.0) else sum(p) + 1 for p in points]
-    least = least_over_others(trials_of(values, points), GRID, 0, 1)
+    values = [math.inf if p == (0.5, 1.0) else sum(p) + 1 for p in POINTS]
+    least = least_over_others(trials_of(values, POINTS), GRID, 0, 1)
     np.testing.assert_allclose(least, [[1, 2], [1.5, math.nan], [2, 3]])
-    diagonal = least_over_others(trials_of(values, points), GRID, 0, 0)
+    diagonal = least_over_others(trials_of(values, POINTS), GRID, 0, 0)
     np.testing.assert_allclose(np.diag(diagonal), [1, 1.5, 2])
 
 
 @pytest.mark.parametrize("names", [(), ("base",), ("base", "1/N each")])
 def test_a_grid_is_drawn_with_and_without_references(names: tuple[str, ...]) -> None:
-    points = grid_points(GRID)
-    trials = trials_of([sum(p) + 1 for p in points], points, names=names)
+    trials = trials_of([sum(p) + 1 for p in POINTS], POINTS, names=names)
     size_of(draw_search(trials, GRID, ["1of2", "2of2"], objective="fid"))
     size_of(draw_search(trials[::-1], GRID, ["1of2", "2of2"], objective="fid"))
 
 
 def test_a_grid_of_one_expert_is_a_curve() -> None:
-    points = grid_points(((0.0, 0.5),))
-    trials = trials_of([1.0, 2.0, 3.0], points)
+    trials = trials_of([1.0, 2.0, 3.0], [(0.0,), (1.0,), (0.5,)])
     size_of(draw_search(trials, ((0.0, 0.5),), ["1of1"], objective="fid"))
 
 

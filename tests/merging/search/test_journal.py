@@ -26,14 +26,16 @@ WHAT = {"method": "grid", "parents": ["a", "b"], "seed": 3}
 POINT = (0.1 + 0.2, -1 / 3)  # numbers that a short notation would change
 A_WORKER = """
 import sys, time
+from pathlib import Path
 from deme_cli.merging.search.journal import Journal
-with Journal(sys.argv[1], ["1of2", "2of2"], {"method": "grid", "parents": ["a", "b"], "seed": 3}) as journal:
+what = {"method": "grid", "parents": ["a", "b"], "seed": 3}
+with Journal(Path(sys.argv[1]), ["1of2", "2of2"], what) as journal:
     journal.open(force=False)
     with journal.planning():
         journal.start(0, (0.5, 0.25))
     print("started", flush=True)
     time.sleep(60)
-"""  # noqa: E501
+"""
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ class Named:
 
 def search(path: Path, objectives: Objectives, rungs: list[Rung] = RUNGS) -> tuple[Search, list]:
     """A search of all POINTS on disk, and what was asked of it: (rung, point, name)."""
-    what, asked = Search(SPACE, FixedPoints(POINTS), rungs, len(POINTS), with_soup=False), []
+    what, asked = Search(SPACE, FixedPoints(POINTS), rungs, len(POINTS)), []
 
     def evaluate(rung: int, point: Point, name: str) -> Evaluated:
         asked.append((rung, point, name))

@@ -72,6 +72,18 @@ def test_a_point_means_coefficients_for_every_tensor() -> None:
     assert closed.values == CLOSED.summary(point[:6]), "of no tensor, but it is what is shown"
 
 
+def test_slopes_are_summed_by_group_and_fixed_tensors_left_out() -> None:
+    space = Space(
+        ("a", "b"), ((0.0, 1.0),) * 2, (0.5, 0.5), groups=("mid_block.*",), shares=(0.5, 0.5),
+        fixed={"*.bias": (1.0, 1.0)},
+    )  # fmt: skip
+    by_tensor = {
+        "mid_block.a.weight": (1.0, 2.0), "mid_block.b.weight": (10.0, 20.0),
+        "mid_block.b.bias": (1e3, 1e3), "conv_in.weight": (5.0, 7.0), "conv_in.bias": (1e3, 1e3),
+    }  # fmt: skip
+    assert space.slopes(by_tensor) == [11.0, 22.0, 5.0, 7.0]
+
+
 @pytest.mark.parametrize(
     ("bounds", "start", "words"),
     [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deme_cli.commands.merge_order import Order
+from deme_cli.api.merge_order import Order
 from deme_cli.outputs import write_whole
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def draw_pictures(
     else:
         picture = draw_trials(
             trials, space.labels, objectives=labels, importances=importances(trials, space.labels),
-            rhos=[float("nan") if rho is None else rho for rho in rhos],
+            rhos=rhos,
         )  # fmt: skip
     paths = [order.output.with_name(f"{order.output.stem}.search.png")]
     write_whole(paths[0], [picture])

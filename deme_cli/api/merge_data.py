@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.commands.caching import fill_with_bar
-from deme_cli.commands.merge_order import Order, find_measure
+from deme_cli.api.caching import fill_with_bar
+from deme_cli.api.merge_order import Order, find_measure
 from deme_cli.config import MergeConfig
 from deme_cli.interrupts import StopRequests
 from deme_cli.run_file import RunFile
@@ -24,15 +24,16 @@ def merge_from_data(order: Order, measure: Measure) -> MergedWeights:
     """The merged weights, in memory. Raises what the methods raise, and Stopped after a signal."""
     from deme_cli.diffusion.companions import open_companions
     from deme_cli.diffusion.schedule import read_schedule
-    from deme_cli.merging.methods.data_driven import MergedWeights
+    from deme_cli.merging.methods.data_driven import DataProgress, MergedWeights
     from deme_cli.merging.methods.fisher import merge_fisher
     from deme_cli.merging.methods.range_draws import RangeDraws
     from deme_cli.merging.methods.regmean import merge_regmean
     from deme_cli.training.materials import name_companions, open_examples
 
     settings, record = order.settings, name_companions(order.family.base_record, measure.pipeline)
-    place = {"device": order.device, "dtype": order.dtype}
-    companions = open_companions(record, pipeline=measure.pipeline, **place)
+    companions = open_companions(
+        record, pipeline=measure.pipeline, device=order.device, dtype=order.dtype
+    )
     examples = open_examples(
         measure.images, companions, split="train", cache=measure.cache, beside=measure.beside
     )
@@ -42,7 +43,7 @@ def merge_from_data(order: Order, measure: Measure) -> MergedWeights:
         settings.seed,
     )  # fmt: skip
     given = order.given()
-    merge = {"regmean": merge_regmean, "fisher": merge_fisher}[settings.method]
+    merge = merge_regmean if settings.method == "regmean" else merge_fisher
     with StopRequests() as stop:
 
         def check() -> None:
@@ -50,9 +51,11 @@ def merge_from_data(order: Order, measure: Measure) -> MergedWeights:
                 raise stop.stopped("stopped; nothing was kept, run the same command again")
 
         steps = merge(
-            order.family, draws, coefficients=given.values if given else None, check=check, **place
-        )
+            order.family, draws, coefficients=given.values if given else None, check=check,
+            device=order.device, dtype=order.dtype,
+        )  # fmt: skip
         first = next(steps)
+        assert isinstance(first, DataProgress), "it begins with how many images there are"
         with console.progress(settings.method, first.total, "image") as bar:
             bar.advance(first.done)
             for step in steps:
@@ -90,9 +93,7 @@ def rebuild_from_data(
         MergeConfig, method=record.method, coefficients=record.coefficients, num=made["num"],
         batch_size=made["batch_size"], seed=made["seed"], search="none", report=False,
     )  # fmt: skip
-    order = Order(
-        family, settings, {}, output, device, made["dtype"], True, frozenset({"coefficients"})
-    )
+    order = Order(family, settings, {}, output, device, made["dtype"], True)
     measure = find_measure(run, order, None)
     if measure.source != made["data"]:
         measure = replace(measure, images=replace(measure.images, source=made["data"]))

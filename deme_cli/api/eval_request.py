@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from deme_cli import console
-from deme_cli.commands.fetching import fetch, fetch_clip
+from deme_cli.api.fetching import fetch, fetch_clip
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.data.prompts import PromptSet, prompt_assets, read_prompts, select_prompts
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.protocol import Means
-from deme_cli.evaluation.protocols import Protocol, require_reference
+from deme_cli.evaluation.protocols import (
+    Protocol,
+    apply_protocol,
+    find_protocol,
+    require_reference,
+)
 from deme_cli.evaluation.references import Reference, find_reference, reference_assets
 from deme_cli.evaluation.row_plans import Rows, folder_rows, plan_rows
 from deme_cli.evaluation.weights import (
@@ -22,6 +29,39 @@ from deme_cli.evaluation.weights import (
     weights_assets,
 )
 from deme_cli.run_file import RunFile
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked: the settings, and the protocol that has fixed some of them.
+
+    num: the number of images where somebody insists on one; else the prompts have as many as they
+    are.   weights: the file of the features, where somebody names it.
+    """
+
+    run: RunFile
+    settings: EvalConfig
+    sampling: SampleConfig
+    num: int | None
+    weights: Path | None
+    protocol: Protocol | None
+
+
+def resolve_order(
+    run: RunFile, options: Mapping[str, Any], of_sampling: Mapping[str, Any], weights: Path | None
+) -> Order:
+    """An order from options, None where not given, over those of `run`.
+
+    Raises ConfigError for an option that says something else than the protocol that is named.
+    """
+    named = find_protocol(run.settings(EvalConfig, protocol=options["protocol"]).protocol)
+    given = apply_protocol(named, EvalConfig, options)
+    settings = run.settings(EvalConfig, **given)
+    counts = {"num": settings.num, "seed": settings.seed}
+    sampling = run.settings(
+        SampleConfig, **apply_protocol(named, SampleConfig, {**of_sampling, **counts})
+    )
+    return Order(run, settings, sampling, given["num"], weights, named)
 
 
 @dataclass(frozen=True)
@@ -38,25 +78,51 @@ class Request:
     dtype: str
     compile: str
 
+    def say_what_would_run(self) -> None:
+        """One line about the rows and what would be measured of them."""
+        config, sample, means = self.config, self.sample, self.means
+        names = [plan.name for plan in self.rows.plans]
+        against = ", ".join(reference.source for reference in means.references.values())
+        metrics = [*means.references]
+        metrics += ["clip_score"] if means.clip else []
+        metrics += ["accuracy"] if means.classifier else []
+        sampler = f"{sample.sampler} " if sample.sampler else ""
+        console.note(
+            f"would measure {', '.join(metrics)} of {', '.join(names)}"
+            f"{f' against {against}' if against else ''}: {config.num} images, "
+            f"{config.repeats} repeats, {sampler}{sample.steps} steps"
+        )
 
-def check_options(
-    settings: EvalConfig,
-    protocol: Protocol | None,
-    *,
-    max_fid: float | None,
-    weights: Path | None,
-) -> None:
-    """What the command line alone can get wrong."""
-    require_reference(protocol, settings.fid)
+
+def find_request(
+    order: Order,
+    models: Sequence[str],
+    pipeline: str | None,
+    device: str,
+    dtype: str,
+    compile: str,
+) -> Request:
+    """Find the rows that are named, or those of the run's folder, and what measures them.
+
+    Raises ConfigError where nothing is to be measured, MissingError or ArtifactError for what is
+    not there or cannot be used.
+    """
+    settings, run = order.settings, order.run
+    require_reference(order.protocol, settings.fid)
     if not (settings.fid or settings.kid or settings.clip_score or settings.accuracy):
         raise ConfigError(
             "nothing to measure: add --fid REF or --kid REF, as in --fid digits, --clip-score or "
             "--accuracy CLASSIFIER"
         )
-    if max_fid is not None and not settings.fid:
-        raise ConfigError("--max-fid needs --fid")
-    if weights is not None and not (settings.fid or settings.kid):
+    if order.weights is not None and not (settings.fid or settings.kid):
         raise ConfigError("--weights goes with --fid or --kid; those of CLIP are --clip-weights")
+    if order.protocol is not None:
+        console.note(f"protocol {order.protocol.name}: {order.protocol.source}")
+        console.note(f"not told there: {order.protocol.open}")
+    prompts, settings, sampling = find_prompts(run, settings, order.sampling, order.num)
+    rows = plan_rows(models) if models else folder_rows(run.base)
+    means = find_means(run, settings, order.weights, order.protocol)
+    return Request(settings, sampling, means, rows, prompts, pipeline, device, dtype, compile)
 
 
 def find_prompts(
@@ -123,26 +189,3 @@ def _find_features(
             kid, features, resize, weights=weights, kernel=True
         )
     return weights, references
-
-
-def find_rows(run: RunFile, models: list[str]) -> Rows:
-    """The rows that are named, or those of the run's folder."""
-    return plan_rows(models) if models else folder_rows(run.base)
-
-
-def say_what_would_run(request: Request, *, as_json: bool) -> None:
-    config, sample, means = request.config, request.sample, request.means
-    names = [plan.name for plan in request.rows.plans]
-    against = ", ".join(reference.source for reference in means.references.values())
-    metrics = [*means.references]
-    metrics += ["clip_score"] if means.clip else []
-    metrics += ["accuracy"] if means.classifier else []
-    sampler = f"{sample.sampler} " if sample.sampler else ""
-    console.note(
-        f"would measure {', '.join(metrics)} of {', '.join(names)}"
-        f"{f' against {against}' if against else ''}: {config.num} images, "
-        f"{config.repeats} repeats, {sampler}{sample.steps} steps"
-    )
-    if as_json:
-        rows = [{"name": name} for name in names]
-        console.result_json({"dry_run": True, "rows": rows, "protocol": means.protocol})

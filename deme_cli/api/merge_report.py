@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.commands.caching import fill_with_bar
-from deme_cli.commands.merge_order import Order
+from deme_cli.api.caching import fill_with_bar
+from deme_cli.api.merge_order import Order
 from deme_cli.interrupts import StopRequests
 from deme_cli.ladder import Rung
 
@@ -23,7 +23,7 @@ MERGED = "merged"
 
 
 @dataclass(frozen=True)
-class Merged:
+class RowToReport:
     """The row that the report is about: its coefficients by argument, and how to load it."""
 
     coefficients: Sequence[float] | None
@@ -31,7 +31,7 @@ class Merged:
 
 
 def report(
-    order: Order, bench: Workbench, evaluator: Evaluator, merged: Merged,
+    order: Order, bench: Workbench, evaluator: Evaluator, merged: RowToReport,
     soup: Point | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure base, ensemble, plain means, single experts and the merged model; show and return.
@@ -93,7 +93,7 @@ def _meters(order: Order, bench: Workbench, evaluator: Evaluator) -> list[Meter]
 
 
 def _rows(
-    order: Order, evaluator: Evaluator, merged: Merged, soup: Point | None
+    order: Order, evaluator: Evaluator, merged: RowToReport, soup: Point | None
 ) -> list[tuple[str, Sequence[float] | None, Model]]:
     """Base, ensemble, 1/N each, all 1, the soup, each expert alone, and the merged model."""
     from deme_cli.merging.search.evaluator import has_ensemble

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.commands.merge_options import resolve_bounds, searches
+from deme_cli.api.merge_settings import resolve_bounds, rungs_of, searches
 from deme_cli.config import (
     DataConfig,
     EvalConfig,
@@ -17,7 +17,7 @@ from deme_cli.config import (
     SampleConfig,
 )
 from deme_cli.errors import ConfigError
-from deme_cli.ladder import Rung, parse_ladder
+from deme_cli.ladder import Rung
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     from deme_cli.merging.search.space import Space
 
 
+LISTS = frozenset({"coefficients", "grid", "bounds", "start"})  # settings with a value per expert
+
+
 @dataclass(frozen=True)
 class Order:
     """What was asked: the family, the settings, and where the result goes.
 
-    `fixed` are coefficients given for globs of tensors; `by_argument` names the settings whose
-    lists came from the command line, in the order of the arguments; those of deme.toml are in the
-    order of the ranges.
+    `fixed` are coefficients given for globs of tensors; `by_range` names the settings whose lists
+    are in the order of the ranges, as in deme.toml; others are in the order of the arguments.
     """
 
     family: Family
@@ -45,7 +47,7 @@ class Order:
     device: str
     dtype: str
     force: bool
-    by_argument: frozenset[str]
+    by_range: frozenset[str] = frozenset()
 
     @property
     def method(self) -> MethodSettings:
@@ -68,7 +70,7 @@ class Order:
 
     @property
     def rungs(self) -> list[Rung]:
-        return parse_ladder(self.settings.objective, num=self.settings.num)
+        return rungs_of(self.settings)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -82,7 +84,7 @@ class Order:
 
     def listed(self, name: str, values: Sequence[Any]) -> list[Any]:
         """Values of the setting `name` in the order of the arguments."""
-        if name in self.by_argument:
+        if name not in self.by_range:
             return list(values)
         placed = dict(zip(self.family.by_range, values, strict=True))
         return [placed[index] for index in range(len(values))]
@@ -143,7 +145,7 @@ def _groups(
 
     counts = dict.fromkeys([*fixed, *globs], 0)
     rest = 0
-    for spec in [*family.base.tensors.values(), *family.projections]:
+    for spec in family.specs:
         owner = next((glob for glob in counts if fnmatchcase(spec.name, glob)), None)
         if owner is None:
             rest += spec.num_elements

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.commands.merge_order import Order
-from deme_cli.commands.merge_pictures import draw_pictures
-from deme_cli.commands.merge_trials import open_trials
+from deme_cli.api.merge_order import Order
+from deme_cli.api.search_pictures import draw_pictures
+from deme_cli.api.search_trials import open_trials
 from deme_cli.merging.search.trials import BASE_NAME, MEAN_NAME, trials_of
 from deme_cli.processes import World
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from deme_cli.commands.merge_order import Order
+from deme_cli.api.merge_order import Order
 from deme_cli.errors import ConfigError
 
 if TYPE_CHECKING:

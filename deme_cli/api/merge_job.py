@@ -1,4 +1,4 @@
-"""A `deme merge` from checked options to the written file: given, searched, or from data."""
+"""A merge from files to a file: by coefficients given or searched for, or from data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.commands.merge_options import DATA_DRIVEN, searches
-from deme_cli.commands.merge_order import Order, find_measure
-from deme_cli.commands.merge_report import Merged, report
+from deme_cli.api.merge_order import Order, find_measure
+from deme_cli.api.merge_report import RowToReport, report
+from deme_cli.api.merge_settings import DATA_DRIVEN, require_sense, searches
 from deme_cli.config import MergeConfig
 from deme_cli.errors import ConfigError
 from deme_cli.interrupts import StopRequests
@@ -28,8 +28,20 @@ _WORST_MISFIT = 0.1  # of a profile, as a share of its norm
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the command line says. `fixed`: coefficients by glob; `by_argument`: see Order."""
+class MergeResult:
+    """A merged artifact: its record has parents, coefficients, and what search and report found.
+
+    files: the pictures and the journal of a search.
+    """
+
+    path: Path
+    record: MergedRecord
+    files: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """All that a merge is told. `fixed`: coefficients by glob; `by_range`: see Order."""
 
     run_file: RunFile
     settings: MergeConfig
@@ -42,23 +54,24 @@ class Job:
     dtype: str
     force: bool
     ema_length: float | None = None
-    by_argument: frozenset[str] = frozenset()
+    by_range: frozenset[str] = frozenset()
     world: World = ALONE  # who shares the trials of a search
 
     def open(self) -> Order:
         """The files behind the arguments, checked to belong together and to fit the settings."""
-        from deme_cli.commands.merge_plan import open_plan
+        from deme_cli.api.search_plan import open_plan
         from deme_cli.merging.coefficients import Coefficients
         from deme_cli.merging.lineage import find_base, open_family, open_parents
         from deme_cli.merging.methods.known import fit_coefficients
 
+        require_sense(self.settings)
         require_output(self.output, force=self.force)
         opened = open_parents(self.paths, "expert", "task-vector")
         family = open_family(find_base(opened, self.run_file, self.base), opened)
         require_space(self.output, sum(spec.num_bytes for spec in family.base.tensors.values()))
         order = Order(
             family, self.settings, self.fixed, self.output, self.device, self.dtype, self.force,
-            self.by_argument,
+            self.by_range,
         )  # fmt: skip
         if self.ema_length is not None and self.settings.method != "linear":
             raise ConfigError("--ema-length is a linear merge; use --method linear")
@@ -93,15 +106,17 @@ class Job:
             plan = f"method {settings.method}, coefficients {', '.join(f'{w:g}' for w in values)}"
         console.note(f"would merge {len(self.paths)} artifacts into {self.output}: {plan}")
 
-    def run(self, *, as_json: bool) -> None:
-        """Do it, and tell what was merged."""
+    def run(self) -> MergeResult | None:
+        """Do it; None in the other processes of a launch, which only help with the trials.
+
+        Raises Stopped after a signal; a search then goes on when it is run again.
+        """
         order = self.open()
         if searches(self.settings):
-            self._searched(order, as_json=as_json)
-        elif self.settings.method in DATA_DRIVEN:
-            self._from_data(order, as_json=as_json)
-        else:
-            self._given(order, as_json=as_json)
+            return self._searched(order)
+        if self.settings.method in DATA_DRIVEN:
+            return self._from_data(order)
+        return self._given(order)
 
     def _coefficients(self, order: Order) -> Coefficients | None:
         """Those given, those of an EMA length, or none."""
@@ -138,7 +153,7 @@ class Job:
             "best": None, "evaluations": 0,
         }  # fmt: skip
 
-    def _given(self, order: Order, *, as_json: bool) -> None:
+    def _given(self, order: Order) -> MergeResult:
         from deme_cli.merging.combine import merge_family
 
         given, count = self._coefficients(order), len(order.family.parents)
@@ -149,20 +164,18 @@ class Job:
         document = None
         if order.reports:
             evaluator = self._evaluator(order)
-            merged = Merged(
-                given and given.values,
-                lambda: evaluator.denoiser(given),
-            )  # fmt: skip
+            values = None if given is None else given.values
+            merged = RowToReport(values, lambda: evaluator.denoiser(given))
             document = self._report(order, evaluator, merged)
         with _bar(order) as bar:
             record = merge_family(
                 order.family, given, order.output, method=order.method,
                 search=self._origin(order, given), report=document, advance=bar.advance,
             )  # fmt: skip
-        tell(order, record, [], as_json=as_json)
+        return MergeResult(order.output, record)
 
-    def _from_data(self, order: Order, *, as_json: bool) -> None:
-        from deme_cli.commands.merge_data import merge_from_data, write_from_data
+    def _from_data(self, order: Order) -> MergeResult:
+        from deme_cli.api.merge_data import merge_from_data, write_from_data
         from deme_cli.diffusion.denoiser import assemble
         from deme_cli.sampling.sampler import single
 
@@ -171,20 +184,20 @@ class Job:
         if order.reports:
             where = {"device": order.device, "dtype": order.dtype}
             base, name = order.family.base_record, str(order.output)
-            merged = Merged(None, lambda: single(assemble(base, found.weights, name, **where)))
+            merged = RowToReport(None, lambda: single(assemble(base, found.weights, name, **where)))
             document = self._report(order, self._evaluator(order, plain=True), merged)
-        tell(order, write_from_data(order, measure, found, document), [], as_json=as_json)
+        return MergeResult(order.output, write_from_data(order, measure, found, document))
 
-    def _searched(self, order: Order, *, as_json: bool) -> None:
+    def _searched(self, order: Order) -> MergeResult | None:
+        from deme_cli.api.search_end import finishing, search_coefficients
+        from deme_cli.api.search_trials import help_search
         from deme_cli.artifacts import read_record
-        from deme_cli.commands.merge_search import finishing, search_coefficients
-        from deme_cli.commands.merge_trials import help_search
         from deme_cli.merging.combine import merge_family
 
         measure = find_measure(self.run_file, order, self.pipeline)
         if not self.world.is_first:
             help_search(order, measure, self.world)
-            return
+            return None
         with (
             StopRequests() as stop,
             search_coefficients(order, measure, self.world) as found,
@@ -192,12 +205,11 @@ class Job:
         ):
             if not is_ours and order.output.exists():
                 console.note(f"{order.output} was written by another process of this search")
-                files = [*found.pictures, found.journal.path]
-                tell(order, read_record(order.output), files, as_json=as_json)
-                return
+                files = (*found.pictures, found.journal.path)
+                return MergeResult(order.output, read_record(order.output, "merged"), files)
             document = None
             if order.reports:
-                merged = Merged(
+                merged = RowToReport(
                     found.coefficients.values, lambda: found.evaluator.model(found.point)
                 )
                 document = report(order, found.workbench, found.evaluator, merged, found.soup)
@@ -208,8 +220,8 @@ class Job:
                     search=found.record, report=document, advance=bar.advance,
                 )  # fmt: skip
             found.journal.mark_merged(record.fingerprint)
-            files = [*found.pictures, found.journal.path]
-            tell(order, read_record(order.output), files, as_json=as_json)
+            files = (*found.pictures, found.journal.path)
+            return MergeResult(order.output, record, files)
 
     def _evaluator(self, order: Order, *, plain: bool = False) -> Evaluator:
         from deme_cli.merging.methods.known import LINEAR
@@ -220,7 +232,7 @@ class Job:
             device=order.device, dtype=order.dtype,
         )  # fmt: skip
 
-    def _report(self, order: Order, evaluator: Evaluator, merged: Merged) -> dict[str, Any]:
+    def _report(self, order: Order, evaluator: Evaluator, merged: RowToReport) -> dict[str, Any]:
         from deme_cli.merging.search.objectives import Workbench
 
         measure = find_measure(self.run_file, order, self.pipeline)
@@ -235,32 +247,3 @@ def _stop_if_asked(stop: StopRequests) -> None:
 def _bar(order: Order) -> Any:
     num_bytes = sum(spec.num_bytes for spec in order.family.base.tensors.values())
     return console.progress("merging", num_bytes, "byte")
-
-
-def tell(order: Order, record: MergedRecord, files: Sequence[Path], *, as_json: bool) -> None:
-    """The merged file, what it was made of, and the files beside it."""
-    family, search = order.family, record.search
-    what = "coefficient (other tensors)" if record.coefficients_for else "coefficient"
-    console.table(
-        f"Merged into {order.output} ({record.method})",
-        ["timesteps", what, "from"],
-        [
-            [str(family.parents[i].record.timesteps), f"{record.coefficients[i]:.4g}",
-             str(family.parents[i].path)]
-            for i in family.by_range
-        ],
-    )  # fmt: skip
-    console.result_paths(
-        [order.output, *files],
-        as_json=as_json,
-        path=str(order.output),
-        fingerprint=record.fingerprint,
-        parents=record.parents,
-        method=record.method,
-        coefficients=record.coefficients,
-        coefficients_for=record.coefficients_for,
-        objective=search["best"] if search else None,
-        evaluations=search["evaluations"] if search else 0,
-        search=search,
-        report=record.report,
-    )

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.commands.caching import fill_with_bar
-from deme_cli.commands.merge_options import parse_time
-from deme_cli.commands.merge_order import Order
-from deme_cli.commands.merge_plan import open_plan
-from deme_cli.commands.search_view import SearchView
+from deme_cli.api.caching import fill_with_bar
+from deme_cli.api.merge_order import Order
+from deme_cli.api.merge_settings import parse_time
+from deme_cli.api.search_plan import open_plan
+from deme_cli.api.search_view import SearchView
 from deme_cli.interrupts import StopRequests
 from deme_cli.merging.search.trials import trials_of
 from deme_cli.processes import Lost, World

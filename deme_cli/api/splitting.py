@@ -1,0 +1,236 @@
+"""`split`: a pretrained model as a base artifact, its timesteps divided, and a deme.toml."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deme_cli import console
+from deme_cli.config import CONFIG_NAME, ModelConfig, SplitConfig
+from deme_cli.errors import ConfigError, DemeError
+from deme_cli.outputs import require_output, write_whole
+from deme_cli.run_file import RunFile, read_run_file
+from deme_cli.timesteps import TimestepRange, split_uniform
+from deme_cli.training.affinity import AFFINITY_NAME, read_affinity, require_affinity
+
+if TYPE_CHECKING:
+    from deme_cli.diffusion.checkpoints import ImportedModel
+    from deme_cli.records import BaseRecord
+
+# Training data guessed from a model's name, by a word in it.
+_DATA_BY_NAME = {
+    "digits": "digits",
+    "cifar10": "cifar10",
+    "cifar-10": "cifar10",
+    "church": "lsun-church",
+    "bedroom": "lsun-bedroom",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One range: the timesteps training draws in it, and the SNR at its ends in dB."""
+
+    range: TimestepRange
+    num_draws: int
+    snr_first: float
+    snr_last: float
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """A base and the ranges of its timesteps. `facts`: what `deme split --json` tells of them."""
+
+    base: Path
+    config: Path
+    record: BaseRecord
+    parts: list[Part]
+    facts: dict[str, Any]
+
+    @property
+    def run(self) -> RunFile:
+        """The settings that were written, for the functions that come next."""
+        return read_run_file(self.config)
+
+
+def split(
+    model: str = "digits",
+    settings: SplitConfig | None = None,
+    *,
+    data: str | None = None,
+    gradients: Path | None = None,
+    pipeline: str | None = None,
+    output: Path = Path("."),
+    force: bool = False,
+    dry_run: bool = False,
+) -> SplitResult:
+    """Import a pretrained model and divide its timesteps [0, T) into ranges, one expert each.
+
+    model: digits, a diffusers folder, a hub id, or a base or merged artifact.   data: where its
+    training images are; None for a guess from the model's name.   gradients: for by = gradient,
+    what `deme analyze gradients` wrote.   output: the folder of base.safetensors and deme.toml.
+    With `dry_run` all is checked and nothing is written.
+
+    Raises MissingError, ArtifactError or ConfigError; then neither file appears.
+    """
+    settings = settings or SplitConfig()
+    base, config = output / ModelConfig.base, output / CONFIG_NAME
+    for path in (base, config):
+        require_output(path, force=force)
+    _check_model(model, settings)
+    measured = _check_gradients(gradients, settings, model, data, output)
+
+    from deme_cli.artifacts import write_artifact
+    from deme_cli.diffusion.checkpoints import base_record, import_model
+
+    imported = import_model(model, pipeline)
+    record = base_record(imported)
+    ranges = _divide(settings, record, measured)
+    images = _choose_data(data, record)
+    text = _run_file_text(record, settings, ranges, images, output, pipeline)
+    facts = _measured(record, imported, ranges, images, pipeline)
+    if not dry_run:
+        record = write_artifact(base, imported.weights, record)
+        write_whole(config, [text.encode()])
+    return SplitResult(base, config, record, _parts(record, ranges), facts)
+
+
+def _check_model(model: str, settings: SplitConfig) -> None:
+    """What the model's files say without its tensors: it is there, and its T can be divided."""
+    from deme_cli.diffusion.locate import locate_model, peek_timesteps
+
+    if num_train_timesteps := peek_timesteps(locate_model(model)):
+        split_uniform(settings.n, num_train_timesteps)
+
+
+def _check_gradients(
+    given: Path | None, settings: SplitConfig, model: str, data: str | None, output: Path
+) -> tuple[Path, str] | None:
+    """The file that --by gradient reads, and the command that writes it."""
+    if settings.by != "gradient":
+        if given is not None:
+            raise ConfigError(f"--gradients {given} is read by --by gradient alone")
+        return None
+    path = given or output / AFFINITY_NAME
+    words = ["deme", "analyze", "gradients", model, "--data", data or _guess_data(model) or "DATA"]
+    words += [] if path == Path(AFFINITY_NAME) else ["-o", str(path)]
+    command = shlex.join(words)
+    require_affinity(path, command=command)
+    return path, command
+
+
+def _divide(
+    settings: SplitConfig, record: BaseRecord, measured: tuple[Path, str] | None
+) -> list[TimestepRange]:
+    """The ranges of [0, T) by --by; `measured` is where gradients lie, and what writes them."""
+    from deme_cli.diffusion.schedule import read_schedule
+    from deme_cli.training.clusters import split_times
+
+    affinity = None
+    if measured:
+        affinity = read_affinity(measured[0], record.fingerprint, command=measured[1])
+    schedule = read_schedule(record.scheduler_config)
+    return split_times(settings.n, settings.by, schedule, affinity)
+
+
+def _parts(record: BaseRecord, ranges: list[TimestepRange]) -> list[Part]:
+    from deme_cli.diffusion.schedule import read_schedule
+
+    schedule = read_schedule(record.scheduler_config)
+    decibels = (10 * schedule.snr.log10()).tolist()
+    return [
+        Part(span, len(drawn), decibels[drawn.start], decibels[drawn.stop - 1])
+        for span, drawn in ((span, schedule.indices(span)) for span in ranges)
+    ]
+
+
+def _guess_data(name: str) -> str:
+    """Training data by a word in a model's name; nothing where none is known."""
+    words = name.lower()
+    return next((known for word, known in _DATA_BY_NAME.items() if word in words), "")
+
+
+def _choose_data(data: str | None, record: BaseRecord) -> str:
+    """The data as given, else the guess from the model's name; warns where nothing can be found."""
+    from deme_cli.data.places import find_place
+
+    chosen = _guess_data(record.source) if data is None else data
+    if not chosen:
+        console.warn("no --data given: set source under [data] before `deme finetune`")
+        return chosen
+    try:
+        find_place(chosen)
+    except DemeError as error:
+        console.warn(f"the training images are not there yet: {error}")
+    return chosen
+
+
+def _run_file_text(
+    record: BaseRecord,
+    settings: SplitConfig,
+    ranges: list[TimestepRange],
+    images: str,
+    output: Path,
+    pipeline: str | None,
+) -> str:
+    """deme.toml for this run. Local image paths become absolute where the file lies elsewhere."""
+    from deme_cli.data.digits import DIGITS_SETTINGS
+    from deme_cli.diffusion.backbones.known import backbone_of
+    from deme_cli.run_file import render_run_file
+
+    if output.resolve() != Path.cwd():
+        images, pipeline = _absolute(images), pipeline and _absolute(pipeline)
+    live: dict[str, dict[str, Any]] = {
+        "model": {"source": record.source, "base": ModelConfig.base},
+        "data": {"source": images},
+        "split": {"n": settings.n, "by": settings.by, "ranges": [str(span) for span in ranges]},
+    }
+    if pipeline:
+        live["model"]["pipeline"] = pipeline
+    live |= {name: dict(own) for name, own in backbone_of(record.model_config).settings.items()}
+    if images == "digits" and not record.companions:
+        live |= DIGITS_SETTINGS
+    return render_run_file(live)
+
+
+def _absolute(place: str) -> str:
+    """A path that is there as an absolute one; a known name or anything else as it is."""
+    from deme_cli.data.places import KNOWN_DATASETS
+
+    here = Path(place).expanduser()
+    is_path = place and place not in ("digits", *KNOWN_DATASETS) and here.exists()
+    return str(here.resolve()) if is_path else place
+
+
+def _measured(
+    record: BaseRecord,
+    imported: ImportedModel,
+    ranges: list[TimestepRange],
+    images: str,
+    pipeline: str | None,
+) -> dict[str, Any]:
+    """What `--json` tells besides the paths."""
+    from deme_cli.diffusion.backbones.known import backbone_of
+    from deme_cli.diffusion.companions import open_companions
+    from deme_cli.diffusion.schedule import read_schedule
+
+    backbone = backbone_of(record.model_config)
+    image_shape = sample_shape = backbone.sample_shape(record.model_config)
+    if record.companions:
+        image_shape = open_companions(record, pipeline=pipeline).image_shape(sample_shape)
+    return {
+        "source": record.source,
+        "data": images,
+        "fingerprint": record.fingerprint,
+        "parameters": sum(tensor.numel() for tensor in imported.weights.values()),
+        "num_train_timesteps": record.num_train_timesteps,
+        "prediction_type": read_schedule(record.scheduler_config).prediction_type,
+        "wants": backbone.wants,
+        "image_shape": list(image_shape),
+        "sample_shape": list(sample_shape),
+        "companions": record.companions,
+        "ranges": [str(span) for span in ranges],
+        "notes": list(imported.notes),
+    }
