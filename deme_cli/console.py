@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _PLAIN_SECONDS = 10.0
+_LEAST_BAR = 10  # columns
 _quiet = False
 
 
@@ -50,9 +53,16 @@ def stderr_console() -> Any:
 
 
 def note(text: str) -> None:
-    """One line for the person who watches."""
-    if not _quiet:
-        print(text, file=sys.stderr, flush=True)
+    """One line for the person who watches; a terminal that is narrower gets it broken at words."""
+    if _quiet:
+        return
+    if sys.stderr.isatty():
+        at_words = textwrap.TextWrapper(
+            shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False,
+            replace_whitespace=False,
+        )  # fmt: skip
+        text = "\n".join(at_words.fill(line) for line in text.split("\n"))
+    print(text, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
@@ -97,6 +107,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     stderr_console().print(sheet)
 
 
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """On a terminal, a line that says what takes its time, gone when it is over."""
+    if _quiet or not sys.stderr.isatty():
+        yield
+        return
+    with stderr_console().status(text, spinner_style=""):
+        yield
+
+
 class Progress:
     """How far a procedure is: `advance(done, note)` with `done` out of `total` units."""
 
@@ -130,11 +150,19 @@ class Progress:
         shown = f"{speed:.3g}" if speed < 1000 else f"{speed:.0f}"  # no 1.36e+03
         rate = f"{shown} {self.unit}/s" if speed else ""
         if self._bar is not None:
+            note = self._fitting(note, rate)
             self._bar.update(self._bar.task_ids[0], completed=done, rate=rate, note=note)
         elif not _quiet and (now - self._shown >= _PLAIN_SECONDS or done >= self.total):
             self._shown = now
             parts = [f"{self.label}: {done}/{self.total}", rate, note]
             print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+    def _fitting(self, note: str, rate: str) -> str:
+        """What of a note there is room for: label, counts, rate and time left are shown whole."""
+        assert self._bar is not None
+        rest = f"{self.label}  {self.total}/{self.total} {rate}  0:00:00"
+        room = self._bar.console.width - len(rest) - _LEAST_BAR
+        return note if len(note) <= room else f"{note[: max(room - 1, 0)]}…"
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar where there is one."""

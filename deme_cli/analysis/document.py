@@ -21,18 +21,18 @@ def document_bytes(kind: str, reading: str, protocol: dict[str, Any], **found: A
         "schema_version": SCHEMA_VERSION, "kind": kind, "reading": reading,
         "protocol": protocol, **found,
     }  # fmt: skip
-    lines = ",\n".join(f"  {json.dumps(k)}: {_text(_plain(v))}" for k, v in document.items())
+    lines = ",\n".join(f"  {json.dumps(k)}: {_text(plain(v))}" for k, v in document.items())
     return f"{{\n{lines}\n}}\n".encode()
 
 
-def _plain(value: Any) -> Any:
-    """numpy and paths as JSON holds them."""
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types: numpy as lists, what is not finite as null, paths as texts."""
     if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, (int, str, type(None))) else str(value)

@@ -150,9 +150,11 @@ class DrawingJob:
 
     def run(self) -> Images | None:
         """Draw, with a bar; None in the other processes of a launch."""
-        from deme_cli.sampling.draw import Drawn, draw_samples
+        self._check()
+        with console.waiting("loading the libraries and the model"):
+            from deme_cli.sampling.draw import Drawn, draw_samples
 
-        experts, scene, order = self._open()
+            experts, scene, order = self._open()
         began, drawn = time.monotonic(), None
         with console.progress("sampling", order.num, "image") as bar:
             for record in draw_samples(
@@ -173,6 +175,7 @@ class DrawingJob:
 
     def say_what_would_run(self) -> dict[str, Any]:
         """One line about what `run` would draw, after all its checks; returns the protocol."""
+        self._check()
         _, _, order = self._open()
         card, (height, width, channels) = dict(order.card), order.shape
         told = [f"{card['sampler']}, {card['steps']} steps"]
@@ -190,7 +193,6 @@ class DrawingJob:
 
     def _open(self) -> tuple[Sequence[SamplingExpert], Scene, Order]:
         """The networks, what goes into them besides noise, and the files to be."""
-        self._check()
         from deme_cli.sampling.protocol import protocol_card
         from deme_cli.sampling.scene import open_scene
         from deme_cli.sampling.store import Order

@@ -149,18 +149,19 @@ def _measure(request: Request, world: World) -> tuple[list[Row], Figures, Protoc
 
     The first process of `world` has the figures.
     """
-    from deme_cli.evaluation.evaluate import evaluate_rows, total_images
-    from deme_cli.evaluation.ledger import Ledger
-    from deme_cli.evaluation.measure import Measured, seeds_of
-    from deme_cli.evaluation.protocol import card_digest, evaluation_card
-    from deme_cli.evaluation.rows import RowOpener, open_rows
-    from deme_cli.evaluation.summary import summarise
-
     config = request.config
-    opener = RowOpener(
-        request.sample, request.prompts, request.pipeline, request.device, request.dtype
-    )
-    rows = open_rows(request.rows.plans, opener, config)
+    with console.waiting("loading the libraries and the models"):
+        from deme_cli.evaluation.evaluate import evaluate_rows, total_images
+        from deme_cli.evaluation.ledger import Ledger
+        from deme_cli.evaluation.measure import Measured, seeds_of
+        from deme_cli.evaluation.protocol import card_digest, evaluation_card
+        from deme_cli.evaluation.rows import RowOpener, open_rows
+        from deme_cli.evaluation.summary import summarise
+
+        opener = RowOpener(
+            request.sample, request.prompts, request.pipeline, request.device, request.dtype
+        )
+        rows = open_rows(request.rows.plans, opener, config)
     _warn(request, rows)
     instruments = _open_instruments(request, rows[0].shape, world)
     references = {target.metric: target.reference for target in instruments.targets}

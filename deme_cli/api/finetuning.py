@@ -156,10 +156,11 @@ def train_all(plans: Sequence[Plan], *, jobs: int = 1, world: World = ALONE) -> 
 
 def _train(plan: Plan, world: World) -> None:
     """Train one run, in this process or with the others of its launch, with a progress bar."""
-    from deme_cli.training.finetune import train
-    from deme_cli.training.preparation import prepare
+    with console.waiting("loading the libraries and the network"):
+        from deme_cli.training.finetune import train
+        from deme_cli.training.preparation import prepare
 
-    run = prepare(plan)
+        run = prepare(plan)
     fill_with_bar(run.examples, run.held_out, world=world)
     label = f"expert {plan.range_text}" if plan.choice else "base"
     with console.progress(label, run.config.steps, "update") as bar:
@@ -190,4 +191,5 @@ def _train_side_by_side(plans: list[Plan], num_processes: int) -> None:
     total = plans[0].job.settings.steps * len(plans)
     with console.progress(f"{len(plans)} experts", total, "update") as bar:
         for steps in run_jobs(children, at_once=num_processes):
-            bar.advance(sum(steps.values()), "  ".join(f"{k}: {v}" for k, v in steps.items()))
+            running = [f"{k}: {n}" for k, n in steps.items() if n < plans[0].job.settings.steps]
+            bar.advance(sum(steps.values()), "  ".join(running))

@@ -128,19 +128,24 @@ class _Others:
 
 def open_trials(order: Order, measure: Measure, world: World) -> Trials:
     """Load the network and the images before the first trial, whose time it is not."""
-    from deme_cli.merging.search.distances import FeatureStore
-    from deme_cli.merging.search.evaluator import Evaluator
-    from deme_cli.merging.search.objectives import Workbench
+    with console.waiting("loading the libraries, the network and the images"):
+        from deme_cli.merging.search.distances import FeatureStore
+        from deme_cli.merging.search.evaluator import Evaluator
+        from deme_cli.merging.search.objectives import Workbench
 
-    space, rungs, path = order.space(), order.rungs, journal_path(order.output)
-    search = _open_search(order, space)
-    store = FeatureStore(path.with_name(f".{path.name}.features"))
-    bench = Workbench(measure, order.family.base_record, store=store if len(rungs) > 1 else None)
-    evaluator = Evaluator(
-        order.family, space, method=order.method, device=order.device, dtype=order.dtype,
-        with_slopes=search.plan.needs_slopes,
-    )  # fmt: skip
-    objectives = [bench.open(rung, order.settings, experts=evaluator.ensemble) for rung in rungs]
+        space, rungs, path = order.space(), order.rungs, journal_path(order.output)
+        search = _open_search(order, space)
+        store = FeatureStore(path.with_name(f".{path.name}.features"))
+        bench = Workbench(
+            measure, order.family.base_record, store=store if len(rungs) > 1 else None
+        )
+        evaluator = Evaluator(
+            order.family, space, method=order.method, device=order.device, dtype=order.dtype,
+            with_slopes=search.plan.needs_slopes,
+        )  # fmt: skip
+        objectives = [
+            bench.open(rung, order.settings, experts=evaluator.ensemble) for rung in rungs
+        ]
     for examples in {id(one.examples): one.examples for one in objectives}.values():
         fill_with_bar(examples, world=world)
     evaluator.objectives = objectives

@@ -82,10 +82,11 @@ def split(
     _check_model(model, settings)
     measured = _check_gradients(gradients, settings, model, data, output)
 
-    from deme_cli.artifacts import write_artifact
-    from deme_cli.diffusion.checkpoints import base_record, import_model
+    with console.waiting("loading the libraries and the model"):
+        from deme_cli.artifacts import write_artifact
+        from deme_cli.diffusion.checkpoints import base_record, import_model
 
-    imported = import_model(model, pipeline)
+        imported = import_model(model, pipeline)
     record = base_record(imported)
     ranges = _divide(settings, record, measured)
     images = _choose_data(data, record)

@@ -20,13 +20,13 @@ from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
     from deme_cli.analysis.unfinished import Step
-    from deme_cli.diffusion.denoiser import Denoiser
     from deme_cli.records import DenoiserRecord
     from deme_cli.training.examples import Examples
 
 Result = TypeVar("Result")
 SPLITS = ("train", "held-out")
 Data = Annotated[str | None, option(DataConfig, "source", "--data")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="JSON file; pictures go beside it.")]
 
 
 def _known_split(name: str) -> str:
@@ -43,15 +43,13 @@ Split = Annotated[
 ]
 
 
-def check_output(output: Path, *, force: bool) -> list[Path]:
-    """The output must be free or `force`; returns where its pictures go, which are drawn over."""
+def check_output(output: Path, *, force: bool) -> None:
+    """Check that the output is free or `force`; its pictures are drawn over."""
     if output.suffix != ".json":
         raise ConfigError(f"--output {output}: expected a name that ends in .json")
-    pictures = picture_paths(output)
     require_output(output, force=force)
-    for picture in pictures:
+    for picture in picture_paths(output):
         require_output(picture, force=True)
-    return pictures
 
 
 def own_base(run: RunFile) -> str:
@@ -74,36 +72,23 @@ def check_images(run: RunFile, data: str | None) -> DataConfig:
     return images
 
 
-def open_images_of(
+def open_images(
     run: RunFile, record: DenoiserRecord, images: DataConfig, *, split: str, beside: Path,
     pipeline: str | None, device: str,
 ) -> tuple[DenoiserRecord, Examples]:  # fmt: skip
-    """The images as a model of this record takes them, and the record with its frozen parts named.
-
-    Their latents are cached in `beside` where the model has any.
-    """
-    from deme_cli.diffusion.companions import open_companions
+    """See `open_images_of`; in the settings of `run`, with a bar where latents are cached."""
+    from deme_cli.analysis.draws import open_images_of
     from deme_cli.diffusion.denoiser import choose_device
-    from deme_cli.training.materials import name_companions, open_examples
 
-    pipeline = run.pipeline(pipeline)
-    record = name_companions(record, pipeline)
-    companions = open_companions(record, pipeline=pipeline, device=str(choose_device(device)))
-    cache = run.settings(FinetuneConfig).cache
-    examples = open_examples(images, companions, split=split, cache=cache, beside=beside)
+    record, examples = open_images_of(
+        record, images, split=split, cache=run.settings(FinetuneConfig).cache, beside=beside,
+        pipeline=run.pipeline(pipeline), device=str(choose_device(device)),
+    )  # fmt: skip
     fill_with_bar(examples)
     return record, examples
 
 
-def open_model(argument: str, *, device: str) -> Denoiser:
-    """The network that an argument names, on its device."""
-    from deme_cli.diffusion.checkpoints import open_denoiser
-    from deme_cli.diffusion.denoiser import choose_device
-
-    return open_denoiser(argument, device=str(choose_device(device)))
-
-
-def watch(steps: Generator[Step | Result, None, None], label: str, total: int, unit: str) -> Result:
+def watch(steps: Generator[Step | Result], label: str, total: int, unit: str) -> Result:
     """Show the steps of an analysis as a bar, its notes as lines; returns what it ends in.
 
     The analysis is closed whatever happens, so that its output is free again.
@@ -121,12 +106,18 @@ def watch(steps: Generator[Step | Result, None, None], label: str, total: int, u
 
 
 def write_analysis(
-    output: Path, pictures: Sequence[Path], drawn: Sequence[bytes], document: bytes
-) -> None:
-    """The pictures, then the file, which says that all is done; what was kept goes."""
+    output: Path, drawn: Sequence[bytes], document: bytes, reading: str
+) -> list[Path]:
+    """Write the pictures, then the file, which says that all is done; says the reading.
+
+    What was kept of the analysis goes. Returns the paths.
+    """
     from deme_cli.analysis.unfinished import discard
 
+    pictures = picture_paths(output)
     for picture, one in zip(pictures, drawn, strict=True):
         write_whole(picture, [one])
     write_whole(output, [document])
     discard(output)
+    console.note(reading)
+    return [output, *pictures]

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.analysis.activation_config import ActivationConfig
+from deme_cli.analysis.config import ActivationConfig
 from deme_cli.analysis.document import document_bytes
 from deme_cli.commands.analysis import (
     Data,
+    Output,
     Split,
     check_images,
     check_output,
-    open_images_of,
+    open_images,
     watch,
     write_analysis,
 )
@@ -39,7 +40,7 @@ from deme_cli.records import DenoiserRecord
 from deme_cli.timesteps import TimestepRange, parse_range
 
 if TYPE_CHECKING:
-    from deme_cli.analysis.activations import ActivationAnalysis
+    from deme_cli.analysis.activations.measure import ActivationAnalysis
     from deme_cli.run_file import RunFile
 
 _C = ActivationConfig
@@ -77,9 +78,7 @@ def activations(
     batch_size: Annotated[int, option(_C, "batch_size", "--batch-size", "-b")] = _C.batch_size,
     controls: Annotated[int, option(_C, "controls", "--controls")] = _C.controls,
     seed: Annotated[int, option(_C, "seed", "--seed")] = _C.seed,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="JSON file; pictures go beside it.")
-    ] = Path("activations.json"),
+    output: Output = Path("activations.json"),
     pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",
@@ -95,7 +94,7 @@ def activations(
     """
     run = begin(config, quiet=quiet)
     settings = ActivationConfig(num=num, batch_size=batch_size, controls=controls, seed=seed)
-    pictures = check_output(output, force=force)
+    check_output(output, force=force)
     pair = _pair(run, models)
     chosen = _check_models(run, pair, span)
     images = check_images(run, data)
@@ -108,14 +107,14 @@ def activations(
         console.result_paths([], as_json=as_json, dry_run=True)
         return
 
-    from deme_cli.analysis.activations import (
+    from deme_cli.analysis.activations.block_change import QUANTILES
+    from deme_cli.analysis.activations.found import read_activations
+    from deme_cli.analysis.activations.measure import (
         ActivationAnalysis,
         measure_activations,
         require_block,
     )
-    from deme_cli.analysis.activations_figure import draw_activations
-    from deme_cli.analysis.activations_found import read_activations
-    from deme_cli.analysis.block_change import QUANTILES
+    from deme_cli.analysis.activations.picture import draw_activations
     from deme_cli.analysis.figure import shorten
     from deme_cli.diffusion.checkpoints import open_denoiser
     from deme_cli.diffusion.denoiser import choose_device
@@ -126,7 +125,7 @@ def activations(
     require_block(base.network, block, pair[0])
     chosen = chosen or _range(run, expert.record, span)
     beside = Path(pair[0]).parent if Path(pair[0]).is_file() else output.parent
-    record, examples = open_images_of(
+    record, examples = open_images(
         run, base.record, images, split=split, beside=beside, pipeline=pipeline, device=device
     )
     analysis = ActivationAnalysis(
@@ -150,9 +149,8 @@ def activations(
         controls=found.control_summaries, quantiles=QUANTILES, blocks=found.rows(),
         drawn=found.drawn.maps(),
     )  # fmt: skip
-    write_analysis(output, pictures, drawn, document)
-    console.note(reading)
-    console.result_paths([output, *pictures], as_json=as_json, reading=reading, **summaries)
+    paths = write_analysis(output, drawn, document, reading)
+    console.result_paths(paths, as_json=as_json, reading=reading, **summaries)
 
 
 def _pair(run: RunFile, models: Sequence[str]) -> tuple[str, str]:

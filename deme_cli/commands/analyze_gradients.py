@@ -10,10 +10,10 @@ import typer
 from deme_cli import console
 from deme_cli.commands.analysis import (
     Data,
+    Output,
     check_images,
     check_output,
-    open_images_of,
-    open_model,
+    open_images,
     own_base,
     watch,
     write_analysis,
@@ -53,9 +53,7 @@ def gradients(
     batch_size: Annotated[int, option(_C, "batch_size", "--batch-size", "-b")] = _C.batch_size,
     seed: Annotated[int, option(_C, "seed", "--seed")] = _C.seed,
     n: Annotated[int | None, option(SplitConfig, "n", "-n", "--num-ranges")] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="JSON file; pictures go beside it.")
-    ] = Path(AFFINITY_NAME),
+    output: Output = Path(AFFINITY_NAME),
     pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",
@@ -71,7 +69,7 @@ def gradients(
     run = begin(config, quiet=quiet)
     settings = GradientConfig(buckets=buckets, num=num, batch_size=batch_size, seed=seed)
     ranges = run.settings(SplitConfig, n=n).n
-    pictures = check_output(output, force=force)
+    check_output(output, force=force)
     chosen = model or own_base(run)
     timesteps = _check_model(chosen, settings, ranges)
     images = check_images(run, data)
@@ -83,37 +81,37 @@ def gradients(
         return
 
     from dataclasses import replace
+    from statistics import median
 
-    from deme_cli.analysis.agreement import numbers_of, said_of
-    from deme_cli.analysis.gradients import Analysis, measure_gradients
-    from deme_cli.analysis.gradients_figure import draw_gradients
+    from deme_cli.analysis.gradients.agreement import numbers_of, reading_of, said_of
+    from deme_cli.analysis.gradients.measure import GradientAnalysis, measure_gradients
+    from deme_cli.analysis.gradients.picture import draw_gradients
+    from deme_cli.diffusion.checkpoints import open_denoiser
+    from deme_cli.diffusion.denoiser import choose_device
 
-    denoiser = open_model(chosen, device=device)
+    denoiser = open_denoiser(chosen, device=str(choose_device(device)))
     beside = Path(chosen).parent if Path(chosen).is_file() else output.parent
-    record, examples = open_images_of(
+    record, examples = open_images(
         run, denoiser.record, images, split="train", beside=beside, pipeline=pipeline,
         device=device,
     )  # fmt: skip
-    analysis = Analysis(
+    analysis = GradientAnalysis(
         replace(denoiser, record=record), examples, settings, output, chosen, ranges
     )
     steps = measure_gradients(analysis, force=force)
     affinity = watch(steps, "gradients", buckets * num, "draw")
-    said, numbers = said_of(affinity), numbers_of(affinity)
+    said = said_of(affinity)
     document = affinity.to_json(**said).encode()
-    write_analysis(output, pictures, draw_gradients(affinity), document)
-    console.note(str(said["reading"]))
-    reliability = numbers["reliability_median"]
-    if reliability is not None and reliability < _NOISY:
+    paths = write_analysis(output, draw_gradients(affinity), document, reading_of(affinity))
+    if median(affinity.reliability) < _NOISY:
         console.warn(
             "noise in the gradients draws all cosines towards 0; raise --num for more draws"
         )
     console.result_paths(
-        [output, *pictures], as_json=as_json,
-        ranges=[str(span) for span in affinity.ranges],
+        paths, as_json=as_json, ranges=[str(span) for span in affinity.ranges],
         buckets=[str(bucket) for bucket in affinity.buckets],
         norms=affinity.norms, reliability=affinity.reliability, mean_norms=said["mean_norms"],
-        **numbers,
+        **numbers_of(affinity),
     )  # fmt: skip
 
 

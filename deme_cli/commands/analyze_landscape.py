@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.analysis.landscape_config import LandscapeConfig, choose_along, choose_ranges
+from deme_cli.analysis.config import LandscapeConfig
+from deme_cli.analysis.landscape.choices import choose_along, choose_ranges
 from deme_cli.api.caching import fill_with_bar
 from deme_cli.commands.analysis import (
     Data,
+    Output,
     Split,
     check_images,
     check_output,
@@ -72,9 +74,7 @@ def landscape(
     batch_size: Annotated[int, option(_C, "batch_size", "--batch-size", "-b")] = _C.batch_size,
     jobs: Annotated[int, option(_C, "jobs", "--jobs", "-j")] = _C.jobs,
     seed: Annotated[int, option(_C, "seed", "--seed")] = _C.seed,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="JSON file; pictures go beside it.")
-    ] = Path("landscape.json"),
+    output: Output = Path("landscape.json"),
     pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",
@@ -101,7 +101,7 @@ def landscape(
             f"--jobs {jobs} starts processes of its own; the {world.size} of this launch share the "
             f"points: leave it out"
         )
-    pictures = check_output(output, force=force)
+    check_output(output, force=force)
     spanning, marks = models or [own_base(run)], mark or []
     settings = replace(settings, along=choose_along(along, len(spanning)))
     arguments = [*spanning, *marks]
@@ -125,18 +125,22 @@ def landscape(
         console.result_paths([], as_json=as_json, dry_run=True)
         return
 
-    from deme_cli.analysis.directions import basis_of
-    from deme_cli.analysis.landscape import Analysis, measure_landscape, total_points
-    from deme_cli.analysis.landscape_figure import draw_landscape
-    from deme_cli.analysis.landscape_launch import help_landscape
-    from deme_cli.analysis.landscape_reading import (
+    from deme_cli.analysis.landscape.directions import basis_of
+    from deme_cli.analysis.landscape.field import Field, Setup
+    from deme_cli.analysis.landscape.launch import help_landscape
+    from deme_cli.analysis.landscape.measure import (
+        LandscapeAnalysis,
+        measure_landscape,
+        total_points,
+    )
+    from deme_cli.analysis.landscape.picture import draw_landscape
+    from deme_cli.analysis.landscape.reading import (
         axis_labels,
         landscape_document,
         place_of,
         read_landscape,
     )
-    from deme_cli.analysis.landscape_workers import Field, Setup
-    from deme_cli.analysis.subspace import has_any_projections, open_models
+    from deme_cli.analysis.landscape.subspace import has_any_projections, open_models
     from deme_cli.diffusion.denoiser import choose_device
     from deme_cli.diffusion.schedule import read_schedule
 
@@ -154,7 +158,7 @@ def landscape(
     ranges = ranges or _ranges(run, arguments, n, record.num_train_timesteps)
     schedule = read_schedule(record.scheduler_config, spanning[0])
     opened[0] = replace(opened[0], record=record)
-    analysis = Analysis(opened, setup, basis, schedule, examples, ranges, output)
+    analysis = LandscapeAnalysis(opened, setup, basis, schedule, examples, ranges, output)
     world.require_same({**analysis.identity, "output": str(output)})
     world.wait()  # nothing is begun before all agree
     if not world.is_first:
@@ -169,13 +173,12 @@ def landscape(
         foot=f"{examples.source} ({split}), {num:,} draws, the same at all {count:,} points; "
         f"numbers: {report_num:,} fresh draws, ± 95 % over images; seed {seed}",
     )  # fmt: skip
-    write_analysis(output, pictures, drawn, landscape_document(analysis, found, reading, labels))
-    console.note(reading)
-    rows = found.rows()
-    console.result_paths(
-        [output, *pictures], as_json=as_json, reading=reading,
-        **{name: rows[name] for name in ("origin", "lowest", "barriers", "models") if name in rows},
-    )  # fmt: skip
+    document, rows = landscape_document(analysis, found, reading, labels), found.rows()
+    shown = {
+        name: rows[name] for name in ("origin", "lowest", "barriers", "models") if name in rows
+    }
+    paths = write_analysis(output, drawn, document, reading)
+    console.result_paths(paths, as_json=as_json, reading=reading, **shown)
 
 
 def _ranges(

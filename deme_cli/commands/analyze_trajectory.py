@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deme_cli import console
+from deme_cli.analysis.config import TrajectoryConfig
 from deme_cli.analysis.document import document_bytes
-from deme_cli.analysis.trajectory_config import TrajectoryConfig
 from deme_cli.api.drawing import sample_settings
 from deme_cli.api.fetching import fetch
-from deme_cli.commands.analysis import check_output, watch, write_analysis
+from deme_cli.commands.analysis import Output, check_output, watch, write_analysis
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -44,7 +44,7 @@ from deme_cli.commands.sample import (
 )
 
 if TYPE_CHECKING:
-    from deme_cli.analysis.trajectory import TrajectoryAnalysis
+    from deme_cli.analysis.trajectory.measure import TrajectoryAnalysis
     from deme_cli.config import SampleConfig
     from deme_cli.data.prompts import PromptSet
     from deme_cli.run_file import RunFile
@@ -79,9 +79,7 @@ def trajectory(
     resize_to: ResizeTo = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="JSON file; pictures go beside it.")
-    ] = Path("trajectory.json"),
+    output: Output = Path("trajectory.json"),
     pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",
@@ -104,36 +102,31 @@ def trajectory(
         "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
     sample = sample_settings(run, options, prompt=prompt, protocol=None)
-    pictures = check_output(output, force=force)
+    check_output(output, force=force)
     chosen, sample = _first_prompts(sample, num)
 
     analysis = _open(run, models, chosen, sample, settings, output, pipeline, device, dtype)
-    told = analysis.config
     console.note(
         f"{', '.join(entrant.name for entrant in analysis.entrants)}: {analysis.num} images each, "
-        f"{told.sampler}, {len(analysis.timesteps)} forwards an image"
+        f"{analysis.config.sampler}, {len(analysis.timesteps)} forwards an image"
     )
     if dry_run:
         console.result_paths([], as_json=as_json, dry_run=True)
         return
 
-    from deme_cli.analysis.trajectories import document_of, reading
-    from deme_cli.analysis.trajectory import measure_trajectories
-    from deme_cli.analysis.trajectory_figure import draw_trajectories
+    from deme_cli.analysis.trajectory.found import document_of, reading
+    from deme_cli.analysis.trajectory.measure import measure_trajectories
+    from deme_cli.analysis.trajectory.picture import draw_trajectories
 
     found = watch(
         measure_trajectories(analysis, force=force), "trajectories", analysis.total, "image"
     )
     said, protocol = reading(found), _protocol(analysis)
     drawn = draw_trajectories(found, foot=_foot(protocol))
-    document = document_of(found)
-    write_analysis(
-        output, pictures, drawn, document_bytes("trajectory", said, protocol, **document)
-    )
-    console.note(said)
-    console.result_paths(
-        [output, *pictures], as_json=as_json, reading=said, models=document["models"]
-    )
+    told = document_of(found)
+    document = document_bytes("trajectory", said, protocol, **told)
+    paths = write_analysis(output, drawn, document, said)
+    console.result_paths(paths, as_json=as_json, reading=said, models=told["models"])
 
 
 def _first_prompts(sample: SampleConfig, num: int) -> tuple[PromptSet | None, SampleConfig]:
@@ -156,7 +149,7 @@ def _open(
     settings: TrajectoryConfig, output: Path, pipeline: str | None, device: str, dtype: str,
 ) -> TrajectoryAnalysis:  # fmt: skip
     from deme_cli.analysis.lineup import folder_models, line_up
-    from deme_cli.analysis.trajectory import open_trajectories
+    from deme_cli.analysis.trajectory.measure import open_trajectories
 
     entrants = line_up(models or folder_models(run.base), device=device, dtype=dtype)
     return open_trajectories(

@@ -155,7 +155,7 @@ def _train_experts_beside_control(size: Size) -> None:
 
 def _draw(rows: list[dict[str, Any]], size: Size) -> None:
     """The held-out losses by range, as a table, and the picture of everything."""
-    from deme_cli.analysis.summary import SummaryRow, draw_summary
+    from deme_cli.analysis.demo_picture import SummaryRow, draw_summary
 
     document = json.loads(Path("losses.json").read_text())
     losses = {model["name"]: model["loss_by_range"] for model in document["models"]}

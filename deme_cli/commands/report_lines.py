@@ -21,6 +21,7 @@ from deme_cli.commands.report_words import (
 from deme_cli.config import CONFIG_NAME, DataConfig, FinetuneConfig, MergeConfig, SplitConfig
 from deme_cli.errors import DemeError
 from deme_cli.records import BaseRecord, ExpertRecord, MergedRecord, SamplesRecord, TaskVectorRecord
+from deme_cli.reporting.folder import is_whole
 from deme_cli.run_file import RunFile, read_run_file
 
 if TYPE_CHECKING:
@@ -57,21 +58,14 @@ def _run_file(path: Path) -> RunFile:
 
 
 def _splits(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
-    for artifact in folder.of_kind("base"):
-        record = artifact.record
-        assert isinstance(record, BaseRecord)
+    for artifact, record in folder.of(BaseRecord):
         model = str(run.tables.get("model", {}).get("source") or record.source)
         if record.training and not run.tables.get("model", {}).get("source"):
-            yield [
-                "finetune",
-                "--from-scratch",
-                "FILE",
-                *output_words(artifact.name, "base.safetensors"),
-            ]
+            usual = output_words(artifact.name, "base.safetensors")
+            yield ["finetune", "--from-scratch", "FILE", *usual]
             continue
         split = run.settings(SplitConfig)
-        experts = [a.record for a in folder.of_kind("expert") if isinstance(a.record, ExpertRecord)]
-        counts = [record.of for record in experts if record.of and record.of > 1]
+        counts = [one.of for _, one in folder.of(ExpertRecord) if one.of and one.of > 1]
         count = split.n if "split" in run.tables else max(counts, default=split.n)
         words = ["split", path_word(model), "-n", str(count)]
         words += ["--by", split.by] if split.by != "uniform" else []
@@ -82,9 +76,7 @@ def _splits(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
 def _trainings(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
     """One line for all ranges where they were trained alike, else one for each expert."""
     lines: dict[tuple[str, ...], list[tuple[Artifact, ExpertRecord]]] = {}
-    for artifact in sorted(folder.of_kind("expert"), key=_is_control):
-        record = artifact.record
-        assert isinstance(record, ExpertRecord)
+    for artifact, record in sorted(folder.of(ExpertRecord), key=lambda one: is_whole(one[1])):
         lines.setdefault(tuple(_training(record, run)), []).append((artifact, record))
     for words, members in lines.items():
         named = {r.index for a, r in members if r.of and a.name == f"ft_{r.label}.safetensors"}
@@ -97,12 +89,6 @@ def _trainings(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]
             span = f"{record.index}/{record.of}" if record.of else str(record.timesteps)
             usual = f"ft_{record.label}.safetensors"
             yield ["finetune", "--range", span, *words, *output_words(artifact.name, usual)]
-
-
-def _is_control(artifact: Artifact) -> bool:
-    record = artifact.record
-    assert isinstance(record, ExpertRecord)
-    return len(record.timesteps) == record.num_train_timesteps
 
 
 def _training(record: ExpertRecord, run: RunFile) -> list[str]:
@@ -123,20 +109,13 @@ def _training(record: ExpertRecord, run: RunFile) -> list[str]:
 
 
 def _vectors(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
-    experts = []
-    for artifact in folder.of_kind("task-vector"):
-        record = artifact.record
-        assert isinstance(record, TaskVectorRecord)
-        if record.expert in names:
-            experts.append(path_word(names[record.expert]))
-    if experts:
+    made_of = [record.expert for _, record in folder.of(TaskVectorRecord)]
+    if experts := [path_word(names[expert]) for expert in made_of if expert in names]:
         yield ["task-vector", *experts]
 
 
 def _merges(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
-    for artifact in folder.of_kind("merged"):
-        record = artifact.record
-        assert isinstance(record, MergedRecord)
+    for artifact, record in folder.of(MergedRecord):
         parents = [
             path_word(names.get(parent["fingerprint"], Path(parent["path"]).name))
             for parent in record.parents
@@ -220,9 +199,7 @@ def _shared(lists: Sequence[Any]) -> Sequence[Any]:
 def _samples(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
     from deme_cli.commands.report_measures import sampling
 
-    for artifact in folder.of_kind("samples"):
-        record = artifact.record
-        assert isinstance(record, SamplesRecord)
+    for artifact, record in folder.of(SamplesRecord):
         yield sampling(record.protocol, artifact.name, run, names)
 
 

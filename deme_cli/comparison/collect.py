@@ -10,12 +10,17 @@ from typing import Any
 from deme_cli.artifacts import read_record
 from deme_cli.comparison.jobs import Job, RowJobs
 from deme_cli.comparison.plan import Plan
-from deme_cli.comparison.results import Column, Comparison, Result, RowResult, SearchCost
+from deme_cli.comparison.results import (
+    Column,
+    Comparison,
+    Result,
+    RowResult,
+    SearchCost,
+    lower_is_better,
+)
 from deme_cli.config import FinetuneConfig
 from deme_cli.errors import ArtifactError
 from deme_cli.evaluation.comparable import compare
-
-_HIGHER_IS_BETTER = ("clip_score", "accuracy")
 
 
 def collect(plan: Plan, rows: Sequence[RowJobs], *, flops: Mapping[str, float]) -> Comparison:
@@ -72,7 +77,7 @@ def _values(job: Job, plan: Plan) -> dict[Column, tuple[float, ...]]:
     for index, measure in enumerate(plan.measures):
         row = _measured(job.folder / f"measure-{index}.json")
         for metric, figure in row["metrics"].items():
-            column = Column(metric, measure.name, metric not in _HIGHER_IS_BETTER)
+            column = Column(metric, measure.name, lower_is_better(metric))
             values[column] = tuple(figure["values"])
     return values
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from deme_cli.analysis.document import plain
 from deme_cli.comparison.figures import cell_of, winner
 from deme_cli.comparison.readings import readings
 from deme_cli.comparison.results import Comparison, Published, Result, RowResult
@@ -62,7 +62,7 @@ def _values(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
 def document(comparison: Comparison) -> dict[str, Any]:
     """Everything, for JSON: what is not finite is null, published figures stand apart."""
     columns, published = comparison.columns, comparison.published
-    return _plain({
+    return plain({
         "title": comparison.title,
         "columns": [{"title": column.title, **asdict(column)} for column in columns],
         "rows": [_row_document(row, comparison) for row in comparison.rows],
@@ -99,17 +99,6 @@ def _row_document(row: RowResult, comparison: Comparison) -> dict[str, Any]:
         ],
         "metrics": {title: asdict(cell) for title, cell in cells.items() if cell is not None},
     }
-
-
-def _plain(value: Any) -> Any:
-    """`value` in JSON's own types."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def cited(

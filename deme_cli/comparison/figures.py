@@ -14,12 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deme_cli.comparison.results import Column, RowResult, SearchCost
+from deme_cli.comparison.results import (
+    OVER_EVALUATION,
+    OVER_TRAINING,
+    Column,
+    RowResult,
+    SearchCost,
+)
 from deme_cli.evaluation.summary import Difference
 
-OVER_TRAINING, OVER_EVALUATION = "training seeds", "evaluation seeds"
 LONGEST_REASON = 200  # characters of a failure in a table; CSV and JSON have the whole
-UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 
 
 @dataclass(frozen=True)
@@ -177,12 +181,6 @@ def search_of(row: RowResult) -> SearchCost | None:
         seconds=float(np.mean([cost.seconds for cost in costs])),
         objective=costs[0].objective,
     )
-
-
-def flop_unit(rows: Sequence[RowResult]) -> tuple[str, float]:
-    """One unit for the FLOPs of all rows: the largest that the costliest row has one of."""
-    most = max((row.flops for row in rows), default=0.0)
-    return next((unit for unit in UNITS if most >= unit[1]), UNITS[-1])
 
 
 def state_of(row: RowResult) -> str:

@@ -6,8 +6,25 @@ what two rows differ by is taken within each repeat. No torch, no numpy.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+DAGGER = "\N{DAGGER}"  # marks a spread over evaluation seeds, where one training seed has none
+OVER_TRAINING, OVER_EVALUATION = "training seeds", "evaluation seeds"
+_HIGHER_IS_BETTER = ("clip_score", "accuracy")
+_UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
+
+
+def lower_is_better(metric: str) -> bool:
+    """Of a metric as `deme eval` names it."""
+    return metric not in _HIGHER_IS_BETTER
+
+
+def flop_unit(flops: Iterable[float]) -> tuple[str, float]:
+    """One unit for all of them, with its FLOPs: the largest that the costliest has one of."""
+    most = max(flops, default=0.0)
+    return next((unit for unit in _UNITS if most >= unit[1]), _UNITS[-1])
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from deme_cli.comparison.document import cited
 from deme_cli.comparison.figures import (
-    OVER_EVALUATION,
     Cell,
     cell_of,
     digits_of,
-    flop_unit,
     search_of,
     seconds_of,
     state_of,
@@ -24,10 +22,16 @@ from deme_cli.comparison.figures import (
     winner,
 )
 from deme_cli.comparison.readings import readings
-from deme_cli.comparison.results import Column, Comparison, RowResult
+from deme_cli.comparison.results import (
+    DAGGER,
+    OVER_EVALUATION,
+    Column,
+    Comparison,
+    RowResult,
+    flop_unit,
+)
 
 BLANK = "\N{EN DASH}"
-DAGGER = "\N{DAGGER}"  # marks a spread over evaluation seeds, where one training seed has none
 TERMINAL_WIDTH, TERMINAL_GAP = 80, 2
 
 
@@ -52,7 +56,7 @@ def escape(text: str) -> str:
 
 def _measured_table(comparison: Comparison) -> str:
     """The last columns, search and state, are there where a row has something to say."""
-    rows, (unit, scale) = comparison.rows, flop_unit(comparison.rows)
+    rows, (unit, scale) = comparison.rows, flop_unit(row.flops for row in comparison.rows)
     table: list[tuple[str, Sequence[str]]] = [("row", [escape(row.name) for row in rows])]
     for column in comparison.columns:
         arrow = "\N{DOWNWARDS ARROW}" if column.lower_is_better else "\N{UPWARDS ARROW}"
@@ -179,7 +183,7 @@ def terminal_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
     Differences to the first row are left out where several metrics share the width.
     """
-    rows, (unit, scale) = comparison.rows, flop_unit(comparison.rows)
+    rows, (unit, scale) = comparison.rows, flop_unit(row.flops for row in comparison.rows)
     table: list[tuple[str, Sequence[str]]] = []
     for column in comparison.columns:
         cells = [cell_of(row, column, rows[0]) for row in rows]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from deme_cli.comparison.results import DAGGER, OVER_EVALUATION, flop_unit
 from deme_cli.reporting.measures import Measure
 from deme_cli.reporting.numbers import number, plain
 from deme_cli.reporting.tables import (
@@ -21,14 +22,12 @@ from deme_cli.reporting.tables import (
     public_name,
 )
 
-DAGGER = "\N{DAGGER}"
 _NOTE = (
     "± is the standard deviation over training seeds; differences are paired by training and "
     "evaluation seed, in brackets the 95 % interval of their mean (Student's t), uncorrected for "
     f"the number of rows. {DAGGER}: over evaluation seeds only, which tell nothing of how training "
     "varies."
 )
-_UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 
 
 def is_comparison(document: Mapping[str, Any]) -> bool:
@@ -100,7 +99,7 @@ def _starred(
         cell, line = row["metrics"][title], list(found[name])
         if cell["sd"] is None and cell["repeats_sd"] is not None:
             line[0] = replace(line[0], text=line[0].text + DAGGER)
-        if (other := cell.get("difference")) and other.get("over") == "evaluation seeds":
+        if (other := cell.get("difference")) and other.get("over") == OVER_EVALUATION:
             line[1] = replace(line[1], text=line[1].text + DAGGER)
         found[name] = line
     return found
@@ -109,8 +108,7 @@ def _starred(
 def _costs(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     """Training seeds, updates, FLOPs and seconds of training: headings, then a line per row."""
     flops = [number(row["flops"]) for row in rows]
-    most = max(flops, default=0.0)
-    unit, scale = next((unit for unit in _UNITS if most >= unit[1]), _UNITS[-1])
+    unit, scale = flop_unit(flops)
     yield "training seeds", "updates", unit, "seconds of training"
     for row, cost in zip(rows, flops, strict=True):
         trained = [one for one in row["results"] if one["seed"] is not None]

@@ -16,9 +16,9 @@ from typing import Any
 
 from deme_cli.analysis.figure import color_of
 from deme_cli.errors import ArtifactError
-from deme_cli.records import BaseRecord, ExpertRecord
+from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.reporting.charts import Line, Panel, Points, panel
-from deme_cli.reporting.folder import METRICS, Artifact, Folder, read_text
+from deme_cli.reporting.folder import METRICS, Folder, is_whole, read_text
 from deme_cli.reporting.numbers import plain
 
 _POINTS = 300  # of a raw line; more are means of neighbours
@@ -94,7 +94,7 @@ def training_curves(folder: Folder) -> Curves | None:
         remarks += _remarks(curve)
     if not curves:
         return None
-    owners = {artifact.stem: artifact for artifact in folder.of_kind("base", "expert")}
+    owners = {artifact.stem: record for artifact, record in folder.of(BaseRecord, ExpertRecord)}
     curves.sort(key=lambda curve: _order(curve.name, owners.get(curve.name)))
     colors = _colors(curves, owners)
     panels = [_panel(curve, owners.get(curve.name), colors[curve.name]) for curve in curves]
@@ -108,29 +108,26 @@ def training_curves(folder: Folder) -> Curves | None:
     )  # fmt: skip
 
 
-def _order(name: str, owner: Artifact | None) -> tuple[Any, ...]:
+def _order(name: str, owner: DenoiserRecord | None) -> tuple[int, int, int, str]:
     """Base, experts by the width of their family and then their range, then the others."""
-    record = owner.record if owner else None
-    if isinstance(record, BaseRecord):
+    if isinstance(owner, BaseRecord):
         return 0, 0, 0, name
-    if isinstance(record, ExpertRecord):
-        whole = len(record.timesteps) == record.num_train_timesteps
-        return 2 if whole else 1, -(record.of or 0), record.range[0], name
+    if isinstance(owner, ExpertRecord):
+        return 2 if is_whole(owner) else 1, -(owner.of or 0), owner.range[0], name
     return 3, 0, 0, name
 
 
-def _colors(curves: Sequence[Curve], owners: Mapping[str, Artifact]) -> dict[str, str]:
+def _colors(curves: Sequence[Curve], owners: Mapping[str, DenoiserRecord]) -> dict[str, str]:
     """Experts in the colours of the figures, by their ranges; all others grey."""
     colors, index = {}, 0
     for curve in curves:
-        owner = owners.get(curve.name)
-        is_part = owner is not None and _order(curve.name, owner)[0] == 1
+        is_part = _order(curve.name, owners.get(curve.name))[0] == 1
         colors[curve.name] = color_of(index) if is_part else _PLAIN
         index += is_part
     return colors
 
 
-def _panel(curve: Curve, owner: Artifact | None, color: str) -> Panel:
+def _panel(curve: Curve, owner: DenoiserRecord | None, color: str) -> Panel:
     lines = [Line("raw", color, _means(curve.losses, _POINTS))]
     if len(curve.losses) >= 2 * _SMOOTH:
         lines.append(Line("mean", color, _means(curve.losses, _SMOOTH)))
@@ -140,8 +137,8 @@ def _panel(curve: Curve, owner: Artifact | None, color: str) -> Panel:
     title = curve.name
     if owner is None:
         title += ", no artifact yet"
-    elif isinstance(owner.record, ExpertRecord):
-        title += f", t in {owner.record.timesteps}"
+    elif isinstance(owner, ExpertRecord):
+        title += f", t in {owner.timesteps}"
     first, last = curve.losses[0], curve.losses[-1]
     summary = (
         f"{curve.name}: training loss {plain(first[1])} at update {first[0]:,}, "

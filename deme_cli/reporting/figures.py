@@ -20,6 +20,7 @@ from deme_cli.sampling.preview import MAX_IMAGES, preview_path
 
 ANALYSES = ("losses", "gradients", "activations", "landscape", "task-vectors", "trajectory")
 _MOST_OTHERS = 12
+_DAMAGED = (ArtifactError, OSError, LookupError, TypeError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -74,22 +75,13 @@ def _analysis(folder: Folder, name: str, kind: str, document: Mapping[str, Any])
 def samples(folder: Folder) -> list[Figure]:
     """A grid for each artifact of samples and each folder of images."""
     found = []
-    for artifact in folder.of_kind("samples"):
-        record = artifact.record
-        assert isinstance(record, SamplesRecord)
+    for artifact, record in folder.of(SamplesRecord):
         found.append(_grid(folder, artifact.path, record.protocol, record.prompts, record.classes))
     for path in folder.image_folders:
         try:
             protocol = json.loads(read_text(path / CARD_NAME))["protocol"]
             card = dict(protocol)
-        except (
-            ArtifactError,
-            OSError,
-            LookupError,
-            TypeError,
-            ValueError,
-            RecursionError,
-        ) as error:
+        except _DAMAGED as error:
             folder.give_up(f"{path.name}/{CARD_NAME}", error)
             continue
         prompts, classes = _subjects(path)
@@ -125,7 +117,7 @@ def _subjects(path: Path) -> tuple[list[Any] | None, list[Any] | None]:
         rows = [json.loads(line) for line in read_text(place).split("\n") if line]
         rows = sorted(rows, key=lambda row: str(row["file_name"]))
         return _entries(rows, "text"), _entries(rows, "label")
-    except (ArtifactError, OSError, LookupError, TypeError, ValueError, RecursionError):
+    except _DAMAGED:
         return None, None
 
 
@@ -136,8 +128,8 @@ def _entries(rows: Sequence[Mapping[str, Any]], key: str) -> list[Any] | None:
 
 def share_noise(folder: Folder) -> bool:
     """Whether image i of every grid began with the same noise: all have one seed."""
-    records = [a.record for a in folder.of_kind("samples")]
-    seeds = {str(r.protocol.get("seed")) for r in records if isinstance(r, SamplesRecord)}
+    records = [record for _, record in folder.of(SamplesRecord)]
+    seeds = {str(record.protocol.get("seed")) for record in records}
     return len(records) > 1 and len(seeds) == 1 and not folder.image_folders
 
 
@@ -164,6 +156,6 @@ def _claimed(folder: Folder) -> set[str]:
     """Names of the pictures that belong to an analysis, a grid or a search."""
     kinds = {name for name, document in folder.documents.items() if "kind" in document}
     names = {name.removesuffix(".json") + ".png" for name in kinds}
-    names |= {preview_path(a.path).name for a in folder.of_kind("samples")}
+    names |= {preview_path(artifact.path).name for artifact, _ in folder.of(SamplesRecord)}
     names |= {preview_path(path).name for path in folder.image_folders}
     return names | {name for name in folder.pictures if name.endswith(SEARCH_PICTURES)}

@@ -13,17 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deme_cli.artifacts import record_of
 from deme_cli.errors import ArtifactError, DemeError, MissingError
-from deme_cli.records import Record
+from deme_cli.records import ExpertRecord, Record
 from deme_cli.tensor_file import read_header
 
 METRICS, JOURNAL = ".metrics.jsonl", ".trials.jsonl"
 CARD_NAME = "samples.json"  # of a folder of images; where it is written, torch is loaded
 MAX_BYTES = 1 << 26  # of a JSON document or a curve
 _MAX_BELOW = 1000  # folders looked through for artifacts
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,22 @@ class Folder:
     def name(self) -> str:
         return self.path.resolve().name or "/"
 
-    def of_kind(self, *kinds: str) -> list[Artifact]:
-        return [artifact for artifact in self.artifacts if artifact.record.kind in kinds]
+    def of(self, *kinds: type[R]) -> list[tuple[Artifact, R]]:
+        """The artifacts whose records are of these kinds, with their records."""
+        return [
+            (artifact, record)
+            for artifact in self.artifacts
+            if isinstance(record := artifact.record, kinds) and type(record) in kinds
+        ]
 
     def give_up(self, name: str, error: Exception) -> None:
         """Note that a file does not appear."""
         self.unread.append(Unread(name, reason_of(error, self.path / name)))
+
+
+def is_whole(record: ExpertRecord) -> bool:
+    """Whether an expert was finetuned on all of [0, T): one network, as the base is."""
+    return len(record.timesteps) == record.num_train_timesteps
 
 
 def reason_of(error: Exception, path: Path) -> str:

@@ -10,15 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deme_cli.comparison.results import OVER_EVALUATION, lower_is_better
 from deme_cli.reporting.numbers import digits_for, fixed, signed
 
-HIGHER_IS_BETTER = ("clip_score", "accuracy")
 BETTER, WORSE, EVEN = "better", "worse", "even"
-
-
-def lower_is_better(metric: str) -> bool:
-    """Of a metric by its name in a document."""
-    return metric not in HIGHER_IS_BETTER
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class Difference:
     sd: float
     low: float
     high: float
-    over: str = "evaluation seeds"
+    over: str = OVER_EVALUATION
 
     @property
     def is_known(self) -> bool:

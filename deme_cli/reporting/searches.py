@@ -46,9 +46,9 @@ def merges(folder: Folder) -> list[Merge]:
     """Every merged model of the folder with its search, then searches that are not finished."""
     journals = {path.name.removesuffix(JOURNAL): path for path in folder.journals}
     found = []
-    for artifact in folder.of_kind("merged"):
+    for artifact, record in folder.of(MergedRecord):
         try:
-            found.append(_merge(folder, artifact, journals.pop(artifact.stem, None)))
+            found.append(_merge(folder, artifact, record, journals.pop(artifact.stem, None)))
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             folder.give_up(artifact.name, ArtifactError(f"its record is damaged ({error!r})"))
     for stem, path in journals.items():
@@ -58,9 +58,7 @@ def merges(folder: Folder) -> list[Merge]:
     return found
 
 
-def _merge(folder: Folder, artifact: Artifact, journal: Path | None) -> Merge:
-    record = artifact.record
-    assert isinstance(record, MergedRecord)
+def _merge(folder: Folder, artifact: Artifact, record: MergedRecord, journal: Path | None) -> Merge:
     sentences = [_made(record)]
     tables = [_coefficients(record)]
     if record.coefficients_for:

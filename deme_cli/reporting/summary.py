@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from deme_cli.records import (
     SamplesRecord,
     TaskVectorRecord,
 )
-from deme_cli.reporting.folder import Artifact, Folder
+from deme_cli.reporting.folder import Artifact, Folder, is_whole
 from deme_cli.reporting.numbers import plain, size_of
 from deme_cli.reporting.tables import Table, plain_table, public_name
 
@@ -31,23 +31,19 @@ class Missing:
 
 def experts_of(folder: Folder) -> list[ExpertRecord]:
     """Records of the experts of a part of the timesteps, in order of their ranges."""
-    records = [a.record for a in folder.of_kind("expert")]
-    parts = [r for r in records if isinstance(r, ExpertRecord) and not _is_whole(r)]
+    parts = [record for _, record in folder.of(ExpertRecord) if not is_whole(record)]
     return sorted(parts, key=lambda record: (-(record.of or 0), *record.range))
-
-
-def _is_whole(record: ExpertRecord) -> bool:
-    return len(record.timesteps) == record.num_train_timesteps
 
 
 def facts(folder: Folder) -> Iterator[tuple[str, str]]:
     """Base, experts, merged models and images, as far as there are any."""
-    for artifact in folder.of_kind("base"):
-        yield artifact.stem, _of_base(artifact)
-    if not folder.of_kind("base") and (known := folder.of_kind("expert", "merged")):
-        record = known[0].record
-        if isinstance(record, (ExpertRecord, MergedRecord)):
-            yield "base", f"{public_name(record.source)}, {record.base[:12]} (not in this folder)"
+    for artifact, base in folder.of(BaseRecord):
+        yield artifact.stem, _of_base(artifact, base)
+    known: list[ExpertRecord | MergedRecord] = [record for _, record in folder.of(ExpertRecord)]
+    known += [record for _, record in folder.of(MergedRecord)]
+    if known and not folder.of(BaseRecord):
+        source, base_mark = public_name(known[0].source), known[0].base[:12]
+        yield "base", f"{source}, {base_mark} (not in this folder)"
     if experts := experts_of(folder):
         ranges = dict.fromkeys(str(record.timesteps) for record in experts)
         shown = ", ".join(list(ranges)[:16]) + (", …" if len(ranges) > 16 else "")
@@ -55,29 +51,20 @@ def facts(folder: Folder) -> Iterator[tuple[str, str]]:
         if len(experts) > len(ranges):
             counted += f" in {len(ranges)} ranges"
         yield "experts", f"{counted}: t in {shown}"
-    records = [a.record for a in folder.of_kind("expert")]
-    data = {str(r.data.get("source")): r.data for r in records if isinstance(r, ExpertRecord)}
-    if data:
-        yield (
-            "images",
-            ", ".join(
-                f"{public_name(source)}, {plain(one['num'])} in training"
-                if type(one.get("num")) is int
-                else public_name(source)
-                for source, one in data.items()
-            ),
-        )
-    for artifact in folder.of_kind("merged"):
-        record = artifact.record
-        if isinstance(record, MergedRecord):
-            searched = (record.search or {}).get("method")
-            how = f"coefficients by {searched}" if searched else "given coefficients"
-            yield artifact.stem, f"{record.method} merge of {len(record.parents)}, {how}"
+    if data := {str(r.data.get("source")): r.data for _, r in folder.of(ExpertRecord)}:
+        yield "images", ", ".join(_of_images(source, one) for source, one in data.items())
+    for artifact, merged in folder.of(MergedRecord):
+        searched = (merged.search or {}).get("method")
+        how = f"coefficients by {searched}" if searched else "given coefficients"
+        yield artifact.stem, f"{merged.method} merge of {len(merged.parents)}, {how}"
 
 
-def _of_base(artifact: Artifact) -> str:
-    record = artifact.record
-    assert isinstance(record, BaseRecord)
+def _of_images(source: str, data: Mapping[str, Any]) -> str:
+    num = data.get("num")
+    return public_name(source) + (f", {plain(num)} in training" if type(num) is int else "")
+
+
+def _of_base(artifact: Artifact, record: BaseRecord) -> str:
     network = record.model_config.get("_class_name", "network")
     return (
         f"{public_name(record.source)}, {network}, {artifact.num_parameters:,} parameters, "
@@ -92,17 +79,18 @@ def missing(folder: Folder, *, has_table: bool, has_figures: bool, is_comparison
     if is_comparison and not folder.artifacts:
         return []
     found: list[Missing] = []
-    if not folder.of_kind("base"):
+    if not folder.of(BaseRecord):
         found.append(Missing("the base", "deme split MODEL -n 4"))
     found += _missing_experts(folder)
-    whole = {artifact.stem for artifact in folder.of_kind("expert", "base")}
+    whole = {artifact.stem for artifact, _ in folder.of(ExpertRecord, BaseRecord)}
     curves = {path.name.removesuffix(".metrics.jsonl") for path in folder.metrics}
-    if folder.of_kind("expert") and not curves & whole:
+    if folder.of(ExpertRecord) and not curves & whole:
         found.append(Missing("curves of training", "deme finetune --range all"))
-    if not folder.of_kind("merged"):
+    if not folder.of(MergedRecord):
         found.append(Missing("a merged model", "deme merge ft_*.safetensors --search grid"))
-    if not (folder.of_kind("samples") or folder.image_folders):
-        models = folder.of_kind("merged") or folder.of_kind("base")
+    if not (folder.of(SamplesRecord) or folder.image_folders):
+        models = [artifact for artifact, _ in folder.of(MergedRecord)]
+        models += [artifact for artifact, _ in folder.of(BaseRecord)]
         name = _quoted(models[0]) if models else "merged.safetensors"
         found.append(Missing("images", f"deme sample {name}"))
     if not has_table:

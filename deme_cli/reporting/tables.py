@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from deme_cli.comparison.results import OVER_EVALUATION, lower_is_better
 from deme_cli.evaluation.comparable import WHO_AND_WHENCE
 from deme_cli.reporting.measures import (
     BETTER,
@@ -17,7 +18,6 @@ from deme_cli.reporting.measures import (
     Difference,
     Measure,
     best_of,
-    lower_is_better,
     verdict,
 )
 from deme_cli.reporting.numbers import number
@@ -138,7 +138,7 @@ def _measures(rows: Sequence[Mapping[str, Any]], metric: str) -> Iterator[Measur
 def difference_of(entry: Mapping[str, Any]) -> Difference:
     """The paired difference that a document holds."""
     low, high = map(number, entry["interval"])
-    over = str(entry.get("over", "evaluation seeds"))
+    over = str(entry.get("over", OVER_EVALUATION))
     return Difference(str(entry["to"]), number(entry["mean"]), number(entry["sd"]), low, high, over)
 
 

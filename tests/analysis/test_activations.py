@@ -12,18 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deme_cli.analysis.activation_config import ActivationConfig
-from deme_cli.analysis.activations import (
-    ActivationAnalysis,
-    _draws,
-    measure_activations,
-    projection_distances,
-    require_block,
-    require_finite,
-)
-from deme_cli.analysis.activations_figure import short_name
-from deme_cli.analysis.activations_found import ActivationChanges
-from deme_cli.analysis.block_change import (
+from deme_cli.analysis.activations.block_change import (
     FIT,
     TEST,
     BlockChange,
@@ -31,8 +20,19 @@ from deme_cli.analysis.block_change import (
     block_sums,
     fit_map,
 )
-from deme_cli.analysis.features import as_places, listening
-from deme_cli.analysis.random_change import randomly_changed
+from deme_cli.analysis.activations.features import as_places, listening
+from deme_cli.analysis.activations.found import ActivationChanges
+from deme_cli.analysis.activations.measure import (
+    ActivationAnalysis,
+    _draws,
+    measure_activations,
+    projection_distances,
+    require_block,
+    require_finite,
+)
+from deme_cli.analysis.activations.picture import short_name
+from deme_cli.analysis.activations.random_change import randomly_changed
+from deme_cli.analysis.config import ActivationConfig
 from deme_cli.analysis.unfinished import Step
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.backbones.backbone import Site

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deme_cli.analysis.activations_found import (
+from deme_cli.analysis.activations.block_change import BlockChange, Explained, Parts
+from deme_cli.analysis.activations.found import (
     ActivationChanges,
     _verdict,
     read_activations,
 )
-from deme_cli.analysis.block_change import BlockChange, Explained, Parts
 from deme_cli.timesteps import TimestepRange
 
 ONES = np.ones(4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deme_cli.analysis.agreement import (
+from deme_cli.analysis.gradients.agreement import (
     distance_cosines,
     mean_norm,
     noise_norm,

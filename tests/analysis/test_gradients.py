@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from deme_cli.analysis import gradients as analysis_module
-from deme_cli.analysis import sketch as sketch_module
-from deme_cli.analysis.gradients import Analysis, _draws, measure_gradients
+from deme_cli.analysis.gradients import measure as analysis_module
+from deme_cli.analysis.gradients import sketch as sketch_module
+from deme_cli.analysis.gradients.measure import GradientAnalysis, _draws, measure_gradients
 from deme_cli.analysis.unfinished import Step, unfinished_path
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser, predict
@@ -26,19 +26,19 @@ CONFIG = GradientConfig(buckets=5, num=12, batch_size=4)
 
 
 @pytest.fixture
-def analysis(finished_run: Path, tmp_path: Path) -> Analysis:
+def analysis(finished_run: Path, tmp_path: Path) -> GradientAnalysis:
     denoiser = load_denoiser(finished_run / "base.safetensors")
     examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape))
-    return Analysis(denoiser, examples, CONFIG, tmp_path / "gradients.json", "tiny", 2)
+    return GradientAnalysis(denoiser, examples, CONFIG, tmp_path / "gradients.json", "tiny", 2)
 
 
-def finish(analysis: Analysis, **options) -> Affinity:
+def finish(analysis: GradientAnalysis, **options) -> Affinity:
     *_, last = measure_gradients(analysis, **options)
     assert isinstance(last, Affinity)
     return last
 
 
-def stop_in(analysis: Analysis, bucket: int) -> None:
+def stop_in(analysis: GradientAnalysis, bucket: int) -> None:
     """Send SIGTERM once `bucket` buckets are done."""
     steps = measure_gradients(analysis)
     while next(steps).done < bucket * CONFIG.num:
@@ -49,7 +49,9 @@ def stop_in(analysis: Analysis, bucket: int) -> None:
     assert stopped.value.exit_code == 75
 
 
-def full_gradient(analysis: Analysis, index: int, halves: slice = slice(None)) -> np.ndarray:
+def full_gradient(
+    analysis: GradientAnalysis, index: int, halves: slice = slice(None)
+) -> np.ndarray:
     """The gradient of the mean squared error over a bucket's draws, in one batch."""
     network, schedule = analysis.denoiser.network, analysis.denoiser.schedule
     losses, counts = [], []
@@ -71,7 +73,9 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def test_cosines_norms_and_reliability_are_those_of_whole_gradients(analysis: Analysis) -> None:
+def test_cosines_norms_and_reliability_are_those_of_whole_gradients(
+    analysis: GradientAnalysis,
+) -> None:
     found = finish(analysis)
     whole = [full_gradient(analysis, index) for index in range(5)]
     expected = [[cosine(a, b) for b in whole] for a in whole]
@@ -85,7 +89,7 @@ def test_cosines_norms_and_reliability_are_those_of_whole_gradients(analysis: An
 
 
 def test_a_sketched_analysis_is_within_its_stated_error(
-    analysis: Analysis, monkeypatch: pytest.MonkeyPatch
+    analysis: GradientAnalysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = finish(analysis)
     monkeypatch.setattr(
@@ -97,7 +101,9 @@ def test_a_sketched_analysis_is_within_its_stated_error(
     assert found.norms == pytest.approx(exact.norms, rel=4 * found.standard_error)
 
 
-def test_buckets_do_not_depend_on_each_other_or_on_the_batch_size(analysis: Analysis) -> None:
+def test_buckets_do_not_depend_on_each_other_or_on_the_batch_size(
+    analysis: GradientAnalysis,
+) -> None:
     found = finish(analysis)
     other = finish(replace(analysis, config=replace(CONFIG, batch_size=256)))
     assert np.allclose(found.cosines, other.cosines, atol=1e-5)
@@ -108,7 +114,9 @@ def test_buckets_do_not_depend_on_each_other_or_on_the_batch_size(analysis: Anal
     assert not torch.equal(_draws(analysis, 3)[1].images, draws.images)
 
 
-def test_a_resumed_analysis_equals_an_uninterrupted_one(analysis: Analysis, tmp_path: Path) -> None:
+def test_a_resumed_analysis_equals_an_uninterrupted_one(
+    analysis: GradientAnalysis, tmp_path: Path
+) -> None:
     whole = finish(replace(analysis, output=tmp_path / "whole.json"))
     stop_in(analysis, 3)
     steps = list(measure_gradients(analysis))
@@ -117,7 +125,7 @@ def test_a_resumed_analysis_equals_an_uninterrupted_one(analysis: Analysis, tmp_
     assert steps[-2] == Step(5 * CONFIG.num)
 
 
-def test_buckets_of_other_settings_are_not_used(analysis: Analysis) -> None:
+def test_buckets_of_other_settings_are_not_used(analysis: GradientAnalysis) -> None:
     stop_in(analysis, 2)
     other = replace(analysis, config=replace(CONFIG, seed=1))
     first = next(measure_gradients(other))
@@ -131,7 +139,7 @@ def test_buckets_of_other_settings_are_not_used(analysis: Analysis) -> None:
     assert not kept.exists()
 
 
-def test_a_gradient_that_is_not_finite_is_an_error(analysis: Analysis) -> None:
+def test_a_gradient_that_is_not_finite_is_an_error(analysis: GradientAnalysis) -> None:
     next(analysis.denoiser.network.parameters()).data.fill_(float("nan"))
     with pytest.raises(NumericsError, match="tiny: the gradient of timesteps 0:20 is not finite"):
         finish(analysis)

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from deme_cli.analysis.directions import basis_of
+from deme_cli.analysis.config import LandscapeConfig
 from deme_cli.analysis.intervals import estimate
-from deme_cli.analysis.landscape import Analysis, measure_landscape, total_points
-from deme_cli.analysis.landscape_config import LandscapeConfig
-from deme_cli.analysis.landscape_figure import contour_levels, draw_landscape
-from deme_cli.analysis.landscape_found import Landscape
-from deme_cli.analysis.landscape_grid import axes_of, origin_index
-from deme_cli.analysis.landscape_reading import axis_labels, read_landscape
-from deme_cli.analysis.landscape_workers import Field, Setup, held_out_loss
-from deme_cli.analysis.subspace import Weights, has_any_projections, open_models
+from deme_cli.analysis.landscape.directions import basis_of
+from deme_cli.analysis.landscape.field import Field, Setup, held_out_loss
+from deme_cli.analysis.landscape.found import Landscape
+from deme_cli.analysis.landscape.grid import axes_of, origin_index
+from deme_cli.analysis.landscape.measure import LandscapeAnalysis, measure_landscape, total_points
+from deme_cli.analysis.landscape.picture import contour_levels, draw_landscape
+from deme_cli.analysis.landscape.reading import axis_labels, read_landscape
+from deme_cli.analysis.landscape.subspace import Weights, has_any_projections, open_models
 from deme_cli.analysis.unfinished import Step
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
@@ -31,14 +31,16 @@ from deme_cli.errors import ConfigError, NumericsError, Stopped
 from deme_cli.timesteps import split_uniform
 
 CONFIG = LandscapeConfig(points=3, num=12, report_num=16, batch_size=5)
-Opened = Callable[..., Analysis]
+Opened = Callable[..., LandscapeAnalysis]
 
 
 @pytest.fixture
 def opened(finished_run: Path, tmp_path: Path) -> Opened:
     """An analysis of models by name or path, the last `marked` of them only shown."""
 
-    def make(along: str, *names: str | Path, marked: int = 0, **settings: object) -> Analysis:
+    def make(
+        along: str, *names: str | Path, marked: int = 0, **settings: object
+    ) -> LandscapeAnalysis:
         paths = tuple(
             str(finished_run / f"{name}.safetensors" if isinstance(name, str) else name)
             for name in names
@@ -54,12 +56,12 @@ def opened(finished_run: Path, tmp_path: Path) -> Opened:
         schedule = read_schedule(record.scheduler_config)
         ranges = split_uniform(2, record.num_train_timesteps)
         output = tmp_path / "landscape.json"
-        return Analysis(models, setup, basis, schedule, examples, ranges, output)
+        return LandscapeAnalysis(models, setup, basis, schedule, examples, ranges, output)
 
     return make
 
 
-def finish(analysis: Analysis, **options: bool) -> Landscape:
+def finish(analysis: LandscapeAnalysis, **options: bool) -> Landscape:
     *steps, last = measure_landscape(analysis, **options)
     assert isinstance(last, Landscape)
     assert steps[-1].done <= total_points(analysis)
@@ -70,7 +72,7 @@ def same(one: Landscape, other: Landscape) -> bool:
     return repr(one) == repr(other) and np.array_equal(one.losses, other.losses)
 
 
-def losses_of(analysis: Analysis, weights: Weights, *, fresh: bool) -> np.ndarray:
+def losses_of(analysis: LandscapeAnalysis, weights: Weights, *, fresh: bool) -> np.ndarray:
     """The loss of all timesteps and of each range, one draw after the other."""
     record, examples = analysis.models[0].record, analysis.examples
     network, schedule = assemble(record, weights, "here").network, analysis.schedule
@@ -87,7 +89,7 @@ def losses_of(analysis: Analysis, weights: Weights, *, fresh: bool) -> np.ndarra
     return np.array([np.mean(group) for group in groups])
 
 
-def mixed(analysis: Analysis, *shares: float) -> Weights:
+def mixed(analysis: LandscapeAnalysis, *shares: float) -> Weights:
     """theta_0 + sum_i share_i (theta_i - theta_0)"""
     origin, *others = (model.weights for model in analysis.models)
     return {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deme_cli.analysis.random_change import randomly_changed
+from deme_cli.analysis.activations.random_change import randomly_changed
 from deme_cli.diffusion.denoiser import load_denoiser, predict
 from deme_cli.diffusion.projection import PREFIX, attach_projections
 

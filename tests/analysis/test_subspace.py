@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deme_cli.analysis.directions import basis_of, cosine, random_direction
-from deme_cli.analysis.subspace import (
+from deme_cli.analysis.landscape.directions import basis_of, cosine, random_direction
+from deme_cli.analysis.landscape.subspace import (
     Model,
     Weights,
     inner_products,

@@ -14,12 +14,17 @@ import pytest
 import torch
 from conftest import write_tiny_base, write_tiny_expert
 
-from deme_cli.analysis import effective_rank as rank_module
-from deme_cli.analysis import task_vector_numbers as numbers
-from deme_cli.analysis import task_vectors as walk_module
-from deme_cli.analysis.effective_rank import effective_rank, gram, singular_values, stable_rank
-from deme_cli.analysis.task_vector_tables import tables
-from deme_cli.analysis.task_vectors import TaskVectors, layers_of, measure_task_vectors
+from deme_cli.analysis.task_vectors import effective_rank as rank_module
+from deme_cli.analysis.task_vectors import measure as walk_module
+from deme_cli.analysis.task_vectors import numbers
+from deme_cli.analysis.task_vectors.effective_rank import (
+    effective_rank,
+    gram,
+    singular_values,
+    stable_rank,
+)
+from deme_cli.analysis.task_vectors.measure import TaskVectors, layers_of, measure_task_vectors
+from deme_cli.analysis.task_vectors.tables import tables
 from deme_cli.analysis.unfinished import Step, unfinished_path
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.errors import ArtifactError, NumericsError, Stopped

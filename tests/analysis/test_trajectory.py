@@ -14,17 +14,17 @@ import torch
 from conftest import write_tiny_base, write_tiny_expert
 from diffusers import DDIMScheduler
 
+from deme_cli.analysis.config import TrajectoryConfig
 from deme_cli.analysis.lineup import line_up
-from deme_cli.analysis.trajectories import Trajectories, reading
-from deme_cli.analysis.trajectory import (
+from deme_cli.analysis.trajectory.found import Trajectories, reading
+from deme_cli.analysis.trajectory.measure import (
     TrajectoryAnalysis,
     measure_trajectories,
     open_trajectories,
     spread,
     steps_of,
 )
-from deme_cli.analysis.trajectory_config import TrajectoryConfig
-from deme_cli.analysis.trajectory_figure import _cell, draw_trajectories
+from deme_cli.analysis.trajectory.picture import _cell, draw_trajectories
 from deme_cli.analysis.unfinished import Step, unfinished_path
 from deme_cli.artifacts import load_tensors, write_artifact
 from deme_cli.config import SampleConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from deme_cli.analysis.agreement import pair_cosines
+from deme_cli.analysis.gradients.agreement import pair_cosines
 from deme_cli.artifacts import read_record
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.training.affinity import read_affinity

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from deme_cli.analysis.landscape_config import choose_ranges
+from deme_cli.analysis.landscape.choices import choose_ranges
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.timesteps import TimestepRange, split_uniform
 

@@ -12,9 +12,9 @@ import pytest
 from conftest import write_tiny_base, write_tiny_expert
 from typer.testing import Result
 
-from deme_cli.analysis.task_vectors import measure_task_vectors
+from deme_cli.analysis.task_vectors.measure import measure_task_vectors
+from deme_cli.analysis.task_vectors.reading import read_task_vectors
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
-from deme_cli.commands.analyze_task_vectors import _reading
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.merging.lineage import open_family, open_parents
 
@@ -83,7 +83,7 @@ def test_experts_without_a_common_element_are_told(run_folder: Path) -> None:
     family = open_family(Path("base.safetensors"), parents)
     *_, found = measure_task_vectors(family, Path("x.json"), ranks=False)
     assert "no two experts moved the same elements; no cosine where nothing moved (25:50)" in (
-        _reading(found)
+        read_task_vectors(found)
     )
 
 

@@ -5,8 +5,6 @@ import pytest
 from scipy import stats
 
 from deme_cli.comparison.figures import (
-    OVER_EVALUATION,
-    OVER_TRAINING,
     cell_of,
     difference_of,
     digits_of,
@@ -16,7 +14,15 @@ from deme_cli.comparison.figures import (
     winner,
 )
 from deme_cli.comparison.readings import readings
-from deme_cli.comparison.results import Column, Comparison, Result, RowResult, SearchCost
+from deme_cli.comparison.results import (
+    OVER_EVALUATION,
+    OVER_TRAINING,
+    Column,
+    Comparison,
+    Result,
+    RowResult,
+    SearchCost,
+)
 
 FID = Column("fid")
 ACCURACY = Column("accuracy", lower_is_better=False)

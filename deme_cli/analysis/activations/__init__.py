@@ -1,0 +1,1 @@
+"""What finetuning does to the features of a network (the paper's figure 2)."""

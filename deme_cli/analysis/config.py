@@ -1,0 +1,107 @@
+"""How much each analysis measures, and through which weights a landscape goes. Needs no torch.
+
+(What gradients are measured on lies below, in training/affinity.py, for a split is made of them.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deme_cli.errors import ConfigError
+from deme_cli.settings import Settings, setting
+
+# Along what a landscape goes: how many models it takes, at least and at most, and what they are.
+ALONG = {
+    "random": (1, 1, "one model, the origin"),
+    "line": (2, 2, "two models, its ends"),
+    "vectors": (3, 3, "three models: the origin and two finetuned from it"),
+    "pca": (3, None, "three models or more, the first of them the origin"),
+}
+_SPANS = {"random": 0.1}  # the others: a quarter of what they cover
+
+
+@dataclass(frozen=True)
+class LossConfig(Settings):
+    """`deme analyze losses`."""
+
+    buckets: int = setting(50, "parts of [0, T) whose losses are shown")
+    num: int = setting(128, "draws (image, timestep, noise) per bucket")
+    batch_size: int = setting(256, "draws per forward; changes rounding alone")
+    seed: int = setting(0, "seed of the draws")
+
+    def check(self) -> None:
+        self._positive("buckets", "num", "batch_size")
+        self._not_negative("seed")
+
+
+@dataclass(frozen=True)
+class ActivationConfig(Settings):
+    """`deme analyze activations`."""
+
+    num: int = setting(256, "draws (image, timestep, noise) that both models see")
+    batch_size: int = setting(16, "draws per forward; changes rounding alone")
+    controls: int = setting(
+        4, "networks with random weight changes of the same size to compare with, 0 for none; each "
+        "takes as long as the expert, and fewer tell less"
+    )  # fmt: skip
+    seed: int = setting(0, "seed of the draws and of the random changes")
+
+    def check(self) -> None:
+        self._positive("batch_size")
+        self._not_negative("seed", "controls")
+        if self.num < 2:
+            raise ConfigError(f"num = {self.num}: needs at least 2 draws, one to fit, one to test")
+
+
+@dataclass(frozen=True)
+class TrajectoryConfig(Settings):
+    """`deme analyze trajectory`; how images are drawn, the settings of [sample] say."""
+
+    num: int = setting(16, "images that the distances are measured on")
+    shown: int = setting(10, "steps shown, evenly from noise to image")
+    rows: int = setting(1, "images shown, the first of them")
+
+    def check(self) -> None:
+        self._positive("num", "shown", "rows")
+
+
+@dataclass(frozen=True)
+class LandscapeConfig(Settings):
+    """`deme analyze landscape`: a line or a plane of points, on the same draws everywhere."""
+
+    along: str | None = setting(
+        None,
+        "random: two random directions, filter by filter as long as the weights; vectors: the "
+        "plane of two task vectors; pca: that of many; line: from one model to another; unset: "
+        "what fits the number of models",
+        choices=tuple(ALONG),
+    )
+    points: int = setting(21, "points along each axis")
+    span: float | None = setting(
+        None,
+        "how far it reaches: in lengths of a random direction (unset: 0.1), else past the "
+        "models as a share of what they cover (unset: 0.25)",
+    )
+    num: int = setting(2048, "draws (image, timestep, noise) that every point is measured on")
+    report_num: int = setting(
+        8192, "fresh draws for what is told in numbers: lowest points, slopes, models"
+    )
+    batch_size: int = setting(256, "draws per forward; changes rounding alone")
+    jobs: int = setting(1, "processes that share the points; does not change the numbers")
+    seed: int = setting(0, "seed of the draws and of random directions")
+
+    def check(self) -> None:
+        self._positive("batch_size", "jobs", "span")
+        self._not_negative("seed")
+        for name, least, why in (
+            ("points", 3, "one on each side of the origin"),
+            ("num", 2, "a mean and its error"),
+            ("report_num", 2, "a mean and its error"),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} = {getattr(self, name)}: needs at least {least}, {why}")
+
+    @property
+    def reach(self) -> float:
+        """The span, or the default of what it goes along."""
+        return _SPANS.get(self.along or "", 0.25) if self.span is None else self.span

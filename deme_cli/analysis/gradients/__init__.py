@@ -1,0 +1,1 @@
+"""Which timesteps pull a network the same way (the paper's figure 1)."""

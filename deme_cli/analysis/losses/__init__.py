@@ -1,0 +1,1 @@
+"""The denoising loss of each model against the timestep."""

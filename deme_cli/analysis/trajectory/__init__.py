@@ -1,0 +1,1 @@
+"""The same noise denoised by each model, step by step."""

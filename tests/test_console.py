@@ -1,0 +1,68 @@
+"""What a narrow terminal shows: notes broken at words, counts and times whole."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+
+import pytest
+
+from deme_cli import console
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def use_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal of 60 columns in place of stderr, which pytest replaces before each test."""
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    return shown
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def test_a_note_is_broken_at_words_and_a_path_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = use_terminal(monkeypatch)
+    words = (
+        "± is the standard deviation over repeats; differences are paired by repeat, in brackets"
+    )
+    path = "/" + "long/" * 20 + "name.safetensors"
+    console.note(f"{words}\n{path}")
+    lines = terminal.getvalue().splitlines()
+    assert all(len(line) <= 60 for line in lines if line != path)
+    assert " ".join(lines) == f"{words} {path}"
+    assert path in lines
+
+
+def test_without_a_terminal_a_note_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.note("word " * 40)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_long_note_beside_a_bar_leaves_counts_and_time_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = use_terminal(monkeypatch)
+    with console.progress("4 experts", 1200, "update") as bar:
+        bar.advance(1110, "  ".join(f"{i}/4: 300" for i in range(1, 9)))
+    last = plain(terminal.getvalue()).splitlines()[-1]
+    assert "4 experts" in last
+    assert "1110/1200" in last
+    assert last.rstrip().endswith("… -:--:--")  # its time is not known yet
+
+
+def test_what_takes_its_time_is_told_and_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = use_terminal(monkeypatch)
+    with console.waiting("loading the libraries"):
+        pass
+    assert "loading the libraries" in plain(terminal.getvalue())
+    assert terminal.getvalue().rstrip().endswith("\x1b[2K")
