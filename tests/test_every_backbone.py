@@ -19,7 +19,10 @@ from deme_cli.artifacts import read_record
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import load_denoiser, predict
 
-TRAINING = ("--steps", 2, "--batch-size", 4, "--accumulation", 1, "--resolution", 16, "--lr", 1e-3)
+TRAINING = (
+    "--steps", 2, "--batch-size", 4, "--accumulation", 1, "--resolution", 16, "--lr", 1e-3,
+    "--held-out", 0,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))
@@ -50,6 +53,8 @@ def test_experts_are_trained_merged_drawn_from_and_exported(
     done("task-vector", *experts)
     done("merge", *experts, "-w", "0.5,0.5")
     done("merge", *experts, "-w", "1,0", "-o", "first.safetensors")
+    looking = ("--search", "gradient", "--objective", "experts", "--evaluations", 1, "--num", 4)
+    done("merge", *experts, *looking, "--no-report", "-o", "fitted.safetensors")  # fills its cache
     first = read_record(Path("first.safetensors"), "merged")
     assert first.fingerprint == read_record(Path(experts[0]), "expert").fingerprint
     assert first.companions == record.companions

@@ -1,1 +1,1 @@
-"""Pictures that explain a run, one file per figure."""
+"""Pictures that explain a run: a folder per figure, from what is measured to how it is drawn."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deme_cli.analysis.figure import BLUE, DIVERGING
 from deme_cli.artifacts import load_tensors
 
 if TYPE_CHECKING:
@@ -25,35 +26,30 @@ _COLUMNS = 12  # images of each model
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One model: its name, samples artifact, distances per seed, and held-out loss per range.
-
-    `losses` is () for a row that is not one network.
-    """
+    """One model: its name, samples artifact, distances per seed, and held-out loss per range."""
 
     name: str
     samples: Path
     distances: tuple[float, ...]
-    losses: tuple[float, ...] = ()
+    losses: tuple[float, ...]
 
 
 def draw_summary(
     rows: Sequence[SummaryRow], ranges: Sequence[str], path: Path, *, metric: str, protocol: str
 ) -> None:
     """Write the PNG for `rows` (the first is the base); `protocol` is the line at its foot."""
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(11, 7.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=(11, 7.2), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
     upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.15], squeeze=False)[:, 0]
     _draw_images(upper, rows)
     left, right = lower.subplots(1, 2, width_ratios=[1.1, 1])
     _draw_distances(left, rows, metric)
-    _draw_losses(right, [row for row in rows if row.losses], ranges)
+    _draw_losses(right, rows, ranges)
     figure.supxlabel(protocol, fontsize=8, color="0.35")
     figure.savefig(path)
-    plt.close(figure)
 
 
 def _draw_images(figure: SubFigure, rows: Sequence[SummaryRow]) -> None:
@@ -74,7 +70,7 @@ def _draw_distances(axis: Axes, rows: Sequence[SummaryRow], metric: str) -> None
     positions = np.arange(len(rows))
     axis.plot(positions, values, color="0.75", linewidth=1, zorder=1)
     for seed in range(values.shape[1]):
-        axis.scatter(positions, values[:, seed], s=28, color="#0072B2", zorder=2)
+        axis.scatter(positions, values[:, seed], s=28, color=BLUE, zorder=2)
     axis.scatter(positions, values.mean(1), marker="_", s=900, color="black", zorder=3)
     for x, mean in zip(positions, values.mean(1), strict=True):
         axis.annotate(
@@ -92,7 +88,7 @@ def _draw_losses(axis: Axes, rows: Sequence[SummaryRow], ranges: Sequence[str]) 
     losses = np.array([row.losses for row in rows])
     change = 100 * (losses / losses[0] - 1)  # per cent
     limit = max(np.abs(change).max(), 0.1)
-    axis.imshow(change, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axis.imshow(change, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto")
     for (y, x), value in np.ndenumerate(change):
         color = "white" if abs(value) > 0.6 * limit else "black"
         axis.text(x, y, f"{value:+.1f}", ha="center", va="center", color=color, fontsize=9)

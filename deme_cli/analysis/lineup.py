@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
@@ -109,7 +110,7 @@ def require_alike(entrants: Sequence[Entrant]) -> None:
                 )
 
 
-def _asked(entrant: Entrant) -> tuple:
+def _asked(entrant: Entrant) -> tuple[tuple[int, ...], int, dict[str, Any]]:
     record = entrant.records[0]
     shape = backbone_of(record.model_config).sample_shape(record.model_config)
     return shape, record.num_train_timesteps, record.scheduler_config

@@ -40,9 +40,8 @@ def report(
     """
     from deme_cli.merging.search.report import measure_rows
 
+    fill_with_bar(bench.examples)
     meters = _meters(order, bench, evaluator)
-    for examples in {id(o.examples): o.examples for m in meters for o in m.objectives}.values():
-        fill_with_bar(examples)
     rows = _rows(order, evaluator, merged, soup)
     ranges = sorted({parent.record.timesteps for parent in order.family.parents})
     measured: list[ReportRow] = []

@@ -143,12 +143,11 @@ def open_trials(order: Order, measure: Measure, world: World) -> Trials:
             order.family, space, method=order.method, device=order.device, dtype=order.dtype,
             with_slopes=search.plan.needs_slopes,
         )  # fmt: skip
-        objectives = [
-            bench.open(rung, order.settings, experts=evaluator.ensemble) for rung in rungs
-        ]
-    for examples in {id(one.examples): one.examples for one in objectives}.values():
-        fill_with_bar(examples, world=world)
-    evaluator.objectives = objectives
+    if not all(rung.is_distance for rung in rungs):
+        fill_with_bar(bench.examples, world=world)
+    evaluator.objectives = objectives = [
+        bench.open(rung, order.settings, experts=evaluator.ensemble) for rung in rungs
+    ]
     evaluator.open()
     return Trials(order, search, objectives, evaluator, bench, store, world)
 

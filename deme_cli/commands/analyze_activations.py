@@ -36,7 +36,7 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import SplitConfig
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.records import DenoiserRecord
+from deme_cli.records import DenoiserRecord, ExpertRecord
 from deme_cli.timesteps import TimestepRange, parse_range
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def activations(
 
     place = str(choose_device(device))
     base, expert = (open_denoiser(model, device=place, dtype=dtype) for model in pair)
-    require_same_network(base.record, expert.record, pair)
+    _require_same_network(base.record, expert.record, pair)
     require_block(base.network, block, pair[0])
     chosen = chosen or _range(run, expert.record, span)
     beside = Path(pair[0]).parent if Path(pair[0]).is_file() else output.parent
@@ -181,7 +181,7 @@ def _check_models(run: RunFile, pair: tuple[str, str], span: str | None) -> Time
     records = [read_record(place) if place.is_file() else None for place in places]
     base, expert = records
     if isinstance(base, DenoiserRecord) and isinstance(expert, DenoiserRecord):
-        require_same_network(base, expert, pair)
+        _require_same_network(base, expert, pair)
     if isinstance(expert, DenoiserRecord):
         return _range(run, expert, span)
     timesteps = peek_timesteps(places[1])
@@ -190,8 +190,9 @@ def _check_models(run: RunFile, pair: tuple[str, str], span: str | None) -> Time
 
 def _range(run: RunFile, record: DenoiserRecord, span: str | None) -> TimestepRange:
     """As given, else the one the expert was finetuned on, else all of [0, T)."""
-    own = getattr(record, "timesteps", None)
-    return own if span is None and own else _parse(run, span or "all", record.num_train_timesteps)
+    if span is None and isinstance(record, ExpertRecord):
+        return record.timesteps
+    return _parse(run, span or "all", record.num_train_timesteps)
 
 
 def _parse(run: RunFile, span: str, num_train_timesteps: int) -> TimestepRange:
@@ -200,7 +201,7 @@ def _parse(run: RunFile, span: str, num_train_timesteps: int) -> TimestepRange:
     return parse_range(span, num_train_timesteps, run.settings(SplitConfig).timestep_ranges).range
 
 
-def require_same_network(
+def _require_same_network(
     base: DenoiserRecord, expert: DenoiserRecord, names: tuple[str, str]
 ) -> None:
     """Check that two models are one network with other weights, block projections aside.

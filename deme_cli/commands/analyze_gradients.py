@@ -83,7 +83,7 @@ def gradients(
     from dataclasses import replace
     from statistics import median
 
-    from deme_cli.analysis.gradients.agreement import numbers_of, reading_of, said_of
+    from deme_cli.analysis.gradients.agreement import numbers_of, read_gradients, said_of
     from deme_cli.analysis.gradients.measure import GradientAnalysis, measure_gradients
     from deme_cli.analysis.gradients.picture import draw_gradients
     from deme_cli.diffusion.checkpoints import open_denoiser
@@ -102,7 +102,7 @@ def gradients(
     affinity = watch(steps, "gradients", buckets * num, "draw")
     said = said_of(affinity)
     document = affinity.to_json(**said).encode()
-    paths = write_analysis(output, draw_gradients(affinity), document, reading_of(affinity))
+    paths = write_analysis(output, draw_gradients(affinity), document, read_gradients(affinity))
     if median(affinity.reliability) < _NOISY:
         console.warn(
             "noise in the gradients draws all cosines towards 0; raise --num for more draws"

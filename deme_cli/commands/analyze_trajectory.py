@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from deme_cli.analysis.trajectory.measure import TrajectoryAnalysis
     from deme_cli.config import SampleConfig
     from deme_cli.data.prompts import PromptSet
-    from deme_cli.run_file import RunFile
 
 _C = TrajectoryConfig
 
@@ -105,7 +104,14 @@ def trajectory(
     check_output(output, force=force)
     chosen, sample = _first_prompts(sample, num)
 
-    analysis = _open(run, models, chosen, sample, settings, output, pipeline, device, dtype)
+    from deme_cli.analysis.lineup import folder_models, line_up
+    from deme_cli.analysis.trajectory.measure import measure_trajectories, open_trajectories
+
+    entrants = line_up(models or folder_models(run.base), device=device, dtype=dtype)
+    analysis = open_trajectories(
+        entrants, sample, settings, output,
+        prompts=chosen, pipeline=run.pipeline(pipeline), device=device, dtype=dtype,
+    )  # fmt: skip
     console.note(
         f"{', '.join(entrant.name for entrant in analysis.entrants)}: {analysis.num} images each, "
         f"{analysis.config.sampler}, {len(analysis.timesteps)} forwards an image"
@@ -114,14 +120,13 @@ def trajectory(
         console.result_paths([], as_json=as_json, dry_run=True)
         return
 
-    from deme_cli.analysis.trajectory.found import document_of, reading
-    from deme_cli.analysis.trajectory.measure import measure_trajectories
+    from deme_cli.analysis.trajectory.found import document_of, read_trajectories
     from deme_cli.analysis.trajectory.picture import draw_trajectories
 
     found = watch(
         measure_trajectories(analysis, force=force), "trajectories", analysis.total, "image"
     )
-    said, protocol = reading(found), _protocol(analysis)
+    said, protocol = read_trajectories(found), _protocol(analysis)
     drawn = draw_trajectories(found, foot=_foot(protocol))
     told = document_of(found)
     document = document_bytes("trajectory", said, protocol, **told)
@@ -144,26 +149,12 @@ def _first_prompts(sample: SampleConfig, num: int) -> tuple[PromptSet | None, Sa
     return replace(found, prompts=found.prompts[:count], classes=classes), replace(sample, num=None)
 
 
-def _open(
-    run: RunFile, models: list[str] | None, prompts: PromptSet | None, sample: SampleConfig,
-    settings: TrajectoryConfig, output: Path, pipeline: str | None, device: str, dtype: str,
-) -> TrajectoryAnalysis:  # fmt: skip
-    from deme_cli.analysis.lineup import folder_models, line_up
-    from deme_cli.analysis.trajectory.measure import open_trajectories
-
-    entrants = line_up(models or folder_models(run.base), device=device, dtype=dtype)
-    return open_trajectories(
-        entrants, sample, settings, output,
-        prompts=prompts, pipeline=run.pipeline(pipeline), device=device, dtype=dtype,
-    )  # fmt: skip
-
-
-def _protocol(analysis: TrajectoryAnalysis) -> dict:
+def _protocol(analysis: TrajectoryAnalysis) -> dict[str, Any]:
     models = {entrant.name: entrant.fingerprints for entrant in analysis.entrants}
     return {"models": models, **analysis.protocol}
 
 
-def _foot(protocol: dict) -> str:
+def _foot(protocol: dict[str, Any]) -> str:
     """How it was drawn, in a line under the picture."""
     told = [f"{protocol['sampler']}, {protocol['steps']} steps"]
     told += [f"{protocol['spacing']} spacing"] if protocol["spacing"] else []

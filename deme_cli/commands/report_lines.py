@@ -34,7 +34,7 @@ def command_lines(folder: Folder) -> list[str]:
     """Command lines in the order of the pipeline, quoted for a shell; none for what is damaged."""
     run = _run_file(folder.path)
     names = {a.record.fingerprint: a.name for a in reversed(folder.artifacts)}
-    makers: tuple[Callable[..., Iterator[list[str]]], ...] = (
+    makers: tuple[Callable[[Folder, RunFile, Names], Iterator[list[str]]], ...] = (
         _splits, _trainings, _vectors, _merges, _samples, _evaluations, _analyses,
     )  # fmt: skip
     lines: list[str] = []

@@ -72,7 +72,7 @@ def measuring(
 
     card = rows[0]["protocol"]
     models = dict.fromkeys(path_word(model) for row in rows for model in _drawn_by(row, names))
-    figure = next(iter(rows[0]["metrics"].values()))
+    figure, *_ = rows[0]["metrics"].values()
     values: dict[str, Any] = {
         "num": figure["n"], "repeats": figure.get("repeats", 1), "protocol": card.get("protocol"),
         "seed": card.get("seed"), **_references(card),

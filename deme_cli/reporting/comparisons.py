@@ -14,6 +14,7 @@ from deme_cli.reporting.tables import (
     Cell,
     Results,
     Table,
+    add_columns,
     cards_of,
     difference_of,
     metric_cells,
@@ -44,13 +45,10 @@ def comparison(name: str, document: Mapping[str, Any]) -> Results:
         measures = list(_measures(rows, title))
         if not measures:
             continue
-        columns += metric_columns(title, metric, measures)
-        lines = _starred(metric_cells(metric, measures), rows, title)
-        blank = [Cell()] * len(next(iter(lines.values())))
-        for row, line in zip(rows, cells, strict=True):
-            line += lines.get(str(row["name"]), blank)
-    costs = list(zip(*_costs(rows), strict=True))
-    for heading, *texts in costs:
+        headings = metric_columns(title, metric, measures)
+        marked = _marked(metric_cells(metric, measures), rows, title)
+        add_columns(columns, cells, headings, marked)
+    for heading, *texts in zip(*_costs(rows), strict=True):
         columns.append(heading)
         for line, text in zip(cells, texts, strict=True):
             line.append(Cell(text))
@@ -87,7 +85,7 @@ def _measures(rows: Sequence[Mapping[str, Any]], title: str) -> Iterator[Measure
         )  # fmt: skip
 
 
-def _starred(
+def _marked(
     lines: Mapping[str, list[Cell]], rows: Sequence[Mapping[str, Any]], title: str
 ) -> dict[str, list[Cell]]:
     """A dagger where a spread or an interval is over evaluation seeds only."""

@@ -37,9 +37,11 @@ def plain(value: float | None) -> str:
     """A lone number in four figures; a dash for none."""
     if value is None:
         return "\N{EN DASH}"
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", MINUS)
     if not math.isfinite(value):
         return "not finite"
-    if isinstance(value, int) or (value == int(value) and abs(value) < 1e15):
+    if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}".replace("-", MINUS)
     return f"{value:.4g}".replace("-", MINUS)
 

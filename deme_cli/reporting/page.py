@@ -16,10 +16,11 @@ from deme_cli.errors import ArtifactError
 from deme_cli.reporting import figures, summary
 from deme_cli.reporting.comparisons import comparison, is_comparison
 from deme_cli.reporting.curves import Curves, training_curves
+from deme_cli.reporting.evaluations import evaluation
 from deme_cli.reporting.folder import Folder, Unread
 from deme_cli.reporting.pictures import Picture
 from deme_cli.reporting.searches import Merge, merges
-from deme_cli.reporting.tables import Results, Table, evaluation
+from deme_cli.reporting.tables import Results, Table
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 # Control characters, lone surrogates and noncharacters, which HTML has no place for.

@@ -1,4 +1,4 @@
-"""Tables of the page, and those made of what `deme eval --output` writes, with its cards."""
+"""What the page shows of measured rows: tables, their cells, and the protocol cards below them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from deme_cli.reporting.measures import (
     Difference,
     Measure,
     best_of,
-    verdict,
 )
 from deme_cli.reporting.numbers import number
 
@@ -85,56 +84,6 @@ class Results:
     more: list[Table] = field(default_factory=list)
 
 
-def evaluation(name: str, document: Mapping[str, Any]) -> Results:
-    """What an evaluation says. Raises LookupError, TypeError or ValueError on another shape."""
-    rows = document["rows"]
-    metrics = list(dict.fromkeys(metric for row in rows for metric in row["metrics"]))
-    if not rows or not metrics:
-        raise ValueError("it has no rows")
-    measured = {metric: list(_measures(rows, metric)) for metric in metrics}
-    is_paired = any(m.difference for measures in measured.values() for m in measures)
-    columns, cells = ["row"], [[Cell(str(row["name"]), note=str(row["kind"]))] for row in rows]
-    for metric in metrics:
-        columns += metric_columns(metric, metric, measured[metric])
-        lines = metric_cells(metric, measured[metric])
-        blank = [Cell()] * len(next(iter(lines.values())))
-        for row, line in zip(rows, cells, strict=True):
-            line += lines.get(str(row["name"]), blank)
-    columns.append("images")
-    for row, line in zip(rows, cells, strict=True):
-        own = [m for by in measured.values() for m in by if m.row == str(row["name"])]
-        line.append(Cell(_counts(own[0]) if own else ""))
-    cards = [(str(row["name"]), row.get("protocol") or {}) for row in rows]
-    return Results(
-        name, f"Evaluation, {name}",
-        [verdict(metric, measures) for metric, measures in measured.items()],
-        Table(f"Rows of {name}", columns, cells),
-        [*([PAIRED] if is_paired else []), *_protocol_remark(cards)],
-        cards_of(cards),
-    )  # fmt: skip
-
-
-PAIRED = (
-    "± is the standard deviation over repeats. Differences are paired by repeat, for rows of one "
-    "repeat share their starting noise; in brackets the 95 % interval of their mean (Student's t). "
-    "Intervals are not corrected for the number of rows, nor for choosing the best of them. "
-    "Repeats are seeds of the evaluation: they tell nothing of how training varies."
-)
-
-
-def _measures(rows: Sequence[Mapping[str, Any]], metric: str) -> Iterator[Measure]:
-    """One metric of all the rows that have it."""
-    for row in rows:
-        if (figure := row["metrics"].get(metric)) is None:
-            continue
-        sd, other = figure.get("sd"), figure.get("difference")
-        yield Measure(
-            str(row["name"]), str(row["kind"]), number(figure["value"]),
-            None if sd is None else number(sd), int(figure["n"]), int(figure.get("repeats", 1)),
-            None if other is None else difference_of(other),
-        )  # fmt: skip
-
-
 def difference_of(entry: Mapping[str, Any]) -> Difference:
     """The paired difference that a document holds."""
     low, high = map(number, entry["interval"])
@@ -142,11 +91,21 @@ def difference_of(entry: Mapping[str, Any]) -> Difference:
     return Difference(str(entry["to"]), number(entry["mean"]), number(entry["sd"]), low, high, over)
 
 
+def add_columns(
+    columns: list[str], lines: Sequence[list[Cell]], headings: Sequence[str],
+    cells: Mapping[str, Sequence[Cell]],
+) -> None:  # fmt: skip
+    """Add a metric to a table whose lines begin with the names of rows; blanks where it is none."""
+    columns += headings
+    for line in lines:
+        line += cells.get(line[0].text, [Cell()] * len(headings))
+
+
 def metric_columns(title: str, metric: str, measures: Sequence[Measure]) -> list[str]:
     """The headings of a metric: its value and, where there are any, the differences."""
     arrow = "\N{DOWNWARDS ARROW}" if lower_is_better(metric) else "\N{UPWARDS ARROW}"
     to = next((m.difference.to for m in measures if m.difference), None)
-    return [f"{title} {arrow}", *([f"minus {to}", "95 % interval"] if to else [])]
+    return [f"{title} {arrow}", *([] if to is None else [f"minus {to}", "95 % interval"])]
 
 
 def metric_cells(metric: str, measures: Sequence[Measure]) -> dict[str, list[Cell]]:
@@ -183,22 +142,6 @@ def _whisker(difference: Difference, known: Sequence[Difference]) -> Whisker | N
 
     return Whisker(place(0.0), place(difference.low), place(difference.mean),
                    place(difference.high))  # fmt: skip
-
-
-def _counts(measure: Measure) -> str:
-    repeats = f" \N{MULTIPLICATION SIGN} {measure.repeats}" if measure.repeats > 1 else ""
-    return f"{measure.n:,}{repeats}"
-
-
-def _protocol_remark(cards: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
-    """Whether one protocol holds for all rows, or in what they differ."""
-    if len(cards) < 2:
-        return
-    differing = [f.name for card in cards_of(cards) for f in card.fields if f.mark == "differs"]
-    if differing:
-        yield f"The rows differ in {', '.join(dict.fromkeys(differing))}: compare with care."
-    elif all(card for _, card in cards):
-        yield "All rows were drawn and measured under one protocol."
 
 
 def cards_of(cards: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Card]:

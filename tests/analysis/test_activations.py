@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from deme_cli.analysis.activations.block_change import (
-    FIT,
-    TEST,
     BlockChange,
     block_change,
     block_sums,
@@ -163,9 +161,9 @@ def told(delta: Tensor) -> BlockChange:
     """What is said of a given Delta (n, C, P): half of it fits, half tests."""
     base = torch.randn(delta.shape, generator=torch.Generator().manual_seed(9)).double()
     half = len(delta) // 2
-    sums = block_sums(base[:half], delta[:half], use=FIT)
+    sums = block_sums(base[:half], delta[:half])
     fitted = torch.from_numpy(fit_map(sums.pop("gram").numpy(), sums.pop("cross").numpy()))
-    for key, value in block_sums(base[half:], delta[half:], use=TEST, fitted=fitted).items():
+    for key, value in block_sums(base[half:], delta[half:], fitted).items():
         sums[key] = sums.get(key, 0) + value
     return block_change("x", {k: v.numpy() for k, v in sums.items()}, len(delta), (1, 1))
 
@@ -208,12 +206,12 @@ def test_least_squares_recover_the_map_that_made_the_change() -> None:
     base = normal(30, 5, 40)
     base[:, 2] *= 1e3  # a channel of another scale
     V = normal(5, 5)
-    sums = block_sums(base, V @ base, use=FIT)
+    sums = block_sums(base, V @ base)
     gram, cross = sums["gram"].numpy(), sums["cross"].numpy()
     assert np.allclose(fit_map(gram, cross), V, atol=1e-9)
     gram[4], gram[:, 4], cross[:, 4] = 0, 0, 0  # a dead channel takes no part
     assert np.isfinite(fit_map(gram, cross)).all()
-    tested = block_sums(base, V @ base + 0, use=TEST, fitted=V)["residual"]
+    tested = block_sums(base, V @ base + 0, V)["residual"]
     assert tested[0] / tested[1] < 1e-20
 
 

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler
 
 from deme_cli.analysis.config import TrajectoryConfig
 from deme_cli.analysis.lineup import line_up
-from deme_cli.analysis.trajectory.found import Trajectories, reading
+from deme_cli.analysis.trajectory.found import Trajectories, read_trajectories
 from deme_cli.analysis.trajectory.measure import (
     TrajectoryAnalysis,
     measure_trajectories,
@@ -153,7 +153,7 @@ def test_an_ensemble_of_copies_goes_the_way_of_the_base(tmp_path: Path) -> None:
         assert np.array_equal(one.pictures, found.trajectories[0].pictures)
         assert not one.distances["base"].steps.any()
         assert not one.distances["ensemble"].final.any()
-    assert "ensemble and base predict the same x_0 in every step" in reading(found)
+    assert "ensemble and base predict the same x_0 in every step" in read_trajectories(found)
 
 
 def test_nothing_depends_on_the_batch_size(
@@ -225,10 +225,10 @@ def test_the_reading_tells_whom_merged_ends_nearer_to(finished_run: Path, tmp_pa
     assert (
         f"merged ends {ends[0]} from ensemble and {ends[1]} from base (nearer to ensemble in "
         f"{(near < far).sum()} of 3 images)"
-    ) in reading(found)
+    ) in read_trajectories(found)
     step = found.nearest(ensemble, "base")
     assert step == ensemble.distances["base"].steps.mean(axis=1).argmin()
-    assert f"predict most alike at t = {found.times[step]:.0f} " in reading(found)
+    assert f"predict most alike at t = {found.times[step]:.0f} " in read_trajectories(found)
     assert merged.experts == [(TimestepRange(0, 100), "merged")]
     assert np.array_equal(merged.pictures, found.trajectories[2].pictures)  # of the same weights
 

@@ -106,6 +106,16 @@ def test_the_commands_told_make_the_same_files_again(deme: Deme, run_folder: Pat
     assert after == before
 
 
+def test_a_task_vector_is_told_by_its_expert_and_is_none_itself(
+    deme: Deme, run_folder: Path
+) -> None:
+    assert deme("task-vector", EXPERTS[1]).exit_code == 0
+    lines = [line.split() for line in command_lines(open_folder(Path()))]
+    assert [words[1] for words in lines] == ["split", "finetune", "task-vector"]
+    assert lines[1][2:4] == ["--range", "all"]
+    assert lines[2][2:] == EXPERTS[1:2]
+
+
 def test_lines_follow_what_deme_toml_would_give(deme: Deme, run_folder: Path) -> None:
     Path("deme.toml").write_text('[data]\nsource = "digits"\n[finetune]\nsteps = 3\nlr = 0.5\n')
     for name in EXPERTS:
@@ -158,6 +168,15 @@ def test_a_sampler_is_left_out_only_where_it_is_taken_by_itself(
             "prediction_type": prediction_type}  # fmt: skip
     words = sampling(card, "x-samples.safetensors", RunFile(Path(), {"sample": live}), {"0": "x"})
     assert " ".join(words) == f"sample x {told}".strip()
+
+
+@pytest.mark.parametrize("rows", [[], [{}], [{"kind": "base", "protocol": {}, "metrics": {}}]])
+def test_a_table_of_another_shape_is_told_by_no_line(
+    deme: Deme, run_folder: Path, rows: list
+) -> None:
+    before = command_lines(open_folder(Path()))
+    Path("eval.json").write_text(json.dumps({"schema_version": 1, "rows": rows}))
+    assert command_lines(open_folder(Path())) == before
 
 
 def test_an_analysis_is_told_with_its_models_and_numbers(deme: Deme, run_folder: Path) -> None:

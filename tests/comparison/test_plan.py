@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deme_cli.comparison.jobs import finetune_settings, slug
+from deme_cli.comparison.jobs import slug
 from deme_cli.comparison.plan import (
     SHIPPED,
     MeasurePlan,
@@ -17,6 +17,7 @@ from deme_cli.comparison.plan import (
     read_plan,
     shipped_plans,
 )
+from deme_cli.comparison.rows import finetune_settings
 from deme_cli.config import EvalConfig, MergeConfig, SampleConfig
 from deme_cli.errors import ConfigError, MissingError
 

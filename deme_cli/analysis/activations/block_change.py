@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-FIT, TEST = "fit", "test"  # what the draws are for
+_FIT, _TEST = "fit", "test"  # what the draws are for
 _SMALLEST = 1e-10  # eigenvalues below this share of the largest are taken for 0
 
 
@@ -133,14 +133,13 @@ class BlockChange:
         }  # fmt: skip
 
 
-def block_sums(
-    base: Tensor, delta: Tensor, *, use: str, fitted: Tensor | None = None
-) -> dict[str, Tensor]:
+def block_sums(base: Tensor, delta: Tensor, fitted: Tensor | None = None) -> dict[str, Tensor]:
     """The sums over a batch from which `block_change` tells what changed.
 
-    base, delta: (B, C, P) float64. use: FIT adds to what V is fitted by, TEST to its residual;
-    fitted: V (C, C), needed to test.
+    base, delta: (B, C, P) float64   fitted: V (C, C), whose residual is added up; without it what
+    it is fitted by.
     """
+    use = _FIT if fitted is None else _TEST
     channel, place, mu = delta.mean(2), delta.mean(1), delta.mean((1, 2))
     _, num_channels, num_places = delta.shape
     of_mean = num_channels * num_places * mu.square()
@@ -157,9 +156,8 @@ def block_sums(
         f"place_gain_{use}": torch.stack([product.sum((0, 1)), power.sum((0, 1))]),
     }  # fmt: skip
     features, change = (x.transpose(0, 1).flatten(1) for x in (base, delta))  # (C, B P)
-    if use == FIT:
+    if fitted is None:
         return sums | {"gram": features @ features.T, "cross": change @ features.T}
-    assert fitted is not None
     residual = (change - fitted @ features).square().sum()
     return sums | {"residual": torch.stack([residual, change.square().sum()])}
 
@@ -244,9 +242,9 @@ def _explained(sums: Mapping[str, np.ndarray]) -> Explained:
     residual, total = sums["residual"]
     gains = []
     for key in ("channel_gain", "place_gain"):
-        product, power = sums[f"{key}_{FIT}"]
+        product, power = sums[f"{key}_{_FIT}"]
         gain = np.divide(product, power, out=np.zeros_like(power), where=power > 0)
-        product, power = sums[f"{key}_{TEST}"]
+        product, power = sums[f"{key}_{_TEST}"]
         gains.append(_ratio(float((2 * gain * product - gain * gain * power).sum()), total))
     return Explained(_ratio(total - residual, total), *gains)
 

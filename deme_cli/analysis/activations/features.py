@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ def listening(
     """While open, `take(path, features)` what comes out of each block, its projection included."""
 
     def hook_of(site: Site) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+        def hook(module: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
             take(site.path, output[site.output] if isinstance(output, tuple) else output)
 
         return hook

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from deme_cli.analysis.activations.block_change import (
-    FIT,
-    TEST,
     BlockChange,
     ProjectionDistance,
     block_change,
@@ -182,9 +180,8 @@ def _add_batch(
         delta = as_places(features, draws.examples.shape)[0] - base
         fitted = arrays.get(f"{start}map")
         sums = block_sums(
-            base, delta, use=FIT if fitted is None else TEST,
-            fitted=None if fitted is None else torch.from_numpy(fitted).to(base.device),
-        )  # fmt: skip
+            base, delta, None if fitted is None else torch.from_numpy(fitted).to(base.device)
+        )
         require_finite(sums, path, analysis.names, k)
         found[f"{start}grid"] = np.array(grid)
         for key, value in sums.items():

@@ -65,7 +65,7 @@ def said_of(affinity: Affinity) -> dict[str, object]:
     within, across = pair_cosines(affinity, affinity.ranges)
     spans = (affinity.whole, *affinity.ranges)
     return {
-        "reading": reading_of(affinity),
+        "reading": read_gradients(affinity),
         "protocol": {
             "model": affinity.model,
             "data": {**affinity.data, "split": "train"},
@@ -98,7 +98,7 @@ def numbers_of(affinity: Affinity) -> dict[str, float | None]:
     return {**found, "reliability_median": float(np.median(affinity.reliability))}
 
 
-def reading_of(affinity: Affinity) -> str:
+def read_gradients(affinity: Affinity) -> str:
     """In a sentence: near and far timesteps, and what the ranges do about it."""
     shown = {k: "-" if v is None else f"{v:.2f}" for k, v in numbers_of(affinity).items()}
     whole, count = affinity.whole, len(affinity.ranges)

@@ -8,7 +8,7 @@ from deme_cli.analysis.config import ALONG
 from deme_cli.errors import ConfigError
 from deme_cli.timesteps import TimestepRange, split_uniform
 
-_DEFAULTS = {0: "random", 1: "random", 2: "line", 3: "vectors"}  # by the number of models
+_DEFAULTS = {1: "random", 2: "line", 3: "vectors"}  # by the number of models
 
 
 def choose_along(given: str | None, num_models: int) -> str:

@@ -106,7 +106,7 @@ def measure_landscape(
     The others of `world` are to call `help_landscape`. Finished points are kept beside the output
     until the caller discards them, and used again unless `force`. Raises ConfigError where a range
     has no draws, NumericsError where the loss of the origin is not finite, Stopped after a signal,
-    and what the crew's `measure` raises.
+    and what the crew raises.
     """
     groups, fresh = (analysis.draws_by_group(fresh=fresh) for fresh in (False, True))
     num = analysis.config.report_num

@@ -8,7 +8,7 @@ numbers that the interval does not tell from 0 are grey.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def _edges(losses: Losses) -> np.ndarray:
     return np.array([0, *(bucket.stop for bucket in losses.buckets)])
 
 
-def style_of(losses: Losses, curve: Curve) -> dict:
+def style_of(losses: Losses, curve: Curve) -> dict[str, Any]:
     """Colour, width and dashes of a curve."""
     experts = [one.name for one in losses.curves if one.span is not None]
     if curve is losses.curves[0]:

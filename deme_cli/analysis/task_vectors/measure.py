@@ -42,7 +42,7 @@ ONCE = ("squares", "moved", "unanimous")
 
 @dataclass(frozen=True)
 class TaskVectors:
-    """The sums over every tensor, from which task_vector_numbers.py takes what is shown.
+    """The sums over every tensor, from which numbers.py takes what is shown.
 
     pairwise: (T, N, N) by name of PAIRWISE   once: (T,) by name of ONCE
     effective, stable: (T, 1 + N) ranks, of theta and the tau_i; nan where there is none: of a zero

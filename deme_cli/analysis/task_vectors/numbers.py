@@ -34,16 +34,17 @@ class Pairs:
     opposed: np.ndarray
     cancelled: np.ndarray
 
-    def of_pairs(self, name: str) -> np.ndarray:
-        """One of the three over the N (N - 1) / 2 pairs."""
-        values = getattr(self, name)
-        return values[np.tril_indices(len(values), -1)]
 
-    def mean(self, name: str) -> float:
-        """Over the pairs for which it is known; nan without such."""
-        values = self.of_pairs(name)
-        values = values[np.isfinite(values)]
-        return float(values.mean()) if len(values) else math.nan
+def known_pairs(values: np.ndarray) -> np.ndarray:
+    """What is known of the N (N - 1) / 2 pairs, (N, N) as `Pairs` holds it."""
+    own = values[np.tril_indices(len(values), -1)]
+    return own[np.isfinite(own)]
+
+
+def mean_of_pairs(values: np.ndarray) -> float:
+    """Over the pairs for which it is known; nan without such."""
+    known = known_pairs(values)
+    return float(known.mean()) if len(known) else math.nan
 
 
 def sizes(found: TaskVectors) -> np.ndarray:
@@ -89,14 +90,15 @@ def by_block(found: TaskVectors) -> dict[str, np.ndarray]:
     return {name: np.array(blocks[name]) for name in order}
 
 
-def most_opposed(found: TaskVectors) -> tuple[str, Pairs] | None:
-    """The block whose pairs have the most elements with opposite signs; None without pairs."""
-    known = {name: pairs(found, tensors) for name, tensors in by_block(found).items()}
-    known = {name: one for name, one in known.items() if math.isfinite(one.mean("opposed"))}
-    if not known:
-        return None
-    worst = max(known, key=lambda name: known[name].mean("opposed"))
-    return worst, known[worst]
+def most_opposed(found: TaskVectors) -> tuple[str, float] | None:
+    """The block whose pairs have the most elements with opposite signs, and how many on average.
+
+    None without pairs.
+    """
+    blocks = by_block(found).items()
+    means = [(name, mean_of_pairs(pairs(found, tensors).opposed)) for name, tensors in blocks]
+    known = [(name, mean) for name, mean in means if math.isfinite(mean)]
+    return max(known, key=lambda one: one[1], default=None)
 
 
 def halves(found: TaskVectors) -> tuple[float, float]:
@@ -146,17 +148,20 @@ def medians(values: np.ndarray) -> np.ndarray:
     return np.array([np.median(column) if len(column) else np.nan for column in known])
 
 
-def relative_ranks(found: TaskVectors) -> np.ndarray:
-    """Effective rank / min(out, rest) of theta and the tau_i, (T, 1 + N); nan where none is."""
-    assert found.effective is not None
+def relative_ranks(found: TaskVectors) -> np.ndarray | None:
+    """Effective rank / min(out, rest) of theta and the tau_i, (T, 1 + N); nan where none is.
+
+    None where they were not measured.
+    """
+    if found.effective is None:
+        return None
     return found.effective / np.array([full_rank(spec.shape) for spec in found.specs])[:, None]
 
 
 def median_ranks(found: TaskVectors) -> list[float | None]:
     """Effective rank over full rank, of the base and each expert: medians over the matrices."""
-    if found.effective is None:
-        return [None] * (1 + len(found.names))
-    return medians(relative_ranks(found)).tolist()
+    ranks = relative_ranks(found)
+    return [None] * (1 + len(found.names)) if ranks is None else medians(ranks).tolist()
 
 
 def fences(values: np.ndarray) -> tuple[float, float]:

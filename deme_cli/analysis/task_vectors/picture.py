@@ -27,6 +27,8 @@ from deme_cli.analysis.task_vectors.numbers import (
     UNRELATED,
     Pairs,
     by_block,
+    known_pairs,
+    mean_of_pairs,
     pairs,
     relative_norms,
     relative_ranks,
@@ -67,11 +69,11 @@ def draw_task_vectors(found: TaskVectors, *, title: str, foot: str) -> list[byte
 
 def _draw_spreads(figure: Figure, found: TaskVectors, names: Sequence[str]) -> None:
     """Boxes over tensors: relative norms, and effective ranks where they were measured."""
-    axes = figure.subplots(1, 1 if found.effective is None else 2, squeeze=False)[0]
-    _draw_norms(axes[0], found, names)
-    if found.effective is None:
-        return
     values = relative_ranks(found)
+    axes = figure.subplots(1, 1 if values is None else 2, squeeze=False)[0]
+    _draw_norms(axes[0], found, names)
+    if values is None:
+        return
     _boxes(axes[1], list(values.T), [_BASE, *_colors(names)])
     _name_boxes(axes[1], ["base", *names])
     axes[1].set_ylim(0, 1.03)
@@ -199,13 +201,14 @@ def _draw_blocks(figure: Figure, found: TaskVectors) -> None:
     """Cosine and sign conflict of each block: the mean over pairs, a line from least to most."""
     blocks = {name: pairs(found, tensors) for name, tensors in by_block(found).items()}
     upper, lower = figure.subplots(2, 1, sharex=True)
-    _draw_by_block(upper, list(blocks.values()), "cosines", VERMILION, 0.0)
+    every = blocks.values()
+    _draw_by_block(upper, [one.cosines for one in every], VERMILION, 0.0)
     upper.axhline(0, color=LINE, linewidth=0.8, linestyle=(0, (4, 3)))
     upper.set_ylabel("cosine")
     many = ": mean over pairs of experts, lines from least to most" if len(found.names) > 2 else ""
     upper.set_title(f"By block, in the network's order{many}", fontsize=9)
-    _draw_by_block(lower, list(blocks.values()), "opposed", BLUE, -0.12, "of elements")
-    _draw_by_block(lower, list(blocks.values()), "cancelled", VERMILION, 0.12, "of what both moved")
+    _draw_by_block(lower, [one.opposed for one in every], BLUE, -0.12, "of elements")
+    _draw_by_block(lower, [one.cancelled for one in every], VERMILION, 0.12, "of what both moved")
     lower.axhline(UNRELATED, color=LINE, linewidth=0.8, linestyle=(0, (4, 3)), label="unrelated")
     lower.set_ylabel("sign conflict")
     lower.legend(fontsize=7.5, frameon=False, ncols=3, loc="upper left", borderaxespad=0.1)
@@ -215,12 +218,12 @@ def _draw_blocks(figure: Figure, found: TaskVectors) -> None:
 
 
 def _draw_by_block(
-    axis: Axes, blocks: Sequence[Pairs], name: str, color: str, shift: float, label: str = ""
+    axis: Axes, blocks: Sequence[np.ndarray], color: str, shift: float, label: str = ""
 ) -> None:
+    """One number of every two experts (N, N), block by block."""
     place = np.arange(len(blocks)) + shift
-    means = np.array([one.mean(name) for one in blocks])
-    known = [one.of_pairs(name)[np.isfinite(one.of_pairs(name))] for one in blocks]
-    for x, values in zip(place, known, strict=True):
+    means = np.array([mean_of_pairs(one) for one in blocks])
+    for x, values in zip(place, map(known_pairs, blocks), strict=True):
         if len(values) > 1:
             axis.plot([x, x], [values.min(), values.max()], color=color, alpha=0.45, linewidth=2)
     axis.scatter(place, means, s=24, color=color, zorder=3, label=label or None)

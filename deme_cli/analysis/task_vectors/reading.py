@@ -72,11 +72,11 @@ def _disagreement(found: TaskVectors) -> str:
     worst = numbers.most_opposed(found)
     if worst is None:
         return f"no two experts moved the same elements{told}"
-    block, own = worst
+    block, most = worst
     return (
         f"{_cosines(found.names, every.cosines.tolist())}; signs differ in "
-        f"{100 * every.mean('opposed'):.0f} % of elements (50 % if unrelated), most in {block} "
-        f"({100 * own.mean('opposed'):.0f} %); {numbers.directions(every.cosines):.1f} independent "
+        f"{100 * numbers.mean_of_pairs(every.opposed):.0f} % of elements (50 % if unrelated), most "
+        f"in {block} ({100 * most:.0f} %); {numbers.directions(every.cosines):.1f} independent "
         f"directions of {len(found.names)}{told}"
     )
 

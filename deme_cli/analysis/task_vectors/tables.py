@@ -64,9 +64,9 @@ def _pairs(found: TaskVectors) -> dict[str, Any]:
 
 def _means(pairs: Pairs) -> dict[str, float]:
     return {
-        "mean_cosine": pairs.mean("cosines"),
-        "mean_sign_conflict": pairs.mean("opposed"),
-        "mean_sign_conflict_by_magnitude": pairs.mean("cancelled"),
+        "mean_cosine": numbers.mean_of_pairs(pairs.cosines),
+        "mean_sign_conflict": numbers.mean_of_pairs(pairs.opposed),
+        "mean_sign_conflict_by_magnitude": numbers.mean_of_pairs(pairs.cancelled),
     }
 
 

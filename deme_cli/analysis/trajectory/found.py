@@ -158,7 +158,7 @@ def _rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
-def reading(found: Trajectories) -> str:
+def read_trajectories(found: Trajectories) -> str:
     """In a sentence: where models part, and whom merged ends nearer to."""
     if not found.references:
         return (

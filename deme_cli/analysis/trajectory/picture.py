@@ -9,7 +9,7 @@ distances to the base and to the ensemble.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -201,7 +201,7 @@ def _draw_block(axis: Axes, left: float, top: float, width: float, order: int) -
     axis.add_patch(Rectangle((left, top), width, _BAR, **_filled(order)))
 
 
-def _filled(order: int) -> dict:
+def _filled(order: int) -> dict[str, Any]:
     """The look of an expert's block; where colours begin anew, hatched."""
     hatch = "////" if order >= len(style.EXPERTS) else None
     return {
@@ -259,7 +259,7 @@ def _draw_distances(axis: Axes, found: Trajectories, reference: str) -> dict[str
     return lines
 
 
-def _look(found: Trajectories, one: Trajectory) -> dict:
+def _look(found: Trajectories, one: Trajectory) -> dict[str, Any]:
     """How a model's line is drawn; of those in one colour, each in its own dashes."""
     if one.span is None:
         color, width = _KINDS.get(one.kind, style.OTHER), 1.8

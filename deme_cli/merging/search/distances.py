@@ -57,8 +57,6 @@ class GeneratedDistance:
     reference: statistics for a Fréchet distance, features (m, d) for a kernel distance.
     """
 
-    examples = None
-
     def __init__(
         self, extractor: Extractor, reference: Statistics | np.ndarray, card: dict[str, Any],
         *, sample: SampleConfig, scene: Scene, store: FeatureStore | None = None,

@@ -49,11 +49,6 @@ class Objective(Protocol):
     label: str  # as people call it
     protocol: dict[str, Any]  # everything the number depends on, besides the candidate
 
-    @property
-    def examples(self) -> Examples | None:
-        """What it draws from; their cache may still have to be filled."""
-        ...
-
     def __call__(self, experts: Sequence[SamplingExpert], check: Check, key: str = "") -> float: ...
 
 
