@@ -116,7 +116,8 @@ def _parse(document: dict[str, Any], stem: str) -> Plan:
     rows = tuple(
         _row(row, index, n, published) for index, row in enumerate(_tables(document, "row"), 1)
     )
-    if "seed" in document.get("finetune", {}):
+    tables = {t: checked_table(t, document[t], "plan") for t in COMMON if t in document}
+    if "seed" in tables.get("finetune", {}):
         raise ConfigError("[finetune] seed: training seeds are those of `seeds`")
     names = [row.name for row in rows]
     if len(rows) < 2 or len(set(names)) < len(names):
@@ -132,7 +133,7 @@ def _parse(document: dict[str, Any], stem: str) -> Plan:
         seeds=tuple(_typed(document, "seeds", list, [0, 1, 2])),
         updates=_typed(document, "updates", int, None),
         budget=_typed(document, "budget", str, "updates"),
-        tables={t: checked_table(t, document[t], "plan") for t in COMMON if t in document},
+        tables=tables,
         published=published,
     )
 

@@ -207,6 +207,8 @@ PUBLISHED = '[published]\nsource = "them"\ncolumns = ["X", "Y"]\n'
         ("sed = [0]\n" + TWO, ["unknown key 'sed'", "did you mean 'seeds'?"]),
         ("[split]\nn = 2\n" + TWO, ["unknown key 'split'"]),
         ("[finetune]\nlearning = 1.0\n" + TWO, ["unknown key 'learning' in [finetune]"]),
+        ("finetune = 3\n" + TWO, ["finetune should be a table"]),
+        ("[finetune]\nseed = 3\n" + TWO, ["[finetune] seed: training seeds are those of `seeds`"]),
         ("[merge]\nserch = 'grid'\n" + TWO, ["in [merge]", "did you mean 'search'?"]),
         ("[eval]\nnum = 'all'\n" + TWO, ["[eval] num = 'all'", "expected int"]),
         (row('kind = "ensemble"\nfintune = {}'), ["row 'Odd'", "did you mean 'finetune'?"]),
