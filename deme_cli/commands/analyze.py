@@ -9,8 +9,8 @@ from __future__ import annotations
 def analyze() -> None:
     """Draw why it works: where timesteps conflict, what experts changed, where losses fell.
 
-    In a launch of several processes landscape shares its points; the others, which take seconds,
-    run in the first process alone.
+    In a launch of several processes landscape shares its points; the others,
+    which take seconds, run in the first process alone.
 
     Example: deme analyze losses
     """

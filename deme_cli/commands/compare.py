@@ -100,8 +100,8 @@ def compare(
 ) -> None:
     """Train and measure every row of a plan under one protocol; ends in a table and a picture.
 
-    Run it again to go on, here or on any machine that sees the folder: each takes the next free
-    job, and what is finished stays.
+    Run it again to go on, here or on any machine that sees the folder: each
+    takes the next free job, and what is finished stays.
 
     Example: deme compare table1 --jobs 2
     """  # fmt: skip

@@ -20,7 +20,8 @@ LIBRARIES = (
 def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
     """List the libraries, the device, and the files that runs need: there or missing, whence.
 
-    In a run's folder also the parts of the pipeline (VAE, text encoders) that its base needs.
+    In a run's folder also the parts of the pipeline (VAE, text encoders) that
+    its base needs.
 
     Example: deme doctor
     """

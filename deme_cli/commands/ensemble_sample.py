@@ -91,8 +91,9 @@ def ensemble_sample(
 ) -> None:
     """Draw images from an ensemble of experts (Eq. 7); run the same command again to continue.
 
-    Timestep t goes to the expert whose range holds it. It costs what one model costs.
-    Processes of one launch (torchrun, accelerate launch, srun) share the batches.
+    Timestep t goes to the expert whose range holds it. It costs what one model
+    costs. Processes of one launch (torchrun, accelerate launch, srun) share the
+    batches.
 
     Example: deme ensemble-sample ft_*.safetensors -n 64
     """

@@ -115,8 +115,9 @@ def evaluate(
 ) -> None:
     """Measure images of models: distances to reference images, CLIP score, accuracy.
 
-    Rows of one repeat start from the same noise; differences to the first row are paired.
-    Processes of one launch (torchrun, accelerate launch, srun) share the images.
+    Rows of one repeat start from the same noise; differences to the first row
+    are paired. Processes of one launch (torchrun, accelerate launch, srun)
+    share the images.
 
     Example: deme eval base.safetensors merged.safetensors --fid digits -n 2000 --repeats 3
     """

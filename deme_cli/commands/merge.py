@@ -191,9 +191,9 @@ def merge(
 ) -> None:
     """Merge experts or task vectors into one model of the base's size (Eq. 8).
 
-    With --search, a stopped search goes on when the same command is run again, and several
-    processes that run it share the trials, as do those of one launch (torchrun, accelerate launch,
-    srun).
+    With --search, a stopped search goes on when the same command is run again,
+    and several processes that run it share the trials, as do those of one
+    launch (torchrun, accelerate launch, srun).
 
     Example: deme merge ft_*.safetensors --search grid
     """

@@ -92,8 +92,9 @@ def sample(
 ) -> None:
     """Draw images from one model; run the same command again to continue.
 
-    A preview lies beside them. Image i depends on the seed, i and its prompt or class alone.
-    Processes of one launch (torchrun, accelerate launch, srun) share the batches.
+    A preview lies beside them. Image i depends on the seed, i and its prompt or
+    class alone. Processes of one launch (torchrun, accelerate launch, srun)
+    share the batches.
 
     Example: deme sample merged.safetensors -n 64
     """
