@@ -196,8 +196,10 @@ def test_two_processes_share_the_jobs_and_none_runs_twice(tmp_path: Path) -> Non
 
 
 def test_two_at_once_have_both_begun_before_either_ends(tmp_path: Path) -> None:
-    one = job(tmp_path / "one", ("meet", "../two/started"))
-    two = job(tmp_path / "two", ("meet", "../one/started"))
+    one, two = (
+        job(tmp_path / name, ("meet", f"../{other}/started", "none"))
+        for name, other in (("one", "two"), ("two", "one"))
+    )
     work, most = Work([one, two], at_once=2), 0
     for record in work.run():
         if isinstance(record, Pulse):
