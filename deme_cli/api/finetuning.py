@@ -42,8 +42,8 @@ def finetune(
     processes of `world`.
 
     Returns every file that was written or was done before: experts, averages, snapshots. Raises
-    ConfigError, MissingError or ArtifactError before anything is loaded; OutOfMemory, NumericsError
-    and Stopped from training, with what was trained kept.
+    ConfigError, MissingError or ArtifactError before anything is loaded; MissingError (memory,
+    disk), NumericsError and Stopped from training, with the last checkpoint kept.
     """
     run = run or RunFile()
     job = open_job(

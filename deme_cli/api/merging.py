@@ -32,7 +32,9 @@ def merge(
     """theta + sum_i w_i tau_i of experts or task vectors of one base, as one artifact (Eq. 8).
 
     settings: coefficients in the order of `parents` (None: 1/N each), the method of combining, the
-    search; those of `run` if None.   coefficients_for: other coefficients by glob of tensor names.
+    search; those of `run` if None. (Lists in a deme.toml are in the order of the ranges: with
+    `run.settings(MergeConfig, ...)` give `parents` in that order.)
+    coefficients_for: other coefficients by glob of tensor names.
     ema_length: take `parents` as snapshots of one run and make the average of that length (EDM2).
     base: None for that of `run`, or the one beside the parents.   run: the settings of a deme.toml,
     of which a search reads images and sampling; the defaults without.
