@@ -8,10 +8,7 @@ identity matrices in the base. No torch.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +38,6 @@ from deme_cli.records import MergedRecord
 from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
 
 Advance = Callable[[int], None]
-_ENGINES = 2  # reading and adding keep up with writing and hashing, on two cores and on more
 
 
 def merge_artifacts(
@@ -108,14 +104,20 @@ def write_merge(
     """Write the merged tensors under `record`; returns it with the fingerprint they have."""
     written = 0
     with (
+        Sources(plan.family.headers) as sources,
         ArtifactWriter(output, plan.layout, record) as writer,
-        WriteBehind(writer.write, BLOCK * max(DTYPE_BYTES.values()), 2 + _ENGINES) as behind,
-        _Crew(plan, output) as crew,
+        WriteBehind(writer.write, BLOCK * max(DTYPE_BYTES.values())) as behind,
+        np.errstate(over="ignore", invalid="ignore"),  # looked for in the result
     ):
-        for filled in crew.fill(behind.block):
-            behind.put(filled.block, filled.num_bytes)
-            written += filled.num_bytes
-            advance(written)
+        engine = _Engine(sources, plan, output)
+        for run in engine.runs():
+            for start, stop in run.spans(BLOCK):
+                block = behind.block()
+                num_bytes = (stop - start) * DTYPE_BYTES[run.dtype]
+                engine.fill(run, start, block[:num_bytes])
+                behind.put(block, num_bytes)
+                written += num_bytes
+                advance(written)
     assert isinstance(writer.record, MergedRecord)
     return writer.record
 
@@ -138,63 +140,6 @@ def _layout(family: Family, terms: dict[str, Terms]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
 
 
-@dataclass(frozen=True)
-class _Filled:
-    """The next bytes of the merged file: the first `num_bytes` of `block`."""
-
-    block: np.ndarray
-    num_bytes: int
-
-
-class _Crew:
-    """Engines that fill blocks side by side, handed out and given back in the order of the file.
-
-    Where task vectors are transformed there is one: a method may keep what it has seen.
-    """
-
-    def __init__(self, plan: Plan, output: Path) -> None:
-        num_engines = _ENGINES if plan.method.transform is None else 1
-        self._plan = plan
-        self._sources = [Sources(plan.family.headers) for _ in range(num_engines)]
-        self._engines = [_Engine(sources, plan, output) for sources in self._sources]
-
-    def __enter__(self) -> _Crew:
-        with ExitStack() as stack:
-            for sources in self._sources:
-                stack.enter_context(sources)
-            num_engines = len(self._engines)
-            self._pool = stack.enter_context(ThreadPoolExecutor(num_engines, "deme-merge"))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._stack.close()
-
-    def fill(self, block: Callable[[], np.ndarray]) -> Iterator[_Filled]:
-        """Every byte of the merged file, in order, in buffers that `block` gives."""
-        pending: deque[tuple[Future[None], _Filled]] = deque()
-        for number, (run, start, stop) in enumerate(self._spans()):
-            engine = self._engines[number % len(self._engines)]
-            if len(pending) == len(self._engines):  # the oldest is this engine's
-                yield _finished(*pending.popleft())
-            filled = _Filled(block(), (stop - start) * DTYPE_BYTES[run.dtype])
-            out = filled.block[: filled.num_bytes]
-            pending.append((self._pool.submit(engine.fill, run, start, out), filled))
-        while pending:
-            yield _finished(*pending.popleft())
-
-    def _spans(self) -> Iterator[tuple[Run, int, int]]:
-        for run in self._engines[0].runs():
-            for start, stop in run.spans(BLOCK):
-                yield run, start, stop
-
-
-def _finished(future: Future[None], filled: _Filled) -> _Filled:
-    future.result()
-    return filled
-
-
 class _Engine:
     """The bytes of merged runs."""
 
@@ -209,10 +154,6 @@ class _Engine:
 
     def fill(self, run: Run, start: int, out: np.ndarray) -> None:
         """Put the merged elements of `run` from `start` on into the bytes `out`."""
-        with np.errstate(over="ignore", invalid="ignore"):  # looked for in the result
-            self._fill(run, start, out)
-
-    def _fill(self, run: Run, start: int, out: np.ndarray) -> None:
         terms = self._plan.terms[run.specs[0].name]
         is_file = terms == BASE or (self._plan.method.transform is None and len(terms) == 1)
         if run.dtype in INTEGERS:
