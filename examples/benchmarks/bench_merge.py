@@ -11,6 +11,7 @@ then runs, in turns, each as a process of its own:
                   new dictionaries, applied to a deep copy, saved
     safetensors   load_file on all files, arithmetic on dictionaries, save_file
     loop          a bare loop that reads every input and writes as many bytes as the output has
+    loop-synced   the same, which also waits until those bytes are on the disk, as deme does
     mergekit      mergekit-pytorch, which merges raw state dicts, method linear without
                   normalisation: weight 1 - sum w of the base, w_i of the experts
     mergekit-ta   the same, method task_arithmetic: base + sum w_i (expert - base)
@@ -39,7 +40,7 @@ from pathlib import Path
 from merge_ways import METHODS, coefficients_for
 from rounds import in_turn, machine, ratios, skip, spread, watched
 
-ARMS = ("recipe", "safetensors", "loop", "mergekit", "mergekit-ta", "deme")
+ARMS = ("recipe", "safetensors", "loop", "loop-synced", "mergekit", "mergekit-ta", "deme")
 WAYS = Path(__file__).resolve().with_name("merge_ways.py")
 STABLE_DIFFUSION = {
     "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 4,

@@ -25,7 +25,8 @@ def run_arm(arm: str, folder: Path) -> None:
     paths = [folder / "base.safetensors", *sorted(folder.glob("ft_*.safetensors"))]
     prepare, work = {
         "recipe": (_import_diffusers, _recipe), "safetensors": (_import_torch, _dictionaries),
-        "loop": (lambda: None, _loop), "deme": (_import_deme, _deme),
+        "loop": (lambda: None, _loop), "loop-synced": (lambda: None, _loop_synced),
+        "deme": (_import_deme, _deme),
         "mergekit": (_import_mergekit, _mergekit_linear),
         "mergekit-ta": (_import_mergekit, _mergekit_task_arithmetic),
     }[arm]  # fmt: skip
@@ -93,6 +94,14 @@ def _loop(paths: list[Path], coefficients: list[float], folder: Path) -> None:
                 while count := file.readinto(buffer):
                     if path is paths[0]:
                         out.write(memoryview(buffer)[:count])
+
+
+def _loop_synced(paths: list[Path], coefficients: list[float], folder: Path) -> None:
+    import os
+
+    _loop(paths, coefficients, folder)
+    with open(folder / "out.bin", "rb+", buffering=0) as out:
+        os.fsync(out.fileno())
 
 
 def _deme(paths: list[Path], coefficients: list[float], folder: Path) -> None:
