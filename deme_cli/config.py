@@ -24,6 +24,7 @@ PROTOCOLS = (
 )  # fmt: skip
 RESIZES = ("clean", "legacy_pytorch", "legacy_tensorflow")
 CROPS = ("centre", "random")
+_IMAGES, _SHOWN, _SIZE = "Images and captions", "What is shown", "Size"
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,25 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     """[data]: the training images."""
 
-    source: str = setting("", "known name, folder of images, hub dataset id, or samples artifact")
+    source: str = setting(
+        "", "known name, folder of images, hub dataset id, or samples artifact", flags="--data"
+    )
     horizontal_flip: bool | None = setting(
-        None, "mirror images at random in training; unset: yes, except for digits"
+        None,
+        "mirror images at random in training; unset: yes, except for digits",
+        flags="--flip/--no-flip",
+        panel=_IMAGES,
     )
     captions: str | None = setting(
-        None, "column of the captions or classes; unset: text, caption, prompt, or label"
+        None,
+        "column of the captions or classes; unset: text, caption, prompt, or label",
+        panel=_IMAGES,
     )
-    crop: str = setting("centre", "what of an image is kept in training", choices=CROPS)
+    crop: str = setting(
+        "centre", "what of an image is kept in training", choices=CROPS, panel=_IMAGES
+    )
     resolution: int | None = setting(
-        None, "pixels per side in training; unset: the size the model was made for"
+        None, "pixels per side in training; unset: the size the model was made for", panel=_IMAGES
     )
 
     def check(self) -> None:
@@ -61,7 +71,7 @@ class DataConfig(Settings):
 class SplitConfig(Settings):
     """[split]: how [0, T) is divided."""
 
-    n: int = setting(4, "number of timestep ranges, one expert each")
+    n: int = setting(4, "number of timestep ranges, one expert each", flags="-n --num-ranges")
     by: str = setting("uniform", "what the ranges have in common", choices=DIVISIONS)
     ranges: list[str] | None = setting(None, "the ranges themselves, as start:stop")
 
@@ -83,7 +93,9 @@ class SplitConfig(Settings):
 class SampleConfig(Settings):
     """[sample]: how images are drawn."""
 
-    num: int | None = setting(None, "number of images; unset: 64, or as many as the prompts make")
+    num: int | None = setting(
+        None, "number of images; unset: 64, or as many as the prompts make", flags="--num -n"
+    )
     sampler: str | None = setting(
         None,
         "diffusers scheduler that denoises; unset: ddim, or euler for flow models",
@@ -100,19 +112,26 @@ class SampleConfig(Settings):
     prompts: str | None = setting(
         None,
         "prompts: a file (txt, csv, tsv, json), parti, coco, imagenet, digits, or text:PROMPT",
+        panel=_SHOWN,
     )
     prompt_column: str | None = setting(
-        None, "column of the prompts in a table; unset: prompt, caption or text"
+        None, "column of the prompts in a table; unset: prompt, caption or text", panel=_SHOWN
     )
     classes: str | None = setting(
-        None, "classes to draw in turn, as 0,3,7 or 0-9; unset: all that the model knows"
+        None,
+        "classes to draw in turn, as 0,3,7 or 0-9; unset: all that the model knows",
+        panel=_SHOWN,
     )
-    per_prompt: int = setting(1, "images of each prompt")
+    per_prompt: int = setting(1, "images of each prompt", panel=_SHOWN)
     resolution: int | None = setting(
-        None, "pixels per side that the model draws; unset: the size it was made for"
+        None, "pixels per side that the model draws; unset: the size it was made for", panel=_SIZE
     )
-    resize: int | None = setting(None, "pixels per side of the images kept (bicubic)")
-    batch_size: int = setting(256, "images denoised at a time; does not change the images")
+    resize: int | None = setting(
+        None, "pixels per side of the images kept (bicubic)", flags="--resize-to", panel=_SIZE
+    )
+    batch_size: int = setting(
+        256, "images denoised at a time; does not change the images", flags="--batch-size -b"
+    )
     seed: int = setting(0, "image i depends on (seed, i) alone")
 
     def check(self) -> None:
@@ -142,9 +161,9 @@ class EvalConfig(Settings):
         "inception, clip, digits or a TorchScript file; unset: digits for digits, else inception",
     )
     resize: str = setting("clean", "how images come to the extractor's size", choices=RESIZES)
-    num: int = setting(50_000, "images per row and repeat")
+    num: int = setting(50_000, "images per row and repeat", flags="--num -n")
     repeats: int = setting(1, "independent seeds per row; their mean and sd are shown")
-    batch_size: int = setting(128, "images per forward of the extractor")
+    batch_size: int = setting(128, "images per forward of the extractor", flags="--batch-size -b")
     seed: int = setting(0, "first seed; repeat r uses seed + r")
     mixed: bool = setting(False, "allow rows that were drawn under different protocols")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from deme_cli.errors import Stopped
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 if hasattr(signal, "SIGUSR1"):

@@ -7,62 +7,102 @@ from typing import Any
 
 from deme_cli.errors import ConfigError
 from deme_cli.ladder import parse_ladder
-from deme_cli.settings import Settings, setting
+from deme_cli.settings import Settings, parse_lists, parse_numbers, setting
 from deme_cli.timesteps import parse_span
 
 SEARCHES = ("none", "grid", "random", "cmaes", "tpe", "gp", "quadratic", "gradient", "greedy")
 METHODS = ("linear", "ties", "dare", "slerp", "greedy", "model-stock", "regmean", "fisher")
+_METHOD, _SEARCH, _REPORT = "Method", "Search", "Report"
 
 
 @dataclass(frozen=True)
 class MergeConfig(Settings):
     """[merge]: the coefficients w_i of Eq. 8 and how they are found."""
 
-    coefficients: list[float] | None = setting(None, "w_i, one per expert; unset: 1/N each")
-    method: str = setting("linear", "how experts become one network", choices=METHODS)
-    density: float = setting(0.5, "share of each task vector that ties and dare keep")
+    coefficients: list[float] | None = setting(
+        None,
+        "the w_i, as in 0.1,0.1,0.2,0.5, in the order of the arguments (in deme.toml: of the "
+        "ranges); unset: 1/N each",
+        flags="--coefficients -w",
+        parse=parse_numbers,
+    )
+    method: str = setting(
+        "linear", "how experts become one network", choices=METHODS, panel=_METHOD
+    )
+    density: float = setting(
+        0.5, "share of each task vector that ties and dare keep", panel=_METHOD
+    )
     trim: str = setting(
         "model", "what ties trims by size: the whole task vector, or tensor by tensor",
-        choices=("model", "tensor"),
-    )  # fmt: skip
-    mask_seed: int = setting(0, "seed of what dare drops")
-    per: str = setting("model", "what shares its coefficients", choices=("model", "block", "layer"))
-    search: str = setting("none", "how to choose the coefficients", choices=SEARCHES)
+        choices=("model", "tensor"), panel=_METHOD)  # fmt: skip
+    mask_seed: int = setting(0, "seed of what dare drops", panel=_METHOD)
+    per: str = setting(
+        "model", "what shares its coefficients", choices=("model", "block", "layer"), panel=_SEARCH
+    )
+    search: str = setting("none", "how to choose the coefficients", choices=SEARCHES, panel=_SEARCH)
     objective: str = setting(
         "loss",
         "what a search minimises: loss, experts, kid, fid, or a ladder as loss:64,kid@1k:16,fid@5k",
+        panel=_SEARCH,
     )
     loss_range: str | None = setting(
-        None, "timesteps that loss and experts are measured on, as 250:500; unset: all"
+        None,
+        "timesteps that loss and experts are measured on, as 250:500; unset: all",
+        panel=_SEARCH,
     )
     grid: list[Any] | None = setting(
         None,
-        "values tried for every expert, or one list per expert; unset: 0, 0.5, 1 (N <= 4), 0, 1",
+        "values tried for every expert, as 0,0.5,1, or a list for each, as '0,0.5;0,1'; "
+        "unset: 0,0.5,1 for up to 4 experts, 0,1 for up to 8",
+        panel=_SEARCH,
+        parse=parse_lists,
     )
     bounds: list[Any] | None = setting(
         None,
-        "lowest and highest coefficient of every expert, or one pair per expert; unset: -0.5,1.5",
+        "lowest and highest coefficient of every expert, or of each, as '0,1;0,2'; unset: -0.5,1.5",
+        panel=_SEARCH,
+        parse=parse_lists,
     )
-    start: list[float] | None = setting(None, "where a search begins; unset: 1/N each")
-    optimizer: str = setting("lbfgs", "of search gradient", choices=("lbfgs", "adam"))
+    start: list[float] | None = setting(
+        None,
+        "where a search begins, as 0.2,0.2,0.5,0.5; unset: 1/N each",
+        panel=_SEARCH,
+        parse=parse_numbers,
+    )
+    optimizer: str = setting(
+        "lbfgs", "of search gradient", choices=("lbfgs", "adam"), panel=_SEARCH
+    )
     evaluations: int | None = setting(
-        None, "most candidates to evaluate; unset: what the search usually needs"
+        None, "most candidates to evaluate; unset: what the search usually needs", panel=_SEARCH
     )
-    time: str | None = setting(None, "most time to search, as 90s, 30m or 2h")
-    num: int = setting(2048, "held-out draws (loss, experts) or images (kid, fid) per candidate")
-    steps: int = setting(20, "sampling steps per candidate image (kid, fid)")
-    batch_size: int = setting(256, "images denoised at a time")
+    time: str | None = setting(None, "most time to search, as 90s, 30m or 2h", panel=_SEARCH)
+    num: int = setting(
+        2048,
+        "held-out draws (loss, experts) or images (kid, fid) per candidate",
+        flags="--num -n",
+        panel=_SEARCH,
+    )
+    steps: int = setting(20, "sampling steps per candidate image (kid, fid)", panel=_SEARCH)
+    batch_size: int = setting(
+        256, "images denoised at a time", flags="--batch-size -b", panel=_SEARCH
+    )
     seed: int = setting(
         1_000_003,
         "seed of the candidates' noise and of the search; disjoint from the seeds of eval",
+        panel=_SEARCH,
     )
     report: bool | None = setting(
         None,
-        "measure the merged model beside others on other seeds and data; unset: after a search",
+        "measure the merged model beside base, ensemble, means and single experts, on "
+        "other seeds and images; unset: after a search",
+        flags="--report/--no-report",
+        panel=_REPORT,
     )
-    report_num: int | None = setting(None, "draws or images per row of the report; unset: as num")
-    report_repeats: int = setting(3, "seeds of the report")
-    report_seed: int = setting(2_000_003, "first seed of the report")
+    report_num: int | None = setting(
+        None, "draws or images per row of the report; unset: as num", panel=_REPORT
+    )
+    report_repeats: int = setting(3, "seeds of the report", panel=_REPORT)
+    report_seed: int = setting(2_000_003, "first seed of the report", panel=_REPORT)
 
     def check(self) -> None:
         self._positive("num", "steps", "batch_size", "evaluations", "report_num", "report_repeats")

@@ -1,4 +1,4 @@
-"""What a setting is: a default, the sentence that explains it, and the words it may take.
+"""What a setting is: a default, the sentence that explains it, the words it may take, its option.
 
 A table of settings is a frozen dataclass that checks itself, so a config that exists is a config
 that can run.
@@ -6,32 +6,49 @@ that can run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from deme_cli.errors import ConfigError
 
 
-def setting(default: Any, help: str, *, choices: Sequence[str] = ()) -> Any:
-    """A field with its one-sentence help and, for words, the words allowed."""
-    return field(default=default, metadata={"help": help, "choices": tuple(choices)})
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    flags: str = "",
+    panel: str | None = None,
+    parse: Callable[[str, str], Any] | None = None,
+) -> Any:
+    """A field with its one-sentence help and, for words, the words allowed.
+
+    flags: of its option, separated by spaces, as `--num -n` or `--flip/--no-flip`; by default its
+    name.   panel: where `--help` lists it.   parse: the value of a text on the command line and the
+    flag before it, for what is more than one word or number.
+    """
+    metadata = {
+        "help": help, "choices": tuple(choices), "flags": flags, "panel": panel, "parse": parse,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
 
 
-def help_of(config: type, name: str) -> str:
+def help_of(item: Field[Any]) -> str:
     """The sentence for `--help`: what the setting means, its choices and its default."""
-    for item in fields(config):
-        if item.name == name:
-            text = item.metadata["help"]
-            if item.metadata["choices"]:
-                text += f" ({', '.join(item.metadata['choices'])})"
-            if item.default not in (None, MISSING, ""):
-                shown = (
-                    str(item.default).lower() if isinstance(item.default, bool) else item.default
-                )
-                text += f" [default: {shown}]"
-            return text
-    raise AssertionError(f"{config.__name__} has no setting {name!r}")
+    text: str = item.metadata["help"]
+    if item.metadata["choices"]:
+        text += f" ({', '.join(item.metadata['choices'])})"
+    if item.default not in (None, MISSING, ""):
+        shown = str(item.default).lower() if isinstance(item.default, bool) else item.default
+        text += f" [default: {shown}]"
+    return text
+
+
+def flags_of(item: Field[Any]) -> list[str]:
+    """The flags of the option of a setting, the long one first, as `--flip/--no-flip`."""
+    flags = item.metadata["flags"].split() or [f"--{item.name.replace('_', '-')}"]
+    return sorted(flags, key=lambda flag: not flag.startswith("--"))
 
 
 @dataclass(frozen=True)
@@ -68,3 +85,9 @@ def parse_numbers(text: str, what: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"{what} {text!r}: expected numbers separated by commas") from error
+
+
+def parse_lists(text: str, what: str) -> list[Any]:
+    """`0,1` as one list for all, `0,1;0,2` as a list of lists."""
+    lists = [parse_numbers(part, what) for part in text.split(";")]
+    return lists if len(lists) > 1 else lists[0]

@@ -17,33 +17,19 @@ from deme_cli.commands.options import (
     DryRun,
     Dtype,
     Force,
+    Given,
     Json,
+    OptionsOf,
     Pipeline,
     Quiet,
     begin,
+    takes_settings,
 )
-from deme_cli.commands.sample import (
-    OUTPUT_HELP,
-    BatchSize,
-    Classes,
-    Eta,
-    Guidance,
-    Num,
-    PerPrompt,
-    Prompt,
-    PromptColumn,
-    Prompts,
-    Protocol,
-    ResizeTo,
-    Resolution,
-    Sampler,
-    Seed,
-    Spacing,
-    Steps,
-    draw,
-)
+from deme_cli.commands.sample import OUTPUT_HELP, Prompt, Protocol, draw
+from deme_cli.config import SampleConfig
 
 
+@takes_settings
 def ensemble_sample(
     experts: Annotated[
         list[Path],
@@ -53,22 +39,9 @@ def ensemble_sample(
             show_default=False,
         ),
     ],
-    num: Num = None,
-    prompts: Prompts = None,
+    given: Annotated[Given, OptionsOf(SampleConfig)],
     prompt: Prompt = None,
-    prompt_column: PromptColumn = None,
-    per_prompt: PerPrompt = None,
-    classes: Classes = None,
-    guidance: Guidance = None,
-    sampler: Sampler = None,
-    steps: Steps = None,
-    eta: Eta = None,
-    spacing: Spacing = None,
-    resolution: Resolution = None,
-    resize_to: ResizeTo = None,
     protocol: Protocol = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
     hold_one: Annotated[
         bool,
         typer.Option(
@@ -100,13 +73,7 @@ def ensemble_sample(
     console.set_quiet(quiet)
     world = meet(device)
     run = begin(config, quiet=quiet)
-    options = {
-        "num": num, "prompts": prompts, "prompt_column": prompt_column, "per_prompt": per_prompt,
-        "classes": classes, "guidance": guidance, "sampler": sampler, "steps": steps, "eta": eta,
-        "spacing": spacing, "resolution": resolution, "resize": resize_to,
-        "batch_size": batch_size, "seed": seed,
-    }  # fmt: skip
-    settings = sample_settings(run, options, prompt=prompt, protocol=protocol)
+    settings = sample_settings(run, given, prompt=prompt, protocol=protocol)
     job = DrawingJob(
         [str(path) for path in experts], settings, output, run.pipeline(pipeline),
         world.device or device, dtype, compile, force, is_ensemble=True, hold_one=hold_one,

@@ -20,32 +20,20 @@ from deme_cli.commands.options import (
     DryRun,
     Dtype,
     Force,
+    Given,
     Json,
+    OptionsOf,
     Pipeline,
     Quiet,
     begin,
-    option,
+    takes_settings,
 )
-from deme_cli.commands.sample import (
-    Classes,
-    Eta,
-    Guidance,
-    PerPrompt,
-    PromptColumn,
-    Prompts,
-    ResizeTo,
-    Resolution,
-    Sampler,
-    Spacing,
-    Steps,
-)
-from deme_cli.config import EvalConfig
+from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import ConfigError
 from deme_cli.outputs import require_output, write_whole
 
-_C = EvalConfig
 
-
+@takes_settings
 def evaluate(
     models: Annotated[
         list[str] | None,
@@ -56,40 +44,19 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    fid: Annotated[str | None, option(_C, "fid", "--fid")] = None,
-    kid: Annotated[str | None, option(_C, "kid", "--kid")] = None,
-    clip_score: Annotated[bool | None, option(_C, "clip_score", "--clip-score")] = None,
-    accuracy: Annotated[str | None, option(_C, "accuracy", "--accuracy")] = None,
-    protocol: Annotated[str | None, option(_C, "protocol", "--protocol")] = None,
-    num: Annotated[int | None, option(_C, "num", "-n", "--num")] = None,
-    repeats: Annotated[int | None, option(_C, "repeats", "--repeats")] = None,
-    features: Annotated[str | None, option(_C, "features", "--features")] = None,
-    resize: Annotated[str | None, option(_C, "resize", "--resize")] = None,
+    *,
+    given: Annotated[Given, OptionsOf(EvalConfig, without=("batch_size",))],
+    of_sampling: Annotated[Given, OptionsOf(SampleConfig, without=("num", "batch_size", "seed"))],
     weights: Annotated[
         Path | None,
         typer.Option(
             "--weights", help="File of the Inception or CLIP features.", show_default=False
         ),
     ] = None,
-    clip_model: Annotated[str | None, option(_C, "clip_model", "--clip-model")] = None,
-    clip_weights: Annotated[str | None, option(_C, "clip_weights", "--clip-weights")] = None,
-    mixed: Annotated[bool | None, option(_C, "mixed", "--mixed")] = None,
     max_fid: Annotated[
         float | None,
         typer.Option("--max-fid", help="Largest distance allowed; exit code 6 if a row has more."),
     ] = None,
-    sampler: Sampler = None,
-    steps: Steps = None,
-    eta: Eta = None,
-    spacing: Spacing = None,
-    guidance: Guidance = None,
-    prompts: Prompts = None,
-    prompt_column: PromptColumn = None,
-    per_prompt: PerPrompt = None,
-    classes: Classes = None,
-    resolution: Resolution = None,
-    resize_to: ResizeTo = None,
-    pipeline: Pipeline = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -99,11 +66,11 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int | None, option(_C, "seed", "--seed")] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write the JSON document to a file, too."),
     ] = None,
+    pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -124,19 +91,8 @@ def evaluate(
     console.set_quiet(quiet)
     world = meet(device)
     run = begin(config, quiet=quiet)
-    options = {
-        "protocol": protocol, "fid": fid, "kid": kid, "clip_score": clip_score,
-        "clip_model": clip_model, "clip_weights": clip_weights, "accuracy": accuracy,
-        "mixed": mixed, "num": num, "repeats": repeats, "features": features, "resize": resize,
-        "batch_size": batch_size, "seed": seed,
-    }  # fmt: skip
-    of_sampling = {
-        "sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing, "guidance": guidance,
-        "prompts": prompts, "prompt_column": prompt_column, "per_prompt": per_prompt,
-        "classes": classes, "resolution": resolution, "resize": resize_to,
-        "batch_size": batch_size,
-    }  # fmt: skip
-    order = resolve_order(run, options, of_sampling, weights)
+    size = {"batch_size": batch_size}
+    order = resolve_order(run, {**given, **size}, {**of_sampling, **size}, weights)
     if max_fid is not None and not order.settings.fid:
         raise ConfigError("--max-fid needs --fid")
     if output is not None and world.is_first:

@@ -16,139 +16,52 @@ from deme_cli.commands.options import (
     DryRun,
     Dtype,
     Force,
+    Given,
     Json,
+    OptionsOf,
     Pipeline,
     Quiet,
     begin,
-    option,
+    takes_settings,
 )
 from deme_cli.config import DataConfig, FinetuneConfig, ModelConfig
 from deme_cli.errors import ConfigError
-from deme_cli.settings import parse_numbers
-
-_C, _RATE, _IMAGES, _MORE = FinetuneConfig, "Optimisation", "Images and captions", "More"
-_WEIGHTS, _MEMORY = "Weights of timesteps", "Memory"
 
 
+@takes_settings
 def finetune(
     range: Annotated[
         str, typer.Option("--range", help="i/N, start:stop, 1/1 (the plain control), or all.")
     ] = "",
-    p: Annotated[float | None, option(_C, "p", "--p")] = None,
-    steps: Annotated[int | None, option(_C, "steps", "--steps")] = None,
-    consistency: Annotated[float | None, option(_C, "consistency", "--consistency")] = None,
-    projection: Annotated[str | None, option(_C, "projection", "--projection")] = None,
-    data: Annotated[str | None, option(DataConfig, "source", "--data")] = None,
+    *,
+    given: Annotated[Given, OptionsOf(FinetuneConfig)],
+    of_images: Annotated[Given, OptionsOf(DataConfig)],
     base: Annotated[
-        Path | None, typer.Option("--base", help="The base artifact [default: that of deme.toml].")
+        Path | None, typer.Option("--base", help=r"The base \[default: that of deme.toml].")
     ] = None,
     from_scratch: Annotated[
         Path | None,
         typer.Option(
             "--from-scratch",
-            help="Train a base of your own: TOML or JSON with [model] and [scheduler].",
+            help=r"Train a base of your own: TOML or JSON with \[model] and \[scheduler].",
         ),
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", help="Processes for --range all.", min=1)] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Insist on continuing: fail where no run is kept.")
     ] = False,
-    batch_size: Annotated[
-        int | None, option(_C, "batch_size", "--batch-size", "-b", panel=_RATE)
-    ] = None,
-    accumulation: Annotated[
-        int | None, option(_C, "accumulation", "--accumulation", panel=_RATE)
-    ] = None,
-    lr: Annotated[float | None, option(_C, "lr", "--lr", panel=_RATE)] = None,
-    lr_schedule: Annotated[
-        str | None, option(_C, "lr_schedule", "--lr-schedule", panel=_RATE)
-    ] = None,
-    warmup: Annotated[int | None, option(_C, "warmup", "--warmup", panel=_RATE)] = None,
-    ema_decay: Annotated[float | None, option(_C, "ema_decay", "--ema-decay", panel=_RATE)] = None,
-    ema_lengths: Annotated[
-        str | None, option(_C, "ema_lengths", "--ema-lengths", panel=_RATE)
-    ] = None,
-    weight_decay: Annotated[
-        float | None, option(_C, "weight_decay", "--weight-decay", panel=_RATE)
-    ] = None,
-    beta1: Annotated[float | None, option(_C, "beta1", "--beta1", panel=_RATE)] = None,
-    beta2: Annotated[float | None, option(_C, "beta2", "--beta2", panel=_RATE)] = None,
-    grad_clip: Annotated[float | None, option(_C, "grad_clip", "--grad-clip", panel=_RATE)] = None,
-    loss_weighting: Annotated[
-        str | None, option(_C, "loss_weighting", "--loss-weighting", panel=_WEIGHTS)
-    ] = None,
-    weighting_gamma: Annotated[
-        float | None, option(_C, "weighting_gamma", "--weighting-gamma", panel=_WEIGHTS)
-    ] = None,
-    weighting_k: Annotated[
-        float | None, option(_C, "weighting_k", "--weighting-k", panel=_WEIGHTS)
-    ] = None,
-    normalise_weighting: Annotated[
-        bool | None,
-        option(_C, "normalise_weighting", "--normalise-weighting/--raw-weighting", panel=_WEIGHTS),
-    ] = None,
-    multitask: Annotated[str | None, option(_C, "multitask", "--multitask", panel=_WEIGHTS)] = None,
-    clusters: Annotated[int | None, option(_C, "clusters", "--clusters", panel=_WEIGHTS)] = None,
-    cluster_by: Annotated[
-        str | None, option(_C, "cluster_by", "--cluster-by", panel=_WEIGHTS)
-    ] = None,
-    multitask_lr: Annotated[
-        float | None, option(_C, "multitask_lr", "--multitask-lr", panel=_WEIGHTS)
-    ] = None,
-    multitask_every: Annotated[
-        int | None, option(_C, "multitask_every", "--multitask-every", panel=_WEIGHTS)
-    ] = None,
-    timesteps: Annotated[str | None, option(_C, "timesteps", "--timesteps", panel=_MORE)] = None,
-    antithetic: Annotated[
-        bool | None,
-        option(_C, "antithetic", "--antithetic/--independent", panel=_MORE),
-    ] = None,
-    flip: Annotated[
-        bool | None, option(DataConfig, "horizontal_flip", "--flip/--no-flip", panel=_IMAGES)
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, option(_C, "checkpoint_every", "--checkpoint-every", panel=_MORE)
-    ] = None,
-    snapshot_every: Annotated[
-        int | None, option(_C, "snapshot_every", "--snapshot-every", panel=_MORE)
-    ] = None,
-    held_out: Annotated[int | None, option(_C, "held_out", "--held-out", panel=_MORE)] = None,
-    caption_dropout: Annotated[
-        float | None, option(_C, "caption_dropout", "--caption-dropout", panel=_IMAGES)
-    ] = None,
-    captions: Annotated[
-        str | None, option(DataConfig, "captions", "--captions", panel=_IMAGES)
-    ] = None,
-    crop: Annotated[str | None, option(DataConfig, "crop", "--crop", panel=_IMAGES)] = None,
-    resolution: Annotated[
-        int | None, option(DataConfig, "resolution", "--resolution", panel=_IMAGES)
-    ] = None,
-    cache: Annotated[str | None, option(_C, "cache", "--cache", panel=_IMAGES)] = None,
-    seed: Annotated[int | None, option(_C, "seed", "--seed", panel=_MORE)] = None,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        option(
-            _C,
-            "gradient_checkpointing",
-            "--gradient-checkpointing/--keep-activations",
-            panel=_MEMORY,
-        ),
-    ] = None,
-    micro_batch: Annotated[
-        int | None, option(_C, "micro_batch", "--micro-batch", panel=_MEMORY)
-    ] = None,
     shard: Annotated[
         bool,
         typer.Option(
             "--shard",
             help="Divide the network among the processes of a launch; changes rounding alone.",
-            rich_help_panel=_MEMORY,
+            rich_help_panel="Memory",
         ),
     ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Artifact to write [default: ft_{i}of{N}.safetensors]."
+            "--output", "-o", help=r"Artifact to write \[default: ft_{i}of{N}.safetensors]."
         ),
     ] = None,
     pipeline: Pipeline = None,
@@ -170,20 +83,7 @@ def finetune(
     console.set_quiet(quiet)
     world = meet(device)
     run = begin(config, quiet=quiet)
-    settings = run.settings(
-        FinetuneConfig,
-        p=p, steps=steps, consistency=consistency, projection=projection, batch_size=batch_size,
-        accumulation=accumulation, lr=lr, lr_schedule=lr_schedule, warmup=warmup,
-        ema_decay=ema_decay, weight_decay=weight_decay, beta1=beta1, beta2=beta2,
-        grad_clip=grad_clip, timesteps=timesteps, antithetic=antithetic,
-        checkpoint_every=checkpoint_every, held_out=held_out, seed=seed,
-        caption_dropout=caption_dropout, cache=cache, snapshot_every=snapshot_every,
-        loss_weighting=loss_weighting, weighting_gamma=weighting_gamma, weighting_k=weighting_k,
-        normalise_weighting=normalise_weighting, multitask=multitask, clusters=clusters,
-        cluster_by=cluster_by, multitask_lr=multitask_lr, multitask_every=multitask_every,
-        gradient_checkpointing=gradient_checkpointing, micro_batch=micro_batch,
-        ema_lengths=None if ema_lengths is None else parse_numbers(ema_lengths, "--ema-lengths"),
-    )  # fmt: skip
+    settings = run.settings(FinetuneConfig, **given)
     if bool(range) == bool(from_scratch):
         raise ConfigError(
             "finetune takes either --range (as in 2/4, or all) or --from-scratch FILE"
@@ -203,10 +103,7 @@ def finetune(
 
     job = open_job(
         settings,
-        run.settings(
-            DataConfig, source=data, horizontal_flip=flip, captions=captions, crop=crop,
-            resolution=resolution,
-        ),
+        run.settings(DataConfig, **of_images),
         base or run.base, run, pipeline, device=device, dtype=dtype, compile=compile, shard=shard,
         force=force, jobs=jobs, world=world,
     )  # fmt: skip

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from deme_cli.api.merge_settings import DATA_DRIVEN, rungs_of, searches
 from deme_cli.config import MergeConfig
 from deme_cli.errors import ConfigError
-from deme_cli.settings import parse_numbers
+from deme_cli.settings import flags_of, parse_numbers
 
-_OF_ROWS = ("--objective", "--num", "--steps", "--batch-size")  # what a report alone reads as well
+_OF_SEARCH = (
+    "objective", "grid", "num", "steps", "batch_size", "seed", "bounds", "start", "evaluations",
+    "time", "optimizer", "loss_range",
+)  # fmt: skip
+_OF_ROWS = ("objective", "num", "steps", "batch_size")  # what a report alone reads as well
 
 
 def looks_for(table: Mapping[str, Any], *, method: str | None, search: str | None) -> bool:
@@ -18,12 +23,6 @@ def looks_for(table: Mapping[str, Any], *, method: str | None, search: str | Non
     method = method or table.get("method", MergeConfig.method)
     search = search or table.get("search", MergeConfig.search)
     return search != "none" or method == "greedy"
-
-
-def parse_lists(text: str, flag: str) -> list[Any]:
-    """`0,1` as one list for every expert, `0,1;0,2` as one list per expert."""
-    lists = [parse_numbers(part, flag) for part in text.split(";")]
-    return lists if len(lists) > 1 else lists[0]
 
 
 def parse_coefficients_for(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -39,36 +38,50 @@ def parse_coefficients_for(texts: Sequence[str]) -> dict[str, tuple[float, ...]]
     return found
 
 
-def require_use(settings: MergeConfig, given: Mapping[str, Any], of_search: Sequence[str]) -> None:
-    """Every option that was given has something to act on.
+def require_use(settings: MergeConfig, given: Mapping[str, Any]) -> None:
+    """Every option that was given, by its setting, has something to act on."""
+    flags = {item.name: flags_of(item)[0] for item in fields(MergeConfig)}
+    asked = {name: flags[name] for name, value in given.items() if value is not None}
 
-    given: values by flag, None where absent; of_search: flags that only a search reads.
-    """
-    for flag in ("--report-num", "--report-repeats", "--report-seed"):
-        reports = searches(settings) if settings.report is None else settings.report
-        if given[flag] is not None and not reports:
-            raise ConfigError(f"{flag} belongs to a report; add --report")
-    for flag in of_search:
-        is_measured = settings.report and flag in _OF_ROWS
-        if given[flag] is not None and not searches(settings) and not is_measured:
-            reads = flag in ("--num", "--batch-size", "--seed") and settings.method in DATA_DRIVEN
-            if not reads:
-                search = "gradient" if flag == "--optimizer" else "grid"
-                raise ConfigError(f"{flag} belongs to a search; add --search {search}")
-    samples = any(rung.is_distance for rung in rungs_of(settings))
-    if given["--steps"] is not None and not samples:
-        raise ConfigError("--steps are those of sampling; add --objective fid or kid")
-    if given["--loss-range"] is not None and all(rung.is_distance for rung in rungs_of(settings)):
-        raise ConfigError("--loss-range is of the loss; add --objective loss or experts")
-    for flag in ("--bounds", "--start"):
-        if given[flag] is not None and "greedy" in (settings.search, settings.method):
-            raise ConfigError(f"{flag} means nothing to a greedy soup; leave it out")
-        if given[flag] is not None and settings.search == "grid":
-            raise ConfigError(f"{flag} means nothing to a grid; use --grid, or another --search")
-    for flag, method in (("--density", ("ties", "dare")), ("--trim", ("ties",)),
-                         ("--mask-seed", ("dare",))):  # fmt: skip
-        if given[flag] is not None and settings.method not in method:
-            raise ConfigError(f"{flag} belongs to {' and '.join(method)}; add --method {method[0]}")
-    for flag, search in (("--grid", "grid"), ("--optimizer", "gradient")):
-        if given[flag] is not None and settings.search != search:
-            raise ConfigError(f"{flag} belongs to a search {search}; add --search {search}")
+    def refuse(names: Iterable[str], unless: bool, why: str) -> None:
+        for name in names:
+            if name in asked and not unless:
+                raise ConfigError(f"{asked[name]} {why}")
+
+    distance = [rung.is_distance for rung in rungs_of(settings)]
+    is_greedy = "greedy" in (settings.search, settings.method)
+    reports = searches(settings) if settings.report is None else settings.report
+    refuse(
+        ("report_num", "report_repeats", "report_seed"), bool(reports),
+        "belongs to a report; add --report",
+    )  # fmt: skip
+    for name in _OF_SEARCH:
+        is_read = (settings.report and name in _OF_ROWS) or (
+            settings.method in DATA_DRIVEN and name in ("num", "batch_size", "seed")
+        )
+        search = "gradient" if name == "optimizer" else "grid"
+        refuse(
+            [name],
+            searches(settings) or bool(is_read),
+            f"belongs to a search; add --search {search}",
+        )
+    refuse(["steps"], any(distance), "are those of sampling; add --objective fid or kid")
+    refuse(["loss_range"], not all(distance), "is of the loss; add --objective loss or experts")
+    for name in ("bounds", "start"):
+        refuse([name], not is_greedy, "means nothing to a greedy soup; leave it out")
+        refuse(
+            [name], settings.search != "grid",
+            "means nothing to a grid; use --grid, or another --search",
+        )  # fmt: skip
+    for name, methods in (("density", ("ties", "dare")), ("trim", ("ties",)),
+                          ("mask_seed", ("dare",))):  # fmt: skip
+        refuse(
+            [name], settings.method in methods,
+            f"belongs to {' and '.join(methods)}; add --method {methods[0]}",
+        )  # fmt: skip
+    for name, search in (("grid", "grid"), ("optimizer", "gradient")):
+        refuse(
+            [name],
+            settings.search == search,
+            f"belongs to a search {search}; add --search {search}",
+        )

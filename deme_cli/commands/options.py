@@ -1,10 +1,18 @@
-"""Options that several commands share, as `Annotated` aliases, and what all of them do first."""
+"""Options that several commands share, as `Annotated` aliases, and what all of them do first.
+
+Most options are settings: the table of settings says what they are called, what they mean and where
+`--help` lists them, and a command takes them all in one parameter.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -12,16 +20,102 @@ from deme_cli import console
 from deme_cli.config import COMPILE, DTYPES, ModelConfig
 from deme_cli.errors import ConfigError
 from deme_cli.run_file import RunFile, read_run_file
-from deme_cli.settings import help_of
+from deme_cli.settings import Settings, flags_of, help_of
 
 COMMON = "Common"
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
-def option(config: type, name: str, *flags: str, panel: str | None = None) -> Any:
+Given = dict[str, Any]  # values of settings, by name; None where an option was not given
+
+
+@dataclass(frozen=True)
+class OptionsOf:
+    """Says of a command's parameter that it holds the options of a table of settings.
+
+    Those that are `named`, or all, but for those `without`.
+    """
+
+    config: type[Settings]
+    named: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> Iterator[Field[Any]]:
+        for item in fields(self.config):
+            if item.name not in self.without and item.name in (self.named or (item.name,)):
+                yield item
+
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        """One for each setting, called as its flag is, None where it is absent."""
+        kinds = get_type_hints(self.config)
+        for item in self.settings:
+            kind = str if item.metadata["parse"] else kinds[item.name]
+            option = Annotated[kind | None, _option(item)]  # type: ignore[valid-type] # made here
+            yield inspect.Parameter(
+                _parameter_name(item), inspect.Parameter.KEYWORD_ONLY, default=None,
+                annotation=option,
+            )  # fmt: skip
+
+    def collect(self, values: dict[str, Any]) -> Given:
+        """Take the values of these settings out of those of all parameters."""
+        given: Given = {}
+        for item in self.settings:
+            value, parse = values.pop(_parameter_name(item)), item.metadata["parse"]
+            given[item.name] = (
+                value if value is None or not parse else parse(value, flags_of(item)[0])
+            )
+        return given
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command say `given: Annotated[Given, OptionsOf(FinetuneConfig)]` for all its options.
+
+    Typer sees an option for each setting in place of such a parameter. Raises ConfigError for a
+    text that cannot be read.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, OptionsOf] = {}
+    shown: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if group := [extra for extra in get_args(hints[name]) if isinstance(extra, OptionsOf)]:
+            (groups[name],) = group
+            shown += groups[name].parameters()
+        else:
+            shown.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        given = {name: group.collect(values) for name, group in groups.items()}
+        command(**values, **given)
+
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]  # what Typer reads
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return run
+
+
+def _option(item: Field[Any]) -> Any:
+    return typer.Option(
+        *flags_of(item), help=_sentence(item), rich_help_panel=item.metadata["panel"],
+        show_default=False,
+    )  # fmt: skip
+
+
+def _sentence(item: Field[Any]) -> str:
+    """The help of a setting as a sentence, for rich not to take [default: 4] for markup."""
+    text = help_of(item).replace("[", r"\[")
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _parameter_name(item: Field[Any]) -> str:
+    """`--resize-to` and `--flip/--no-flip` as resize_to and flip."""
+    return flags_of(item)[0].partition("/")[0].removeprefix("--").replace("-", "_")
+
+
+def option(config: type[Settings], name: str, *flags: str, panel: str | None = None) -> Any:
     """A Typer option for one setting of `config`; its help is the setting's own sentence."""
-    text = help_of(config, name).replace("[", r"\[")  # else rich takes [default: 4] for markup
-    return typer.Option(*flags, help=text, rich_help_panel=panel, show_default=False)
+    (item,) = (item for item in fields(config) if item.name == name)
+    return typer.Option(*flags, help=_sentence(item), rich_help_panel=panel, show_default=False)
 
 
 def _known_device(name: str) -> str:

@@ -17,11 +17,14 @@ from deme_cli.commands.options import (
     DryRun,
     Dtype,
     Force,
+    Given,
     Json,
+    OptionsOf,
     Pipeline,
     Quiet,
     begin,
     option,
+    takes_settings,
 )
 from deme_cli.config import EvalConfig, SampleConfig
 
@@ -49,6 +52,7 @@ Protocol = Annotated[str | None, option(EvalConfig, "protocol", "--protocol")]
 OUTPUT_HELP = "A .safetensors artifact, or a folder for PNG files"
 
 
+@takes_settings
 def sample(
     model: Annotated[
         str,
@@ -58,22 +62,9 @@ def sample(
             show_default=False,
         ),
     ],
-    num: Num = None,
-    prompts: Prompts = None,
+    given: Annotated[Given, OptionsOf(SampleConfig)],
     prompt: Prompt = None,
-    prompt_column: PromptColumn = None,
-    per_prompt: PerPrompt = None,
-    classes: Classes = None,
-    guidance: Guidance = None,
-    sampler: Sampler = None,
-    steps: Steps = None,
-    eta: Eta = None,
-    spacing: Spacing = None,
-    resolution: Resolution = None,
-    resize_to: ResizeTo = None,
     protocol: Protocol = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -101,13 +92,7 @@ def sample(
     console.set_quiet(quiet)
     world = meet(device)
     run = begin(config, quiet=quiet)
-    options = {
-        "num": num, "prompts": prompts, "prompt_column": prompt_column, "per_prompt": per_prompt,
-        "classes": classes, "guidance": guidance, "sampler": sampler, "steps": steps, "eta": eta,
-        "spacing": spacing, "resolution": resolution, "resize": resize_to,
-        "batch_size": batch_size, "seed": seed,
-    }  # fmt: skip
-    settings = sample_settings(run, options, prompt=prompt, protocol=protocol)
+    settings = sample_settings(run, given, prompt=prompt, protocol=protocol)
     job = DrawingJob(
         [model], settings, output or default_output(model), run.pipeline(pipeline),
         world.device or device, dtype, compile, force, world=world,

@@ -10,11 +10,18 @@ import typer
 from deme_cli import console
 from deme_cli.api import splitting
 from deme_cli.api.splitting import AFFINITY_NAME, SplitResult
-from deme_cli.commands.options import DryRun, Force, Json, Pipeline, Quiet, option
+from deme_cli.commands.options import (
+    DryRun,
+    Force,
+    Given,
+    Json,
+    OptionsOf,
+    Pipeline,
+    Quiet,
+    takes_settings,
+)
 from deme_cli.config import CONFIG_NAME, ModelConfig, SplitConfig
 from deme_cli.run_file import RunFile
-
-_C = SplitConfig
 
 Model = Annotated[
     str,
@@ -46,11 +53,12 @@ Output = Annotated[
 ]
 
 
+@takes_settings
 def split(
     model: Model = "digits",
-    n: Annotated[int | None, option(_C, "n", "-n", "--num-ranges")] = None,
+    *,
+    given: Annotated[Given, OptionsOf(SplitConfig, ("n", "by"))],
     data: Data = None,
-    by: Annotated[str | None, option(_C, "by", "--by")] = None,
     gradients: Gradients = None,
     pipeline: Pipeline = None,
     output: Output = Path("."),
@@ -64,7 +72,7 @@ def split(
     Example: deme split digits -n 4
     """
     console.set_quiet(quiet)
-    settings = RunFile().settings(SplitConfig, n=n, by=by)
+    settings = RunFile().settings(SplitConfig, **given)
     done = splitting.split(
         model, settings, data=data, gradients=gradients, pipeline=pipeline, output=output,
         force=force, dry_run=dry_run,

@@ -10,13 +10,22 @@ import typer
 from deme_cli import console
 from deme_cli.api.statistics import reference_statistics
 from deme_cli.commands.launching import meet
-from deme_cli.commands.options import ConfigPath, Device, Force, Json, Quiet, begin, option
+from deme_cli.commands.options import (
+    ConfigPath,
+    Device,
+    Force,
+    Given,
+    Json,
+    OptionsOf,
+    Quiet,
+    begin,
+    takes_settings,
+)
 from deme_cli.config import EvalConfig
 from deme_cli.tensor_file import read_header
 
-_C = EvalConfig
 
-
+@takes_settings
 def stats(
     data: Annotated[
         str,
@@ -26,6 +35,7 @@ def stats(
             show_default=False,
         ),
     ],
+    given: Annotated[Given, OptionsOf(EvalConfig, ("features", "resize", "batch_size"))],
     output: Annotated[Path, typer.Option("--output", "-o", help="The statistics artifact.")],
     split: Annotated[
         str | None,
@@ -50,15 +60,12 @@ def stats(
             "--squeeze", help="Squeeze images to SIZE x SIZE without cropping (BK-SDM's COCO)."
         ),
     ] = False,
-    features: Annotated[str | None, option(_C, "features", "--features")] = None,
-    resize: Annotated[str | None, option(_C, "resize", "--resize")] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
             "--weights", help="File of the Inception or CLIP weights.", show_default=False
         ),
     ] = None,
-    batch_size: Annotated[int | None, option(_C, "batch_size", "--batch-size", "-b")] = None,
     config: ConfigPath = None,
     device: Device = "auto",
     force: Force = False,
@@ -74,7 +81,7 @@ def stats(
     console.set_quiet(quiet)
     world = meet(device)
     run = begin(config, quiet=quiet)
-    settings = run.settings(EvalConfig, features=features, resize=resize, batch_size=batch_size)
+    settings = run.settings(EvalConfig, **given)
     made = reference_statistics(
         data, output, settings, split=split, size=size, squeeze=squeeze, weights=weights,
         device=device, force=force, world=world,

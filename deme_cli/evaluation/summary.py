@@ -103,12 +103,18 @@ def _difference(
     metric: str, records: Sequence[Measured], first: Sequence[Measured]
 ) -> Difference | None:
     """The paired difference over the repeats that both rows have; None for fewer than two."""
-    from scipy.special import stdtrit
-
     others = {record.repeat: record.values[metric] for record in first}
     pairs = [r.values[metric] - others[r.repeat] for r in records if r.repeat in others]
     if len(pairs) < 2:
         return None
-    mean, sd = float(np.mean(pairs)), float(np.std(pairs, ddof=1))
-    half = float(stdtrit(len(pairs) - 1, 0.975)) * sd / len(pairs) ** 0.5
-    return Difference(first[0].row, mean, sd, (mean - half, mean + half))
+    sd = float(np.std(pairs, ddof=1))
+    return Difference(first[0].row, float(np.mean(pairs)), sd, interval_of(pairs))
+
+
+def interval_of(sample: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of two numbers or more (Student's t)."""
+    from scipy.special import stdtrit
+
+    count, mean = len(sample), float(np.mean(sample))
+    half = float(stdtrit(count - 1, 0.975)) * float(np.std(sample, ddof=1)) / count**0.5
+    return mean - half, mean + half

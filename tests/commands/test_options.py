@@ -1,0 +1,83 @@
+"""Options made of settings: a command takes a whole table of them in one parameter."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from deme_cli.commands.options import Given, OptionsOf, takes_settings
+from deme_cli.config import EvalConfig, MergeConfig, SampleConfig
+from deme_cli.errors import ConfigError
+
+seen: dict[str, Any] = {}
+
+
+@takes_settings
+def merging(
+    given: Annotated[Given, OptionsOf(MergeConfig)],
+    per_block: Annotated[bool, typer.Option("--per-block")] = False,
+) -> None:
+    seen.update(given, per_block=per_block)
+
+
+@takes_settings
+def measuring(
+    of_rows: Annotated[Given, OptionsOf(EvalConfig, ("num", "resize"))],
+    of_images: Annotated[Given, OptionsOf(SampleConfig, without=("num", "seed", "batch_size"))],
+) -> None:
+    seen.update(of_rows=of_rows, of_images=of_images)
+
+
+def call(command: Any, *words: str) -> dict[str, Any]:
+    seen.clear()
+    app = typer.Typer()
+    app.command()(command)
+    outcome = CliRunner().invoke(app, words)
+    if outcome.exception and not isinstance(outcome.exception, SystemExit):
+        raise outcome.exception
+    assert outcome.exit_code == 0, outcome.output
+    return dict(seen)
+
+
+def test_every_setting_is_there_and_none_where_its_option_is_not_given() -> None:
+    found = call(merging)
+    assert found == {**{item.name: None for item in fields(MergeConfig)}, "per_block": False}
+
+
+def test_numbers_words_switches_and_lists_are_read() -> None:
+    found = call(
+        merging, "--grid", "0,0.5;0,1", "--bounds", "-1,2", "-w", "0.5,0.25", "-n", "3",
+        "--no-report", "--time", "2h", "--per-block",
+    )  # fmt: skip
+    given = {name: value for name, value in found.items() if value is not None}
+    assert given == {
+        "grid": [[0, 0.5], [0, 1]], "bounds": [-1, 2], "coefficients": [0.5, 0.25], "num": 3,
+        "report": False, "time": "2h", "per_block": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "0,x", "1,,2"])
+def test_a_list_that_cannot_be_read_is_named_by_its_flag(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"--grid {text!r}: expected numbers"):
+        call(merging, "--grid", text)
+
+
+def test_settings_of_two_tables_with_one_name_go_by_their_flags() -> None:
+    found = call(measuring, "--resize", "clean", "--resize-to", "64", "--num", "5", "--steps", "7")
+    assert found["of_rows"] == {"num": 5, "resize": "clean"}
+    images = {name: value for name, value in found["of_images"].items() if value is not None}
+    assert images == {"resize": 64, "steps": 7}
+
+
+def test_two_options_of_one_name_are_a_mistake_that_is_seen_at_once() -> None:
+    def command(
+        first: Annotated[Given, OptionsOf(EvalConfig, ("num",))],
+        second: Annotated[Given, OptionsOf(SampleConfig, ("num",))],
+    ) -> None: ...
+
+    with pytest.raises(ValueError, match="duplicate parameter name"):
+        takes_settings(command)
