@@ -53,7 +53,12 @@ _VAE = {
     "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
 }  # fmt: skip
-_TEXT = {"num_hidden_layers": 12, "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
+_TEXT: dict[str, Any] = {
+    "num_hidden_layers": 12,
+    "vocab_size": 49408,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
 _TOKENS = 77
 
 
@@ -79,10 +84,11 @@ class Widths:
         return {**_VAE, "block_out_channels": widths, "norm_num_groups": self.groups[1]}
 
     def text_config(self) -> CLIPTextConfig:
-        heads = {"num_attention_heads": self.text // 64 or 4, "projection_dim": self.text}
-        return CLIPTextConfig(
-            hidden_size=self.text, intermediate_size=4 * self.text, **heads, **_TEXT
-        )
+        widths: dict[str, Any] = {
+            "hidden_size": self.text, "intermediate_size": 4 * self.text,
+            "num_attention_heads": self.text // 64 or 4, "projection_dim": self.text,
+        }  # fmt: skip
+        return CLIPTextConfig(**widths, **_TEXT)
 
 
 SD14 = Widths(unet=320, vae=128, text=768, pixels=512)
@@ -93,7 +99,8 @@ def count(widths: Widths) -> dict[str, float]:
     """Floating-point operations of one image: U-Net forward, VAE encoder, text encoder."""
     with torch.device("meta"), torch.no_grad():
         unet = UNet2DConditionModel(**widths.unet_config())
-        vae, text = AutoencoderKL(**widths.vae_config()), CLIPTextModel(widths.text_config())
+        vae: Any = AutoencoderKL(**widths.vae_config())
+        text = CLIPTextModel(widths.text_config())
         latents = torch.empty(1, 4, widths.pixels // 8, widths.pixels // 8)
         inputs = {
             "unet": (unet, (latents, torch.ones(1), torch.empty(1, _TOKENS, widths.text))),
@@ -159,7 +166,7 @@ def write_pipeline(folder: Path, widths: Widths) -> Path:
         skip_prk_steps=True,
         steps_offset=1,
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=AutoencoderKL(**widths.vae_config()), text_encoder=CLIPTextModel(widths.text_config()),
         tokenizer=clip_tokenizer(folder / "tokenizer"),
         unet=UNet2DConditionModel(**widths.unet_config()), scheduler=scheduler,

@@ -82,7 +82,6 @@ def training(run: Run, options: argparse.Namespace) -> tuple[list[float], list[f
         seconds = seconds_of(lambda: next(records), device)
         speeds.append(WINDOW * run.config.batch_size / seconds)
         peaks.append(matmul_peak(device, TORCH_DTYPES[run.dtype]))
-    records.close()
     return speeds[1:], peaks[1:]
 
 

@@ -13,6 +13,8 @@ import argparse
 import importlib.util
 import time
 import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 from rounds import machine, skip, verdict
@@ -43,17 +45,13 @@ def clean_fid_distance(*parts: np.ndarray) -> float:
         root = scipy.linalg.sqrtm(matrix)
         return root if disp else (root, 0.0)
 
-    class Linalg:
-        pass
-
-    Linalg.sqrtm = staticmethod(sqrtm)
-    fid.linalg = Linalg
+    fid.linalg = SimpleNamespace(sqrtm=sqrtm)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return float(fid.frechet_distance(*parts))
 
 
-def timed(function: object, *parts: np.ndarray) -> tuple[float, float]:
+def timed(function: Callable[..., float], *parts: np.ndarray) -> tuple[float, float]:
     began = time.perf_counter()
     value = function(*parts)
     return time.perf_counter() - began, value

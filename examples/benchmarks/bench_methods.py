@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rounds import machine, ratios, rounds_of, spread
 
@@ -31,7 +32,7 @@ from deme_cli.training.finetune import Run, train
 PLAIN = FinetuneConfig(
     p=0.0, consistency=0.0, projection="none", batch_size=128, lr=1e-4, held_out=0
 )
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "plain finetuning": {},
     "SNR+1": {"loss_weighting": "snr+1"},
     "Min-SNR-5": {"loss_weighting": "min-snr"},

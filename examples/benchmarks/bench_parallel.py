@@ -96,9 +96,9 @@ def main() -> None:
             if counts:
                 seconds[row].append(spent)
     print("\n| row | updates per expert | seconds | updates/s, both experts |\n|---|---|---|---|")
-    for row, spent in seconds.items():
-        rate = 2 * steps[row] / statistics.median(spent)
-        print(f"| {row} | {steps[row]} | {spread(spent, 1)} | {rate:.0f} |")
+    for row, each in seconds.items():
+        rate = 2 * steps[row] / statistics.median(each)
+        print(f"| {row} | {steps[row]} | {spread(each, 1)} | {rate:.0f} |")
     if "jobs 2" in rows:
         for row in ("jobs 1", "1 thread, in turn"):
             if row in rows:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
@@ -48,13 +50,13 @@ def competitors(
         return denoiser
 
     plain, ours = make("off"), make(options.compile)
-    pipeline = DDIMPipeline(plain.network, DDIMScheduler.from_config(SCHEDULER))
+    pipeline: Any = DDIMPipeline(plain.network, DDIMScheduler.from_config(SCHEDULER))
     pipeline.set_progress_bar_config(disable=True)
     settings = SampleConfig(num=num, steps=steps, batch_size=num)
     four = []
     for span in split_uniform(4, 1000):
         expert = make(options.compile)
-        four.append(SamplingExpert(span, lambda expert=expert: expert))
+        four.append(SamplingExpert(span, partial(_itself, expert)))
 
     def with_diffusers() -> object:
         generators = [
@@ -67,6 +69,10 @@ def competitors(
         "sample": lambda: collect_images(single(ours), settings),
         "ensemble": lambda: collect_images(four, settings),
     }
+
+
+def _itself(denoiser: Denoiser) -> Denoiser:
+    return denoiser
 
 
 def main() -> None:

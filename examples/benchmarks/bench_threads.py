@@ -100,6 +100,7 @@ def wait_for_stop(child: subprocess.Popen[str]) -> None:
 def one_slice(child: subprocess.Popen[str]) -> float:
     """Let a stopped child do one slice of its work; returns its updates per second."""
     child.send_signal(signal.SIGCONT)
+    assert child.stdout is not None
     rate = float(child.stdout.readline())
     wait_for_stop(child)
     return rate

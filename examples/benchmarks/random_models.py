@@ -65,7 +65,8 @@ def write_pipeline(folder: Path, config: dict[str, Any]) -> Path:
     """A diffusers folder of such a model, as `deme split` takes it."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
-    pipeline = DDPMPipeline(random_denoiser(config).network, DDPMScheduler.from_config(SCHEDULER))
+    scheduler = DDPMScheduler.from_config(SCHEDULER)
+    pipeline: Any = DDPMPipeline(random_denoiser(config).network, scheduler)
     pipeline.save_pretrained(folder)
     return folder
 
@@ -80,20 +81,20 @@ def write_family(folder: Path, config: dict[str, Any], experts: int, *, scale: f
     import torch
 
     from deme_cli.artifacts import ArtifactWriter
-    from deme_cli.records import BaseRecord, ExpertRecord
+    from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
     from deme_cli.tensor_file import layout_of
     from deme_cli.timesteps import split_uniform
 
     with torch.device("meta"):
         network = getattr(diffusers, config["_class_name"]).from_config(config)
     layout = layout_of(network.state_dict())
-    shared = {
+    shared: dict[str, Any] = {
         "source": "random", "model_config": config, "num_train_timesteps": 1000,
         "scheduler_config": SCHEDULER,
     }  # fmt: skip
     base = BaseRecord(**shared)
     for index in range(experts + 1):
-        record = base
+        record: DenoiserRecord = base
         if index:
             span = split_uniform(experts, 1000)[index - 1]
             record = ExpertRecord(
@@ -106,7 +107,8 @@ def write_family(folder: Path, config: dict[str, Any], experts: int, *, scale: f
             for spec in layout:
                 drawn = generator.standard_normal(spec.num_elements, np.float32)
                 writer.write(np.float32(scale) * drawn)
-        base = writer.record if not index else base
+        if isinstance(writer.record, BaseRecord):
+            base = writer.record
     return sum(spec.num_bytes for spec in layout)
 
 
