@@ -10,6 +10,7 @@
     found = deme.search(experts, output=Path("found.safetensors"), run=run)
     images = deme.sample(found.path, run.settings(SampleConfig, num=64))
     table = deme.evaluate([run.base, found.path], run.settings(EvalConfig, fid="digits", num=2000))
+    losses = deme.analyze_losses([run.base, *experts], run=run)    # losses.reading, .document
 
 Settings are the tables of deme.toml (`deme_cli.config`): `run.settings(FinetuneConfig, p=0.1)` is
 the file's table with another p, `FinetuneConfig(p=0.1)` the defaults with it. Artifacts are paths;
@@ -23,6 +24,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deme_cli.api.analyze_activations import analyze_activations as analyze_activations
+    from deme_cli.api.analyze_gradients import analyze_gradients as analyze_gradients
+    from deme_cli.api.analyze_landscape import analyze_landscape as analyze_landscape
+    from deme_cli.api.analyze_losses import analyze_losses as analyze_losses
+    from deme_cli.api.analyze_task_vectors import analyze_task_vectors as analyze_task_vectors
+    from deme_cli.api.analyze_trajectory import analyze_trajectory as analyze_trajectory
+    from deme_cli.api.analyzing import Analysis as Analysis
     from deme_cli.api.drawing import Images as Images
     from deme_cli.api.drawing import ensemble_sample as ensemble_sample
     from deme_cli.api.drawing import sample as sample
@@ -55,6 +63,13 @@ _PLACES = {
     "sample": "api.drawing", "ensemble_sample": "api.drawing", "Images": "api.drawing",
     "evaluate": "api.evaluating", "Evaluation": "api.evaluating",
     "reference_statistics": "api.statistics", "export": "api.exporting",
+    **{
+        f"analyze_{name}": f"api.analyze_{name}"
+        for name in (
+            "losses", "gradients", "activations", "landscape", "task_vectors", "trajectory",
+        )
+    },
+    "Analysis": "api.analyzing",
     "RunFile": "run_file", "read_run_file": "run_file", "set_quiet": "console",
 }  # fmt: skip
 __all__ = ["__version__", *_PLACES]

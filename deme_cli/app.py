@@ -7,6 +7,7 @@ no public names for the classes of contexts and commands that its own methods ta
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ import typer
 import typer.core
 import typer.main
 
+from deme_cli.analysis_config import ANALYSES
 from deme_cli.commands.launching import only_first
 from deme_cli.commands.version import show_version
 
@@ -40,15 +42,15 @@ class FirstOnly(typer.core.TyperCommand):
 class Entry:
     """A subcommand: its panel, its line in `deme --help`, and its function in commands/.
 
-    A group's function is its help alone; each of its `parts` is a subcommand, in a file of its own:
-    the function `task_vectors` in analyze_task_vectors.py.
+    A group's function is its help alone; each of its `parts` is a subcommand, the
+    function of its name beside it.
     """
 
     panel: str
     summary: str
     function: str
     module: str = ""
-    parts: tuple[str, ...] = ()
+    parts: Collection[str] = ()
 
     def build(self, name: str) -> Any:
         """Import the command and make its options."""
@@ -60,8 +62,7 @@ class Entry:
             return typer.main.get_command(one)
         one.callback()(function)
         for part in self.parts:
-            file = import_module(f"{module.__name__}_{part}")
-            one.command(part.replace("_", "-"), cls=_kind(part))(getattr(file, part))
+            one.command(part, cls=_kind(part))(getattr(module, part.replace("-", "_")))
         return typer.main.get_command(one)
 
     def line(self, name: str) -> typer.core.TyperCommand:
@@ -77,14 +78,6 @@ def _kind(function: str) -> type[typer.core.TyperCommand]:
 JOINT = frozenset({
     "finetune", "merge", "sample", "ensemble_sample", "evaluate", "stats", "landscape",
 })  # fmt: skip
-ANALYSES = (
-    "losses",
-    "gradients",
-    "activations",
-    "task_vectors",
-    "trajectory",
-    "landscape",
-)  # fmt: skip
 COMMANDS: dict[str, Entry] = {
     "split": Entry(PIPELINE, "Import a model, divide its timesteps into ranges.", "split"),
     "finetune": Entry(PIPELINE, "Train the expert of one range (Eq. 3-6).", "finetune"),

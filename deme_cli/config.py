@@ -34,7 +34,9 @@ class ModelConfig(Settings):
     source: str = setting("", "what `deme split` imported")
     base: str = setting("base.safetensors", "the imported base, beside this file")
     pipeline: str | None = setting(
-        None, "folder or hub id with the VAE and text encoders; unset: where the model came from"
+        None,
+        "folder or hub id with the VAE and text encoders; unset: where the model came from",
+        panel="Common",
     )
 
 

@@ -31,13 +31,16 @@ class RunFile:
     path: Path | None = None
 
     def settings(self, config: type[AnySettings], **options: Any) -> AnySettings:
-        """The config of one procedure; `options` are from the command line, None if not given."""
-        table = next(name for name, kind in TABLES.items() if kind is config)
+        """The config of one procedure; `options` are from the command line, None if not given.
+
+        One that has no table, as those of the analyses, has its defaults.
+        """
+        table = next((name for name, kind in TABLES.items() if kind is config), "")
         given = {name: value for name, value in options.items() if value is not None}
         try:
             return config(**{**self.tables.get(table, {}), **given})
         except ConfigError as error:
-            raise ConfigError(f"[{table}] {error}") from error
+            raise ConfigError(f"[{table}] {error}" if table else str(error)) from error
 
     def resolve(self, path: str) -> Path:
         """A path written in this file, seen from its folder."""

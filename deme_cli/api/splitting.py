@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
+from deme_cli.analysis_config import AFFINITY_NAME
 from deme_cli.config import CONFIG_NAME, ModelConfig, SplitConfig
 from deme_cli.errors import ConfigError, DemeError
 from deme_cli.outputs import require_output, write_whole
 from deme_cli.run_file import RunFile, read_run_file
 from deme_cli.timesteps import TimestepRange, split_uniform
-from deme_cli.training.affinity import AFFINITY_NAME, read_affinity, require_affinity
+from deme_cli.training.affinity import read_affinity, require_affinity
 
 if TYPE_CHECKING:
     from deme_cli.diffusion.checkpoints import ImportedModel

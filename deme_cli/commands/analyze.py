@@ -1,9 +1,68 @@
 """`deme analyze`: the paper's figures for any model, each with the numbers behind it.
 
-Each analysis is a subcommand in a file of its own: a JSON file, and a picture of it beside.
+Each analysis is a subcommand, a function of this file: it writes a JSON file, and a picture of it
+beside. What it does lies in api/analyze_*.py.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deme_cli import console
+from deme_cli.analysis_config import (
+    AFFINITY_NAME,
+    ActivationConfig,
+    GradientConfig,
+    LandscapeConfig,
+    LossConfig,
+    TaskVectorConfig,
+    TrajectoryConfig,
+)
+from deme_cli.api.analyze_activations import analyze_activations
+from deme_cli.api.analyze_gradients import analyze_gradients
+from deme_cli.api.analyze_landscape import analyze_landscape
+from deme_cli.api.analyze_losses import analyze_losses
+from deme_cli.api.analyze_task_vectors import analyze_task_vectors
+from deme_cli.api.analyze_trajectory import analyze_trajectory
+from deme_cli.api.analyzing import SPLITS
+from deme_cli.api.drawing import sample_settings
+from deme_cli.commands.launching import meet
+from deme_cli.commands.options import (
+    ConfigPath,
+    Device,
+    DryRun,
+    Dtype,
+    Force,
+    Given,
+    Json,
+    OptionsOf,
+    Pipeline,
+    Quiet,
+    begin,
+    option,
+    takes_settings,
+)
+from deme_cli.commands.sample import Prompt
+from deme_cli.config import DataConfig, SampleConfig, SplitConfig
+from deme_cli.errors import ConfigError
+
+Data = Annotated[str | None, option(DataConfig, "source")]
+Split = Annotated[str, typer.Option("--split", help=f"Which of the images: {', '.join(SPLITS)}.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="JSON file; pictures go beside it.")]
+NumRanges = Annotated[
+    int | None,
+    typer.Option(
+        "-n", "--num-ranges", show_default=False,
+        help=r"Equal ranges to tell apart \[default: those of the experts or of the split].",
+    ),
+]  # fmt: skip
+
+
+def _argument(text: str, metavar: str = "MODEL") -> Any:
+    return typer.Argument(metavar=metavar, help=text, show_default=False)
 
 
 def analyze() -> None:
@@ -14,3 +73,182 @@ def analyze() -> None:
 
     Example: deme analyze losses
     """
+
+
+@takes_settings
+def losses(
+    given: Annotated[Given, OptionsOf(LossConfig)],
+    models: Annotated[list[str] | None, _argument(
+        r"Artifacts, diffusers folders or hub ids; the others are compared with the first "
+        r"\[default: base, experts and merged of this folder]."
+    )] = None,
+    data: Data = None,
+    split: Split = "held-out",
+    n: NumRanges = None,
+    output: Output = Path("losses.json"),
+    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
+    dtype: Dtype = "fp32", force: Force = False, dry_run: DryRun = False, as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Show where on [0, T) each model gained on the base, and where it lost. Look at this first.
+
+    Example: deme analyze losses base.safetensors ft_*.safetensors merged.safetensors
+    """
+    run = begin(config, quiet=quiet)
+    made = analyze_losses(
+        models or (), run.settings(LossConfig, **given), split=split, num_ranges=n,
+        images=run.settings(DataConfig, source=data), output=output, run=run, pipeline=pipeline,
+        device=device, dtype=dtype, force=force, dry_run=dry_run,
+    )  # fmt: skip
+    console.result_paths(made.paths, as_json=as_json, **made.facts)
+
+
+@takes_settings
+def gradients(
+    given: Annotated[Given, OptionsOf(GradientConfig)],
+    model: Annotated[str | None, _argument(
+        r"An artifact, a diffusers folder, a hub id or digits \[default: the base of deme.toml]."
+    )] = None,
+    data: Data = None,
+    n: Annotated[int | None, option(SplitConfig, "n")] = None,
+    output: Output = Path(AFFINITY_NAME),
+    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
+    force: Force = False, dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Compare the gradients of timesteps by bucket; suggest ranges for `deme split --by gradient`.
+
+    Example: deme analyze gradients --buckets 50
+    """
+    run = begin(config, quiet=quiet)
+    made = analyze_gradients(
+        model, run.settings(GradientConfig, **given), images=run.settings(DataConfig, source=data),
+        num_ranges=n, output=output, run=run, pipeline=pipeline, device=device, force=force,
+        dry_run=dry_run,
+    )  # fmt: skip
+    console.result_paths(made.paths, as_json=as_json, **made.facts)
+
+
+@takes_settings
+def activations(
+    given: Annotated[Given, OptionsOf(ActivationConfig)],
+    models: Annotated[list[str], _argument(
+        "BASE and EXPERT, or EXPERT alone, whose base is found beside it or by deme.toml: "
+        "artifacts, diffusers folders or hub ids."
+    )],
+    data: Data = None,
+    split: Split = "held-out",
+    range: Annotated[str | None, typer.Option(
+        "--range", show_default=False,
+        help=r"Timesteps to look at: i/N, start:stop or all \[default: the expert's own].",
+    )] = None,
+    block: Annotated[str | None, typer.Option(
+        "--block", show_default=False,
+        help=r"Block to draw maps of, as mid_block \[default: the one that changed most].",
+    )] = None,
+    output: Output = Path("activations.json"),
+    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
+    dtype: Dtype = "fp32", force: Force = False, dry_run: DryRun = False, as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Show whether finetuning changed the features' channels or places more than chance would.
+
+    Example: deme analyze activations base.safetensors ft_1of4.safetensors
+    """
+    run = begin(config, quiet=quiet)
+    if len(models) > 2:
+        raise ConfigError(f"{len(models)} models given: expected [BASE] EXPERT")
+    made = analyze_activations(
+        models[-1], run.settings(ActivationConfig, **given),
+        base=models[0] if len(models) == 2 else None, images=run.settings(DataConfig, source=data),
+        split=split, range=range, block=block, output=output, run=run, pipeline=pipeline,
+        device=device, dtype=dtype, force=force, dry_run=dry_run,
+    )  # fmt: skip
+    console.result_paths(made.paths, as_json=as_json, **made.facts)
+
+
+@takes_settings
+def task_vectors(
+    given: Annotated[Given, OptionsOf(TaskVectorConfig)],
+    experts: Annotated[list[Path] | None, _argument(
+        r"Experts or task vectors of one base \[default: ft_* beside that of deme.toml].",
+        metavar="EXPERT|VECTOR...",
+    )] = None,
+    base: Annotated[Path | None, typer.Option(
+        "--base", show_default=False,
+        help=r"The base they were finetuned from \[default: that of deme.toml, or beside them].",
+    )] = None,
+    output: Output = Path("task-vectors.json"),
+    config: ConfigPath = None, force: Force = False, dry_run: DryRun = False,
+    as_json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Show how far each expert moved in each layer, and where experts pull against each other.
+
+    Example: deme analyze task-vectors ft_*.safetensors
+    """
+    run = begin(config, quiet=quiet)
+    made = analyze_task_vectors(
+        experts or (), run.settings(TaskVectorConfig, **given), base=base, output=output, run=run,
+        force=force, dry_run=dry_run,
+    )  # fmt: skip
+    console.result_paths(made.paths, as_json=as_json, **made.facts)
+
+
+@takes_settings
+def trajectory(
+    given: Annotated[Given, OptionsOf(TrajectoryConfig)],
+    of_sampling: Annotated[Given, OptionsOf(SampleConfig, without=("num",))],
+    models: Annotated[list[str] | None, _argument(
+        r"Artifacts, diffusers folders or hub ids; experts that cover all timesteps also "
+        r"act together \[default: base, experts and merged of this folder]."
+    )] = None,
+    prompt: Prompt = None,
+    output: Output = Path("trajectory.json"),
+    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
+    dtype: Dtype = "fp32", force: Force = False, dry_run: DryRun = False, as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Denoise the same noise with every model, side by side; show which expert acted when.
+
+    Example: deme analyze trajectory --steps 20 --rows 2
+    """
+    run = begin(config, quiet=quiet)
+    made = analyze_trajectory(
+        models or (), run.settings(TrajectoryConfig, **given),
+        sampling=sample_settings(run, of_sampling, prompt=prompt, protocol=None), output=output,
+        run=run, pipeline=pipeline, device=device, dtype=dtype, force=force, dry_run=dry_run,
+    )  # fmt: skip
+    console.result_paths(made.paths, as_json=as_json, **made.facts)
+
+
+@takes_settings
+def landscape(
+    given: Annotated[Given, OptionsOf(LandscapeConfig)],
+    models: Annotated[list[str] | None, _argument(
+        r"The origin, then the models that make the line or the plane \[default: the "
+        "base of deme.toml]."
+    )] = None,
+    mark: Annotated[list[str] | None, typer.Option(
+        "--mark", help="A model to show where it lies on the plane; repeatable."
+    )] = None,
+    data: Data = None,
+    split: Split = "train",
+    n: NumRanges = None,
+    output: Output = Path("landscape.json"),
+    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
+    force: Force = False, dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Draw the loss around a model, over a plane or along a line, of all timesteps and by range.
+
+    Processes of one launch (torchrun, accelerate launch, srun) share the points.
+
+    Example: deme analyze landscape base.safetensors ft_1of4.safetensors ft_4of4.safetensors
+    """
+    console.set_quiet(quiet)
+    world = meet(device)
+    run = begin(config, quiet=quiet)
+    made = analyze_landscape(
+        models or (), run.settings(LandscapeConfig, **given), marks=mark or (),
+        images=run.settings(DataConfig, source=data), split=split, num_ranges=n, output=output,
+        run=run, pipeline=pipeline, device=device, force=force, dry_run=dry_run, world=world,
+    )  # fmt: skip
+    console.result_paths(made.paths, as_json=as_json, **made.facts)

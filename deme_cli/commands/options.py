@@ -50,11 +50,10 @@ class OptionsOf:
         """One for each setting, called as its flag is, None where it is absent."""
         kinds = get_type_hints(self.config)
         for item in self.settings:
-            kind = str if item.metadata["parse"] else kinds[item.name]
-            option = Annotated[kind | None, _option(item)]  # type: ignore[valid-type] # made here
+            kind: Any = str if item.metadata["parse"] else kinds[item.name]
             yield inspect.Parameter(
                 _parameter_name(item), inspect.Parameter.KEYWORD_ONLY, default=None,
-                annotation=option,
+                annotation=Annotated[kind | None, option(self.config, item.name)],
             )  # fmt: skip
 
     def collect(self, values: dict[str, Any]) -> Given:
@@ -94,28 +93,19 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _option(item: Field[Any]) -> Any:
-    return typer.Option(
-        *flags_of(item), help=_sentence(item), rich_help_panel=item.metadata["panel"],
-        show_default=False,
-    )  # fmt: skip
-
-
-def _sentence(item: Field[Any]) -> str:
-    """The help of a setting as a sentence, for rich not to take [default: 4] for markup."""
-    text = help_of(item).replace("[", r"\[")
-    return f"{text[0].upper()}{text[1:]}."
-
-
 def _parameter_name(item: Field[Any]) -> str:
     """`--resize-to` and `--flip/--no-flip` as resize_to and flip."""
     return flags_of(item)[0].partition("/")[0].removeprefix("--").replace("-", "_")
 
 
-def option(config: type[Settings], name: str, *flags: str, panel: str | None = None) -> Any:
-    """A Typer option for one setting of `config`; its help is the setting's own sentence."""
+def option(config: type[Settings], name: str) -> Any:
+    """A Typer option for one setting; its help is the setting's own sentence."""
     (item,) = (item for item in fields(config) if item.name == name)
-    return typer.Option(*flags, help=_sentence(item), rich_help_panel=panel, show_default=False)
+    text = help_of(item).replace("[", r"\[")  # else rich takes [default: 4] for markup
+    return typer.Option(
+        *flags_of(item), help=f"{text[0].upper()}{text[1:]}.",
+        rich_help_panel=item.metadata["panel"], show_default=False,
+    )  # fmt: skip
 
 
 def _known_device(name: str) -> str:
@@ -159,7 +149,7 @@ Compile = Annotated[
     typer.Option("--compile", callback=_known_compile, rich_help_panel=COMMON,
                  help="torch.compile: on, off, or auto (on GPUs, for long work)."),
 ]  # fmt: skip
-Pipeline = Annotated[str | None, option(ModelConfig, "pipeline", "--pipeline", panel=COMMON)]
+Pipeline = Annotated[str | None, option(ModelConfig, "pipeline")]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=COMMON)
 ]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
+from dataclasses import fields
 from typing import Any
 
+from deme_cli.analysis_config import ANALYSES
 from deme_cli.commands.report_words import (
     Names,
     flags_of,
@@ -20,7 +21,6 @@ from deme_cli.commands.report_words import (
     setting_words,
 )
 from deme_cli.config import DataConfig, EvalConfig, SampleConfig
-from deme_cli.reporting.figures import ANALYSES
 from deme_cli.run_file import RunFile
 
 _USUAL_SPACING = "leading"
@@ -114,8 +114,9 @@ def analysing(
     kind = document.get("kind")
     if kind not in ANALYSES:
         return None
-    part = kind.replace("-", "_")
-    command = getattr(import_module(f"deme_cli.commands.analyze_{part}"), part)
+    from deme_cli.commands import analyze
+
+    command = getattr(analyze, kind.replace("-", "_"))
     protocol = document["protocol"]
     marks = dict.fromkeys(_marks(protocol["experts"] if kind == "task-vectors" else protocol))
     models = [path_word(name) for name in dict.fromkeys(names[m] for m in marks if m in names)]
@@ -124,14 +125,16 @@ def analysing(
         models[most:] = [word for model in models[most:] for word in ("--mark", model)]
     words = ["analyze", kind, *models]
     flags, parameters = flags_of(command), inspect.signature(command).parameters
+    usual = {name: parameter.default for name, parameter in parameters.items()}
+    usual |= {item.name: item.default for item in fields(ANALYSES[kind])}
     for option, given in protocol.items():
         told = isinstance(given, (int, float, str)) and option in flags
-        if told and given != parameters[option].default:
+        if told and given != usual[option]:
             words += option_words(flags[option], given)
     data = protocol.get("data") or {}
     if "data" in flags and data.get("source") not in (None, run.settings(DataConfig).source):
         words += option_words(flags["data"], data["source"])
-    if data.get("split") and "split" in flags and data["split"] != parameters["split"].default:
+    if data.get("split") and "split" in flags and data["split"] != usual["split"]:
         words += option_words(flags["split"], data["split"])
     return [*words, *output_words(name, f"{kind}.json")]
 

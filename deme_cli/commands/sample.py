@@ -28,27 +28,12 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import EvalConfig, SampleConfig
 
-_C, _SHOWN, _SIZE = SampleConfig, "What is shown", "Size"
-Num = Annotated[int | None, option(_C, "num", "-n", "--num")]
-Sampler = Annotated[str | None, option(_C, "sampler", "--sampler")]
-Steps = Annotated[int | None, option(_C, "steps", "--steps")]
-Eta = Annotated[float | None, option(_C, "eta", "--eta")]
-Spacing = Annotated[str | None, option(_C, "spacing", "--spacing")]
-Guidance = Annotated[float | None, option(_C, "guidance", "--guidance")]
-BatchSize = Annotated[int | None, option(_C, "batch_size", "--batch-size", "-b")]
-Seed = Annotated[int | None, option(_C, "seed", "--seed")]
-Prompts = Annotated[str | None, option(_C, "prompts", "--prompts", panel=_SHOWN)]
 Prompt = Annotated[
     str | None,
-    typer.Option("--prompt", help="One prompt for all images.", rich_help_panel=_SHOWN,
+    typer.Option("--prompt", help="One prompt for all images.", rich_help_panel="What is shown",
                  show_default=False),
 ]  # fmt: skip
-PromptColumn = Annotated[str | None, option(_C, "prompt_column", "--prompt-column", panel=_SHOWN)]
-PerPrompt = Annotated[int | None, option(_C, "per_prompt", "--per-prompt", panel=_SHOWN)]
-Classes = Annotated[str | None, option(_C, "classes", "--classes", panel=_SHOWN)]
-Resolution = Annotated[int | None, option(_C, "resolution", "--resolution", panel=_SIZE)]
-ResizeTo = Annotated[int | None, option(_C, "resize", "--resize-to", panel=_SIZE)]
-Protocol = Annotated[str | None, option(EvalConfig, "protocol", "--protocol")]
+Protocol = Annotated[str | None, option(EvalConfig, "protocol")]
 OUTPUT_HELP = "A .safetensors artifact, or a folder for PNG files"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.analysis.document import SCHEMA_VERSION
+from deme_cli.analysis_config import ANALYSES
 from deme_cli.errors import ArtifactError
 from deme_cli.records import SamplesRecord
 from deme_cli.reporting.folder import CARD_NAME, Folder, read_text
@@ -18,7 +19,6 @@ from deme_cli.reporting.searches import SEARCH_PICTURES
 from deme_cli.reporting.tables import Card, Field, flatten
 from deme_cli.sampling.preview import MAX_IMAGES, preview_path
 
-ANALYSES = ("losses", "gradients", "activations", "landscape", "task-vectors", "trajectory")
 _MOST_OTHERS = 12
 _DAMAGED = (ArtifactError, OSError, LookupError, TypeError, ValueError, RecursionError)
 
@@ -57,7 +57,7 @@ def analyses(folder: Folder) -> list[Figure]:
                 f"schema_version {document['schema_version']!r}, this deme reads {SCHEMA_VERSION}"
             ))  # fmt: skip
             continue
-        place = ANALYSES.index(kind) if kind in ANALYSES else len(ANALYSES)
+        place = [*ANALYSES].index(kind) if kind in ANALYSES else len(ANALYSES)
         found.append((place, name, _analysis(folder, name, kind, document)))
     return [figure for *_, figure in sorted(found, key=lambda one: one[:2])]
 

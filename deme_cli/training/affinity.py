@@ -16,38 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.settings import Settings, setting
-from deme_cli.timesteps import TimestepRange, parse_span, require_cover, split_uniform
+from deme_cli.timesteps import TimestepRange, parse_span, require_cover
 
-AFFINITY_NAME = "gradients.json"
 KIND, SCHEMA_VERSION = "gradients", 1
 COMMAND = "deme analyze gradients MODEL --data DATA"
-
-
-@dataclass(frozen=True)
-class GradientConfig(Settings):
-    """What is measured."""
-
-    buckets: int = setting(100, "parts of [0, T) whose gradients are compared")
-    num: int = setting(512, "draws (image, timestep, noise) per bucket")
-    batch_size: int = setting(256, "draws per forward and backward; changes rounding alone")
-    seed: int = setting(0, "seed of the draws")
-
-    def parts(self, num_train_timesteps: int) -> list[TimestepRange]:
-        """The buckets of [0, T). Raises ConfigError where there are fewer timesteps."""
-        if self.buckets > num_train_timesteps:
-            raise ConfigError(
-                f"buckets = {self.buckets}: this model has {num_train_timesteps} timesteps; "
-                f"choose fewer --buckets"
-            )
-        return split_uniform(self.buckets, num_train_timesteps)
-
-    def check(self) -> None:
-        self._positive("batch_size")
-        self._not_negative("seed")
-        for name, what in (("buckets", "buckets to compare"), ("num", "draws, half against half")):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"{name} = {getattr(self, name)}: needs at least 2 {what}")
 
 
 @dataclass(frozen=True)

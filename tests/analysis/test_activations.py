@@ -30,8 +30,8 @@ from deme_cli.analysis.activations.measure import (
 )
 from deme_cli.analysis.activations.picture import short_name
 from deme_cli.analysis.activations.random_change import randomly_changed
-from deme_cli.analysis.config import ActivationConfig
 from deme_cli.analysis.unfinished import Step
+from deme_cli.analysis_config import ActivationConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.backbones.backbone import Site
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict

@@ -16,10 +16,11 @@ from deme_cli.analysis.gradients import measure as analysis_module
 from deme_cli.analysis.gradients import sketch as sketch_module
 from deme_cli.analysis.gradients.measure import GradientAnalysis, _draws, measure_gradients
 from deme_cli.analysis.unfinished import Step, unfinished_path
+from deme_cli.analysis_config import GradientConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser, predict
 from deme_cli.errors import NumericsError, Stopped
-from deme_cli.training.affinity import Affinity, GradientConfig
+from deme_cli.training.affinity import Affinity
 from deme_cli.training.examples import PixelExamples
 
 CONFIG = GradientConfig(buckets=5, num=12, batch_size=4)

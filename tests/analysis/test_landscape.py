@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from deme_cli.analysis.config import LandscapeConfig
 from deme_cli.analysis.intervals import estimate
 from deme_cli.analysis.landscape.directions import basis_of
 from deme_cli.analysis.landscape.field import Field, Setup, held_out_loss
@@ -23,6 +22,7 @@ from deme_cli.analysis.landscape.picture import contour_levels, draw_landscape
 from deme_cli.analysis.landscape.reading import axis_labels, read_landscape
 from deme_cli.analysis.landscape.subspace import Weights, has_any_projections, open_models
 from deme_cli.analysis.unfinished import Step
+from deme_cli.analysis_config import LandscapeConfig
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
 from deme_cli.diffusion.denoiser import assemble, predict

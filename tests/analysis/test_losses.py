@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from deme_cli.analysis.config import LossConfig
 from deme_cli.analysis.lineup import folder_models, line_up
 from deme_cli.analysis.losses.measure import (
     LossAnalysis,
@@ -22,6 +21,7 @@ from deme_cli.analysis.losses.measure import (
 )
 from deme_cli.analysis.losses.picture import draw_losses
 from deme_cli.analysis.unfinished import Step, unfinished_path
+from deme_cli.analysis_config import LossConfig
 from deme_cli.artifacts import load_tensors, write_artifact
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser, predict

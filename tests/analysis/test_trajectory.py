@@ -14,7 +14,6 @@ import torch
 from conftest import write_tiny_base, write_tiny_expert
 from diffusers import DDIMScheduler
 
-from deme_cli.analysis.config import TrajectoryConfig
 from deme_cli.analysis.lineup import line_up
 from deme_cli.analysis.trajectory.found import Trajectories, read_trajectories
 from deme_cli.analysis.trajectory.measure import (
@@ -26,6 +25,7 @@ from deme_cli.analysis.trajectory.measure import (
 )
 from deme_cli.analysis.trajectory.picture import _cell, draw_trajectories
 from deme_cli.analysis.unfinished import Step, unfinished_path
+from deme_cli.analysis_config import TrajectoryConfig
 from deme_cli.artifacts import load_tensors, write_artifact
 from deme_cli.config import SampleConfig
 from deme_cli.diffusion.denoiser import load_denoiser, predict

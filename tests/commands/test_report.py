@@ -202,3 +202,26 @@ def test_a_landscape_is_told_with_what_lies_beside_its_plane(deme: Deme, run_fol
     assert line == (
         f"deme analyze landscape {' '.join(names[:3])} --mark {names[3]} --along vectors --points 5"
     )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "losses base.safetensors ft_1of4.safetensors --data digits --buckets 4 --num 4",
+        "activations base.safetensors ft_1of4.safetensors --data digits --num 4 --controls 0 "
+        "--range all",
+        "landscape base.safetensors ft_1of4.safetensors ft_4of4.safetensors --data digits "
+        "--mark ft_2of4.safetensors --points 3 --num 16 --report-num 16",
+        "landscape base.safetensors ft_1of4.safetensors --data digits --points 3 --num 16 "
+        "--report-num 16",
+    ],
+)
+def test_the_line_told_of_an_analysis_makes_the_same_document(
+    deme: Deme, run_folder: Path, line: str
+) -> None:
+    assert deme("analyze", *line.split(), "-o", "found.json").exit_code == 0
+    first = Path("found.json").read_bytes()
+    told = command_lines(open_folder(Path()))[-1]
+    again = deme(*_words(told), "--force")
+    assert again.exit_code == 0, f"{told}: {again.exception}"
+    assert Path("found.json").read_bytes() == first, told

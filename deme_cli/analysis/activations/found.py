@@ -13,12 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from deme_cli.analysis.activations.block_change import BlockChange
+from deme_cli.analysis.activations.block_change import QUANTILES, BlockChange
+from deme_cli.analysis.document import document_bytes
 from deme_cli.analysis.figure import shorten
 from deme_cli.timesteps import TimestepRange
 
 _LEVEL = 0.95  # of the interval in which chance puts one more share
 _LONGEST = 24  # characters of a name
+_PROJECTIONS = {  # what is to be said of those that are not there
+    "fold": "; the expert's projections were folded into other layers, none is left to look at",
+    "none": "; the expert was finetuned without projections",
+}
 _OF_PARTS = ("shares", "fixed", "explained")
 
 
@@ -84,6 +89,27 @@ def _means(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, An
 def _mean(values: Iterable[float]) -> float | None:
     told = [value for value in values if not math.isnan(value)]
     return sum(told) / len(told) if told else None
+
+
+def document_of(
+    found: ActivationChanges, names: tuple[str, str], span: TimestepRange, protocol: dict[str, Any]
+) -> bytes:
+    """The file: what was measured, and what every block says."""
+    return document_bytes(
+        "activations", read_activations(names, span, found), protocol, summary=found.summary,
+        controls=found.control_summaries, quantiles=QUANTILES, blocks=found.rows(),
+        drawn=found.drawn.maps(),
+    )  # fmt: skip
+
+
+def foot_of(protocol: dict[str, Any]) -> str:
+    """What was measured, in a line under the picture."""
+    data = protocol["data"]
+    return (
+        f"{protocol['num']:,} draws (image, t, noise) of timesteps {protocol['range']} from "
+        f"{shorten(data['source'], 40)} ({data['split']}), the same for every model"
+        f"{_PROJECTIONS.get(protocol['expert']['projection'], '')}"
+    )
 
 
 def read_activations(names: tuple[str, str], span: TimestepRange, found: ActivationChanges) -> str:

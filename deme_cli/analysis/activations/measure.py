@@ -29,9 +29,9 @@ from deme_cli.analysis.activations.block_change import (
 from deme_cli.analysis.activations.features import as_places, listening
 from deme_cli.analysis.activations.found import ActivationChanges
 from deme_cli.analysis.activations.random_change import randomly_changed
-from deme_cli.analysis.config import ActivationConfig
 from deme_cli.analysis.draws import identity_of, spread_draws
 from deme_cli.analysis.unfinished import Step, Unfinished
+from deme_cli.analysis_config import ActivationConfig
 from deme_cli.diffusion.backbones.backbone import Site
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.projection import PREFIX, sites

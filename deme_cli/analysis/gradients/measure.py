@@ -28,10 +28,11 @@ from deme_cli.analysis.gradients.sketch import (
     sketch_of,
 )
 from deme_cli.analysis.unfinished import Step, Unfinished
+from deme_cli.analysis_config import GradientConfig, bucket_ranges
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.errors import NumericsError
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.affinity import Affinity, GradientConfig
+from deme_cli.training.affinity import Affinity
 from deme_cli.training.clusters import split_times
 from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import Check, FixedDraws
@@ -50,7 +51,7 @@ class GradientAnalysis:
 
     @property
     def buckets(self) -> list[TimestepRange]:
-        return self.config.parts(self.denoiser.schedule.num_train_timesteps)
+        return bucket_ranges(self.config.buckets, self.denoiser.schedule.num_train_timesteps)
 
     @property
     def identity(self) -> dict[str, Any]:

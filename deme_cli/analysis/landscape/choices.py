@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deme_cli.analysis.config import ALONG
+from deme_cli.analysis_config import ALONG
 from deme_cli.errors import ConfigError
 from deme_cli.timesteps import TimestepRange, split_uniform
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from deme_cli.analysis.config import LandscapeConfig
 from deme_cli.analysis.draws import open_images_of
 from deme_cli.analysis.landscape.directions import random_direction
 from deme_cli.analysis.landscape.subspace import (
@@ -24,6 +23,7 @@ from deme_cli.analysis.landscape.subspace import (
     subspace_of,
     with_identities,
 )
+from deme_cli.analysis_config import LandscapeConfig
 from deme_cli.config import DataConfig
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.schedule import Schedule

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deme_cli.analysis.config import LandscapeConfig
+from deme_cli.analysis_config import LandscapeConfig
 
 Index = tuple[int, ...]
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from deme_cli.analysis.config import LandscapeConfig
 from deme_cli.analysis.draws import identity_of
 from deme_cli.analysis.landscape.directions import Basis
 from deme_cli.analysis.landscape.field import (
@@ -39,6 +38,7 @@ from deme_cli.analysis.landscape.progress import Progress
 from deme_cli.analysis.landscape.subspace import Model
 from deme_cli.analysis.landscape.workers import open_workers
 from deme_cli.analysis.unfinished import Step, Unfinished
+from deme_cli.analysis_config import LandscapeConfig
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.errors import NumericsError
 from deme_cli.processes import ALONE, World
@@ -64,6 +64,11 @@ class LandscapeAnalysis:
     @property
     def config(self) -> LandscapeConfig:
         return self.setup.config
+
+    @property
+    def num_spanning(self) -> int:
+        """How many of the models make the line or the plane, the origin among them."""
+        return 1 if self.basis is None else 1 + self.basis.num_spanning
 
     @property
     def axes(self) -> list[np.ndarray]:

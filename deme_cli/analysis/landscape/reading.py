@@ -115,14 +115,23 @@ def axis_labels(analysis: LandscapeAnalysis) -> list[str]:
     ]
 
 
-def landscape_document(
-    analysis: LandscapeAnalysis, found: Landscape, reading: str, labels: list[str]
-) -> bytes:
-    """The JSON document."""
+def foot_of(analysis: LandscapeAnalysis, found: Landscape) -> str:
+    """What was measured, in a line under the picture."""
+    config = analysis.config
+    return (
+        f"{analysis.examples.source} ({analysis.setup.split}), {config.num:,} draws, the same at "
+        f"all {found.losses[0].size:,} points; numbers: {config.report_num:,} fresh draws, ± 95 % "
+        f"over images; seed {config.seed}"
+    )
+
+
+def document_of(analysis: LandscapeAnalysis, found: Landscape) -> bytes:
+    """The file: what was measured, the axes, the losses of every point, what they say."""
     config, examples, basis = analysis.config, analysis.examples, analysis.basis
+    reading = read_landscape(found, analysis.num_spanning)
     protocol = {
         "along": config.along,
-        "spanning": len(analysis.models) if basis is None else basis.num_spanning,
+        "spanning": analysis.num_spanning,
         "models": [
             {"source": model.argument, "kind": model.record.kind,
              "fingerprint": model.record.fingerprint}
@@ -141,7 +150,7 @@ def landscape_document(
     }  # fmt: skip
     axes = [
         {"label": label.replace("\n", " "), "values": axis.tolist()}
-        for label, axis in zip(labels, found.axes, strict=True)
+        for label, axis in zip(axis_labels(analysis), found.axes, strict=True)
     ]
     if basis is None:
         weights = analysis.models[0].weights

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from deme_cli.analysis.config import LossConfig
 from deme_cli.analysis.draws import identity_of, spread_draws
 from deme_cli.analysis.intervals import Estimate, estimate
 from deme_cli.analysis.lineup import Entrant
 from deme_cli.analysis.unfinished import Step, Unfinished
+from deme_cli.analysis_config import LossConfig, bucket_ranges
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.errors import ConfigError, NumericsError
-from deme_cli.timesteps import TimestepRange, require_cover, route, split_uniform
+from deme_cli.timesteps import TimestepRange, require_cover, route
 from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import FixedDraws
 
@@ -78,7 +78,17 @@ class LossAnalysis:
 
     @property
     def buckets(self) -> list[TimestepRange]:
-        return split_uniform(self.config.buckets, self.schedule.num_train_timesteps)
+        return bucket_ranges(self.config.buckets, self.schedule.num_train_timesteps)
+
+    @property
+    def alone(self) -> list[Entrant]:
+        """The models that are one network; an ensemble needs no forward of its own."""
+        return [entrant for entrant in self.entrants if len(entrant.experts) == 1]
+
+    @property
+    def total(self) -> int:
+        """Draws to be measured, of all models."""
+        return len(self.alone) * self.config.buckets * self.config.num
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -111,8 +121,7 @@ def measure_losses(analysis: LossAnalysis, *, force: bool = False) -> Generator[
     """
     draws = fixed_draws(analysis)
     _require_draws(analysis, draws)
-    alone = [entrant for entrant in analysis.entrants if len(entrant.experts) == 1]
-    total, size = len(draws.t), analysis.config.batch_size * _BATCHES
+    alone, total, size = analysis.alone, len(draws.t), analysis.config.batch_size * _BATCHES
     with Unfinished(analysis.output, analysis.identity, force=force) as kept:
         errors = kept.arrays.setdefault("errors", np.full((len(alone), total), np.nan))
         done = int(np.isfinite(errors).sum())

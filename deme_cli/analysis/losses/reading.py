@@ -5,16 +5,36 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from deme_cli.analysis.losses.measure import Curve, Losses
+from deme_cli.analysis import intervals
+from deme_cli.analysis.document import document_bytes
+from deme_cli.analysis.losses.measure import Curve, LossAnalysis, Losses
 
 
-def document_of(found: Losses) -> dict[str, Any]:
-    """What the file holds: a row per model, lists by bucket in the order of `buckets`."""
-    return {
-        "ranges": [str(span) for span in found.ranges],
-        "buckets": [str(bucket) for bucket in found.buckets],
-        "models": [_row(found, curve) for curve in found.curves],
-    }
+def document_of(analysis: LossAnalysis, found: Losses) -> bytes:
+    """The file: a row per model, lists by bucket in the order of `buckets`."""
+    examples, config = analysis.examples, analysis.config
+    protocol = {
+        "models": {entrant.name: entrant.fingerprints for entrant in analysis.entrants},
+        "data": {"source": examples.source, "fingerprint": examples.fingerprint,
+                 "split": analysis.split},
+        "images": found.num_images, "buckets": config.buckets, "num": config.num,
+        "seed": config.seed, "dtype": analysis.dtype, "intervals": intervals.MEANING,
+    }  # fmt: skip
+    return document_bytes(
+        "losses", read_losses(found), protocol,
+        ranges=[str(span) for span in found.ranges],
+        buckets=[str(bucket) for bucket in found.buckets],
+        models=[_row(found, curve) for curve in found.curves],
+    )  # fmt: skip
+
+
+def foot_of(analysis: LossAnalysis, found: Losses) -> str:
+    """What was measured, in a line under the picture."""
+    return (
+        f"{analysis.config.num} draws per bucket from {found.num_images} images of "
+        f"{analysis.examples.source} ({analysis.split}), the same for all; bands: 95 %, pointwise, "
+        f"over images"
+    )
 
 
 def _row(found: Losses, curve: Curve) -> dict[str, Any]:

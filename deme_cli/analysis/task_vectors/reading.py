@@ -1,11 +1,13 @@
-"""What task vectors say, in a sentence, and what the foot of their picture has to explain."""
+"""What task vectors say: in a sentence, at the foot of their picture, and in their file."""
 
 from __future__ import annotations
 
 import math
 
+from deme_cli.analysis.document import document_bytes
 from deme_cli.analysis.task_vectors import numbers
 from deme_cli.analysis.task_vectors.measure import TaskVectors
+from deme_cli.analysis.task_vectors.tables import tables
 
 _CLEAR = 1.1  # ratio of norms from which one is told to be larger
 
@@ -27,6 +29,26 @@ def foot_of(found: TaskVectors, size: int) -> str:
         parts.append(f"tensors that did not move: {', '.join(shown)}")
     half = (len(parts) + 1) // 2
     return "\n".join("; ".join(some) for some in (parts[:half], parts[half:]) if some)
+
+
+def document_of(found: TaskVectors) -> bytes:
+    """The file: what was measured, and its tables."""
+    family = found.family
+    protocol = {
+        "base": {"source": str(family.base.path), "fingerprint": family.base_record.fingerprint},
+        "experts": [
+            {
+                "source": str(parent.path), "kind": parent.record.kind,
+                "fingerprint": parent.record.fingerprint, "range": str(parent.record.timesteps),
+                "steps": parent.record.steps, "p": parent.record.p,
+                "projection": parent.record.projection,
+            }
+            for parent in family.parents
+        ],
+        "num_train_timesteps": family.base_record.num_train_timesteps,
+        "ranks": found.effective is not None,
+    }  # fmt: skip
+    return document_bytes("task-vectors", read_task_vectors(found), protocol, **tables(found))
 
 
 def read_task_vectors(found: TaskVectors) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deme_cli.analysis.document import document_bytes
 from deme_cli.evaluation.row_plans import ENSEMBLE
 from deme_cli.timesteps import TimestepRange
 
@@ -98,24 +99,38 @@ def _rms(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.sqrt(squares.mean(axis=tuple(range(1, images.ndim))))
 
 
-def document_of(found: Trajectories) -> dict[str, Any]:
-    """What the file holds: a row per model, lists by step in the order of `t`."""
-    return {
-        "unit": found.unit,
-        "t": found.times,
-        "shown": found.columns,
-        "models": [
-            {
-                "name": one.name,
-                "kind": one.kind,
-                "range": None if one.span is None else str(one.span),
-                "experts": [{"range": str(span), "name": name} for span, name in one.experts],
-                "acted": one.acted,
-                "distances": {name: _row(found, one, name) for name in one.distances},
-            }
-            for one in found.trajectories
-        ],
-    }
+def document_of(found: Trajectories, protocol: dict[str, Any]) -> bytes:
+    """The file: what was measured, a row per model, lists by step in the order of `t`."""
+    models = [
+        {
+            "name": one.name,
+            "kind": one.kind,
+            "range": None if one.span is None else str(one.span),
+            "experts": [{"range": str(span), "name": name} for span, name in one.experts],
+            "acted": one.acted,
+            "distances": {name: _row(found, one, name) for name in one.distances},
+        }
+        for one in found.trajectories
+    ]
+    return document_bytes(
+        "trajectory", read_trajectories(found), protocol, unit=found.unit, t=found.times,
+        shown=found.columns, models=models,
+    )  # fmt: skip
+
+
+def foot_of(protocol: dict[str, Any]) -> str:
+    """How it was drawn, in a line under the picture."""
+    told = [f"{protocol['sampler']}, {protocol['steps']} steps"]
+    told += [f"{protocol['spacing']} spacing"] if protocol["spacing"] else []
+    told += [f"eta {protocol['eta']:g}"] if protocol["eta"] else []
+    told += [f"guidance {protocol['guidance']:g}"] if protocol["guidance"] is not None else []
+    told += [f"seed {protocol['seed']}"]
+    if len(protocol["models"]) == 1:
+        return ", ".join(told)
+    foot = f"{', '.join(told)}; curves: means over {protocol['num']} images ± one standard error"
+    if protocol["prediction_type"] == "epsilon":
+        foot += "\n(at high noise a small difference in eps is a large one in $x_0$)"
+    return foot
 
 
 def _row(found: Trajectories, one: Trajectory, reference: str) -> dict[str, Any]:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deme_cli.analysis.config import TrajectoryConfig
 from deme_cli.analysis.lineup import Entrant
 from deme_cli.analysis.trajectory.found import (
     Distance,
@@ -33,6 +32,7 @@ from deme_cli.analysis.trajectory.found import (
     distance_between,
 )
 from deme_cli.analysis.unfinished import Step, Unfinished, unfinished_path
+from deme_cli.analysis_config import TrajectoryConfig
 from deme_cli.config import SampleConfig
 from deme_cli.data.prompts import PromptSet
 from deme_cli.diffusion.backbones.known import backbone_of

@@ -1,6 +1,6 @@
-"""How much each analysis measures, and through which weights a landscape goes. Needs no torch.
+"""Settings of the analyses: how much each measures, and through which weights a landscape goes.
 
-(What gradients are measured on lies below, in training/affinity.py, for a split is made of them.)
+They have no table in deme.toml: each `deme analyze …` has an option for every one of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from deme_cli.errors import ConfigError
 from deme_cli.settings import Settings, setting
+from deme_cli.timesteps import TimestepRange, split_uniform
 
+AFFINITY_NAME = "gradients.json"  # what gradients are written to, by which a split may cluster
 # Along what a landscape goes: how many models it takes, at least and at most, and what they are.
 ALONG = {
     "random": (1, 1, "one model, the origin"),
@@ -18,6 +20,17 @@ ALONG = {
     "pca": (3, None, "three models or more, the first of them the origin"),
 }
 _SPANS = {"random": 0.1}  # the others: a quarter of what they cover
+_BATCH = "--batch-size -b"
+
+
+def bucket_ranges(buckets: int, num_train_timesteps: int) -> list[TimestepRange]:
+    """So many parts of [0, T). Raises ConfigError where there are fewer timesteps."""
+    if buckets > num_train_timesteps:
+        raise ConfigError(
+            f"buckets = {buckets}: this model has {num_train_timesteps} timesteps; choose fewer "
+            f"--buckets"
+        )
+    return split_uniform(buckets, num_train_timesteps)
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,7 @@ class LossConfig(Settings):
 
     buckets: int = setting(50, "parts of [0, T) whose losses are shown")
     num: int = setting(128, "draws (image, timestep, noise) per bucket")
-    batch_size: int = setting(256, "draws per forward; changes rounding alone")
+    batch_size: int = setting(256, "draws per forward; changes rounding alone", flags=_BATCH)
     seed: int = setting(0, "seed of the draws")
 
     def check(self) -> None:
@@ -35,11 +48,30 @@ class LossConfig(Settings):
 
 
 @dataclass(frozen=True)
+class GradientConfig(Settings):
+    """`deme analyze gradients`."""
+
+    buckets: int = setting(100, "parts of [0, T) whose gradients are compared")
+    num: int = setting(512, "draws (image, timestep, noise) per bucket")
+    batch_size: int = setting(
+        256, "draws per forward and backward; changes rounding alone", flags=_BATCH
+    )
+    seed: int = setting(0, "seed of the draws")
+
+    def check(self) -> None:
+        self._positive("batch_size")
+        self._not_negative("seed")
+        for name, what in (("buckets", "buckets to compare"), ("num", "draws, half against half")):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"{name} = {getattr(self, name)}: needs at least 2 {what}")
+
+
+@dataclass(frozen=True)
 class ActivationConfig(Settings):
     """`deme analyze activations`."""
 
     num: int = setting(256, "draws (image, timestep, noise) that both models see")
-    batch_size: int = setting(16, "draws per forward; changes rounding alone")
+    batch_size: int = setting(16, "draws per forward; changes rounding alone", flags=_BATCH)
     controls: int = setting(
         4, "networks with random weight changes of the same size to compare with, 0 for none; each "
         "takes as long as the expert, and fewer tell less"
@@ -54,10 +86,20 @@ class ActivationConfig(Settings):
 
 
 @dataclass(frozen=True)
+class TaskVectorConfig(Settings):
+    """`deme analyze task-vectors`."""
+
+    ranks: bool = setting(
+        True, "measure effective ranks; their time grows with the cubes of layer widths",
+        flags="--ranks/--no-ranks",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class TrajectoryConfig(Settings):
     """`deme analyze trajectory`; how images are drawn, the settings of [sample] say."""
 
-    num: int = setting(16, "images that the distances are measured on")
+    num: int = setting(16, "images that the distances are measured on", flags="--num -n")
     shown: int = setting(10, "steps shown, evenly from noise to image")
     rows: int = setting(1, "images shown, the first of them")
 
@@ -86,8 +128,10 @@ class LandscapeConfig(Settings):
     report_num: int = setting(
         8192, "fresh draws for what is told in numbers: lowest points, slopes, models"
     )
-    batch_size: int = setting(256, "draws per forward; changes rounding alone")
-    jobs: int = setting(1, "processes that share the points; does not change the numbers")
+    batch_size: int = setting(256, "draws per forward; changes rounding alone", flags=_BATCH)
+    jobs: int = setting(
+        1, "processes that share the points; does not change the numbers", flags="--jobs -j"
+    )
     seed: int = setting(0, "seed of the draws and of random directions")
 
     def check(self) -> None:
@@ -105,3 +149,13 @@ class LandscapeConfig(Settings):
     def reach(self) -> float:
         """The span, or the default of what it goes along."""
         return _SPANS.get(self.along or "", 0.25) if self.span is None else self.span
+
+
+ANALYSES: dict[str, type[Settings]] = {  # by the kind of their documents, as the paper has them
+    "losses": LossConfig,
+    "gradients": GradientConfig,
+    "activations": ActivationConfig,
+    "landscape": LandscapeConfig,
+    "task-vectors": TaskVectorConfig,
+    "trajectory": TrajectoryConfig,
+}
