@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from deme_cli.api.analyze_task_vectors import analyze_task_vectors as analyze_task_vectors
     from deme_cli.api.analyze_trajectory import analyze_trajectory as analyze_trajectory
     from deme_cli.api.analyzing import Analysis as Analysis
+    from deme_cli.api.comparing import Compared as Compared
+    from deme_cli.api.comparing import compare as compare
     from deme_cli.api.drawing import Images as Images
     from deme_cli.api.drawing import ensemble_sample as ensemble_sample
     from deme_cli.api.drawing import sample as sample
@@ -39,10 +41,18 @@ if TYPE_CHECKING:
     from deme_cli.api.exporting import export as export
     from deme_cli.api.finetuning import finetune as finetune
     from deme_cli.api.finetuning import train_base as train_base
+    from deme_cli.api.inspecting import Inspected as Inspected
+    from deme_cli.api.inspecting import inspect as inspect
+    from deme_cli.api.inventory import Inventory as Inventory
+    from deme_cli.api.inventory import take_inventory as take_inventory
     from deme_cli.api.merge_job import MergeResult as MergeResult
     from deme_cli.api.merging import merge as merge
     from deme_cli.api.merging import search as search
     from deme_cli.api.replaying import replay as replay
+    from deme_cli.api.reporting import WrittenReport as WrittenReport
+    from deme_cli.api.reporting import report as report
+    from deme_cli.api.showing import ShownSearch as ShownSearch
+    from deme_cli.api.showing import show_search as show_search
     from deme_cli.api.splitting import SplitResult as SplitResult
     from deme_cli.api.splitting import split as split
     from deme_cli.api.statistics import reference_statistics as reference_statistics
@@ -70,6 +80,11 @@ _PLACES = {
         )
     },
     "Analysis": "api.analyzing",
+    "compare": "api.comparing", "Compared": "api.comparing",
+    "report": "api.reporting", "WrittenReport": "api.reporting",
+    "inspect": "api.inspecting", "Inspected": "api.inspecting",
+    "show_search": "api.showing", "ShownSearch": "api.showing",
+    "take_inventory": "api.inventory", "Inventory": "api.inventory",
     "RunFile": "run_file", "read_run_file": "run_file", "set_quiet": "console",
 }  # fmt: skip
 __all__ = ["__version__", *_PLACES]

@@ -123,7 +123,7 @@ class _Others:
         if time.monotonic() - self._asked < _ASK_SECONDS:
             return False
         self._asked = time.monotonic()
-        return self._world.has_failed()
+        return self._world.failure() > 0
 
 
 def open_trials(order: Order, measure: Measure, world: World) -> Trials:

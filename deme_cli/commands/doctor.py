@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deme_cli import __version__, console
+from deme_cli import console
+from deme_cli.api.inventory import Inventory, take_inventory
 from deme_cli.commands.options import Json, Quiet, begin
-from deme_cli.commands.version import device_facts, library_version
 
 if TYPE_CHECKING:
-    from deme_cli.evaluation.inventory import Item
-
-LIBRARIES = (
-    "torch", "diffusers", "transformers", "accelerate", "safetensors", "clean-fid",
-    "open-clip-torch", "datasets", "scikit-learn", "scipy", "numpy",
-)  # fmt: skip
+    from deme_cli.api.inventory import Item
 
 
 def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
@@ -25,30 +20,17 @@ def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
 
     Example: deme doctor
     """
-    import platform
-
-    from deme_cli.assets import cache_folder
-    from deme_cli.evaluation.inventory import take_companions, take_inventory
-
     run = begin(None, quiet=quiet)
-
-    versions = {
-        "deme": __version__,
-        "python": platform.python_version(),
-        **{name: library_version(name) for name in LIBRARIES},
-    }
-    items = list(take_inventory())
-    if run.base.is_file():
-        items += take_companions(run.base, run.pipeline())
-    device = device_facts()
-    _show(versions, device, items, str(cache_folder()))
+    found = take_inventory(run)
+    _show(found)
     if as_json:
+        items = [_document(item) for item in found.items]
         console.result_json(
             {
-                "versions": versions,
-                "device": device,
-                "cache": str(cache_folder()),
-                "items": [_document(item) for item in items],
+                "versions": found.versions,
+                "device": found.device,
+                "cache": str(found.cache),
+                "items": items,
             }
         )
 
@@ -65,12 +47,11 @@ def _document(item: Item) -> dict[str, Any]:
     }
 
 
-def _show(
-    versions: dict[str, str | None], device: dict[str, Any], items: list[Item], cache: str
-) -> None:
-    console.note("  ".join(f"{name} {version or 'MISSING'}" for name, version in versions.items()))
-    console.note("device " + "  ".join(f"{key} {value}" for key, value in device.items()))
-    for item in items:
+def _show(found: Inventory) -> None:
+    versions = (f"{name} {version or 'MISSING'}" for name, version in found.versions.items())
+    console.note("  ".join(versions))
+    console.note("device " + "  ".join(f"{key} {value}" for key, value in found.device.items()))
+    for item in found.items:
         if item.path is None:
             checksum = f"  sha256 {item.sha256}" if item.sha256 else ""
             console.note(f"missing  {item.name}  for {item.needed_for}\n"
@@ -79,4 +60,4 @@ def _show(
             remark = "  (another checksum than published)" if item.intact is False else ""
             console.note(f"present  {item.name}  for {item.needed_for}\n"
                          f"         {item.path}{remark}")  # fmt: skip
-    console.note(f"put missing files into {cache} (DEME_CACHE chooses another folder)")
+    console.note(f"put missing files into {found.cache} (DEME_CACHE chooses another folder)")

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
+from deme_cli.api import inspecting
+from deme_cli.api.inspecting import Inspected
 from deme_cli.commands.options import Json, Quiet
-from deme_cli.errors import ArtifactError
 
 Files = Annotated[
     list[Path], typer.Argument(metavar="FILE", help="Artifacts of any kind.", show_default=False)
@@ -32,44 +33,23 @@ def inspect(
     Example: deme inspect --verify base.safetensors
     """
     console.set_quiet(quiet)
-    artifacts = [_describe(path) for path in files]
-    if verify:
-        _verify(artifacts)
+    artifacts = [_describe(one) for one in inspecting.inspect(files, verify=verify)]
     if as_json:
         console.result_json({"artifacts": artifacts})
     else:
         print("\n\n".join(_as_text(artifact) for artifact in artifacts))
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(one: Inspected) -> dict[str, Any]:
     """One artifact as the JSON document shows it."""
-    from deme_cli.artifacts import record_of
-    from deme_cli.tensor_file import read_header
-
-    header = read_header(path)
-    record = record_of(header)
     return {
-        "path": str(path),
-        "kind": record.kind,
-        "parameters": header.num_parameters,
-        "tensors": len(header.tensors),
-        "fingerprint": record.fingerprint,
-        "record": asdict(record),
+        "path": str(one.header.path),
+        "kind": one.record.kind,
+        "parameters": one.header.num_parameters,
+        "tensors": len(one.header.tensors),
+        "fingerprint": one.record.fingerprint,
+        "record": asdict(one.record),
     }
-
-
-def _verify(artifacts: list[dict[str, Any]]) -> None:
-    """Raise ArtifactError for the first artifact whose tensors are not those of its record."""
-    from deme_cli.artifacts import fingerprint_file
-
-    for artifact in artifacts:
-        found = fingerprint_file(Path(artifact["path"]))
-        if found != artifact["fingerprint"]:
-            raise ArtifactError(
-                f"{artifact['path']}: its tensors have fingerprint {found}, its record says "
-                f"{artifact['fingerprint']}; the file was altered or damaged, make it again"
-            )
-        console.note(f"{artifact['path']}: the fingerprint is right")
 
 
 def _as_text(artifact: dict[str, Any]) -> str:

@@ -2,75 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.errors import MissingError
-from deme_cli.outputs import write_whole
+from deme_cli.api import showing
+from deme_cli.api.showing import ShownSearch
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
     from deme_cli.api.merge_job import MergeResult
-    from deme_cli.merging.search.journal_file import JournalDocument
-    from deme_cli.merging.search.trials import Trial
+    from deme_cli.api.showing import Trial
 
 
 def show_search(path: Path, *, as_json: bool) -> None:
-    """Print trials, the best so far and what it depends on; draw them beside the journal.
-
-    path: the journal, or the merged file that lies beside it.
-    """
-    from deme_cli.merging.search.importance import importances
-    from deme_cli.merging.search.journal import asked_trials
-    from deme_cli.merging.search.journal_file import read_journal
-    from deme_cli.merging.search.trials import trials_of
-    from deme_cli.merging.search.trials_figure import best_of, draw_trials
-
-    journal = _journal_of(path)
-    document = read_journal(journal)
-    asked = asked_trials(document.trials, document.labels)
-    trials = trials_of(asked)
-    names = [objective["name"] for objective in document.search["objectives"]]
-    running = len(asked) - len(trials)
-    state = "finished" if document.merged else "not finished"
+    """Print the trials of a search, the best so far and what it depends on."""
+    found = showing.show_search(path)
+    names, labels = found.objectives, found.document.labels
     console.note(
-        f"{journal}: search {document.search['method']} by {' > '.join(names)}, {state}: "
-        f"{len(trials)} trials, {running} running"
+        f"{found.journal}: search {found.document.search['method']} by {' > '.join(names)}, "
+        f"{'finished' if found.is_finished else 'not finished'}: {len(found.trials)} trials, "
+        f"{found.num_running} running"
     )
-    if not any(math.isfinite(trial.objective) for trial in trials):
-        shown = [_document(trial, document.labels) for trial in trials]
-        console.result_paths([], as_json=as_json, trials=shown, finished=False)
+    trials = [_document(trial, labels) for trial in found.trials]
+    if found.picture is None or found.best is None:
+        console.result_paths([], as_json=as_json, trials=trials, finished=False)
         return
-    shares = importances(trials, document.labels)
     for rung, name in enumerate(names):
-        _show_rung(name, [t for t in trials if t.rung == rung], document)
-    if shares:
+        _show_rung(found, rung, name)
+    if found.importances:
         console.table(
             "What the objective depends on (PED-ANOVA)",
             ["coefficient", "importance"],
-            [[label, f"{share:.3f}"] for label, share in list(shares.items())[:10]],
+            [[label, f"{share:.3f}"] for label, share in list(found.importances.items())[:10]],
         )
-    picture = journal.with_suffix(".png")
-    write_whole(
-        picture, [draw_trials(trials, document.labels, objectives=names, importances=shares)]
-    )
     console.result_paths(
-        [picture], as_json=as_json, finished=document.merged is not None, importances=shares,
-        best=_document(best_of(trials), document.labels),
-        trials=[_document(trial, document.labels) for trial in trials],
+        [found.picture], as_json=as_json, finished=found.is_finished,
+        importances=found.importances, best=_document(found.best, labels), trials=trials,
     )  # fmt: skip
-
-
-def _journal_of(path: Path) -> Path:
-    if path.suffix != ".safetensors":
-        return path
-    journal = path.with_name(f"{path.stem}.trials.jsonl")
-    if not journal.is_file():
-        raise MissingError(f"{path}: no journal of its search beside it ({journal.name})")
-    return journal
 
 
 def _document(trial: Trial, labels: Sequence[str]) -> dict[str, Any]:
@@ -82,17 +52,14 @@ def _document(trial: Trial, labels: Sequence[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _show_rung(name: str, trials: Sequence[Trial], document: JournalDocument) -> None:
+def _show_rung(found: ShownSearch, rung: int, name: str) -> None:
     """The ten best of a rung; where groups differ, with the mean over groups for each expert."""
-    from deme_cli.errors import NumericsError
-    from deme_cli.merging.search.trials import ranked
-
-    try:
-        best = ranked(trials)[:10]
-    except NumericsError:
-        if trials:
-            console.note(f"{name}: none of {len(trials)} trials is finite")
+    count, best = sum(trial.rung == rung for trial in found.trials), found.best_of_rung(rung)
+    if not best:
+        if count:
+            console.note(f"{name}: none of {count} trials is finite")
         return
+    document = found.document
     groups = len(document.search["groups"])
     suffix = f" {document.search['groups'][0]}"
     experts = [
@@ -102,11 +69,11 @@ def _show_rung(name: str, trials: Sequence[Trial], document: JournalDocument) ->
         [f"{t.index + 1} {t.name}".strip(),
          *(f"{sum(t.point[i :: len(experts)]) / groups:.3g}" for i in range(len(experts))),
          f"{t.objective:.6g}", f"{t.seconds:.1f}"]
-        for t in best
+        for t in best[:10]
     ]  # fmt: skip
     what = "mean w" if groups > 1 else "w"
     console.table(
-        f"{name}: the best of {len(trials)}",
+        f"{name}: the best of {count}",
         ["trial", *(f"{what} {expert}" for expert in experts), name, "seconds"],
         rows,
     )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from deme_cli import console
+from deme_cli.api import reporting
+from deme_cli.api.reporting import REPORT_NAME
 from deme_cli.commands.options import Force, Json, Quiet
-from deme_cli.errors import ConfigError
-from deme_cli.outputs import require_output, write_whole
-
-if TYPE_CHECKING:
-    from deme_cli.reporting.page import Report
-
-REPORT_NAME = "report.html"
 
 
 def report(
@@ -48,40 +44,26 @@ def report(
 
     Example: deme report --title "Digits, four experts"
     """
-    from deme_cli.reporting.folder import open_folder
-
     console.set_quiet(quiet)
-    target = output or folder / REPORT_NAME
-    if target.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--output {target}: expected a name that ends in .html")
-    found = open_folder(folder)
-    require_output(target, force=force)
-
-    from deme_cli.commands.report_lines import command_lines
-    from deme_cli.reporting.page import gather, render
-    from deme_cli.reporting.summary import counts_of
-
-    page = gather(found, title=title, commands=command_lines(found))
-    content = render(page)
-    write_whole(target, [content])
-    console.note(f"{folder}: {counts_of(found) or 'no artifacts'}; {_sections(page)}")
+    made = reporting.report(folder, output=output, title=title, force=force)
+    page = made.page
+    console.note(f"{folder}: {made.artifacts or 'no artifacts'}; {_sections(page.counts)}")
     for one in page.missing:
         console.note(f"not there: {one.what} ({one.command})")
     for file in page.unread:
         console.warn(f"{file.name}: not shown: {file.reason}")
     console.result_paths(
-        [target], as_json=as_json, bytes=len(content), sections=page.counts,
+        [made.path], as_json=as_json, bytes=made.num_bytes, sections=page.counts,
         missing=[{"what": one.what, "command": one.command} for one in page.missing],
         unread=[{"name": one.name, "reason": one.reason} for one in page.unread],
     )  # fmt: skip
 
 
-def _sections(page: Report) -> str:
+def _sections(counts: Mapping[str, int]) -> str:
     """How many tables, curves and so on the page has."""
     told = {
         "tables": "table", "curves": "curve", "searches": "merge", "figures": "figure",
         "samples": "sample grid", "pictures": "other picture", "commands": "command",
     }  # fmt: skip
-    counts = page.counts
     shown = [f"{counts[k]} {name}{'s' * (counts[k] != 1)}" for k, name in told.items() if counts[k]]
     return f"the page has {', '.join(shown)}" if shown else "the page has artifacts alone"

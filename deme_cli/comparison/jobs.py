@@ -132,6 +132,10 @@ class RowJobs:
     merge: MergeConfig | None = None
     apart: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def jobs(self) -> list[Job]:
+        return [*self.trainings.values(), *self.results.values()]
+
     def failure(self, seed: int | None) -> Failure | None:
         """Why there is no result from this seed, if something failed."""
         jobs = (self.results[seed], *([self.trainings[seed]] if seed in self.trainings else []))

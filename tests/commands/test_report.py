@@ -12,10 +12,10 @@ import pytest
 from typer.testing import Result
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
-from deme_cli.commands.report_lines import command_lines
-from deme_cli.commands.report_measures import sampling
 from deme_cli.errors import ConfigError, MissingError
+from deme_cli.reporting.command_lines import command_lines
 from deme_cli.reporting.folder import open_folder
+from deme_cli.reporting.protocol_lines import sampling
 from deme_cli.run_file import RunFile
 
 Deme = Callable[..., Result]

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
-from deme_cli.commands.report_lines import command_lines
 from deme_cli.records import SamplesRecord
+from deme_cli.reporting.command_lines import command_lines
 from deme_cli.reporting.folder import open_folder
 from deme_cli.reporting.page import gather, render
 

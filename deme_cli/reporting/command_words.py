@@ -1,15 +1,15 @@
-"""The words of a command line: flags of a command's own options, values, names, quoting."""
+"""The words of a command line: flags of settings, values, names, quoting."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 from deme_cli.reporting.tables import public_name
 from deme_cli.run_file import RunFile
-from deme_cli.settings import Settings
+from deme_cli.settings import Settings, flags_of
 
 Names = Mapping[str, str]  # of the files of a folder, by fingerprint
 _WIDTH = 88  # of a line, before it is continued on the next
@@ -39,28 +39,16 @@ def _groups(words: Sequence[str]) -> Iterator[list[str]]:
         yield group
 
 
-def flags_of(command: Callable[..., Any]) -> dict[str, list[str]]:
-    """Every option of a command by its parameter: `--lr`, or `--flip` and `--no-flip`."""
-    import typer
-
-    app = typer.Typer(add_completion=False)
-    app.command()(command)
-    return {
-        option.name: [*sorted(option.opts, key=len)[-1:], *option.secondary_opts]
-        for option in typer.main.get_command(app).params
-        if option.param_type_name == "option"
-    }
-
-
-def option_words(flags: Sequence[str], value: Any) -> list[str]:
+def option_words(flag: str, value: Any) -> list[str]:
     """One option as words; a list joined by commas, those in it by semicolons."""
     if isinstance(value, bool):
-        return [flags[0]] if value else list(flags[1:2])
+        on, _, off = flag.partition("/")
+        return [told for told in [on if value else off] if told]
     if isinstance(value, (list, tuple)):
         nested = any(isinstance(entry, (list, tuple)) for entry in value)
         parts = [",".join(map(word, v)) if nested else word(v) for v in value]
-        return [flags[0], (";" if nested else ",").join(parts)]
-    return [flags[0], word(value)]
+        return [flag, (";" if nested else ",").join(parts)]
+    return [flag, word(value)]
 
 
 def word(value: Any) -> str:
@@ -75,22 +63,15 @@ def path_word(name: str) -> str:
     return f"./{name}" if name.startswith("-") else name
 
 
-def setting_words(
-    command: Callable[..., Any], kind: type[Settings], run: RunFile, values: Mapping[str, Any],
-    *, renamed: Mapping[str, str] | None = None,
-) -> list[str]:  # fmt: skip
-    """The options for those settings of `kind` that the command would not have by itself."""
-    flags, renamed = flags_of(command), renamed or {}
+def setting_words(kind: type[Settings], run: RunFile, values: Mapping[str, Any]) -> list[str]:
+    """The options for those settings of `kind` that a command would not have by itself."""
     given = run.settings(kind)
     words = []
     for item in fields(kind):
-        option = renamed.get(item.name, item.name)
-        if item.name not in values or option not in flags:
-            continue
-        value = values[item.name]
+        value = values.get(item.name)
         default = None if item.default is MISSING else item.default
         if value is not None and (value != default or value != getattr(given, item.name)):
-            words += option_words(flags[option], value)
+            words += option_words(flags_of(item)[0], value)
     return words
 
 

@@ -6,43 +6,42 @@ line may say what the command would have chosen by itself.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from deme_cli.analysis_config import ANALYSES
-from deme_cli.commands.report_words import (
+from deme_cli.config import DataConfig, EvalConfig, SampleConfig
+from deme_cli.reporting.command_words import (
     Names,
-    flags_of,
     option_words,
     output_words,
     path_word,
     setting_words,
 )
-from deme_cli.config import DataConfig, EvalConfig, SampleConfig
 from deme_cli.run_file import RunFile
 
 _USUAL_SPACING = "leading"
+# Of analyses, what is no setting: what it is where nobody says.
+_OPTIONS: dict[str, dict[str, str | None]] = {
+    "losses": {"split": "held-out", "dtype": "fp32"},
+    "activations": {"split": "held-out", "dtype": "fp32", "range": None},
+    "landscape": {"split": "train"}, "trajectory": {"dtype": "fp32"},
+}  # fmt: skip
 
 
 def sampling(card: Mapping[str, Any], name: str, run: RunFile, names: Names) -> list[str]:
     """`deme sample`, or `deme ensemble-sample` where each range had its own expert."""
-    from deme_cli.commands.ensemble_sample import ensemble_sample
-    from deme_cli.commands.sample import sample
-
     models = [path_word(names.get(mark, "MODEL")) for mark in card["fingerprints"]]
     if card["model"] == "ensemble":
-        command: Callable[..., Any] = ensemble_sample
         words, usual = ["ensemble-sample", *models], "ensemble.safetensors"
     else:
-        command, words = sample, ["sample", *models]
+        words = ["sample", *models]
         usual = f"{models[0].removesuffix('.safetensors')}-samples.safetensors"
-    words += _drawing(command, card, run)
+    words += _drawing(card, run)
     return [*words, *output_words(name, usual)]
 
 
-def _drawing(command: Callable[..., Any], card: Mapping[str, Any], run: RunFile) -> list[str]:
+def _drawing(card: Mapping[str, Any], run: RunFile) -> list[str]:
     """The options that say how images are drawn."""
     values = {key: card[key] for key in ("num", "steps", "eta", "seed", "guidance", "resolution")
               if card.get(key) is not None}  # fmt: skip
@@ -60,7 +59,7 @@ def _drawing(command: Callable[..., Any], card: Mapping[str, Any], run: RunFile)
         values["prompts"] = prompts["source"]
     elif classes := card.get("classes"):
         values["classes"] = classes if isinstance(classes, str) else ",".join(map(str, classes))
-    words = setting_words(command, SampleConfig, run, values, renamed={"resize": "resize_to"})
+    words = setting_words(SampleConfig, run, values)
     return words + ([] if card.get("dtype", "fp32") == "fp32" else ["--dtype", card["dtype"]])
 
 
@@ -68,8 +67,6 @@ def measuring(
     rows: Sequence[Mapping[str, Any]], name: str, run: RunFile, names: Names
 ) -> list[str]:
     """`deme eval` of all rows of a table."""
-    from deme_cli.commands.eval import evaluate
-
     card = rows[0]["protocol"]
     models = dict.fromkeys(path_word(model) for row in rows for model in _drawn_by(row, names))
     figure, *_ = rows[0]["metrics"].values()
@@ -83,9 +80,9 @@ def measuring(
         values |= {"clip_score": True, "clip_model": clip["model"], "clip_weights": clip["weights"]}
     if classifier := card.get("accuracy"):
         values["accuracy"] = classifier["model"]
-    words = setting_words(evaluate, EvalConfig, run, values)
+    words = setting_words(EvalConfig, run, values)
     drawn = {key: value for key, value in card.items() if key not in ("num", "seed", "resize")}
-    return ["eval", *models, *words, *_drawing(evaluate, drawn, run), "-o", path_word(name)]
+    return ["eval", *models, *words, *_drawing(drawn, run), "-o", path_word(name)]
 
 
 def _drawn_by(row: Mapping[str, Any], names: Names) -> list[str]:
@@ -114,9 +111,6 @@ def analysing(
     kind = document.get("kind")
     if kind not in ANALYSES:
         return None
-    from deme_cli.commands import analyze
-
-    command = getattr(analyze, kind.replace("-", "_"))
     protocol = document["protocol"]
     marks = dict.fromkeys(_marks(protocol["experts"] if kind == "task-vectors" else protocol))
     models = [path_word(name) for name in dict.fromkeys(names[m] for m in marks if m in names)]
@@ -124,18 +118,15 @@ def analysing(
         most = protocol["spanning"]
         models[most:] = [word for model in models[most:] for word in ("--mark", model)]
     words = ["analyze", kind, *models]
-    flags, parameters = flags_of(command), inspect.signature(command).parameters
-    usual = {name: parameter.default for name, parameter in parameters.items()}
-    usual |= {item.name: item.default for item in fields(ANALYSES[kind])}
-    for option, given in protocol.items():
-        told = isinstance(given, (int, float, str)) and option in flags
-        if told and given != usual[option]:
-            words += option_words(flags[option], given)
     data = protocol.get("data") or {}
-    if "data" in flags and data.get("source") not in (None, run.settings(DataConfig).source):
-        words += option_words(flags["data"], data["source"])
-    if data.get("split") and "split" in flags and data["split"] != usual["split"]:
-        words += option_words(flags["split"], data["split"])
+    words += setting_words(ANALYSES[kind], run, protocol)
+    words += setting_words(SampleConfig, run, protocol) if kind == "trajectory" else []
+    if data.get("source") != run.settings(DataConfig).source:
+        words += setting_words(DataConfig, run, data)
+    for option, usual in _OPTIONS.get(kind, {}).items():
+        given = protocol.get(option, data.get(option))
+        if given not in (None, usual):
+            words += option_words(f"--{option}", given)
     return [*words, *output_words(name, f"{kind}.json")]
 
 

@@ -1,7 +1,7 @@
 """The command lines that made a run folder, told from the records of what lies in it.
 
-Flags are those of the commands' own options, so a setting that has none is left out. A setting
-appears where it differs from its default, or from what `deme.toml` would give instead.
+Flags are those of the settings. A setting appears where it differs from its default, or from what
+`deme.toml` would give instead.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deme_cli.commands.report_words import (
+from deme_cli.config import CONFIG_NAME, DataConfig, FinetuneConfig, MergeConfig, SplitConfig
+from deme_cli.errors import DemeError
+from deme_cli.records import BaseRecord, ExpertRecord, MergedRecord, SamplesRecord, TaskVectorRecord
+from deme_cli.reporting.command_words import (
     Names,
     command_line,
     output_words,
@@ -18,10 +21,8 @@ from deme_cli.commands.report_words import (
     setting_words,
     word,
 )
-from deme_cli.config import CONFIG_NAME, DataConfig, FinetuneConfig, MergeConfig, SplitConfig
-from deme_cli.errors import DemeError
-from deme_cli.records import BaseRecord, ExpertRecord, MergedRecord, SamplesRecord, TaskVectorRecord
 from deme_cli.reporting.folder import is_whole
+from deme_cli.reporting.protocol_lines import analysing, measuring, sampling
 from deme_cli.run_file import RunFile, read_run_file
 
 if TYPE_CHECKING:
@@ -93,17 +94,14 @@ def _trainings(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]
 
 def _training(record: ExpertRecord, run: RunFile) -> list[str]:
     """The options that trained an expert, without its range and its name."""
-    from deme_cli.commands.finetune import finetune
-
-    words = setting_words(finetune, FinetuneConfig, run, record.training)
+    words = setting_words(FinetuneConfig, run, record.training)
     source, flip = str(record.data.get("source", "")), record.training.get("flip")
     images: dict[str, Any] = {"source": source, "crop": record.training.get("crop")}
     if isinstance(flip, bool) and flip != (source != "digits"):  # else as it is by itself
         images["horizontal_flip"] = flip
     if source == run.settings(DataConfig).source:
         del images["source"]
-    renamed = {"source": "data", "horizontal_flip": "flip"}
-    words += setting_words(finetune, DataConfig, run, images, renamed=renamed)
+    words += setting_words(DataConfig, run, images)
     dtype = record.training.get("dtype", "fp32")
     return words + (["--dtype", str(dtype)] if dtype != "fp32" else [])
 
@@ -126,8 +124,6 @@ def _merges(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
 
 def _merging(record: MergedRecord, run: RunFile) -> list[str]:
     """The options of a merge besides its parents: given coefficients, a search, or a method."""
-    from deme_cli.commands.merge import merge
-
     search = record.search or {}
     values: dict[str, Any] = {"method": record.method, **record.settings}
     if "seed" in values:
@@ -136,7 +132,7 @@ def _merging(record: MergedRecord, run: RunFile) -> list[str]:
     if search.get("method") == "post-hoc EMA":
         return ["--ema-length", word(search["ema_length"])]
     if not search:
-        words = setting_words(merge, MergeConfig, run, values)
+        words = setting_words(MergeConfig, run, values)
         equal = [1 / len(record.parents)] * len(record.parents)
         if record.method in ("linear", "ties", "dare", "slerp") and record.coefficients != equal:
             words += ["-w", ",".join(map(word, record.coefficients))]
@@ -157,7 +153,7 @@ def _merging(record: MergedRecord, run: RunFile) -> list[str]:
         values["steps"] = protocol.get("steps")
     elif "," not in objective:
         values["loss_range"] = protocol.get("range")
-    words, dtype = setting_words(merge, MergeConfig, run, values), protocol.get("dtype", "fp32")
+    words, dtype = setting_words(MergeConfig, run, values), protocol.get("dtype", "fp32")
     return words + (["--dtype", str(dtype)] if dtype != "fp32" else [])
 
 
@@ -197,15 +193,11 @@ def _shared(lists: Sequence[Any]) -> Sequence[Any]:
 
 
 def _samples(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
-    from deme_cli.commands.report_measures import sampling
-
     for artifact, record in folder.of(SamplesRecord):
         yield sampling(record.protocol, artifact.name, run, names)
 
 
 def _evaluations(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
-    from deme_cli.commands.report_measures import measuring
-
     for name, document in folder.documents.items():
         is_table = "rows" in document and "schema_version" in document
         if is_table and "kind" not in document and "columns" not in document:
@@ -213,8 +205,6 @@ def _evaluations(folder: Folder, run: RunFile, names: Names) -> Iterator[list[st
 
 
 def _analyses(folder: Folder, run: RunFile, names: Names) -> Iterator[list[str]]:
-    from deme_cli.commands.report_measures import analysing
-
     for name, document in folder.documents.items():
         if words := analysing(document, name, run, names):
             yield words
