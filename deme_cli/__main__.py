@@ -6,8 +6,13 @@ import os
 import sys
 
 from deme_cli import console, processes
-from deme_cli.errors import DemeError
+from deme_cli.errors import DemeError, memory_told
 from deme_cli.interrupts import stops_told
+
+TOO_MUCH_AT_ONCE = (
+    "this does not fit into the memory of the device; use a smaller --batch-size, --dtype bf16, or "
+    "a device with more memory"
+)
 
 
 def main() -> None:
@@ -22,7 +27,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     has_failed = True
     try:
-        with stops_told():
+        with stops_told(), memory_told(TOO_MUCH_AT_ONCE):
             from deme_cli.app import app
 
             app()

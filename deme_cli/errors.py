@@ -84,3 +84,29 @@ def writing(path: Path) -> Iterator[None]:
         if advice is None:
             raise
         raise MissingError(f"{path}: {advice}") from error
+
+
+_OUT_OF_MEMORY = (  # what a RuntimeError says; accelerate's `should_reduce_batch_size` knows fewer
+    "out of memory",  # torch's allocators of CUDA, HIP, XPU and MPS; CUDA's own error 2
+    "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE, which allocate beside torch
+    "ALLOCATION_FAILED",  # the same of cuDNN since 9
+    "Invalid buffer size: ",  # MPS, of a tensor larger than a Metal buffer may be
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",  # Windows
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is how torch says that a device, or the processor, has too little memory."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def memory_told(message: str) -> Iterator[None]:
+    """Translate a lack of memory into a `MissingError` that says `message`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MissingError(message) from error

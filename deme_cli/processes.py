@@ -139,14 +139,14 @@ class World:
                     f"folder; to run each on its own, put WORLD_SIZE=1 before `deme`"
                 )
 
-    def has_failed(self) -> bool:
-        """Whether another process has ended by an error. Asks without waiting for anybody."""
+    def failure(self) -> int:
+        """The exit code of another process that ended by an error, or 0. Asks without waiting."""
         if self.is_alone:
-            return False
+            return 0
         try:
-            return bool(self._store.check(["code"]))
+            return int(self._store.get("code")) if self._store.check(["code"]) else 0
         except RuntimeError:  # the process that held the store
-            return True
+            return DemeError.exit_code
 
     def fail(self, error: DemeError) -> tuple[bool, int]:
         """Whether this process is the one to say why, and the exit code of all."""
@@ -155,8 +155,8 @@ class World:
         try:
             code = self._store.compare_set("code", "", str(error.exit_code))
             return self._store.add("said", 1) == 1, int(code)
-        except RuntimeError:  # the process that held the store was killed
-            return self.rank == 1, error.exit_code
+        except RuntimeError:  # the process that held the store: killed, if nobody heard why
+            return self.rank == 1 and error.exit_code == DemeError.exit_code, error.exit_code
 
     def leave(self, *, has_failed: bool) -> None:
         """Let go of the others: at once after an error, so that those who wait are told."""

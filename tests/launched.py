@@ -8,18 +8,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
 def launch(
     folder: Path, *words: object, num: int = 2,
     by_rank: Callable[[int], list[str]] = lambda rank: [],
-    machines: list[str] | None = None,
+    machines: list[str] | None = None, program: Sequence[str] = ("-m", "deme_cli"),
 ) -> list[subprocess.Popen]:  # fmt: skip
     """`num` processes of `deme WORDS`, which meet each other, in the folder or one below each.
 
-    On processors, for there may be fewer GPUs than processes.
+    On processors, for there may be fewer GPUs than processes. `program`: what Python runs instead.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -30,7 +30,7 @@ def launch(
     }  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "deme_cli", *map(str, words), *by_rank(rank)],
+            [sys.executable, *program, *map(str, words), *by_rank(rank)],
             cwd=folder / (machines[rank] if machines else "."),
             env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

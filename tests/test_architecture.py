@@ -102,7 +102,8 @@ def test_the_pipeline_commands_use_nothing_but_the_api() -> None:
     """What the command line can do, a notebook can do: their work lies behind `deme_cli.api`."""
     names = ("split", "finetune", "task_vector", "merge", "merge_options", "sample",
              "ensemble_sample", "eval", "eval_table", "stats", "export", "analyze",
-             "compare", "compare_result", "report", "inspect", "doctor", "version", "merge_show")  # fmt: skip
+             "compare", "compare_result", "report", "inspect", "doctor", "version",
+             "merge_show")  # fmt: skip
     for name in names:
         beyond = [
             module

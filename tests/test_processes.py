@@ -103,7 +103,7 @@ def test_alone_everything_is_as_it_was() -> None:
     error = DemeError("it failed")
     assert ALONE.fail(error) == (True, 1)
     assert ALONE.largest(7) == 7
-    assert not ALONE.has_failed()
+    assert ALONE.failure() == 0
     ALONE.require_same({"anything": 1})
     ALONE.leave(has_failed=True)
     requests = JointStopRequests(ALONE)

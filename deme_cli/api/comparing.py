@@ -118,11 +118,14 @@ def open_comparison(
         "seeds": None if seeds is None else tuple(seeds),
     }
     chosen = replace(read_plan(plan), **{k: v for k, v in given.items() if v is not None})
+    if data is not None:
+        images = {**chosen.tables.get("data", {}), "source": data}
+        chosen = replace(chosen, tables={**chosen.tables, "data": images})
     folder = output or Path(Path(plan).stem)
     with tempfile.TemporaryDirectory() as scratch:
         if leaves_nothing and not folder.exists():
             folder = Path(scratch)
-        run, base = base_of(chosen, run, folder / "base", model=model, data=data)
+        run, base = base_of(chosen, run, folder / "base", model=model)
         stage, flops = _stage(chosen, run, folder, base, device=device, dtype=dtype)
         rows = jobs_of(chosen, stage)
         job = ComparisonJob(chosen, stage, rows, _rows_of(rows, only), flops, Path(scratch))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,7 @@ if TYPE_CHECKING:
     from deme_cli.comparison.plan import Plan
 
 
-def base_of(
-    plan: Plan, run: RunFile, place: Path, *, model: str | None, data: str | None
-) -> tuple[RunFile, Path]:
+def base_of(plan: Plan, run: RunFile, place: Path, *, model: str | None) -> tuple[RunFile, Path]:
     """The base that every row starts from, and the `deme.toml` that goes with it.
 
     That of this folder, unless a model is asked for; else what an earlier run imported into
@@ -26,11 +23,11 @@ def base_of(
     """
     told = plan.tables.get("model", {})
     if run.path is not None and model is None:
-        return _with_data(run, data), run.base
+        return run, run.base
     source = model or told.get("source")
     if not (place / CONFIG_NAME).exists():
-        given = data or plan.tables.get("data", {}).get("source")
-        _import(source or "digits", given, told.get("pipeline"), plan.n, place)
+        data = plan.tables.get("data", {}).get("source")
+        _import(source or "digits", data, told.get("pipeline"), plan.n, place)
         source = None  # nothing to compare with
     found = read_run_file(place / CONFIG_NAME)
     if source is not None and not _is_of(found, source):
@@ -38,7 +35,7 @@ def base_of(
             f"{place}: made before from {found.tables['model']['source']!r}, not {source!r}; "
             f"choose another --output"
         )
-    return _with_data(found, data), found.base
+    return found, found.base
 
 
 def _import(source: str, data: str | None, pipeline: str | None, n: int, place: Path) -> None:
@@ -46,14 +43,6 @@ def _import(source: str, data: str | None, pipeline: str | None, n: int, place: 
     for assumed in done.facts["notes"]:
         console.warn(assumed)
     console.note(f"{done.record.source}: imported, {done.facts['parameters']:,} parameters")
-
-
-def _with_data(run: RunFile, data: str | None) -> RunFile:
-    """The run file with other images, where they were asked for."""
-    if data is None:
-        return run
-    images = {**run.tables.get("data", {}), "source": data}
-    return replace(run, tables={**run.tables, "data": images})
 
 
 def _is_of(run: RunFile, model: str) -> bool:

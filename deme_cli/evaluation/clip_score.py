@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deme_cli.diffusion.denoiser import choose_device
-from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.errors import ArtifactError, MissingError, is_out_of_memory
 from deme_cli.evaluation.clip_weights import ClipWeights
 from deme_cli.evaluation.networks import full_float32, last_line
 from deme_cli.evaluation.resizing import resize_all
@@ -136,7 +136,7 @@ def open_clip_scorer(
                 f"connect to the network, or give --clip-weights local-dir:FOLDER"
             ) from error
         except _UNREADABLE as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             raise ArtifactError(
                 f"{weights.path}: not the weights of CLIP {weights.model} ({last_line(error)})"

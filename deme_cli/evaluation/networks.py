@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deme_cli.artifacts import load_tensors
-from deme_cli.errors import ArtifactError
+from deme_cli.errors import ArtifactError, is_out_of_memory
 from deme_cli.evaluation.weights import FeatureWeights
 
 CLIP_MODEL = "ViT-B-32-quickgelu"  # OpenAI trained with QuickGELU
@@ -49,6 +49,8 @@ def load_script(path: Path, device: torch.device) -> torch.jit.ScriptModule:
             warnings.simplefilter("ignore", FutureWarning)  # torch.jit is on its way out
             return torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ArtifactError(
             f"{path}: not a readable TorchScript file ({last_line(error)}); fetch it again"
         ) from error
@@ -141,7 +143,7 @@ def run_network(network: Network, x: Tensor, *, where: Path, option: str) -> Ten
         with full_float32(x.device):
             output = network(x)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         height, width = x.shape[2:]
         raise ArtifactError(

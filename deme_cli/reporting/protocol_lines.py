@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from deme_cli.analysis_config import ANALYSES
-from deme_cli.config import DataConfig, EvalConfig, SampleConfig
+from deme_cli.config import DataConfig, EvalConfig, SampleConfig, SplitConfig
 from deme_cli.reporting.command_words import (
     Names,
     option_words,
@@ -25,7 +25,7 @@ _USUAL_SPACING = "leading"
 _OPTIONS: dict[str, dict[str, str | None]] = {
     "losses": {"split": "held-out", "dtype": "fp32"},
     "activations": {"split": "held-out", "dtype": "fp32", "range": None},
-    "landscape": {"split": "train"}, "trajectory": {"dtype": "fp32"},
+    "landscape": {"split": "train"},
 }  # fmt: skip
 
 
@@ -120,7 +120,10 @@ def analysing(
     words = ["analyze", kind, *models]
     data = protocol.get("data") or {}
     words += setting_words(ANALYSES[kind], run, protocol)
-    words += setting_words(SampleConfig, run, protocol) if kind == "trajectory" else []
+    if kind == "gradients":
+        words += setting_words(SplitConfig, run, {"n": protocol.get("n")})
+    elif kind == "trajectory":
+        words += _drawing({**protocol, "num": None}, run)
     if data.get("source") != run.settings(DataConfig).source:
         words += setting_words(DataConfig, run, data)
     for option, usual in _OPTIONS.get(kind, {}).items():

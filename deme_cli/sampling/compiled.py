@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from deme_cli.diffusion.compiling import is_compiled
+from deme_cli.diffusion.compiling import compile_calls, is_compiled
 from deme_cli.diffusion.denoiser import Denoiser
 
 
@@ -48,7 +48,7 @@ class CompiledNetworks:
             network = denoiser.network
             if self._num_loads > 1:
                 network = copy.deepcopy(network)
-            network.compile()
+            compile_calls(network, self._how)
             self._networks[key] = network
         elif network is not denoiser.network:
             torch._foreach_copy_(_tensors(network), _tensors(denoiser.network))

@@ -91,5 +91,5 @@ class DrawingStops(JointStopRequests):
         now = time.monotonic()
         if now - self._listened_at > _LISTEN_SECONDS:
             self._listened_at = now
-            if self._world.has_failed():
+            if self._world.failure():
                 raise Lost("another process of this launch ended")

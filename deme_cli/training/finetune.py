@@ -18,11 +18,11 @@ from torch import nn
 from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.compiling import compile_network
 from deme_cli.diffusion.threads import using_threads
-from deme_cli.errors import NumericsError
+from deme_cli.errors import NumericsError, memory_told
 from deme_cli.outputs import claim
 from deme_cli.processes import ALONE, JointStopRequests, World
 from deme_cli.training.data_parallel import add_up_gradients
-from deme_cli.training.gradients import Gradients, memory_told
+from deme_cli.training.gradients import Gradients, too_many_weights
 from deme_cli.training.materials import fill_caches
 from deme_cli.training.networks import fitting_threads, for_precision, open_networks
 from deme_cli.training.places import checkpoint_path, metrics_path
@@ -56,7 +56,7 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
         stack.enter_context(requests)
         world.wait()  # the output is ours, and what --force drops is gone
         stack.enter_context(using_threads(fitting_threads(run)))
-        with memory_told(run):
+        with memory_told(too_many_weights(run)):
             state, base = open_state(run, world)
         world.require_same({"updates done": state.step})
         files = stack.enter_context(RunFiles(run, state.step, world))
@@ -70,7 +70,7 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
             for losses in gradients.of_update():
                 window.add(losses)
             requests.exchange()
-            with memory_told(run):
+            with memory_told(too_many_weights(run)):
                 add_up_gradients([parameter for _, parameter in state.trained()], world)
                 state.update()
             at_checkpoint = _is_checkpoint(state.step, config)

@@ -1,16 +1,15 @@
 """The gradients of one update: batch after batch, each in parts as large as memory allows.
 
 B images of a batch over the whole launch. The gradient is that of the mean over B whatever part of
-a batch goes through the network at a time: every part is weighed by its share of B. Where a GPU's
-memory runs out, the parts are halved and the update begins anew; nothing of it was applied yet.
+a batch goes through the network at a time: every part is weighed by its share of B. Where memory
+runs out, the parts are halved and the update begins anew; nothing of it was applied yet.
 Each process does so for itself, for they meet when their gradients are there; where the network is
 divided among them, whose passes they make together, it ends the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from deme_cli.diffusion.conditions import to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES
-from deme_cli.errors import MissingError
+from deme_cli.errors import MissingError, is_out_of_memory
 from deme_cli.processes import ALONE, World
 from deme_cli.training.batches import Batch, Batches, derived_generator
 from deme_cli.training.objective import expert_losses
@@ -46,15 +45,17 @@ class Gradients:
     def of_update(self) -> list[Tensor]:
         """Add the gradients of the next update to `.grad`; the losses of its batches, (3,) each.
 
-        Raises MissingError where not one image fits into a GPU's memory.
+        Raises MissingError where not one image fits into the device's memory, and where the
+        network is divided, whose processes cannot go back in step, at the first lack of it.
         """
         while True:
             try:
-                with joint_passes() if self.run.shard else nullcontext():
+                with joint_passes(self.world) if self.run.shard else nullcontext():
                     return [self.of_batch(micro) for micro in range(self.run.config.accumulation)]
-            except torch.OutOfMemoryError:
-                pass  # outside, where nothing holds the activations of the failed pass any more
-            self._make_room()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._make_room()  # here nothing holds the activations of the failed pass any more
 
     def of_batch(self, micro: int) -> Tensor:
         """(Minimised, denoising, consistency) losses of one batch, or of this process's share.
@@ -116,25 +117,21 @@ class Gradients:
     def _make_room(self) -> None:
         """Halve the parts. Raises MissingError where they cannot be smaller."""
         self.state.optimizer.zero_grad(set_to_none=True)
-        if self.state.device.type == "cuda":
-            torch.cuda.empty_cache()  # blocks of the sizes that did not fit
+        if self.state.device.type != "cpu":  # blocks of the sizes that did not fit
+            torch.get_device_module(self.state.device).empty_cache()
         if self.at_once == 1 or self.run.clusters or self.run.shard:
             raise MissingError(out_of_memory(self.run, self.at_once))
         self.at_once = (self.at_once + 1) // 2
 
 
-@contextmanager
-def memory_told(run: Run) -> Iterator[None]:
-    """Where smaller parts would not help: translate a lack of memory into a MissingError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        tip = "leave out --ema-lengths, " if run.config.ema_lengths else ""
-        raise MissingError(
-            f"{run.denoiser.record.source}: the weights with their moments and averages do not fit "
-            f"into the device's memory; {tip}divide the network among several with --shard, or use "
-            f"a device with more memory"
-        ) from error
+def too_many_weights(run: Run) -> str:
+    """What to say of a lack of memory where smaller parts would not help."""
+    tip = "leave out --ema-lengths, " if run.config.ema_lengths else ""
+    tip += "use more processes" if run.shard else "divide the network among several with --shard"
+    return (
+        f"{run.denoiser.record.source}: the weights with their moments and averages do not fit "
+        f"into the device's memory; {tip}, or use a device with more memory"
+    )
 
 
 def out_of_memory(run: Run, size: int) -> str:
@@ -143,6 +140,7 @@ def out_of_memory(run: Run, size: int) -> str:
     images = "one image" if size == 1 else f"{size} images{why}"
     tips = [] if run.config.gradient_checkpointing else ["--gradient-checkpointing"]
     tips += ["--dtype bf16"] if run.dtype == "fp32" else []
+    tips += ["more processes"] if run.shard else []
     if size > 1:
         tips += ["a smaller --batch-size" if run.clusters else f"--micro-batch {size // 2}"]
     return (

@@ -102,7 +102,7 @@ def fill_caches(*examples: Examples | None, world: World = ALONE) -> Iterator[in
         for one in cached:
             for done in fill(one.cache, one.encoder):
                 yield before + done
-                if world.has_failed():
+                if world.failure():
                     raise Lost("another process of this launch ended while latents were cached")
                 if requests.asked:
                     raise requests.stopped(

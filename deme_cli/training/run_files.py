@@ -113,7 +113,7 @@ class RunFiles:
         """Of the averaged weights; a divided network is asked by all processes, for the same."""
         weights = state.averaged_weights()
         if self.run.shard:
-            with holding(state.network, weights), joint_passes():
+            with holding(state.network, weights), joint_passes(self.world):
                 return draws.loss(state.network)
         with uncompiled(state.network):  # other weights and batches than it was compiled for
             return draws.loss(state.network, weights=weights)

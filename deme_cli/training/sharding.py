@@ -8,6 +8,7 @@ not at all.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deme_cli.artifacts import ArtifactWriter
+from deme_cli.errors import is_out_of_memory
 from deme_cli.processes import Lost, World
 from deme_cli.records import Record
 from deme_cli.tensor_file import layout_of, tensor_bytes
 
+_LISTEN_SECONDS = 1.0  # less than a process that fails holds the store for the others
 _BLOCKS = (  # diffusers' classes that a network repeats; of nested ones the outermost counts
     "ResnetBlock2D", "Attention", "BasicTransformerBlock",
     "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock",
@@ -122,14 +125,34 @@ def holding(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
 
 
 @contextmanager
-def joint_passes() -> Iterator[None]:
-    """Translate what torch says in a pass through a divided network when a process has gone."""
+def joint_passes(world: World) -> Iterator[None]:
+    """Translate what torch says in a pass through a divided network when a process has gone.
+
+    A pass ends only when that process has, and with the first one the store goes that knows its
+    exit code: so it is listened for meanwhile.
+    """
+    is_over, code = threading.Event(), 0
+
+    def listen() -> None:
+        nonlocal code
+        while not code and not is_over.wait(_LISTEN_SECONDS):
+            code = world.failure()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            raise Lost(
+            lost = Lost(
                 "another process of this launch ended without a word (killed, or out of memory?); "
                 "run the same command again to continue from the last checkpoint"
-            ) from error
+            )
+            lost.exit_code = code or lost.exit_code
+            raise lost from error
         raise
+    finally:
+        is_over.set()
+        listener.join()

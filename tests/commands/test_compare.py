@@ -243,6 +243,13 @@ def test_options_win_over_the_plan(folder: Path, deme: Deme) -> None:
     assert "2 x 500 updates" not in said, "its projection costs, so it has fewer"
 
 
+def test_images_that_are_asked_for_win_over_those_of_the_plan(empty: Path, deme: Deme) -> None:
+    (empty / "tiny.toml").write_text(f'{PLAN}\n[data]\nsource = "digits"\n')
+    done = compare(deme, "--dry-run", "--data", "nowhere")
+    assert isinstance(done.exception, MissingError)
+    assert "nowhere" in str(done.exception)
+
+
 def test_only_the_rows_that_are_asked_for_are_worked_on(empty: Path, deme: Deme) -> None:
     said = compare(deme, "--dry-run", "--only", "Mer*").stderr
     assert "Merged, seed 0: merge" in said

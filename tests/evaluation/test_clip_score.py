@@ -175,3 +175,14 @@ def test_a_folder_of_another_kind_is_refused(tmp_path: Path, clip_folder: Path) 
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="missing 'model_cfg'"):
         load_clip_scorer("ViT-g-14", f"local-dir:{tmp_path}")
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_weights(
+    clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 7.23 GB)")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", refuse)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        load_clip_scorer("", f"local-dir:{clip_folder}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deme_cli.data.images import open_images
 from deme_cli.errors import ArtifactError
 from deme_cli.evaluation.features import image_features, load_extractor
-from deme_cli.evaluation.networks import quiet_clean_fid
+from deme_cli.evaluation.networks import quiet_clean_fid, run_network
 
 
 @pytest.fixture
@@ -123,6 +123,23 @@ def test_any_torchscript_of_images_to_features_will_do(tmp_path: Path) -> None:
 def test_images_of_a_size_the_network_cannot_take_are_refused() -> None:
     with pytest.raises(ArtifactError, match="fails on 32x32 images"):
         load_extractor("digits").num_features((3, 32, 32))
+
+
+NO_MEMORY = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+
+
+def refuse(*args: object, **options: object) -> Tensor:
+    raise RuntimeError(NO_MEMORY)
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_images_or_the_file(
+    tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        run_network(refuse, torch.zeros(2, 3, 8, 8), where=tmp_path, option="--features")
+    monkeypatch.setattr(torch.jit, "load", refuse)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        load_extractor("inception", weights=stand_in)
 
 
 def test_a_broken_torchscript_is_refused(tmp_path: Path) -> None:

@@ -31,8 +31,13 @@ def images_of(experts: list[SamplingExpert], config: SampleConfig, **options: ob
 def compiled_ones(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The networks that are compiled where it is on; calls stay plain, so that it takes no time."""
     found: list[nn.Module] = []
+
+    def compile(network: nn.Module) -> None:
+        found.append(network)
+        network._compiled_call_impl = network._call_impl
+
     monkeypatch.setattr(compiled_module, "is_compiled", lambda device, how, **_: how == "on")
-    monkeypatch.setattr(nn.Module, "compile", lambda network: found.append(network))
+    monkeypatch.setattr(nn.Module, "compile", compile)
     return found
 
 

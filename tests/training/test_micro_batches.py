@@ -22,7 +22,7 @@ from deme_cli.launch import Launch
 from deme_cli.processes import ALONE, World
 from deme_cli.training.averages import Average
 from deme_cli.training.finetune import open_state, train
-from deme_cli.training.gradients import Gradients
+from deme_cli.training.gradients import Gradients, too_many_weights
 from deme_cli.training.networks import open_networks
 from deme_cli.training.plan import Job
 from deme_cli.training.prefetch import open_batches
@@ -31,6 +31,7 @@ from deme_cli.training.run import Run
 CONFIG = FinetuneConfig(
     steps=3, batch_size=10, accumulation=2, lr=1e-3, checkpoint_every=100, held_out=0
 )
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +92,11 @@ def test_activations_computed_again_are_the_same_bit_for_bit(run: Run) -> None:
 
 
 @pytest.fixture
-def most(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+def most(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Let UNets that get gradients take so many images at most; the numbers that were tried."""
     from diffusers import UNet2DModel
 
-    def limit(num: int) -> list[int]:
+    def limit(num: int, text: str = OUT_OF_MEMORY) -> list[int]:
         tried: list[int] = []
         forward = UNet2DModel.forward
 
@@ -104,7 +105,7 @@ def most(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
             if torch.is_grad_enabled():
                 tried.append(len(sample))
                 if len(sample) > num:
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                    raise RuntimeError(text)
             return output
 
         monkeypatch.setattr(UNet2DModel, "forward", with_limit)
@@ -126,6 +127,30 @@ def test_where_memory_runs_out_parts_are_halved_and_the_expert_is_the_same(
     for name, tensor in load_tensors(run.output).items():
         if not name.endswith("to_k.bias"):  # see test_data_parallel.py
             torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "MPS backend out of memory (MPS allocated: 7.23 GB, max allowed: 9.07 GB).",
+    ],
+)
+def test_parts_are_halved_however_a_device_says_that_its_memory_ran_out(
+    run: Run, most: Callable[..., list[int]], text: str
+) -> None:
+    tried = most(3, text)
+    update_of(replace(run, config=replace(CONFIG, accumulation=1)))
+    assert tried == [10, 5, 2, 3, 2, 3]
+
+
+def test_what_is_no_lack_of_memory_is_told_as_it_is(
+    run: Run, most: Callable[..., list[int]]
+) -> None:
+    tried = most(3, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")
+    with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
+        update_of(run)
+    assert tried == [10]
 
 
 @pytest.fixture
@@ -161,7 +186,7 @@ def test_weights_that_do_not_fit_are_told_with_what_helps(
     run: Run, monkeypatch: pytest.MonkeyPatch, place: type, method: str
 ) -> None:
     def refuse(self: object, *args: object, **kwargs: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 7.23 GB, max allowed: 9 GB)")
 
     monkeypatch.setattr(place, method, refuse)
     with pytest.raises(MissingError, match=r"moments and averages .*memory; divide the netw"):
@@ -169,6 +194,9 @@ def test_weights_that_do_not_fit_are_told_with_what_helps(
     longer = replace(run, config=replace(CONFIG, ema_lengths=[0.1]))
     with pytest.raises(MissingError, match="leave out --ema-lengths, divide"):
         list(train(longer))
+    divided = too_many_weights(replace(run, shard=True))
+    assert "use more processes" in divided
+    assert "--shard" not in divided
 
 
 def test_losses_that_are_balanced_need_whole_batches(

@@ -1,0 +1,85 @@
+"""What a library says of too little memory is one line, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_tiny_base
+from diffusers import UNet2DModel
+
+from deme_cli.__main__ import main
+from deme_cli.errors import is_out_of_memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 7.23 GB, max allowed: 9.07 GB)."),
+        RuntimeError("Invalid buffer size: 19.45 GB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 2359296 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you "
+            "tried to allocate 911360 bytes."
+        ),
+    ],
+)
+def test_a_lack_of_memory_is_recognised_however_it_is_said(error: RuntimeError) -> None:
+    assert is_out_of_memory(error)
+
+
+def test_a_processor_says_it_as_it_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(found.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed"
+        ),
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+        ),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x5 and 3x2)"),
+        ValueError("CUDA out of memory."),
+    ],
+)
+def test_other_errors_are_not_taken_for_a_lack_of_memory(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("CUDA out of memory. Tried to allocate 2.00 GiB", 3), ("some bug", None)]
+)
+def test_a_lack_of_memory_that_nobody_mends_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    text: str, code: int | None,
+) -> None:  # fmt: skip
+    write_tiny_base(tmp_path / "base.safetensors")
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(self: object, *args: object, **options: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(UNet2DModel, "forward", refuse)
+    words = ["sample", "base.safetensors", "-n", "1", "--steps", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["deme", *words])
+    with pytest.raises(SystemExit if code else RuntimeError) as ended:
+        main()
+    if code:
+        assert ended.value.code == code
+        line = capfd.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("deme: this does not fit into the memory of the device; use a smal")
