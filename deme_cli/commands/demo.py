@@ -15,10 +15,12 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
+from deme_cli.api.demonstrating import draw_models, finetune_side_by_side
 from deme_cli.commands.options import Json, Quiet
 from deme_cli.errors import ConfigError, MissingError
 
 NUM_RANGES = 4
+EXPERTS = [f"ft_{index}of{NUM_RANGES}.safetensors" for index in range(1, NUM_RANGES + 1)]
 MODELS = ("base", "control", "ensemble", "merged")
 
 
@@ -80,30 +82,30 @@ def demo(
 
 def _pipeline(context: typer.Context, size: Size) -> list[dict[str, Any]]:
     """Run the commands in the current folder; returns the rows of the evaluation."""
-    experts = [f"ft_{index}of{NUM_RANGES}.safetensors" for index in range(1, NUM_RANGES + 1)]
-    models = ["base.safetensors", "control.safetensors", *experts, "merged.safetensors"]
+    experts = " ".join(EXPERTS)
+    models = f"base.safetensors control.safetensors {experts} merged.safetensors"
 
     _run(context, f"split digits -n {NUM_RANGES} --force")
     _train_experts_beside_control(size)
-    _run(context, f"task-vector {' '.join(experts)} --force")
+    _run(context, f"task-vector {experts} --force")
     _run(
         context,
-        f"merge {' '.join(experts)} --search grid --objective fid --num {size.candidates} "
+        f"merge {experts} --search grid --objective fid --num {size.candidates} "
         f"--no-report --force",
     )
     _run(
         context,
-        f"eval {' '.join(models)} --fid digits --num {size.num} --repeats {size.repeats} "
+        f"eval {models} --fid digits --num {size.num} --repeats {size.repeats} "
         f"--output eval.json --force",
     )
     for model in MODELS:
         command = f"sample {model}.safetensors"
         if model == "ensemble":
-            command = f"ensemble-sample {' '.join(experts)}"
+            command = f"ensemble-sample {experts}"
         _run(context, f"{command} -n 24 -o {model}-samples.safetensors --force", quiet=True)
     _run(
         context,
-        f"analyze losses {' '.join(models)} --buckets {size.buckets} --num {size.draws} --force",
+        f"analyze losses {models} --buckets {size.buckets} --num {size.draws} --force",
     )
     rows = json.loads(Path("eval.json").read_text())["rows"]
     _draw(rows, size)
@@ -127,9 +129,6 @@ def _run(context: typer.Context, command: str, *, quiet: bool = False) -> None:
 
 def _train_experts_beside_control(size: Size) -> None:
     """The four experts in one process, plain finetuning with as many updates in another."""
-    from deme_cli.training.jobs import RangeProcess, run_jobs
-    from deme_cli.training.places import metrics_path
-
     experts = f"finetune --range all --steps {size.steps} --force"
     control = (
         f"finetune --range 1/1 --p 0 --consistency 0 --projection none "
@@ -137,26 +136,15 @@ def _train_experts_beside_control(size: Size) -> None:
     )
     _show(f"{experts}      # and beside it, as control:")
     _show(control)
-    curves = [
-        metrics_path(Path(f"ft_{i}of{NUM_RANGES}.safetensors")) for i in range(1, NUM_RANGES + 1)
-    ]
-    processes = [
-        RangeProcess("experts", [*shlex.split(experts), "--quiet"], curves),
-        RangeProcess(
-            "control", [*shlex.split(control), "--quiet"], [metrics_path(Path("control"))]
-        ),
-    ]
-    for path in (*curves, metrics_path(Path("control"))):
-        path.unlink(missing_ok=True)
-    with console.progress("finetune", 2 * NUM_RANGES * size.steps, "update") as bar:
-        for steps in run_jobs(processes, at_once=2):
-            bar.advance(sum(steps.values()), "  ".join(f"{k} {v}" for k, v in steps.items()))
+    finetune_side_by_side(
+        {"experts": shlex.split(experts), "control": shlex.split(control)},
+        {"experts": [Path(name) for name in EXPERTS], "control": [Path("control.safetensors")]},
+        updates=2 * NUM_RANGES * size.steps,
+    )
 
 
 def _draw(rows: list[dict[str, Any]], size: Size) -> None:
     """The held-out losses by range, as a table, and the picture of everything."""
-    from deme_cli.analysis.demo_picture import SummaryRow, draw_summary
-
     document = json.loads(Path("losses.json").read_text())
     losses = {model["name"]: model["loss_by_range"] for model in document["models"]}
     console.table(
@@ -174,17 +162,17 @@ def _draw(rows: list[dict[str, Any]], size: Size) -> None:
         ],
     )
     metric = "frechet_digits"
-    summary = [
-        SummaryRow(
-            model,
-            Path(f"{model}-samples.safetensors"),
-            tuple(row["metrics"][metric]["values"]),
-            tuple(losses[model]),
-        )
-        for model, row in zip(MODELS, rows, strict=True)
-    ]
     protocol = (
         f"Fréchet distance on digit features, {size.num} images, {size.repeats} seeds shared by "
         f"all rows, DDIM; coefficients searched on other seeds and data"
     )
-    draw_summary(summary, document["ranges"], Path("demo.png"), metric=metric, protocol=protocol)
+    figures = zip(MODELS, rows, strict=True)
+    draw_models(
+        Path("demo.png"),
+        {model: Path(f"{model}-samples.safetensors") for model in MODELS},
+        {model: row["metrics"][metric]["values"] for model, row in figures},
+        losses,
+        ranges=document["ranges"],
+        metric=metric,
+        protocol=protocol,
+    )

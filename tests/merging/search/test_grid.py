@@ -7,7 +7,6 @@ import math
 
 import pytest
 
-from deme_cli.commands.merge_options import parse_lists
 from deme_cli.errors import ConfigError, NumericsError
 from deme_cli.ladder import Rung
 from deme_cli.merging.search.fixed_points import FixedPoints
@@ -15,6 +14,7 @@ from deme_cli.merging.search.grid import grid_points, resolve_grid
 from deme_cli.merging.search.run import Search
 from deme_cli.merging.search.space import Point, Space
 from deme_cli.merging.search.trials import Asked, Trial, ranked, trials_of
+from deme_cli.settings import parse_lists
 
 TARGET = (0.5, 0.25, 1.0)
 GRID = ((0.0, 0.5, 1.0), (0.0, 0.25), (0.0, 1.0))
