@@ -20,7 +20,7 @@ from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import load_denoiser, predict
 
 TRAINING = (
-    "--steps", 2, "--batch-size", 4, "--accumulation", 1, "--resolution", 16, "--lr", 1e-3,
+    "--steps", 2, "--batch-size", 4, "--accumulation", 1, "--lr", 1e-3,
     "--held-out", 0,
 )  # fmt: skip
 
@@ -46,6 +46,8 @@ def test_experts_are_trained_merged_drawn_from_and_exported(
         assert result.exit_code == 0, (words, result.exception, result.output)
 
     done("split", pipelines(name), "--data", image_folder, "-n", 2)
+    settings = Path("deme.toml").read_text()
+    Path("deme.toml").write_text(settings.replace("[data]", "[data]\nresolution = 16"))
     record = read_record(Path("base.safetensors"), "base")
     companions = open_companions(record)
     done("finetune", "--range", "all", *TRAINING)

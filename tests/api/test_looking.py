@@ -90,20 +90,6 @@ def test_what_cannot_be_looked_at_is_told_as_by_the_command_line(searched) -> No
         deme_cli.compare("table3", only=["Nobody"], output=searched / "table3")
 
 
-def test_a_comparison_in_python_is_the_table_and_says_what_has_failed(
-    deme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("tiny.toml").write_text(PLAN)
-    both = deme_cli.compare("tiny.toml")
-    assert [name for name, _ in both.failures] == ["Broken"]
-    told = deme("compare", "tiny.toml", "--table", "--json")
-    document = json.loads(told.stdout)
-    assert told.exception.exit_code == both.failures[0][1].exit_code == 5
-    assert {name: document[name] for name in both.document} == json.loads(json.dumps(both.document))
-    assert [path.name for path in both.paths] == [Path(path).name for path in document["paths"]]
-
-
 def test_what_cannot_be_done_is_said_before_torch_is_loaded(run_folder: Path) -> None:
     Path("two.toml").write_text(PLAN)
     Path("report.html").touch()

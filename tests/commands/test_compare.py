@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 from typer.testing import CliRunner, Result
 
+import deme_cli
 from deme_cli.app import app
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 
@@ -174,6 +175,14 @@ def test_run_again_it_runs_nothing_and_tells_the_same(folder: Path, deme: Deme) 
     assert shown.pop("paths") == [f"tiny/compare.{s}" for s in ("md", "csv", "json", "png", "svg")]
     assert shown == json.loads(told)
     assert done.stderr == ""
+
+
+def test_in_python_it_is_the_same_table(folder: Path, deme: Deme) -> None:
+    found = deme_cli.compare("tiny.toml", device="cpu")
+    told = json.loads(compare(deme, "--table", "--json").stdout)
+    assert {name: told[name] for name in found.document} == json.loads(json.dumps(found.document))
+    assert [str(path.relative_to(folder)) for path in found.paths] == told["paths"]
+    assert found.failures == []
 
 
 def test_the_table_of_what_is_finished_runs_nothing(folder: Path, deme: Deme) -> None:
