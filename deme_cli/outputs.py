@@ -38,7 +38,7 @@ def require_space(path: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise MissingError(
-            f"{path}: needs {num_bytes / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free; "
+            f"{path}: needs {num_bytes / 1e6:,.2f} MB, the disk has {free / 1e6:,.2f} MB free; "
             f"free some space or choose another --output"
         )
 

@@ -174,7 +174,8 @@ def _find_features(
     features = choose_features(settings.features, [source for source in (fid, kid) if source])
     resize = settings.resize
     for source in (fid, kid):
-        if source and Path(source).exists():  # a wrong file is told before missing weights
+        if source and (Path(source).exists() or not reference_assets(source, features, resize)):
+            # what cannot be a reference is told before missing weights
             find_reference(source, features, resize)
     assets = weights_assets(features, resize, weights_path)
     if fid:
