@@ -1,4 +1,4 @@
-"""The options of `deme merge`: lists and globs to be read, and which go with what."""
+"""The options of `deme merge`: coefficients by glob, and which option goes with what."""
 
 from __future__ import annotations
 

@@ -24,17 +24,13 @@ from deme_cli.settings import Settings, flags_of, help_of
 
 COMMON = "Common"
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-
-
 Given = dict[str, Any]  # values of settings, by name; None where an option was not given
 
 
 @dataclass(frozen=True)
 class OptionsOf:
-    """Says of a command's parameter that it holds the options of a table of settings.
-
-    Those that are `named`, or all, but for those `without`.
-    """
+    """Says of a command's parameter that it holds options of a table of settings: those that are
+    `named`, or all, but for those `without`."""
 
     config: type[Settings]
     named: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from deme_cli.comparison.results import (
     RowResult,
     SearchCost,
 )
-from deme_cli.evaluation.summary import Difference
+from deme_cli.evaluation.summary import Difference, interval_of
 
 LONGEST_REASON = 200  # characters of a failure in a table; CSV and JSON have the whole
 
@@ -98,15 +98,6 @@ def difference_of(row: RowResult, other: RowResult, column: Column) -> RowDiffer
         interval=interval_of(sample),
         over=OVER_TRAINING if is_over_training else OVER_EVALUATION,
     )
-
-
-def interval_of(sample: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean of two numbers or more (Student's t)."""
-    from scipy.special import stdtrit
-
-    count, mean = len(sample), float(np.mean(sample))
-    half = float(stdtrit(count - 1, 0.975)) * float(np.std(sample, ddof=1)) / count**0.5
-    return mean - half, mean + half
 
 
 def _by_seed(row: RowResult, column: Column) -> dict[int | None, np.ndarray]:

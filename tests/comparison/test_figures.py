@@ -8,7 +8,6 @@ from deme_cli.comparison.figures import (
     cell_of,
     difference_of,
     digits_of,
-    interval_of,
     search_of,
     status_of,
     winner,
@@ -23,6 +22,7 @@ from deme_cli.comparison.results import (
     RowResult,
     SearchCost,
 )
+from deme_cli.evaluation.summary import interval_of
 
 FID = Column("fid")
 ACCURACY = Column("accuracy", lower_is_better=False)
