@@ -4,7 +4,8 @@
 
 of the features I of image i and T of its prompt, with open_clip's own preprocessing and tokenizer,
 in float32; cosines and their mean are float64. A prompt of more tokens than CLIP's context (77)
-loses its end, so such prompts are counted.
+loses its end, so such prompts are counted. On CUDA devices images are preprocessed in batches where
+they lie, to the same levels, unless open_clip resizes in a way of its own.
 B batch, H x W pixels, d features, L context length.
 """
 
@@ -27,8 +28,8 @@ from torch.nn import functional
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.errors import ArtifactError, MissingError, is_out_of_memory
 from deme_cli.evaluation.clip_weights import ClipWeights
-from deme_cli.evaluation.networks import full_float32, last_line
-from deme_cli.evaluation.resizing import resize_all
+from deme_cli.evaluation.networks import full_float32, last_line, to_input
+from deme_cli.evaluation.resizing import BatchResizer, resize_all, resize_as_pillow
 from deme_cli.hub import offline_reason, stay_offline
 
 Tokenizer = Callable[..., Tensor]  # prompts, context_length -> int64 (B, L)
@@ -51,7 +52,10 @@ class Pairs:
 
 @dataclass(frozen=True)
 class ClipScorer:
-    """A loaded CLIP with its preprocessing and tokenizer."""
+    """A loaded CLIP with its preprocessing and tokenizer.
+
+    `preprocess_batch` works on the device and comes first.
+    """
 
     weights: ClipWeights
     model: Clip
@@ -59,6 +63,7 @@ class ClipScorer:
     tokenizer: Tokenizer
     device: torch.device
     batch_size: int = 128
+    preprocess_batch: BatchResizer | None = None
 
     def compare(self, images: np.ndarray, prompts: Sequence[str]) -> Pairs:
         """The cosine of each image and its own prompt.  images: uint8 (B, H, W, C), C of 1 or 3"""
@@ -73,7 +78,10 @@ class ClipScorer:
     @torch.inference_mode()
     def _image_features(self, images: np.ndarray) -> Tensor:
         """Unit vectors (B, d) float64."""
-        x = torch.from_numpy(resize_all(images, self._prepare)).to(self.device)
+        if self.preprocess_batch is None:
+            x = torch.from_numpy(resize_all(images, self._prepare)).to(self.device)
+        else:
+            x = self.preprocess_batch(to_input(images, self.device))
         with full_float32(self.device):
             return _unit(self.model.encode_image(x))
 
@@ -142,7 +150,31 @@ def open_clip_scorer(
                 f"{weights.path}: not the weights of CLIP {weights.model} ({last_line(error)})"
             ) from error
     model.eval().requires_grad_(False)
-    return ClipScorer(weights, model, preprocess, tokenizer, place, batch_size)
+    in_batches = batch_preprocess(preprocess, place)
+    return ClipScorer(weights, model, preprocess, tokenizer, place, batch_size, in_batches)
+
+
+def batch_preprocess(preprocess: Any, device: torch.device) -> BatchResizer | None:
+    """open_clip's preprocessing for batches on `device`; None where that itself is to do it.
+
+    It is a torchvision `Compose`: a resizer, perhaps a centre crop to its size, conversion to a
+    tensor of three channels in [0, 1], and mean and std at the end. Where it fits the long side,
+    or a size that is no square, the resizer is open_clip's own.
+    """
+    from torchvision.transforms import Resize
+    from torchvision.transforms.functional import normalize
+
+    resize, *_, scale = preprocess.transforms
+    if device.type != "cuda" or not isinstance(resize, Resize):
+        return None
+    size = [resize.size] if isinstance(resize.size, int) else resize.size
+    interpolation = resize.interpolation.value
+
+    def in_batches(images: Tensor) -> Tensor:
+        levels = resize_as_pillow(images, size, interpolation)
+        return normalize(levels / 255, scale.mean, scale.std)
+
+    return in_batches
 
 
 def _expect_hub(config: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 B batch, C channels (1 or 3), H x W pixels, d features. Images come as uint8 (B, H, W, C); grey
 ones are repeated to three channels. Features go out as float64 (B, d), computed in float32. On CUDA
-devices no image passes Pillow, unless for CLIP.
+devices no image passes Pillow.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from deme_cli.evaluation.networks import (
 from deme_cli.evaluation.resizing import (
     BatchResizer,
     Resizer,
+    clip_batch_resizer,
     clip_resizer,
     in_colour,
     inception_batch_resizer,
@@ -111,7 +112,8 @@ def open_extractor(
         resize_image = inception_resizer(weights.resize)
         resize_batch = inception_batch_resizer(weights.resize, place)
     elif weights.family == "clip":
-        network, resize_image = load_clip(weights.path, place), clip_resizer()
+        network = load_clip(weights.path, place)
+        resize_image, resize_batch = clip_resizer(), clip_batch_resizer(place)
     else:
         network = load_script(weights.path, place)
     return Extractor(weights, network, resize_image, place, batch_size, resize_batch)

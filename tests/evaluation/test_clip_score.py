@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,15 @@ import pytest
 import torch
 from PIL import Image
 from tiny_clip import CONFIG, write_clip
+from torchvision.transforms import Compose
 
 from deme_cli import hub
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.assets import hub_cache
-from deme_cli.evaluation.clip_score import ClipScorer, open_clip_scorer
+from deme_cli.evaluation.clip_score import ClipScorer, batch_preprocess, open_clip_scorer
 from deme_cli.evaluation.clip_weights import find_clip, require_clip
 from deme_cli.evaluation.meters import ClipMeter
+from deme_cli.evaluation.networks import to_input
 
 PROMPTS = ["a seven", "a red bus in the rain", "a seven", "two dogs, one cat"]
 
@@ -82,6 +85,64 @@ def test_grey_images_count_as_three_equal_channels(clip_folder: Path, images: np
     np.testing.assert_array_equal(
         scorer.compare(grey, PROMPTS).cosines,
         scorer.compare(np.repeat(grey, 3, axis=3), PROMPTS).cosines,
+    )
+
+
+CUDA = torch.device("cuda")  # what is made for it works anywhere
+
+
+def preprocessing(size: int | tuple[int, int], **settings: str) -> Compose:
+    return open_clip.image_transform(size, is_train=False, **settings)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+@pytest.mark.parametrize(
+    ("size", "resize_mode"),
+    [(32, "shortest"), ((32, 32), "shortest"), (40, "squash"), ((30, 44), "squash")],
+)
+def test_batches_are_preprocessed_as_open_clip_does(
+    size: int | tuple[int, int], resize_mode: str, interpolation: str, images: np.ndarray
+) -> None:
+    one_by_one = preprocessing(size, resize_mode=resize_mode, interpolation=interpolation)
+    in_batches = batch_preprocess(one_by_one, CUDA)
+    for chosen in (images, images[:, :, :27], images[:, :17], images[:, 1:, :13]):
+        wanted = torch.stack([one_by_one(Image.fromarray(image)) for image in chosen])
+        assert torch.equal(in_batches(to_input(chosen, torch.device("cpu"))), wanted)
+
+
+def test_what_open_clip_resizes_in_a_way_of_its_own_is_left_to_it() -> None:
+    assert batch_preprocess(preprocessing(32, resize_mode="longest"), CUDA) is None
+    assert batch_preprocess(preprocessing((30, 44), resize_mode="shortest"), CUDA) is None
+    for device in ("cpu", "mps"):
+        assert batch_preprocess(preprocessing(32), torch.device(device)) is None
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_on_the_device_fit_their_prompts_as_well(
+    clip_folder: Path, images: np.ndarray, channels: int
+) -> None:
+    scorer = load_clip_scorer("", f"local-dir:{clip_folder}")
+    assert scorer.preprocess_batch is None
+    in_batches = replace(scorer, preprocess_batch=batch_preprocess(scorer.preprocess, CUDA))
+    images = images[..., :channels]
+    np.testing.assert_allclose(
+        in_batches.compare(images, PROMPTS).cosines,
+        scorer.compare(images, PROMPTS).cosines,
+        rtol=0,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_cosines_of_the_cpu(clip_folder: Path, images: np.ndarray) -> None:
+    weights = find_clip("", f"local-dir:{clip_folder}")
+    on_cpu, on_gpu = (open_clip_scorer(weights, device=name) for name in ("cpu", "cuda"))
+    assert on_gpu.preprocess_batch is not None
+    np.testing.assert_allclose(
+        on_gpu.compare(images, PROMPTS).cosines,
+        on_cpu.compare(images, PROMPTS).cosines,
+        rtol=0,
+        atol=1e-5,
     )
 
 
