@@ -20,7 +20,7 @@ from deme_cli.config import DataConfig
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.records import DenoiserRecord
-from deme_cli.sampling.sampler import seeded_noise
+from deme_cli.sampling.noise import seeded_noise
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import derived_generator
 from deme_cli.training.examples import Examples

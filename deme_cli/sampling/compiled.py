@@ -1,9 +1,10 @@
-"""One compiled network for all who denoise: its weights become those of the one whose turn it is.
+"""One compiled step for all who denoise: its weights become those of the one whose turn it is.
 
 Compiling takes a minute, copying weights on a GPU about as long as reading them twice. So the
 experts of an ensemble, and the models of a table, are kept as plain weights and copied in place
-into the one network that is compiled. A network of another structure (block projections, another
-config) gets a compiled one of its own.
+into the network of the one step that is compiled. A network of another structure (block
+projections, another config) gets a compiled step of its own.
+B batch, C channels, h x w pixels of latents.
 """
 
 from __future__ import annotations
@@ -11,48 +12,83 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from deme_cli.diffusion.compiling import compile_calls, is_compiled
+from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.denoiser import Denoiser
+from deme_cli.sampling.guidance import predict_guided
+from deme_cli.sampling.step_table import advance
+
+
+class Step(nn.Module):
+    """One step with a network, as one graph: scaled, guided and, by a row of a table, advanced."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.network = denoiser.network
+        self._backbone, self._dtype = denoiser.backbone, denoiser.dtype
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, told: Conditions, *,
+        scale: float | None, row: Tensor | None = None, noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """What the network sees, what it says, and x_{t'}; without a row the last is x_t.
+
+        x_t, noise: (B, C, h, w) float32   t: ()   told, scale: as in `predict_guided`   row: as in
+        `step_table`   ->   three of (B, C, h, w) float32
+        """
+        seen = x_t if row is None else row[0] * x_t
+        output = predict_guided(
+            self._backbone, self.network, seen.to(self._dtype), t, told, scale=scale
+        )
+        return seen, output, x_t if row is None else advance(row, x_t, output, noise)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A denoiser, and what its steps go through."""
+
+    denoiser: Denoiser
+    step: Step
 
 
 class CompiledNetworks:
-    """Compiled networks by structure. how, num_forwards: as `is_compiled` takes them.
+    """Compiled steps by structure. how, num_forwards: as `is_compiled` takes them.
 
-    num_loads: how many denoisers will come; a single one is compiled itself, without a copy.
+    num_loads: how many denoisers will come; the network of a single one is not copied.
     """
 
     def __init__(self, how: str, *, num_forwards: int, num_loads: int) -> None:
         self._how, self._num_forwards, self._num_loads = how, num_forwards, num_loads
-        self._networks: dict[Hashable, nn.Module] = {}
+        self._steps: dict[Hashable, Step] = {}
 
     def is_on(self, device: torch.device) -> bool:
-        """Whether calls are compiled on `device`. Raises what `is_compiled` raises."""
+        """Whether steps are compiled on `device`. Raises what `is_compiled` raises."""
         return is_compiled(device, self._how, num_forwards=self._num_forwards)
 
     @torch.no_grad()
-    def carry(self, denoiser: Denoiser) -> Denoiser:
-        """`denoiser` with compiled calls, until the next one is carried; as it is, if they are off.
+    def carry(self, denoiser: Denoiser) -> Carried:
+        """`denoiser` with compiled steps, until the next one is carried; with plain ones if off.
 
-        Its weights are copied, so that it may be let go.
+        Where they are compiled its weights are copied, so that it may be let go.
         """
         if not self.is_on(denoiser.device):
-            return denoiser
+            return Carried(denoiser, Step(denoiser))
         key = _structure(denoiser)
-        network = self._networks.get(key)
-        if network is None:
-            network = denoiser.network
+        step = self._steps.get(key)
+        if step is None:
+            own = denoiser
             if self._num_loads > 1:
-                network = copy.deepcopy(network)
-            compile_calls(network, self._how)
-            self._networks[key] = network
-        elif network is not denoiser.network:
-            torch._foreach_copy_(_tensors(network), _tensors(denoiser.network))
-        return replace(denoiser, network=network)
+                own = replace(denoiser, network=copy.deepcopy(denoiser.network))
+            step = self._steps[key] = Step(own)
+            compile_calls(step, self._how)
+        elif step.network is not denoiser.network:
+            torch._foreach_copy_(_tensors(step.network), _tensors(denoiser.network))
+        return Carried(replace(denoiser, network=step.network), step)
 
 
 UNCOMPILED = CompiledNetworks("off", num_forwards=0, num_loads=0)

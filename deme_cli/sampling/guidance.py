@@ -7,39 +7,23 @@ holds for v, x_0 and velocities as well. Both predictions come from one forward 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from deme_cli.diffusion.conditions import Conditions, to
-from deme_cli.diffusion.denoiser import Denoiser
+from deme_cli.diffusion.backbones.backbone import Backbone
+from deme_cli.diffusion.conditions import Conditions
 
 
 def predict_guided(
-    denoiser: Denoiser, x_t: Tensor, t: Tensor, conditions: Conditions, *, scale: float | None,
-    size: int = 0,
+    backbone: Backbone, network: nn.Module, x_t: Tensor, t: Tensor, told: Conditions, *,
+    scale: float | None,
 ) -> Tensor:  # fmt: skip
     """The prediction at (x_t, t), guided where there is a scale.
 
-    x_t: (B, C, h, w)   t: ()   conditions: of batch B, or 2B with the null first where there is a
-    scale   ->   (B, C, h, w) float32. size: a smaller batch is filled up to it for the network, and
-    cut again.
+    x_t: (B, C, h, w)   t: ()   told: conditions of batch B, or 2B with the null first where there
+    is a scale; all on the network's device, in its dtype   ->   (B, C, h, w) float32
     """
-    told = to(conditions, denoiser.device, denoiser.dtype)
     if scale is None:
-        return _predict(denoiser, x_t, t, told, size=size)
-    pair = _predict(denoiser, torch.cat([x_t, x_t]), t, told, size=2 * size)
+        return backbone.predict(network, x_t, t, told).float()
+    pair = backbone.predict(network, torch.cat([x_t, x_t]), t, told).float()
     null, conditional = pair.chunk(2)
     return null + scale * (conditional - null)
-
-
-def _predict(denoiser: Denoiser, x_t: Tensor, t: Tensor, told: Conditions, *, size: int) -> Tensor:
-    """The network's prediction in a batch of at least `size`.  -> (B, C, h, w) float32"""
-    num = len(x_t)
-    if num < size:
-        x_t = _filled(x_t, size)
-        told = {name: _filled(value, size) for name, value in told.items()}
-    return denoiser.backbone.predict(denoiser.network, x_t, t, told)[:num].float()
-
-
-def _filled(batch: Tensor, size: int) -> Tensor:
-    """(B, ...) -> (size, ...): the last member again and again, as finite as it is."""
-    return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.sampling.compiled import CompiledNetworks
+from deme_cli.sampling.compiled import Carried, CompiledNetworks
 
 if TYPE_CHECKING:
     from deme_cli.sampling.sampler import SamplingExpert
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class HeldExperts:
     """Loaded experts by index: all of them, or only the one taken last.
 
-    compiled: what their calls go through; it has weights of its own where it is on, and beside them
+    compiled: what their steps go through; it has weights of its own where it is on, and beside them
     an expert that would be held alone is not kept.
     """
 
@@ -25,10 +25,10 @@ class HeldExperts:
         self._experts, self._compiled = experts, compiled
         self._hold_one = hold_one or len(experts) == 1
         self._held: dict[int, Denoiser] = {}
-        self._turn: tuple[int, Denoiser] | None = None
+        self._turn: tuple[int, Carried] | None = None
 
-    def take(self, index: int) -> Denoiser:
-        """The denoiser of expert `index`, good until the next one is taken."""
+    def take(self, index: int) -> Carried:
+        """Expert `index`, good until the next one is taken."""
         if self._turn is None or self._turn[0] != index:
             self._turn = None  # leaves memory before the next one comes
             self._turn = index, self._compiled.carry(self._loaded(index))

@@ -19,7 +19,7 @@ from deme_cli.artifacts import ArtifactWriter
 from deme_cli.errors import writing
 from deme_cli.outputs import claim, require_output, require_space
 from deme_cli.records import SamplesRecord
-from deme_cli.sampling.sampler import image_seed
+from deme_cli.sampling.noise import image_seed
 from deme_cli.sampling.store import Order, card_in
 from deme_cli.tensor_file import TensorSpec
 

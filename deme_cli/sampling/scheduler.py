@@ -171,10 +171,22 @@ def take_step(
     generators: list[torch.Generator] | None,
 ) -> Tensor:
     """x_t -> x_{t'} by one step of the sampler.  output, x_t: (B, C, H, W) float32"""
+    return step_outputs(scheduler, output, t, x_t, config=config, generators=generators)[0]
+
+
+def step_outputs(
+    scheduler: Any,
+    output: Tensor,
+    t: float,
+    x_t: Tensor,
+    *,
+    config: SampleConfig,
+    generators: list[torch.Generator] | None,
+) -> tuple[Tensor, ...]:
+    """What a step of the sampler gives: x_{t'}, and with most samplers the x_0 it implies."""
+    options: dict[str, Any] = {}
+    if config.sampler in ("ddim", "ddpm"):
+        options["generator"] = generators
     if config.sampler == "ddim":
-        return scheduler.step(
-            output, t, x_t, eta=config.eta, generator=generators, return_dict=False
-        )[0]
-    if config.sampler == "ddpm":
-        return scheduler.step(output, t, x_t, generator=generators, return_dict=False)[0]
-    return scheduler.step(output, t, x_t, return_dict=False)[0]
+        options["eta"] = config.eta
+    return scheduler.step(output, t, x_t, return_dict=False, **options)

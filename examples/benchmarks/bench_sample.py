@@ -27,9 +27,10 @@ from random_models import DIGITS, SCHEDULER, SMALL_CIFAR, ddpm_cifar10, random_d
 from rounds import machine, ratios, timed_rounds, verdict
 
 from deme_cli.config import SampleConfig
-from deme_cli.diffusion.compiling import compile_network
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.sampling.sampler import SamplingExpert, collect_images, image_seed, single
+from deme_cli.sampling.compiled import CompiledNetworks
+from deme_cli.sampling.noise import image_seed
+from deme_cli.sampling.sampler import SamplingExpert, sample_images, single
 from deme_cli.timesteps import split_uniform
 
 MODELS = {  # with images and steps of a run
@@ -44,18 +45,23 @@ def competitors(
 ) -> dict[str, Callable[[], object]]:
     """What is timed: the pipeline, one model, and an ensemble of four, `num` images each."""
 
-    def make(how: str) -> Denoiser:
-        denoiser = random_denoiser(config, device=options.device, dtype=options.dtype)
-        compile_network(denoiser.network, how, num_forwards=steps * options.rounds)
-        return denoiser
+    def make() -> Denoiser:
+        return random_denoiser(config, device=options.device, dtype=options.dtype)
 
-    plain, ours = make("off"), make(options.compile)
+    def draw(experts: list[SamplingExpert], compiled: CompiledNetworks) -> object:
+        return list(sample_images(experts, settings, compiled=compiled))
+
+    def compiled(num_loads: int) -> CompiledNetworks:
+        num_forwards = steps * options.rounds
+        return CompiledNetworks(options.compile, num_forwards=num_forwards, num_loads=num_loads)
+
+    plain, ours = make(), make()
     pipeline: Any = DDIMPipeline(plain.network, DDIMScheduler.from_config(SCHEDULER))
     pipeline.set_progress_bar_config(disable=True)
     settings = SampleConfig(num=num, steps=steps, batch_size=num)
     four = []
     for span in split_uniform(4, 1000):
-        expert = make(options.compile)
+        expert = make()
         four.append(SamplingExpert(span, partial(_itself, expert)))
 
     def with_diffusers() -> object:
@@ -66,8 +72,8 @@ def competitors(
 
     return {
         "diffusers": with_diffusers,
-        "sample": lambda: collect_images(single(ours), settings),
-        "ensemble": lambda: collect_images(four, settings),
+        "sample": partial(draw, single(ours), compiled(1)),
+        "ensemble": partial(draw, four, compiled(len(four))),
     }
 
 

@@ -33,7 +33,8 @@ from deme_cli.errors import NumericsError, Stopped
 from deme_cli.records import MergedRecord
 from deme_cli.sampling.ensemble import open_ensemble
 from deme_cli.sampling.finish import to_levels
-from deme_cli.sampling.sampler import Forward, collect_images, sample_images, seeded_noise, single
+from deme_cli.sampling.noise import seeded_noise
+from deme_cli.sampling.sampler import Forward, collect_images, sample_images, single
 from deme_cli.timesteps import TimestepRange, route, split_uniform
 
 CONFIG = SampleConfig(num=3, steps=5)

@@ -1,4 +1,4 @@
-"""Compiled networks: nothing is compiled twice, and images change by rounding."""
+"""Compiled steps: nothing is compiled twice, and images change by rounding."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from deme_cli.config import SampleConfig
 from deme_cli.diffusion.denoiser import build_network, load_denoiser
 from deme_cli.diffusion.projection import attach_projections, has_projections
 from deme_cli.sampling import compiled as compiled_module
+from deme_cli.sampling import sampler as sampler_module
 from deme_cli.sampling.compiled import CompiledNetworks
 from deme_cli.sampling.ensemble import open_ensemble
 from deme_cli.sampling.sampler import ImageBatch, SamplingExpert, collect_images, sample_images
@@ -29,12 +30,12 @@ def images_of(experts: list[SamplingExpert], config: SampleConfig, **options: ob
 
 @pytest.fixture
 def compiled_ones(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The networks that are compiled where it is on; calls stay plain, so that it takes no time."""
+    """The steps that are compiled where it is on; calls stay plain, so that it takes no time."""
     found: list[nn.Module] = []
 
-    def compile(network: nn.Module) -> None:
-        found.append(network)
-        network._compiled_call_impl = network._call_impl
+    def compile(step: nn.Module) -> None:
+        found.append(step)
+        step._compiled_call_impl = step._call_impl
 
     monkeypatch.setattr(compiled_module, "is_compiled", lambda device, how, **_: how == "on")
     monkeypatch.setattr(nn.Module, "compile", compile)
@@ -57,8 +58,8 @@ def test_what_is_carried_keeps_its_own_weights(run_folder: Path, compiled_ones) 
     one, other = (load_denoiser(run_folder / f"ft_{i}of4.safetensors") for i in (1, 2))
     compiled = CompiledNetworks("on", num_forwards=1, num_loads=2)
     before = [p.clone() for p in one.network.parameters()]
-    network = compiled.carry(one).network
-    assert compiled.carry(other).network is network is not one.network
+    network = compiled.carry(one).denoiser.network
+    assert compiled.carry(other).denoiser.network is network is not one.network
     pairs = zip(network.parameters(), other.network.parameters(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
     assert all(map(torch.equal, one.network.parameters(), before))
@@ -69,11 +70,12 @@ def test_a_single_model_is_compiled_itself_and_off_leaves_it_alone(
 ) -> None:
     denoiser = load_denoiser(run_folder / "base.safetensors")
     for how in ("off", "auto"):
-        assert CompiledNetworks(how, num_forwards=9, num_loads=9).carry(denoiser) is denoiser
+        compiled = CompiledNetworks(how, num_forwards=9, num_loads=9)
+        assert compiled.carry(denoiser).denoiser is denoiser
     assert not compiled_ones
     found = CompiledNetworks("on", num_forwards=1, num_loads=1).carry(denoiser)
-    assert found.network is denoiser.network
-    assert compiled_ones == [denoiser.network]
+    assert found.denoiser.network is found.step.network is denoiser.network
+    assert compiled_ones == [found.step]
 
 
 def with_projections(folder: Path) -> Path:
@@ -100,16 +102,42 @@ def test_an_expert_of_another_structure_has_a_network_of_its_own(
     assert len(compiled_ones) == 2
 
 
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0), ("ddim", 0.5), ("ddpm", 0),
+                                              ("euler", 0), ("dpm++", 0)])  # fmt: skip
+def test_steps_by_a_table_draw_the_same_images(
+    run_folder: Path, compiled_ones, sampler: str, eta: float
+) -> None:
+    experts = open_ensemble(sorted(run_folder.glob("ft_*.safetensors")))
+    config = SampleConfig(num=5, steps=6, batch_size=3, sampler=sampler, eta=eta)
+    plain = collect_images(experts, config)
+    compiled = CompiledNetworks("on", num_forwards=1, num_loads=4)
+    found = images_of(experts, config, compiled=compiled)
+    assert np.abs(found.astype(int) - plain).max() <= 1
+    assert (found != plain).mean() < 0.02
+
+
+def test_samplers_without_a_table_fill_batches_with_noise_too(
+    run_folder: Path, compiled_ones, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler_module, "tabulate", lambda scheduler, config: None)
+    experts = open_ensemble(sorted(run_folder.glob("ft_*.safetensors")))
+    config = SampleConfig(num=5, steps=6, batch_size=3, sampler="ddpm")
+    compiled = CompiledNetworks("on", num_forwards=1, num_loads=4)
+    found = images_of(experts, config, compiled=compiled)
+    assert np.abs(found.astype(int) - collect_images(experts, config)).max() <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
-def test_an_ensemble_is_compiled_once(run_folder: Path) -> None:
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def test_an_ensemble_is_compiled_once(run_folder: Path, sampler: str) -> None:
     from torch._dynamo.utils import counters
 
     for index in range(1, 5):  # far apart, so that weights in the wrong place would show
         path = run_folder / f"ft_{index}of4.safetensors"
         write_tiny_expert(path, run_folder / "base.safetensors", index=index, of=4, scale=0.2)
     experts = open_ensemble(sorted(run_folder.glob("ft_*.safetensors")))
-    config = SampleConfig(num=11, steps=8, batch_size=4, sampler="ddpm")
+    config = SampleConfig(num=11, steps=8, batch_size=4, sampler=sampler)
     plain = collect_images(experts, config)
     compiled = CompiledNetworks("on", num_forwards=1, num_loads=4)
     assert compiled.is_on(torch.device("cpu"))

@@ -20,7 +20,8 @@ from deme_cli.config import SampleConfig
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.sampling import sampler as sampler_module
 from deme_cli.sampling.finish import finish_images
-from deme_cli.sampling.sampler import collect_images, image_seed, single
+from deme_cli.sampling.noise import image_seed
+from deme_cli.sampling.sampler import collect_images, single
 from deme_cli.sampling.scene import Scene
 
 PROMPTS = ("a red fox", "two cats on a mat, by night")

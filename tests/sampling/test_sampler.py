@@ -23,12 +23,12 @@ from deme_cli.errors import NumericsError
 from deme_cli.records import BaseRecord
 from deme_cli.sampling import sampler as sampler_module
 from deme_cli.sampling.ensemble import open_ensemble
+from deme_cli.sampling.noise import image_seed
 from deme_cli.sampling.sampler import (
     ImageBatch,
     SamplingExpert,
     StepProgress,
     collect_images,
-    image_seed,
     sample_images,
     single,
 )

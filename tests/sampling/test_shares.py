@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from deme_cli.config import SampleConfig
-from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.launch import Launch
 from deme_cli.processes import World
+from deme_cli.sampling.batch import Asked, denoise, draw_batch
+from deme_cli.sampling.compiled import Step
 from deme_cli.sampling.ensemble import open_ensemble
-from deme_cli.sampling.guidance import predict_guided
 from deme_cli.sampling.sampler import ImageBatch, StepProgress, collect_images, sample_images
+from deme_cli.sampling.scheduler import build_scheduler
 from deme_cli.sampling.shares import Shares
 
 
@@ -58,32 +59,28 @@ def test_a_process_draws_its_batches_as_one_process_does(
     assert sorted(starts) == [2, 4, 6]
 
 
-@pytest.mark.parametrize("scale", [None, 3.0])
-def test_a_batch_filled_up_for_the_network_has_the_same_predictions(
-    run_folder, scale: float | None
-) -> None:
-    denoiser = load_denoiser(run_folder / "base.safetensors")
+@pytest.mark.parametrize("name", ["dit", "sd", "sdxl"])
+def test_a_batch_is_filled_up_with_its_last_image(opened, scene_for, name: str) -> None:
+    """Images and what the network is told of them alike, so that predictions stay the same."""
+    denoiser = opened(name)
+    about = {"guidance": 1.0} if name == "dit" else {"guidance": 3.0, "prompts": "text:a red cat"}
+    config = SampleConfig(num=3, sampler="ddpm", steps=10, **about)
+    scene = scene_for(denoiser, config)
+    scheduler = build_scheduler(denoiser.record.scheduler_config, config)
+    (asked,) = (Asked(0, t, torch.tensor(t), None) for t in scheduler.timesteps[:1].tolist())
     sizes: list[int] = []
     denoiser.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    x_t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor(40)
-    with torch.inference_mode():
-        plain, filled = (
-            predict_guided(denoiser, x_t, t, {}, scale=scale, size=size) for size in (0, 8)
+    found = []
+    for size in (0, 5):
+        batch = draw_batch(
+            range(3), scene, torch.empty(0), scheduler=scheduler, config=config, size=size
         )
-    assert sizes == ([3, 8] if scale is None else [6, 16])
-    torch.testing.assert_close(filled, plain, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_conditions_are_filled_up_like_the_images(opened, scene_for, name: str) -> None:
-    denoiser = opened(name)
-    scene = scene_for(denoiser, SampleConfig(num=3, prompts="text:a red cat", guidance=3.0))
-    x_t = torch.randn(3, *scene.latent_shape, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        told = scene.conditions(0, 3)
-        plain, filled = (
-            predict_guided(denoiser, x_t, torch.tensor(400), told, scale=3.0, size=size)
-            for size in (0, 5)
-        )
-    torch.testing.assert_close(filled, plain, rtol=0, atol=1e-4)
+        said = denoise(batch, Step(denoiser), asked, config)
+        assert [len(x) for x in said] == [3, 3]
+        assert batch.num == 3
+        copies = batch.x_t[2:3].expand_as(batch.x_t[3:])
+        torch.testing.assert_close(batch.x_t[3:], copies, rtol=0, atol=1e-4)
+        found.append((*said, batch.x_t[:3]))
+    assert sizes == ([3, 5] if name == "dit" else [6, 10])
+    for plain, filled in zip(*found, strict=True):
+        torch.testing.assert_close(filled, plain, rtol=0, atol=1e-4)

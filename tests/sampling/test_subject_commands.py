@@ -17,7 +17,7 @@ from deme_cli.artifacts import read_record, write_artifact
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.records import BaseRecord, ExpertRecord
-from deme_cli.sampling.sampler import image_seed
+from deme_cli.sampling.noise import image_seed
 from deme_cli.sampling.samples_folder import read_subjects
 from deme_cli.timesteps import split_uniform
 

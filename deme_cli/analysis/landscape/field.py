@@ -30,7 +30,7 @@ from deme_cli.diffusion.schedule import Schedule
 from deme_cli.merge_config import MergeConfig
 from deme_cli.merging.search.losses import HeldOutLoss
 from deme_cli.records import DenoiserRecord
-from deme_cli.sampling.sampler import seeded_noise
+from deme_cli.sampling.noise import seeded_noise
 from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import Check, FixedDraws
 

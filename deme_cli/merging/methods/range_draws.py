@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.schedule import Schedule
-from deme_cli.sampling.sampler import seeded_noise
+from deme_cli.sampling.noise import seeded_noise
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import Examples
 

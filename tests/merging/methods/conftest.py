@@ -20,7 +20,7 @@ from deme_cli.merging.lineage import Family, open_family, open_parents
 from deme_cli.merging.methods.known import MethodSettings
 from deme_cli.merging.methods.range_draws import RangeDraws
 from deme_cli.records import MergedRecord
-from deme_cli.sampling.sampler import image_seed
+from deme_cli.sampling.noise import image_seed
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import PixelExamples
 

@@ -29,7 +29,8 @@ from deme_cli.merging.search.distances import FeatureStore
 from deme_cli.merging.search.losses import ExpertsLoss, HeldOutLoss
 from deme_cli.merging.search.measure import Measure
 from deme_cli.merging.search.objectives import REPORT, SEARCH, Objective, Workbench
-from deme_cli.sampling.sampler import SamplingExpert, collect_images, image_seed, single
+from deme_cli.sampling.noise import image_seed
+from deme_cli.sampling.sampler import SamplingExpert, collect_images, single
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import PixelExamples
 from deme_cli.training.materials import fill_caches
