@@ -18,7 +18,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from deme_cli.errors import ConfigError, DemeError, MissingError
+from deme_cli.errors import ConfigError, DemeError, MissingError, is_out_of_memory
 from deme_cli.interrupts import StopRequests
 from deme_cli.launch import Launch
 
@@ -256,10 +256,15 @@ def _has_gpu(launch: Launch, device: str) -> bool:
 
 @contextmanager
 def _talking() -> Iterator[None]:
-    """Translate what torch says when a process that is talked to has gone."""
+    """Translate what torch says when a process that is talked to has gone.
+
+    A lack of memory is this process's own, for NCCL allocates on the GPU: it passes.
+    """
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise Lost(
             "another process of this launch ended without a word (killed, or out of memory?); run "
             "the same command again to continue from the last checkpoint"

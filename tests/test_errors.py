@@ -25,6 +25,11 @@ from deme_cli.errors import is_out_of_memory
         RuntimeError("MPS backend out of memory (MPS allocated: 7.23 GB, max allowed: 9.07 GB)."),
         RuntimeError("Invalid buffer size: 19.45 GB"),
         RuntimeError(
+            "NCCL error in: ProcessGroupNCCL.cpp:3356, unhandled cuda error (run with "
+            "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclUnhandledCudaError: Call to "
+            "CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+        ),
+        RuntimeError(
             "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate "
             "memory: you tried to allocate 2359296 bytes. Error code 12 (Cannot allocate memory)"
         ),

@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from deme_cli.errors import ConfigError, DemeError
 from deme_cli.launch import first_host, read_launch
-from deme_cli.processes import ALONE, JointStopRequests, join
+from deme_cli.processes import ALONE, JointStopRequests, Lost, World, join
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -109,6 +110,22 @@ def test_alone_everything_is_as_it_was() -> None:
     requests = JointStopRequests(ALONE)
     requests.exchange()
     assert not requests.is_agreed
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("Cuda failure 2 'out of memory'", RuntimeError), ("Connection closed by peer", Lost)],
+)
+def test_a_lack_of_memory_in_talking_is_not_taken_for_a_lost_process(
+    monkeypatch: pytest.MonkeyPatch, text: str, expected: type[Exception]
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("torch.distributed.all_reduce", refuse)
+    with pytest.raises(Exception) as found:  # noqa: PT011  (its type is what is asked)
+        World(read_launch(TORCHRUN)).add_up(torch.zeros(1))
+    assert type(found.value) is expected
 
 
 def test_who_is_alone_imports_nothing_for_others() -> None:
