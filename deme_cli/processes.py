@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from deme_cli.errors import ConfigError, DemeError, MissingError, is_out_of_memory
-from deme_cli.interrupts import StopRequests
 from deme_cli.launch import Launch
 
 if TYPE_CHECKING:
@@ -30,7 +27,6 @@ _PATIENCE = timedelta(minutes=30)  # imports and downloads before the first word
 _WORK = timedelta(hours=12)  # of one process, while others wait; a dead one is told at once
 _LEAVE_SECONDS = 5.0  # how long the first process holds the store for the others
 _MAX_DIMENSIONS = 8  # of an array that is gathered
-_SAME_SIGNAL_SECONDS = 10.0  # a launcher passes on what its processes may have got themselves
 
 
 class Lost(DemeError):
@@ -269,37 +265,3 @@ def _talking() -> Iterator[None]:
             "another process of this launch ended without a word (killed, or out of memory?); run "
             "the same command again to continue from the last checkpoint"
         ) from error
-
-
-class JointStopRequests(StopRequests):
-    """Stop requests of all processes: one that is asked to stop stops all, at the same place.
-
-    Of several processes, signals that come again soon are the launcher's echo of the first.
-    """
-
-    def __init__(self, world: World) -> None:
-        super().__init__()
-        self._world, self._agreed, self._first_at = world, 0, 0.0
-
-    def exchange(self) -> None:
-        """Tell the others whether this process was asked, and hear of them."""
-        self._agreed = self._world.largest(int(self.asked or 0))
-
-    @property
-    def is_agreed(self) -> bool:
-        """Whether to stop: as of the last exchange; alone, as of now."""
-        if self._world.is_alone:
-            return self.asked is not None
-        if self._agreed:
-            self.asked = signal.Signals(self._agreed)
-        return self._agreed > 0
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._world.is_alone:
-            super()._ask(number, frame)
-            return
-        if self.asked is None:
-            self.asked, self._first_at = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self._first_at > _SAME_SIGNAL_SECONDS:
-            self._restore()
-            os.kill(os.getpid(), number)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from deme_cli.errors import ConfigError, DemeError
+from deme_cli.joint_stops import JointStopRequests
 from deme_cli.launch import first_host, read_launch
-from deme_cli.processes import ALONE, JointStopRequests, Lost, World, join
+from deme_cli.processes import ALONE, Lost, World, join
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",

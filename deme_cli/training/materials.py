@@ -13,7 +13,8 @@ from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts
 from deme_cli.errors import ArtifactError
-from deme_cli.processes import ALONE, JointStopRequests, Lost, World
+from deme_cli.joint_stops import JointStopRequests
+from deme_cli.processes import ALONE, Lost, World
 from deme_cli.records import DenoiserRecord
 from deme_cli.training.cache_filling import fill
 from deme_cli.training.encoder import Encoder
