@@ -84,7 +84,7 @@ def denoise(batch: Batch, step: Step, asked: Asked, config: SampleConfig) -> tup
     if asked.row is None:
         x_t = scale_input(batch.scheduler, x_t, asked.t)
         _, output, _ = step(x_t, asked.timestep, batch.told, scale=batch.guidance)
-        batch.x_t = take_step(
+        batch.x_t, *_ = take_step(
             batch.scheduler, output, asked.t, batch.x_t, config=config, generators=generators
         )
         return x_t[:num], output[:num]

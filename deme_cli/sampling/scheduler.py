@@ -169,21 +169,11 @@ def take_step(
     *,
     config: SampleConfig,
     generators: list[torch.Generator] | None,
-) -> Tensor:
-    """x_t -> x_{t'} by one step of the sampler.  output, x_t: (B, C, H, W) float32"""
-    return step_outputs(scheduler, output, t, x_t, config=config, generators=generators)[0]
-
-
-def step_outputs(
-    scheduler: Any,
-    output: Tensor,
-    t: float,
-    x_t: Tensor,
-    *,
-    config: SampleConfig,
-    generators: list[torch.Generator] | None,
 ) -> tuple[Tensor, ...]:
-    """What a step of the sampler gives: x_{t'}, and with most samplers the x_0 it implies."""
+    """x_{t'} by one step of the sampler, and, with most samplers, the x_0 that it implies.
+
+    output, x_t: (B, C, H, W) float32   ->   one or two such tensors
+    """
     options: dict[str, Any] = {}
     if config.sampler in ("ddim", "ddpm"):
         options["generator"] = generators

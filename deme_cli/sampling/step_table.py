@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deme_cli.config import SampleConfig
-from deme_cli.sampling.scheduler import can_clip, scale_input, step_outputs, uses_noise
+from deme_cli.sampling.scheduler import can_clip, scale_input, take_step, uses_noise
 
 TABLED = ("ddim", "ddpm", "euler")
 _FAR_WITHIN, _FAR_BEYOND = 2.0**-20, 16.0  # of where x_0 is clipped
@@ -56,7 +56,7 @@ def _row(scheduler: Any, t: float, config: SampleConfig, clip: float) -> list[fl
         """x' and x_0 of each pair, all with the same noise: (2, pairs) float64."""
         columns = [torch.tensor(values, dtype=torch.float64)[:, None] for values in (output, x)]
         generators = [torch.Generator().manual_seed(0) for _ in x] if uses_noise(config) else None
-        x_next, *others = step_outputs(
+        x_next, *others = take_step(
             scheduler, columns[0], t, columns[1], config=config, generators=generators
         )
         x0 = others[0] if others else torch.zeros_like(x_next)  # Euler of flow models tells none
