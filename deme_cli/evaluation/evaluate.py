@@ -21,7 +21,7 @@ from deme_cli.evaluation.measure import (
 from deme_cli.evaluation.meters import Instruments
 from deme_cli.evaluation.rows import Row
 from deme_cli.processes import ALONE, World
-from deme_cli.sampling.compiled import CompiledNetworks
+from deme_cli.sampling.compiled import CompiledSteps
 from deme_cli.sampling.shares import DrawingStops
 
 
@@ -83,11 +83,11 @@ def _stopped(num_kept: int) -> str:
 
 def _compiled(
     how: str, rows: Sequence[Row], sample: SampleConfig, config: EvalConfig, world: World
-) -> CompiledNetworks:
+) -> CompiledSteps:
     """What the forwards of all rows go through."""
     models = [row for row in rows if row.finished is None]
     num_batches = math.ceil(config.num / sample.batch_size / world.size)
-    return CompiledNetworks(
+    return CompiledSteps(
         how,
         num_forwards=len(models) * config.repeats * num_batches * sample.steps,
         num_loads=config.repeats * sum(len(row.experts) for row in models),

@@ -21,7 +21,7 @@ from deme_cli.errors import NumericsError
 from deme_cli.evaluation.meters import Instruments, Meter
 from deme_cli.evaluation.rows import Row
 from deme_cli.processes import ALONE, World
-from deme_cli.sampling.compiled import UNCOMPILED, CompiledNetworks
+from deme_cli.sampling.compiled import UNCOMPILED, CompiledSteps
 from deme_cli.sampling.sampler import ImageBatch, sample_images
 from deme_cli.sampling.shares import Shares
 
@@ -80,7 +80,7 @@ def measure_row(
     sample: SampleConfig,
     config: EvalConfig,
     world: World = ALONE,
-    compiled: CompiledNetworks = UNCOMPILED,
+    compiled: CompiledSteps = UNCOMPILED,
 ) -> Iterator[MeasureProgress | Measured]:
     """Draw the images of a repeat (its seed is config.seed + repeat) and take their scores.
 
@@ -121,7 +121,7 @@ def _measured(row: Row, repeat: int, n: int, meters: Sequence[Meter]) -> Measure
 
 
 def _images_of(
-    row: Row, sample: SampleConfig, shares: Shares, compiled: CompiledNetworks
+    row: Row, sample: SampleConfig, shares: Shares, compiled: CompiledSteps
 ) -> Iterator[ImageBatch | int]:
     """The images of a row that this process sees, and between, how many of them are done."""
     if row.finished is not None:

@@ -22,13 +22,13 @@ from deme_cli.sampling.scheduler import first_scale, scale_input, take_step, use
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A step of the step list: its time for the scheduler and on the device, its row if tabled."""
+class Timestep:
+    """A timestep of the step list: t for the scheduler and on the device, its row if tabled."""
 
     index: int
     t: float
-    timestep: Tensor
-    row: Tensor | None
+    on_device: Tensor  # ()
+    row: Tensor | None  # (8,) float32, as in `step_table`
 
 
 @dataclass
@@ -75,21 +75,21 @@ def draw_batch(
 
 
 @torch.inference_mode()
-def denoise(batch: Batch, step: Step, asked: Asked, config: SampleConfig) -> tuple[Tensor, Tensor]:
+def denoise(batch: Batch, step: Step, at: Timestep, config: SampleConfig) -> tuple[Tensor, Tensor]:
     """Advance `batch` by one step; returns x_t on the network's scale and what the network said.
 
-    The network works in its own dtype, the sampler in float32.
+    The network works in its own dtype, the sampler in float32.  -> two of (num, C, h, w) float32
     """
     num, x_t, generators = batch.num, batch.x_t, batch.generators
-    if asked.row is None:
-        x_t = scale_input(batch.scheduler, x_t, asked.t)
-        _, output, _ = step(x_t, asked.timestep, batch.told, scale=batch.guidance)
+    if at.row is None:
+        x_t = scale_input(batch.scheduler, x_t, at.t)
+        _, output, _ = step(x_t, at.on_device, batch.told, scale=batch.guidance)
         batch.x_t, *_ = take_step(
-            batch.scheduler, output, asked.t, batch.x_t, config=config, generators=generators
+            batch.scheduler, output, at.t, batch.x_t, config=config, generators=generators
         )
         return x_t[:num], output[:num]
     noise = generators and randn_tensor(x_t.shape, generator=generators, device=x_t.device)
     seen, output, batch.x_t = step(
-        x_t, asked.timestep, batch.told, scale=batch.guidance, row=asked.row, noise=noise
+        x_t, at.on_device, batch.told, scale=batch.guidance, row=at.row, noise=noise
     )
     return seen[:num], output[:num]

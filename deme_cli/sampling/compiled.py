@@ -56,7 +56,7 @@ class Carried:
     step: Step
 
 
-class CompiledNetworks:
+class CompiledSteps:
     """Compiled steps by structure. how, num_forwards: as `is_compiled` takes them.
 
     num_loads: how many denoisers will come; the network of a single one is not copied.
@@ -91,7 +91,7 @@ class CompiledNetworks:
         return Carried(replace(denoiser, network=step.network), step)
 
 
-UNCOMPILED = CompiledNetworks("off", num_forwards=0, num_loads=0)
+UNCOMPILED = CompiledSteps("off", num_forwards=0, num_loads=0)
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

@@ -16,7 +16,7 @@ import numpy as np
 from deme_cli.config import SampleConfig
 from deme_cli.outputs import require_output
 from deme_cli.processes import ALONE, World
-from deme_cli.sampling.compiled import CompiledNetworks
+from deme_cli.sampling.compiled import CompiledSteps
 from deme_cli.sampling.preview import MAX_IMAGES, preview_path, write_preview
 from deme_cli.sampling.sampler import ImageBatch, SamplingExpert, StepProgress, sample_images
 from deme_cli.sampling.samples_file import SamplesFile, open_samples_file
@@ -64,7 +64,7 @@ def draw_samples(
             require_output(preview_path(order.path), force=order.force)
         first = num_done = world.largest(store.first if store else 0)  # the output is ours
         shares = Shares(order.num, config.batch_size, first, world)
-        compiled = CompiledNetworks(
+        compiled = CompiledSteps(
             compile, num_forwards=len(shares.own) * config.steps, num_loads=len(experts)
         )
         drawing = sample_images(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.sampling.compiled import Carried, CompiledNetworks
+from deme_cli.sampling.compiled import Carried, CompiledSteps
 
 if TYPE_CHECKING:
     from deme_cli.sampling.sampler import SamplingExpert
@@ -20,7 +20,7 @@ class HeldExperts:
     """
 
     def __init__(
-        self, experts: Sequence[SamplingExpert], *, hold_one: bool, compiled: CompiledNetworks
+        self, experts: Sequence[SamplingExpert], *, hold_one: bool, compiled: CompiledSteps
     ) -> None:
         self._experts, self._compiled = experts, compiled
         self._hold_one = hold_one or len(experts) == 1

@@ -27,8 +27,8 @@ from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.threads import fitting_number, using_threads
 from deme_cli.processes import ALONE, World
-from deme_cli.sampling.batch import Asked, denoise, draw_batch
-from deme_cli.sampling.compiled import UNCOMPILED, CompiledNetworks
+from deme_cli.sampling.batch import Timestep, denoise, draw_batch
+from deme_cli.sampling.compiled import UNCOMPILED, CompiledSteps
 from deme_cli.sampling.finish import finish_images
 from deme_cli.sampling.held_experts import HeldExperts
 from deme_cli.sampling.scene import Scene, scene_of
@@ -112,7 +112,7 @@ def sample_images(
     first: int = 0,
     watch: Callable[[Forward], None] | None = None,
     world: World = ALONE,
-    compiled: CompiledNetworks = UNCOMPILED,
+    compiled: CompiledSteps = UNCOMPILED,
 ) -> Iterator[StepProgress | ImageBatch]:
     """Draw the images first .. scene.num - 1 of `config.seed`, in order.
 
@@ -152,11 +152,11 @@ def sample_images(
         ]
         for run in runs:
             for batch in batches:
-                for asked in run.steps:
+                for at in run.steps:
                     with using_threads(threads):
-                        seen = denoise(batch, held.take(run.expert).step, asked, config)
+                        seen = denoise(batch, held.take(run.expert).step, at, config)
                     if watch is not None:
-                        watch(Forward(batch.start, asked.index, asked.t, run.expert, *seen))
+                        watch(Forward(batch.start, at.index, at.t, run.expert, *seen))
                     done += batch.num
                     yield StepProgress(done, total)
                 if run is runs[-1]:
@@ -170,7 +170,7 @@ class _Run:
     """Adjacent steps that one expert owns."""
 
     expert: int
-    steps: list[Asked]
+    steps: list[Timestep]
 
 
 def _plan_runs(
@@ -179,7 +179,7 @@ def _plan_runs(
     """The steps in the scheduler's order, cut where another expert takes over."""
     rows = [None] * len(timesteps) if table is None else table.to(device)
     times = zip(timesteps.tolist(), timesteps.to(device), rows, strict=True)
-    steps = [Asked(index, *time) for index, time in enumerate(times)]
+    steps = [Timestep(index, *time) for index, time in enumerate(times)]
     grouped = groupby(steps, key=lambda step: route(step.t, ranges))
     return [_Run(expert, list(group)) for expert, group in grouped]
 

@@ -33,7 +33,7 @@ from rounds import machine, ratios, spread, verdict
 from deme_cli.config import FinetuneConfig, SampleConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser
-from deme_cli.sampling.compiled import CompiledNetworks
+from deme_cli.sampling.compiled import CompiledSteps
 from deme_cli.sampling.sampler import sample_images, single
 from deme_cli.timesteps import parse_range
 from deme_cli.training.cost import count_passes
@@ -88,7 +88,7 @@ def training(run: Run, options: argparse.Namespace) -> tuple[list[float], list[f
 def sampling(denoiser: Denoiser, options: argparse.Namespace) -> Iterator[tuple[float, float]]:
     """Image steps/s of each round, and the peak measured after it."""
     config = SampleConfig(num=options.num, steps=options.steps, batch_size=options.num)
-    compiled = CompiledNetworks(options.compile, num_forwards=options.steps, num_loads=1)
+    compiled = CompiledSteps(options.compile, num_forwards=options.steps, num_loads=1)
 
     def draw() -> object:
         return list(sample_images(single(denoiser), config, compiled=compiled))

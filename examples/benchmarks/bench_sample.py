@@ -28,7 +28,7 @@ from rounds import machine, ratios, timed_rounds, verdict
 
 from deme_cli.config import SampleConfig
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.sampling.compiled import CompiledNetworks
+from deme_cli.sampling.compiled import CompiledSteps
 from deme_cli.sampling.noise import image_seed
 from deme_cli.sampling.sampler import SamplingExpert, sample_images, single
 from deme_cli.timesteps import split_uniform
@@ -48,12 +48,12 @@ def competitors(
     def make() -> Denoiser:
         return random_denoiser(config, device=options.device, dtype=options.dtype)
 
-    def draw(experts: list[SamplingExpert], compiled: CompiledNetworks) -> object:
+    def draw(experts: list[SamplingExpert], compiled: CompiledSteps) -> object:
         return list(sample_images(experts, settings, compiled=compiled))
 
-    def compiled(num_loads: int) -> CompiledNetworks:
+    def compiled(num_loads: int) -> CompiledSteps:
         num_forwards = steps * options.rounds
-        return CompiledNetworks(options.compile, num_forwards=num_forwards, num_loads=num_loads)
+        return CompiledSteps(options.compile, num_forwards=num_forwards, num_loads=num_loads)
 
     plain, ours = make(), make()
     pipeline: Any = DDIMPipeline(plain.network, DDIMScheduler.from_config(SCHEDULER))

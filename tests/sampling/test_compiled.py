@@ -18,9 +18,15 @@ from deme_cli.diffusion.denoiser import build_network, load_denoiser
 from deme_cli.diffusion.projection import attach_projections, has_projections
 from deme_cli.sampling import compiled as compiled_module
 from deme_cli.sampling import sampler as sampler_module
-from deme_cli.sampling.compiled import CompiledNetworks
+from deme_cli.sampling.compiled import CompiledSteps
 from deme_cli.sampling.ensemble import open_ensemble
-from deme_cli.sampling.sampler import ImageBatch, SamplingExpert, collect_images, sample_images
+from deme_cli.sampling.sampler import (
+    ImageBatch,
+    SamplingExpert,
+    collect_images,
+    sample_images,
+    single,
+)
 
 
 def images_of(experts: list[SamplingExpert], config: SampleConfig, **options: object) -> np.ndarray:
@@ -45,7 +51,7 @@ def compiled_ones(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 def test_experts_take_turns_in_one_network(run_folder: Path, compiled_ones) -> None:
     experts = open_ensemble(sorted(run_folder.glob("ft_*.safetensors")))
     config = SampleConfig(num=3, steps=4, batch_size=2, spacing="linspace")
-    compiled = CompiledNetworks("on", num_forwards=1, num_loads=4)
+    compiled = CompiledSteps("on", num_forwards=1, num_loads=4)
     plain = collect_images(experts, config)
     for hold_one in (False, True):  # the second time, weights of the last expert lie in it
         found = images_of(experts, config, hold_one=hold_one, compiled=compiled)
@@ -56,7 +62,7 @@ def test_experts_take_turns_in_one_network(run_folder: Path, compiled_ones) -> N
 
 def test_what_is_carried_keeps_its_own_weights(run_folder: Path, compiled_ones) -> None:
     one, other = (load_denoiser(run_folder / f"ft_{i}of4.safetensors") for i in (1, 2))
-    compiled = CompiledNetworks("on", num_forwards=1, num_loads=2)
+    compiled = CompiledSteps("on", num_forwards=1, num_loads=2)
     before = [p.clone() for p in one.network.parameters()]
     network = compiled.carry(one).denoiser.network
     assert compiled.carry(other).denoiser.network is network is not one.network
@@ -70,10 +76,10 @@ def test_a_single_model_is_compiled_itself_and_off_leaves_it_alone(
 ) -> None:
     denoiser = load_denoiser(run_folder / "base.safetensors")
     for how in ("off", "auto"):
-        compiled = CompiledNetworks(how, num_forwards=9, num_loads=9)
+        compiled = CompiledSteps(how, num_forwards=9, num_loads=9)
         assert compiled.carry(denoiser).denoiser is denoiser
     assert not compiled_ones
-    found = CompiledNetworks("on", num_forwards=1, num_loads=1).carry(denoiser)
+    found = CompiledSteps("on", num_forwards=1, num_loads=1).carry(denoiser)
     assert found.denoiser.network is found.step.network is denoiser.network
     assert compiled_ones == [found.step]
 
@@ -96,7 +102,7 @@ def test_an_expert_of_another_structure_has_a_network_of_its_own(
     config = SampleConfig(num=2, steps=4, spacing="linspace")
     plain = collect_images(open_ensemble(paths), config)
     with_projections(run_folder)
-    compiled = CompiledNetworks("on", num_forwards=1, num_loads=4)
+    compiled = CompiledSteps("on", num_forwards=1, num_loads=4)
     found = images_of(open_ensemble(paths), config, compiled=compiled)
     assert np.abs(found.astype(int) - plain).max() <= 1
     assert len(compiled_ones) == 2
@@ -110,7 +116,7 @@ def test_steps_by_a_table_draw_the_same_images(
     experts = open_ensemble(sorted(run_folder.glob("ft_*.safetensors")))
     config = SampleConfig(num=5, steps=6, batch_size=3, sampler=sampler, eta=eta)
     plain = collect_images(experts, config)
-    compiled = CompiledNetworks("on", num_forwards=1, num_loads=4)
+    compiled = CompiledSteps("on", num_forwards=1, num_loads=4)
     found = images_of(experts, config, compiled=compiled)
     assert np.abs(found.astype(int) - plain).max() <= 1
     assert (found != plain).mean() < 0.02
@@ -122,7 +128,7 @@ def test_samplers_without_a_table_fill_batches_with_noise_too(
     monkeypatch.setattr(sampler_module, "tabulate", lambda scheduler, config: None)
     experts = open_ensemble(sorted(run_folder.glob("ft_*.safetensors")))
     config = SampleConfig(num=5, steps=6, batch_size=3, sampler="ddpm")
-    compiled = CompiledNetworks("on", num_forwards=1, num_loads=4)
+    compiled = CompiledSteps("on", num_forwards=1, num_loads=4)
     found = images_of(experts, config, compiled=compiled)
     assert np.abs(found.astype(int) - collect_images(experts, config)).max() <= 1
 
@@ -139,7 +145,7 @@ def test_an_ensemble_is_compiled_once(run_folder: Path, sampler: str) -> None:
     experts = open_ensemble(sorted(run_folder.glob("ft_*.safetensors")))
     config = SampleConfig(num=11, steps=8, batch_size=4, sampler=sampler)
     plain = collect_images(experts, config)
-    compiled = CompiledNetworks("on", num_forwards=1, num_loads=4)
+    compiled = CompiledSteps("on", num_forwards=1, num_loads=4)
     assert compiled.is_on(torch.device("cpu"))
     counters.clear()
     for hold_one in (False, True):
@@ -149,3 +155,20 @@ def test_an_ensemble_is_compiled_once(run_folder: Path, sampler: str) -> None:
         assert (apart > 0).mean() < 0.01
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_guidance_is_compiled_with_the_network(opened, sampler: str) -> None:
+    from torch._dynamo.utils import counters
+
+    denoiser = opened("sd")
+    about = {"prompts": "text:a red cat", "guidance": 3.0, "sampler": sampler}
+    config = SampleConfig(num=5, steps=5, batch_size=2, **about)
+    compiled = CompiledSteps("on", num_forwards=1, num_loads=1)
+    assert compiled.is_on(denoiser.device)
+    counters.clear()
+    found = images_of(single(denoiser), config, compiled=compiled)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert np.abs(found.astype(int) - collect_images(single(denoiser), config)).max() <= 1

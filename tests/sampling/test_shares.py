@@ -11,7 +11,7 @@ import torch
 from deme_cli.config import SampleConfig
 from deme_cli.launch import Launch
 from deme_cli.processes import World
-from deme_cli.sampling.batch import Asked, denoise, draw_batch
+from deme_cli.sampling.batch import Timestep, denoise, draw_batch
 from deme_cli.sampling.compiled import Step
 from deme_cli.sampling.ensemble import open_ensemble
 from deme_cli.sampling.sampler import ImageBatch, StepProgress, collect_images, sample_images
@@ -67,7 +67,7 @@ def test_a_batch_is_filled_up_with_its_last_image(opened, scene_for, name: str) 
     config = SampleConfig(num=3, sampler="ddpm", steps=10, **about)
     scene = scene_for(denoiser, config)
     scheduler = build_scheduler(denoiser.record.scheduler_config, config)
-    (asked,) = (Asked(0, t, torch.tensor(t), None) for t in scheduler.timesteps[:1].tolist())
+    (at,) = (Timestep(0, t, torch.tensor(t), None) for t in scheduler.timesteps[:1].tolist())
     sizes: list[int] = []
     denoiser.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     found = []
@@ -75,7 +75,7 @@ def test_a_batch_is_filled_up_with_its_last_image(opened, scene_for, name: str) 
         batch = draw_batch(
             range(3), scene, torch.empty(0), scheduler=scheduler, config=config, size=size
         )
-        said = denoise(batch, Step(denoiser), asked, config)
+        said = denoise(batch, Step(denoiser), at, config)
         assert [len(x) for x in said] == [3, 3]
         assert batch.num == 3
         copies = batch.x_t[2:3].expand_as(batch.x_t[3:])
