@@ -6,6 +6,7 @@ A command calls `find_place` first, so that a missing folder or dataset is told 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder of image files, `files` sorted by relative name."""
+    """A folder of image files, `files` in natural order of their names below it."""
 
     source: str
     path: Path
@@ -128,7 +129,7 @@ def _local(source: str, path: Path) -> Place:
 
 
 def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files under `folder` with these suffixes, sorted by relative name; hidden ones are left out.
+    """Files under `folder` with these suffixes, in natural order of the names below it; no hidden.
 
     Links to folders are followed, also out of it, but each real folder is read once: under its own
     name, or that of the first link to it. Raises MissingError for a folder that cannot be read.
@@ -149,4 +150,13 @@ def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
                 Path(root, name) for name in files
                 if name.lower().endswith(suffixes) and not name.startswith(".") and not known
             ]  # fmt: skip
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(found, key=lambda path: natural_order(path.relative_to(folder).as_posix()))
+
+
+def natural_order(name: str) -> tuple[str, str]:
+    """A key that sorts 2.png before 10.png: text order, but that a whole number counts as one.
+
+    Names whose numbers are padded with zeros keep their text order.
+    """
+    numbers = re.sub("0*([0-9]+)", lambda found: f"{len(found[1]):03d}{found[1]}", name)
+    return numbers, name

@@ -15,6 +15,7 @@ from deme_cli.artifacts import write_artifact
 from deme_cli.data import images
 from deme_cli.data.digits import load_digits_images
 from deme_cli.data.images import ImageData, open_images, to_unit
+from deme_cli.data.places import natural_order
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.records import SamplesRecord
 
@@ -75,6 +76,19 @@ def test_a_folder_is_read_in_the_order_of_its_names_below_it(tmp_path: Path) -> 
     data = open_images(str(tmp_path), shape=None, split="all")
     assert all_images(data)[:, 0, 0, 0].tolist() == [1, 2, 3]
     assert data.shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("names", [[f"img{n:03d}_a" for n in range(0, 999, 7)], ["", "a", "a-1"]])
+def test_names_without_bare_numbers_keep_their_text_order(names: list[str]) -> None:
+    assert sorted(names, key=natural_order) == sorted(names)
+
+
+def test_images_are_numbered_as_people_number_them(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"{number // 6 * 9 + 1}").mkdir(exist_ok=True)
+        Image.new("L", (4, 4), number).save(tmp_path / f"{number // 6 * 9 + 1}" / f"{number}.png")
+    data = open_images(str(tmp_path), shape=None, split="all")
+    assert all_images(data)[:, 0, 0, 0].tolist() == list(range(12))
 
 
 def test_every_fiftieth_image_is_held_out_of_a_source_without_a_test_split(tmp_path: Path) -> None:
