@@ -30,7 +30,7 @@ def main() -> None:
         with stops_told(), memory_told(TOO_MUCH_AT_ONCE):
             from deme_cli.app import app
 
-            app()
+            app(prog_name="deme")
     except SystemExit as done:
         has_failed = bool(done.code)
         raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 import typer.core
@@ -19,16 +19,29 @@ import typer.main
 from deme_cli.analysis_config import ANALYSES
 from deme_cli.commands.launching import only_first
 from deme_cli.commands.version import show_version
+from deme_cli.errors import ConfigError
+from deme_cli.settings import closest, nearest
 
 SETTINGS: dict[str, Any] = {
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
     "rich_markup_mode": "rich",
 }
+USAGE_ERROR = cast(type[Exception], typer.BadParameter.__base__)  # Typer has no public name for it
 PIPELINE, MEASURE, LOOK = "Pipeline", "Sample and measure", "Look and share"
 
 
-class FirstOnly(typer.core.TyperCommand):
+class Command(typer.core.TyperCommand):
+    """A command whose usage errors are one line, as all others are."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except USAGE_ERROR as error:
+            raise ConfigError(_usage_told(ctx, error)) from error
+
+
+class FirstOnly(Command):
     """A command that the first process of a launch runs alone; the others end before they read it,
     unless they are asked for help."""
 
@@ -36,6 +49,44 @@ class FirstOnly(typer.core.TyperCommand):
         if not set(ctx.help_option_names) & set(args):
             only_first()
         return super().parse_args(ctx, args)
+
+
+class Group(typer.core.TyperGroup):
+    """A group of commands; called without any it shows its help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        is_alone = not args
+        try:
+            return super().parse_args(ctx, args)
+        except USAGE_ERROR as error:
+            if is_alone:
+                raise
+            raise ConfigError(_usage_told(ctx, error)) from error
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = self.list_commands(ctx)
+        if args[0] not in known:
+            raise ConfigError(f"no command {args[0]!r}{nearest(args[0], known)}")
+        return super().resolve_command(ctx, args)
+
+
+def _usage_told(context: Any, error: Any) -> str:
+    """A usage error of Typer's on one line: the command, what is wrong, what to do."""
+    command = context.command_path.partition(" ")[2]
+    where = f"{command}: " if command else ""
+    text = error.format_message().rstrip(".")
+    text = text[0].lower() + text[1:]
+    if hasattr(error, "possibilities"):
+        items = context.command.params
+        flags = [flag for item in items for flag in (*item.opts, *item.secondary_opts)]
+        text = f"no option {error.option_name}"
+        if close := closest(error.option_name, [flag for flag in flags if flag.startswith("--")]):
+            return f"{where}{text}; did you mean {close}?"
+    elif hasattr(error.__cause__, "errors"):  # pydantic's, which converts the values
+        (first, *_) = error.__cause__.errors()
+        expected = first["msg"].partition(",")[0].replace("Input should be", "expected")
+        text = f"{error.param.opts[0]} {first['input']}: {expected}"
+    return f"{where}{text}; see {' '.join(['deme', *command.split(), '--help'])}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +106,9 @@ class Entry:
     def build(self, name: str) -> Any:
         """Import the command and make its options."""
         module = import_module(f"deme_cli.commands.{self.module or self.function}")
-        one = typer.Typer(**SETTINGS, add_completion=False, no_args_is_help=bool(self.parts))
+        one = typer.Typer(
+            **SETTINGS, cls=Group, add_completion=False, no_args_is_help=bool(self.parts)
+        )
         function = getattr(module, self.function)
         if not self.parts:
             one.command(name, cls=_kind(self.function), rich_help_panel=self.panel)(function)
@@ -70,8 +123,8 @@ class Entry:
         return typer.core.TyperCommand(name, help=self.summary, rich_help_panel=self.panel)
 
 
-def _kind(function: str) -> type[typer.core.TyperCommand]:
-    return typer.core.TyperCommand if function in JOINT else FirstOnly
+def _kind(function: str) -> type[Command]:
+    return Command if function in JOINT else FirstOnly
 
 
 # What the processes of a launch do together, by function: each of these meets the others itself.
@@ -97,7 +150,7 @@ COMMANDS: dict[str, Entry] = {
 }
 
 
-class LazyGroup(typer.core.TyperGroup):
+class LazyGroup(Group):
     """A group that knows its commands by the table above and builds the one that is called."""
 
     _lists_commands = False

@@ -5,7 +5,6 @@ Settings left at their default are written as comments, so that a later default 
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 from deme_cli.config import CONFIG_NAME, TABLES, ModelConfig
 from deme_cli.errors import ConfigError, MissingError
-from deme_cli.settings import Settings
+from deme_cli.settings import Settings, nearest
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -109,12 +108,6 @@ def _is_huge(value: Any) -> bool:
     if isinstance(value, (list, dict)):
         return any(map(_is_huge, value.values() if isinstance(value, dict) else value))
     return type(value) is int and not -(1 << 63) <= value < 1 << 63
-
-
-def nearest(word: str, known: Any) -> str:
-    """What somebody may have meant who wrote `word`, as the end of a message."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def _typed(value: Any, declared: str, where: str) -> Any:

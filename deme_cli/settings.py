@@ -6,11 +6,117 @@ that can run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from deme_cli.errors import ConfigError
+
+# What the training scripts of diffusers and kohya, mergekit, clean-fid and habit call our options,
+# settings and commands. A name of ours that the place in question does not know is passed over.
+OTHER_WORDS = {
+    "lr": "learning_rate unet_lr",
+    "steps": "max_train_steps num_train_steps train_steps training_steps max_steps num_steps "
+    "updates iterations num_iterations num_inference_steps inference_steps sampling_steps",
+    "updates": "steps max_train_steps",
+    "batch_size": "train_batch_size per_device_train_batch_size eval_batch_size val_batch_size bs",
+    "micro_batch": "micro_batch_size",
+    "accumulation": "gradient_accumulation_steps accumulation_steps grad_accum",
+    "lr_schedule": "lr_scheduler lr_scheduler_type scheduler_type",
+    "warmup": "lr_warmup_steps warmup_steps num_warmup_steps",
+    "checkpoint_every": "checkpointing_steps checkpoint_interval save_steps",
+    "snapshot_every": "save_every_n_steps save_every save_interval",
+    "grad_clip": "max_grad_norm gradient_clip clip_grad_norm",
+    "weight_decay": "adam_weight_decay",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "ema_decay": "use_ema ema ema_rate ema_max_decay",
+    "weighting_gamma": "snr_gamma min_snr_gamma gamma",
+    "loss_weighting": "weighting_scheme weighting snr_weighting",
+    "consistency": "consistency_weight consistency_loss lambda",
+    "p": "prob probability",
+    "caption_dropout": "caption_dropout_rate proportion_empty_prompts conditioning_dropout_prob",
+    "cache": "cache_latents cache_latents_to_disk",
+    "range": "timestep_range min_timestep max_timestep t_range expert",
+    "num_ranges": "n num_experts experts n_experts",
+    "data": "train_data_dir instance_data_dir data_dir image_dir dataset dataset_name dataset_dir "
+    "dataset_config images",
+    "captions": "caption_column caption_extension caption_key text_column",
+    "flip": "random_flip flip_aug horizontal_flip hflip",
+    "horizontal_flip": "random_flip flip_aug flip",
+    "crop": "center_crop random_crop",
+    "resolution": "image_size img_size height width",
+    "size": "image_size resolution resize_to",
+    "base": "base_model pretrained_model_name_or_path pretrained_model model",
+    "model": "base_model pretrained_model_name_or_path pretrained_model base",
+    "output": "output_dir output_path output_name output_file out outdir out_dir out_path save_dir "
+    "save_path logging_dir",
+    "resume": "resume_from_checkpoint continue",
+    "dtype": "mixed_precision precision torch_dtype save_precision save_dtype fp16 bf16 half",
+    "device": "gpu gpu_id cuda device_map no_cuda use_cpu",
+    "compile": "torch_compile use_compile",
+    "jobs": "num_processes num_workers workers dataloader_num_workers parallel processes",
+    "seed": "random_seed manual_seed rng_seed",
+    "num": "num_images num_samples n_samples num_validation_images n_images samples count num_gen",
+    "sampler": "scheduler noise_scheduler sampling_method solver",
+    "spacing": "timestep_spacing",
+    "guidance": "guidance_scale cfg cfg_scale unconditional_guidance_scale",
+    "prompt": "validation_prompt text caption",
+    "prompts": "prompt_file prompts_file validation_prompts",
+    "classes": "class_labels class_ids labels",
+    "per_prompt": "num_images_per_prompt images_per_prompt",
+    "coefficients": "weights weight alpha alphas ratio ratios scales lambdas",
+    "method": "merge_method algorithm",
+    "fid": "reference ref dataset_name compute_fid",
+    "kid": "compute_kid",
+    "repeats": "num_repeats num_seeds",
+    "evaluations": "trials n_trials num_trials budget max_evals",
+    "force": "overwrite overwrite_output_dir yes",
+    "quiet": "silent",
+    "config": "config_file",
+    "pipeline": "vae pretrained_vae_model_name_or_path",
+    "split": "import init prepare convert",
+    "finetune": "train training tune fit",
+    "task-vector": "diff extract subtract",
+    "sample": "generate infer inference draw",
+    "ensemble-sample": "ensemble",
+    "eval": "evaluate fid metrics measure score test",
+    "stats": "statistics",
+    "merge": "search combine",
+    "inspect": "show info",
+    "export": "save save_pretrained convert_to_diffusers",
+    "doctor": "check env version",
+    "report": "html",
+    "analyze": "analyse plot visualize",
+}
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """What of `known` somebody meant who wrote `word`: a slip, or the word of another tool for it.
+
+    Dashes, underscores and capitals are all one.
+    """
+    own = {_plain(name): name for name in known}
+    meant = {
+        _plain(other): own[_plain(name)]
+        for name, others in OTHER_WORDS.items()
+        if _plain(name) in own
+        for other in others.split()
+    } | own
+    found = difflib.get_close_matches(_plain(word), meant, n=1, cutoff=0.6)
+    return meant[found[0]] if found else None
+
+
+def _plain(word: str) -> str:
+    return word.lower().lstrip("-").replace("-", "_")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown `word`: what of `known` may be meant, or all of it."""
+    known = list(known)
+    close = closest(word, known)
+    return f"; did you mean {close!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def setting(

@@ -34,7 +34,10 @@ def test_no_file_means_defaults_and_a_named_file_must_exist(
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("[finetune]\nlearning_rate = 1e-4", "unknown key 'learning_rate'"),
+        (
+            "[finetune]\nlearning_rate = 1e-4",
+            "unknown key 'learning_rate' in [finetune]; did you mean 'lr'?",
+        ),
         ("[finetune]\nstep = 3", "did you mean 'steps'"),
         ("[finetunes]\n", "did you mean 'finetune'"),
         ("[finetune]\nsteps = 'many'", "expected int"),

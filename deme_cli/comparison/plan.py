@@ -16,7 +16,8 @@ from typing import Any
 from deme_cli.comparison.results import Published
 from deme_cli.config import DIVISIONS, TABLES
 from deme_cli.errors import ConfigError, MissingError
-from deme_cli.run_file import checked_table, nearest
+from deme_cli.run_file import checked_table
+from deme_cli.settings import nearest
 
 SHIPPED = Path(__file__).parent / "plans"
 KINDS = ("base", "finetune", "ensemble", "merged")

@@ -9,9 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from deme_cli.app import COMMANDS
 from deme_cli.commands.options import Given, OptionsOf, takes_settings
-from deme_cli.config import EvalConfig, MergeConfig, SampleConfig
+from deme_cli.config import TABLES, EvalConfig, MergeConfig, SampleConfig
 from deme_cli.errors import ConfigError
+from deme_cli.settings import OTHER_WORDS, closest
 
 seen: dict[str, Any] = {}
 
@@ -81,3 +83,56 @@ def test_two_options_of_one_name_are_a_mistake_that_is_seen_at_once() -> None:
 
     with pytest.raises(ValueError, match="duplicate parameter name"):
         takes_settings(command)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("finetun", "no command 'finetun'; did you mean 'finetune'?"),
+        ("generate x", "no command 'generate'; did you mean 'sample'?"),
+        ("xyz", "no command 'xyz'; known: split, finetune"),
+        ("analyze loses", "no command 'loses'; did you mean 'losses'?"),
+        ("finetune --rnage 1/4", "finetune: no option --rnage; did you mean --range?"),
+        ("finetune --learning_rate=1", "no option --learning_rate; did you mean --lr?"),
+        ("finetune --max-train-steps 1", "did you mean --steps?"),
+        ("finetune --train_batch_size 1", "did you mean --batch-size?"),
+        ("finetune --batch_size 1", "did you mean --batch-size?"),
+        ("finetune --output-dir x", "did you mean --output?"),
+        ("finetune --mixed_precision bf16", "did you mean --dtype?"),
+        ("finetune --snr_gamma 5", "did you mean --weighting-gamma?"),
+        ("sample x --num-inference-steps 1", "did you mean --steps?"),
+        ("sample x --guidance-scale 1", "did you mean --guidance?"),
+        ("sample x --scheduler ddim", "did you mean --sampler?"),
+        ("merge --weights 1,2", "did you mean --coefficients?"),
+        ("eval --weights", "eval: option '--weights' requires an argument; see deme eval --help"),
+        ("analyze losses --num_samples 3", "analyze losses: no option --num_samples; did you mean"),
+        ("finetune --xyzzy", "finetune: no option --xyzzy; see deme finetune --help"),
+        ("sample", "sample: missing argument 'MODEL'; see deme sample --help"),
+        ("sample x --steps abc", "sample: --steps abc: expected a valid integer; see deme"),
+        ("finetune 2/4", "unexpected extra argument(s) (2/4); see deme finetune --help"),
+        ("--xyzzy", "no option --xyzzy; see deme --help"),
+    ],
+)
+def test_a_wrong_word_is_one_line_that_names_the_right_one(deme, words: str, told: str) -> None:
+    result = deme(*words.split())
+    assert isinstance(result.exception, ConfigError), result.output
+    assert told in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_every_word_of_another_tool_leads_to_a_word_of_ours_that_is_there() -> None:
+    flags = set()
+    for name, entry in COMMANDS.items():
+        command = entry.build(name)
+        for one in getattr(command, "commands", {"": command}).values():
+            flags |= {flag.lstrip("-") for item in one.params for flag in item.opts}
+    known = (
+        {name.replace("-", "_") for name in flags}
+        | set(COMMANDS)
+        | {item.name for table in TABLES.values() for item in fields(table)}
+    )
+    assert {name.replace("-", "_") for name in OTHER_WORDS} <= {
+        name.replace("-", "_") for name in known
+    }
+    for name, others in OTHER_WORDS.items():
+        assert {closest(other, [name]) for other in others.split()} == {name}

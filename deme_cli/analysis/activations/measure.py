@@ -36,7 +36,7 @@ from deme_cli.diffusion.backbones.backbone import Site
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.projection import PREFIX, sites
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
-from deme_cli.run_file import nearest
+from deme_cli.settings import nearest
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import FixedDraws
