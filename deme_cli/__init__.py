@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from deme_cli.api.analyze_landscape import analyze_landscape as analyze_landscape
     from deme_cli.api.analyze_losses import analyze_losses as analyze_losses
     from deme_cli.api.analyze_task_vectors import analyze_task_vectors as analyze_task_vectors
-    from deme_cli.api.analyze_trajectory import analyze_trajectory as analyze_trajectory
     from deme_cli.api.analyzing import Analysis as Analysis
     from deme_cli.api.comparing import Compared as Compared
     from deme_cli.api.comparing import compare as compare
@@ -75,9 +74,7 @@ _PLACES = {
     "reference_statistics": "api.statistics", "export": "api.exporting",
     **{
         f"analyze_{name}": f"api.analyze_{name}"
-        for name in (
-            "losses", "gradients", "activations", "landscape", "task_vectors", "trajectory",
-        )
+        for name in ("losses", "gradients", "activations", "landscape", "task_vectors")
     },
     "Analysis": "api.analyzing",
     "compare": "api.comparing", "Compared": "api.comparing",

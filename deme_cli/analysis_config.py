@@ -96,18 +96,6 @@ class TaskVectorConfig(Settings):
 
 
 @dataclass(frozen=True)
-class TrajectoryConfig(Settings):
-    """`deme analyze trajectory`; how images are drawn, the settings of [sample] say."""
-
-    num: int = setting(16, "images that the distances are measured on", flags="--num -n")
-    shown: int = setting(10, "steps shown, evenly from noise to image")
-    rows: int = setting(1, "images shown, the first of them")
-
-    def check(self) -> None:
-        self._positive("num", "shown", "rows")
-
-
-@dataclass(frozen=True)
 class LandscapeConfig(Settings):
     """`deme analyze landscape`: a line or a plane of points, on the same draws everywhere."""
 
@@ -157,5 +145,4 @@ ANALYSES: dict[str, type[Settings]] = {  # by the kind of their documents, as th
     "activations": ActivationConfig,
     "landscape": LandscapeConfig,
     "task-vectors": TaskVectorConfig,
-    "trajectory": TrajectoryConfig,
 }

@@ -19,16 +19,13 @@ from deme_cli.analysis_config import (
     LandscapeConfig,
     LossConfig,
     TaskVectorConfig,
-    TrajectoryConfig,
 )
 from deme_cli.api.analyze_activations import analyze_activations
 from deme_cli.api.analyze_gradients import analyze_gradients
 from deme_cli.api.analyze_landscape import analyze_landscape
 from deme_cli.api.analyze_losses import analyze_losses
 from deme_cli.api.analyze_task_vectors import analyze_task_vectors
-from deme_cli.api.analyze_trajectory import analyze_trajectory
 from deme_cli.api.analyzing import SPLITS
-from deme_cli.api.drawing import sample_settings
 from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     ConfigPath,
@@ -45,8 +42,7 @@ from deme_cli.commands.options import (
     option,
     takes_settings,
 )
-from deme_cli.commands.sample import Prompt
-from deme_cli.config import DataConfig, SampleConfig, SplitConfig
+from deme_cli.config import DataConfig, SplitConfig
 from deme_cli.errors import ConfigError
 
 Data = Annotated[str | None, option(DataConfig, "source")]
@@ -189,33 +185,6 @@ def task_vectors(
     made = analyze_task_vectors(
         experts or (), run.settings(TaskVectorConfig, **given), base=base, output=output, run=run,
         force=force, dry_run=dry_run,
-    )  # fmt: skip
-    console.result_paths(made.paths, as_json=as_json, **made.facts)
-
-
-@takes_settings
-def trajectory(
-    given: Annotated[Given, OptionsOf(TrajectoryConfig)],
-    of_sampling: Annotated[Given, OptionsOf(SampleConfig, without=("num",))],
-    models: Annotated[list[str] | None, _argument(
-        r"Artifacts, diffusers folders or hub ids; experts that cover all timesteps also "
-        r"act together \[default: base, experts and merged of this folder]."
-    )] = None,
-    prompt: Prompt = None,
-    output: Output = Path("trajectory.json"),
-    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
-    dtype: Dtype = "fp32", force: Force = False, dry_run: DryRun = False, as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:  # fmt: skip
-    """Denoise the same noise with every model, side by side; show which expert acted when.
-
-    Example: deme analyze trajectory --steps 20 --rows 2
-    """
-    run = begin(config, quiet=quiet)
-    made = analyze_trajectory(
-        models or (), run.settings(TrajectoryConfig, **given),
-        sampling=sample_settings(run, of_sampling, prompt=prompt, protocol=None), output=output,
-        run=run, pipeline=pipeline, device=device, dtype=dtype, force=force, dry_run=dry_run,
     )  # fmt: skip
     console.result_paths(made.paths, as_json=as_json, **made.facts)
 

@@ -122,8 +122,6 @@ def analysing(
     words += setting_words(ANALYSES[kind], run, protocol)
     if kind == "gradients":
         words += setting_words(SplitConfig, run, {"n": protocol.get("n")})
-    elif kind == "trajectory":
-        words += _drawing({**protocol, "num": None}, run)
     if data.get("source") != run.settings(DataConfig).source:
         words += setting_words(DataConfig, run, data)
     for option, usual in _OPTIONS.get(kind, {}).items():

@@ -1,4 +1,4 @@
-"""The six analyses in Python: what the command line writes and prints, and its refusals."""
+"""The analyses in Python: what the command line writes and prints, and its refusals."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ from deme_cli.analysis_config import (
     LandscapeConfig,
     LossConfig,
     TaskVectorConfig,
-    TrajectoryConfig,
 )
 from deme_cli.api.analyze_activations import analyze_activations
 from deme_cli.api.analyze_gradients import analyze_gradients
 from deme_cli.api.analyze_landscape import analyze_landscape
 from deme_cli.api.analyze_losses import analyze_losses
 from deme_cli.api.analyze_task_vectors import analyze_task_vectors
-from deme_cli.api.analyze_trajectory import analyze_trajectory
 from deme_cli.api.analyzing import Analysis
-from deme_cli.config import DataConfig, SampleConfig
+from deme_cli.config import DataConfig
 from deme_cli.errors import ConfigError
 from deme_cli.run_file import RunFile
 
@@ -73,11 +71,6 @@ CASES = {
     "task-vectors": Case(
         f"{FIRST} {LAST} --no-ranks",
         analyze_task_vectors, ([FIRST, LAST], TaskVectorConfig(ranks=False)), {},
-    ),
-    "trajectory": Case(
-        "-n 2 --shown 2 --steps 3",
-        analyze_trajectory, ((), TrajectoryConfig(num=2, shown=2)),
-        {"sampling": SampleConfig(steps=3)},
     ),
 }  # fmt: skip
 
@@ -132,8 +125,7 @@ def test_what_cannot_be_done_is_said_before_torch_is_loaded(run_folder: Path) ->
         from deme_cli.api.analyze_landscape import analyze_landscape
         from deme_cli.api.analyze_losses import analyze_losses
         from deme_cli.api.analyze_task_vectors import analyze_task_vectors
-        from deme_cli.api.analyze_trajectory import analyze_trajectory
-        from deme_cli.config import DataConfig
+                from deme_cli.config import DataConfig
         from deme_cli.errors import DemeError
 
         base, digits, taken = "base.safetensors", DataConfig(source="digits"), Path("taken.json")
@@ -145,7 +137,7 @@ def test_what_cannot_be_done_is_said_before_torch_is_loaded(run_folder: Path) ->
             lambda: analyze_activations(base, base=base, images=digits),
             lambda: analyze_landscape(marks=[base], images=digits),
             lambda: analyze_task_vectors([base]),
-            lambda: analyze_trajectory(output=taken),
+            lambda: analyze_task_vectors(output=taken),
         ):
             try:
                 call()

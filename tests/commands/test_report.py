@@ -213,8 +213,6 @@ def test_a_landscape_is_told_with_what_lies_beside_its_plane(deme: Deme, run_fol
         "landscape base.safetensors ft_1of4.safetensors ft_4of4.safetensors --data digits "
         "--mark ft_2of4.safetensors --points 3 --num 16 --report-num 16",
         "gradients base.safetensors --data digits --buckets 6 --num 4 --num-ranges 3",
-        "trajectory base.safetensors ft_1of4.safetensors -n 2 --steps 3 --sampler ddpm "
-        "--resize-to 4",
     ],
 )
 def test_the_line_told_of_an_analysis_makes_the_same_document(

@@ -1,1 +1,0 @@
-"""The same noise denoised by each model, step by step."""
