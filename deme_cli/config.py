@@ -24,6 +24,7 @@ PROTOCOLS = (
 )  # fmt: skip
 RESIZES = ("clean", "legacy_pytorch", "legacy_tensorflow")
 CROPS = ("centre", "random")
+EVAL_NUM = 50_000  # images of a row where nothing says otherwise
 _IMAGES, _SHOWN, _SIZE = "Images and captions", "What is shown", "Size"
 
 
@@ -163,7 +164,11 @@ class EvalConfig(Settings):
         "inception, clip, digits or a TorchScript file; unset: digits for digits, else inception",
     )
     resize: str = setting("clean", "how images come to the extractor's size", choices=RESIZES)
-    num: int = setting(50_000, "images per row and repeat", flags="--num -n")
+    num: int | None = setting(
+        None,
+        f"images per row and repeat; unset: {EVAL_NUM:,}, or as many as the prompts make",
+        flags="--num -n",
+    )
     repeats: int = setting(1, "independent seeds per row; their mean and sd are shown")
     batch_size: int = setting(128, "images per forward of the extractor", flags="--batch-size -b")
     seed: int = setting(0, "first seed; repeat r uses seed + r")

@@ -123,7 +123,7 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self._start: tuple[float, int] | None = None
-        self._shown = time.monotonic()
+        self._shown, self._last = time.monotonic(), -1  # when a plain line was printed, and of what
         self._bar = self._open_bar() if not _quiet and sys.stderr.isatty() else None
 
     def _open_bar(self) -> Bar:
@@ -140,9 +140,13 @@ class Progress:
         bar.add_task(self.label, total=self.total, rate="", note="")
         return bar
 
-    def advance(self, done: int, note: str = "") -> None:
-        """Show that `done` units are finished (a resumed run starts above 0)."""
+    def advance(self, done: int, note: str = "", *, total: int | None = None) -> None:
+        """Show that `done` units are finished (a resumed run starts above 0).
+
+        total: of units, where it is known only now.
+        """
         now = time.monotonic()
+        self.total = self.total if total is None else total
         if self._start is None:
             self._start = (now, done)
         elapsed, moved = now - self._start[0], done - self._start[1]
@@ -151,9 +155,15 @@ class Progress:
         rate = f"{shown} {self.unit}/s" if speed else ""
         if self._bar is not None:
             note = self._fitting(note, rate)
-            self._bar.update(self._bar.task_ids[0], completed=done, rate=rate, note=note)
-        elif not _quiet and (now - self._shown >= _PLAIN_SECONDS or done >= self.total):
-            self._shown = now
+            self._bar.update(
+                self._bar.task_ids[0], completed=done, total=self.total, rate=rate, note=note
+            )
+        elif (
+            not _quiet
+            and done != self._last
+            and (now - self._shown >= _PLAIN_SECONDS or done >= self.total)
+        ):
+            self._shown, self._last = now, done
             parts = [f"{self.label}: {done}/{self.total}", rate, note]
             print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
 

@@ -6,6 +6,7 @@ Settings left at their default are written as comments, so that a later default 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -47,7 +48,7 @@ class RunFile:
 
     def seen(self, place: str) -> str:
         """A file as given, or, where nothing of that name is here, beside this `deme.toml`."""
-        is_beside = not Path(place).exists() and self.resolve(place).exists()
+        is_beside = not os.path.exists(place) and os.path.exists(self.resolve(place))  # or too long
         return str(self.resolve(place)) if is_beside else place
 
     def pipeline(self, given: str | None = None) -> str | None:
@@ -151,7 +152,7 @@ _EXAMPLES: dict[str, Any] = {
     "snapshot_every": 1000,
     "micro_batch": 16,
     "weighting_gamma": 5.0,
-    "num": 64,
+    "num": 1000,
     "resize": 256,
     "guidance": 7.5,
     "prompts": "prompts.txt",

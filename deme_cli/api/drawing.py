@@ -63,7 +63,7 @@ def sample(
     """
     run = run or RunFile()
     job = DrawingJob(
-        [str(model)], settings or run.settings(SampleConfig), output or default_output(str(model)),
+        [str(model)], _seen_from(run, settings), output or default_output(str(model)),
         run.pipeline(pipeline), device, dtype, compile, force,
     )  # fmt: skip
     return _here(job.run())
@@ -89,10 +89,16 @@ def ensemble_sample(
     """
     run = run or RunFile()
     job = DrawingJob(
-        [str(path) for path in experts], settings or run.settings(SampleConfig), output,
+        [str(path) for path in experts], _seen_from(run, settings), output,
         run.pipeline(pipeline), device, dtype, compile, force, is_ensemble=True, hold_one=hold_one,
     )  # fmt: skip
     return _here(job.run())
+
+
+def _seen_from(run: RunFile, settings: SampleConfig | None) -> SampleConfig:
+    """The settings, those of `run` if None; prompts that are not here lie beside its file."""
+    settings = settings or run.settings(SampleConfig)
+    return replace(settings, prompts=settings.prompts and run.seen(settings.prompts))
 
 
 def _here(images: Images | None) -> Images:
@@ -124,9 +130,9 @@ def sample_settings(
             )
         options["prompts"] = f"{TEXT}{prompt}"
     named = find_protocol(protocol)
-    config = run.settings(SampleConfig, **apply_protocol(named, SampleConfig, options))
-    if config.prompts and options.get("prompts") is None:
-        config = replace(config, prompts=run.seen(config.prompts))
+    config = _seen_from(
+        run, run.settings(SampleConfig, **apply_protocol(named, SampleConfig, options))
+    )
     if prompt is not None and options.get("prompt_column") is None:
         config = replace(config, prompt_column=None)  # that of the set in deme.toml
     return config

@@ -9,7 +9,7 @@ from typing import Any
 
 from deme_cli import console
 from deme_cli.api.fetching import fetch, fetch_clip
-from deme_cli.config import EvalConfig, SampleConfig
+from deme_cli.config import EVAL_NUM, EvalConfig, SampleConfig
 from deme_cli.data.prompts import PromptSet, prompt_assets, read_prompts, select_prompts
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.protocol import Means
@@ -35,14 +35,12 @@ from deme_cli.run_file import RunFile
 class Order:
     """What is asked: the settings, and the protocol that has fixed some of them.
 
-    num: the number of images where somebody insists on one; else the prompts have as many as they
-    are.   weights: the file of the features, where somebody names it.
+    weights: the file of the features, where somebody names it.
     """
 
     run: RunFile
     settings: EvalConfig
     sampling: SampleConfig
-    num: int | None
     weights: Path | None
     protocol: Protocol | None
 
@@ -61,7 +59,7 @@ def resolve_order(
     sampling = run.settings(
         SampleConfig, **apply_protocol(named, SampleConfig, {**of_sampling, **counts})
     )
-    return Order(run, settings, sampling, given["num"], weights, named)
+    return Order(run, settings, sampling, weights, named)
 
 
 @dataclass(frozen=True)
@@ -119,28 +117,26 @@ def find_request(
     if order.protocol is not None:
         console.note(f"protocol {order.protocol.name}: {order.protocol.source}")
         console.note(f"not told there: {order.protocol.open}")
-    prompts, settings, sampling = find_prompts(run, settings, order.sampling, order.num)
+    prompts, settings, sampling = find_prompts(run, settings, order.sampling)
     rows = plan_rows(models) if models else folder_rows(run.base)
     means = find_means(run, settings, order.weights, order.protocol)
     return Request(settings, sampling, means, rows, prompts, pipeline, device, dtype, compile)
 
 
 def find_prompts(
-    run: RunFile, config: EvalConfig, sample: SampleConfig, num: int | None
+    run: RunFile, config: EvalConfig, sample: SampleConfig
 ) -> tuple[PromptSet | None, EvalConfig, SampleConfig]:
-    """The prompts that are asked for, and the settings with the number of images they fix.
+    """The prompts that are asked for, and the settings with the number of images there will be.
 
-    num: as given on the command line or by a protocol. Raises ConfigError where it, or else that of
-    deme.toml, does not match the prompts.
+    Raises ConfigError where the number that is set does not match the prompts.
     """
     if sample.prompts is None:
-        return None, config, sample
+        count = EVAL_NUM if config.num is None else config.num
+        return None, replace(config, num=count), replace(sample, num=count)
     source = run.seen(sample.prompts)
     fetch(prompt_assets(source))
     prompts = read_prompts(source, column=sample.prompt_column)
-    asked = run.tables.get("eval", {}).get("num") if num is None else num
-    if asked is None and prompts.cycles:
-        asked = config.num
+    asked = EVAL_NUM if config.num is None and prompts.cycles else config.num
     count = len(select_prompts(prompts, num=asked, per_prompt=sample.per_prompt))
     sample = replace(sample, prompts=source, num=count)
     return prompts, replace(config, num=count), sample

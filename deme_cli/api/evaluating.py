@@ -11,9 +11,9 @@ from deme_cli import console
 from deme_cli.api.eval_request import Order, Request, find_request
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import GateError
-from deme_cli.evaluation.protocols import find_protocol
+from deme_cli.evaluation.protocols import Protocol, apply_protocol, find_protocol
 from deme_cli.processes import ALONE, World
-from deme_cli.run_file import RunFile
+from deme_cli.run_file import AnySettings, RunFile
 
 if TYPE_CHECKING:
     from deme_cli.evaluation.features import Extractor
@@ -88,7 +88,8 @@ def evaluate(
     models: artifacts, diffusers folders, hub ids, samples, folders of images; experts that cover
     all timesteps are one row. None: base, experts and merged of the run's folder.   settings,
     sampling: those of `run` if None; `settings` has the number of images and the first seed, and
-    what its protocol fixes wins over both.   weights: the file of the Inception or CLIP features.
+    what its protocol fixes wins over the run's file and the defaults; to say otherwise here is an
+    error, as it is on the command line.   weights: the file of the Inception or CLIP features.
 
     Rows of one repeat start from the same noise, so that differences to the first row are paired.
     Figures that are done are kept in the current folder until all are. Raises ConfigError,
@@ -97,17 +98,28 @@ def evaluate(
     run = run or RunFile()
     settings = settings or run.settings(EvalConfig)
     sampling = sampling or run.settings(SampleConfig)
-    if named := find_protocol(settings.protocol):
-        settings = replace(settings, **named.settings(EvalConfig))
-        sampling = replace(sampling, **named.settings(SampleConfig))
-    sampling = replace(sampling, num=settings.num, seed=settings.seed)
-    num = None if settings.num == EvalConfig.num else settings.num
-    order = Order(run, settings, sampling, num, weights, named)
+    named = find_protocol(settings.protocol)
+    settings = _under(named, settings, run)
+    sampling = _under(named, replace(sampling, num=settings.num, seed=settings.seed), run)
+    order = Order(run, settings, sampling, weights, named)
     evaluation = EvaluationJob(
         order, [str(model) for model in models], run.pipeline(pipeline), device, dtype, compile
     ).run()
     assert evaluation is not None, "a process that is alone is the first"
     return evaluation
+
+
+def _under(named: Protocol | None, settings: AnySettings, run: RunFile) -> AnySettings:
+    """The settings with what the protocol fixes. Raises ConfigError where they say otherwise, and
+    neither the run's file nor the defaults do."""
+    kind = type(settings)
+    usual = asdict(kind()), asdict(run.settings(kind))
+    given = {
+        name: value
+        for name, value in asdict(settings).items()
+        if all(value != values[name] for values in usual)
+    }
+    return replace(settings, **apply_protocol(named, kind, given))
 
 
 @dataclass(frozen=True)
@@ -215,12 +227,12 @@ def _open_targets(
 
     targets = []
     for metric, reference in request.means.references.items():
-        with console.progress(f"reference {reference.source}", 100, "%") as bar:
+        with console.progress(f"reference {reference.source}", 1, "image") as bar:
             for record in open_target(metric, reference, extractor, shape, world=world):
                 if isinstance(record, Target):
                     targets.append(record)
                 else:
-                    bar.advance(100 * record.done // record.total)
+                    bar.advance(record.done, total=record.total)
     return targets
 
 
@@ -239,10 +251,10 @@ def _warn(request: Request, rows: list[Row]) -> None:
             f"{features.sha256[:12]}); figures cannot be compared with others'"
         )
     for row in rows:
-        measures_distance = bool(config.fid or config.kid)
-        if measures_distance and row.finished is not None and len(row.finished) < config.num:
+        num = num_images(row, config)
+        if (config.fid or config.kid) and num != config.num:
             console.warn(
-                f"{row.name} has {len(row.finished)} images, not {config.num}: "
+                f"{row.name} has {num} images, not {config.num}: "
                 f"fewer images make a distance larger"
             )
     cards = {row.name: row.card for row in rows}

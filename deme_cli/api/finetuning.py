@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme_cli import console
 from deme_cli.api.caching import fill_with_bar
-from deme_cli.config import DataConfig, FinetuneConfig, ModelConfig
+from deme_cli.config import CONFIG_NAME, DataConfig, FinetuneConfig, ModelConfig, SplitConfig
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.processes import ALONE, World
-from deme_cli.run_file import RunFile
+from deme_cli.run_file import RunFile, render_run_file
 
 if TYPE_CHECKING:
     from deme_cli.training.plan import Job, Plan
@@ -106,7 +108,7 @@ def open_job(
     require_processes(settings, world.size, shard=shard, dtype=dtype, compile=compile)
     return Job(
         base=base, images=images, settings=settings, device=world.device or device, dtype=dtype,
-        compile=compile, shard=shard, force=force, config_path=run.path,
+        compile=compile, shard=shard, force=force, split=run.settings(SplitConfig),
         pipeline=run.pipeline(pipeline),
     )  # fmt: skip
 
@@ -178,18 +180,25 @@ def _train_side_by_side(plans: list[Plan], num_processes: int) -> None:
     from deme_cli.training.jobs import RangeProcess, run_jobs
     from deme_cli.training.places import metrics_path
 
-    children = [
-        RangeProcess(
-            plan.range_text, plan.job.arguments(plan.range_text), [metrics_path(plan.output)]
-        )
-        for plan in plans
-    ]
+    job = plans[0].job
     if plans[0].has_companions:  # once for all of them, rather than each a part unseen
         from deme_cli.training.preparation import open_plan_examples
 
         fill_with_bar(*open_plan_examples(plans[0]))
-    total = plans[0].job.settings.steps * len(plans)
-    with console.progress(f"{len(plans)} experts", total, "update") as bar:
+    total = job.settings.steps * len(plans)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        console.progress(f"{len(plans)} experts", total, "update") as bar,
+    ):
+        config = Path(folder, CONFIG_NAME)
+        ranges = {name: value for name, value in asdict(job.split).items() if value is not None}
+        config.write_text(render_run_file({"split": ranges}), encoding="utf-8")
+        children = [
+            RangeProcess(
+                plan.range_text, job.arguments(plan.range_text, config), [metrics_path(plan.output)]
+            )
+            for plan in plans
+        ]
         for steps in run_jobs(children, at_once=num_processes):
-            running = [f"{k}: {n}" for k, n in steps.items() if n < plans[0].job.settings.steps]
+            running = [f"{k}: {n}" for k, n in steps.items() if n < job.settings.steps]
             bar.advance(sum(steps.values()), "  ".join(running))

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from deme_cli.comparison.plan import MeasurePlan
-from deme_cli.config import EvalConfig, FinetuneConfig, MergeConfig, SampleConfig
+from deme_cli.config import EVAL_NUM, EvalConfig, FinetuneConfig, MergeConfig, SampleConfig
 from deme_cli.finetune_config import NOT_RESULT
 
 _OF_TASKS = ("clusters", "cluster_by", "multitask_lr", "multitask_every")
@@ -31,6 +31,8 @@ def deciding(config: FinetuneConfig | MergeConfig | SampleConfig | EvalConfig) -
     left_alone = set(_LEFT_ALONE[type(config)])
     if isinstance(config, FinetuneConfig) and config.multitask == "none":
         left_alone |= set(_OF_TASKS)
+    if isinstance(config, EvalConfig) and config.num is None:
+        config = replace(config, num=EVAL_NUM)
     return {name: value for name, value in asdict(config).items() if name not in left_alone}
 
 

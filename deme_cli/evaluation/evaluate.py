@@ -86,7 +86,8 @@ def _compiled(
 ) -> CompiledSteps:
     """What the forwards of all rows go through."""
     models = [row for row in rows if row.finished is None]
-    num_batches = math.ceil(config.num / sample.batch_size / world.size)
+    most = max((num_images(row, config) for row in models), default=0)
+    num_batches = math.ceil(most / sample.batch_size / world.size)
     return CompiledSteps(
         how,
         num_forwards=len(models) * config.repeats * num_batches * sample.steps,

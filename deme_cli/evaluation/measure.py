@@ -69,6 +69,7 @@ def seeds_of(row: Row, config: EvalConfig) -> list[int]:
 
 def num_images(row: Row, config: EvalConfig) -> int:
     """Images of one repeat: as many as asked, or as there are."""
+    assert config.num is not None, "known once the prompts are"
     return config.num if row.finished is None else min(config.num, len(row.finished))
 
 

@@ -41,13 +41,16 @@ class Job:
     device: str = "auto"
     dtype: str = "fp32"
     force: bool = False
-    config_path: Path | None = None
+    split: SplitConfig = SplitConfig()
     pipeline: str | None = None
     compile: str = "auto"
     shard: bool = False
 
-    def arguments(self, range_text: str) -> list[str]:
-        """The `deme` command line that trains one range with exactly these settings."""
+    def arguments(self, range_text: str, config: Path) -> list[str]:
+        """The `deme` command line that trains one range with exactly these settings.
+
+        config: a deme.toml of these ranges, for a setting that is unset here has no option.
+        """
         words = ["finetune", "--range", range_text, "--base", str(self.base), "--quiet"]
         words += ["--data", self.images.source, "--device", self.device, "--dtype", self.dtype]
         words += ["--compile", self.compile]
@@ -65,7 +68,7 @@ class Job:
             "--crop": self.images.crop,
             "--resolution": self.images.resolution,
             "--pipeline": self.pipeline,
-            "--config": self.config_path,
+            "--config": config,
         }
         for name, value in given.items():
             words += [name, str(value)] if value is not None else []

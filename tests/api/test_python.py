@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import deme_cli
+from deme_cli.api.eval_request import find_prompts
 from deme_cli.artifacts import read_record
 from deme_cli.config import (
     DataConfig,
@@ -20,7 +21,8 @@ from deme_cli.config import (
     SampleConfig,
     SplitConfig,
 )
-from deme_cli.errors import ConfigError, GateError, MissingError
+from deme_cli.errors import ConfigError, DemeError, GateError, MissingError
+from deme_cli.run_file import RunFile
 
 EXPERTS = ["ft_1of2.safetensors", "ft_2of2.safetensors"]
 
@@ -135,6 +137,56 @@ def test_what_cannot_be_done_is_said_before_anything_is_loaded(run_folder: Path)
     with pytest.raises(ConfigError, match="nothing to measure"):
         deme_cli.evaluate([run_folder / "base.safetensors"])
     assert not (run_folder / "merged.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "evaluation", "sampling", "told"),
+    [
+        ("-n 50000 --prompts two.txt", {"num": 50_000}, {"prompts": "two.txt"}, "-n says 50000"),
+        ("-n 3 --prompts two.txt", {"num": 3}, {"prompts": "two.txt"}, "-n says 3"),
+        (
+            "-n 5 --protocol lsun-bedroom-50k", {"num": 5, "protocol": "lsun-bedroom-50k"}, {},
+            "has 50000",
+        ),
+        (
+            "--steps 7 --protocol lsun-bedroom-50k", {"protocol": "lsun-bedroom-50k"}, {"steps": 7},
+            "--steps 7: the protocol lsun-bedroom-50k has 50;",
+        ),
+        ("--prompts far.txt", {}, {"prompts": "far.txt"}, "far.txt: no such file"),
+    ],
+)  # fmt: skip
+def test_what_the_command_refuses_python_refuses_in_the_same_words(
+    run_folder: Path, deme, words: str, evaluation: dict, sampling: dict, told: str
+) -> None:
+    Path("two.txt").write_text("a one\na two\n")
+    typed = deme("eval", "base.safetensors", "--fid", "digits", *words.split())
+    run = deme_cli.read_run_file(None)
+    with pytest.raises(DemeError, match=told) as called:
+        deme_cli.evaluate(
+            [run.base], run.settings(EvalConfig, fid="digits", **evaluation),
+            sampling=run.settings(SampleConfig, **sampling), run=run,
+        )  # fmt: skip
+    assert str(called.value) == str(typed.exception)
+
+
+def test_without_a_number_prompts_make_as_many_images_as_they_are(run_folder: Path) -> None:
+    Path("two.txt").write_text("a one\na two\n")
+    for prompts, num in ((None, 50_000), ("two.txt", 2), ("digits", 50_000)):
+        sample = SampleConfig(prompts=prompts)
+        _, config, drawn = find_prompts(RunFile(), EvalConfig(), sample)
+        assert (config.num, drawn.num) == (num, num)
+
+
+def test_prompts_beside_a_deme_toml_elsewhere_are_found_in_python_too(
+    run_folder: Path, deme
+) -> None:
+    Path("far").mkdir()
+    Path("far/two.txt").write_text("a one\na two\n")
+    Path("far/deme.toml").write_text('[sample]\nprompts = "two.txt"\n')
+    typed = deme("sample", "base.safetensors", "--config", "far/deme.toml")
+    with pytest.raises(ConfigError, match="prompts") as called:
+        deme_cli.sample("base.safetensors", run=deme_cli.read_run_file(Path("far/deme.toml")))
+    assert str(called.value) == str(typed.exception)
 
 
 def test_every_public_name_is_there_with_types_and_a_docstring() -> None:

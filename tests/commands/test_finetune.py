@@ -356,8 +356,8 @@ def test_a_range_of_its_own_process_gets_every_setting() -> None:
     settings = FinetuneConfig(
         caption_dropout=0.2, cache="latents", ema_lengths=[0.05, 0.1], snapshot_every=500
     )
-    job = Job(Path("base.safetensors"), images, settings, pipeline="sd", config_path=Path("x.toml"))
-    words = job.arguments("1/2")
+    job = Job(Path("base.safetensors"), images, settings, pipeline="sd")
+    words = job.arguments("1/2", Path("x.toml"))
     given = dict(itertools.pairwise(words))
     for name, value in {
         "--captions": "alt", "--crop": "random", "--resolution": "64", "--pipeline": "sd",
@@ -368,7 +368,7 @@ def test_a_range_of_its_own_process_gets_every_setting() -> None:
     assert "--no-flip" in words
     plain = Job(Path("base.safetensors"), DataConfig(source="images"), FinetuneConfig())
     left_out = {"--captions", "--resolution", "--pipeline", "--ema-lengths", "--snapshot-every"}
-    assert not left_out & set(plain.arguments("1/2"))
+    assert not left_out & set(plain.arguments("1/2", Path("x.toml")))
 
 
 def refuse(deme: Callable, exit_code: int, word: str, *options: object) -> None:
