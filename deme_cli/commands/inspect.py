@@ -22,6 +22,8 @@ Verify = Annotated[
 ]
 
 
+_MOST_LINES, _WIDTH = 40, 92  # of a fact with many parts; columns of what is nested in one
+_NOTHING = (None, {}, [], ())
 _UNSHOWN = ("created_by", "fingerprint", "model_config", "scheduler_config", "prompts")
 
 
@@ -73,7 +75,7 @@ def _as_text(artifact: dict[str, Any]) -> str:
 
 
 def _as_fact(name: str, value: Any) -> str:
-    """A record's value on one line; long ones over indented lines."""
+    """A record's value on one line; one with parts over indented lines."""
     if name == "range":
         return f"{value[0]}:{value[1]}"
     if name == "coefficients":
@@ -85,14 +87,27 @@ def _as_fact(name: str, value: Any) -> str:
             for parent in value
         )
     if isinstance(value, dict):
-        return _lines(f"{key} = {_short(entry)}" for key, entry in value.items())
+        told = {key: _short(entry) for key, entry in value.items() if entry not in _NOTHING}
+        return _lines(f"{key} = {text}" for key, text in told.items())
     return _short(value)
 
 
 def _lines(lines: Iterable[str]) -> str:
-    """Lines below the fact's name, indented."""
-    return "".join(f"\n    {line}" for line in lines) or "none"
+    """Lines below the fact's name, indented; of very many the first."""
+    shown = list(lines)
+    if len(shown) > _MOST_LINES:
+        shown[_MOST_LINES:] = [f"… and {len(shown) - _MOST_LINES} more; --json has all"]
+    return "".join(f"\n    {line}" for line in shown) or "none"
 
 
 def _short(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    """A value on one line: of what is nested the names and numbers, as far as they fit."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if not isinstance(value, (list, tuple, dict)):
+        return str(value)
+    named = value.items() if isinstance(value, dict) else (("", each) for each in value)
+    parts = [(f"{name} ".lstrip(), each) for name, each in named if each not in _NOTHING]
+    is_nested = any(isinstance(each, (list, tuple, dict)) for _, each in parts)
+    text = ("; " if is_nested else ", ").join(name + _short(each)[:_WIDTH] for name, each in parts)
+    return f"{text[:_WIDTH]} …" if len(text) > _WIDTH else text or "none"

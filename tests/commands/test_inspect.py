@@ -39,6 +39,20 @@ def test_inspect_shows_ranges_parents_coefficients_and_norms(
     assert "block_out_channels" not in shown
 
 
+def test_a_searched_merge_is_shown_in_lines_that_can_be_read(
+    run_folder: Path, deme: Callable
+) -> None:
+    found = deme(
+        "merge", *sorted(run_folder.glob("ft_*")), "--search", "random", "--per", "layer",
+        "--evaluations", 2, "-n", 8, "--no-report",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.exception
+    lines = deme("inspect", "merged.safetensors").stdout.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert "    best = " in "\n".join(lines)
+    assert not any("None" in line or "{" in line for line in lines)
+
+
 def test_verify_finds_a_changed_byte(run_folder: Path, deme: Callable) -> None:
     path = run_folder / "ft_1of4.safetensors"
     result = deme("inspect", "--verify", path)
