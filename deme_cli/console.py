@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 _PLAIN_SECONDS = 10.0
 _LEAST_BAR = 10  # columns
 _quiet = False
+_said: dict[str, object] = {}  # what `note_once` has told
 
 
 def set_quiet(quiet: bool) -> None:
@@ -63,6 +64,13 @@ def note(text: str) -> None:
         )  # fmt: skip
         text = "\n".join(at_words.fill(line) for line in text.split("\n"))
     print(text, file=sys.stderr, flush=True)
+
+
+def note_once(text: str, detail: str = "") -> None:
+    """`note`, unless this process has noted `text` before, with whatever detail."""
+    mine = object()
+    if _said.setdefault(text, mine) is mine:  # one step, for images are decoded in threads
+        note(text + detail)
 
 
 def warn(text: str) -> None:

@@ -17,8 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deme_cli import console
 from deme_cli.artifacts import load_tensors, read_record
-from deme_cli.data.captions import WANTED, Subjects, read_captions, read_labels
+from deme_cli.data.captions import (
+    WANTED,
+    Subjects,
+    describe_classes,
+    read_captions,
+    read_labels,
+)
 from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
 from deme_cli.data.fitting import CENTRE, Shape, fit
 from deme_cli.data.places import (
@@ -31,7 +38,7 @@ from deme_cli.data.places import (
     find_place,
 )
 from deme_cli.data.sources import ArraySource, FolderSource, Source, TableSource
-from deme_cli.data.tables import held_out_table, read_tables
+from deme_cli.data.tables import held_out_tables, read_tables
 from deme_cli.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +55,8 @@ class ImageData:
 
     `fingerprint` names the whole source they were taken from, with its captions or classes where
     they were asked for. can_flip: whether a mirrored image is as good as the original.
-    num_classes: of the whole source; None unless classes were asked for.
+    num_classes: of the whole source, and `classes` the names of those found, by number; None and
+    none unless classes were asked for.
     """
 
     def __init__(
@@ -59,7 +67,7 @@ class ImageData:
         self.squeeze = squeeze
         self.source, self.shape, self.can_flip = source, shape, can_flip
         self.fingerprint = subjects.fingerprint(origin.fingerprint)
-        self.num_classes = subjects.num_classes
+        self.num_classes, self.classes = subjects.num_classes, subjects.classes
         self._kept: Tensor | None = None
         if keep and len(self) * int(np.prod(shape)) <= KEEP_BYTES:
             self._kept = self._decode(range(len(self)))
@@ -133,9 +141,12 @@ def open_images(
     origin, indices = _open_split(place, split)
     if not indices:
         raise ArtifactError(f"{source}: too few images for the split {split!r}")
+    subjects = _subjects(origin, source, wants, captions)
+    if subjects.repeats and split == "train":
+        indices = [index for index in indices for _ in range(subjects.repeats[index])]
     return ImageData(
         origin, indices, source=source, shape=shape or _own_shape(origin, indices),
-        can_flip=not isinstance(place, Digits), subjects=_subjects(origin, source, wants, captions),
+        can_flip=not isinstance(place, Digits), subjects=subjects,
         keep=keep, squeeze=squeeze,
     )  # fmt: skip
 
@@ -150,7 +161,11 @@ def _subjects(origin: Source, source: str, wants: str, column: str | None) -> Su
     if wants == "nothing":
         return Subjects()
     found = origin.annotations(wants, column)
-    return (read_captions if wants == "text" else read_labels)(found, source, origin.name)
+    if wants == "text":
+        return read_captions(found, source, origin.name)
+    labelled = read_labels(found, source, origin.name)
+    console.note_once(f"{source}: {describe_classes(labelled, found.where)}")
+    return labelled
 
 
 def _open_split(place: Place, split: str) -> tuple[Source, Sequence[int]]:
@@ -159,24 +174,35 @@ def _open_split(place: Place, split: str) -> tuple[Source, Sequence[int]]:
         origin: Source = _digits({"train": "train", "held-out": "test", "all": "all"}[split])
         return origin, range(len(origin))
     if isinstance(place, ImageFolder):
-        origin = FolderSource(place)
+        if place.held_out:
+            return _open_folder(place, split)
+        origin = FolderSource(place, place.files)
     elif isinstance(place, SamplesFile):
         origin = _samples(place)
     else:
         tables = read_tables(place)
-        if test := held_out_table(tables):
+        if test := held_out_tables(tables):
             return _open_table(place, tables, test, split)
         origin = TableSource(place.source, _join(tables.values()))
     return origin, _every_fiftieth(len(origin), split)
 
 
+def _open_folder(place: ImageFolder, split: str) -> tuple[FolderSource, Sequence[int]]:
+    """A split of a folder that has its own."""
+    chosen = {"all": (True, False), "held-out": (True,), "train": (False,)}[split]
+    origin = FolderSource(
+        place, [file for file in place.files if (file in place.held_out) in chosen]
+    )
+    return origin, range(len(origin))
+
+
 def _open_table(
-    place: TableFiles | HubDataset, tables: Mapping[str, Dataset], test: str, split: str
+    place: TableFiles | HubDataset, tables: Mapping[str, Dataset], test: set[str], split: str
 ) -> tuple[TableSource, Sequence[int]]:
-    """A split of a dataset that has its own test split."""
-    train = [table for name, table in tables.items() if name != test]
-    chosen = {"train": train, "held-out": [tables[test]], "all": [*train, tables[test]]}[split]
-    origin = TableSource(place.source, _join(chosen), list(tables.values()))
+    """A split of a dataset that has its own for testing."""
+    names = {"train": tables.keys() - test, "held-out": test, "all": tables.keys()}[split]
+    chosen = _join(table for name, table in tables.items() if name in names)
+    origin = TableSource(place.source, chosen, list(tables.values()))
     return origin, range(len(origin))
 
 

@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from deme_cli import console
 from deme_cli.artifacts import read_record
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.hub import is_dataset_cached, is_hub_id, offline_reason
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+HELD_OUT_WORDS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
+_TRAIN_WORDS = ("train", "training")  # both as `datasets` knows splits of folders and files
+_BETWEEN = "[-._ 0-9]"
+_NO_PIXELS = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG")  # which Pillow knows by name alone
+_TOLD_OF_IMAGES = (
+    "", ".txt", ".caption", ".cls", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".toml",
+    ".yaml", ".yml",
+)  # fmt: skip
 KNOWN_DATASETS = {"cifar10": "uoft-cs/cifar10"}
 FOLDERS_ONLY = {
     "lsun-church": "LSUN church_outdoor",
@@ -34,11 +45,18 @@ class Digits:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder of image files, `files` in natural order of their names below it."""
+    """A folder of image files, `files` in natural order of their names below it.
+
+    held_out: those for testing, where folders or names say so; split_folders: the folders that do.
+    others: the files that are no images.
+    """
 
     source: str
     path: Path
     files: tuple[Path, ...]
+    held_out: frozenset[Path] = frozenset()
+    split_folders: frozenset[Path] = frozenset()
+    others: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,16 +121,7 @@ def find_place(source: str) -> Place:
 def _local(source: str, path: Path) -> Place:
     """The place at an existing path."""
     if path.is_dir():
-        if images := find_files(path, IMAGE_SUFFIXES):
-            return ImageFolder(source, path, tuple(images))
-        if tables := find_files(path, (".parquet",)):
-            return TableFiles(source, path, tuple(tables), "parquet")
-        if shards := find_files(path, (".tar",)):
-            return TableFiles(source, path, tuple(shards), "webdataset")
-        kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        raise MissingError(
-            f"{source}: the folder holds no images ({kinds}), no parquet files and no shards (tar)"
-        )
+        return _in_folder(source, path)
     if not path.exists():
         raise MissingError(f"{source}: a link to nothing")
     if path.suffix == ".parquet":
@@ -128,8 +137,131 @@ def _local(source: str, path: Path) -> Place:
     )
 
 
-def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files under `folder` with these suffixes, in natural order of the names below it; no hidden.
+def _in_folder(source: str, path: Path) -> Place:
+    """The place that a folder's files make: images go before tables, shards before their tables."""
+    files = find_files(path)
+    images = [file for file in files if file.suffix.lower() in image_suffixes()]
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    shards = [file for file in files if file.suffix.lower() == ".tar"]
+    if images:
+        others = set(files) - set(images)
+        used = {file for file in tables if file.name == "metadata.parquet" or _is_index(file)}
+        _tell_left_out(source, others - used)
+        return _split_folder(source, path, images, sorted(others))
+    beside = {file.with_suffix("") for file in shards}
+    if shards and all(file.with_suffix("") in beside for file in tables):  # as img2dataset writes
+        _tell_left_out(source, set(files) - {*shards, *tables})
+        return TableFiles(source, path, tuple(shards), "webdataset")
+    if tables:
+        _tell_left_out(source, set(files) - set(tables))
+        return TableFiles(source, path, tuple(tables), "parquet")
+    found = f"; its files: {_count_suffixes(files)}" if files else ""
+    raise MissingError(
+        f"{source}: the folder holds no images that Pillow can open, no parquet files and no "
+        f"shards (tar){found}"
+    )
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of files that Pillow reads images from."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    readable = {*Image.OPEN, "MPO"} - set(_NO_PIXELS)  # MPO: JPEG's reader takes it
+    return frozenset(suffix for suffix, kind in known.items() if kind in readable)
+
+
+def _is_index(table: Path) -> bool:
+    """Whether a table lists the images of the folder of its name, as img2dataset writes it."""
+    return table.with_suffix("").is_dir()
+
+
+def _tell_left_out(source: str, files: Iterable[Path]) -> None:
+    """Say which files are read neither as images nor as what is told of them."""
+    left_out = [file for file in files if file.suffix.lower() not in _TOLD_OF_IMAGES]
+    if left_out:
+        console.note_once(
+            f"{source}: left out are files of other kinds: {_count_suffixes(left_out)}"
+        )
+
+
+def _count_suffixes(files: Iterable[Path]) -> str:
+    counts = Counter(file.suffix.lower() or "without a suffix" for file in files).most_common()
+    more = f" and {len(counts) - 8} other kinds" if len(counts) > 8 else ""
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts[:8]) + more
+
+
+def _split_folder(
+    source: str, path: Path, images: Sequence[Path], others: Sequence[Path]
+) -> ImageFolder:
+    """The place of images with their splits: by folders, or by names where all say one."""
+    held, train = _split_folders(path, {image.parent for image in images})
+    inside = {
+        parent: [folders for folders in (held, train) if not folders.isdisjoint(_up(parent))]
+        for parent in {image.parent for image in images}
+    }
+    held_out = {image for image in images if held in inside[image.parent]}
+    kept = [image for image in images if inside[image.parent]] if train else list(images)
+    if not held and all(_speaks_of(image.name, HELD_OUT_WORDS + _TRAIN_WORDS) for image in images):
+        held_out = {image for image in images if not _speaks_of(image.name, _TRAIN_WORDS)}
+    if not held_out or len(held_out) == len(kept):
+        return ImageFolder(source, path, tuple(images), others=tuple(others))
+    where = ", ".join(sorted(f"{folder.relative_to(path)}/" for folder in held)[:4])
+    console.note_once(
+        f"{source}: held out are {len(held_out)} images"
+        f"{f' in {where}' if held else ', by their names'}; {len(kept) - len(held_out)} to train on"
+        + (f"; {rest} in neither are left out" if (rest := len(images) - len(kept)) else "")
+    )
+    return ImageFolder(
+        source, path, tuple(kept), frozenset(held_out), frozenset(held | train), tuple(others)
+    )
+
+
+def _split_folders(root: Path, parents: Collection[Path]) -> tuple[set[Path], set[Path]]:
+    """Of the folders that hold images: those held out, and those to train on beside them.
+
+    One named `test2017` is held out. One named `test_set` is where `training_set` lies beside it,
+    or no folder that says neither; else it may be a class, as `test tube` is.
+    """
+    siblings: dict[Path, set[Path]] = {}
+    for folder in {folder for parent in parents for folder in _up(parent)}:
+        if root in folder.parents:
+            siblings.setdefault(folder.parent, set()).add(folder)
+    held_out, to_train = set(), set()
+    for folders in siblings.values():
+        train = {folder for folder in folders if _speaks_of(folder.name, _TRAIN_WORDS)}
+        test = {f for f in folders - train if _speaks_of(f.name, HELD_OUT_WORDS)}
+        if not train or folders - train - test:
+            rests = {"", *(_rest(folder.name, _TRAIN_WORDS) for folder in train)}
+            test = {folder for folder in test if _rest(folder.name, HELD_OUT_WORDS) in rests}
+        if test:
+            held_out |= test
+            to_train |= train
+    return held_out, to_train
+
+
+def _up(folder: Path) -> tuple[Path, ...]:
+    return (folder, *folder.parents)
+
+
+def _speaks_of(name: str, words: Sequence[str]) -> bool:
+    """Whether one of `words` stands in a name by itself, between anything but letters."""
+    return not set(words).isdisjoint(re.split(_BETWEEN, name.lower()))
+
+
+def _rest(name: str, words: Sequence[str]) -> str:
+    """A name without `words` and all that is not a letter."""
+    return "".join(part for part in re.split(_BETWEEN, name.lower()) if part not in words)
+
+
+def is_held_out(path: Path) -> bool:
+    """Whether a folder or the file in a relative path says test or validation."""
+    return any(_speaks_of(part, HELD_OUT_WORDS) for part in path.with_suffix("").parts)
+
+
+def find_files(folder: Path) -> list[Path]:
+    """Files under `folder` that are not hidden, in natural order of the names below it.
 
     Links to folders are followed, also out of it, but each real folder is read once: under its own
     name, or that of the first link to it. Raises MissingError for a folder that cannot be read.
@@ -144,12 +276,11 @@ def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
             real = os.path.realpath(root)
             known = real in seen
             seen.add(real)
-            folders[:] = [] if known else sorted(n for n in folders if not n.startswith("."))
+            folders[:] = (
+                [] if known else sorted(n for n in folders if not n.startswith((".", "__")))
+            )
             starts += [path for path in (Path(root, name) for name in folders) if path.is_symlink()]
-            found += [
-                Path(root, name) for name in files
-                if name.lower().endswith(suffixes) and not name.startswith(".") and not known
-            ]  # fmt: skip
+            found += [Path(root, n) for n in files if not n.startswith(".") and not known]
     return sorted(found, key=lambda path: natural_order(path.relative_to(folder).as_posix()))
 
 

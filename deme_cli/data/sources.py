@@ -95,14 +95,15 @@ class ArraySource:
                 f"{self.label}: {found}; give images with {what}: a folder with metadata.jsonl, a "
                 f"parquet file or webdataset shards"
             )
-        return Annotations(values, self.label, num_classes=self._num_classes)
+        names = [str(number) for number in range(self._num_classes or 0)]
+        return Annotations(values, self.label, names=names)
 
 
 class FolderSource:
     """Image files under a folder; the fingerprint is of names, sizes, first and last KiB."""
 
-    def __init__(self, place: ImageFolder) -> None:
-        self._place, self.paths = place, place.files
+    def __init__(self, place: ImageFolder, paths: Sequence[Path]) -> None:
+        self._place, self.paths = place, paths
         self.fingerprint = _fingerprint(
             f"{path.relative_to(place.path).as_posix()}\0{_size_and_ends(path)}"
             for path in self.paths
@@ -121,7 +122,7 @@ class FolderSource:
         return _size(self.paths[index], self.name(index))
 
     def annotations(self, wants: str, column: str | None) -> Annotations:
-        return folder_annotations(self._place, wants, column)
+        return folder_annotations(self._place, self.paths, wants=wants, column=column)
 
 
 class TableSource:
@@ -269,5 +270,5 @@ def _size_and_ends(path: Path) -> str:
 def _fingerprint(lines: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for line in lines:
-        digest.update(f"{line}\n".encode())
+        digest.update(f"{line}\n".encode(errors="surrogateescape"))  # of names of files, too
     return digest.hexdigest()

@@ -31,14 +31,14 @@ def table_annotations(
     values = _values(rows, name, field)
     if wants == "text":
         return Annotations(values, where)
-    num_classes = getattr(rows.features[name], "num_classes", None)  # of a ClassLabel
+    names = getattr(rows.features[name], "names", None) or ()  # of a ClassLabel
     classes = [
         value
         for table in splits
-        if name in table.features and not num_classes
+        if name in table.features and not names
         for value in _values(table, name, field)
     ]
-    return Annotations(values, where, classes, num_classes)
+    return Annotations(values, where, classes, names)
 
 
 def _find_column(

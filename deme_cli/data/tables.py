@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import re
 import tarfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from deme_cli.data.places import HubDataset, TableFiles
+from deme_cli import console
+from deme_cli.data.places import HELD_OUT_WORDS, HubDataset, TableFiles, is_held_out
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.hub import offline_reason, stay_offline
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-HELD_OUT_NAMES = ("test", "validation", "valid", "val")
 
 
 def read_tables(place: TableFiles | HubDataset) -> Mapping[str, Dataset]:
@@ -50,12 +48,24 @@ def _read_files(place: TableFiles) -> Mapping[str, Dataset]:
 
     broken = (datasets.exceptions.DatasetGenerationError, tarfile.TarError, ValueError, IndexError)
     try:
-        return datasets.load_dataset(place.kind, data_files=_files_by_split(place))
+        tables = datasets.load_dataset(place.kind, data_files=_files_by_split(place))
     except broken as error:
         cause = str(error.__cause__ or error).strip().split("\n")[0]
         raise ArtifactError(f"{place.source}: broken or not {place.kind}: {cause}") from error
     except OSError as error:
         raise MissingError(f"{place.source}: cannot be read: {error}") from error
+    return {name: _downloaded(place.source, table) for name, table in tables.items()}
+
+
+def _downloaded(source: str, table: Dataset) -> Dataset:
+    """The rows without those that img2dataset could not download, which it keeps in its tables."""
+    if not {"key", "status", "url"} <= set(table.column_names):
+        return table
+    kept = [index for index, status in enumerate(table["status"]) if status == "success"]
+    if kept and len(kept) < len(table):
+        failed = len(table) - len(kept)
+        console.note_once(f"{source}: left out are {failed} images that were not downloaded")
+    return table.select(kept) if kept else table
 
 
 def _files_by_split(place: TableFiles) -> dict[str, list[str]]:
@@ -63,14 +73,14 @@ def _files_by_split(place: TableFiles) -> dict[str, list[str]]:
     root = place.path if place.path.is_dir() else place.path.parent
     files: dict[str, list[str]] = {"train": [], "test": []}
     for path in place.files:
-        words = re.split(r"[/_.-]", path.relative_to(root).with_suffix("").as_posix().lower())
-        is_test = len(place.files) > 1 and not set(HELD_OUT_NAMES).isdisjoint(words)
-        files["test" if is_test else "train"].append(str(path))
+        held_out = len(place.files) > 1 and is_held_out(path.relative_to(root))
+        files["test" if held_out else "train"].append(str(path))
     if not files["train"]:
         return {"train": files["test"]}
     return {split: paths for split, paths in files.items() if paths}
 
 
-def held_out_table(tables: Mapping[str, Dataset]) -> str | None:
-    """The name of the split that is kept for testing, if the dataset has one beside others."""
-    return next((n for n in HELD_OUT_NAMES if n in tables and len(tables) > 1), None)
+def held_out_tables(tables: Mapping[str, Dataset]) -> set[str]:
+    """The names of the splits that are kept for testing, if the dataset has some beside others."""
+    held_out = {name for name in tables if name in HELD_OUT_WORDS}
+    return held_out if len(held_out) < len(tables) else set()

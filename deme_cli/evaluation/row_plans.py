@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deme_cli.artifacts import read_record
-from deme_cli.data.places import IMAGE_SUFFIXES, find_files
+from deme_cli.data.places import find_files, image_suffixes
 from deme_cli.diffusion.locate import locate_model
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 from deme_cli.records import ExpertRecord, Record
@@ -109,8 +109,8 @@ def _plan(argument: str, record: Record | None) -> RowPlan:
 
 def _is_image_folder(path: Path) -> bool:
     parts = ("model_index.json", "config.json", "unet")
-    return not any((path / part).exists() for part in parts) and bool(
-        find_files(path, IMAGE_SUFFIXES)
+    return not any((path / part).exists() for part in parts) and any(
+        file.suffix.lower() in image_suffixes() for file in find_files(path)
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from deme_cli.data.places import image_suffixes
 from deme_cli.errors import ArtifactError, ConfigError, writing
 from deme_cli.outputs import claim, require_space, write_whole
 from deme_cli.sampling.noise import image_seed
@@ -28,7 +29,6 @@ from deme_cli.sampling.store import Order, card_in
 CARD_NAME = "samples.json"
 METADATA_NAME = "metadata.jsonl"
 _NUMBERED = re.compile(r"\d{6,}\.png")
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def _make_room(order: Order) -> int:
 
 def _numbered(folder: Path) -> list[Path]:
     """The PNG files with a number for a name; other images in the folder are refused."""
-    images = [path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES]
+    images = [path for path in folder.iterdir() if path.suffix.lower() in image_suffixes()]
     for path in images:
         if not _NUMBERED.fullmatch(path.name):
             raise ConfigError(f"{path}: not drawn by deme; choose another --output")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from deme_cli import console
 from deme_cli.config import DataConfig
 from deme_cli.data.images import ImageData, open_images
 from deme_cli.diffusion.backbones.known import backbone_of
@@ -80,10 +82,20 @@ def open_examples(
 
 def _require_classes(data: ImageData, companions: Companions) -> None:
     known = companions.num_classes
-    if known is not None and (data.num_classes or 0) > known:
+    if known is None:
+        return
+    if (data.num_classes or 0) > known:
+        beyond = {n: name for n, name in data.classes.items() if n >= known}
+        shown = ", ".join(f"{n} ({name})" if name != str(n) else name for n, name in beyond.items())
+        shown = textwrap.shorten(shown, 60, placeholder=" …")
         raise ArtifactError(
-            f"{data.source}: images of {data.num_classes} classes, this model knows {known}; name "
-            f"the column of the classes with --captions, or choose other images"
+            f"{data.source}: images of {data.num_classes} classes, this model knows {known}, from "
+            f"0 to {known - 1}, not {shown}; name the column of the "
+            f"classes with --captions, or choose other images"
+        )
+    if len(data.classes) < known:
+        console.note_once(
+            f"{data.source}: {len(data.classes)} of the {known} classes that this model knows"
         )
 
 

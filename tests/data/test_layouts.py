@@ -1,0 +1,395 @@
+"""Data sets as other tools write them: pixels equal PIL's, captions and classes lie as they say."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deme_cli import console
+from deme_cli.data.images import open_images
+from deme_cli.errors import DemeError
+
+Rows = list[tuple[bytes, str | int | None]]  # an encoded image, and its caption or its class
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what `datasets` prepares out of the cache of whoever runs the tests."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+    monkeypatch.setattr(console, "_said", {})
+
+
+def encoded(number: int, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write(folder: Path, files: Mapping[str | bytes, str | bytes]) -> None:
+    for name, content in files.items():
+        path = Path(os.fsdecode(os.fsencode(folder) + b"/" + os.fsencode(name)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def write_parquet(path: Path, **columns: list) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def write_tar(path: Path, files: Mapping[str, str | bytes]) -> None:
+    with tarfile.open(path, "w") as shard:
+        for name, content in files.items():
+            content = content if isinstance(content, bytes) else content.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+
+
+def rows(found: Mapping[str, bytes], told: Sequence) -> Rows:
+    return list(zip(found.values(), told, strict=True))
+
+
+def images(*names: str, kind: str = "PNG") -> dict[str, bytes]:
+    return {name: encoded(number, kind) for number, name in enumerate(names)}
+
+
+# what each tool writes, and the images, captions or classes that are in it
+
+
+def bare(folder: Path) -> Rows:
+    kinds = {"png": "PNG", "gif": "GIF", "TIF": "TIFF", "webp": "WEBP", "bmp": "BMP",
+             "jfif": "JPEG", "ppm": "PPM", "jp2": "JPEG2000"}  # fmt: skip
+    found = {f"{n}.{s}": encoded(n, kind) for n, (s, kind) in enumerate(kinds.items())}
+    write(folder, {**found, "notes.md": "no image", ".hidden.png": encoded(9)})
+    write(folder, {"__MACOSX/0.png": encoded(9)})
+    return [(content, None) for content in found.values()]
+
+
+def animated(folder: Path) -> Rows:
+    frames = [Image.new("RGB", (8, 8), (level, 0, 0)) for level in (0, 100, 200)]
+    frames[0].save(folder / "0.gif", save_all=True, append_images=frames[1:])
+    return [((folder / "0.gif").read_bytes(), None)]
+
+
+def numbered(folder: Path) -> Rows:
+    found = images(*(f"{number}.png" for number in range(12)))
+    write(folder, found)
+    return [(content, None) for content in found.values()]
+
+
+def not_utf8(folder: Path) -> Rows:
+    write(folder, {b"caf\xe9.png": encoded(0), b"caf\xe9.txt": "coffee", "tea.png": encoded(1)})
+    write(folder, {"tea.txt": "tea"})
+    return [(encoded(0), "coffee"), (encoded(1), "tea")]
+
+
+def kohya(folder: Path) -> Rows:
+    found = images("5_cat/2.png", "5_cat/10.png", "5_dog/x.y.png")
+    write(folder, {**found, "5_cat/2.txt": "sks cat \n", "5_cat/10.caption": "sks cat, sleeping"})
+    return rows(found, ["sks cat", "sks cat, sleeping", "dog"])
+
+
+def kohya_names(folder: Path) -> Rows:
+    found = images("7_my cat/a.png", "7_my dog/b.png")
+    write(folder, found)
+    return rows(found, ["my cat", "my dog"])
+
+
+def captions_of_lines(folder: Path) -> Rows:
+    found = images("a.jpg", "b.jpg", kind="JPEG")
+    write(folder, {**found, "a.txt": "\ufefffirst\nsecond\n", "b.txt": "\r\nonly\r\n"})
+    return rows(found, ["first", "only"])
+
+
+def metadata_jsonl(folder: Path) -> Rows:
+    found = images("b/2.png", "b/10.png")
+    lines = [{"file_name": name, "text": name} for name in reversed(found)]
+    write(folder, {**found, "metadata.jsonl": "\n".join(map(json.dumps, lines))})
+    return [(content, name) for name, content in found.items()]
+
+
+def metadata_parquet(folder: Path) -> Rows:
+    found = images("a/2.png", "a/10.png", "b.png")
+    write(folder, found)
+    write_parquet(folder / "metadata.parquet", file_name=list(found)[::-1], text=list("cba"))
+    return rows(found, "abc")
+
+
+def metadata_of_labels(folder: Path) -> Rows:
+    found = images("a/0.png", "b/1.png", "b/2.png")
+    table = "file_name,label\na/0.png,10.0\nb/1.png,2.0\nb/2.png,9.0\n"  # floats, as pandas does
+    write(folder, {**found, "metadata.csv": table})
+    return rows(found, [10, 2, 9])
+
+
+def img2dataset_files(folder: Path) -> Rows:
+    found = images("00000/000000000.jpg", "00000/000000002.jpg", "00001/000010001.jpg", kind="JPEG")
+    for number, name in enumerate(found):
+        beside = {"caption": f"c {number}", "url": "u", "status": "success"}
+        write(folder, {f"{name[:-4]}.json": json.dumps(beside)})
+        write(folder, {f"{name[:-4]}.txt": f"c {number}"} if number != 1 else {})
+    write(folder, {**found, "00000_stats.json": "{}", "00001_stats.json": "{}"})
+    for part in ("00000", "00001"):
+        write_parquet(folder / f"{part}.parquet", key=["0", "1"], status=["success", "failed"])
+    return [(content, f"c {number}") for number, content in enumerate(found.values())]
+
+
+def img2dataset_shards(folder: Path) -> Rows:
+    rows: Rows = []
+    for part in range(2):
+        files: dict[str, str | bytes] = {}
+        for number in range(3):
+            key, image = f"{part:05d}{number:04d}", encoded(10 * part + number, "JPEG")
+            meta = {"caption": f"{part} {number}", "key": key, "error_message": None, "width": 8,
+                    "exif": "{}" if number else None, "sha256": "0"}  # fmt: skip
+            files |= {f"{key}.jpg": image, f"{key}.txt": f"{part} {number}",
+                      f"{key}.json": json.dumps(meta)}  # fmt: skip
+            rows.append((image, f"{part} {number}"))
+        write_tar(folder / f"{part:05d}.tar", files)
+        write(folder, {f"{part:05d}_stats.json": "{}"})
+        write_parquet(folder / f"{part:05d}.parquet", key=["0"], caption=["wrong"])
+    return rows
+
+
+def img2dataset_tables(folder: Path) -> Rows:
+    content = [encoded(0, "JPEG"), None, encoded(2, "JPEG")]
+    write_parquet(
+        folder / "00000.parquet", key=["0", "1", "2"], url=["u"] * 3, caption=list("abc"),
+        status=["success", "failed_to_download", "success"], jpg=content,
+    )  # fmt: skip
+    write(folder, {"00000_stats.json": "{}"})
+    return [(encoded(0, "JPEG"), "a"), (encoded(2, "JPEG"), "c")]
+
+
+def webdataset(folder: Path) -> Rows:
+    files = {f"{n}.{suffix}": content for n in range(3) for suffix, content in (
+        ("png", encoded(n)), ("cls", str(3 * n)), ("json", json.dumps({"label": 0})))}  # fmt: skip
+    write_tar(folder / "0.tar", files)
+    return [(encoded(n), 3 * n) for n in range(3)]
+
+
+def digit_folders(folder: Path) -> Rows:
+    found = images("007/x.png", "10/x.png", "2/x.png")
+    write(folder, found)
+    return [(found["2/x.png"], 2), (found["007/x.png"], 7), (found["10/x.png"], 10)]
+
+
+def one_digit_folder(folder: Path) -> Rows:
+    write(folder, {"3/00000.png": encoded(0)})
+    return [(encoded(0), 3)]
+
+
+def wide_digit_folders(folder: Path) -> Rows:  # GTSRB
+    found = images("00003/00000_1.ppm", "00003/00000_2.ppm", "00012/00000_0.ppm", kind="PPM")
+    write(folder, found)
+    return rows(found, [3, 3, 12])
+
+
+def named_folders(folder: Path) -> Rows:
+    found = images("train/1/x.png", "train/cat/x.png", "train/dog/y.png")
+    write(folder, found)
+    return rows(found, [0, 1, 2])
+
+
+def folders_within_classes(folder: Path) -> Rows:  # Tiny ImageNet
+    found = images("n01/images/a.png", "n02/images/a.png", "n02/images/b.png")
+    write(folder, found)
+    return rows(found, [0, 1, 1])
+
+
+def folders_at_several_depths(folder: Path) -> Rows:
+    found = images("cat/a.png", "cat/tabby/a.png", "dog/pug/old/a.png")
+    write(folder, found)
+    return rows(found, [0, 0, 1])
+
+
+def classes_called_like_splits(folder: Path) -> Rows:
+    found = images("beaker/0.png", "test tube/1.png", "train/2.png")
+    write(folder, found)
+    return rows(found, [0, 1, 2])
+
+
+def stylegan(folder: Path) -> Rows:
+    found = images("00000/img00000000.png", "00000/img00000001.png", "00001/img00001000.png")
+    labels = [[name, label] for label, name in zip([6, 9, 0], found, strict=True)][::-1]
+    write(folder, {**found, "dataset.json": json.dumps({"labels": labels})})
+    return rows(found, [6, 9, 0])
+
+
+BARE = [bare, animated, numbered]
+CAPTIONED = [
+    not_utf8, kohya, kohya_names, captions_of_lines, metadata_jsonl, metadata_parquet,
+    img2dataset_files, img2dataset_shards, img2dataset_tables,
+]  # fmt: skip
+CLASSIFIED = [
+    metadata_of_labels, webdataset, digit_folders, one_digit_folder, wide_digit_folders,
+    named_folders, folders_within_classes, folders_at_several_depths, classes_called_like_splits,
+    stylegan,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [*BARE, *CAPTIONED, *CLASSIFIED], ids=lambda b: b.__name__)
+def test_a_layout_is_read_as_its_tool_means_it(
+    tmp_path: Path, build: Callable[[Path], Rows]
+) -> None:
+    wants = "text" if build in CAPTIONED else "class" if build in CLASSIFIED else "nothing"
+    expected = build(tmp_path)
+    data = open_images(str(tmp_path), shape=None, split="all", wants=wants)
+    assert len(data) == len(expected)
+    for index, (content, told) in enumerate(expected):
+        pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        assert np.array_equal(data.batch([index])[0].permute(1, 2, 0), pixels)
+        if wants == "text":
+            assert data.captions([index]) == [told]
+        elif wants == "class":
+            assert data.labels([index]) == [told]
+
+
+SPLITS = {  # the files of training, those held out, and those in neither
+    "train_test": (["train/a.png", "train/b.png"], ["test/c.png"], []),
+    "coco": (["train2017/1.png"], ["val2017/2.png"], ["extra/3.png", "logo.png"]),
+    "three": (["training_set/1.png"], ["Val/0.png", "test_set/1.png"], []),
+    "sets": (["train set/1.png"], ["test set/2.png"], ["sample/3.png"]),
+    "images": (["train/1.png"], ["test_images/2.png"], []),
+    "classes_above": (["cat/train/1.png"], ["cat/test/1.png"], []),
+    "classes_below": (["train/cat/1.png", "train/dog/1.png"], ["valid/cat/1.png"], []),
+    "no_train": (["a.png", "more/b.png"], ["validation/c.png"], []),
+    "names": (["train_1.png", "train-2.png"], ["test_1.png"], []),
+    "test_alone": (["test/1.png"], [], []),
+    "words": (["contest/1.png", "evaluate/2.png", "a test.png"], [], []),
+    "a_class": (["beaker/1.png", "test tube/2.png"], [], []),
+}
+
+
+@pytest.mark.parametrize("kept", SPLITS.values(), ids=SPLITS)
+def test_folders_of_splits_are_the_splits(tmp_path: Path, kept: tuple[list[str], ...]) -> None:
+    train, held_out, neither = kept
+    every = {name: encoded(n) for n, name in enumerate([*train, *held_out, *neither])}
+    write(tmp_path, every)
+    name_of = {np.asarray(Image.open(io.BytesIO(e))).tobytes(): n for n, e in every.items()}
+
+    def names(split: str) -> set[str]:
+        data = open_images(str(tmp_path), shape=None, split=split)
+        found = data.batch(range(len(data))).permute(0, 2, 3, 1).numpy()
+        return {name_of[image.tobytes()] for image in found}
+
+    assert names("all") == {*train, *held_out}
+    if held_out:
+        assert (names("train"), names("held-out")) == (set(train), set(held_out))
+
+
+def test_each_split_has_its_own_metadata_and_all_share_the_classes(tmp_path: Path) -> None:
+    write(tmp_path, images("train/a/0.png", "train/c/1.png", "test/b/2.png", "test/c/3.png"))
+    lines = [{"file_name": "a/0.png", "text": "x"}, {"file_name": "c/1.png", "text": "y"}]
+    write(tmp_path, {"train/metadata.jsonl": "\n".join(map(json.dumps, lines))})
+    train = open_images(str(tmp_path), shape=None, wants="text")  # test/ has no captions
+    assert train.captions([0, 1]) == ["x", "y"]
+    labels = [
+        open_images(str(tmp_path), shape=None, split=split, wants="class").labels([0, 1])
+        for split in ("train", "held-out")
+    ]
+    assert labels == [[0, 2], [1, 2]]
+
+
+def test_training_sees_images_as_often_as_kohyas_folders_repeat_them(tmp_path: Path) -> None:
+    names = [f"{folder}/{n}.png" for folder in ("20_cat", "10_dog") for n in range(26)]
+    write(tmp_path, images(*names))
+    data = open_images(str(tmp_path), shape=None, wants="text")
+    assert data.captions(range(len(data))) == ["dog"] * 26 + ["cat"] * 50
+    held_out = open_images(str(tmp_path), shape=None, split="held-out", wants="text")
+    assert held_out.captions([0]) == ["cat"]
+    assert len(open_images(str(tmp_path), shape=None, split="all", wants="text")) == 52
+
+
+@pytest.mark.parametrize(
+    ("names", "stored", "expected"),
+    [
+        (["0", "1", "10", "2"], [0, 2, 3], [0, 10, 2]),  # as `datasets` sorts names of folders
+        (["3", "7"], [1, 0, 1], [7, 3, 7]),
+        (["1", "2", "3"], [0, 2, 1], [0, 2, 1]),
+        (["dog", "cat", "10"], [2, 0, 1], [2, 0, 1]),
+    ],
+)
+def test_declared_classes_whose_names_are_numbers_are_these_numbers(
+    tmp_path: Path, names: list[str], stored: list[int], expected: list[int]
+) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
+    rows = {"img": [{"bytes": encoded(0), "path": None}] * 3, "label": stored}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "t.parquet")
+    data = open_images(str(tmp_path), shape=None, split="all", wants="class")
+    assert data.labels(range(3)) == expected
+
+
+def test_named_folders_are_classes_as_datasets_numbers_them(tmp_path: Path) -> None:
+    import datasets
+
+    write(tmp_path, images("Zoo/1.png", "b1/1.png", "b10/1.png", "b2/1.png", "é/1.png"))
+    oracle = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), split="train")
+    expected = {np.asarray(row["image"]).tobytes(): row["label"] for row in oracle}
+    data = open_images(str(tmp_path), shape=None, split="all", wants="class")
+    for index in range(5):
+        pixels = np.ascontiguousarray(data.batch([index])[0].permute(1, 2, 0))
+        assert data.labels([index]) == [expected[pixels.tobytes()]]
+
+
+@pytest.mark.parametrize(
+    ("files", "wants", "said"),
+    [
+        ({"cat/1.png": b"", "emu/1.png": b""}, "class", "2 classes by .*: 0 cat, 1 emu"),
+        ({"10/1.png": b"", "3/1.png": b""}, "class", "2 classes by .*sub-folders.*: 3, 10"),
+        ({"1.png": b"", "a.heic": b"x", "b.heic": b"x"}, "nothing", "left out .*: 2 .heic"),
+        ({"1.png": b"", "t.parquet": b"x"}, "nothing", "left out .*: 1 .parquet"),
+        ({"train/1.png": b"", "test/1.png": b""}, "nothing", "held out are 1 images in test/"),
+        ({"1_a/1.png": b"", "2_b/1.png": b""}, "text", "times that training sees .*: 2_b 2, 1_a 1"),
+    ],
+)  # fmt: skip
+def test_what_was_taken_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture, files: dict, wants: str, said: str
+) -> None:
+    write(tmp_path, {name: content or encoded(0) for name, content in files.items()})
+    for _ in range(2):
+        open_images(str(tmp_path), shape=None, split="all", wants=wants)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.search(said, lines[0])
+
+
+@pytest.mark.parametrize(
+    ("files", "wants", "match"),
+    [
+        ({"00000/img0.png": b"", "00001/img1.png": b""}, "class", "parts of one data set"),
+        ({"00000/0.png": b"", "dataset.json": b'{"labels": null}'}, "class", "labels are null"),
+        ({"0.png": b"", "dataset.json": b'{"labels": [1]}'}, "class", "expected labels as pairs"),
+        ({"1_a/x.png": b"", "1_a/x.txt": b"t"}, "class", "folders of repeats"),
+        ({"x.png": b"", "x.txt": b"\n"}, "text", r"captions missing for 1 of 1.*x\.png"),
+        ({"x.png": b"", "x.txt": b"\xff\xff"}, "text", r"x\.txt: not UTF-8"),
+        ({"x.png": b"", "y.png": b"", "x.txt": b"t"}, "text", r"missing for 1 of 2.*y\.png"),
+        ({"x.png": b"", "x.json": b"{"}, "text", r"x\.json: not JSON"),
+        ({"x.png": b"", "metadata.parquet": b"PAR"}, "text", r"metadata\.parquet: broken"),
+        ({"x.heic": b"", "y.zip": b"x"}, "nothing", r"no images that Pillow.*1 \.heic, 1 \.zip"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(
+    tmp_path: Path, files: dict, wants: str, match: str
+) -> None:
+    write(tmp_path, {name: content or encoded(0) for name, content in files.items()})
+    with pytest.raises(DemeError, match=match):
+        open_images(str(tmp_path), shape=None, split="all", wants=wants)
