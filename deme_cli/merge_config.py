@@ -10,8 +10,8 @@ from deme_cli.ladder import parse_ladder
 from deme_cli.settings import Settings, parse_lists, parse_numbers, setting
 from deme_cli.timesteps import parse_span
 
-SEARCHES = ("none", "grid", "random", "cmaes", "tpe", "gp", "quadratic", "gradient", "greedy")
-METHODS = ("linear", "ties", "dare", "slerp", "greedy", "model-stock", "regmean", "fisher")
+SEARCHES = ("none", "grid", "random", "cmaes", "tpe", "gradient")
+METHODS = ("linear", "ties", "dare", "slerp", "model-stock")
 _METHOD, _SEARCH, _REPORT = "Method", "Search", "Report"
 
 
@@ -34,8 +34,8 @@ class MergeConfig(Settings):
     )
     trim: str = setting(
         "model", "what ties trims by size: the whole task vector, or tensor by tensor",
-        choices=("model", "tensor"), panel=_METHOD)  # fmt: skip
-    mask_seed: int = setting(0, "seed of what dare drops", panel=_METHOD)
+        choices=("model", "tensor"), option=False)  # fmt: skip
+    mask_seed: int = setting(0, "seed of what dare drops", option=False)
     per: str = setting(
         "model", "what shares its coefficients", choices=("model", "block", "layer"), panel=_SEARCH
     )
@@ -46,10 +46,8 @@ class MergeConfig(Settings):
         panel=_SEARCH,
     )
     loss_range: str | None = setting(
-        None,
-        "timesteps that loss and experts are measured on, as 250:500; unset: all",
-        panel=_SEARCH,
-    )
+        None, "timesteps that loss and experts are measured on, as 250:500; unset: all",
+        option=False)  # fmt: skip
     grid: list[Any] | None = setting(
         None,
         "values tried for every expert, as 0,0.5,1, or a list for each, as '0,0.5;0,1'; "
@@ -58,24 +56,15 @@ class MergeConfig(Settings):
         parse=parse_lists,
     )
     bounds: list[Any] | None = setting(
-        None,
-        "lowest and highest coefficient of every expert, or of each, as '0,1;0,2'; unset: -0.5,1.5",
-        panel=_SEARCH,
-        parse=parse_lists,
-    )
+        None, "lowest and highest coefficient of every expert, or of each; unset: -0.5, 1.5",
+        option=False)  # fmt: skip
     start: list[float] | None = setting(
-        None,
-        "where a search begins, as 0.2,0.2,0.5,0.5; unset: 1/N each",
-        panel=_SEARCH,
-        parse=parse_numbers,
-    )
-    optimizer: str = setting(
-        "lbfgs", "of search gradient", choices=("lbfgs", "adam"), panel=_SEARCH
+        None, "where a search begins; unset: 1/N each", option=False
     )
     evaluations: int | None = setting(
         None, "most candidates to evaluate; unset: what the search usually needs", panel=_SEARCH
     )
-    time: str | None = setting(None, "most time to search, as 90s, 30m or 2h", panel=_SEARCH)
+    time: str | None = setting(None, "most time to search, as 90s, 30m or 2h", option=False)
     num: int = setting(
         2048,
         "held-out draws (loss, experts) or images (kid, fid) per candidate",
@@ -83,9 +72,7 @@ class MergeConfig(Settings):
         panel=_SEARCH,
     )
     steps: int = setting(20, "sampling steps per candidate image (kid, fid)", panel=_SEARCH)
-    batch_size: int = setting(
-        256, "images denoised at a time", flags="--batch-size -b", panel=_SEARCH
-    )
+    batch_size: int = setting(256, "images denoised at a time", option=False)
     seed: int = setting(
         1_000_003,
         "seed of the candidates' noise and of the search; disjoint from the seeds of eval",
@@ -99,10 +86,10 @@ class MergeConfig(Settings):
         panel=_REPORT,
     )
     report_num: int | None = setting(
-        None, "draws or images per row of the report; unset: as num", panel=_REPORT
+        None, "draws or images per row of the report; unset: as num", option=False
     )
-    report_repeats: int = setting(3, "seeds of the report", panel=_REPORT)
-    report_seed: int = setting(2_000_003, "first seed of the report", panel=_REPORT)
+    report_repeats: int = setting(3, "seeds of the report", option=False)
+    report_seed: int = setting(2_000_003, "first seed of the report", option=False)
 
     def check(self) -> None:
         self._positive("num", "steps", "batch_size", "evaluations", "report_num", "report_repeats")
@@ -112,5 +99,3 @@ class MergeConfig(Settings):
         parse_ladder(self.objective, num=self.num)
         if self.loss_range is not None:
             parse_span(self.loss_range, "loss_range")
-        if self.method == "greedy" and self.search not in ("none", "greedy"):
-            raise ConfigError(f"method greedy searches by itself; leave out search {self.search}")

@@ -127,15 +127,18 @@ def setting(
     flags: str = "",
     panel: str | None = None,
     parse: Callable[[str, str], Any] | None = None,
+    option: bool = True,
 ) -> Any:
     """A field with its one-sentence help and, for words, the words allowed.
 
     flags: of its option, separated by spaces, as `--num -n` or `--flip/--no-flip`; by default its
     name.   panel: where `--help` lists it.   parse: the value of a text on the command line and the
-    flag before it, for what is more than one word or number.
+    flag before it, for what is more than one word or number.   option: whether there is one, or the
+    setting is one of deme.toml alone.
     """
     metadata = {
         "help": help, "choices": tuple(choices), "flags": flags, "panel": panel, "parse": parse,
+        "option": option,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 

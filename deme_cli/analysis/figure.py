@@ -6,8 +6,6 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from deme_cli.merging.search.heat_map import shorten
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -19,6 +17,14 @@ BASE, ENSEMBLE, MERGED, OTHER, LINE = "0.45", BLACK, VERMILION, "#F0A000", "0.25
 # Experts in order of their ranges (Okabe and Ito, from clean to noise); more begin anew, dashed.
 EXPERTS = ("#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#8C6D31")
 _LONGEST = 90  # characters of a title
+
+
+def shorten(text: str, length: int) -> str:
+    """At most `length` characters of a text: its beginning and its end, the end longer."""
+    if len(text) <= length:
+        return text
+    head = (length - 1) // 3
+    return f"{text[:head]}…{text[head + 1 - length :]}"
 
 
 def render(

@@ -1,4 +1,4 @@
-"""A merge from files to a file: by coefficients given or searched for, or from data."""
+"""A merge from files to a file, by coefficients given or searched for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deme_cli import console
 from deme_cli.api.merge_order import Order, find_measure
 from deme_cli.api.merge_report import RowToReport, report
-from deme_cli.api.merge_settings import DATA_DRIVEN, require_sense, searches
+from deme_cli.api.merge_settings import require_sense, searches
 from deme_cli.config import MergeConfig
 from deme_cli.errors import ConfigError
 from deme_cli.interrupts import StopRequests
@@ -79,12 +79,6 @@ class MergeJob:
             raise ConfigError("--ema-length makes the coefficients itself; add --search none")
         if searches(self.settings):
             open_plan(order, order.space())
-        elif self.settings.method in DATA_DRIVEN:
-            if self.fixed:
-                raise ConfigError(
-                    f"--coefficients-for goes with linear combinations, not with method "
-                    f"{self.settings.method}"
-                )
         else:
             given = self._coefficients(order)
             fitted = fit_coefficients(family, given, order.method)
@@ -98,8 +92,6 @@ class MergeJob:
             measure = find_measure(self.run_file, order, self.pipeline)
             what = f"the grid {order.grid()}" if order.search == "grid" else order.search
             plan = f"the best of {what} by {settings.objective} on {measure.source}"
-        elif settings.method in DATA_DRIVEN:
-            plan = f"{settings.method} on {settings.num} images per expert"
         else:
             given = self._coefficients(order)
             values = given.values if given else [1 / len(self.paths)] * len(self.paths)
@@ -114,8 +106,6 @@ class MergeJob:
         order = self.open()
         if searches(self.settings):
             return self._searched(order)
-        if self.settings.method in DATA_DRIVEN:
-            return self._from_data(order)
         return self._given(order)
 
     def _coefficients(self, order: Order) -> Coefficients | None:
@@ -174,20 +164,6 @@ class MergeJob:
             )  # fmt: skip
         return MergeResult(order.output, record)
 
-    def _from_data(self, order: Order) -> MergeResult:
-        from deme_cli.api.merge_data import merge_from_data, write_from_data
-        from deme_cli.diffusion.denoiser import assemble
-        from deme_cli.sampling.sampler import single
-
-        measure = find_measure(self.run_file, order, self.pipeline)
-        found, document = merge_from_data(order, measure), None
-        if order.reports:
-            where = {"device": order.device, "dtype": order.dtype}
-            base, name = order.family.base_record, str(order.output)
-            merged = RowToReport(None, lambda: single(assemble(base, found.weights, name, **where)))
-            document = self._report(order, self._evaluator(order, plain=True), merged)
-        return MergeResult(order.output, write_from_data(order, measure, found, document))
-
     def _searched(self, order: Order) -> MergeResult | None:
         from deme_cli.api.search_end import finishing, search_coefficients
         from deme_cli.api.search_trials import help_search
@@ -223,12 +199,11 @@ class MergeJob:
             files = (*found.pictures, found.journal.path)
             return MergeResult(order.output, record, files)
 
-    def _evaluator(self, order: Order, *, plain: bool = False) -> Evaluator:
-        from deme_cli.merging.methods.known import LINEAR
+    def _evaluator(self, order: Order) -> Evaluator:
         from deme_cli.merging.search.evaluator import Evaluator
 
         return Evaluator(
-            order.family, order.space(), method=LINEAR if plain else order.method,
+            order.family, order.space(), method=order.method,
             device=order.device, dtype=order.dtype,
         )  # fmt: skip
 

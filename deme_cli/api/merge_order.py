@@ -51,16 +51,14 @@ class Order:
 
     @property
     def method(self) -> MethodSettings:
-        """How task vectors are combined; a greedy soup is a linear one."""
         from deme_cli.merging.methods.known import MethodSettings
 
         settings = self.settings
-        name = "linear" if settings.method == "greedy" else settings.method
-        return MethodSettings(name, settings.density, settings.trim, settings.mask_seed)
+        return MethodSettings(settings.method, settings.density, settings.trim, settings.mask_seed)
 
     @property
     def search(self) -> str:
-        return "greedy" if self.settings.method == "greedy" else self.settings.search
+        return self.settings.search
 
     @property
     def reports(self) -> bool:
@@ -229,7 +227,7 @@ def _warn_of_seeds(settings: MergeConfig, evaluation: EvalConfig, order: Order) 
     if order.reports and settings.report_seed <= settings.seed < stop:
         raise ConfigError(
             f"seed {settings.seed} chooses the coefficients and would report them as well; "
-            f"set another --report-seed"
+            f"set another report_seed in [merge] of deme.toml"
         )
 
 

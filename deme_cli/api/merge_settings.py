@@ -11,8 +11,7 @@ from deme_cli.config import MergeConfig
 from deme_cli.errors import ConfigError
 from deme_cli.ladder import Rung, parse_ladder
 
-DATA_DRIVEN = ("regmean", "fisher")
-CLOSED_FORMS = ("slerp", "model-stock", *DATA_DRIVEN)  # nothing to search for
+CLOSED_FORMS = ("slerp", "model-stock")  # nothing to search for
 _TIME = re.compile(r"([0-9.]+)\s*([smh]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 _GRADIENT_OF = ("loss", "experts")
@@ -20,7 +19,7 @@ _GRADIENT_OF = ("loss", "experts")
 
 def searches(settings: MergeConfig) -> bool:
     """Whether coefficients are searched for."""
-    return settings.search != "none" or settings.method == "greedy"
+    return settings.search != "none"
 
 
 def rungs_of(settings: MergeConfig) -> list[Rung]:
@@ -47,11 +46,11 @@ def resolve_bounds(values: Sequence[Any] | None, num_experts: int) -> list[tuple
     if len(pairs) != num_experts:
         raise ConfigError(
             f"the bounds have {len(pairs)} pairs for {num_experts} experts; give one pair for all, "
-            f"or one for each, as in --bounds '0,1;0,2'"
+            f"or one for each, as in bounds = [[0, 1], [0, 2]]"
         )
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ConfigError(f"bounds {pair}: expected the lowest and the highest, as in 0,1")
+            raise ConfigError(f"bounds {pair}: expected the lowest and the highest, as in [0, 1]")
         if not all(map(math.isfinite, pair)):
             raise ConfigError(f"bounds {pair}: expected finite numbers")
     return [(float(low), float(high)) for low, high in pairs]
@@ -71,7 +70,7 @@ def require_sense(settings: MergeConfig) -> None:
             f"--per {settings.per} says what a search varies; add --search gradient, or name "
             f"coefficients with --coefficients-for"
         )
-    if settings.search in ("grid", "greedy", "quadratic") and settings.per == "layer":
+    if settings.search == "grid" and settings.per == "layer":
         raise ConfigError(
             f"search {settings.search} takes too many candidates for every layer; "
             f"use --search gradient or cmaes"

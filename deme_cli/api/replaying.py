@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from deme_cli.api.merge_data import rebuild_from_data
 from deme_cli.api.merge_job import MergeResult
 from deme_cli.outputs import require_output
 from deme_cli.run_file import RunFile
@@ -19,7 +17,6 @@ def replay(
     parents: Sequence[Path] = (),
     base: Path | None = None,
     run: RunFile | None = None,
-    device: str = "auto",
     force: bool = False,
 ) -> MergeResult:
     """Build `merged` again as its record tells it.
@@ -32,7 +29,5 @@ def replay(
 
     target = output or merged.with_name(f"{merged.stem}.replayed.safetensors")
     require_output(target, force=force)
-    run = run or RunFile()
-    rebuild = partial(rebuild_from_data, run, device)
-    record = replaying.replay(merged, target, parents=parents, base=base, run=run, rebuild=rebuild)
+    record = replaying.replay(merged, target, parents=parents, base=base, run=run or RunFile())
     return MergeResult(target, record)

@@ -6,15 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.api.merge_order import Order
-from deme_cli.api.search_pictures import draw_pictures
 from deme_cli.api.search_trials import open_trials
 from deme_cli.merging.search.trials import BASE_NAME, MEAN_NAME, trials_of
+from deme_cli.outputs import write_whole
 from deme_cli.processes import World
 
 if TYPE_CHECKING:
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from deme_cli.merging.search.run import Search
     from deme_cli.merging.search.space import Point, Space
     from deme_cli.merging.search.trials import Asked, Trial
-
-_PARALLEL = 1 - 1e-6  # cosine from which task vectors point the same way
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ def search_coefficients(order: Order, measure: Measure, world: World) -> Iterato
     launch are to call `help_search`.
     """
     from deme_cli.merging.search.conclusion import conclude
+    from deme_cli.merging.search.figure import draw_search
 
     trials = open_trials(order, measure, world)
     search, objectives, evaluator = trials.search, trials.objectives, trials.evaluator
@@ -64,10 +62,11 @@ def search_coefficients(order: Order, measure: Measure, world: World) -> Iterato
         end = conclude(search, asked, objectives, evaluator.ranges)
         _tell(order, search, end, asked, objectives)
         labels, best = [one.label for one in objectives], end.best.point
-        pictures = draw_pictures(order, space, trials_of(asked), labels, end.rhos, best)
+        picture = order.output.with_name(f"{order.output.stem}.search.png")
+        write_whole(picture, [draw_search(trials_of(asked), space.labels, labels)])
         yield Found(
             best, space.coefficients(best), _record(order, search, end, objectives), journal,
-            pictures, evaluator, trials.workbench, _soup(search, asked),
+            [picture], evaluator, trials.workbench, _soup(search, asked),
         )  # fmt: skip
         trials.features.clear()
 
@@ -109,25 +108,6 @@ def _soup(search: Search, asked: Sequence[Asked]) -> Point | None:
     return GreedySoup(search.space).soup([one for one in asked if one.rung == 0])
 
 
-def _warn_of_twins(order: Order) -> None:
-    """A response surface cannot tell apart the coefficients of parallel task vectors."""
-    from deme_cli.errors import NumericsError
-    from deme_cli.merging.task_vectors import measure
-
-    try:
-        cosines = measure(order.family).cosines
-    except NumericsError:
-        return  # the trials will say so
-    for i, j in combinations(range(len(cosines)), 2):
-        cosine = cosines[i][j]  # None where one has not moved at all
-        if cosine is not None and abs(cosine) < _PARALLEL:
-            continue
-        console.warn(
-            f"experts {order.experts[i]} and {order.experts[j]} have the same task vector: the "
-            f"response surface is flat between them, and of equally good points one is taken"
-        )
-
-
 def _tell(
     order: Order, search: Search, end: Conclusion, asked: Sequence[Asked],
     objectives: Sequence[Objective],
@@ -135,8 +115,6 @@ def _tell(
     """What a person should know of the end, and the table of the best."""
     from deme_cli.merging.search.ladder import ENOUGH, WEAK_RHO
 
-    if order.search == "quadratic":
-        _warn_of_twins(order)
     for remark in search.plan.remarks([one for one in asked if one.rung == 0]):
         console.warn(remark)
     if end.broken:
@@ -167,7 +145,9 @@ def _hint(rhos: Mapping[str, float], rho: float) -> str:
     span = max(rhos, key=lambda name: rhos[name], default=None)
     if span is None or rhos[span] < max(rho, WEAK_RHO):
         return ""
-    return f", or take --loss-range {span}, where the loss ranks better ({rhos[span]:.2f})"
+    return (
+        f', or set loss_range = "{span}" in [merge], where the loss ranks better ({rhos[span]:.2f})'
+    )
 
 
 def _record(

@@ -20,7 +20,6 @@ def open_plan(order: Order, space: Space) -> Plan:
     Raises ConfigError where nothing is left to search for.
     """
     from deme_cli.merging.search.fixed_points import FixedPoints
-    from deme_cli.merging.search.greedy import GreedySoup
     from deme_cli.merging.search.nested import CoarseToFine
 
     if not space.dimensions:
@@ -30,8 +29,6 @@ def open_plan(order: Order, space: Space) -> Plan:
         )
     if order.search == "grid":
         return FixedPoints(_grid_points(order, space))
-    if order.search == "greedy":
-        return GreedySoup(space)
     given = order.settings.evaluations
     if not space.groups:
         return _open_continuous(order, space, given)
@@ -44,16 +41,13 @@ def _open_continuous(order: Order, space: Space, evaluations: int | None) -> Pla
     from deme_cli.merging.search.descent import Descent
     from deme_cli.merging.search.evolution import Evolution
     from deme_cli.merging.search.fixed_points import FixedPoints, random_points
-    from deme_cli.merging.search.quadratic import Quadratic
 
     seed = order.settings.seed
     plans: dict[str, Callable[[], Plan]] = {
         "random": lambda: FixedPoints(random_points(space, evaluations, seed)),
         "cmaes": lambda: Evolution(space, seed),
-        "tpe": lambda: Bayesian("tpe", space, seed),
-        "gp": lambda: Bayesian("gp", space, seed),
-        "quadratic": lambda: Quadratic(space),
-        "gradient": lambda: Descent(space, order.settings.optimizer, evaluations),
+        "tpe": lambda: Bayesian(space, seed),
+        "gradient": lambda: Descent(space, evaluations),
     }
     return plans[order.search]()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,18 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShownSearch:
-    """The measured trials of a journal, and what the objective depends on.
-
-    best: a trial of the last rung.   importances: by coefficient.   Without a finite trial there
-    is neither, nor a picture.
-    """
+    """The measured trials of a journal; best: one of the last rung. Without a finite trial there is
+    none, nor a picture."""
 
     journal: Path
     document: JournalDocument
     trials: Sequence[Trial]
     num_running: int
     best: Trial | None = None
-    importances: Mapping[str, float] | None = None
     picture: Path | None = None
 
     @property
@@ -57,11 +53,10 @@ def show_search(path: Path) -> ShownSearch:
 
     path: the journal, or the merged file that lies beside it. Raises MissingError, ArtifactError.
     """
-    from deme_cli.merging.search.importance import importances
+    from deme_cli.merging.search.figure import best_of, draw_search
     from deme_cli.merging.search.journal import asked_trials
     from deme_cli.merging.search.journal_file import read_journal
     from deme_cli.merging.search.trials import trials_of
-    from deme_cli.merging.search.trials_figure import best_of, draw_trials
 
     journal = _journal_of(path)
     document = read_journal(journal)
@@ -70,10 +65,9 @@ def show_search(path: Path) -> ShownSearch:
     running = len(asked) - len(trials)
     if not any(math.isfinite(trial.objective) for trial in trials):
         return ShownSearch(journal, document, trials, running)
-    shares, picture = importances(trials, document.labels), journal.with_suffix(".png")
-    shown = ShownSearch(journal, document, trials, running, best_of(trials), shares, picture)
-    drawn = draw_trials(trials, document.labels, objectives=shown.objectives, importances=shares)
-    write_whole(picture, [drawn])
+    picture = journal.with_suffix(".png")
+    shown = ShownSearch(journal, document, trials, running, best_of(trials), picture)
+    write_whole(picture, [draw_search(trials, document.labels, shown.objectives)])
     return shown
 
 

@@ -10,7 +10,6 @@ import typer
 from deme_cli import console
 from deme_cli.commands.launching import meet, only_first
 from deme_cli.commands.merge_options import (
-    looks_for,
     parse_coefficients_for,
     require_use,
 )
@@ -23,7 +22,6 @@ from deme_cli.commands.options import (
     Given,
     Json,
     OptionsOf,
-    Pipeline,
     Quiet,
     begin,
     takes_settings,
@@ -67,10 +65,6 @@ def merge(
             show_default=False,
         ),
     ] = None,
-    per_block: Annotated[
-        bool,
-        typer.Option("--per-block", help="Short for --per block.", rich_help_panel="Search"),
-    ] = False,
     show: Annotated[
         Path | None,
         typer.Option(
@@ -104,7 +98,6 @@ def merge(
             show_default=False,
         ),
     ] = None,
-    pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -123,9 +116,8 @@ def merge(
     """
     run = begin(config, quiet=quiet)
     has_coefficients, search = given["coefficients"] is not None, given["search"]
-    is_search = not (has_coefficients or dry_run or show or replay) and looks_for(
-        run.tables.get("merge", {}), method=given["method"], search=search
-    )
+    wanted = search or run.tables.get("merge", {}).get("search", MergeConfig.search)
+    is_search = wanted != "none" and not (has_coefficients or dry_run or show or replay)
     world = ALONE
     if is_search:
         world = meet(device)
@@ -142,21 +134,14 @@ def merge(
     if replay is not None:
         from deme_cli.commands.merge_show import replay_merge
 
-        replay_merge(replay, output, parents or [], base, run, device, force=force, as_json=as_json)
+        replay_merge(replay, output, parents or [], base, run, force=force, as_json=as_json)
         return
     if not parents:
         raise ConfigError("nothing to merge: name experts or task vectors, as in ft_*.safetensors")
     if has_coefficients and search not in (None, "none"):
         raise ConfigError("-w gives the coefficients and --search looks for them; keep one")
-    if per_block and given["per"] not in (None, "block"):
-        raise ConfigError(f"--per-block and --per {given['per']}; keep one")
-    chosen = {
-        "search": "none" if has_coefficients else search,
-        "per": "block" if per_block else given["per"],
-    }
-    settings = run.settings(MergeConfig, **{**given, **chosen})
-    if has_coefficients and settings.method == "greedy":
-        raise ConfigError("-w gives the coefficients and method greedy looks for them; keep one")
+    given_search = "none" if has_coefficients else search
+    settings = run.settings(MergeConfig, **{**given, "search": given_search})
     if settings.coefficients and settings.search != "none" and search is None:
         raise ConfigError("[merge] sets both coefficients and search; keep one of them")
     require_use(settings, given)
@@ -164,8 +149,8 @@ def merge(
 
     job = MergeJob(
         run, settings, parents, parse_coefficients_for(coefficients_for or []), base, target,
-        pipeline, world.device or device, dtype, force, ema_length, world=world,
-        by_range=frozenset(name for name in _BY_EXPERT if given[name] is None),
+        None, world.device or device, dtype, force, ema_length, world=world,
+        by_range=frozenset(name for name in _BY_EXPERT if given.get(name) is None),
     )  # fmt: skip
     if dry_run:
         job.say_what_would_run()

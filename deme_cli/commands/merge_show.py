@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def show_search(path: Path, *, as_json: bool) -> None:
-    """Print the trials of a search, the best so far and what it depends on."""
+    """Print the trials of a search, and the best so far."""
     found = showing.show_search(path)
     names, labels = found.objectives, found.document.labels
     console.note(
@@ -31,15 +31,9 @@ def show_search(path: Path, *, as_json: bool) -> None:
         return
     for rung, name in enumerate(names):
         _show_rung(found, rung, name)
-    if found.importances:
-        console.table(
-            "What the objective depends on (PED-ANOVA)",
-            ["coefficient", "importance"],
-            [[label, f"{share:.3f}"] for label, share in list(found.importances.items())[:10]],
-        )
     console.result_paths(
         [found.picture], as_json=as_json, finished=found.is_finished,
-        importances=found.importances, best=_document(found.best, labels), trials=trials,
+        best=_document(found.best, labels), trials=trials,
     )  # fmt: skip
 
 
@@ -80,15 +74,13 @@ def _show_rung(found: ShownSearch, rung: int, name: str) -> None:
 
 
 def replay_merge(
-    merged: Path, output: Path | None, parents: list[Path], base: Path | None, run: RunFile,
-    device: str, *, force: bool, as_json: bool,
+    merged: Path, output: Path | None, parents: list[Path], base: Path | None, run: RunFile, *,
+    force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build `merged` again, and say that it is the same."""
     from deme_cli.api import replaying
 
-    built = replaying.replay(
-        merged, output, parents=parents, base=base, run=run, device=device, force=force
-    )
+    built = replaying.replay(merged, output, parents=parents, base=base, run=run, force=force)
     console.note(f"{built.path}: equal to {merged}, fingerprint {built.record.fingerprint[:12]}")
     console.result_paths(
         [built.path], as_json=as_json, path=str(built.path),

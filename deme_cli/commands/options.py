@@ -39,7 +39,8 @@ class OptionsOf:
     @property
     def settings(self) -> Iterator[Field[Any]]:
         for item in fields(self.config):
-            if item.name not in self.without and item.name in (self.named or (item.name,)):
+            is_named = item.name in (self.named or (item.name,)) and item.name not in self.without
+            if is_named and item.metadata["option"]:
                 yield item
 
     def parameters(self) -> Iterator[inspect.Parameter]:

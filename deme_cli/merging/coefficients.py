@@ -18,6 +18,12 @@ from functools import cached_property
 
 from deme_cli.errors import ConfigError
 
+REST = "*"  # how the tensors of no group are called
+# How the names of parts begin, in the order of the network; of the others those with `out` in them
+# come last, the rest with the input.
+_STAGES = (
+    "down_blocks", "mid_block", "transformer_blocks", "single_transformer", "blocks", "up_blocks",
+)  # fmt: skip
 _BLOCK = re.compile(
     r"((?:down_blocks|up_blocks|(?:single_|joint_)?transformer_blocks|blocks)\.\d+|mid_block)\."
 )
@@ -82,6 +88,16 @@ def groups_of(names: Iterable[str], per: str) -> list[str]:
 def _natural(text: str) -> list[tuple[int, str]]:
     """A key that sorts down_blocks.2 before down_blocks.10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
+
+
+def network_order(glob: str) -> tuple:
+    """A key that sorts groups as the data passes them: input, down, mid, up, output, the rest."""
+    if glob == REST:
+        return (len(_STAGES) + 1, ())
+    top = glob.split(".")[0]
+    outside = len(_STAGES) if "out" in top else -1
+    stage = next((i for i, part in enumerate(_STAGES) if top.startswith(part)), outside)
+    return (stage, tuple(_natural(glob)))
 
 
 def require_matches(globs: Sequence[str], names: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ appears only if the weights under it have the fingerprint that the header tells.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,11 @@ from deme_cli.errors import (
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.combine import Plan, plan_merge, write_merge
 from deme_cli.merging.lineage import BASE_NAME, Family, find_base, open_family, open_parents
-from deme_cli.merging.methods.known import USES, MethodSettings
+from deme_cli.merging.methods.known import METHODS, USES, MethodSettings
 from deme_cli.records import BaseRecord, MergedRecord
 from deme_cli.run_file import RunFile
 from deme_cli.tensor_file import Header, read_header
 
-NEED_DATA = ("regmean", "fisher")
-Rebuild = Callable[[Family, MergedRecord, Path], MergedRecord]
 FINDS_ITS_OWN = ("model-stock",)  # methods that take no coefficients
 
 
@@ -38,17 +36,16 @@ def replay(
     merged: Path,
     output: Path,
     *,
-    rebuild: Rebuild,
     parents: Sequence[Path] = (),
     base: Path | None = None,
     run: RunFile,
 ) -> MergedRecord:
     """Make the merged artifact `merged` again as `output`, from files found or given.
 
-    rebuild: makes the file of a method that needs data (regmean, fisher).   run: names the base, if
-    not beside the merged file.
-    Raises MissingError naming what is not found, ArtifactError naming a file that differs,
-    NumericsError where the result differs although base and parents do not. Then no output appears.
+    run: names the base, if not beside the merged file.
+    Raises MissingError naming what is not found, ArtifactError naming a file that differs or a
+    method that this deme has not, NumericsError where the result differs although base and parents
+    do not. Then no output appears.
     """
     header = read_header(merged)
     record = record_of(header)
@@ -56,13 +53,16 @@ def replay(
         raise ArtifactError(
             f"{merged}: expected an artifact of kind 'merged', found {record.kind!r}"
         )
+    if record.method not in METHODS:
+        raise ArtifactError(
+            f"{merged}: was merged by method {record.method!r}, which this deme does not have "
+            f"({', '.join(METHODS)}); use the file as it is, or the deme that wrote it "
+            f"({record.created_by})"
+        )
     family = _find_family(header, record, parents, base, run)
     partial = output.with_name(f".{output.name}.replay")
     try:
-        if record.method in NEED_DATA:
-            made = rebuild(family, record, partial)
-        else:
-            made = write_merge(_plan(family, header, record), record, partial)
+        made = write_merge(_plan(family, header, record), record, partial)
         if made.fingerprint != record.fingerprint:
             raise _culprit(family, merged, record, made.fingerprint)
         _put_header(header, partial)

@@ -70,7 +70,12 @@ def setting_words(kind: type[Settings], run: RunFile, values: Mapping[str, Any])
     for item in fields(kind):
         value = values.get(item.name)
         default = None if item.default is MISSING else item.default
-        if value is not None and (value != default or value != getattr(given, item.name)):
+        has_option = item.metadata["option"]
+        if (
+            has_option
+            and value is not None
+            and (value != default or value != getattr(given, item.name))
+        ):
             words += option_words(flags_of(item)[0], value)
     return words
 

@@ -22,9 +22,7 @@ from pathlib import Path
 GRID = "0,0.25,0.5,0.75,1"
 GLOBAL = {
     "grid": ["--search", "grid", "--grid", GRID],
-    **{
-        name: ["--search", name] for name in ("random", "cmaes", "tpe", "gp", "quadratic", "greedy")
-    },
+    **{name: ["--search", name] for name in ("random", "cmaes", "tpe")},
 }
 FINER = {
     "cmaes per block": ["--search", "cmaes", "--per", "block"],
@@ -42,8 +40,6 @@ METHODS = {
     "ties": ["--method", "ties", "-w", "mean"],
     "dare": ["--method", "dare", "-w", "mean"],
     "model-stock": ["--method", "model-stock"],
-    "regmean": ["--method", "regmean", "--num", "2048"],
-    "fisher": ["--method", "fisher", "--num", "512"],
 }
 
 

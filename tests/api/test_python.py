@@ -34,8 +34,7 @@ def walk_the_command_line(deme) -> str:
         "finetune --range all --steps 2 --held-out 0 -b 4",
         f"task-vector {' '.join(EXPERTS)}",
         f"merge {' '.join(EXPERTS)} -w 0.3,0.6",
-        f"merge {' '.join(EXPERTS)} --search grid --grid 0,1 --num 8 --report-repeats 1 "
-        f"-o found.safetensors",
+        f"merge {' '.join(EXPERTS)} --search grid --grid 0,1 --num 8 -o found.safetensors",
         "sample merged.safetensors -n 5 --steps 2",
         f"ensemble-sample {' '.join(EXPERTS)} -n 5 --steps 2",
         "stats digits -o reference.safetensors",
@@ -60,7 +59,7 @@ def walk_in_python() -> deme_cli.Evaluation:
     assert merged.record == read_record(merged.path, "merged")
     found = deme_cli.search(
         experts,
-        run.settings(MergeConfig, search="grid", grid=[0.0, 1.0], num=8, report_repeats=1),
+        run.settings(MergeConfig, search="grid", grid=[0.0, 1.0], num=8),
         output=Path("found.safetensors"),
         run=run,
     )

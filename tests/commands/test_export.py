@@ -118,7 +118,7 @@ def test_the_card_tells_coefficients_by_pattern_the_method_and_the_report(
     record = replace(
         read_record(merged),
         coefficients_for={"mid_block.*": [1.5, -0.5]},
-        method="fisher",
+        method="ties",
         settings={"num": 64, "data": "/home/me/images"},
         report={"rows": rows},
     )
@@ -129,7 +129,7 @@ def test_the_card_tells_coefficients_by_pattern_the_method_and_the_report(
     assert (
         "| tensors | 0:50 | 50:100 |\n| --- | --- | --- |\n| `mid_block.*` | 1.5 | -0.5 |" in card
     )
-    assert "The method `fisher` takes the place of the plain sum" in card
+    assert "The method `ties` takes the place of the plain sum" in card
     assert '"data": "images"' in card
     assert "/home/me" not in card
     assert "| model | loss |\n| --- | --- |\n| base | 0.5 |\n| merged | not finite |" in card

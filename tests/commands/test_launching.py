@@ -23,13 +23,12 @@ from launched import ends, launch
 from deme_cli.app import COMMANDS, JOINT
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.commands.launching import only_first
-from deme_cli.commands.merge_options import looks_for
 from deme_cli.merging.search.journal_file import read_journal
 
 SECOND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 EXPERTS = ["ft_1of4.safetensors", "ft_3of4.safetensors"]
 GRID = ["--search", "grid", "--grid", "0,0.2,0.4,0.6,0.8,1", "--num", "64"]
-SLOW_GRID = [*GRID[:4], "--num", "4000", "--batch-size", "100", "--no-report"]
+SLOW_GRID = [*GRID[:4], "--num", "4000", "--no-report"]
 MERGED, JOURNAL = Path("merged.safetensors"), Path("merged.trials.jsonl")
 
 # Every command line that leaves its work to the first process; half of them would be refused.
@@ -45,7 +44,7 @@ LEAVING = [
 MERGES = [
     ["-w", "1,2"],
     ["-w", "1,2", "--search", "grid"],
-    ["--method", "regmean"],
+    ["--method", "ties"],
     ["--show", "x.jsonl"],
     ["--replay", "x.safetensors"],
     ["--search", "grid", "--dry-run"],
@@ -89,24 +88,6 @@ def test_the_first_process_is_alone_from_then_on(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(typer.Exit) as left:
         only_first()
     assert left.value.exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("table", "options", "expected"),
-    [
-        ({}, {}, False),
-        ({}, {"search": "grid"}, True),
-        ({}, {"method": "greedy"}, True),
-        ({"search": "cmaes"}, {}, True),
-        ({"search": "cmaes"}, {"search": "none"}, False),
-        ({"method": "greedy"}, {}, True),
-        ({"method": "greedy"}, {"method": "ties"}, False),
-    ],
-)
-def test_whether_a_merge_searches_is_known_before_its_settings_are(
-    table: dict, options: dict, expected: bool
-) -> None:
-    assert looks_for(table, **{"method": None, "search": None, **options}) == expected
 
 
 # Processes of their own.

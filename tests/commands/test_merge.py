@@ -140,7 +140,7 @@ def test_dry_run_checks_and_writes_nothing(run_folder: Path, deme: Callable) -> 
 @pytest.mark.parametrize(
     "words",
     [
-        ("--search", "cmaes", "--time", "x"),
+        ("--search", "gradient", "--objective", "kid"),
         ("--search", "grid", "--per", "block", "--grid", "0,0.5,1,2"),
         ("--search", "cmaes", "--objective", "kid", "--num", "1"),
     ],

@@ -68,7 +68,7 @@ def stop_after(deme: Callable, trials: int, *words: object) -> Result:
 SEARCHES = {
     "grid": GRID,
     "cmaes": ("--search", "cmaes", "--evaluations", "30", "--num", "64", "--no-report"),
-    "gradient": ("--search", "gradient", "--evaluations", "9", "--per-block", "--num", "128",
+    "gradient": ("--search", "gradient", "--evaluations", "9", "--per", "block", "--num", "128",
                  "--no-report"),
     "ladder": ("--search", "random", "--evaluations", "20", "--objective", "loss:4,kid@16",
                "--steps", "2", "--num", "64", "--no-report"),
@@ -98,12 +98,15 @@ def test_a_search_stopped_by_a_signal_ends_as_if_it_had_run_through(
 
 def test_a_search_stopped_in_its_report_measures_it_again(run_folder: Path, deme: Callable) -> None:
     words = ("merge", *PAIR, "--search", "grid", "--grid", "0,0.5", "--num", "32")
-    report = ("--report-num", "2000", "--report-repeats", "9", "--batch-size", "32")
-    result = stop_after(deme, 6, *words, *report)  # its six trials, soup included
+    Path("deme.toml").write_text(
+        "[merge]\nreport_num = 2000\nreport_repeats = 9\nbatch_size = 32\n"
+    )
+    result = stop_after(deme, 6, *words)  # its six trials, soup included
     assert isinstance(result.exception, Stopped), repr(result.exception)
     assert not MERGED.exists()
     count = len(tried(JOURNAL))
-    again = deme(*words, "--report-num", "8", "--report-repeats", "2")
+    Path("deme.toml").write_text("[merge]\nreport_num = 8\nreport_repeats = 2\n")
+    again = deme(*words)
     assert again.exit_code == 0, repr(again.exception)
     assert len(tried(JOURNAL)) == count
     assert read_record(MERGED).report["protocols"][0]["num"] == 8
@@ -215,8 +218,6 @@ def test_what_is_tried_is_shown_while_it_runs_and_when_it_has_ended(
     ended = json.loads(deme("merge", "--show", MERGED, "--json").stdout)
     assert ended["finished"] is True
     assert len(ended["trials"]) == 36 + 1
-    assert sum(ended["importances"].values()) == pytest.approx(1)
-    assert "PED-ANOVA" in deme("merge", "--show", MERGED).stderr
     shutil.move(JOURNAL, "elsewhere.jsonl")
     result = deme("merge", "--show", MERGED)
     assert "no journal of its search beside it" in str(result.exception)

@@ -32,6 +32,10 @@ def searched(deme: Callable, *words: object) -> dict:
     return json.loads(result.stdout)
 
 
+def run_file(merge: str) -> None:
+    Path("deme.toml").write_text(f"[merge]\n{merge}\n")
+
+
 def tried(journal: Path) -> list[dict]:
     """Name, coefficients by expert and objective of each trial, as `--show --json` tells them."""
     document = read_journal(journal)
@@ -50,11 +54,7 @@ def tried(journal: Path) -> list[dict]:
         ("random", ("--evaluations", "5"), 6),
         ("cmaes", ("--evaluations", "7"), 9),
         ("tpe", ("--evaluations", "11"), 13),
-        ("gp", ("--evaluations", "11"), 13),
-        ("quadratic", ("--evaluations", "7"), 8),
         ("gradient", ("--evaluations", "3"), 4),
-        ("gradient", ("--evaluations", "3", "--optimizer", "adam"), 4),
-        ("greedy", (), 4),
     ],
 )
 def test_every_search_ends_in_the_best_of_its_trials(
@@ -117,7 +117,9 @@ def test_the_best_are_shown_and_the_document_has_nothing_beside_it(
             "paths"} == set(document)  # fmt: skip
     assert "The best of 4 candidates" in result.stderr
     assert "trial 4" in result.stderr
-    quiet = deme("merge", *PAIR, "--search", "greedy", *FAST, "--quiet", "-o", "q.safetensors")
+    quiet = deme(
+        "merge", *PAIR, "--search", "grid", "--grid", "0,1", *FAST, "--quiet", "-o", "q.safetensors"
+    )
     assert quiet.stderr == ""
 
 
@@ -174,9 +176,6 @@ def test_blocks_and_layers_get_coefficients_of_their_own(
     document = searched(deme, *words, "--per", per, *FAST)
     finer = document["coefficients_for"]
     assert len(finer) >= (5 if per == "block" else 40)
-    assert document["paths"][2] == "merged.coefficients.png"
-    with Image.open(run_folder / "merged.coefficients.png") as picture:
-        assert picture.format == "PNG"
     if words[1] == "gradient":
         assert len(set(map(tuple, finer.values()))) > len(finer) / 2
     theta = load_tensors(run_folder / "base.safetensors")
@@ -192,19 +191,11 @@ def test_blocks_and_layers_get_coefficients_of_their_own(
         assert merged[name].numpy() == pytest.approx(expected.numpy(), abs=1e-6)
 
 
-def test_per_block_is_short_for_per_block(run_folder: Path, deme: Callable) -> None:
-    words = ("--search", "gradient", "--evaluations", "2", *FAST)
-    first = searched(deme, *words, "--per-block")
-    second = searched(deme, *words, "--per", "block", "-o", "same.safetensors")
-    assert first["fingerprint"] == second["fingerprint"]
-    assert first["search"]["per"] == "block"
-
-
 def test_given_coefficients_of_a_glob_stay_while_the_others_are_searched(
     run_folder: Path, deme: Callable
 ) -> None:
     document = searched(
-        deme, "--search", "gradient", "--evaluations", "2", "--per-block",
+        deme, "--search", "gradient", "--evaluations", "2", "--per", "block",
         "--coefficients-for", "mid_block.*=0.75,-0.25", *FAST,
     )  # fmt: skip
     finer = document["coefficients_for"]
@@ -222,9 +213,9 @@ def test_given_coefficients_of_a_glob_stay_while_the_others_are_searched(
 def test_a_search_keeps_to_bounds_start_and_number_of_evaluations(
     run_folder: Path, deme: Callable
 ) -> None:
+    run_file("bounds = [[0, 0.25], [-2, -1]]\nstart = [0.125, -1.5]")
     document = searched(
-        deme, "--search", "random", "--bounds", "0,0.25;-2,-1", "--start", "0.125,-1.5",
-        "--evaluations", "6", *FAST,
+        deme, "--search", "random", "--evaluations", "6", *FAST,
     )  # fmt: skip
     assert document["search"]["bounds"] == [[0, 0.25], [-2, -1]]
     points = [trial["point"] for trial in tried(run_folder / JOURNAL)]
@@ -234,7 +225,8 @@ def test_a_search_keeps_to_bounds_start_and_number_of_evaluations(
 
 
 def test_a_search_whose_time_is_up_takes_the_best_so_far(run_folder: Path, deme: Callable) -> None:
-    document = searched(deme, "--search", "random", "--time", "0.001s", *FAST)
+    run_file('time = "0.001s"')
+    document = searched(deme, "--search", "random", *FAST)
     assert document["evaluations"] == 2
     assert read_journal(run_folder / JOURNAL).merged == document["fingerprint"]
 

@@ -21,9 +21,9 @@ seen: dict[str, Any] = {}
 @takes_settings
 def merging(
     given: Annotated[Given, OptionsOf(MergeConfig)],
-    per_block: Annotated[bool, typer.Option("--per-block")] = False,
+    own: Annotated[bool, typer.Option("--own")] = False,
 ) -> None:
-    seen.update(given, per_block=per_block)
+    seen.update(given, own=own)
 
 
 @takes_settings
@@ -47,18 +47,20 @@ def call(command: Any, *words: str) -> dict[str, Any]:
 
 def test_every_setting_is_there_and_none_where_its_option_is_not_given() -> None:
     found = call(merging)
-    assert found == {**{item.name: None for item in fields(MergeConfig)}, "per_block": False}
+    names = {item.name for item in fields(MergeConfig) if item.metadata["option"]}
+    assert found == {**dict.fromkeys(names), "own": False}
+    assert "bounds" not in names, "a setting of deme.toml alone"
 
 
 def test_numbers_words_switches_and_lists_are_read() -> None:
     found = call(
-        merging, "--grid", "0,0.5;0,1", "--bounds", "-1,2", "-w", "0.5,0.25", "-n", "3",
-        "--no-report", "--time", "2h", "--per-block",
+        merging, "--grid", "0,0.5;0,1", "-w", "0.5,0.25", "-n", "3", "--no-report",
+        "--objective", "fid", "--own",
     )  # fmt: skip
     given = {name: value for name, value in found.items() if value is not None}
     assert given == {
-        "grid": [[0, 0.5], [0, 1]], "bounds": [-1, 2], "coefficients": [0.5, 0.25], "num": 3,
-        "report": False, "time": "2h", "per_block": True,
+        "grid": [[0, 0.5], [0, 1]], "coefficients": [0.5, 0.25], "num": 3,
+        "report": False, "objective": "fid", "own": True,
     }  # fmt: skip
 
 

@@ -17,10 +17,9 @@ from deme_cli.artifacts import ArtifactWriter, load_tensors, read_record, write_
 from deme_cli.errors import ArtifactError, MissingError, NumericsError
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.combine import merge_family
-from deme_cli.merging.lineage import Family, open_family, open_parents
+from deme_cli.merging.lineage import open_family, open_parents
 from deme_cli.merging.methods.known import METHODS, MethodSettings
 from deme_cli.merging.replay import replay as replay_with
-from deme_cli.records import MergedRecord
 from deme_cli.run_file import RunFile
 from deme_cli.tensor_file import read_header, tensor_bytes
 
@@ -28,11 +27,7 @@ W = Coefficients((0.25, 0.75), {"mid_block.*": (1.0, 0.0), "conv_*": (0.5, 0.5)}
 MERGED, AGAIN = Path("merged.safetensors"), Path("again.safetensors")
 
 
-def refuse(family: Family, record: MergedRecord, output: Path) -> MergedRecord:
-    raise AssertionError("the method needs no data")
-
-
-replay = partial(replay_with, rebuild=refuse, run=RunFile())
+replay = partial(replay_with, run=RunFile())
 
 
 def merge(name: str = "linear", **settings: object) -> None:
@@ -139,18 +134,16 @@ def test_a_record_that_does_not_give_its_weights_is_told(run_folder: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["regmean", "fisher"])
-def test_what_needs_data_is_rebuilt_by_who_has_it(run_folder: Path, name: str) -> None:
+def test_a_method_of_an_older_deme_is_named_and_the_file_can_still_be_read(
+    run_folder: Path, deme: Callable, name: str
+) -> None:
     merge()
-    with_header(MERGED, lambda record: record.update(method=name))
-    given = []
-
-    def rebuild(family: Family, record: MergedRecord, output: Path) -> MergedRecord:
-        given.append(([parent.path.name for parent in family.parents], record))
-        return merge_family(family, W, output)
-
-    replay_with(MERGED, AGAIN, rebuild=rebuild, run=RunFile())
-    assert given == [(["ft_2of4.safetensors", "ft_1of4.safetensors"], read_record(MERGED))]
-    assert AGAIN.read_bytes() == MERGED.read_bytes()
+    with_header(MERGED, lambda record: record.update(method=name, settings={"num": 64}))
+    with pytest.raises(ArtifactError, match=f"merged by method '{name}', which this deme does not"):
+        replay(MERGED, AGAIN)
+    assert not AGAIN.exists()
+    shown = json.loads(deme("inspect", MERGED, "--json").stdout)["artifacts"][0]["record"]
+    assert (shown["method"], shown["settings"]) == (name, {"num": 64})
 
 
 def test_a_file_whose_tensors_are_in_another_order_keeps_it(run_folder: Path) -> None:

@@ -18,7 +18,7 @@ from deme_cli.reporting.folder import Folder, open_folder
 from deme_cli.reporting.page import gather, render
 
 EXPERTS = [f"ft_{index}of4.safetensors" for index in range(1, 5)]
-RUN_FILE = '[data]\nsource = "digits"\n[sample]\nsteps = 2\n'
+RUN_FILE = '[data]\nsource = "digits"\n[sample]\nsteps = 2\n[merge]\nreport_repeats = 2\n'
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +35,7 @@ def told_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         for line in (
             ["finetune", "--range", "1/4", "--steps", "6", "-b", "4", "--held-out", "8",
              "--checkpoint-every", "2", "-o", "again.safetensors"],
-            ["merge", *EXPERTS, "--search", "random", "--evaluations", "3", "--num", "16",
-             "--report-repeats", "2"],
+            ["merge", *EXPERTS, "--search", "random", "--evaluations", "3", "--num", "16"],
             ["merge", *EXPERTS, "-w", "0.4,0.1,0.2,0.3", "-o", "given.safetensors"],
             ["sample", "given.safetensors", "-n", "4"],
             ["eval", "base.safetensors", "given.safetensors", "--fid", "digits", "-n", "70",

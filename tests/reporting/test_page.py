@@ -73,7 +73,7 @@ def test_the_commands_of_the_run_are_told_from_its_records(told_run: Path) -> No
         "deme finetune --range 1/4 --steps 6 --batch-size 4 --checkpoint-every 2 --held-out 8 "
         "-o again.safetensors",
         f"deme merge {experts} -w 0.4,0.1,0.2,0.3 -o given.safetensors",
-        f"deme merge {experts} --search random --num 16 --report-repeats 2",
+        f"deme merge {experts} --search random --num 16",
         "deme sample given.safetensors --num 4 --steps 2",
         "deme eval base.safetensors given.safetensors --fid digits --num 70 --repeats 2 --steps 2 "
         "-o eval.json",

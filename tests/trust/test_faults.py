@@ -46,8 +46,8 @@ COMMANDS = {
     "merge": Command(
         ["merge", *PAIR, "-w", "0.1,0.2", "-o", "plain.safetensors"], ("plain.safetensors",)),
     "merge --search": Command(
-        ["merge", *PAIR, "--search", "grid", "--grid", "0,1", "--num", "32", "--report-num", "32",
-         "--report-repeats", "1", "-o", "searched.safetensors"], ("searched.safetensors",)),
+        ["merge", *PAIR, "--search", "grid", "--grid", "0,1", "--num", "32",
+         "-o", "searched.safetensors"], ("searched.safetensors",)),
     "sample": Command(
         ["sample", "base.safetensors", "-n", "24", "--steps", "10", "-b", "4",
          "-o", "drawn.safetensors"], ("drawn.safetensors", "drawn.png")),

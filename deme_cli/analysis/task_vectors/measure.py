@@ -25,10 +25,10 @@ from deme_cli.analysis.task_vectors.effective_rank import (
 )
 from deme_cli.analysis.unfinished import Step, Unfinished
 from deme_cli.errors import ArtifactError, NumericsError
+from deme_cli.merging.coefficients import network_order
 from deme_cli.merging.differences import Differences, float_runs, float_specs
 from deme_cli.merging.lineage import Family, is_projection
 from deme_cli.merging.pieces import COMPUTED_IN, PIECE, Run, Sources, plan_runs
-from deme_cli.merging.search.heat_map import network_order
 from deme_cli.tensor_file import TensorSpec
 
 Check = Callable[[], None]

@@ -17,8 +17,8 @@ import numpy as np
 
 from deme_cli.analysis.task_vectors.effective_rank import effective_rank, full_rank
 from deme_cli.analysis.task_vectors.measure import TaskVectors
+from deme_cli.merging.coefficients import network_order
 from deme_cli.merging.lineage import is_projection
-from deme_cli.merging.search.heat_map import network_order
 from deme_cli.merging.task_vectors import block_of
 
 UNRELATED = 0.5  # sign conflict of vectors that have nothing to do with each other

@@ -1,6 +1,6 @@
 """The merging methods by name, their settings, and what each asks of experts and coefficients.
 
-Checks here read headers only. RegMean and Fisher merging need data, and stand apart. No torch.
+Checks here read headers only. No torch.
 N parents.
 """
 

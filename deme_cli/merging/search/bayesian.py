@@ -1,10 +1,9 @@
-"""Model-based searches of optuna: tree-structured Parzen estimators and a Gaussian process.
+"""Tree-structured Parzen estimators of optuna (Bergstra et al. 2011; Falkner et al. 2018).
 
-tpe: Bergstra et al. 2011, multivariate as in Falkner et al. 2018. gp: expected improvement under a
-Matern 5/2 kernel. The model is fitted afresh to all trials for each proposal, seeded by their
-number; points that others are evaluating count as bad ones meanwhile (tpe) or are left out (gp). A
-broken candidate counts as the worst of the others, so that its surroundings are avoided. No point
-is tried twice: in place of one that is known a random one is.
+The model is fitted afresh to all trials for each proposal, seeded by their number; points that
+others are evaluating count as bad ones meanwhile. A broken candidate counts as the worst of the
+others, so that its surroundings are avoided. No point is tried twice: in place of one that is known
+a random one is.
 """
 
 from __future__ import annotations
@@ -23,17 +22,16 @@ from deme_cli.merging.search.trials import Asked
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
-PER_NUMBER = {"tpe": 30, "gp": 15}
-MOST = {"tpe": 1000, "gp": 300}
-FIRST_RANDOM = 10  # trials before the model is trusted, the default of both samplers
+PER_NUMBER, MOST = 30, 1000
+FIRST_RANDOM = 10  # trials before the model is trusted, the sampler's default
 
 
 class Bayesian(Plan):
-    """`kind`: tpe or gp. The start comes first."""
+    """The start comes first."""
 
-    def __init__(self, kind: str, space: Space, seed: int) -> None:
-        self.kind, self.space, self.seed = kind, space, seed
-        self.evaluations = min(PER_NUMBER[kind] * space.dimensions, MOST[kind])
+    def __init__(self, space: Space, seed: int) -> None:
+        self.space, self.seed = space, seed
+        self.evaluations = min(PER_NUMBER * space.dimensions, MOST)
 
     def propose(self, trials: Sequence[Asked]) -> Point:
         import optuna
@@ -75,11 +73,7 @@ class Bayesian(Plan):
 
         seed = (self.seed + 7919 * count) % 2**32
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # multivariate, gp: "experimental"
-            if self.kind == "tpe":
-                return optuna.samplers.TPESampler(
-                    n_startup_trials=FIRST_RANDOM, multivariate=True, constant_liar=True, seed=seed
-                )
-            return optuna.samplers.GPSampler(
-                n_startup_trials=FIRST_RANDOM, deterministic_objective=True, seed=seed
+            warnings.simplefilter("ignore")  # multivariate: "experimental"
+            return optuna.samplers.TPESampler(
+                n_startup_trials=FIRST_RANDOM, multivariate=True, constant_liar=True, seed=seed
             )

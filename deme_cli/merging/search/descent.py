@@ -1,9 +1,9 @@
 """Descent along the gradient of the coefficients: dL/dw_i = <grad_theta L(theta(w)), tau_i>.
 
 One backward pass and N inner products give the whole gradient, so a step costs about three
-forwards however many coefficients there are. L-BFGS-B (Byrd et al. 1995) by scipy, or Adam (Kingma
-& Ba 2015) by torch, its rate falling along a cosine. The optimiser is run again from its start over
-the trials that are known, and asks for the first point that is not. D searched numbers.
+forwards however many coefficients there are. L-BFGS-B (Byrd et al. 1995) by scipy is run again from
+its start over the trials that are known, and asks for the first point that is not.
+D searched numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from deme_cli.merging.search.trials import Asked
 
 STEPS = 20
 FIRST_STEP = 0.3  # how far the first trial lies from the start
-ADAM_RATE = 0.1
 Evaluate = Callable[[np.ndarray], tuple[float, np.ndarray]]  # a point: its value and slopes
 
 
@@ -32,12 +31,12 @@ class _Answer(Exception):
 
 
 class Descent(Plan):
-    """`optimizer`: lbfgs or adam; `evaluations` is the most that it may ask for."""
+    """`evaluations` is the most that it may ask for."""
 
     needs_slopes = True
 
-    def __init__(self, space: Space, optimizer: str, evaluations: int | None) -> None:
-        self.space, self.optimizer = space, optimizer
+    def __init__(self, space: Space, evaluations: int | None) -> None:
+        self.space = space
         self.evaluations = evaluations or STEPS
 
     def propose(self, trials: Sequence[Asked]) -> Point | Wait | None:
@@ -55,10 +54,7 @@ class Descent(Plan):
             return trial.value, np.array(trial.extra["slopes"])
 
         try:
-            if self.optimizer == "adam":
-                self._adam(evaluate)
-            else:
-                self._lbfgs(evaluate)
+            self._lbfgs(evaluate)
         except _Answer as answer:
             return answer.step
         return None
@@ -84,23 +80,11 @@ class Descent(Plan):
                 options={"maxfun": self.evaluations, "ftol": 1e-5, "gtol": 1e-5},
             )  # fmt: skip
 
-    def _adam(self, evaluate: Evaluate) -> None:
-        import torch
-
-        low, high = torch.tensor(self.space.box, dtype=torch.float64).T
-        w = torch.tensor(self.space.start_point, dtype=torch.float64)
-        adam = torch.optim.Adam([w], lr=ADAM_RATE)
-        for step in range(self.evaluations):
-            _, slope = evaluate(w.numpy())
-            w.grad = torch.from_numpy(slope)
-            for group in adam.param_groups:
-                group["lr"] = ADAM_RATE * (1 + math.cos(math.pi * step / self.evaluations)) / 2
-            adam.step()
-            w.clamp_(low, high)
-
     def remarks(self, trials: Sequence[Asked]) -> list[str]:
         """Says where the descent came to an early end."""
         if all(trial.value is None or math.isfinite(trial.value) for trial in trials):
             return []
-        return ["the descent ended at a point whose objective was not finite; narrow --bounds, or "
-                "take --search cmaes, which passes over such points"]  # fmt: skip
+        return [
+            "the descent ended at a point whose objective was not finite; set narrower bounds in "
+            "[merge], or take --search cmaes, which passes over such points"
+        ]

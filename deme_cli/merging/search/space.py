@@ -38,11 +38,11 @@ class Space:
     def __post_init__(self) -> None:
         for name, (low, high), w in zip(self.experts, self.bounds, self.start, strict=True):
             if not low < high:
-                raise ConfigError(f"--bounds {low:g},{high:g}: expected the lower bound first")
+                raise ConfigError(f"bounds {low:g},{high:g}: expected the lower bound first")
             if not low <= w <= high:
                 raise ConfigError(
                     f"the bounds {low:g},{high:g} exclude the start {w:g} of expert {name}; "
-                    f"widen --bounds, or name a --start within them"
+                    f"set wider bounds, or a start within them, in [merge] of deme.toml"
                 )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +12,11 @@ from conftest import write_tiny_base, write_tiny_expert
 from torch import Tensor
 
 from deme_cli.artifacts import load_tensors
-from deme_cli.data.images import open_images, to_unit
 from deme_cli.diffusion.projection import PREFIX
-from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.merging.combine import merge_family
 from deme_cli.merging.lineage import Family, open_family, open_parents
 from deme_cli.merging.methods.known import MethodSettings
-from deme_cli.merging.methods.range_draws import RangeDraws
 from deme_cli.records import MergedRecord
-from deme_cli.sampling.noise import image_seed
-from deme_cli.timesteps import TimestepRange
-from deme_cli.training.examples import PixelExamples
 
 PROJECTION = f"{PREFIX}.mid_block.weight"
 ROUNDOFF = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -133,28 +127,3 @@ def family(tmp_path: Path) -> Family:
     for index, path in enumerate(paths, start=1):
         write_tiny_expert(path, base, index=index, of=2, scale=0.05)
     return open_family(base, open_parents(paths, "expert"))
-
-
-@pytest.fixture
-def draws(family: Family) -> RangeDraws:
-    """Six digits for each range, four at a time."""
-    digits = PixelExamples(open_images("digits", shape=(1, 8, 8), split="train"))
-    schedule = read_schedule(family.base_record.scheduler_config)
-    return RangeDraws(digits, schedule, num=6, batch_size=4, seed=3)
-
-
-def drawn_one_by_one(
-    draws: RangeDraws, span: TimestepRange
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x_t, eps and t of each draw, as Ho et al. 2020, Eq. 4 says."""
-    data, timesteps = draws.examples.data, draws.timesteps(span)
-    for index, image in enumerate(draws.images().tolist()):
-        generator = torch.Generator().manual_seed(image_seed(draws.seed, index))
-        eps, t = torch.randn(1, 1, 8, 8, generator=generator), timesteps[index]
-        abar, x0 = draws.schedule.alphas_cumprod[t], to_unit(data.batch([image]))
-        yield (abar.sqrt() * x0 + (1 - abar).sqrt() * eps).float(), eps, t[None]
-
-
-@pytest.fixture
-def drawn() -> Callable[[RangeDraws, TimestepRange], Iterator[tuple[Tensor, Tensor, Tensor]]]:
-    return drawn_one_by_one

@@ -87,10 +87,18 @@ def test_slopes_are_summed_by_group_and_fixed_tensors_left_out() -> None:
 @pytest.mark.parametrize(
     ("bounds", "start", "words"),
     [
-        (((0.0, 1.0), (0.0, 1.0)), (0.5, 1.5), "exclude the start 1.5 of expert 2of2; widen"),
-        (((0.6, 1.0), (0.0, 1.0)), (0.5, 0.5), "exclude the start 0.5 of expert 1of2; widen"),
-        (((1.0, 0.0), (0.0, 1.0)), (0.5, 0.5), "--bounds 1,0: expected the lower bound first"),
-        (((0.5, 0.5), (0.0, 1.0)), (0.5, 0.5), "--bounds 0.5,0.5: expected the lower bound first"),
+        (
+            ((0.0, 1.0), (0.0, 1.0)),
+            (0.5, 1.5),
+            "exclude the start 1.5 of expert 2of2; set wider bounds",
+        ),
+        (
+            ((0.6, 1.0), (0.0, 1.0)),
+            (0.5, 0.5),
+            "exclude the start 0.5 of expert 1of2; set wider bounds",
+        ),
+        (((1.0, 0.0), (0.0, 1.0)), (0.5, 0.5), "bounds 1,0: expected the lower bound first"),
+        (((0.5, 0.5), (0.0, 1.0)), (0.5, 0.5), "bounds 0.5,0.5: expected the lower bound first"),
         (((float("nan"), 1.0), (0.0, 1.0)), (0.5, 0.5), "expected the lower bound first"),
     ],
 )

@@ -24,7 +24,6 @@ from deme_cli.merging.search.journal import Journal, asked_trials
 from deme_cli.merging.search.journal_file import read_journal
 from deme_cli.merging.search.ladder import shortlist
 from deme_cli.merging.search.plan import Wait
-from deme_cli.merging.search.quadratic import Quadratic
 from deme_cli.merging.search.run import Evaluated, Search
 from deme_cli.merging.search.space import Point, Space
 from deme_cli.merging.search.trials import Asked, ranked, trials_of
@@ -39,7 +38,6 @@ def open_search(name: str) -> Search:
     plan = {
         "grid": lambda: FixedPoints(grid_points((VALUES,) * 3)),
         "cmaes": lambda: Evolution(SPACE, 3),
-        "quadratic": lambda: Quadratic(SPACE),
         "greedy": lambda: GreedySoup(SPACE),
     }[name]()
     return Search(SPACE, plan, RUNGS, plan.evaluations, with_soup=name != "greedy")
@@ -145,7 +143,7 @@ def test_two_workers_that_are_killed_lose_nothing_and_count_nothing_twice(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grid", "cmaes", "quadratic"])
+@pytest.mark.parametrize("name", ["grid", "cmaes"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_twenty_kills_lose_nothing_and_count_nothing_twice(
     name: str, seed: int, tmp_path: Path
