@@ -1,8 +1,7 @@
 """Where encoded images lie: an array, a folder, rows of a table. Nothing here resizes.
 
 A source has images by number, a name for each (for messages), a fingerprint, and the captions or
-classes that lie with them. EXIF orientation is applied here; colours are converted where images
-take their shape (fitting.py).
+classes that lie with them. EXIF orientation is applied here; levels and shape are fitting.py's.
 """
 
 from __future__ import annotations
@@ -18,7 +17,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from deme_cli import console
+from deme_cli.assets import sha256_of
 from deme_cli.data.captions import Annotations
+from deme_cli.data.digests import file_digests, remembered, stamp
+from deme_cli.data.fitting import is_grey, to_srgb
 from deme_cli.data.folder_captions import folder_annotations
 from deme_cli.data.places import ImageFolder
 from deme_cli.data.table_captions import table_annotations
@@ -27,7 +30,6 @@ from deme_cli.errors import ArtifactError, MissingError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_END_BYTES = 1024  # of an encoded image that its fingerprint looks at, at either end
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the image by a quarter
 _BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -44,7 +46,7 @@ class Source(Protocol):
         ...
 
     def decode(self, index: int) -> Image.Image:
-        """The image, upright. Raises ArtifactError naming it if it is broken."""
+        """The image in L or RGB, upright. Raises ArtifactError naming it if it is broken."""
         ...
 
     def size(self, index: int) -> tuple[int, int, int]:
@@ -100,14 +102,12 @@ class ArraySource:
 
 
 class FolderSource:
-    """Image files under a folder; the fingerprint is of names, sizes, first and last KiB."""
+    """Image files under a folder; the fingerprint is of their names and bytes."""
 
     def __init__(self, place: ImageFolder, paths: Sequence[Path]) -> None:
         self._place, self.paths = place, paths
-        self.fingerprint = _fingerprint(
-            f"{path.relative_to(place.path).as_posix()}\0{_size_and_ends(path)}"
-            for path in self.paths
-        )
+        digests = file_digests(place.path, self.paths)
+        self.fingerprint = _fingerprint(map("\0".join, digests.items()))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -116,7 +116,7 @@ class FolderSource:
         return str(self.paths[index])
 
     def decode(self, index: int) -> Image.Image:
-        return _decode(self.paths[index], self.name(index))
+        return _decode(self.paths[index], self.name(index), self._place.source)
 
     def size(self, index: int) -> tuple[int, int, int]:
         return _size(self.paths[index], self.name(index))
@@ -126,7 +126,7 @@ class FolderSource:
 
 
 class TableSource:
-    """The image column of a table; the fingerprint is of the sizes of its encoded images.
+    """The image column of a table; the fingerprint is of the bytes of its encoded images.
 
     splits: the tables of all splits, where `rows` are some of them.
     """
@@ -139,7 +139,7 @@ class TableSource:
         self.rows = rows.select_columns([self.column]).cast_column(
             self.column, ImageFeature(decode=False)
         )
-        self.fingerprint = _fingerprint(self._encoded_sizes())
+        self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -148,7 +148,7 @@ class TableSource:
         return f"{self.label}: row {index}"
 
     def decode(self, index: int) -> Image.Image:
-        return _decode(self._encoded(index), self.name(index))
+        return _decode(self._encoded(index), self.name(index), self.label)
 
     def size(self, index: int) -> tuple[int, int, int]:
         return _size(self._encoded(index), self.name(index))
@@ -162,30 +162,39 @@ class TableSource:
             raise ArtifactError(f"{self.name(index)} holds no image; leave such rows out")
         return Path(value["path"]) if value["bytes"] is None else io.BytesIO(value["bytes"])
 
-    def _encoded_sizes(self) -> Iterator[str]:
-        """The length and the first and last KiB of each row's encoded image; none is decoded.
+    def _fingerprint(self) -> str:
+        """Of all rows, remembered for the files that `datasets` keeps them in."""
+        files = [Path(file["filename"]) for file in self.rows.cache_files]
+        if not files:
+            return _fingerprint(self._digests())
+        name = "\0".join([files[0].name, self.column, str(len(self))])
+        stamps = {name: stamp(files)}
+        return remembered(files[0].parent, stamps, lambda _: _fingerprint(self._digests()))[0]
+
+    def _digests(self) -> Iterator[str]:
+        """SHA-256 of each row's encoded image; none is decoded.
 
         Raises ArtifactError for a row that names a file which did not come with the table.
         """
         import pyarrow.compute
 
         index = 0
-        for batch in self.rows.with_format("arrow").iter(batch_size=10_000):
+        for batch in self.rows.with_format("arrow").iter(batch_size=1_000):
             images = batch.column(self.column).combine_chunks()
             parts = (pyarrow.compute.struct_field(images, part) for part in ("bytes", "path"))
             for value, path in zip(*parts, strict=True):
                 if value.is_valid:
-                    encoded = value.as_buffer()
-                    ends = encoded[:_END_BYTES].to_pybytes() + encoded[-_END_BYTES:].to_pybytes()
-                    yield f"{encoded.size}\0{hashlib.sha256(ends).hexdigest()}"
-                else:
-                    if path.is_valid and not _is_fetched(path.as_py()):
-                        raise ArtifactError(
-                            f"{self.name(index)} names a file, {path.as_py()!r}, instead of "
-                            f"holding an image; write the table anew with the images' bytes in it, "
-                            f"or give the folder of images"
-                        )
+                    yield hashlib.sha256(value.as_buffer()).hexdigest()
+                elif not path.is_valid:
                     yield "None"
+                elif _is_fetched(path.as_py()):
+                    yield sha256_of(Path(path.as_py()))
+                else:
+                    raise ArtifactError(
+                        f"{self.name(index)} names a file, {path.as_py()!r}, instead of holding "
+                        f"an image; write the table anew with the images' bytes in it, or give "
+                        f"the folder of images"
+                    )
                 index += 1
 
 
@@ -198,11 +207,6 @@ def _is_fetched(path: str) -> bool:
     caches = [HF_HUB_CACHE, *(getattr(datasets.config, name) for name in names)]
     real = os.path.realpath(path.replace("\0", ""))
     return any(Path(real).is_relative_to(os.path.realpath(cache)) for cache in caches)
-
-
-def is_grey(image: Image.Image) -> bool:
-    """Whether an image has no colour, by its mode."""
-    return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
 
 
 @contextmanager
@@ -223,13 +227,16 @@ def _open(encoded: Path | io.BytesIO, name: str) -> Image.Image:
         return Image.open(encoded)
 
 
-def _decode(encoded: Path | io.BytesIO, name: str) -> Image.Image:
+def _decode(encoded: Path | io.BytesIO, name: str, source: str) -> Image.Image:
     with _open(encoded, name) as image:
         try:
             image.load()
-            return ImageOps.exif_transpose(image)
+            upright, told = to_srgb(ImageOps.exif_transpose(image), name, image.format)
         except _BROKEN as error:
             raise ArtifactError(f"{name}: broken image ({error}); remove or mend it") from error
+    for text in told:
+        console.note_once(f"{source}: {text}", f"; the first is {name}")
+    return upright
 
 
 def _size(encoded: Path | io.BytesIO, name: str) -> tuple[int, int, int]:
@@ -256,15 +263,6 @@ def _holds_bytes(kind: object) -> bool:
     if isinstance(kind, dict):
         return set(kind) == {"bytes", "path"}
     return getattr(kind, "dtype", None) in ("binary", "large_binary")
-
-
-def _size_and_ends(path: Path) -> str:
-    """A file's size, and SHA-256 of its first and last KiB: others of that size differ there."""
-    with _reading(str(path)), path.open("rb") as file:
-        size = path.stat().st_size
-        head = file.read(_END_BYTES)
-        file.seek(max(0, size - _END_BYTES))
-        return f"{size}\0{hashlib.sha256(head + file.read(_END_BYTES)).hexdigest()}"
 
 
 def _fingerprint(lines: Iterable[str]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tarfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from deme_cli import console
+from deme_cli.data.digests import file_digests
 from deme_cli.data.places import HELD_OUT_WORDS, HubDataset, TableFiles, is_held_out
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.hub import offline_reason, stay_offline
@@ -43,12 +45,19 @@ def _read_hub(place: HubDataset) -> Mapping[str, Dataset]:
 
 
 def _read_files(place: TableFiles) -> Mapping[str, Dataset]:
-    """Parquet files or shards. IndexError is how `datasets` says that a shard holds nothing."""
+    """Parquet files or shards. IndexError is how `datasets` says that a shard holds nothing.
+
+    `datasets` keeps tables it has read by the times of their files; the name it is given here is of
+    their bytes.
+    """
     import datasets
 
+    root = place.path if place.path.is_dir() else place.path.parent
+    digests = file_digests(root, place.files).values()
+    name = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     broken = (datasets.exceptions.DatasetGenerationError, tarfile.TarError, ValueError, IndexError)
     try:
-        tables = datasets.load_dataset(place.kind, data_files=_files_by_split(place))
+        tables = datasets.load_dataset(place.kind, name, data_files=_files_by_split(place))
     except broken as error:
         cause = str(error.__cause__ or error).strip().split("\n")[0]
         raise ArtifactError(f"{place.source}: broken or not {place.kind}: {cause}") from error

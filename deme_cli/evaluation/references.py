@@ -30,6 +30,7 @@ class Reference:
     """A reference that is there. kind: `published`, `npz`, `statistics` or `images`.
 
     `split` is of images; `n` how many images stand behind statistics, where that is known.
+    `sha256` is of the file, or the fingerprint of the images, once they are opened.
     """
 
     source: str
@@ -37,6 +38,7 @@ class Reference:
     path: Path | None = None
     n: int | None = None
     split: str | None = None
+    sha256: str | None = None
 
     @property
     def card(self) -> dict[str, Any]:
@@ -47,6 +49,7 @@ class Reference:
             "file": self.path.name if self.path else None,
             "split": self.split,
             "n": self.n,
+            "sha256": self.sha256,
         }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from deme_cli.assets import sha256_of
 from deme_cli.data.images import ImageData, open_images
 from deme_cli.errors import ArtifactError
 from deme_cli.evaluation.features import Extractor, image_features
@@ -57,7 +58,7 @@ def open_target(
                 f"{reference.path}: statistics of {len(statistics.mu)} features, "
                 f"{extractor.name} has {num_features}"
             )
-        yield Target(metric, reference, statistics)
+        yield Target(metric, replace(reference, sha256=reference_digest(reference)), statistics)
         return
     data = open_reference_images(reference, shape)
     keep = metric == extractor.weights.kernel_name
@@ -67,7 +68,7 @@ def open_target(
         if keep:
             kept.append(features.astype(np.float32))
         yield SetProgress(running.n, len(data))
-    counted = replace(reference, n=len(data))
+    counted = replace(reference, n=len(data), sha256=data.fingerprint)
     if not world.is_first:
         yield Target(metric, counted)
     elif keep:
@@ -100,6 +101,14 @@ def open_reference_images(
     """The images of a reference, cropped or squeezed to `shape` (C, H, W), or at their own size."""
     split = reference.split or "all"
     return open_images(reference.source, shape=shape, split=split, squeeze=squeeze)
+
+
+def reference_digest(reference: Reference) -> str:
+    """SHA-256 of the file that a reference is, or the fingerprint of its images."""
+    if reference.path is not None:
+        return sha256_of(reference.path)
+    split = reference.split or "all"
+    return open_images(reference.source, shape=(3, 8, 8), split=split, keep=False).fingerprint
 
 
 def read_statistics(reference: Reference) -> Statistics | None:

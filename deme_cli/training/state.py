@@ -164,6 +164,12 @@ class TrainingState:
 
 def require_same_run(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
     """Check that a kept run is the one asked for; raises ConfigError naming what differs."""
+    if found.get("data") != wanted.get("data"):
+        raise ConfigError(
+            f"{output}: an unfinished run is kept here that began on other images or captions (or "
+            f"with an earlier deme, which did not compare every byte); give the same data, --force "
+            f"to start anew, or another --output"
+        )
     for name in wanted:
         if found.get(name) != wanted[name]:
             raise ConfigError(

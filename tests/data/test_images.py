@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from deme_cli.artifacts import write_artifact
-from deme_cli.data import images
+from deme_cli.data import digests, images
 from deme_cli.data.digits import load_digits_images
+from deme_cli.data.fitting import to_srgb
 from deme_cli.data.images import ImageData, open_images, to_unit
 from deme_cli.data.places import natural_order
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
@@ -129,12 +132,132 @@ def test_channels_and_size_are_converted_to_the_wanted_shape(tmp_path: Path) -> 
     assert colour.batch([0]).min() == 200
 
 
-@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1", "CMYK"])
-def test_any_mode_of_colour_becomes_three_channels(tmp_path: Path, mode: str) -> None:
-    suffix = "jpg" if mode == "CMYK" else "png"
-    Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(tmp_path / f"0.{suffix}")
-    data = open_images(str(tmp_path), shape=(3, 4, 4), split="all")
-    assert data.batch([0]).min() >= 254
+def on_white(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) as Pillow composes it."""
+    opaque = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB"))
+
+
+def translucent(mode: str) -> Image.Image:
+    """8x8 of every alpha in `mode`."""
+    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    colours = np.stack([ramp, 255 - 3 * ramp, 4 * ramp, 255 - 4 * ramp], axis=-1)
+    return Image.fromarray(colours).convert(mode)
+
+
+def keyed(mode: str, key: object) -> Image.Image:
+    """8x8 of four levels in `mode`, of which `key` is transparent."""
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 4).convert(mode)
+    if mode == "P":
+        image.putpalette([255, 0, 255, 9, 200, 7, 0, 0, 90, 255, 255, 0])
+    image.info["transparency"] = key
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "file"),
+    [
+        (translucent("RGBA"), "0.png"),
+        (translucent("LA"), "0.png"),
+        (translucent("RGBA"), "0.webp"),
+        (keyed("P", 0), "0.png"),
+        (keyed("P", 0), "0.gif"),
+        (keyed("P", bytes([0, 40, 255, 128])), "0.png"),
+        (keyed("RGB", (2, 2, 2)), "0.png"),
+        (keyed("L", 2), "0.png"),
+        (keyed("1", 0), "0.png"),
+        (Image.new("CMYK", (8, 8), (10, 200, 30, 20)), "0.jpg"),
+        (Image.new("P", (8, 8), 3), "0.png"),
+        (Image.new("1", (8, 8), 1), "0.png"),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else value,
+)
+def test_pixels_are_pillows_and_alpha_is_put_on_white_whatever_mode_carries_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], image: Image.Image, file: str
+) -> None:
+    """The suffix does not matter: Pillow looks at the bytes."""
+    options = {"lossless": True, "exact": True} if file.endswith("webp") else {}
+    buffer = io.BytesIO()
+    image.save(buffer, Image.registered_extensions()[Path(file).suffix], **options)
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes(buffer.getvalue())
+    expected = on_white(Image.open(buffer))
+    data = open_images(str(tmp_path), shape=(3, 8, 8), split="all")
+    difference = data.batch([0])[0].permute(1, 2, 0).numpy().astype(int) - expected
+    assert abs(difference).max() <= 1
+    has_alpha = image.has_transparency_data
+    assert capsys.readouterr().err.count("put on white (clean-fid drops") == has_alpha
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La", "PA"])
+def test_premultiplied_levels_and_palettes_with_alpha_are_put_on_white(mode: str) -> None:
+    """No common file holds them, but a decoder may give them."""
+    image = translucent("LA" if mode == "La" else "RGBA").convert(mode)
+    plain = image.convert(mode[:-1] + "A") if mode != "PA" else image
+    levels, _ = to_srgb(image, "x", None)
+    assert np.array_equal(np.asarray(levels.convert("RGB")), on_white(plain))
+
+
+def gamma_profile(space: str) -> bytes:
+    """An ICC profile of linear light: grey, or RGB with the primaries of sRGB."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    primaries = {
+        b"r": (0.4361, 0.2225, 0.0139), b"g": (0.3851, 0.7169, 0.0971),
+        b"b": (0.1431, 0.0606, 0.7139),
+    }  # fmt: skip
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249)}
+    if space == "GRAY":
+        tags[b"kTRC"] = b"curv" + bytes(8)
+    else:
+        for name, xyz in primaries.items():
+            tags[name + b"XYZ"] = b"XYZ \0\0\0\0" + fixed(*xyz)
+            tags[name + b"TRC"] = b"curv" + bytes(8)
+    place, table, body = 132 + 12 * len(tags), b"", b""
+    for name, value in tags.items():
+        table += name + struct.pack(">II", place + len(body), len(value))
+        body += value
+    head = struct.pack(
+        ">I4xI4s4s4s", place + len(body), 0x02400000, b"mntr", space.encode(), b"XYZ "
+    )
+    head += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile"),
+    [("RGB", "RGB "), ("L", "GRAY"), ("L", "RGB "), ("P", "RGB "), ("RGBA", "RGB "),
+     ("I;16", "GRAY"), ("RGB", "sRGB"), ("RGB", "junk"), ("RGB", "GRAY")],
+)  # fmt: skip
+def test_colour_profiles_are_applied_and_what_is_no_profile_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, profile: str
+) -> None:
+    """Linear light of 55 is 128 in sRGB: 1.055 (55 / 255)^(1 / 2.4) - 0.055."""
+    if mode == "I;16":
+        image = Image.fromarray(np.full((4, 4), 55 * 257, dtype=np.uint16))
+    else:
+        image = Image.new("RGB", (4, 4), (55, 55, 55))
+        image = image.quantize() if mode == "P" else image.convert(mode)
+    if profile == "sRGB":
+        encoded = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    else:
+        encoded = b"junk" * 40 if profile == "junk" else gamma_profile(profile)
+    image.save(tmp_path / "0.png", icc_profile=encoded)
+    data = open_images(str(tmp_path), shape=None, split="all")
+    said = capsys.readouterr().err
+    is_used = "converted to sRGB" in said
+    assert data.batch([0]).unique().tolist() == [128 if is_used else 55]
+    assert is_used == (profile.strip() in ("RGB", "GRAY") and (mode, profile) != ("RGB", "GRAY"))
+    assert is_used or ("is ignored" in said) == (profile != "sRGB")
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_numbers_without_a_range_of_brightness_are_refused(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.ones((4, 4), dtype=kind)).save(tmp_path / "0.png", "TIFF")
+    with pytest.raises(ArtifactError, match=r"0\.png: .*save it with 8 or 16 bits"):
+        open_images(str(tmp_path), shape=None, split="all")
 
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
@@ -210,11 +333,71 @@ def test_large_images_decode_the_same_in_threads(
     assert torch.equal(all_images(open_images(str(image_folder), shape=None, split="all")), alone)
 
 
-def test_the_fingerprint_follows_names_and_sizes_of_a_folder(image_folder: Path) -> None:
-    before = open_images(str(image_folder), shape=None, split="all").fingerprint
-    assert open_images(str(image_folder), shape=None, split="train").fingerprint == before
-    (image_folder / "00.png").rename(image_folder / "a0.png")
-    assert open_images(str(image_folder), shape=None, split="all").fingerprint != before
+def test_the_fingerprint_follows_names_and_bytes_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files that are old, so that what was read of them is remembered."""
+    monkeypatch.setenv("DEME_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("deme_cli.data.digests._SETTLED_NS", -1)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for level in range(3):
+        Image.new("L", (64, 64), level).save(folder / f"{level}.bmp")
+        os.utime(folder / f"{level}.bmp", (1e9, 1e9))
+
+    def fingerprint() -> str:
+        return open_images(str(folder), shape=None, split="all").fingerprint
+
+    before = fingerprint()
+    assert (
+        open_images(str(folder), shape=None, split="train").fingerprint == before == fingerprint()
+    )
+    retouched = Image.open(folder / "1.bmp")
+    retouched.paste(9, (20, 20, 40, 40))
+    retouched.save(folder / "1.bmp")  # of the same size, and at the same time
+    os.utime(folder / "1.bmp", (1e9, 1e9))
+    after = fingerprint()
+    assert after != before
+    (memory,) = (tmp_path / "cache" / "digests").iterdir()
+    for broken in (b"{", b"[1]", b'{"1.bmp": 3}', b'{"1.bmp": [[1, 2], 3]}', b"\xff"):
+        memory.write_bytes(broken)
+        assert fingerprint() == after
+    memory.unlink()
+    memory.mkdir()  # cannot be written
+    assert fingerprint() == after
+    (folder / "0.bmp").rename(folder / "a.bmp")
+    assert fingerprint() != after
+
+
+def test_only_files_that_changed_are_read_again(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEME_CACHE", str(tmp_path / "cache"))
+    read = []
+    monkeypatch.setattr(digests, "sha256_of", lambda path: read.append(path.name) or "0")
+    paths = sorted(image_folder.iterdir())
+    digests.file_digests(image_folder, paths)
+    digests.file_digests(image_folder, paths)
+    assert len(read) == 20  # too young to be trusted
+    monkeypatch.setattr(digests, "_SETTLED_NS", -1)
+    for expected in (10, 0):
+        read.clear()
+        digests.file_digests(image_folder, paths)
+        assert len(read) == expected
+    os.utime(paths[3])
+    digests.file_digests(image_folder, paths)
+    assert read == [paths[3].name]
+
+
+def test_a_table_that_was_replaced_at_the_same_time_is_read_anew(tmp_path: Path) -> None:
+    fingerprints = set()
+    for level in (1, 2):
+        path = write_parquet(tmp_path / "t.parquet", np.full((2, 8, 8, 3), level, dtype=np.uint8))
+        os.utime(path, (1e9, 1e9))
+        data = open_images(str(path), shape=None, split="all")
+        assert data.batch([0]).unique().tolist() == [level]
+        fingerprints.add(data.fingerprint)
+    assert len(fingerprints) == 2
 
 
 def test_an_empty_folder_says_what_it_looked_for(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from deme_cli.evaluation.targets import (
     Target,
     open_target,
     read_statistics,
+    reference_digest,
     reference_statistics,
 )
 from deme_cli.evaluation.weights import find_weights
@@ -135,6 +136,7 @@ def test_reference_images_come_at_the_size_of_the_rows(image_folder: Path) -> No
     assert progress == [SetProgress(10, 10)]
     assert isinstance(target, Target)
     assert target.reference.n == 10
+    assert target.reference.sha256 == reference_digest(reference)
     assert target.features is None
     with pytest.raises(ArtifactError, match="fails on 16x16"):
         list(open_target("frechet_digits", reference, extractor, (1, 16, 16)))

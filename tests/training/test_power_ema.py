@@ -175,6 +175,8 @@ def test_a_run_kept_before_there_were_these_settings_still_continues(
     require_same_run(before, run.identity, run.output)
     with pytest.raises(ConfigError, match="ema_lengths = None"):
         require_same_run(before, run_of(SAVING).identity, run.output)
+    with pytest.raises(ConfigError, match="on other images or captions"):
+        require_same_run({**before, "data": "0"}, run.identity, run.output)
 
 
 @pytest.mark.parametrize(

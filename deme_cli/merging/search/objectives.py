@@ -23,7 +23,7 @@ from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.evaluation.features import Extractor, load_extractor
 from deme_cli.evaluation.frechet import Statistics
 from deme_cli.evaluation.references import Reference, find_reference
-from deme_cli.evaluation.targets import Target, open_target, reference_statistics
+from deme_cli.evaluation.targets import Target, open_target, reference_digest, reference_statistics
 from deme_cli.ladder import Rung
 from deme_cli.merging.search.distances import FeatureStore, GeneratedDistance
 from deme_cli.merging.search.losses import ExpertsLoss, HeldOutLoss
@@ -126,13 +126,16 @@ class Workbench:
             assert isinstance(target, Target)
             reference = target.features if is_kernel else target.statistics
             assert reference is not None, "a process alone has looked at all images itself"
-            n = target.reference.n
+            n, digest = target.reference.n, target.reference.sha256
         else:
             reference = reference_statistics(
                 found.source, self.extractor, split=found.split and _SPLIT_WORDS[found.split]
             )
-            n = reference.n
-        card = {"reference": found.source, "reference_n": n, "split": found.split or found.kind}
+            n, digest = reference.n, reference_digest(found)
+        card = {
+            "reference": found.source, "reference_n": n, "reference_sha256": digest,
+            "split": found.split or found.kind,
+        }  # fmt: skip
         return reference, card
 
     def _find_reference(self, is_kernel: bool, part: int) -> Reference:

@@ -264,6 +264,8 @@ def test_the_report_may_have_a_reference_of_its_own(denoiser: Denoiser, tmp_path
     }
     assert found[SEARCH]["reference"] == "digits"
     assert (found[REPORT]["reference"], found[REPORT]["reference_n"]) == (str(folder), 40)
+    images = open_images(str(folder), shape=None, split="all")
+    assert found[REPORT]["reference_sha256"] == images.fingerprint
 
 
 def test_an_ensemble_is_sampled_expert_by_expert(
