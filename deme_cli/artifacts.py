@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
+from deme_cli import foreign_files
 from deme_cli.errors import ArtifactError, writing
 from deme_cli.outputs import claim, require_space
 from deme_cli.records import (
@@ -54,9 +55,7 @@ _Written = TypeVar("_Written", bound=Record)
 def record_of(header: Header) -> Record:
     """The typed record in a header. Raises ArtifactError if deme did not write the file."""
     if "deme" not in header.metadata:
-        raise ArtifactError(
-            f"{header.path} was not written by deme; import a model with `deme split`"
-        )
+        raise ArtifactError(foreign_files.told(header.path, header.tensors))
     if (found := header.metadata.get("format")) != FORMAT:
         raise ArtifactError(
             f"{header.path}: its metadata should have format {FORMAT!r}, found {found!r}; the file "

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.errors import ArtifactError, MissingError, reading
 from deme_cli.outputs import write_whole
 
 _ANSWER_SECONDS = 1.0
@@ -59,12 +59,9 @@ def user_cache() -> Path:
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, read in pieces. Raises MissingError if it cannot be read."""
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE_BYTES):
-                digest.update(piece)
-    except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+    with reading(path), path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
     return digest.hexdigest()
 
 

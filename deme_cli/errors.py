@@ -86,6 +86,19 @@ def writing(path: Path) -> Iterator[None]:
         raise MissingError(f"{path}: {advice}") from error
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Translate what the operating system says while `path` is read into a `MissingError`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingError(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise MissingError(f"{path}: no permission to read it") from error
+    except OSError as error:
+        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 _OUT_OF_MEMORY = (  # what a RuntimeError says; accelerate's `should_reduce_batch_size` knows fewer
     "out of memory",  # torch's allocators of CUDA, HIP, XPU and MPS; CUDA's own error 2
     "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE, which allocate beside torch

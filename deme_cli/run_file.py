@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deme_cli.config import CONFIG_NAME, TABLES, ModelConfig
-from deme_cli.errors import ConfigError, MissingError
+from deme_cli.errors import ConfigError, MissingError, reading
 from deme_cli.settings import Settings, nearest
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -74,7 +74,8 @@ def read_run_file(path: Path | None) -> RunFile:
     import tomli
 
     try:
-        document = tomli.loads(chosen.read_text(encoding="utf-8"))
+        with reading(chosen):
+            document = tomli.loads(chosen.read_text(encoding="utf-8"))
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{chosen}: not valid TOML: {error}") from error
     except (ValueError, RecursionError) as error:  # Python's limits, of digits and of nesting
@@ -82,8 +83,6 @@ def read_run_file(path: Path | None) -> RunFile:
             f"{chosen}: a number of thousands of digits, or values nested as deeply; expected the "
             f"settings that `deme split` writes"
         ) from error
-    except OSError as error:
-        raise MissingError(f"{chosen}: cannot be read: {error.strerror}") from error
     for table, values in document.items():
         if table not in TABLES:
             raise ConfigError(f"{chosen}: unknown table [{table}]{nearest(table, TABLES)}")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deme_cli.errors import ArtifactError, MissingError
+from deme_cli import foreign_files
+from deme_cli.errors import ArtifactError, MissingError, reading
 from deme_cli.seal import require_intact
 
 if TYPE_CHECKING:
@@ -110,26 +111,24 @@ def _header_text(path: Path) -> tuple[bytes, int]:
     A pipe or a device, which may never end, is not opened.
     """
     try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise ArtifactError(f"{path}: expected a safetensors file, found a folder")
-        if not stat.S_ISREG(status.st_mode):
-            raise ArtifactError(f"{path}: expected a safetensors file, found a pipe or a device")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise ArtifactError(
-                    f"{path}: not a whole safetensors file ({size} bytes, a header of {length})"
-                )
-            return file.read(length), size
-    except FileNotFoundError as error:
-        raise MissingError(f"{path}: no such file") from error
-    except PermissionError as error:
-        raise MissingError(f"{path}: no permission to read it") from error
-    except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+        with reading(path):
+            status = path.stat()
+            if stat.S_ISDIR(status.st_mode):
+                raise ArtifactError(f"{path}: expected a safetensors file, found a folder")
+            if not stat.S_ISREG(status.st_mode):
+                what = "a pipe or a device"
+                raise ArtifactError(f"{path}: expected a safetensors file, found {what}")
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                prefix = file.read(8)
+                length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+                if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                    if names := foreign_files.pickled_names(path):
+                        raise ArtifactError(foreign_files.told(path, names))
+                    raise ArtifactError(
+                        f"{path}: not a whole safetensors file ({size} bytes, a header of {length})"
+                    )
+                return file.read(length), size
     except ValueError as error:  # a zero byte in the name
         raise MissingError(f"{str(path)!r}: no such file") from error
 

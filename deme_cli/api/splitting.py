@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deme_cli import console
 from deme_cli.analysis_config import AFFINITY_NAME
 from deme_cli.config import CONFIG_NAME, ModelConfig, SplitConfig
-from deme_cli.errors import ConfigError, DemeError
+from deme_cli.errors import ConfigError, DemeError, writing
 from deme_cli.outputs import require_output, write_whole
 from deme_cli.run_file import RunFile, read_run_file
 from deme_cli.timesteps import TimestepRange, split_uniform
@@ -57,53 +57,79 @@ class SplitResult:
 
 
 def split(
-    model: str = "digits",
+    model: str | None = None,
     settings: SplitConfig | None = None,
     *,
     data: str | None = None,
     gradients: Path | None = None,
     pipeline: str | None = None,
+    variant: str | None = None,
     output: Path = Path("."),
     force: bool = False,
     dry_run: bool = False,
 ) -> SplitResult:
     """Import a pretrained model and divide its timesteps [0, T) into ranges, one expert each.
 
-    model: digits, a diffusers folder, a hub id, or a base or merged artifact.   data: where its
-    training images are; None for a guess from the model's name.   gradients: for by = gradient,
-    what `deme analyze gradients` wrote.   output: the folder of base.safetensors and deme.toml.
-    With `dry_run` all is checked and nothing is written.
+    model: digits (also if None), a diffusers folder, a hub id, or a base or merged artifact.
+    data: where its training images are; None for a guess from the model's name.   gradients: for
+    by = gradient, what `deme analyze gradients` wrote.   variant: of a folder's weights, as fp16.
+    output: the folder of base.safetensors and deme.toml; a base that lies there already is kept as
+    it is. With `dry_run` all is checked and nothing is written.
 
     Raises MissingError, ArtifactError or ConfigError; then neither file appears.
     """
     settings = settings or SplitConfig()
+    model = model or _default_model(data, pipeline)
     base, config = output / ModelConfig.base, output / CONFIG_NAME
-    for path in (base, config):
+    is_in_place = _is_in_place(model, base)
+    for path in (config,) if is_in_place else (base, config):
         require_output(path, force=force)
-    _check_model(model, settings)
+    _check_model(model, settings, variant)
     measured = _check_gradients(gradients, settings, model, data, output)
 
     with console.waiting("loading the libraries and the model"):
         from deme_cli.artifacts import write_artifact
         from deme_cli.diffusion.checkpoints import base_record, import_model
 
-        imported = import_model(model, pipeline)
+        imported = import_model(model, pipeline, variant)
     record = base_record(imported)
     ranges = _divide(settings, record, measured)
     images = _choose_data(data, record)
     text = _run_file_text(record, settings, ranges, images, output, pipeline)
     facts = _measured(record, imported, ranges, images, pipeline)
     if not dry_run:
-        record = write_artifact(base, imported.weights, record)
+        if not is_in_place:
+            record = write_artifact(base, imported.weights, record)
         write_whole(config, [text.encode()])
     return SplitResult(base, config, record, _parts(record, ranges), facts)
 
 
-def _check_model(model: str, settings: SplitConfig) -> None:
+def _is_in_place(model: str, base: Path) -> bool:
+    """Whether the base that is to be written is the one that is read."""
+    from deme_cli.artifacts import read_record
+
+    path = Path(model).expanduser()
+    with writing(base):
+        is_same = base.is_file() and path.is_file() and base.samefile(path)
+    return is_same and read_record(base).kind == "base"
+
+
+def _default_model(data: str | None, pipeline: str | None) -> str:
+    """The embedded digits; raises ConfigError where other images show that MODEL was forgotten."""
+    if data not in (None, "digits") or pipeline:
+        option = f"--pipeline {pipeline}" if pipeline else f"--data {data}"
+        raise ConfigError(
+            f"{option} without MODEL: name the model to start from, as in `deme split MODEL "
+            f"{option}` (digits for the embedded one, of grey 8 x 8 images)"
+        )
+    return "digits"
+
+
+def _check_model(model: str, settings: SplitConfig, variant: str | None) -> None:
     """What the model's files say without its tensors: it is there, and its T can be divided."""
     from deme_cli.diffusion.locate import locate_model, peek_timesteps
 
-    if num_train_timesteps := peek_timesteps(locate_model(model)):
+    if num_train_timesteps := peek_timesteps(locate_model(model, variant)):
         split_uniform(settings.n, num_train_timesteps)
 
 

@@ -24,10 +24,12 @@ from deme_cli.config import CONFIG_NAME, ModelConfig, SplitConfig
 from deme_cli.run_file import RunFile
 
 Model = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="MODEL",
-        help="digits, a diffusers folder, a hub id, or a base or merged artifact.",
+        help="digits, a diffusers folder, a hub id, or a base or merged artifact "
+        r"\[default: digits].",
+        show_default=False,
     ),
 ]
 Data = Annotated[
@@ -48,6 +50,14 @@ Gradients = Annotated[
         show_default=False,
     ),
 ]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        "--variant",
+        help="Of a folder with several sets of weights: which, as fp16 or non_ema.",
+        show_default=False,
+    ),
+]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help=f"Folder for {CONFIG_NAME} and {ModelConfig.base}.")
 ]
@@ -55,12 +65,13 @@ Output = Annotated[
 
 @takes_settings
 def split(
-    model: Model = "digits",
+    model: Model = None,
     *,
     given: Annotated[Given, OptionsOf(SplitConfig, ("n", "by"))],
     data: Data = None,
     gradients: Gradients = None,
     pipeline: Pipeline = None,
+    variant: Variant = None,
     output: Output = Path("."),
     force: Force = False,
     dry_run: DryRun = False,
@@ -74,8 +85,8 @@ def split(
     console.set_quiet(quiet)
     settings = RunFile().settings(SplitConfig, **given)
     done = splitting.split(
-        model, settings, data=data, gradients=gradients, pipeline=pipeline, output=output,
-        force=force, dry_run=dry_run,
+        model, settings, data=data, gradients=gradients, pipeline=pipeline, variant=variant,
+        output=output, force=force, dry_run=dry_run,
     )  # fmt: skip
     _show(done)
     paths = [] if dry_run else [done.base, done.config]

@@ -15,7 +15,7 @@ from typing import Any
 
 from deme_cli.comparison.results import Published
 from deme_cli.config import DIVISIONS, TABLES
-from deme_cli.errors import ConfigError, MissingError
+from deme_cli.errors import ConfigError, MissingError, reading
 from deme_cli.run_file import checked_table
 from deme_cli.settings import nearest
 
@@ -99,11 +99,10 @@ def read_plan(name: str) -> Plan:
         shipped = ", ".join(shipped_plans())
         raise MissingError(f"{name}: no such plan; a TOML file is expected, or one of {shipped}")
     try:
-        document = tomli.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            document = tomli.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         return _parse(document, path.stem)
     except ConfigError as error:

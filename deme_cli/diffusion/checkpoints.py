@@ -27,16 +27,18 @@ from deme_cli.diffusion.denoiser import (
     build_network,
     load_denoiser,
     load_weights_into,
+    require_finite,
 )
 from deme_cli.diffusion.locate import (
     INDEX,
-    WEIGHTS,
     denoiser_folder,
     locate_model,
     read_json,
     scheduler_file,
+    weights_of,
 )
-from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts
+from deme_cli.diffusion.pipeline_files import WeightSet, weight_sets
+from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts, require_same_weights
 from deme_cli.diffusion.projection import has_projections
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError
@@ -68,15 +70,17 @@ class ImportedModel:
         return read_schedule(self.scheduler_config, self.source).num_train_timesteps
 
 
-def import_model(source: str, pipeline: str | None = None) -> ImportedModel:
+def import_model(
+    source: str, pipeline: str | None = None, variant: str | None = None
+) -> ImportedModel:
     """The model that `digits`, a diffusers folder, a hub id, or a base or merged artifact names.
 
-    pipeline: where its frozen parts are, if not there. Raises MissingError where nothing is there,
-    ArtifactError for what is broken or not supported.
+    pipeline: where its frozen parts are, if not there.   variant: of a folder's weights. Raises
+    MissingError where nothing is there, ArtifactError for what is broken or not supported.
     """
-    place = locate_model(source)
+    place = locate_model(source, variant)
     if place.is_dir():
-        return _import_folder(place, source, pipeline)
+        return _import_folder(place, source, pipeline, variant)
     return _import_artifact(place, source)
 
 
@@ -124,7 +128,9 @@ def _import_artifact(path: Path, source: str) -> ImportedModel:
     )  # fmt: skip
 
 
-def _import_folder(folder: Path, source: str, pipeline: str | None = None) -> ImportedModel:
+def _import_folder(
+    folder: Path, source: str, pipeline: str | None = None, variant: str | None = None
+) -> ImportedModel:
     """A pipeline folder (model_index.json) or a bare denoiser's folder (config.json)."""
     place = denoiser_folder(folder)
     backbone = backbone_of(read_json(place / "config.json"), source)
@@ -138,10 +144,26 @@ def _import_folder(folder: Path, source: str, pipeline: str | None = None) -> Im
             notes = (f"{source}: a denoiser alone; give the folder of its pipeline: --pipeline",)
         source = str(folder.resolve()) if Path(source).expanduser().is_dir() else source
     scheduler_config, assumed = _read_scheduler(folder, source)
-    weights, model_config = _load_network(place, backbone)
+    chosen, *others = weights_of(place, variant)
+    for other in others:
+        require_same_weights(place, chosen, other)
+    weights, model_config = _load_network(place, backbone, chosen)
+    notes += (*_choice_told(place, chosen, others), *assumed)
     return ImportedModel(
-        weights, model_config, scheduler_config, source, (*notes, *assumed), companions=companions
+        weights, model_config, scheduler_config, source, notes, companions=companions
     )
+
+
+def _choice_told(place: Path, chosen: WeightSet, others: list[WeightSet]) -> tuple[str, ...]:
+    """Which weights of a folder were read, where there was a choice."""
+    sets = weight_sets(path.name for path in place.glob("*"))
+    if len(sets) == 1 and not chosen.variant:
+        return ()
+    told = [f"{place}: read {chosen}"]
+    told += [f"{other} holds the same weights" for other in others]
+    left = dict.fromkeys(one.variant or "none" for one in sets if one not in (chosen, *others))
+    told += [f"variants beside it: {', '.join(left)} (--variant)"] if left else []
+    return ("; ".join(told),)
 
 
 def _read_scheduler(folder: Path, source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -174,17 +196,22 @@ def _is_known(found: Any) -> bool:
     return by_betas or found.__name__ == "FlowMatchEulerDiscreteScheduler"
 
 
-def _load_network(folder: Path, backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _load_network(
+    folder: Path, backbone: Backbone, chosen: WeightSet
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and complete config through diffusers; all parameters must be there, and no other."""
     from diffusers.utils import logging as remarks
 
-    for path in folder.glob(f"{WEIGHTS}*.safetensors"):
-        read_header(path)
+    is_safe = chosen.ending == "safetensors"
+    for name in chosen.files if is_safe else ():
+        read_header(folder / name)
     remarks.set_verbosity(logging.CRITICAL)
+    remarks.disable_progress_bar()
     kind = backbone.network_class
     try:
         network, report = kind.from_pretrained(
             folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True,
+            variant=chosen.variant or None, use_safetensors=is_safe,
             low_cpu_mem_usage=bool(kind._keep_in_fp32_modules),  # such classes insist
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -194,13 +221,14 @@ def _load_network(folder: Path, backbone: Backbone) -> tuple[dict[str, Tensor], 
             mismatch = lines[0].strip() if lines else error
             raise ArtifactError(f"{folder}: weights of another network: {mismatch}") from error
         raise ArtifactError(
-            f"{folder}: the weights cannot be read: they are broken, or a pickle of more than "
-            f"tensors (nothing in it was run); get {WEIGHTS}.safetensors instead"
+            f"{folder / chosen.files[0]}: the weights cannot be read: they are broken, or a pickle "
+            f"of more than tensors (nothing in it was run); get a .safetensors file instead"
         ) from error
     for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "hold the unknown parameter")):
         if report[kind]:
             raise ArtifactError(f"{folder}: the weights {what} {sorted(report[kind])[0]!r}")
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    require_finite(weights, str(folder / chosen.files[0]))
     return weights, _plain_config({**network.config, "_class_name": backbone.class_name})
 
 

@@ -9,8 +9,9 @@ B batch, C channels, H x W pixels.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, choose_device
 from deme_cli.diffusion.locate import read_index, read_json
-from deme_cli.diffusion.pipeline_files import UNUSED_PARTS
-from deme_cli.diffusion.pipeline_parts import digest_of_part, locate_parts
+from deme_cli.diffusion.pipeline_files import UNUSED_PARTS, sets_of_variant
+from deme_cli.diffusion.pipeline_parts import digest_of_part, file_names, locate_parts
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.records import DenoiserRecord
 
@@ -72,7 +73,8 @@ class Companions:
         kind = getattr(diffusers, self.backbone.pipeline)
         index = read_index(self._whole)
         unused = [self.backbone.part, *(name for name in UNUSED_PARTS if name in index)]
-        pipeline = kind.from_pretrained(self._whole, local_files_only=True, **dict.fromkeys(unused))
+        given = {**dict.fromkeys(unused), **self.unusual_parts(index)}
+        pipeline = kind.from_pretrained(self._whole, local_files_only=True, **given)
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
                 dtype = torch.float32 if name == "vae" else self.dtype
@@ -81,10 +83,25 @@ class Companions:
                     _keep_in_float32(part)
         return pipeline
 
+    def unusual_parts(self, index: Mapping[str, Any]) -> dict[str, Any]:
+        """The parts whose weights no pipeline looks for: of a variant alone, or pickled shards."""
+        parts = {}
+        for name in self.digests:
+            sets = sets_of_variant(file_names(self._whole / name))
+            if sets and (sets[0].variant or (sets[0].ending == "bin" and sets[0].num_shards)):
+                library, kind = index[name]
+                parts[name] = getattr(importlib.import_module(library), kind).from_pretrained(
+                    self._whole / name, local_files_only=True, variant=sets[0].variant or None,
+                    use_safetensors=sets[0].ending == "safetensors",
+                )  # fmt: skip
+        return parts
+
     def require_channels(self) -> None:
         """Check that the VAE's latents are what the network denoises; raises ArtifactError."""
         if self._vae_config is None:
             return
+        if (channels := self.image_shape((0, 0, 0))[0]) not in (1, 3):
+            raise ArtifactError(f"{self.folder}: a VAE of {channels} image channels, not 1 or 3")
         own = self.backbone.sample_shape(self.record.model_config)[0]
         found = self._vae_config.get("latent_channels", own)
         if found != own:

@@ -20,7 +20,7 @@ from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.projection import attach_projections, backbone_of_network, has_projections
 from deme_cli.diffusion.schedule import Schedule, read_schedule
-from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
 from deme_cli.records import DenoiserRecord
 
 Weights = Mapping[str, Tensor]
@@ -79,7 +79,8 @@ def build_network(model_config: Mapping[str, Any], where: str = "the model") -> 
 def load_weights_into(network: nn.Module, weights: Weights, where: str) -> None:
     """Put `weights` into `network`, attaching block projections if they are among them.
 
-    Raises ArtifactError naming the first name or shape that disagrees.
+    Raises ArtifactError naming the first name or shape that disagrees, NumericsError the first
+    parameter that is not finite.
     """
     if has_projections(weights):
         attach_projections(network, "block")
@@ -94,7 +95,18 @@ def load_weights_into(network: nn.Module, weights: Weights, where: str) -> None:
             )
     if unknown := sorted(set(weights) - set(own)):
         raise ArtifactError(f"{where}: parameter {unknown[0]!r} is not in its model config")
+    require_finite(weights, where)
     network.load_state_dict(weights)
+
+
+def require_finite(weights: Weights, where: str) -> None:
+    """Raises NumericsError naming the first parameter with a NaN or an Inf."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise NumericsError(
+                f"{where}: {name!r} holds numbers that are not finite (NaN or Inf); get or make "
+                f"the weights anew"
+            )
 
 
 def assemble(

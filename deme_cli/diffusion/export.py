@@ -57,7 +57,7 @@ def export_pipeline(
             _pixel_pipeline(denoiser).save_pretrained(partial)
         else:
             companions.require_same()
-            _write_parts(denoiser, companions.folder, partial)
+            _write_parts(denoiser, companions, companions.folder, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         backbone = denoiser.backbone
         loaded = backbone.network_class.from_pretrained(
@@ -123,7 +123,7 @@ def _pixel_pipeline(denoiser: Denoiser) -> Any:
     return DDPMPipeline(denoiser.network, DDPMScheduler.from_config(config))
 
 
-def _write_parts(denoiser: Denoiser, source: Path, target: Path) -> None:
+def _write_parts(denoiser: Denoiser, companions: Companions, source: Path, target: Path) -> None:
     """The pipeline's index and frozen parts as they are, with this denoiser in its place."""
     import diffusers
     from diffusers.models import ModelMixin
@@ -131,12 +131,16 @@ def _write_parts(denoiser: Denoiser, source: Path, target: Path) -> None:
     network, backbone = denoiser.network, denoiser.backbone
     assert isinstance(network, ModelMixin)
     index = read_json(source / INDEX)
+    unusual = companions.unusual_parts(index)
     for name, value in index.items():
         listed = isinstance(value, list) and bool(value[0])
         if not listed or name in (backbone.part, "scheduler"):
             continue
         if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
+            if name in unusual:
+                unusual[name].save_pretrained(target / name)
+            else:
+                shutil.copytree(source / name, target / name)
         else:  # a safety checker that was not fetched: the pipeline loads without it
             index[name] = [None, None]
     if index.get("safety_checker") == [None, None]:

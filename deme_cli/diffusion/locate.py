@@ -11,55 +11,59 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deme_cli.artifacts import read_record
+from deme_cli.artifacts import read_record, record_of
 from deme_cli.data.digits import BASE_PATH
-from deme_cli.diffusion.pipeline_files import DENOISERS, UNUSED_PARTS, wanted_files
-from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.diffusion.pipeline_files import (
+    DENOISERS,
+    UNUSED_PARTS,
+    WeightSet,
+    sets_of_variant,
+    wanted_files,
+    weight_sets,
+)
+from deme_cli.errors import ArtifactError, MissingError, reading
 from deme_cli.hub import is_hub_id, is_model_cached, offline_reason
+from deme_cli.tensor_file import read_header
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-WEIGHTS = "diffusion_pytorch_model"
 INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
 _NOTHING = [None, None]  # a part that a pipeline has not
 _SECONDS = 10.0
 
 
-def locate_model(source: str) -> Path:
+def locate_model(source: str, variant: str | None = None) -> Path:
     """The artifact (base, expert or merged) or diffusers folder that a MODEL argument names.
 
-    Raises MissingError where nothing is there, within seconds where the hub is out of reach;
-    ArtifactError for a file or folder that holds no model.
+    variant: of a folder's weights. Raises MissingError where nothing is there, within seconds where
+    the hub is out of reach; ArtifactError for a file or folder that holds no model.
     """
     if source == "digits":
         if not BASE_PATH.exists():
             raise MissingError(f"{BASE_PATH}: the embedded base is missing; install deme again")
         return BASE_PATH
     path = Path(source).expanduser()
-    if path.suffix in PICKLED and path.is_file():
-        raise ArtifactError(
-            f"{path}: weights alone do not tell their network; give the folder that holds them "
-            f"beside config.json"
-        )
-    if path.is_file():
+    with reading(path):
+        is_file = path.is_file()
+    if is_file:
         read_record(path, "base", "expert", "merged")
         return path
-    folder = find_folder(source)
-    denoiser_folder(folder)
+    folder = find_folder(source, variant)
+    weights_of(denoiser_folder(folder), variant)
     return folder
 
 
-def find_folder(source: str) -> Path:
+def find_folder(source: str, variant: str | None = None) -> Path:
     """The folder that a path or a hub id names, fetched where it must be.
 
     Raises MissingError where nothing is there.
     """
     path = Path(source).expanduser()
-    return path if path.is_dir() else _from_hub(source)
+    return path if path.is_dir() else _from_hub(source, variant)
 
 
 def denoiser_folder(folder: Path) -> Path:
-    """Where a model folder keeps config.json and weights: `unet/`, `transformer/`, or itself.
+    """Where a model folder keeps its denoiser's config.json: `unet/`, `transformer/`, or itself.
 
     Raises MissingError where it has none of them, and what `read_index` raises.
     """
@@ -67,15 +71,46 @@ def denoiser_folder(folder: Path) -> Path:
         read_index(folder)
     for place in (*(folder / part for part in DENOISERS), folder):
         if (place / "config.json").exists():
-            if any(place.glob(f"{WEIGHTS}*")):
-                return place
-            raise MissingError(
-                f"{place}: no weights ({WEIGHTS}.safetensors or .bin) beside config.json"
-            )
+            return place
+    for file in sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", *PICKLED)):
+        record_of(read_header(file))  # that says so of a LoRA or a single-file checkpoint
     raise MissingError(
         f"{folder}: not a diffusers model: it has no unet/config.json, transformer/config.json or "
         f"config.json"
     )
+
+
+def weights_of(place: Path, variant: str | None = None) -> list[WeightSet]:
+    """The sets of weights in the folder of a network, of the variant asked for, best first.
+
+    Without one, those of no variant, or of the only variant there. Raises ArtifactError where
+    several variants lie there and none is chosen, MissingError for what is not there.
+    """
+    names = [path.name for path in place.glob("*")]
+    sets, chosen = weight_sets(names), sets_of_variant(names, variant)
+    if not sets:
+        raise MissingError(
+            f"{place}: no weights (diffusion_pytorch_model.safetensors or .bin) beside config.json"
+        )
+    if not chosen:
+        there = ", ".join(dict.fromkeys(one.variant or "one of no variant" for one in sets))
+        if variant is not None:
+            raise MissingError(
+                f"{place}: no weights of the variant {variant!r}; there are: {there}"
+            )
+        raise ArtifactError(
+            f"{place}: weights of several variants ({there}); keep one of them there, or choose a "
+            f"denoiser's with `deme split MODEL --variant NAME`"
+        )
+    for one in chosen:
+        if not one.is_whole:
+            raise MissingError(
+                f"{place}: {len(one.files)} of the {one.num_shards} shards of {one.files[0]} are "
+                f"there; get the others, or remove these"
+            )
+        if one.num_shards and one.indices.isdisjoint(names):
+            raise MissingError(f"{place}: {min(one.indices)} is missing, which tells what is where")
+    return chosen
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -104,6 +139,10 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def _refusal(index: Mapping[str, Any]) -> str | None:
     """Why deme does not take a pipeline of this index, whatever its networks; or None."""
+    if index.get("requires_aesthetics_score"):
+        return (
+            "the SDXL refiner, which goes on from what another model drew; deme takes SDXL's base"
+        )
     if "vqvae" in index:
         return "a pipeline with 'vqvae'; deme takes pixels and VAE latents"
     instead = "deme takes Wan 2.1, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -151,9 +190,8 @@ def peek_timesteps(place: Path) -> int | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON table. Raises ArtifactError if it is none, MissingError if it cannot be read."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except PermissionError as error:
-        raise MissingError(f"{path}: no permission to read it") from error
+        with reading(path):
+            document = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also of UTF-8, and of thousands of digits
         raise ArtifactError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(document, dict):
@@ -163,24 +201,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _from_hub(hub_id: str) -> Path:
+def _from_hub(hub_id: str, variant: str | None) -> Path:
     """The folder of a hub model's configs and weights, from the cache or fetched into it."""
     if not is_hub_id(hub_id) or Path(hub_id).suffix in (".safetensors", *PICKLED):
         raise MissingError(
             f"{hub_id}: no such file or folder; a model is an artifact, a diffusers folder, "
             f"a hub id (owner/name) or digits"
         )
-    if cached := _cached(hub_id):
+    if cached := _cached(hub_id, variant):
         return cached
     if reason := offline_reason():
         raise MissingError(
             f"{hub_id}: no such folder, not in the hub's cache, and {reason}; connect to the "
             f"network, or give the folder of a downloaded diffusers model"
         )
-    return _download(hub_id)
+    return _download(hub_id, variant)
 
 
-def _cached(hub_id: str) -> Path | None:
+def _cached(hub_id: str, variant: str | None) -> Path | None:
     """The cached snapshot, if it holds a model's config and weights."""
     if not is_model_cached(hub_id):
         return None
@@ -188,13 +226,13 @@ def _cached(hub_id: str) -> Path | None:
 
     try:
         folder = Path(snapshot_download(hub_id, local_files_only=True))
-        denoiser_folder(folder)
+        weights_of(denoiser_folder(folder), variant)
     except (OSError, MissingError):  # the hub library's errors for a part of a model are OSErrors
         return None
     return folder
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, variant: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
@@ -202,7 +240,7 @@ def _download(hub_id: str) -> Path:
     disable_progress_bars()
     try:
         info = HfApi().model_info(hub_id, timeout=_SECONDS)
-        names = wanted_files([sibling.rfilename for sibling in info.siblings or []])
+        names = wanted_files([sibling.rfilename for sibling in info.siblings or []], variant)
         if INDEX in names:  # so that what is refused is, before gigabytes are fetched
             read_index(Path(hf_hub_download(hub_id, INDEX, etag_timeout=_SECONDS)).parent)
         folder = snapshot_download(hub_id, allow_patterns=names, etag_timeout=_SECONDS)

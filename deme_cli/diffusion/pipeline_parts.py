@@ -12,9 +12,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from deme_cli.assets import sha256_of
-from deme_cli.diffusion.locate import INDEX, find_folder, read_index
-from deme_cli.diffusion.pipeline_files import DENOISERS, UNUSED_PARTS, needed_of_part
-from deme_cli.errors import MissingError
+from deme_cli.diffusion.locate import INDEX, find_folder, read_index, weights_of
+from deme_cli.diffusion.pipeline_files import (
+    DENOISERS,
+    UNUSED_PARTS,
+    WeightSet,
+    needed_of_part,
+    sets_of_variant,
+)
+from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.hub import is_hub_id
 
 
@@ -42,15 +48,49 @@ def locate_parts(source: str, parts: Sequence[str]) -> Path:
 def require_parts(folder: Path, parts: Iterable[str]) -> None:
     """Check that a pipeline folder holds these parts; raises MissingError naming the first."""
     for part in parts:
-        files = [path for path in (folder / part).glob("*") if path.is_file()]
+        files = file_names(folder / part)
         has_weights = part.startswith("tokenizer") or any(
-            path.suffix in (".safetensors", ".bin") for path in files
+            name.endswith((".safetensors", ".bin")) for name in files
         )
         if not files or not has_weights:
             raise MissingError(
                 f"{folder / part}: the {part} is missing; get the whole pipeline, or give another "
                 f"folder that has it with --pipeline"
             )
+        if not part.startswith("tokenizer"):
+            weights_of(folder / part)
+
+
+def require_same_weights(folder: Path, one: WeightSet, other: WeightSet) -> None:
+    """Check that two sets of weights in one folder hold the same.
+
+    Raises ArtifactError naming the first parameter that differs: which set is meant is not known.
+    """
+    import torch
+    from diffusers.models.model_loading_utils import load_state_dict
+
+    try:
+        first, second = (
+            {k: v for name in each.files for k, v in load_state_dict(folder / name).items()}
+            for each in (one, other)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{folder}: {one} and {other} cannot be compared, one is broken; move it away"
+        ) from error
+    common = sorted(first.keys() & second.keys())
+    for name in common:
+        a, b = first[name], second[name]
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            break
+    else:
+        if common:
+            return
+        name = next(iter(first))
+    raise ArtifactError(
+        f"{folder}: {one} and {other} hold different weights ({name!r}); which is meant is not "
+        f"known: move one of them away"
+    )
 
 
 def frozen_parts(folder: Path) -> list[str]:
@@ -63,15 +103,25 @@ def frozen_parts(folder: Path) -> list[str]:
 
 def digests_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of every frozen part of a pipeline folder."""
-    return {part: digest_of_part(folder, part) for part in frozen_parts(folder)}
+    digests = {}
+    for part in frozen_parts(folder):
+        sets = sets_of_variant(file_names(folder / part))
+        for other in sets[1:]:
+            require_same_weights(folder / part, sets[0], other)
+        digests[part] = digest_of_part(folder, part)
+    return digests
 
 
 def digest_of_part(folder: Path, part: str) -> str:
     """SHA-256 over the names and bytes of a part's files. Raises MissingError where it has none."""
-    names = needed_of_part(path.name for path in (folder / part).glob("*") if path.is_file())
+    names = needed_of_part(file_names(folder / part))
     if not names:
         raise MissingError(f"{folder / part}: the {part} is missing; get the whole pipeline")
     total = hashlib.sha256()
     for name in sorted(names):
         total.update(f"{name}\0{sha256_of(folder / part / name)}\n".encode())
     return total.hexdigest()
+
+
+def file_names(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*") if path.is_file()]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deme_cli.artifacts import record_of
-from deme_cli.errors import ArtifactError, DemeError, MissingError
+from deme_cli.errors import ArtifactError, DemeError, MissingError, reading
 from deme_cli.records import ExpertRecord, Record
 from deme_cli.tensor_file import read_header
 
@@ -101,12 +101,10 @@ def open_folder(path: Path) -> Folder:
         what = "is a file, not a run folder" if path.exists() else "no such folder"
         raise MissingError(f"{path}: {what}; name the folder that deme worked in")
     folder = Folder(path)
-    try:
+    with reading(path):
         for entry in sorted(path.iterdir()):
             if not entry.name.startswith("."):
                 _take(folder, entry)
-    except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
     folder.below = dict(_artifacts_below(path))
     found = folder.artifacts or folder.metrics or folder.journals or folder.image_folders
     if not found and not any(map(is_ours, folder.documents.values())):

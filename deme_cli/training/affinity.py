@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError, MissingError, reading
 from deme_cli.timesteps import TimestepRange, parse_span, require_cover
 
 KIND, SCHEMA_VERSION = "gradients", 1
@@ -109,13 +109,12 @@ def require_affinity(path: Path, *, command: str = COMMAND) -> None:
 def _read(path: Path, command: str) -> dict[str, Any]:
     require_affinity(path, command=command)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            document = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{path}: not valid JSON ({error}); measure anew with `{command} --force`"
         ) from error
-    except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise ArtifactError(f"{path}: not written by `deme analyze gradients`")
     if document.get("schema_version") != SCHEMA_VERSION:

@@ -14,7 +14,7 @@ from typing import Any
 
 from deme_cli.artifacts import read_record
 from deme_cli.config import DataConfig, SplitConfig
-from deme_cli.errors import ConfigError, MissingError
+from deme_cli.errors import ConfigError, MissingError, reading
 from deme_cli.finetune_config import NOT_RESULT, FinetuneConfig
 from deme_cli.outputs import require_output, require_space
 from deme_cli.records import BaseRecord, DenoiserRecord
@@ -145,6 +145,9 @@ def plan_base(job: Job, description: Path, output: Path) -> Plan:
     """The plan that trains a base from the [model] and [scheduler] in a TOML or JSON file."""
     document = read_description(description)
     _require_free(job, output)
+    from deme_cli.training.scratch import require_known_keys
+
+    require_known_keys(document, description)
     settings = replace(job.settings, p=0.0, consistency=0.0, projection="none")
     if settings.multitask != "none" and settings.cluster_by == "gradient":
         raise ConfigError("cluster_by = 'gradient': a base from scratch has no gradients to go by")
@@ -249,15 +252,11 @@ def _require_same_settings(output: Path, base: BaseRecord, job: Job) -> None:
 def read_description(path: Path) -> dict[str, Any]:
     """{model, scheduler}: two diffusers configs from a TOML or JSON file.
 
-    Raises MissingError if there is no such file, ConfigError if it lacks either table.
+    Raises MissingError if there is no such file, ConfigError if it lacks either table or has more.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise MissingError(
-            f"{path}: cannot be read; it should hold [model], [scheduler]"
-        ) from error
-    try:
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             document = json.loads(text)
         else:
@@ -269,4 +268,7 @@ def read_description(path: Path) -> dict[str, Any]:
     for name in ("model", "scheduler"):
         if not isinstance(document.get(name), dict):
             raise ConfigError(f"{path}: lacks the table [{name}], a diffusers config")
+    for name in document:
+        if name not in ("model", "scheduler"):
+            raise ConfigError(f"{path}: unknown table [{name}]; expected [model] and [scheduler]")
     return document

@@ -7,7 +7,6 @@ from dataclasses import replace
 from deme_cli.artifacts import read_record
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import Denoiser, choose_device, load_denoiser
-from deme_cli.errors import NumericsError
 from deme_cli.records import DenoiserRecord
 from deme_cli.timesteps import RangeChoice, TimestepRange
 from deme_cli.training.affinity import read_affinity
@@ -37,7 +36,7 @@ def prepare(plan: Plan) -> Run:
     else:
         record, choice = _base_record(job), plan.choice
         examples, held_out = _open(plan, record)
-        denoiser = replace(_load_base(job, device), record=record)
+        denoiser = replace(load_denoiser(job.base, device=device), record=record)
     flip = job.images.horizontal_flip
     if job.force:
         checkpoint_path(plan.output).unlink(missing_ok=True)
@@ -94,12 +93,3 @@ def _open(plan: Plan, record: DenoiserRecord) -> tuple[Examples, Examples | None
         job.images, companions, split="held-out", cache=settings.cache, beside=beside,
         num_needed=settings.held_out,
     )  # fmt: skip
-
-
-def _load_base(job: Job, device: str) -> Denoiser:
-    denoiser = load_denoiser(job.base, device=device)
-    if not all(bool(p.isfinite().all()) for p in denoiser.network.parameters()):
-        raise NumericsError(
-            f"{job.base}: holds weights that are not finite; import it anew with `deme split`"
-        )
-    return denoiser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,38 @@ from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ConfigError
 from deme_cli.records import BaseRecord
+from deme_cli.settings import nearest
 
 _NO_PIPELINE = "trained from scratch"
+
+
+_CLASSES: dict[str, dict[str, str]] = {
+    "model": {"_class_name": "UNet2DModel"},
+    "scheduler": {"_class_name": "DDPMScheduler"},
+}
+
+
+def require_known_keys(description: Mapping[str, Any], where: Path) -> None:
+    """Check that the classes take every key of {model, scheduler}: diffusers drops the others.
+
+    Raises ConfigError that offers the nearest known key.
+    """
+    import diffusers
+
+    for table, default in _CLASSES.items():
+        config = {**default, **description[table]}
+        found: Any = getattr(diffusers, str(config["_class_name"]), None)
+        if not hasattr(found, "from_config"):
+            raise ConfigError(
+                f"{where}: [{table}] diffusers has no class {config['_class_name']!r}"
+            )
+        known = set(inspect.signature(found).parameters) - {"kwargs"}
+        for key in config:
+            if not key.startswith("_") and key not in known:
+                raise ConfigError(
+                    f"{where}: unknown key {key!r} in [{table}] of {found.__name__}"
+                    f"{nearest(key, sorted(known))}"
+                )
 
 
 def random_denoiser(
@@ -28,8 +59,7 @@ def random_denoiser(
     pipeline: the folder or hub id with the frozen parts of a model that has any; its own denoiser
     is not read. Raises ConfigError where such a model comes without one.
     """
-    model = {"_class_name": "UNet2DModel", **description["model"]}
-    scheduler = {"_class_name": "DDPMScheduler", **description["scheduler"]}
+    model, scheduler = ({**_CLASSES[name], **description[name]} for name in _CLASSES)
     source, companions = _NO_PIPELINE, {}
     if parts := backbone_of(model, "[model]").parts:
         if not pipeline:

@@ -196,7 +196,7 @@ def test_a_base_of_ones_own_is_trained_from_a_description(deme, folder: Path) ->
         (["--range", "1/2", "--resume", "--force"], ConfigError, "give one of them"),
         (["--range", "all", "-o", "x.safetensors"], ConfigError, "--range all writes one for each"),
         ([], ConfigError, "either --range"),
-        (["--from-scratch", "none.toml"], MissingError, "cannot be read"),
+        (["--from-scratch", "none.toml"], MissingError, "none.toml: no such file"),
         (["--range", "1/2", "--base", "wrong.safetensors"], ArtifactError, "kind 'base'"),
         (["--range", "1/2", "--data", ""], ConfigError, "no training images"),
         (["--range", "1/2", "--data", "nowhere"], MissingError, "nowhere"),
@@ -217,6 +217,16 @@ def test_a_description_that_lacks_a_table_or_is_no_toml_is_refused(deme, folder:
     (folder / "half.toml").write_text("[model]\nsample_size = 8\n")
     done = deme("finetune", "--from-scratch", "half.toml", "-o", "own.safetensors", *QUICK)
     assert "lacks the table [scheduler]" in str(done.exception)
+    for table, key, word in (
+        ("model", "layers_per_blok", "did you mean 'layers_per_block'"),
+        ("scheduler", "beta_sart", "did you mean 'beta_start'"),
+    ):
+        document = {"model": TINY_MODEL, "scheduler": TINY_SCHEDULER}
+        document[table] = {**document[table], key: 2}
+        (folder / "slip.json").write_text(json.dumps(document))
+        done = deme("finetune", "--from-scratch", "slip.json", "-o", "own.safetensors", *QUICK)
+        assert isinstance(done.exception, ConfigError)
+        assert word in str(done.exception)
     (folder / "bad.toml").write_text("[model")
     done = deme("finetune", "--from-scratch", "bad.toml", "-o", "own.safetensors", *QUICK)
     assert "neither valid TOML nor JSON" in str(done.exception)

@@ -95,6 +95,25 @@ def test_the_embedded_digits_are_the_default(
         assert values.items() <= run.tables.get(table, {}).items()
 
 
+@pytest.mark.parametrize("options", [["--data", "photos"], ["--pipeline", "sd"]])
+def test_images_of_ones_own_do_not_go_with_the_embedded_model(
+    deme: Deme, source: Path, options: list[str]
+) -> None:
+    result = deme("split", *options)
+    assert isinstance(result.exception, ConfigError)
+    assert "without MODEL" in str(result.exception)
+    assert list(Path().iterdir()) == []
+
+
+def test_a_base_that_lies_there_is_split_in_place(deme: Deme, source: Path) -> None:
+    source.rename("base.safetensors")
+    before = Path("base.safetensors").stat()
+    result = deme("split", "base.safetensors", "-n", 2, "--data", "digits")
+    assert result.exit_code == 0, result.exception
+    assert Path("base.safetensors").stat() == before
+    assert read_run_file(None).settings(SplitConfig).n == 2
+
+
 def test_a_merged_model_starts_another_round(deme: Deme, source: Path, tmp_path: Path) -> None:
     base = read_record(source, "base")
     record = MergedRecord(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base, write_tiny_expert
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from deme_cli.artifacts import fingerprint, load_tensors, read_record, write_artifact
@@ -23,7 +23,7 @@ from deme_cli.diffusion.checkpoints import base_record, import_model, open_denoi
 from deme_cli.diffusion.denoiser import build_network
 from deme_cli.diffusion.locate import locate_model, peek_timesteps, wanted_files
 from deme_cli.diffusion.projection import attach_projections
-from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.errors import ArtifactError, MissingError, NumericsError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE = "diffusion_pytorch_model.bin"
@@ -69,9 +69,112 @@ def test_no_path_of_this_machine_enters_the_configs(pipe: Path) -> None:
     assert str(pipe) not in json.dumps([model.model_config, model.scheduler_config])
 
 
-def test_pickled_weights_are_the_same_model(pipe: Path, pickled: Path) -> None:
-    expected = fingerprint(import_model(str(pipe)).weights)
-    assert fingerprint(import_model(str(pickled)).weights) == expected
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"safe_serialization": False},
+        {"variant": "fp16"},
+        {"max_shard_size": "50KB"},
+        {"safe_serialization": False, "max_shard_size": "50KB"},
+        {"variant": "fp16", "max_shard_size": "50KB"},
+    ],
+    ids=str,
+)
+def test_weights_are_read_however_diffusers_writes_them(pipe: Path, written: dict) -> None:
+    network = UNet2DModel.from_pretrained(pipe / "unet")
+    (pipe / "unet" / WEIGHTS).unlink()
+    network.save_pretrained(pipe / "unet", **written)
+    model = import_model(str(pipe))
+    assert fingerprint(model.weights) == fingerprint(network.state_dict())
+    assert any("read diffusion_pytorch_model.fp16" in n for n in model.notes) == (
+        "variant" in written
+    )
+    assert list((pipe / "unet").glob("*-00002-of-*")) or "max_shard_size" not in written
+
+
+@pytest.mark.parametrize(
+    "written", [{"safe_serialization": False}, {"max_shard_size": "50KB"}], ids=str
+)
+def test_a_second_set_of_weights_must_hold_the_same(pipe: Path, written: dict) -> None:
+    network = UNet2DModel.from_pretrained(pipe / "unet")
+    network.save_pretrained(pipe / "unet", **written)
+    model = import_model(str(pipe))
+    assert fingerprint(model.weights) == fingerprint(load_file(pipe / "unet" / WEIGHTS))
+    assert f"read {WEIGHTS}; " in model.notes[0]
+    network.conv_in.bias.data += 1
+    network.save_pretrained(pipe / "unet", **written)
+    with pytest.raises(ArtifactError, match=r"hold different weights \('conv_in\.bias'\)"):
+        import_model(str(pipe))
+
+
+def test_of_several_variants_one_is_chosen(pipe: Path) -> None:
+    network = UNet2DModel.from_pretrained(pipe / "unet")
+    network.conv_in.bias.data += 1
+    network.save_pretrained(pipe / "unet", variant="ema")
+    plain = import_model(str(pipe))
+    assert "variants beside it: ema" in plain.notes[0]
+    chosen = fingerprint(import_model(str(pipe), variant="ema").weights)
+    assert chosen == fingerprint(network.state_dict()) != fingerprint(plain.weights)
+    with pytest.raises(MissingError, match="no weights of the variant 'fp16'"):
+        import_model(str(pipe), variant="fp16")
+    (pipe / "unet" / WEIGHTS).rename(pipe / "unet" / WEIGHTS.replace(".", ".fp16."))
+    with pytest.raises(ArtifactError, match=r"several variants \(ema, fp16\)"):
+        import_model(str(pipe))
+
+
+@pytest.mark.parametrize("lost", ["*-00002-of-*", "*.index.json"])
+def test_shards_that_are_not_whole_are_named(pipe: Path, lost: str) -> None:
+    network = UNet2DModel.from_pretrained(pipe / "unet")
+    (pipe / "unet" / WEIGHTS).unlink()
+    network.save_pretrained(pipe / "unet", max_shard_size="50KB")
+    next((pipe / "unet").glob(lost)).unlink()
+    with pytest.raises(MissingError, match=r"shards of .* are there|index\.json is missing"):
+        import_model(str(pipe))
+
+
+def test_weights_that_are_not_finite_are_named(pipe: Path) -> None:
+    path = pipe / "unet" / WEIGHTS
+    weights = load_file(path)
+    weights["conv_out.bias"][0] = float("inf")
+    save_file(weights, path)
+    with pytest.raises(NumericsError, match=r"'conv_out\.bias' holds numbers .* not finite"):
+        import_model(str(pipe))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_pixels_of_other_channels_than_images_have_are_refused(pipe: Path, channels: int) -> None:
+    config = {**TINY_MODEL, "in_channels": channels, "out_channels": channels}
+    UNet2DModel.from_config(config).save_pretrained(pipe / "unet")
+    with pytest.raises(ArtifactError, match=f"{channels} channels: .* grey .* or colour"):
+        import_model(str(pipe))
+
+
+FOREIGN = {
+    "model.diffusion_model.input_blocks.0.0.weight": "StableDiffusionPipeline.from_single_file",
+    "conditioner.embedders.1.model.ln_final.bias": "StableDiffusionXLPipeline.from_single_file",
+    "double_blocks.0.img_attn.norm.key_norm.scale": "FluxTransformer2DModel.from_single_file",
+    "lora_unet_mid_block_attentions_0.lora_down.weight": "fuse it in diffusers",
+    "unet.mid_block.attentions.0.to_q.lora_A.weight": "fuse it in diffusers",
+    "down_blocks.0.resnets.0.conv1.weight": "give the folder that holds them beside config.json",
+    "something.else": "give the folder that holds them beside config.json",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "folder", "pickle"])
+def test_a_file_of_another_tool_is_told_for_what_it_is(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    weights = {name: torch.zeros(1)}
+    path = tmp_path / "other.ckpt"
+    if kind in ("safetensors", "folder"):
+        path = tmp_path / "other.safetensors"
+        save_file(weights, path)
+    else:
+        torch.save({"state_dict": weights}, path, _use_new_zipfile_serialization=kind == "ckpt")
+    with pytest.raises(ArtifactError, match=FOREIGN[name]) as refused:
+        import_model(str(tmp_path if kind == "folder" else path))
+    assert "deme split" not in str(refused.value)
 
 
 def test_a_bare_unet_folder_takes_the_scheduler_beside_it(pipe: Path) -> None:

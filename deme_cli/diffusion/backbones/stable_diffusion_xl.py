@@ -13,6 +13,8 @@ from deme_cli.diffusion.backbones.stable_diffusion import refusal_of_latent_unet
 from deme_cli.diffusion.backbones.unet_blocks import unet_block_sites, unet_fold_sites
 from deme_cli.diffusion.conditions import Conditions
 
+_REFINER = 1280 + 5 * 256  # its pooled text and 5 numbers, one of them the aesthetic score
+
 
 class StableDiffusionXL(Backbone):
     """UNet2DConditionModel with `text_time` conditions (Podell et al. 2023)."""
@@ -30,6 +32,10 @@ class StableDiffusionXL(Backbone):
         return super().matches(config) and config.get("addition_embed_type") == "text_time"
 
     def refusal(self, config: Config) -> str | None:
+        if config.get("projection_class_embeddings_input_dim") == _REFINER:
+            return (
+                "the SDXL refiner, which goes on from what another model drew; deme takes the base"
+            )
         return refusal_of_latent_unet(config)
 
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:

@@ -29,6 +29,11 @@ class UNet(Backbone):
                 f"{config.get('out_channels')} output channels for {config.get('in_channels')} "
                 f"input channels; learned variances are not supported"
             )
+        if config.get("in_channels", 3) not in (1, 3):
+            return (
+                f"{config['in_channels']} channels: deme trains UNet2DModels on grey (1) or colour "
+                f"(3) images, and latents only of pipelines with a VAE"
+            )
         return None
 
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
