@@ -5,6 +5,7 @@ Shards of webdataset hold text in `txt` and anything in `json`, whose fields cou
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def _json_fields(rows: Dataset) -> Sequence[str]:
     if isinstance(kind, Mapping):
         return tuple(kind)
     first = rows.select_columns([_JSON_FIELD])[:5][_JSON_FIELD] if kind is not None else ()
-    return tuple(dict.fromkeys(key for row in first if isinstance(row, dict) for key in row))
+    return tuple(dict.fromkeys(key for row in map(_document, first) for key in row))
 
 
 def _values(rows: Dataset, name: str, field: str | None) -> list[Any]:
@@ -79,6 +80,14 @@ def _values(rows: Dataset, name: str, field: str | None) -> list[Any]:
     values: list[Any] = []
     for batch in rows.select_columns([name]).iter(batch_size=10_000):
         values += batch[name]
-    if field is None:
-        return values
-    return [value.get(field) if isinstance(value, dict) else None for value in values]
+    return values if field is None else [_document(value).get(field) for value in values]
+
+
+def _document(value: Any) -> dict[str, Any]:
+    """An object of JSON, read or still text; empty where it is none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            value = None
+    return value if isinstance(value, dict) else {}

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 import tarfile
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.data.digests import file_digests
-from deme_cli.data.places import HELD_OUT_WORDS, HubDataset, TableFiles, is_held_out
+from deme_cli.data.places import HELD_OUT_WORDS, HubDataset, TableFiles, image_suffixes, is_held_out
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.hub import offline_reason, stay_offline
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_FIELDS = ("txt", "json", "cls")  # of a sample in a shard
 
 
 def read_tables(place: TableFiles | HubDataset) -> Mapping[str, Dataset]:
@@ -45,7 +50,7 @@ def _read_hub(place: HubDataset) -> Mapping[str, Dataset]:
 
 
 def _read_files(place: TableFiles) -> Mapping[str, Dataset]:
-    """Parquet files or shards. IndexError is how `datasets` says that a shard holds nothing.
+    """Parquet files or shards.
 
     `datasets` keeps tables it has read by the times of their files; the name it is given here is of
     their bytes.
@@ -55,8 +60,10 @@ def _read_files(place: TableFiles) -> Mapping[str, Dataset]:
     root = place.path if place.path.is_dir() else place.path.parent
     digests = file_digests(root, place.files).values()
     name = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-    broken = (datasets.exceptions.DatasetGenerationError, tarfile.TarError, ValueError, IndexError)
+    broken = (datasets.exceptions.DatasetGenerationError, tarfile.TarError, ValueError)
     try:
+        if place.kind == "webdataset":
+            return _read_shards(_files_by_split(place), name)
         tables = datasets.load_dataset(place.kind, name, data_files=_files_by_split(place))
     except broken as error:
         cause = str(error.__cause__ or error).strip().split("\n")[0]
@@ -64,6 +71,79 @@ def _read_files(place: TableFiles) -> Mapping[str, Dataset]:
     except OSError as error:
         raise MissingError(f"{place.source}: cannot be read: {error}") from error
     return {name: _downloaded(place.source, table) for name, table in tables.items()}
+
+
+def _read_shards(files: Mapping[str, list[str]], name: str) -> Mapping[str, Dataset]:
+    """Shards of webdataset, by split: columns image, and of txt, json and cls what there is.
+
+    `datasets` itself takes the first samples for all: it refuses a field that is null there and
+    text later, and shards whose samples lack a field.
+    """
+    import datasets
+
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), **dict.fromkeys(_FIELDS, text)})
+    tables = {
+        split: datasets.Dataset.from_generator(
+            _samples, features, gen_kwargs={"shards": shards, "name": name}
+        )
+        for split, shards in files.items()
+    }
+    absent = [
+        field for field in _FIELDS
+        if all(table.data.column(field).null_count == len(table) for table in tables.values())
+    ]  # fmt: skip
+    return {split: table.remove_columns(absent) for split, table in tables.items()}
+
+
+def _samples(shards: Sequence[str], name: str) -> Iterator[dict[str, Any]]:
+    """Samples of shards: files that follow each other and agree up to the first dot.
+
+    name: of the bytes of the shards, by which `datasets` tells samples it has kept.
+    """
+    found = False
+    for shard in shards:
+        with tarfile.open(shard) as archive:
+            for _, members in groupby(filter(_is_shown, archive), key=_key):
+                sample = _sample(archive, members)
+                if any(sample.get(field) for field in ("image", "txt", "cls")):
+                    found = True
+                    yield dict.fromkeys(("image", *_FIELDS)) | sample
+    if not found:
+        raise ValueError("no images")
+
+
+def _is_shown(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and not PurePosixPath(member.name).name.startswith(".")
+
+
+def _key(member: tarfile.TarInfo) -> tuple[PurePosixPath, str]:
+    path = PurePosixPath(member.name)
+    return path.parent, path.name.split(".")[0]
+
+
+def _sample(archive: tarfile.TarFile, members: Iterable[tarfile.TarInfo]) -> dict[str, Any]:
+    """The image and the text of one sample. Of several images it is the one of fewest dots."""
+    sample: dict[str, Any] = {}
+    dots = sys.maxsize
+    for member in members:
+        kind = PurePosixPath(member.name).suffix.lower()
+        field = "txt" if kind in (".text", ".caption") else kind[1:]
+        if kind in image_suffixes() and member.name.count(".") < dots:
+            dots = member.name.count(".")
+            sample["image"] = {"bytes": _read(archive, member), "path": None}
+        elif field in _FIELDS and field not in sample:
+            try:
+                sample[field] = _read(archive, member).decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{member.name} is not UTF-8 text") from error
+    return sample
+
+
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None, "a plain file"
+    return file.read()
 
 
 def _downloaded(source: str, table: Dataset) -> Dataset:

@@ -155,7 +155,7 @@ def img2dataset_shards(folder: Path) -> Rows:
         for number in range(3):
             key, image = f"{part:05d}{number:04d}", encoded(10 * part + number, "JPEG")
             meta = {"caption": f"{part} {number}", "key": key, "error_message": None, "width": 8,
-                    "exif": "{}" if number else None, "sha256": "0"}  # fmt: skip
+                    "exif": "{}" if part else None, "sha256": "0"}  # fmt: skip
             files |= {f"{key}.jpg": image, f"{key}.txt": f"{part} {number}",
                       f"{key}.json": json.dumps(meta)}  # fmt: skip
             rows.append((image, f"{part} {number}"))
@@ -176,10 +176,13 @@ def img2dataset_tables(folder: Path) -> Rows:
 
 
 def webdataset(folder: Path) -> Rows:
-    files = {f"{n}.{suffix}": content for n in range(3) for suffix, content in (
-        ("png", encoded(n)), ("cls", str(3 * n)), ("json", json.dumps({"label": 0})))}  # fmt: skip
+    found = {"a/0.png": encoded(0), "a/1.JPG": encoded(1, "JPEG"), "b/1.png": encoded(2)}
+    files = {"README.md": "no sample", "._a.png": "x"}
+    for label, (name, content) in enumerate(found.items()):
+        files |= {f"{name[:-4]}.mask.png": encoded(9), name: content}
+        files |= {f"{name[:-4]}.cls": f"{3 * label}\n", f"{name[:-4]}.json": '{"label": 1}'}
     write_tar(folder / "0.tar", files)
-    return [(encoded(n), 3 * n) for n in range(3)]
+    return rows(found, [0, 3, 6])
 
 
 def digit_folders(folder: Path) -> Rows:
