@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,16 @@ def result_paths(paths: Sequence[Path], *, as_json: bool, **measured: Any) -> No
 def result_json(document: dict[str, Any]) -> None:
     """Exactly one JSON document on stdout."""
     print(json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=2), flush=True)
+
+
+def decimals(values: Iterable[float], figures: int) -> int:
+    """Digits after the point for all numbers of a column: `figures` of the smallest of them, of
+    those that are not a thousand times smaller than the largest."""
+    sizes = [abs(value) for value in values if value and math.isfinite(value)]
+    if not sizes:
+        return figures
+    least = max(min(sizes), max(sizes) / 1000)
+    return min(max(figures - 1 - math.floor(math.log10(least)), 0), 9)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

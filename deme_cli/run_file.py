@@ -161,12 +161,17 @@ _EXAMPLES: dict[str, Any] = {
 }
 
 
-def render_run_file(live: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of a `deme.toml` in which the settings of `live` (by table) have values."""
+def render_run_file(
+    live: Mapping[str, Mapping[str, Any]], *, remarks: Mapping[str, str] | None = None
+) -> str:
+    """The text of a `deme.toml` in which the settings of `live` (by table) have values.
+
+    remarks: comments of whole lines, by the table that they stand above.
+    """
     blocks = [_HEADER]
     for table, config in TABLES.items():
         title = (config.__doc__ or "").splitlines()[0].removeprefix(f"[{table}]: ")
-        lines = [f"# {title}", f"[{table}]"]
+        lines = [f"{(remarks or {}).get(table, '')}# {title}", f"[{table}]"]
         for item in fields(config):
             lines += _setting(item, live.get(table, {}))
         blocks.append("\n".join(lines) + "\n")

@@ -204,7 +204,7 @@ def _run_file_text(
     pipeline: str | None,
 ) -> str:
     """deme.toml for this run. Local image paths become absolute where the file lies elsewhere."""
-    from deme_cli.data.digits import DIGITS_SETTINGS
+    from deme_cli.data.digits import DIGITS_REMARK, DIGITS_SETTINGS
     from deme_cli.diffusion.backbones.known import backbone_of
     from deme_cli.run_file import render_run_file
 
@@ -218,9 +218,9 @@ def _run_file_text(
     if pipeline:
         live["model"]["pipeline"] = pipeline
     live |= {name: dict(own) for name, own in backbone_of(record.model_config).settings.items()}
-    if images == "digits" and not record.companions:
-        live |= DIGITS_SETTINGS
-    return render_run_file(live)
+    if images != "digits" or record.companions:
+        return render_run_file(live)
+    return render_run_file(live | DIGITS_SETTINGS, remarks={"finetune": DIGITS_REMARK})
 
 
 def _absolute(place: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from deme_cli import console
@@ -16,11 +16,16 @@ def show(measured: Evaluation) -> None:
     figures = measured.figures
     first = next(iter(figures))
     paired = any(figure.difference for row in figures.values() for figure in row.values())
-    columns = ["row"]
+    columns = [("row", list(figures))]
     for metric in figures[first]:
-        columns += [metric, f"minus {first}"] if paired else [metric]
-    lines = [[name, *_cells(row, paired=paired)] for name, row in figures.items()]
-    console.table("", [*columns, "images"], lines)
+        column = [row[metric] for row in figures.values()]
+        columns.append((metric, _values(column)))
+        if paired:
+            cells = _differences(column, has_room=len(figures[first]) == 1)
+            columns.append((f"minus {first}", cells))
+    columns.append(("images", [_counts(next(iter(row.values()))) for row in figures.values()]))
+    names, cells_of = zip(*columns, strict=True)
+    console.table("", names, list(zip(*cells_of, strict=True)))
     for line in (*measured.remarks(), *_truncated(figures)):
         console.note(line)
     if paired:
@@ -31,29 +36,41 @@ def show(measured: Evaluation) -> None:
         )
 
 
-def _cells(row: Mapping[str, Figure], *, paired: bool) -> Iterator[str]:
-    """A figure and, where rows are paired, its difference to the first row; then the counts.
+def _values(figures: Sequence[Figure]) -> list[str]:
+    """A column of figures with their standard deviation over repeats; of a share in one repeat,
+    its standard error."""
+    spreads = [figure.sd or figure.details.get("standard_error") or 0.0 for figure in figures]
+    digits = console.decimals(spreads, 2)
+    if not any(spreads):
+        digits = console.decimals([figure.value for figure in figures], 4)
+    cells = []
+    for figure, spread in zip(figures, spreads, strict=True):
+        told = f"{figure.value:.{digits}f}"
+        if figure.sd is not None:
+            told += f" ± {figure.sd:.{digits}f}"
+        elif spread:
+            told += f" (s.e. {spread:.{digits}f})"
+        cells.append(told)
+    return cells
 
-    The interval of a difference is left out where several metrics share the width of a terminal.
-    """
-    for figure in row.values():
-        yield f"{figure.value:.4g}{_spread(figure)}"
-        if paired and (difference := figure.difference) is not None:
-            low, high = difference.interval
-            interval = f" [{low:+.2g}, {high:+.2g}]" if len(row) == 1 else ""
-            yield f"{difference.mean:+.3g} ± {difference.sd:.2g}{interval}"
-        elif paired:
-            yield ""
+
+def _differences(figures: Sequence[Figure], *, has_room: bool) -> list[str]:
+    """A column of differences to the first row; their interval where the terminal has room."""
+    found = [figure.difference for figure in figures]
+    digits = console.decimals([one.sd for one in found if one], 2)
+    cells = []
+    for one in found:
+        told = "" if one is None else f"{one.mean:+.{digits}f} ± {one.sd:.{digits}f}"
+        if one and has_room:
+            low, high = one.interval
+            told += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+        cells.append(told)
+    return cells
+
+
+def _counts(figure: Figure) -> str:
     repeats = len(figure.values)
-    yield f"{figure.n}" + (f" x {repeats}" if repeats > 1 else "")
-
-
-def _spread(figure: Figure) -> str:
-    """The standard deviation over repeats; of a share in one repeat, its standard error."""
-    if figure.sd is not None:
-        return f" ± {figure.sd:.2g}"
-    error = figure.details.get("standard_error")
-    return "" if error is None else f" (s.e. {error:.2g})"
+    return f"{figure.n}" + (f" x {repeats}" if repeats > 1 else "")
 
 
 def _truncated(figures: Figures) -> Iterator[str]:

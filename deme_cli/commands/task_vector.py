@@ -67,10 +67,11 @@ def _show(done: TaskVectors) -> None:
     order = family.by_range
     labels = [family.parents[index].record.label for index in order]
     names = list(measured.norms[0])
+    digits = console.decimals((norms[name] for norms in measured.norms for name in names), 3)
     console.table(
         "Norms of the task vectors (relative: to the norm of the base)",
         ["", *labels],
-        [[name, *(f"{measured.norms[i][name]:.4g}" for i in order)] for name in names],
+        [[name, *(f"{measured.norms[i][name]:.{digits}f}" for i in order)] for name in names],
     )
     if len(order) > 1:
         cosines = [
