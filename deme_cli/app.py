@@ -8,7 +8,7 @@ no public names for the classes of contexts and commands that its own methods ta
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Annotated, Any, cast
 
@@ -19,8 +19,9 @@ import typer.main
 from deme_cli.analysis_config import ANALYSES
 from deme_cli.commands.launching import only_first
 from deme_cli.commands.version import show_version
+from deme_cli.config import TABLES
 from deme_cli.errors import ConfigError
-from deme_cli.settings import closest, nearest
+from deme_cli.settings import Settings, closest, nearest
 
 SETTINGS: dict[str, Any] = {
     "pretty_exceptions_enable": False,
@@ -80,6 +81,10 @@ def _usage_told(context: Any, error: Any) -> str:
         items = context.command.params
         flags = [flag for item in items for flag in (*item.opts, *item.secondary_opts)]
         text = f"no option {error.option_name}"
+        name = error.option_name.lstrip("-").replace("-", "_")
+        table = TABLES.get({"ensemble-sample": "sample"}.get(command, command))
+        if name in [item.name for item in fields(table or Settings) if not item.metadata["option"]]:
+            return f"{where}{text}; set {name} under [{command}] in deme.toml"
         if close := closest(error.option_name, [flag for flag in flags if flag.startswith("--")]):
             return f"{where}{text}; did you mean {close}?"
     elif hasattr(error.__cause__, "errors"):  # pydantic's, which converts the values
@@ -134,19 +139,23 @@ JOINT = frozenset({
 COMMANDS: dict[str, Entry] = {
     "split": Entry(PIPELINE, "Import a model, divide its timesteps into ranges.", "split"),
     "finetune": Entry(PIPELINE, "Train the expert of one range (Eq. 3-6).", "finetune"),
-    "task-vector": Entry(PIPELINE, "Subtract the base: norms, cosines.", "task_vector"),
+    "task-vector": Entry(
+        PIPELINE, "Subtract the base from experts; norms, cosines.", "task_vector"
+    ),
     "merge": Entry(PIPELINE, "Merge experts into one model (Eq. 8).", "merge"),
     "sample": Entry(MEASURE, "Draw images from one model.", "sample"),
-    "ensemble-sample": Entry(MEASURE, "Draw images, expert by range (Eq. 7).", "ensemble_sample"),
+    "ensemble-sample": Entry(
+        MEASURE, "Draw images, each expert in its range (Eq. 7).", "ensemble_sample"
+    ),
     "eval": Entry(MEASURE, "Measure the distance to reference images.", "evaluate", "eval"),
     "stats": Entry(MEASURE, "Make reference statistics of images.", "stats"),
     "compare": Entry(MEASURE, "Train and measure a table of methods.", "compare"),
     "demo": Entry(LOOK, "Run the whole pipeline on the embedded digits.", "demo"),
-    "analyze": Entry(LOOK, "Draw why it works: the paper's figures.", "analyze", parts=ANALYSES),
+    "analyze": Entry(LOOK, "Draw the paper's figures: why it works.", "analyze", parts=ANALYSES),
     "report": Entry(LOOK, "Put a run folder on one HTML page.", "report"),
-    "inspect": Entry(LOOK, "Show what artifacts are and where from.", "inspect"),
+    "inspect": Entry(LOOK, "Show what is in an artifact, and where it is from.", "inspect"),
     "export": Entry(LOOK, "Write a diffusers pipeline folder.", "export"),
-    "doctor": Entry(LOOK, "List what runs need: there or missing.", "doctor"),
+    "doctor": Entry(LOOK, "List what runs need, and what of it is missing.", "doctor"),
 }
 
 

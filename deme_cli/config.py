@@ -101,7 +101,7 @@ class SampleConfig(Settings):
     )
     sampler: str | None = setting(
         None,
-        "diffusers scheduler that denoises; unset: ddim, or euler for flow models",
+        "scheduler of diffusers that denoises; unset: ddim, or euler for flow models",
         choices=SAMPLERS,
     )
     steps: int = setting(50, "denoising steps")
@@ -135,7 +135,7 @@ class SampleConfig(Settings):
     batch_size: int = setting(
         256, "images denoised at a time; does not change the images", flags="--batch-size -b"
     )
-    seed: int = setting(0, "image i depends on (seed, i) alone")
+    seed: int = setting(0, "seed of the noise; image i depends on (seed, i) alone")
 
     def check(self) -> None:
         self._positive("num", "steps", "batch_size", "per_prompt", "resolution", "resize")
@@ -149,19 +149,23 @@ class EvalConfig(Settings):
     protocol: str | None = setting(
         None, "a published protocol that fixes sampler, counts and extractor", choices=PROTOCOLS
     )
-    fid: str | None = setting(None, "reference of the Fréchet distance")
-    kid: str | None = setting(None, "reference of the kernel distance")
+    fid: str | None = setting(
+        None,
+        "reference of the Fréchet distance: digits, cifar10, a folder, samples, statistics, .npz",
+    )
+    kid: str | None = setting(None, "reference of the kernel distance: images, as for fid")
     clip_score: bool = setting(False, "measure the CLIP score of prompts and images")
-    clip_model: str = setting("ViT-g-14", "open_clip architecture of the CLIP score")
+    clip_model: str = setting("ViT-g-14", "architecture of the CLIP score, as open_clip calls it")
     clip_weights: str = setting(
-        "laion2b_s34b_b88k", "open_clip weights of the CLIP score: a tag, a file or local-dir:"
+        "laion2b_s34b_b88k", "weights of the CLIP score: a tag of open_clip, a file or local-dir:"
     )
     accuracy: str | None = setting(
         None, "classifier that should recognise the prompted class: digits or a TorchScript file"
     )
     features: str | None = setting(
         None,
-        "inception, clip, digits or a TorchScript file; unset: digits for digits, else inception",
+        "what a distance is taken on: inception, clip, digits or a TorchScript file; unset: digits "
+        "for digits, else inception",
     )
     resize: str = setting("clean", "how images come to the extractor's size", choices=RESIZES)
     num: int | None = setting(

@@ -45,13 +45,13 @@ class FinetuneConfig(Settings):
     )
     timesteps: str = setting(
         "per-sample",
-        "who draws between the range and [0, T): each image, or a whole batch as the official code",
+        "what p is drawn for: every image, or a whole batch at once as in the official code",
         choices=TIMESTEP_DRAWS,
         panel=_MORE,
     )
     antithetic: bool = setting(
         False,
-        "draw timesteps in mirrored pairs t and start + stop - 1 - t, as the official code",
+        "draw timesteps in mirrored pairs t and start + stop - 1 - t, as in the official code",
         flags="--antithetic/--independent",
         panel=_MORE,
     )

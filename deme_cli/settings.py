@@ -148,9 +148,8 @@ def help_of(item: Field[Any]) -> str:
     text: str = item.metadata["help"]
     if item.metadata["choices"]:
         text += f" ({', '.join(item.metadata['choices'])})"
-    if item.default not in (None, MISSING, ""):
-        shown = str(item.default).lower() if isinstance(item.default, bool) else item.default
-        text += f" [default: {shown}]"
+    if item.default not in (None, MISSING, "") and not isinstance(item.default, bool):
+        text += f" [default: {item.default}]"
     return text
 
 

@@ -106,6 +106,7 @@ def test_two_options_of_one_name_are_a_mistake_that_is_seen_at_once() -> None:
         ("sample x --guidance-scale 1", "did you mean --guidance?"),
         ("sample x --scheduler ddim", "did you mean --sampler?"),
         ("merge --weights 1,2", "did you mean --coefficients?"),
+        ("merge --loss-range 1:2", "no option --loss-range; set loss_range under [merge] in deme"),
         ("eval --weights", "eval: option '--weights' requires an argument; see deme eval --help"),
         ("analyze losses --num_samples 3", "analyze losses: no option --num_samples; did you mean"),
         ("finetune --xyzzy", "finetune: no option --xyzzy; see deme finetune --help"),
