@@ -166,7 +166,8 @@ def _draw(rows: list[dict[str, Any]], size: Size) -> None:
         ],
     )
     metric = "frechet_digits"
-    training, drawing = (read_run_file(None).settings(c) for c in (FinetuneConfig, SampleConfig))
+    run = read_run_file(None)
+    training, drawing = run.settings(FinetuneConfig), run.settings(SampleConfig)
     protocol = (
         f"{NUM_RANGES} experts of {size.steps} updates, control {NUM_RANGES * size.steps}; "
         f"lr {training.lr:g}, p {training.p:g}, no consistency loss"

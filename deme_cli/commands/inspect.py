@@ -23,7 +23,7 @@ Verify = Annotated[
 
 
 _MOST_LINES, _WIDTH = 40, 92  # of a fact with many parts; columns of what is nested in one
-_NOTHING = (None, {}, [], ())
+_NOTHING: tuple[Any, ...] = (None, {}, [], ())
 _UNSHOWN = ("created_by", "fingerprint", "model_config", "scheduler_config", "prompts")
 
 
