@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deme_cli.errors import ConfigError, MissingError, writing
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def require_output(path: Path, *, force: bool) -> None:
@@ -43,21 +52,58 @@ def require_space(path: Path, num_bytes: int) -> None:
         )
 
 
+def file_lock(path: Path) -> BaseFileLock:
+    """A lock on the file at `path`: the system's, which goes with the process that holds it.
+
+    Where the file system has none (some NFS, FUSE and parallel ones) the file notes its holder,
+    who is known to be gone on the same host alone; `holder_of` then says what to remove.
+    """
+    from filelock import FileLock, SoftFileLock
+
+    kind = FileLock if _has_flock(path.parent) else SoftFileLock
+    return kind(path, thread_local=False)
+
+
+def _has_flock(folder: Path) -> bool:
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        try:
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_FLOCK:
+                return False
+            raise
+    return True
+
+
+def holder_of(path: Path) -> str:
+    """The process that a lock's file names, and what helps if that is gone; "" if it names none."""
+    with suppress(OSError, ValueError):
+        match path.read_text().split():
+            case [process, host, *_]:
+                return f" (process {process} on {host}; if that is gone, remove {path})"
+    return ""
+
+
 @contextmanager
 def claim(path: Path) -> Iterator[None]:
     """Hold the right to write `path`. Raises ConfigError while another process holds it."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     path = Path(path)
     lock_path = path.parent / f".{path.name}.lock"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_path)
+        lock = file_lock(lock_path)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise ConfigError(
-                f"{path} is being written by another deme process; wait for it or use --output"
+                f"{path} is being written by another deme process{holder_of(lock_path)}; wait for "
+                f"it or use --output"
             ) from error
     try:
         yield

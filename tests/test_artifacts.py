@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ from deme_cli.artifacts import (
     write_artifact,
 )
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.merging.search.journal import Journal
+from deme_cli.merging.search.journal_file import read_journal
 from deme_cli.outputs import claim, require_output, require_space, write_whole
 from deme_cli.records import KINDS, BaseRecord, StatisticsRecord, parse_record
 from deme_cli.tensor_file import layout_of, read_header
@@ -225,6 +228,40 @@ def test_two_writers_of_one_output_exclude_each_other(tmp_path: Path) -> None:
         write_artifact(path, TENSORS, RECORD)
     write_artifact(path, TENSORS, RECORD)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def without_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that has no locks."""
+
+    def flock(file: object, operation: int) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+
+
+def test_writers_exclude_each_other_without_flock(tmp_path: Path, without_flock: None) -> None:
+    path, lock = tmp_path / "a.safetensors", tmp_path / ".a.safetensors.lock"
+    with claim(path), pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+        write_artifact(path, TENSORS, RECORD)
+    lock.write_text("4242\nanother-host\n77\n")  # of a process that was killed there
+    with pytest.raises(ConfigError, match=rf"4242 on another-host; .* remove {lock}"):
+        write_artifact(path, TENSORS, RECORD)
+    lock.unlink()
+    write_artifact(path, TENSORS, RECORD)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_journal_is_shared_without_flock(tmp_path: Path, without_flock: None) -> None:
+    path = tmp_path / "m.journal"
+    for value in (1.0, 2.0):
+        with Journal(path, ["w"], {}) as journal:
+            journal.open(force=False)
+            with journal.planning():
+                trial = journal.start(0, [value])
+            journal.finish(trial, value)
+    assert len(read_journal(path).trials) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["m.journal"]
 
 
 def test_plain_files_appear_whole(tmp_path: Path) -> None:

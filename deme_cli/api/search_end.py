@@ -13,7 +13,7 @@ from deme_cli import console
 from deme_cli.api.merge_order import Order
 from deme_cli.api.search_trials import open_trials
 from deme_cli.merging.search.trials import BASE_NAME, MEAN_NAME, trials_of
-from deme_cli.outputs import write_whole
+from deme_cli.outputs import file_lock, write_whole
 from deme_cli.processes import World
 
 if TYPE_CHECKING:
@@ -77,10 +77,8 @@ def finishing(journal: Journal, check: Callable[[], None]) -> Iterator[bool]:
 
     `check` is called while it waits, and raises to stop.
     """
-    from deme_cli.merging.search.journal_file import kernel_lock
-
     place = journal.path.with_name(f".{journal.path.name}.end")
-    lock = kernel_lock(place)
+    lock = file_lock(place)
     while not _take(lock):
         check()
     try:

@@ -23,11 +23,11 @@ from deme_cli.merging.search.journal_file import (
     STUDY,
     JournalLock,
     difference,
-    kernel_lock,
     open_storage,
     read_journal,
 )
 from deme_cli.merging.search.trials import Asked, Trial, trials_of
+from deme_cli.outputs import file_lock, holder_of
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -82,15 +82,16 @@ class Journal:
                     self.path.write_bytes(b"")
             self._storage = open_storage(self.path, self._lock)
             self._claim_study()
-            self._alive = kernel_lock(self._lock_of(self.worker))
+            self._alive = file_lock(self._lock_of(self.worker))
             self._alive.acquire(timeout=0)
         return sum(one.value is not None for one in self.asked())
 
     def _require_alone(self) -> None:
         """Check that nobody works on the journal that is to be replaced."""
-        if any(self.path.parent.glob(f".{escape(self.path.name)}.*.worker")):
+        for place in self.path.parent.glob(f".{escape(self.path.name)}.*.worker"):
             raise ConfigError(
-                f"{self.path} is in use by another deme process; wait for it or use --output"
+                f"{self.path} is in use by another deme process{holder_of(place)}; wait for it or "
+                f"use --output"
             )
 
     def _found(self) -> tuple[dict[str, Any], bool] | None:
@@ -141,7 +142,7 @@ class Journal:
             return False
         if not place.exists():
             return True
-        lock = kernel_lock(place)
+        lock = file_lock(place)
         try:
             lock.acquire(timeout=0)
         except TimeoutError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.outputs import file_lock, holder_of
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
     from optuna.storages import JournalStorage
 
 STUDY = "deme-merge"
+_SECONDS = 120.0  # waited for a lock that the system does not let go of with its holder
 _BEGINNING = b'{"op_code"'  # of every line that optuna writes
 
 
@@ -29,10 +32,22 @@ class JournalLock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._place = self._path.with_name(f".{self._path.name}.lock")
-        self._lock = kernel_lock(self._place)
+
+    @functools.cached_property
+    def _lock(self) -> BaseFileLock:
+        return file_lock(self._place)
 
     def acquire(self) -> bool:
-        self._lock.acquire()
+        from filelock import SoftFileLock
+
+        left_behind = isinstance(self._lock, SoftFileLock)  # it may be, by a host that is gone
+        try:
+            self._lock.acquire(timeout=_SECONDS if left_behind else -1)
+        except TimeoutError as error:
+            raise ConfigError(
+                f"{self._path} is in use by another deme process{holder_of(self._place)}; wait for "
+                f"it or use --output"
+            ) from error
         if self._lock.lock_counter == 1:
             self._cut_torn_line()
         return True
@@ -68,13 +83,6 @@ class JournalLock:
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def kernel_lock(path: Path) -> BaseFileLock:
-    """A lock on a file, held by the process rather than by a note on disk."""
-    from filelock import FileLock
-
-    return FileLock(path, thread_local=False)
 
 
 def open_storage(path: Path, lock: JournalLock) -> JournalStorage:
