@@ -21,7 +21,7 @@ from torch import Tensor
 from deme_cli.diffusion.backbones.backbone import Config, Shape
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.conditions import Conditions, to
-from deme_cli.diffusion.denoiser import TORCH_DTYPES, choose_device
+from deme_cli.diffusion.denoiser import TORCH_DTYPES, cast, choose_device
 from deme_cli.diffusion.locate import read_index, read_json
 from deme_cli.diffusion.pipeline_files import UNUSED_PARTS, sets_of_variant
 from deme_cli.diffusion.pipeline_parts import digest_of_part, file_names, locate_parts
@@ -78,9 +78,8 @@ class Companions:
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
                 dtype = torch.float32 if name == "vae" else self.dtype
-                part.to(self.device, dtype).eval().requires_grad_(False)
-                if dtype == torch.float16:
-                    _keep_in_float32(part)
+                cast(part, dtype, _kept_in_float32(part, dtype))
+                part.to(self.device).eval().requires_grad_(False)
         return pipeline
 
     def unusual_parts(self, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,12 +252,11 @@ def open_companions(
     return companions
 
 
-def _keep_in_float32(part: torch.nn.Module) -> None:
-    """Give the layers back their precision that overflow in half (T5's `wo`), as diffusers does."""
-    kept = set(getattr(part, "_keep_in_fp32_modules", None) or ())
-    for name, module in part.named_modules():
-        if kept & set(name.split(".")):
-            module.float()
+def _kept_in_float32(part: torch.nn.Module, dtype: torch.dtype) -> set[str]:
+    """The layers that transformers keeps in float32: in float16 those too that overflow (T5's)."""
+    names = ["_keep_in_fp32_modules_strict"]
+    names += ["_keep_in_fp32_modules"] if dtype == torch.float16 else []
+    return {layer for name in names for layer in getattr(part, name, None) or ()}
 
 
 def _silence() -> None:

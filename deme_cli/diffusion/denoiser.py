@@ -6,7 +6,7 @@ knows (backbones/).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,9 @@ class Denoiser:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
+        kept = kept_in_float32(self.network)
+        named = self.network.named_parameters()
+        return next(p.dtype for name, p in named if kept.isdisjoint(name.split(".")))
 
 
 def predict(
@@ -120,10 +122,26 @@ def assemble(
     """The denoiser that a record and its tensors describe, in evaluation mode."""
     network = build_network(record.model_config, where)
     load_weights_into(network, weights, where)
-    if dtype != "fp32":
-        network.to(TORCH_DTYPES[dtype])
+    cast(network, TORCH_DTYPES[dtype], kept_in_float32(network))
     network.to(choose_device(device)).eval().requires_grad_(False)
     return Denoiser(network, read_schedule(record.scheduler_config, where), record)
+
+
+def kept_in_float32(network: nn.Module) -> set[str]:
+    """The parts of a diffusers network, by a piece of their names, that half precision spoils."""
+    return set(getattr(network, "_keep_in_fp32_modules", None) or ())
+
+
+def cast(network: nn.Module, dtype: torch.dtype, kept: Set[str]) -> None:
+    """Bring what is stored of `network` to `dtype`, its `kept` parts to float32, as libraries do.
+
+    What it computes for itself (tables of positions) stays as it is.
+    """
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(
+                dtype if kept.isdisjoint(name.split(".")) else torch.float32
+            )
 
 
 def load_denoiser(path: Path, *, device: str = "cpu", dtype: str = "fp32") -> Denoiser:

@@ -14,11 +14,20 @@ from torch import Tensor, nn
 
 from deme_cli.artifacts import fingerprint
 from deme_cli.diffusion.conditions import Conditions, to
-from deme_cli.diffusion.denoiser import TORCH_DTYPES
+from deme_cli.diffusion.denoiser import TORCH_DTYPES, kept_in_float32
 from deme_cli.diffusion.projection import attach_projections
 from deme_cli.diffusion.threads import fitting_number
 from deme_cli.errors import ConfigError
 from deme_cli.training.run import Run
+
+
+class _Float32Linear(nn.Linear):
+    """Computes in float32 within autocast, too: of what diffusers keeps in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
 
 _CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by autocast, on every device
 
@@ -73,6 +82,9 @@ def for_precision(
     half, device = TORCH_DTYPES[run.dtype], run.denoiser.device
     if half == torch.float32:
         return network, base
+    for one in (network, base):
+        if one is not None:
+            keep_in_float32(one)
     if base is not None:
         original, base = base, hold_in(base if run.shard else copy.deepcopy(base), half)
         if device.type == "cuda":
@@ -86,9 +98,17 @@ def for_precision(
 def hold_in(network: nn.Module, half: torch.dtype) -> nn.Module:
     """`network` with the weights that autocast casts held in `half`; norms stay as they are."""
     for module in network.modules():
-        if isinstance(module, _CAST):
+        if isinstance(module, _CAST) and not isinstance(module, _Float32Linear):
             module.to(half)
     return network
+
+
+def keep_in_float32(network: nn.Module) -> None:
+    """Let the linear layers that diffusers keeps in float32 compute so within autocast."""
+    kept = kept_in_float32(network)
+    for name, module in network.named_modules():
+        if type(module) is nn.Linear and not kept.isdisjoint(name.split(".")):
+            module.__class__ = _Float32Linear
 
 
 def is_convolutional(network: nn.Module) -> bool:

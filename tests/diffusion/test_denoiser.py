@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_MODEL, write_tiny_base
+from tiny_pipelines import BUILDERS
+from transformers import T5EncoderModel
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.diffusion.backbones.known import backbone_of
+from deme_cli.diffusion.checkpoints import open_denoiser
+from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import (
+    TORCH_DTYPES,
     assemble,
     build_network,
     choose_device,
@@ -35,11 +41,6 @@ def test_an_artifact_gives_back_the_network_that_was_stored(tmp_path: Path) -> N
     assert denoiser.schedule.num_train_timesteps == 100
     assert not any(parameter.requires_grad for parameter in denoiser.network.parameters())
     assert (denoiser.device.type, denoiser.dtype) == ("cpu", torch.float32)
-
-
-def test_weights_come_in_the_asked_precision(tmp_path: Path) -> None:
-    write_tiny_base(tmp_path / "base.safetensors")
-    assert load_denoiser(tmp_path / "base.safetensors", dtype="bf16").dtype == torch.bfloat16
 
 
 def test_block_projections_among_the_weights_are_attached(tmp_path: Path) -> None:
@@ -105,3 +106,28 @@ def test_a_device_that_is_not_there_is_named() -> None:
         choose_device("tpu9x")
     with pytest.raises(MissingError, match="--device cuda:99"):
         choose_device("cuda:99")
+
+
+@pytest.mark.parametrize("name", [n for n in ("dit", "wan") if n in BUILDERS])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_keeps_in_float32_what_diffusers_keeps(
+    pipelines: Callable[..., Path], name: str, dtype: str
+) -> None:
+    denoiser = open_denoiser(str(pipelines(name)), dtype=dtype)
+    own, place = denoiser.network, pipelines(name) / denoiser.backbone.part
+    theirs = type(own).from_pretrained(place, torch_dtype=TORCH_DTYPES[dtype])
+    assert denoiser.dtype == TORCH_DTYPES[dtype]
+    for kind in ("named_parameters", "named_buffers"):
+        for (where, a), (_, b) in zip(getattr(own, kind)(), getattr(theirs, kind)(), strict=True):
+            assert (a.dtype, True) == (b.dtype, torch.equal(a, b)), where
+
+
+def test_half_precision_keeps_in_float32_what_transformers_keeps(
+    pipelines: Callable[..., Path],
+) -> None:
+    record = open_denoiser(str(pipelines("sd3"))).record
+    own = open_companions(record, dtype="fp16").pipeline.text_encoder_3.state_dict()
+    place = pipelines("sd3") / "text_encoder_3"
+    theirs = T5EncoderModel.from_pretrained(place, torch_dtype=torch.float16).state_dict()
+    assert {name: t.dtype for name, t in own.items()} == {n: t.dtype for n, t in theirs.items()}
+    assert all(torch.equal(own[name], tensor) for name, tensor in theirs.items())

@@ -29,6 +29,7 @@ from deme_cli.training.networks import (
     for_precision,
     hold_in,
     is_convolutional,
+    keep_in_float32,
     open_networks,
     require_unchanged,
 )
@@ -60,6 +61,22 @@ def test_a_base_held_in_half_says_what_autocast_makes_of_it(
         outputs = [predict(n, x0.float(), t, conditions) for n in (denoiser.network, held)]
     assert torch.equal(*outputs)
     assert is_convolutional(held) == (name in ("sd", "sdxl"))
+
+
+def test_what_diffusers_keeps_in_float32_is_computed_so_in_training(
+    base: Callable[..., Denoiser],
+) -> None:
+    network = base("wan").network
+    embedder = network.condition_embedder.time_embedder
+    x = torch.randn(2, embedder.linear_1.in_features)
+    expected = embedder(x)
+    keep_in_float32(network)
+    held = hold_in(copy.deepcopy(network), torch.bfloat16).condition_embedder
+    assert held.time_embedder.linear_1.weight.dtype == torch.float32
+    assert held.time_proj.weight.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(embedder(x), expected)
+        assert network.condition_embedder.time_proj(expected).dtype == torch.bfloat16
 
 
 def test_half_precision_leaves_the_base_and_checks_it(run: Run) -> None:
