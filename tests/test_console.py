@@ -66,3 +66,18 @@ def test_what_takes_its_time_is_told_and_wiped(monkeypatch: pytest.MonkeyPatch) 
         pass
     assert "loading the libraries" in plain(terminal.getvalue())
     assert terminal.getvalue().rstrip().endswith("\x1b[2K")
+
+
+def test_the_numbers_of_a_column_share_their_digits_after_the_point() -> None:
+    for values, figures, digits in [
+        ([3.79, 1.615, 2.5], 3, 2), ([0.065, 0.029], 2, 3), ([0.03509, 0.001045], 3, 5),
+        ([312.4, 0.77], 3, 3), ([5e4, 1e-9], 3, 1), ([0.0, float("nan")], 2, 2), ([12345], 3, 0),
+    ]:  # fmt: skip
+        assert console.decimals(values, figures) == digits, values
+
+
+def test_without_a_terminal_what_is_done_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("drawing", 4, "image") as bar:
+        for done in (0, 2, 4, 4, 4):
+            bar.advance(done)
+    assert capsys.readouterr().err.count("drawing: 4/4") == 1

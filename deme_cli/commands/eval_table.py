@@ -39,16 +39,16 @@ def show(measured: Evaluation) -> None:
 def _values(figures: Sequence[Figure]) -> list[str]:
     """A column of figures with their standard deviation over repeats; of a share in one repeat,
     its standard error."""
-    spreads = [figure.sd or figure.details.get("standard_error") or 0.0 for figure in figures]
-    digits = console.decimals(spreads, 2)
-    if not any(spreads):
-        digits = console.decimals([figure.value for figure in figures], 4)
+    errors = [figure.details.get("standard_error") for figure in figures]
+    spreads = [f.sd if f.sd is not None else e for f, e in zip(figures, errors, strict=True)]
+    known = [spread for spread in spreads if spread]
+    digits = console.decimals(known or [figure.value for figure in figures], 2 if known else 4)
     cells = []
     for figure, spread in zip(figures, spreads, strict=True):
         told = f"{figure.value:.{digits}f}"
         if figure.sd is not None:
             told += f" ± {figure.sd:.{digits}f}"
-        elif spread:
+        elif spread is not None:
             told += f" (s.e. {spread:.{digits}f})"
         cells.append(told)
     return cells
