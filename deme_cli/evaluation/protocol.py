@@ -125,13 +125,13 @@ def _drawn(card: Mapping[str, Any]) -> str:
     if not is_known(card):
         return "finished images of unknown protocol"
     seeds = card.get("seeds") or [card["seed"]]
-    span = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    span = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     eta = f", eta {card['eta']:g}" if card.get("eta") else ""
     spacing = f", {card['spacing']} spacing" if card["spacing"] else ""
     guidance = f", guidance {card['guidance']:g}" if card.get("guidance") else ""
     return (
         f"{card['sampler']} {card['steps']} steps{spacing}{eta}{guidance}, "
-        f"{card['dtype']}, seed {span}"
+        f"{card['dtype']}, {span}"
     )
 
 
