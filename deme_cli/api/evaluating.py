@@ -170,8 +170,9 @@ def _measure(request: Request, world: World) -> tuple[list[Row], Figures, Protoc
         from deme_cli.evaluation.rows import RowOpener, open_rows
         from deme_cli.evaluation.summary import summarise
 
+        wants = ["text"] * config.clip_score + ["class"] * bool(config.accuracy)
         opener = RowOpener(
-            request.sample, request.prompts, request.pipeline, request.device, request.dtype
+            request.sample, request.prompts, wants, request.pipeline, request.device, request.dtype
         )
         rows = open_rows(request.rows.plans, opener, config)
     _warn(request, rows)
@@ -256,6 +257,11 @@ def _warn(request: Request, rows: list[Row]) -> None:
             console.warn(
                 f"{row.name} has {num} images, not {config.num}: "
                 f"fewer images make a distance larger"
+            )
+        if row.finished is not None and num < len(row.finished):
+            console.warn(
+                f"{row.name}: the first {num} of its {len(row.finished)} images are taken, "
+                f"{row.finished.name(0)} to {row.finished.name(num - 1)}"
             )
     cards = {row.name: row.card for row in rows}
     counts = {row.name: num_images(row, config) for row in rows}

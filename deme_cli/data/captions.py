@@ -21,6 +21,10 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 LABEL_COLUMNS = ("label", "labels", "cls")
 
 
+class NoAnnotations(ArtifactError):
+    """Nothing is told of the images, in any of the ways that deme knows."""
+
+
 @dataclass(frozen=True)
 class Annotations:
     """One raw value per image, None where there is none; `where` they come from, for messages.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli import console
-from deme_cli.data.captions import Annotations, columns_for
+from deme_cli.data.captions import Annotations, NoAnnotations, columns_for
 from deme_cli.data.places import ImageFolder
 from deme_cli.data.text_tables import TextTable, lines_of, read_text, read_text_table, table_of
 from deme_cli.errors import ArtifactError
@@ -65,11 +65,11 @@ def folder_annotations(
     what = "captions" if wants == "text" else "classes"
     if tables:
         columns = dict.fromkeys(name for table in tables for name in table.columns)
-        raise ArtifactError(
+        raise NoAnnotations(
             f"{place.source}: no column {' or '.join(names)} in {tables[0].path.name}; "
             f"columns: {', '.join(columns)}"
         )
-    raise ArtifactError(
+    raise NoAnnotations(
         f"{place.source}: no {what}: looked for {' or '.join(METADATA_NAMES)} with file_name and "
         f"{' or '.join(names)}, and for files beside the images, such as "
         f"{files[0].with_suffix(_BESIDE[wants][0]).name}"
@@ -235,7 +235,7 @@ def _folder_names(
     """
     captions = {path.suffix.lower() for path in place.others} & set(_BESIDE["text"])
     if captions and all(map(_repeats_and_name, files)):
-        raise ArtifactError(
+        raise NoAnnotations(
             f"{place.source}: no classes: {files[0].parent.name} and others are folders of repeats "
             f"(kohya's), whose names are no classes; give metadata with a column label"
         )
@@ -246,7 +246,7 @@ def _folder_names(
         if not _are_parts([(branches[path.parent][level : level + 1], path) for path in files])
     ]  # fmt: skip
     if not classes:
-        raise ArtifactError(
+        raise NoAnnotations(
             f"{place.source}: no classes: its sub-folders {files[0].parent.name}, … are parts of "
             f"one data set, for the numbers of the images run on from one to the next; give "
             f"dataset.json or metadata with a column label"

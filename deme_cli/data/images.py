@@ -8,9 +8,11 @@ B batch, C channels (1 grey, 3 colour), H height, W width.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,6 +88,26 @@ class ImageData:
         if self._kept is not None and centering is None:
             return self._kept[torch.as_tensor(indices, dtype=torch.long)]
         return self._decode(indices, centering)
+
+    def name(self, index: int) -> str:
+        """An image as messages call it."""
+        return self._origin.name(self._indices[index])
+
+    def file_names(self) -> list[str] | None:
+        """The names of images below their folder; None of images that are no files."""
+        if not isinstance(self._origin, FolderSource):
+            return None
+        names = self._origin.file_names()
+        return [names[index] for index in self._indices]
+
+    def select(self, numbers: Sequence[int]) -> ImageData:
+        """Some of these images, as data of its own."""
+        chosen = copy(self)
+        chosen._indices = [self._indices[number] for number in numbers]
+        chosen.fingerprint = hashlib.sha256(f"{self.fingerprint}{numbers}".encode()).hexdigest()
+        if self._kept is not None:
+            chosen._kept = self._kept[torch.as_tensor(numbers, dtype=torch.long)]
+        return chosen
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """The captions of images; for data opened with wants="text"."""

@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ PROMPT_SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 IMAGENET_TEMPLATE = "a photo of a {}"
 _COLUMNS = ("prompt", "caption", "text")
 _CLASS_COLUMNS = ("class", "label")
+_FILE_COLUMNS = ("file_name", "filename")
 _SEED_COLUMNS = ("evaluation_seed",)  # of the COCO table: the seed of each prompt's image
 _RAW = "https://raw.githubusercontent.com/"
 _ASSETS = {
@@ -50,7 +51,8 @@ class PromptSet:
     """Prompts in order. `classes` and `seeds`, where there are any, hold one number per prompt.
 
     `sha256` is of prompts and classes, whatever file held them. A set that `cycles` goes on from
-    its beginning; `template` is what its prompts were made by.
+    its beginning; `template` is what its prompts were made by. `files` are the images that show
+    them, where the file tells.
     """
 
     source: str
@@ -59,6 +61,7 @@ class PromptSet:
     cycles: bool = False
     seeds: tuple[int, ...] | None = None
     template: str | None = None
+    files: tuple[str | None, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -77,7 +80,8 @@ def read_prompts(source: str, *, column: str | None = None) -> PromptSet:
     """The prompts that an argument names: a file, one of KNOWN_PROMPTS, or `text:` and one prompt.
 
     Of a table, `column`, else the first of prompt, caption, text in any case; a column class or
-    label of whole numbers comes along. Of COCO's JSON, the first caption of each image.
+    label of whole numbers comes along, and file_name. Of COCO's JSON, the first caption of each
+    image.
     Raises MissingError for an absent file, ArtifactError for one without prompts, ConfigError for a
     column or a kind of file that does not exist.
     """
@@ -193,7 +197,10 @@ def _of_table(source: str, table: TextTable, column: str | None) -> PromptSet:
             raise ArtifactError(f"{source}: row {number} has no prompt in column {chosen!r}")
         prompts.append(prompt.strip())
     classes, seeds = _numbers(source, table, _CLASS_COLUMNS), _numbers(source, table, _SEED_COLUMNS)
-    return PromptSet(source, tuple(prompts), classes, seeds=seeds)
+    files, column = None, table.column(_FILE_COLUMNS)
+    if column is not None:
+        files = tuple(str(row[column]) if row.get(column) else None for row in table.rows)
+    return PromptSet(source, tuple(prompts), classes, seeds=seeds, files=files)
 
 
 def _numbers(source: str, table: TextTable, names: Sequence[str]) -> tuple[int, ...] | None:
@@ -221,7 +228,11 @@ def _of_json(source: str, path: Path, column: str | None) -> PromptSet:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ArtifactError(f"{source}: not JSON ({error})") from error
     if isinstance(document, dict) and isinstance(document.get("annotations"), list):
-        return _nonempty(source, _coco_captions(source, document["annotations"], column))
+        captions = _coco_captions(source, document["annotations"], column)
+        images = [one for one in document.get("images") or () if isinstance(one, dict)]
+        names = {image.get("id"): image.get("file_name") for image in images}
+        files = tuple(map(names.get, captions)) if names else None
+        return replace(_nonempty(source, list(captions.values())), files=files)
     if isinstance(document, list) and all(isinstance(entry, dict) for entry in document):
         return _of_table(source, table_of(path, document), column)
     if isinstance(document, list) and all(isinstance(entry, str) for entry in document):
@@ -233,8 +244,8 @@ def _of_json(source: str, path: Path, column: str | None) -> PromptSet:
     )
 
 
-def _coco_captions(source: str, annotations: Sequence[Any], column: str | None) -> list[str]:
-    """One caption per image: that of its lowest annotation id, in the order of the image ids."""
+def _coco_captions(source: str, annotations: Sequence[Any], column: str | None) -> dict[int, str]:
+    """By image id in its order, the caption of the lowest annotation id."""
     field = column or "caption"
     first: dict[int, tuple[int, str]] = {}
     for number, entry in enumerate(annotations, 1):
@@ -251,4 +262,4 @@ def _coco_captions(source: str, annotations: Sequence[Any], column: str | None) 
             )
         if image not in first or own < first[image][0]:
             first[image] = (own, str(caption).strip())
-    return [caption for _, (_, caption) in sorted(first.items())]
+    return {image: caption for image, (_, caption) in sorted(first.items())}

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deme_cli import console
 from deme_cli.assets import sha256_of
-from deme_cli.data.captions import Annotations
+from deme_cli.data.captions import Annotations, NoAnnotations
 from deme_cli.data.digests import file_digests, remembered, stamp
 from deme_cli.data.fitting import is_grey, to_srgb
 from deme_cli.data.folder_captions import folder_annotations
@@ -93,7 +93,7 @@ class ArraySource:
         if values is None or len(values) != len(self) or column is not None:
             what = "captions" if wants == "text" else "classes"
             found = f"no column {column!r}" if column else f"no {what}, one for each image"
-            raise ArtifactError(
+            raise NoAnnotations(
                 f"{self.label}: {found}; give images with {what}: a folder with metadata.jsonl, a "
                 f"parquet file or webdataset shards"
             )
@@ -114,6 +114,10 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
+
+    def file_names(self) -> list[str]:
+        """Below the folder."""
+        return [path.relative_to(self._place.path).as_posix() for path in self.paths]
 
     def decode(self, index: int) -> Image.Image:
         return _decode(self.paths[index], self.name(index), self._place.source)

@@ -9,8 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deme_cli.data.captions import Annotations, columns_for
-from deme_cli.errors import ArtifactError
+from deme_cli.data.captions import Annotations, NoAnnotations, columns_for
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +58,7 @@ def _find_column(
         if name in fields:
             return _JSON_FIELD, name
     within = f"; fields of json: {', '.join(fields)}" if fields else ""
-    raise ArtifactError(
+    raise NoAnnotations(
         f"{label}: no column {' or '.join((*names, *extra))} for the "
         f"{'captions' if wants == 'text' else 'classes'}; "
         f"columns: {', '.join(rows.features)}{within}"

@@ -7,12 +7,15 @@ models; for finished images those that came with them, else the ones given.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from deme_cli import console
 from deme_cli.config import EvalConfig, SampleConfig
+from deme_cli.data.captions import NoAnnotations
 from deme_cli.data.images import ImageData, open_images
 from deme_cli.data.prompts import PromptSet
 from deme_cli.diffusion.locate import read_json
@@ -22,7 +25,7 @@ from deme_cli.records import DenoiserRecord, SamplesRecord
 from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
 from deme_cli.sampling.protocol import protocol_card
 from deme_cli.sampling.sampler import SamplingExpert
-from deme_cli.sampling.samples_folder import CARD_NAME, read_subjects
+from deme_cli.sampling.samples_folder import CARD_NAME
 from deme_cli.sampling.scene import Scene, open_scene
 from deme_cli.sampling.single import open_single
 from deme_cli.sampling.subjects import prompts_in_turn
@@ -48,10 +51,14 @@ class Row:
 
 @dataclass
 class RowOpener:
-    """Opens rows. Models of one base share a scene, so that its text encoders are loaded once."""
+    """Opens rows. Models of one base share a scene, so that its text encoders are loaded once.
+
+    wants: what of finished images is to be known, `text` or `class`.
+    """
 
     sample: SampleConfig
     prompts: PromptSet | None = None
+    wants: Sequence[str] = ()
     pipeline: str | None = None
     device: str = "cpu"
     dtype: str = "fp32"
@@ -91,22 +98,89 @@ class RowOpener:
         argument = plan.arguments[0]
         data = open_images(argument, shape=None, split="all")
         record = record_of_file(argument)
+        prompts: Sequence[str] | None = None
+        classes: Sequence[int] | None = None
         if isinstance(record, SamplesRecord):
             card, prompts, classes = record.protocol, record.prompts, record.classes
+            _require_one_each(argument, "prompts", prompts, str, len(data))
+            _require_one_each(argument, "classes", classes, int, len(data))
         else:
-            folder = Path(argument).expanduser()
-            card = _card_of(folder)
-            prompts, classes = read_subjects(folder)
-        _require_one_each(argument, "prompts", prompts, str, len(data))
-        _require_one_each(argument, "classes", classes, int, len(data))
-        if self.prompts is not None and prompts is None and classes is None:
-            per_prompt = self.sample.per_prompt
-            prompts, classes = prompts_in_turn(self.prompts, num=len(data), per_prompt=per_prompt)
+            card = _card_of(Path(argument).expanduser())
+            if "text" in self.wants and (told := _told(argument, "text")):
+                prompts = told.captions(range(len(told)))
+        if self.wants and self.prompts is not None and prompts is None and classes is None:
+            data, prompts, classes = pair(data, self.prompts, per_prompt=self.sample.per_prompt)
             card = {**card, "prompts_sha256": self.prompts.sha256}
+        elif "class" in self.wants and classes is None and (told := _told(argument, "class")):
+            classes = told.labels(range(len(told)))
         card = {**card, "images": data.fingerprint}
         return Row(
             plan.name, plan.kind, data.shape, card, finished=data, prompts=prompts, classes=classes
         )
+
+
+def _told(argument: str, wants: str) -> ImageData | None:
+    """The images of a folder with what lies beside them tells of them, if anything does."""
+    try:
+        return open_images(argument, shape=None, split="all", wants=wants, keep=False)
+    except NoAnnotations:
+        return None
+
+
+def pair(
+    data: ImageData, found: PromptSet, *, per_prompt: int
+) -> tuple[ImageData, list[str], list[int] | None]:
+    """The images that prompts are for, and the prompt and class of each.
+
+    By the names of files, where the prompts have any, else in order: of images the first ones.
+    Raises ArtifactError where names do not fit, ConfigError for fewer images than prompts.
+    """
+    names = data.file_names()
+    if found.files is not None and names is not None:
+        chosen, rows = _by_name(data.source, found, names)
+        classes = None if found.classes is None else [found.classes[row] for row in rows]
+        data = data if len(chosen) == len(data) else data.select(chosen)
+        return data, [found.prompts[row] for row in rows], classes
+    total = len(data) if found.cycles else len(found) * per_prompt
+    if len(data) < total:
+        raise ConfigError(
+            f"{data.source} has {len(data)} images, {found.source} prompts for {total}, and "
+            f"nothing tells which belong together; give the prompts of these images, or a table "
+            f"with a column file_name"
+        )
+    return data, *prompts_in_turn(found, num=total, per_prompt=per_prompt)
+
+
+def _by_name(source: str, found: PromptSet, names: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The numbers of the images that rows name, and those of their rows."""
+    assert found.files is not None
+    rows: dict[str, int] = {}
+    for row, file in enumerate(found.files):
+        if file is None:
+            raise ArtifactError(f"{found.source}: row {row + 1} has no file_name")
+        first = rows.setdefault(os.path.normpath(file.replace("\\", "/")), row)
+        if found.prompts[first] != found.prompts[row]:
+            raise ArtifactError(
+                f"{found.source}: rows {first + 1} and {row + 1} name {file} with two prompts; "
+                f"keep one"
+            )
+    if not rows.keys() & set(names):  # names as seen from another folder
+        rows = {PurePosixPath(file).name: row for file, row in rows.items()}
+        names = [PurePosixPath(name).name for name in names]
+        if len(rows) < len(set(found.files)) or len(set(names)) < len(names):
+            rows = {}
+    chosen = [number for number, name in enumerate(names) if name in rows]
+    if not chosen:
+        raise ArtifactError(
+            f"{found.source}: its column file_name names none of the images of {source}, as "
+            f"{found.files[0]} and {names[0]}"
+        )
+    if len(chosen) < max(len(names), len(rows)):
+        console.note(
+            f"{source}: {len(chosen)} of its {len(names)} images are taken, which "
+            f"{found.source} names in {len(rows)} rows"
+        )
+    return chosen, [rows[names[number]] for number in chosen]
 
 
 def _require_one_each(

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from deme_cli.data.places import image_suffixes
-from deme_cli.errors import ArtifactError, ConfigError, writing
+from deme_cli.errors import ConfigError, writing
 from deme_cli.outputs import claim, require_space, write_whole
 from deme_cli.sampling.noise import image_seed
 from deme_cli.sampling.preview import png_bytes
@@ -169,26 +169,3 @@ class SamplesFolder:
 
     def _path(self, index: int) -> Path:
         return self.order.path / f"{index:06d}.png"
-
-
-def read_subjects(folder: Path) -> tuple[list[str] | None, list[int] | None]:
-    """Prompts and classes, one per image, of a finished folder; None for what its images lack.
-
-    Raises ArtifactError where `metadata.jsonl` cannot be read.
-    """
-    path = folder / METADATA_NAME
-    if not path.is_file():
-        return None, None
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        by_name = {row["file_name"]: row for row in map(json.loads, filter(None, lines))}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: expected one JSON object with file_name per line") from error
-    rows = [by_name[name] for name in sorted(by_name)]
-    return _column(rows, "text", str), _column(rows, "label", int)
-
-
-def _column(rows: list[dict[str, Any]], name: str, kind: type) -> list[Any] | None:
-    """A value per row, or None unless every row has one."""
-    values = [row.get(name) for row in rows]
-    return values if values and all(isinstance(value, kind) for value in values) else None

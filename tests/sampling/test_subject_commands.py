@@ -18,7 +18,6 @@ from deme_cli.data.images import open_images
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.records import BaseRecord, ExpertRecord
 from deme_cli.sampling.noise import image_seed
-from deme_cli.sampling.samples_folder import read_subjects
 from deme_cli.timesteps import split_uniform
 
 Deme = Callable[..., Result]
@@ -85,18 +84,19 @@ def test_a_folder_of_images_can_be_trained_on(sd: Path, deme: Deme) -> None:
     assert json.loads(lines[1]) == {
         "file_name": "000001.png", "text": PROMPTS[1], "seed": image_seed(5, 1),
     }  # fmt: skip
-    assert read_subjects(Path("drawn")) == (PROMPTS, None)
     data = open_images("drawn", shape=(3, 16, 16), split="all", wants="text")
     assert list(data.captions(range(3))) == PROMPTS
     succeed(deme(*command, "--force", "--prompts", "text:a fox", "-n", 2))
-    assert read_subjects(Path("drawn")) == (["a fox"] * 2, None)
+    data = open_images("drawn", shape=(3, 16, 16), split="all", wants="text")
+    assert data.captions(range(2)) == ["a fox"] * 2
 
 
 def test_classes_are_kept_and_a_folder_of_them_is_extended(dit: Path, deme: Deme) -> None:
     command = ["sample", dit, "--classes", "3,7", *FEW, "-o", "drawn"]
     succeed(deme(*command, "-n", 3))
     succeed(deme(*command, "-n", 5))
-    assert read_subjects(Path("drawn")) == (None, [3, 7, 3, 7, 3])
+    data = open_images("drawn", shape=None, split="all", wants="class")
+    assert data.labels(range(5)) == [3, 7, 3, 7, 3]
     whole = succeed(deme(*command, "-n", 5, "-o", "out.safetensors", "--json"))
     assert json.loads(whole.stdout)["protocol"]["classes"] == "3,7"
     assert read_record(Path("out.safetensors")).classes == [3, 7, 3, 7, 3]
