@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deme_cli import console
 from deme_cli.diffusion.backbones.backbone import Config, Shape
 from deme_cli.diffusion.backbones.known import backbone_of
-from deme_cli.diffusion.conditions import Conditions, to
+from deme_cli.diffusion.conditions import Conditions, describe_cut, to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, cast, choose_device
 from deme_cli.diffusion.locate import read_index, read_json
 from deme_cli.diffusion.pipeline_files import UNUSED_PARTS, sets_of_variant
@@ -94,6 +95,28 @@ class Companions:
                     use_safetensors=sets[0].ending == "safetensors",
                 )  # fmt: skip
         return parts
+
+    def tell_cut(self, texts: Sequence[str], what: str) -> None:
+        """Say once how many of `texts` have more tokens than a text encoder of the pipeline takes.
+
+        what: the texts, as in `photos: captions`.
+        """
+        if found := describe_cut(self._tokenizers, self.backbone.max_tokens, texts):
+            console.note_once(f"{what}: {found}")
+
+    @functools.cached_property
+    def _tokenizers(self) -> dict[str, Any]:
+        """The pipeline's tokenizers by name, without its other parts."""
+        import transformers
+
+        _silence()
+        return {
+            name: getattr(transformers, value[1]).from_pretrained(
+                self._whole / name, local_files_only=True
+            )
+            for name, value in read_index(self._whole).items()
+            if name.startswith("tokenizer") and value[1]
+        }
 
     def require_channels(self) -> None:
         """Check that the VAE's latents are what the network denoises; raises ArtifactError."""

@@ -110,6 +110,8 @@ class Scene:
         """
         if self.companions.backbone.parts:
             _ = self.companions.pipeline
+        if self.companions.wants == "text" and self.prompts:
+            self.companions.tell_cut(list(dict.fromkeys(self.prompts)), "prompts")
 
     def lay_out(self, scheduler: Any, steps: int) -> None:
         """Set the scheduler's timesteps as the model's own pipeline does."""

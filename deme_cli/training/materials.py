@@ -68,6 +68,8 @@ def open_examples(
         keep=crop == "centre" and not (is_cached and has_latents),
     )
     _require_classes(data, companions)
+    if companions.wants == "text":
+        companions.tell_cut(data.captions(range(len(data))), f"{data.source}: {split} captions")
     if not has_latents:
         return PixelExamples(data, crop=crop)
     encoder = Encoder(data, companions, shape)

@@ -231,3 +231,40 @@ def test_images_are_resized_as_pillow_does(ours: Draw, prompts: str) -> None:
     assert small.scene.image_shape == (3, 6, 6)
     expected = [np.asarray(Image.fromarray(image).resize((6, 6))) for image in whole.images]
     assert np.array_equal(small.images, np.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [
+        ("sd", {"text_encoder (CLIP)": 77}),
+        ("sdxl", {"text_encoder (CLIP)": 77, "text_encoder_2 (CLIP)": 77}),
+        (
+            "sd3",
+            {"text_encoder (CLIP)": 77, "text_encoder_2 (CLIP)": 77, "text_encoder_3 (T5)": 256},
+        ),
+        ("flux", {"text_encoder (CLIP)": 77, "text_encoder_2 (T5)": 512}),
+        ("wan", {"text_encoder (T5)": 512}),
+    ],
+)
+def test_prompts_that_lose_their_end_are_counted_by_encoder(
+    opened: Any, scene_for: Any, capsys: pytest.CaptureFixture[str], name: str,
+    limits: dict[str, int],
+) -> None:  # fmt: skip
+    """Of one that is too long for every encoder, the end changes nothing."""
+    companions = scene_for(opened(name), SampleConfig(prompts="digits")).companions
+    tokenizers = companions._tokenizers.values()
+    for tokenizer, (encoder, limit) in zip(tokenizers, limits.items(), strict=True):
+        fits, cut = (
+            next(t for n in range(600) if len(tokenizer(t := "q" * n).input_ids) == most)
+            for most in (limit, limit + 1)
+        )
+        companions.tell_cut(["a", fits], f"{name} {encoder} fits")
+        assert f"{encoder}, which" not in capsys.readouterr().err
+        companions.tell_cut(["a", cut, cut], f"{name} {encoder} cut")
+        told = capsys.readouterr().err
+        assert "2 of 3 are too long and lose their end, " in told
+        assert f"2 in {encoder}, which takes {limit} tokens" in told
+        assert "the first is number 2: q" in told
+    longest = "q" * 600
+    one, other = (companions.conditions([longest + end]) for end in ("", "rst"))
+    assert all(torch.equal(one[key], other[key]) for key in one)

@@ -43,6 +43,7 @@ class Backbone(ABC):
     part: str  # the network's name in the pipeline: unet or transformer
     parts: tuple[str, ...]  # the frozen parts it cannot do without; () for pixels from noise alone
     wants: str  # what an image is drawn from, besides noise: nothing, class or text
+    max_tokens: ClassVar[Mapping[str, int]] = {}  # where the pipeline cuts before the tokenizer
     settings: ClassVar[Tables] = {}  # what `split` writes into deme.toml, by table
     since: str = "0.32"  # the oldest diffusers that has the network
     call: str = "pipeline({}).images[0]"  # how the pipeline is asked for an image

@@ -6,7 +6,7 @@ network and unpacked on the way out. The `dev` model is guidance-distilled: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,6 +38,7 @@ class Flux(Backbone):
     class_name, pipeline, part = "FluxTransformer2DModel", "FluxPipeline", "transformer"
     parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     wants = "text"
+    max_tokens: ClassVar[Mapping[str, int]] = {"tokenizer_2": 512}
     settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 1, "accumulation": 64},
         "merge": {"batch_size": 1},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ class StableDiffusion3(Backbone):
     class_name, pipeline, part = "SD3Transformer2DModel", "StableDiffusion3Pipeline", "transformer"
     parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     wants = "text"
+    max_tokens: ClassVar[Mapping[str, int]] = {"tokenizer_3": 256}
     settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 4, "accumulation": 64},
         "merge": {"batch_size": 4},

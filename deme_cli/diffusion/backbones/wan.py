@@ -9,7 +9,7 @@ that divide the timesteps between them already, TI2V-5B has a time for every tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class Wan(Backbone):
     class_name, pipeline, part = "WanTransformer3DModel", "WanPipeline", "transformer"
     parts = ("vae", "text_encoder", "tokenizer")
     wants = "text"
+    max_tokens: ClassVar[Mapping[str, int]] = {"tokenizer": _TOKENS}
     since = "0.33"
     call = 'pipeline({}, num_frames=1, output_type="pil").frames[0][0]'
     settings: ClassVar[Tables] = {
