@@ -59,7 +59,7 @@ def folder_annotations(
     told = _read_beside(place, beside, wants, column)
     if told or (wants == "text" and column is None and all(map(_repeats_and_name, files))):
         return _of_files_beside(place, files, told, wants)
-    branches = {path.parent: _branch(place, path.parent) for path in place.files}
+    branches = {parent: _branch(place, parent) for parent in {path.parent for path in place.files}}
     if wants == "class" and column is None and any(branches.values()):
         return _folder_names(place, files, branches)
     what = "captions" if wants == "text" else "classes"
@@ -163,9 +163,14 @@ def _find_beside(place: ImageFolder, wants: str, column: str | None) -> dict[Pat
         suffixes = [f".{column}"] if f".{column}" in suffixes else [".json"]
     stems = {path.with_suffix("") for path in place.files}
     found: dict[Path, list[Path]] = {}
-    for path in sorted(place.others, key=lambda path: path.suffix.lower() == ".json"):
-        if path.suffix.lower() in suffixes and path.with_suffix("") in stems:
-            found.setdefault(path.with_suffix(""), []).append(path)
+    ranked = {
+        suffix: [path for path in place.others if path.suffix.lower() == suffix]
+        for suffix in suffixes
+    }
+    for paths in ranked.values():
+        for path in paths:
+            if (stem := path.with_suffix("")) in stems:
+                found.setdefault(stem, []).append(path)
     return found
 
 
@@ -214,7 +219,9 @@ def _of_files_beside(
     if max(repeats) > _MAX_REPEATS:
         console.note_once(f"{place.source}: these names are not taken for repeats: {listed}")
         return Annotations(values, where)
-    console.note_once(f"{place.source}: times that training sees an image of a folder: {listed}")
+    console.note_once(
+        f"{place.source}: how often training sees an image, by its folder (kohya): {listed}"
+    )
     return Annotations(values, where, repeats=repeats)
 
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from deme_cli import console
 from deme_cli.artifacts import read_record
+from deme_cli.data.splits import find_splits, is_held_out
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.hub import is_dataset_cached, is_hub_id, offline_reason
 
-HELD_OUT_WORDS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
-_TRAIN_WORDS = ("train", "training")  # both as `datasets` knows splits of folders and files
-_BETWEEN = "[-._ 0-9]"
 _NO_PIXELS = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG")  # which Pillow knows by name alone
 _TOLD_OF_IMAGES = (
     "", ".txt", ".caption", ".cls", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".toml",
@@ -96,6 +94,11 @@ def find_place(source: str) -> Place:
     """
     if source == "digits":
         return Digits(source)
+    if source != source.encode(errors="replace").decode():
+        raise ConfigError(
+            f"{source}: the name is not UTF-8, so deme.toml cannot hold it; rename it, or give a "
+            f"link to it"
+        )
     path = Path(source).expanduser()
     if source in FOLDERS_ONLY and not path.is_dir():
         raise MissingError(
@@ -139,23 +142,25 @@ def _local(source: str, path: Path) -> Place:
 
 def _in_folder(source: str, path: Path) -> Place:
     """The place that a folder's files make: images go before tables, shards before their tables."""
-    files = find_files(path)
-    images = [file for file in files if file.suffix.lower() in image_suffixes()]
-    tables = [file for file in files if file.suffix.lower() == ".parquet"]
-    shards = [file for file in files if file.suffix.lower() == ".tar"]
+    files = [(file.suffix.lower(), file) for file in find_files(path)]
+    images = [file for suffix, file in files if suffix in image_suffixes()]
+    tables = [file for suffix, file in files if suffix == ".parquet"]
+    shards = [file for suffix, file in files if suffix == ".tar"]
     if images:
-        others = set(files) - set(images)
         used = {file for file in tables if file.name == "metadata.parquet" or _is_index(file)}
-        _tell_left_out(source, others - used)
-        return _split_folder(source, path, images, sorted(others))
+        others = [file for suffix, file in files if suffix not in image_suffixes()]
+        _tell_left_out(source, (file for file in others if file not in used))
+        return _image_folder(source, path, images, others)
     beside = {file.with_suffix("") for file in shards}
     if shards and all(file.with_suffix("") in beside for file in tables):  # as img2dataset writes
-        _tell_left_out(source, set(files) - {*shards, *tables})
+        _tell_left_out(
+            source, (file for suffix, file in files if suffix not in (".tar", ".parquet"))
+        )
         return TableFiles(source, path, tuple(shards), "webdataset")
     if tables:
-        _tell_left_out(source, set(files) - set(tables))
+        _tell_left_out(source, (file for suffix, file in files if suffix != ".parquet"))
         return TableFiles(source, path, tuple(tables), "parquet")
-    found = f"; its files: {_count_suffixes(files)}" if files else ""
+    found = f"; its files: {_count_suffixes(file for _, file in files)}" if files else ""
     raise MissingError(
         f"{source}: the folder holds no images that Pillow can open, no parquet files and no "
         f"shards (tar){found}"
@@ -192,72 +197,22 @@ def _count_suffixes(files: Iterable[Path]) -> str:
     return ", ".join(f"{count} {suffix}" for suffix, count in counts[:8]) + more
 
 
-def _split_folder(
+def _image_folder(
     source: str, path: Path, images: Sequence[Path], others: Sequence[Path]
 ) -> ImageFolder:
-    """The place of images with their splits: by folders, or by names where all say one."""
-    held, train = _split_folders(path, {image.parent for image in images})
-    inside = {
-        parent: [folders for folders in (held, train) if not folders.isdisjoint(_up(parent))]
-        for parent in {image.parent for image in images}
-    }
-    held_out = {image for image in images if held in inside[image.parent]}
-    kept = [image for image in images if inside[image.parent]] if train else list(images)
-    if not held and all(_speaks_of(image.name, HELD_OUT_WORDS + _TRAIN_WORDS) for image in images):
-        held_out = {image for image in images if not _speaks_of(image.name, _TRAIN_WORDS)}
-    if not held_out or len(held_out) == len(kept):
-        return ImageFolder(source, path, tuple(images), others=tuple(others))
-    where = ", ".join(sorted(f"{folder.relative_to(path)}/" for folder in held)[:4])
-    console.note_once(
-        f"{source}: held out are {len(held_out)} images"
-        f"{f' in {where}' if held else ', by their names'}; {len(kept) - len(held_out)} to train on"
-        + (f"; {rest} in neither are left out" if (rest := len(images) - len(kept)) else "")
-    )
-    return ImageFolder(
-        source, path, tuple(kept), frozenset(held_out), frozenset(held | train), tuple(others)
-    )
-
-
-def _split_folders(root: Path, parents: Collection[Path]) -> tuple[set[Path], set[Path]]:
-    """Of the folders that hold images: those held out, and those to train on beside them.
-
-    One named `test2017` is held out. One named `test_set` is where `training_set` lies beside it,
-    or no folder that says neither; else it may be a class, as `test tube` is.
-    """
-    siblings: dict[Path, set[Path]] = {}
-    for folder in {folder for parent in parents for folder in _up(parent)}:
-        if root in folder.parents:
-            siblings.setdefault(folder.parent, set()).add(folder)
-    held_out, to_train = set(), set()
-    for folders in siblings.values():
-        train = {folder for folder in folders if _speaks_of(folder.name, _TRAIN_WORDS)}
-        test = {f for f in folders - train if _speaks_of(f.name, HELD_OUT_WORDS)}
-        if not train or folders - train - test:
-            rests = {"", *(_rest(folder.name, _TRAIN_WORDS) for folder in train)}
-            test = {folder for folder in test if _rest(folder.name, HELD_OUT_WORDS) in rests}
-        if test:
-            held_out |= test
-            to_train |= train
-    return held_out, to_train
-
-
-def _up(folder: Path) -> tuple[Path, ...]:
-    return (folder, *folder.parents)
-
-
-def _speaks_of(name: str, words: Sequence[str]) -> bool:
-    """Whether one of `words` stands in a name by itself, between anything but letters."""
-    return not set(words).isdisjoint(re.split(_BETWEEN, name.lower()))
-
-
-def _rest(name: str, words: Sequence[str]) -> str:
-    """A name without `words` and all that is not a letter."""
-    return "".join(part for part in re.split(_BETWEEN, name.lower()) if part not in words)
-
-
-def is_held_out(path: Path) -> bool:
-    """Whether a folder or the file in a relative path says test or validation."""
-    return any(_speaks_of(part, HELD_OUT_WORDS) for part in path.with_suffix("").parts)
+    """The place of images; says which are held out, and which are in no split."""
+    splits = find_splits(path, images)
+    if num := len(splits.held_out):
+        held = {folder for folder in splits.folders if is_held_out(folder.relative_to(path))}
+        where = ", ".join(sorted(f"{folder.relative_to(path)}/" for folder in held)[:4])
+        rest = len(images) - len(splits.images)
+        console.note_once(
+            f"{source}: held out are {num} images{f' in {where}' if held else ', by their names'}; "
+            f"{len(splits.images) - num} to train on"
+            + f"; {rest} in neither are left out"
+            * bool(rest)
+        )
+    return ImageFolder(source, path, splits.images, splits.held_out, splits.folders, tuple(others))
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -270,7 +225,8 @@ def find_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise MissingError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
-    found, seen, starts = [], set(), [folder]
+    found: list[str] = []
+    seen, starts = set(), [str(folder)]
     for start in starts:  # it grows by the links that are met
         for root, folders, files in os.walk(start, onerror=refuse):
             real = os.path.realpath(root)
@@ -279,9 +235,9 @@ def find_files(folder: Path) -> list[Path]:
             folders[:] = (
                 [] if known else sorted(n for n in folders if not n.startswith((".", "__")))
             )
-            starts += [path for path in (Path(root, name) for name in folders) if path.is_symlink()]
-            found += [Path(root, n) for n in files if not n.startswith(".") and not known]
-    return sorted(found, key=lambda path: natural_order(path.relative_to(folder).as_posix()))
+            starts += filter(os.path.islink, (os.path.join(root, name) for name in folders))
+            found += [os.path.join(root, n) for n in files if not n.startswith(".") and not known]
+    return [Path(name) for name in sorted(found, key=natural_order)]
 
 
 def natural_order(name: str) -> tuple[str, str]:

@@ -130,8 +130,7 @@ def _drawn(card: Mapping[str, Any]) -> str:
     spacing = f", {card['spacing']} spacing" if card["spacing"] else ""
     guidance = f", guidance {card['guidance']:g}" if card.get("guidance") else ""
     return (
-        f"{card['sampler']} {card['steps']} steps{spacing}{eta}{guidance}, "
-        f"{card['dtype']}, {span}"
+        f"{card['sampler']} {card['steps']} steps{spacing}{eta}{guidance}, {card['dtype']}, {span}"
     )
 
 

@@ -96,8 +96,10 @@ def _require_classes(data: ImageData, companions: Companions) -> None:
             f"classes with --captions, or choose other images"
         )
     if len(data.classes) < known:
+        are_names = any(name != str(number) for number, name in data.classes.items())
         console.note_once(
             f"{data.source}: {len(data.classes)} of the {known} classes that this model knows"
+            + "; where its numbers are others, name the folders or labels by them" * are_names
         )
 
 

@@ -361,7 +361,7 @@ def test_named_folders_are_classes_as_datasets_numbers_them(tmp_path: Path) -> N
         ({"1.png": b"", "a.heic": b"x", "b.heic": b"x"}, "nothing", "left out .*: 2 .heic"),
         ({"1.png": b"", "t.parquet": b"x"}, "nothing", "left out .*: 1 .parquet"),
         ({"train/1.png": b"", "test/1.png": b""}, "nothing", "held out are 1 images in test/"),
-        ({"1_a/1.png": b"", "2_b/1.png": b""}, "text", "times that training sees .*: 2_b 2, 1_a 1"),
+        ({"1_a/1.png": b"", "2_b/1.png": b""}, "text", "how often training sees .*: 2_b 2, 1_a 1"),
     ],
 )  # fmt: skip
 def test_what_was_taken_is_said_once(
