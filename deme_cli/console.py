@@ -171,6 +171,8 @@ class Progress:
         elapsed, moved = now - self._start[0], done - self._start[1]
         speed = moved / elapsed if moved and elapsed > 0 else 0.0
         shown = f"{speed:.3g}" if speed < 1000 else f"{speed:.0f}"  # no 1.36e+03
+        if speed >= 1e6:
+            shown = f"{speed / 1e6:.0f} million"
         rate = f"{shown} {self.unit}/s" if speed else ""
         if self._bar is not None:
             note = self._fitting(note, rate)

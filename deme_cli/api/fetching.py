@@ -19,10 +19,10 @@ def fetch(assets: Sequence[Asset]) -> None:
     from deme_cli.assets import download, require_assets
 
     for asset in require_assets(assets):
-        with console.progress(f"fetching {asset.name}", 100, "%") as bar:
+        with console.progress(f"fetching {asset.name}", 1, "MB") as bar:
 
             def advance(done: int, total: int, bar: console.Progress = bar) -> None:
-                bar.advance(100 * done // total)
+                bar.advance(done // 1_000_000, total=-(-total // 1_000_000))
 
             download(asset, advance)
 
