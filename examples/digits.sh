@@ -4,6 +4,8 @@
 set -euo pipefail
 mkdir -p "${1:-digits-run}" && cd "${1:-digits-run}"
 
+# deme.toml has settings for a small model: lr 2e-3 and no consistency loss. For the paper's method
+# add --consistency 1 (and --lr 5e-5) to the finetuning of the experts; README has the figures of both.
 deme split digits -n 4                                # base.safetensors, deme.toml
 deme finetune --range all --jobs 2                    # ft_1of4.safetensors ... ft_4of4.safetensors
 deme finetune --range 1/1 --p 0 --consistency 0 --projection none --steps 1600 \
