@@ -1,16 +1,18 @@
 """What a file of weights is that deme did not write, told from the names of its tensors alone.
 
-Nothing is unpickled: the names in a pickle stand in it as text. Needs no torch.
+Nothing is unpickled: of a pickle the words in it are listed. Needs no torch.
 """
 
 from __future__ import annotations
 
+import io
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-_NAME = re.compile(rb"[A-Za-z_][\w.\-]{3,200}")
 _PICKLED_BYTES = 1 << 24  # read of a pickle that is no zip: its names come before its numbers
 _WHOLE = "convert it with diffusers ({}.from_single_file(FILE).save_pretrained(DIR)) and give DIR"
 _NETWORK = (
@@ -65,15 +67,21 @@ def told(path: Path, names: Iterable[str]) -> str:
 
 
 def pickled_names(path: Path) -> list[str]:
-    """What may be names of tensors in a pickle or a zip of one; [] where the file is neither."""
+    """The words in a pickle or in a zip of one, tensors' names among them; [] of another file."""
     with path.open("rb") as file:
         head = file.read(4)
         if head[:2] == b"\x80\x02":
-            pickle = head + file.read(_PICKLED_BYTES)
+            pickles = io.BytesIO(head + file.read(_PICKLED_BYTES))
         elif head == b"PK\x03\x04" and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 member = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
-                pickle = archive.read(member) if member else b""
+                pickles = io.BytesIO(archive.read(member) if member else b"")
         else:
             return []
-    return [name.decode() for name in _NAME.findall(pickle)]
+    words = []
+    with suppress(ValueError, IndexError):  # it ends, or what follows are numbers
+        while True:  # torch's old files are several pickles, one behind the other
+            for _, arg, _ in pickletools.genops(pickles):
+                if isinstance(arg, str):
+                    words.append(arg)
+    return words

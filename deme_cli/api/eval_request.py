@@ -153,11 +153,13 @@ def find_means(
     classifier = find_classifier(run.seen(settings.accuracy)) if settings.accuracy else None
     clip = None
     if settings.clip_score:
-        from deme_cli.evaluation.clip_weights import find_clip
+        from deme_cli.evaluation.clip_weights import activation_told, find_clip
 
         chosen = run.seen(settings.clip_weights)
         fetch_clip(settings.clip_model, chosen)
         clip = find_clip(settings.clip_model, chosen)
+        if told := activation_told(clip):
+            console.warn(told)
     return Means(features, references, clip, classifier, protocol.name if protocol else None)
 
 

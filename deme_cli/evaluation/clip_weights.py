@@ -8,14 +8,19 @@ cache. Tags and architectures are open_clip's own, so it is imported where they 
 from __future__ import annotations
 
 import difflib
+import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deme_cli import foreign_files
 from deme_cli.assets import cache_folder, sha256_of
+from deme_cli.diffusion.locate import read_json
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.assets import hub_cache
 from deme_cli.hub import offline_reason
+from deme_cli.tensor_file import read_header
 
 LOCAL = "local-dir:"
 # The files that open_clip takes from a repository or folder, in its order.
@@ -135,6 +140,8 @@ def _file_or_tag(model: str, weights: str) -> ClipWeights | ClipTag:
     _require_known(model, open_clip.list_models(), "--clip-model", "open_clip architecture")
     path = Path(weights).expanduser()
     if path.is_file():
+        if (quick := quick_gelu_of(path, model)) is not None:
+            _require_activation(model, path.name, quick)
         return ClipWeights(model, model, path.name, path, sha256_of(path))
     if path.suffix or len(path.parts) > 1:
         raise MissingError(f"{weights}: no such file of CLIP weights")
@@ -149,7 +156,7 @@ def published_clip(model: str, tag: str) -> ClipTag:
     if not published:
         tags = open_clip.list_pretrained_tags_by_model(model)
         _require_known(tag, tags, f"--clip-weights for {model}", "tag")
-    _require_activation(model, tag, published)
+    _require_activation(model, tag, bool(published.get("quick_gelu")))
     repository = "/".join(published["hf_hub"].split("/")[:2])  # a file name may follow
     preprocessing = {name: published[name] for name in _PREPROCESSING if name in published}
     return ClipTag(model, tag, repository, preprocessing)
@@ -162,18 +169,81 @@ def _require_known(word: str, known: list[str], option: str, what: str) -> None:
     raise ConfigError(f"{option} {word}: no such {what}; as in {', '.join(near[:8])}")
 
 
-def _require_activation(model: str, tag: str, published: dict[str, Any]) -> None:
+def _require_activation(model: str, weights: str, quick: bool) -> None:
     """Check that the architecture has the activation that the weights were trained with."""
-    import open_clip
-
-    quick = bool(published.get("quick_gelu"))
-    other = f"{model}-quickgelu" if quick else model.removesuffix("-quickgelu")
-    is_other = bool(open_clip.get_model_config(model).get("quick_gelu")) != quick
-    if is_other and other in open_clip.list_models():
+    if has_quick_gelu(model) != quick and (other := _other_activation(model)):
         raise ConfigError(
-            f"--clip-model {model}: the weights {tag} were trained with another activation; "
+            f"--clip-model {model}: the weights {weights} were trained with another activation; "
             f"give --clip-model {other}"
         )
+
+
+def has_quick_gelu(model: str) -> bool:
+    import open_clip
+
+    return bool(open_clip.get_model_config(model).get("quick_gelu"))
+
+
+def _other_activation(model: str) -> str | None:
+    """The architecture that differs from `model` in nothing but its activation."""
+    import open_clip
+
+    plain = model.removesuffix("-quickgelu")
+    other = f"{plain}-quickgelu" if plain == model else plain
+    return other if other in open_clip.list_models() else None
+
+
+def quick_gelu_of(path: Path, model: str) -> bool | None:
+    """Whether a file's weights were trained with QuickGELU; None where nothing tells.
+
+    OpenAI's own files tell by their code or their names of tensors, files of open_clip's folders by
+    the config beside them, others by a published tag in the name of file or repository.
+    """
+    import open_clip
+
+    if path.suffix == ".safetensors":
+        names: Iterable[str] = read_header(path).tensors
+    elif code := script_code(path):
+        return b"1.702" in code  # QuickGELU(x) = x sigmoid(1.702 x)
+    else:
+        names = foreign_files.pickled_names(path)
+    if {"input_resolution", "context_length", "vocab_size"} <= set(names):
+        return True
+    beside = path.parent / "open_clip_config.json"
+    if path.name in FILE_NAMES and beside.is_file():
+        return bool(read_json(beside).get("model_cfg", {}).get("quick_gelu"))
+    parts = [path.name, *(part for part in path.parts if part.startswith("models--"))]
+    spelled = " ".join(parts).lower().replace("-", "_")
+    published = {
+        tag: open_clip.get_pretrained_cfg(one, tag)
+        for one in (model, _other_activation(model) or model)
+        for tag in open_clip.list_pretrained_tags_by_model(one)
+        if tag.lower().replace("-", "_") in spelled
+    }
+    return bool(published[max(published, key=len)].get("quick_gelu")) if published else None
+
+
+def script_code(path: Path) -> bytes:
+    """The source in a TorchScript archive; nothing for any other file."""
+    if not zipfile.is_zipfile(path):
+        return b""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".py")]
+        return b"".join(map(archive.read, names))
+
+
+def activation_told(clip: ClipWeights) -> str | None:
+    """What is assumed of weights whose file does not tell their activation; None where it does."""
+    is_file = clip.architecture == clip.model and clip.name == clip.path.name
+    if not is_file or quick_gelu_of(clip.path, clip.model) is not None:
+        return None
+    if (other := _other_activation(clip.model)) is None:
+        return None
+    own = "QuickGELU" if has_quick_gelu(clip.model) else "GELU"
+    return (
+        f"{clip.path}: does not tell the activation it was trained with; computed with {own}, as "
+        f"{clip.model} does (--clip-model {other} for the other)"
+    )
 
 
 def _local(folder: Path) -> ClipWeights:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deme_cli.artifacts import load_tensors
 from deme_cli.errors import ArtifactError, is_out_of_memory
+from deme_cli.evaluation.clip_weights import quick_gelu_of
 from deme_cli.evaluation.weights import FeatureWeights
 
 CLIP_MODEL = "ViT-B-32-quickgelu"  # OpenAI trained with QuickGELU
@@ -86,6 +87,11 @@ def load_clip(path: Path, device: torch.device) -> Network:
         state = load_script(path, torch.device("cpu")).state_dict()
     else:
         state = read_state_dict(path)
+    if quick_gelu_of(path, CLIP_MODEL.removesuffix("-quickgelu")) is False:
+        raise ArtifactError(
+            f"{path}: trained with another activation than OpenAI's CLIP ViT-B/32, whose features "
+            f"are asked for; give OpenAI's file"
+        )
     tower = open_clip.create_model(CLIP_MODEL, pretrained=None).visual
     visual = {
         name.removeprefix("visual."): tensor.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,16 @@ from deme_cli import hub
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.assets import hub_cache
 from deme_cli.evaluation.clip_score import ClipScorer, batch_preprocess, open_clip_scorer
-from deme_cli.evaluation.clip_weights import find_clip, require_clip
+from deme_cli.evaluation.clip_weights import (
+    activation_told,
+    find_clip,
+    quick_gelu_of,
+    require_clip,
+)
 from deme_cli.evaluation.meters import ClipMeter
 from deme_cli.evaluation.networks import to_input
 
+OPENAI = ("input_resolution", "context_length", "vocab_size")  # beside the weights in its files
 PROMPTS = ["a seven", "a red bus in the rain", "a seven", "two dogs, one cat"]
 
 
@@ -188,6 +195,48 @@ def test_a_tag_is_found_in_the_cache_folder_before_the_hubs(cache: Path) -> None
     found = find_clip("ViT-B-32", "laion2b_s34b_b79k")
     assert (found.path, found.name) == (own, "laion2b_s34b_b79k")
     assert found.preprocessing["interpolation"] == "bicubic"
+
+
+def script(path: Path) -> None:
+    """An archive as OpenAI's: its code tells the activation."""
+
+    class QuickGELU(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.sigmoid(1.702 * x)
+
+    torch.jit.script(QuickGELU()).save(path)
+
+
+def state(path: Path, **more: torch.Tensor) -> None:
+    torch.save({"logit_scale": torch.zeros(()), **more}, path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "write", "quick"),
+    [
+        ("any.pt", script, True),
+        ("any.pt", lambda path: state(path, **dict.fromkeys(OPENAI, torch.zeros(()))), True),
+        ("vit_b_32-quickgelu-laion400m_e32-46683a32.pt", state, True),
+        ("ViT-B-32-laion2b_s34b_b79k.bin", state, False),
+        ("models--timm--vit_base_patch32_clip_224.openai/a/model.bin", state, True),
+        ("mine.pt", state, None),
+    ],
+)
+def test_a_file_of_weights_goes_with_the_activation_it_was_trained_with(
+    tmp_path: Path, name: str, write: Callable[[Path], None], quick: bool | None
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path)
+    assert quick_gelu_of(path, "ViT-B-32") is quick
+    for model in ("ViT-B-32", "ViT-B-32-quickgelu"):
+        if quick in (None, model.endswith("quickgelu")):
+            told = activation_told(find_clip(model, str(path)))
+            assert (told is None) == (quick is not None)
+        else:
+            with pytest.raises(ConfigError, match=f"{path.name} were trained with another act"):
+                find_clip(model, str(path))
 
 
 def test_missing_weights_name_the_hub_repository_within_seconds(
