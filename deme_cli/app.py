@@ -7,6 +7,7 @@ no public names for the classes of contexts and commands that its own methods ta
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -36,6 +37,12 @@ class Command(typer.core.TyperCommand):
     """A command whose usage errors are one line, as all others are."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for word in (*args, os.getcwd()):
+            if any("\ud800" <= letter <= "\udfff" for letter in word):
+                raise ConfigError(
+                    f"{os.fsencode(word)!r}: this name is not UTF-8, which files of weights and of "
+                    f"settings cannot hold; rename it"
+                )
         try:
             return super().parse_args(ctx, args)
         except USAGE_ERROR as error:

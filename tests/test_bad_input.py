@@ -97,6 +97,11 @@ def test_a_file_that_is_no_whole_artifact_is_named(
 
 
 @pytest.mark.parametrize("reader", READERS)
+def test_a_name_that_is_not_utf_8_is_refused(run_folder: Path, deme: Deme, reader: str) -> None:
+    refuse(deme, run_folder, 2, "is not UTF-8", *READERS[reader](os.fsdecode(b"a\xff.safetensors")))
+
+
+@pytest.mark.parametrize("reader", READERS)
 def test_a_path_below_a_file_is_missing(run_folder: Path, deme: Deme, reader: str) -> None:
     file = "base.safetensors/x.safetensors"
     refuse(deme, run_folder, 3, file, *READERS[reader](file))
