@@ -143,7 +143,7 @@ def _add_rows(
         path = Path(os.path.normpath(table.path.parent / file_name))
         value = row.get(column) if column else None
         if path not in images:
-            strangers.append(file_name)
+            strangers += [] if path.exists() else [file_name]  # of no kind or split that is read
         elif value != values.setdefault(path, value):
             raise ArtifactError(
                 f"{table.path}: row {number} names {file_name} again, with another {column}; "
@@ -160,7 +160,7 @@ def _find_beside(place: ImageFolder, wants: str, column: str | None) -> dict[Pat
     """By image without its suffix, the files beside it that may tell of it, in order of rank."""
     suffixes = [*_BESIDE[wants], ".json"]
     if column is not None:
-        suffixes = [f".{column}"] if f".{column}" in suffixes else [".json"]
+        suffixes = [suffix for suffix in suffixes if suffix in (f".{column}", ".json")]
     stems = {path.with_suffix("") for path in place.files}
     found: dict[Path, list[Path]] = {}
     ranked = {

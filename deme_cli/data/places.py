@@ -21,7 +21,7 @@ from deme_cli.hub import is_dataset_cached, is_hub_id, offline_reason
 
 _NO_PIXELS = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG")  # which Pillow knows by name alone
 _TOLD_OF_IMAGES = (
-    "", ".txt", ".caption", ".cls", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".toml",
+    ".txt", ".caption", ".cls", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".toml",
     ".yaml", ".yml",
 )  # fmt: skip
 KNOWN_DATASETS = {"cifar10": "uoft-cs/cifar10"}

@@ -23,12 +23,6 @@ from deme_cli.records import SamplesRecord
 NAMES = [f"{index:02d}.png" for index in range(10)]  # of the fixture image_folder
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what `datasets` prepares out of the cache of whoever runs the tests."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-
-
 def write_lines(path: Path, rows: Sequence[Mapping]) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 

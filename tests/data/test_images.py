@@ -23,12 +23,6 @@ from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.records import SamplesRecord
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what `datasets` prepares out of the cache of whoever runs the tests."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-
-
 def all_images(data: ImageData) -> torch.Tensor:
     return data.batch(range(len(data)))
 
@@ -84,14 +78,6 @@ def test_a_folder_is_read_in_the_order_of_its_names_below_it(tmp_path: Path) -> 
 @pytest.mark.parametrize("names", [[f"img{n:03d}_a" for n in range(0, 999, 7)], ["", "a", "a-1"]])
 def test_names_without_bare_numbers_keep_their_text_order(names: list[str]) -> None:
     assert sorted(names, key=natural_order) == sorted(names)
-
-
-def test_images_are_numbered_as_people_number_them(tmp_path: Path) -> None:
-    for number in range(12):
-        (tmp_path / f"{number // 6 * 9 + 1}").mkdir(exist_ok=True)
-        Image.new("L", (4, 4), number).save(tmp_path / f"{number // 6 * 9 + 1}" / f"{number}.png")
-    data = open_images(str(tmp_path), shape=None, split="all")
-    assert all_images(data)[:, 0, 0, 0].tolist() == list(range(12))
 
 
 def test_every_fiftieth_image_is_held_out_of_a_source_without_a_test_split(tmp_path: Path) -> None:

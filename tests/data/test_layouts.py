@@ -14,18 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deme_cli import console
 from deme_cli.data.images import open_images
 from deme_cli.errors import DemeError
 
 Rows = list[tuple[bytes, str | int | None]]  # an encoded image, and its caption or its class
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what `datasets` prepares out of the cache of whoever runs the tests."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-    monkeypatch.setattr(console, "_said", {})
 
 
 def encoded(number: int, kind: str = "PNG") -> bytes:
@@ -299,6 +291,7 @@ def test_each_split_has_its_own_metadata_and_all_share_the_classes(tmp_path: Pat
     write(tmp_path, images("train/a/0.png", "train/c/1.png", "test/b/2.png", "test/c/3.png"))
     lines = [{"file_name": "a/0.png", "text": "x"}, {"file_name": "c/1.png", "text": "y"}]
     write(tmp_path, {"train/metadata.jsonl": "\n".join(map(json.dumps, lines))})
+    write(tmp_path, {"metadata.csv": "file_name\nextra.png\n", "extra.png": encoded(4)})
     train = open_images(str(tmp_path), shape=None, wants="text")  # test/ has no captions
     assert train.captions([0, 1]) == ["x", "y"]
     labels = [
