@@ -191,6 +191,7 @@ app = typer.Typer(
     name="deme",
     cls=LazyGroup,
     help="Decouple-then-Merge: one diffusion expert per range of timesteps, merged into one model.",
+    epilog="Start with deme demo. Your own model: split, finetune, merge, eval, in this order.",
     no_args_is_help=True,
 )
 

@@ -86,7 +86,7 @@ OTHER_WORDS = {
     "merge": "search combine",
     "inspect": "show info",
     "export": "save save_pretrained convert_to_diffusers",
-    "doctor": "check env version",
+    "doctor": "check env",
     "report": "html",
     "analyze": "analyse plot visualize",
 }

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from deme_cli import console
 from deme_cli.analysis_config import AFFINITY_NAME
 from deme_cli.config import CONFIG_NAME, ModelConfig, SplitConfig
-from deme_cli.errors import ConfigError, DemeError, writing
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, writing
 from deme_cli.outputs import require_output, write_whole
 from deme_cli.run_file import RunFile, read_run_file
-from deme_cli.timesteps import TimestepRange, split_uniform
+from deme_cli.timesteps import TimestepRange, require_cover, split_uniform
 from deme_cli.training.affinity import read_affinity, require_affinity
 
 if TYPE_CHECKING:
@@ -152,7 +152,19 @@ def _check_gradients(
 def _divide(
     settings: SplitConfig, record: BaseRecord, measured: tuple[Path, str] | None
 ) -> list[TimestepRange]:
-    """The ranges of [0, T) by --by; `measured` is where gradients lie, and what writes them."""
+    """The ranges of [0, T): those of the settings, else by --by; `measured` is where gradients
+    lie, and what writes them."""
+    if ranges := settings.timestep_ranges:
+        if settings.n != len(ranges):
+            raise ConfigError(f"n = {settings.n}, but ranges has {len(ranges)}: set both alike")
+        try:
+            require_cover(ranges, record.num_train_timesteps)
+        except ArtifactError as error:
+            told = ", ".join(map(str, ranges))
+            raise ConfigError(
+                f"ranges {told}: expected each of the {record.num_train_timesteps} timesteps once"
+            ) from error
+        return ranges
     from deme_cli.diffusion.schedule import read_schedule
     from deme_cli.training.clusters import split_times
 

@@ -60,4 +60,7 @@ def _show(found: Inventory) -> None:
             remark = "  (another checksum than published)" if item.intact is False else ""
             console.note(f"present  {item.name}  for {item.needed_for}\n"
                          f"         {item.path}{remark}")  # fmt: skip
-    console.note(f"put missing files into {found.cache} (DEME_CACHE chooses another folder)")
+    console.note(
+        f"the digits need none of the missing files; a command fetches those that it needs, where "
+        f"their hosts can be reached, else put them into {found.cache} (DEME_CACHE chooses another)"
+    )

@@ -29,7 +29,7 @@ DIGIT_CAPTIONS = tuple(
 # and what is said of them there.
 DIGITS_REMARK = """\
 # Not the paper's settings, but those that suit this small model and 400 updates: a learning rate of
-# 2e-3 (paper: 5e-5), and no consistency loss (paper: 1.0). Fréchet distances of ensemble and merged:
+# 2e-3 (paper: 5e-5), and no consistency loss (paper: 1.0). Fréchet distances of ensemble, merged:
 # 1.62, 2.50 so; 2.36, 2.72 with `consistency = 1.0`; 2.75, 2.98 with both; the base has 3.79.
 """
 DIGITS_SETTINGS: dict[str, dict[str, Any]] = {

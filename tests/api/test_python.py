@@ -188,6 +188,16 @@ def test_prompts_beside_a_deme_toml_elsewhere_are_found_in_python_too(
     assert str(called.value) == str(typed.exception)
 
 
+def test_ranges_that_are_given_are_those_that_are_written(tmp_path: Path) -> None:
+    own = ["0:100", "100:1000"]
+    done = deme_cli.split("digits", SplitConfig(n=2, ranges=own), output=tmp_path)
+    assert done.run.settings(SplitConfig).ranges == own
+    for wrong, told in ((SplitConfig(ranges=own), "n = 4, but ranges has 2"),
+                        (SplitConfig(n=1, ranges=own[:1]), "each of the 1000")):  # fmt: skip
+        with pytest.raises(DemeError, match=told):
+            deme_cli.split("digits", wrong, output=tmp_path, force=True)
+
+
 def test_every_public_name_is_there_with_types_and_a_docstring() -> None:
     for name in deme_cli.__all__:
         thing = getattr(deme_cli, name)
