@@ -234,6 +234,12 @@ def _require_same_settings(output: Path, base: BaseRecord, job: Job) -> None:
             f"{output} exists, trained on {record.data.get('source')!r} and not "
             f"{job.images.source!r}; add --force to train all ranges anew, or move it away"
         )
+    if _fingerprint_of(job.images, base) != record.data.get("fingerprint"):
+        raise ConfigError(
+            f"{output} exists, trained on other images or captions than those in "
+            f"{job.images.source} now (or by an earlier deme, which did not compare every byte); "
+            f"add --force to train all ranges anew, or move it away"
+        )
     wanted["dtype"] = job.dtype
     if job.images.horizontal_flip is not None:
         wanted["flip"] = job.images.horizontal_flip
@@ -247,6 +253,17 @@ def _require_same_settings(output: Path, base: BaseRecord, job: Job) -> None:
                 f"{output} exists with another {name}, {found[name]!r} and not {value!r}; "
                 f"add --force to train all ranges anew, or move it away"
             )
+
+
+def _fingerprint_of(images: DataConfig, base: BaseRecord) -> str:
+    """That of the training images and of what they show, as an expert of `base` records it."""
+    from deme_cli.data.images import open_images
+    from deme_cli.diffusion.backbones.known import backbone_of
+
+    return open_images(
+        images.source, shape=(3, 8, 8), split="train", wants=backbone_of(base.model_config).wants,
+        captions=images.captions, keep=False,
+    ).fingerprint  # fmt: skip
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -64,6 +64,19 @@ def test_all_ranges_follow_the_split_and_finished_ones_are_kept(deme, folder: Pa
     assert "another lr" in str(other.exception)
 
 
+def test_finished_ranges_are_kept_while_the_bytes_of_their_images_stay(
+    deme, folder: Path, image_folder: Path
+) -> None:
+    (folder / "deme.toml").write_text("[split]\nn = 1\n")
+    words = ["--data", image_folder, *QUICK[2:]]
+    assert deme("finetune", "--range", "1/1", *words).exit_code == 0
+    assert deme("finetune", "--range", "all", *words).exit_code == 0
+    Image.new("L", (8, 8), 9).save(image_folder / "03.png")
+    done = deme("finetune", "--range", "all", *words)
+    assert isinstance(done.exception, ConfigError)
+    assert "trained on other images or captions" in str(done.exception)
+
+
 @pytest.mark.slow
 def test_ranges_side_by_side_equal_ranges_one_after_another(deme, folder: Path) -> None:
     (folder / "deme.toml").write_text("[split]\nn = 2\n")
