@@ -101,7 +101,8 @@ class SampleConfig(Settings):
     )
     sampler: str | None = setting(
         None,
-        "scheduler of diffusers that denoises; unset: ddim, or euler for flow models",
+        "diffusers scheduler that denoises; unset: the checkpoint's own, or the next that fits "
+        "(ddim for pixels, if trained by ddpm and not all timesteps are steps)",
         choices=SAMPLERS,
     )
     steps: int = setting(50, "denoising steps")

@@ -32,6 +32,7 @@ def set_quiet(quiet: bool) -> None:
     """Silence everything but results and errors."""
     global _quiet
     _quiet = quiet
+    _said.clear()  # another command begins
 
 
 def is_quiet() -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.diffusion.backbones.known import backbone_of
+from deme_cli.diffusion.schedule import complete_config
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.row_plans import ENSEMBLE, plan_rows
 from deme_cli.records import DenoiserRecord, ExpertRecord
@@ -113,4 +114,4 @@ def require_alike(entrants: Sequence[Entrant]) -> None:
 def _asked(entrant: Entrant) -> tuple[tuple[int, ...], int, dict[str, Any]]:
     record = entrant.records[0]
     shape = backbone_of(record.model_config).sample_shape(record.model_config)
-    return shape, record.num_train_timesteps, record.scheduler_config
+    return shape, record.num_train_timesteps, complete_config(record.scheduler_config)

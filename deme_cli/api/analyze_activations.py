@@ -60,7 +60,10 @@ def analyze_activations(
     from deme_cli.diffusion.denoiser import choose_device
 
     place = str(choose_device(device))
-    before, after = (open_denoiser(model, device=place, dtype=dtype) for model in pair)
+    frozen = run.pipeline(pipeline)
+    before, after = (
+        open_denoiser(model, pipeline=frozen, device=place, dtype=dtype) for model in pair
+    )
     _require_same_network(before.record, after.record, pair)
     require_block(before.network, block, pair[0])
     chosen = chosen or _range(run, after.record, range)
@@ -123,13 +126,18 @@ def _require_same_network(base: DenoiserRecord, expert: DenoiserRecord, names: P
 
     Raises ArtifactError naming the first setting that differs, or that the weights are the same.
     """
+    from deme_cli.diffusion.schedule import complete_config
+
     if base.fingerprint and base.fingerprint == expert.fingerprint:
         raise ArtifactError(
             f"{names[0]} and {names[1]} have the same weights; give a base and what was "
             f"finetuned from it"
         )
-    for what in ("model_config", "scheduler_config"):
-        ours, theirs = getattr(base, what), getattr(expert, what)
+    configs = {
+        "model_config": (base.model_config, expert.model_config),
+        "scheduler_config": tuple(complete_config(one.scheduler_config) for one in (base, expert)),
+    }
+    for what, (ours, theirs) in configs.items():
         for key in sorted(ours.keys() | theirs.keys()):
             kept = not key.startswith("_") or key == "_class_name"  # the rest says who wrote it
             if kept and ours.get(key) != theirs.get(key):

@@ -52,7 +52,9 @@ def analyze_gradients(
     from deme_cli.diffusion.checkpoints import open_denoiser
     from deme_cli.diffusion.denoiser import choose_device
 
-    denoiser = open_denoiser(model, device=str(choose_device(device)))
+    denoiser = open_denoiser(
+        model, pipeline=run.pipeline(pipeline), device=str(choose_device(device))
+    )
     record, examples = analyzing.open_images(
         denoiser.record, images, run, split="train", beside=analyzing.cache_folder(model, output),
         pipeline=pipeline, device=device,

@@ -241,7 +241,9 @@ class DrawingJob:
         from deme_cli.sampling.single import open_single
 
         (model,) = self.models
-        experts, record = open_single(model, device=self.device, dtype=self.dtype)
+        experts, record = open_single(
+            model, pipeline=self.pipeline, device=self.device, dtype=self.dtype
+        )
         if isinstance(record, ExpertRecord) and len(record.timesteps) < record.num_train_timesteps:
             console.warn(
                 f"{model} is the expert of timesteps {record.timesteps} and will denoise all "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.analysis_config import AFFINITY_NAME
-from deme_cli.config import CONFIG_NAME, ModelConfig, SplitConfig
+from deme_cli.config import CONFIG_NAME, ModelConfig, SampleConfig, SplitConfig
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, writing
 from deme_cli.outputs import require_output, write_whole
 from deme_cli.run_file import RunFile, read_run_file
@@ -84,7 +84,7 @@ def split(
     is_in_place = _is_in_place(model, base)
     for path in (config,) if is_in_place else (base, config):
         require_output(path, force=force)
-    _check_model(model, settings, variant)
+    _check_model(model, settings, pipeline, variant)
     measured = _check_gradients(gradients, settings, model, data, output)
 
     with console.waiting("loading the libraries and the model"):
@@ -125,11 +125,13 @@ def _default_model(data: str | None, pipeline: str | None) -> str:
     return "digits"
 
 
-def _check_model(model: str, settings: SplitConfig, variant: str | None) -> None:
+def _check_model(
+    model: str, settings: SplitConfig, pipeline: str | None, variant: str | None
+) -> None:
     """What the model's files say without its tensors: it is there, and its T can be divided."""
     from deme_cli.diffusion.locate import locate_model, peek_timesteps
 
-    if num_train_timesteps := peek_timesteps(locate_model(model, variant)):
+    if num_train_timesteps := peek_timesteps(locate_model(model, variant), pipeline):
         split_uniform(settings.n, num_train_timesteps)
 
 
@@ -219,6 +221,7 @@ def _run_file_text(
     from deme_cli.data.digits import DIGITS_REMARK, DIGITS_SETTINGS
     from deme_cli.diffusion.backbones.known import backbone_of
     from deme_cli.run_file import render_run_file
+    from deme_cli.sampling.scheduler import name_sampler
 
     if output.resolve() != Path.cwd():
         images, pipeline = _absolute(images), pipeline and _absolute(pipeline)
@@ -230,9 +233,11 @@ def _run_file_text(
     if pipeline:
         live["model"]["pipeline"] = pipeline
     live |= {name: dict(own) for name, own in backbone_of(record.model_config).settings.items()}
-    if images != "digits" or record.companions:
-        return render_run_file(live)
-    return render_run_file(live | DIGITS_SETTINGS, remarks={"finetune": DIGITS_REMARK})
+    is_digits = images == "digits" and not record.companions
+    live |= {name: dict(own) for name, own in (DIGITS_SETTINGS if is_digits else {}).items()}
+    sample = live.setdefault("sample", {})
+    sample["sampler"] = name_sampler(record, SampleConfig(**sample)).sampler
+    return render_run_file(live, remarks={"finetune": DIGITS_REMARK} if is_digits else {})
 
 
 def _absolute(place: str) -> str:

@@ -22,6 +22,7 @@ from deme_cli.artifacts import fingerprint, load_tensors, read_record
 from deme_cli.diffusion.backbones.backbone import Backbone
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.denoiser import (
+    GUESSED,
     Denoiser,
     assemble,
     build_network,
@@ -34,6 +35,7 @@ from deme_cli.diffusion.locate import (
     denoiser_folder,
     locate_model,
     read_json,
+    read_scheduler,
     scheduler_file,
     weights_of,
 )
@@ -41,11 +43,9 @@ from deme_cli.diffusion.pipeline_files import WeightSet, weight_sets
 from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts, require_same_weights
 from deme_cli.diffusion.projection import has_projections
 from deme_cli.diffusion.schedule import read_schedule
-from deme_cli.errors import ArtifactError
+from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.records import BaseRecord
 from deme_cli.tensor_file import read_header
-
-DEFAULT_SCHEDULER = "no scheduler config found; took diffusers' DDPM defaults (T = 1000, linear)"
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,18 @@ def import_model(
     return _import_artifact(place, source)
 
 
-def open_denoiser(argument: str, *, device: str = "cpu", dtype: str = "fp32") -> Denoiser:
+def open_denoiser(
+    argument: str, *, pipeline: str | None = None, device: str = "cpu", dtype: str = "fp32"
+) -> Denoiser:
     """The denoiser that any MODEL argument names: an artifact, a diffusers folder, a hub id.
 
-    Raises what `import_model` and `load_denoiser` raise.
+    pipeline: where its frozen parts and scheduler are, if not there. Raises what `import_model` and
+    `load_denoiser` raise.
     """
     place = locate_model(argument)
     if place.is_file():
         return load_denoiser(place, device=device, dtype=dtype)
-    model = _import_folder(place, argument)
+    model = _import_folder(place, argument, pipeline)
     return assemble(base_record(model), model.weights, argument, device=device, dtype=dtype)
 
 
@@ -143,12 +146,14 @@ def _import_folder(
         else:
             notes = (f"{source}: a denoiser alone; give the folder of its pipeline: --pipeline",)
         source = str(folder.resolve()) if Path(source).expanduser().is_dir() else source
-    scheduler_config, assumed = _read_scheduler(folder, source)
+    scheduler_config = _read_scheduler(folder, source, pipeline, backbone)
     chosen, *others = weights_of(place, variant)
     for other in others:
         require_same_weights(place, chosen, other)
     weights, model_config = _load_network(place, backbone, chosen)
-    notes += (*_choice_told(place, chosen, others), *assumed)
+    notes += _choice_told(place, chosen, others)
+    if not scheduler_config:
+        notes += (f"{source}: {GUESSED}",)
     return ImportedModel(
         weights, model_config, scheduler_config, source, notes, companions=companions
     )
@@ -166,26 +171,36 @@ def _choice_told(place: Path, chosen: WeightSet, others: list[WeightSet]) -> tup
     return ("; ".join(told),)
 
 
-def _read_scheduler(folder: Path, source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The complete scheduler config beside a model, and a note where there is none."""
+def _read_scheduler(
+    folder: Path, source: str, pipeline: str | None, backbone: Backbone
+) -> dict[str, Any]:
+    """What the scheduler config beside a model, or else of its pipeline, states; {} for none.
+
+    Raises MissingError where there is none and none can be guessed.
+    """
     import diffusers
 
-    path = scheduler_file(folder)
-    config = read_json(path) if path else {"_class_name": "DDPMScheduler"}
-    name = config.get("_class_name")
+    config = read_scheduler(folder, pipeline)
+    if not config:
+        if backbone.parts:
+            raise MissingError(
+                f"{source}: a {backbone.class_name} without scheduler_config.json, which says what "
+                f"it predicts of which noise; give the folder or hub id of its pipeline: --pipeline"
+            )
+        return config
+    name, where = config.get("_class_name"), scheduler_file(folder, pipeline)
     scheduler_class: Any = getattr(diffusers, str(name), None)
     if not _is_known(scheduler_class):
         raise ArtifactError(
-            f"{path}: scheduler {name!r} has neither discrete betas nor a flow; deme takes the "
+            f"{where}: scheduler {name!r} has neither discrete betas nor a flow; deme takes the "
             f"DDPM family and FlowMatchEulerDiscreteScheduler"
         )
     try:
-        scheduler = scheduler_class.from_config(config)
+        scheduler_class.from_config(config)
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: unusable scheduler config: {error}") from error
-    complete = _plain_config(scheduler.config)
-    read_schedule(complete, source)
-    return complete, () if path else (DEFAULT_SCHEDULER,)
+        raise ArtifactError(f"{where}: unusable scheduler config: {error}") from error
+    read_schedule(config, source)
+    return config
 
 
 def _is_known(found: Any) -> bool:
@@ -229,7 +244,8 @@ def _load_network(
             raise ArtifactError(f"{folder}: the weights {what} {sorted(report[kind])[0]!r}")
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     require_finite(weights, str(folder / chosen.files[0]))
-    return weights, _plain_config({**network.config, "_class_name": backbone.class_name})
+    config = backbone.corrected(network.config)
+    return weights, _plain_config({**config, "_class_name": backbone.class_name})
 
 
 def _plain_config(config: Any) -> dict[str, Any]:

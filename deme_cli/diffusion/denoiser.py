@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deme_cli import console
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.diffusion.backbones.backbone import Backbone, Shape
 from deme_cli.diffusion.backbones.known import backbone_of
@@ -24,6 +25,10 @@ from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsEr
 from deme_cli.records import DenoiserRecord
 
 Weights = Mapping[str, Tensor]
+GUESSED = (
+    "no scheduler config found; took diffusers' DDPM defaults (T = 1000, linear betas, predicts "
+    "the noise): `deme split MODEL --pipeline DIR` takes those of a pipeline"
+)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -120,6 +125,8 @@ def assemble(
     dtype: str = "fp32",
 ) -> Denoiser:
     """The denoiser that a record and its tensors describe, in evaluation mode."""
+    if not record.scheduler_config:
+        console.note_once(f"{record.source}: {GUESSED}")
     network = build_network(record.model_config, where)
     load_weights_into(network, weights, where)
     cast(network, TORCH_DTYPES[dtype], kept_in_float32(network))

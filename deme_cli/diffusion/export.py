@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.denoiser import Denoiser, predict
-from deme_cli.diffusion.locate import INDEX, read_json
+from deme_cli.diffusion.locate import INDEX, read_json, read_scheduler
+from deme_cli.diffusion.schedule import complete_config, scheduler_of
 from deme_cli.errors import NumericsError, writing
 
 LARGEST_DIFFERENCE = 1e-5
@@ -54,7 +55,7 @@ def export_pipeline(
     remarks.disable_progress_bar()
     with writing(folder), _whole_folder(folder, force=force) as partial:
         if companions.folder is None:
-            _pixel_pipeline(denoiser).save_pretrained(partial)
+            _write_pixel_pipeline(denoiser, partial)
         else:
             companions.require_same()
             _write_parts(denoiser, companions, companions.folder, partial)
@@ -113,19 +114,27 @@ def _draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(1, *shape, generator=generator)
 
 
-def _pixel_pipeline(denoiser: Denoiser) -> Any:
+def _write_pixel_pipeline(denoiser: Denoiser, target: Path) -> None:
     """DDIMPipeline for a DDIM checkpoint; anything else is sampled by DDPM, as it was trained."""
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+    from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 
     config = denoiser.record.scheduler_config
-    if config.get("_class_name") == "DDIMScheduler":
-        return DDIMPipeline(denoiser.network, DDIMScheduler.from_config(config))
-    return DDPMPipeline(denoiser.network, DDPMScheduler.from_config(config))
+    kind: Any = DDIMPipeline if config.get("_class_name") == "DDIMScheduler" else DDPMPipeline
+    kind(denoiser.network, scheduler_of(config, DDPMScheduler)).save_pretrained(target)
+    if config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler"):
+        _write_scheduler(config, target)
+
+
+def _write_scheduler(config: Mapping[str, Any], target: Path) -> None:
+    """What the config states and no more: what it leaves open is for each sampler to fill in."""
+    folder = target / "scheduler"
+    folder.mkdir(exist_ok=True)
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "scheduler_config.json").write_text(text, encoding="utf-8")
 
 
 def _write_parts(denoiser: Denoiser, companions: Companions, source: Path, target: Path) -> None:
     """The pipeline's index and frozen parts as they are, with this denoiser in its place."""
-    import diffusers
     from diffusers.models import ModelMixin
 
     network, backbone = denoiser.network, denoiser.backbone
@@ -147,11 +156,14 @@ def _write_parts(denoiser: Denoiser, companions: Companions, source: Path, targe
         index["requires_safety_checker"] = False
     index[backbone.part] = ["diffusers", backbone.class_name]
     config = denoiser.record.scheduler_config
-    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index["scheduler"] = ["diffusers", config["_class_name"]]
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     network.save_pretrained(target / backbone.part)
-    scheduler.save_pretrained(target / "scheduler")
+    is_same = complete_config(read_scheduler(source)) == complete_config(config)
+    if is_same and (source / "scheduler").is_dir():
+        shutil.copytree(source / "scheduler", target / "scheduler")
+    else:
+        _write_scheduler(config, target)
 
 
 @contextmanager

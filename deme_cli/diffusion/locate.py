@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deme_cli import console
 from deme_cli.artifacts import read_record, record_of
 from deme_cli.data.digits import BASE_PATH
 from deme_cli.diffusion.pipeline_files import (
@@ -71,6 +72,8 @@ def denoiser_folder(folder: Path) -> Path:
         read_index(folder)
     for place in (*(folder / part for part in DENOISERS), folder):
         if (place / "config.json").exists():
+            if place != folder:
+                _tell_average(place)
             return place
     for file in sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", *PICKLED)):
         record_of(read_header(file))  # that says so of a LoRA or a single-file checkpoint
@@ -111,6 +114,15 @@ def weights_of(place: Path, variant: str | None = None) -> list[WeightSet]:
         if one.num_shards and one.indices.isdisjoint(names):
             raise MissingError(f"{place}: {min(one.indices)} is missing, which tells what is where")
     return chosen
+
+
+def _tell_average(place: Path) -> None:
+    """Say that averaged weights lie beside the network that was taken."""
+    average = place.with_name(f"{place.name}_ema")
+    if place.name in DENOISERS and (average / "config.json").exists():
+        console.note_once(
+            f"{place}: taken, not the average beside it; to take that, name {average}"
+        )
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -168,22 +180,38 @@ def _is_of_libraries(part: list[Any], folder: Path) -> bool:
     return not finds_code and not (folder / f"{part[0]}.py").exists()
 
 
-def scheduler_file(folder: Path) -> Path | None:
-    """The scheduler config of a model folder: in it, or in `scheduler/` within or beside it."""
-    places = (
-        folder / "scheduler" / "scheduler_config.json",
-        folder / "scheduler_config.json",
-        folder.resolve().parent / "scheduler" / "scheduler_config.json",
-    )
+def scheduler_file(folder: Path, pipeline: str | None = None) -> Path | None:
+    """The scheduler config of a model folder: its own, else of `pipeline`, else of its run.
+
+    Training scripts write out/checkpoint-500/unet_ema, and out/scheduler at the end.
+    """
+    tops = [folder, *([find_folder(pipeline)] if pipeline else ()), *folder.resolve().parents[:2]]
+    names = ("scheduler/scheduler_config.json", "scheduler_config.json")
+    places = (top / name for top in tops for name in names)
     return next((place for place in places if place.exists()), None)
 
 
-def peek_timesteps(place: Path) -> int | None:
+def read_scheduler(folder: Path, pipeline: str | None = None) -> dict[str, Any]:
+    """What a model's scheduler config states, of the class that its pipeline gives it; {} for none.
+
+    Raises what `read_json` raises.
+    """
+    path = scheduler_file(folder, pipeline)
+    if path is None:
+        return {}
+    top = path.parent.parent if path.parent.name == "scheduler" else path.parent
+    listed = read_json(top / INDEX).get("scheduler") if (top / INDEX).exists() else None
+    stated = read_json(path)
+    if isinstance(listed, list) and len(listed) == 2 and listed[0] == "diffusers":
+        stated["_class_name"] = listed[1]  # as diffusers does
+    return stated
+
+
+def peek_timesteps(place: Path, pipeline: str | None = None) -> int | None:
     """T of a located model, where its files say so without torch."""
     if place.is_file():
         return read_record(place, "base", "expert", "merged").num_train_timesteps
-    path = scheduler_file(place)
-    number = read_json(path).get("num_train_timesteps") if path else None
+    number = read_scheduler(place, pipeline).get("num_train_timesteps")
     return number if type(number) is int else None
 
 

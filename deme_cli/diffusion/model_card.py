@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.diffusion.backbones.known import backbone_of
-from deme_cli.diffusion.schedule import flow_config, read_schedule
+from deme_cli.diffusion.schedule import alphas_config, flow_config, read_schedule
 from deme_cli.hub import is_hub_id
 from deme_cli.records import DenoiserRecord, ExpertRecord, MergedRecord
 
@@ -110,13 +110,14 @@ def _front_matter(record: DenoiserRecord) -> str:
 
 
 def _model_facts(record: DenoiserRecord) -> dict[str, Any]:
-    is_flow = flow_config(record.scheduler_config) is not None  # whose betas, if any, are unused
+    scheduler = record.scheduler_config
+    is_flow = flow_config(scheduler) is not None  # whose betas, if any, are unused
     facts: dict[str, Any] = {
         "starting point": _public_name(record.source),
         "network": record.model_config.get("_class_name"),
         "timesteps T": record.num_train_timesteps,
-        "beta schedule": None if is_flow else record.scheduler_config.get("beta_schedule"),
-        "predicts": read_schedule(record.scheduler_config).prediction_type,
+        "beta schedule": None if is_flow else alphas_config(scheduler)["beta_schedule"],
+        "predicts": read_schedule(scheduler).prediction_type,
         "fingerprint of the weights": record.fingerprint,
         "written by": record.created_by,
     }

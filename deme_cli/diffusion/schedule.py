@@ -1,13 +1,16 @@
 """The forward process: how x_0 becomes x_t, and what the network is asked to predict.
 
 B batch, T timesteps. The schedule comes from the checkpoint's own scheduler config through
-diffusers; nothing about it is assumed. A draw t = 0 .. T-1 is a row of the schedule's table; what
-the network is told for it is its *time*: t itself in DDPM, sigma T in flow matching, whose table
-is denser at high noise where the checkpoint's scheduler shifts it. Ranges are spans of times.
+diffusers; nothing about it is assumed. What a config leaves open is the default of its own class
+for the alphas, of the class that samples for all else. A draw t = 0 .. T-1 is a row of the
+schedule's table; what the network is told for it is its *time*: t itself in DDPM, sigma T in flow
+matching, whose table is denser at high noise where the checkpoint's scheduler shifts it. Ranges are
+spans of times.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +24,11 @@ from deme_cli.timesteps import TimestepRange
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FLOW = "flow"
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+_OF_ALPHAS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "rescale_betas_zero_snr", "prediction_type",
+)  # fmt: skip
+_LEAST_SIGNAL = 2.0**-24  # abar of a last timestep without signal in diffusers' Euler samplers
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,56 @@ def flow_config(scheduler_config: Mapping[str, Any]) -> dict[str, Any] | None:
     return {name: value for name, value in told.items() if value is not None}
 
 
-def read_schedule(scheduler_config: dict[str, Any], where: str = "the model") -> Schedule:
+def complete_config(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler config states, and the defaults of its own class (DDPM's if it has none)."""
+    import diffusers
+
+    name = str(scheduler_config.get("_class_name"))
+    kind = getattr(diffusers, name, diffusers.DDPMScheduler)
+    defaults = {name: one.default for name, one in inspect.signature(kind).parameters.items()}
+    stated = {name: value for name, value in scheduler_config.items() if not name.startswith("_")}
+    return {"_class_name": kind.__name__, **defaults, **stated}
+
+
+def alphas_config(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the alphas are made of and what is predicted, with the defaults of the config's class.
+
+    Left to the class that samples, they would be others: HeunDiscreteScheduler has its own betas.
+    """
+    complete = complete_config(scheduler_config)
+    return {name: complete[name] for name in _OF_ALPHAS if name in complete}
+
+
+def scheduler_of(scheduler_config: Mapping[str, Any], kind: Any, **changes: Any) -> Any:
+    """kind.from_config(scheduler_config) of diffusers, with `changes`, on the model's own alphas.
+
+    A class that ignores or refuses a part of what makes them is given them as trained betas; one
+    that divides by the signal, the least one where there is none. Raises ConfigError where it still
+    works on others.
+    """
+    own = alphas_config(scheduler_config)
+    schedule = read_schedule(scheduler_config)
+    assert isinstance(schedule, NoiseSchedule), "flows have samplers of their own"
+    alphas = schedule.alphas_cumprod
+    divides = kind.__name__ not in ("DDPMScheduler", "DDIMScheduler")
+    seen = alphas.masked_fill(alphas == 0, _LEAST_SIGNAL if divides else 0.0)
+    betas = 1 - seen / torch.cat([seen.new_ones(1), seen[:-1]])
+    as_betas = {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+    reason: object = ""
+    for given in (own, {**own, **as_betas}):
+        try:
+            scheduler = kind.from_config({**scheduler_config, **given, **changes})
+        except (NotImplementedError, TypeError, ValueError) as error:
+            reason = error
+            continue
+        found = scheduler.alphas_cumprod.double()
+        if found.shape == seen.shape and torch.allclose(found, seen, rtol=1e-4, atol=1e-9):
+            return scheduler
+        reason = "it works on other alphas"
+    raise ConfigError(f"{kind.__name__} does not fit this model's schedule: {reason}")
+
+
+def read_schedule(scheduler_config: Mapping[str, Any], where: str = "the model") -> Schedule:
     """The schedule that a diffusers scheduler config describes.
 
     Raises ArtifactError on a config that diffusers refuses or on an unknown prediction type.
@@ -169,9 +226,13 @@ def read_schedule(scheduler_config: dict[str, Any], where: str = "the model") ->
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     flow = flow_config(scheduler_config)
-    family = FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler
+    scheduler: Any
     try:
-        scheduler = family.from_config(flow or scheduler_config)
+        scheduler = (
+            FlowMatchEulerDiscreteScheduler.from_config(flow)
+            if flow
+            else DDPMScheduler(**alphas_config(scheduler_config))
+        )
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where}: unusable scheduler config: {error}") from error
     if flow:
@@ -181,7 +242,10 @@ def read_schedule(scheduler_config: dict[str, Any], where: str = "the model") ->
         raise ArtifactError(
             f"{where}: prediction type {prediction_type!r}; known: {', '.join(PREDICTIONS)}"
         )
-    return NoiseSchedule(scheduler.alphas_cumprod.double(), prediction_type)
+    alphas, horizon = scheduler.alphas_cumprod.double(), scheduler.config.num_train_timesteps
+    if len(alphas) != horizon:
+        raise ArtifactError(f"{where}: {len(alphas)} trained betas for {horizon} timesteps")
+    return NoiseSchedule(alphas, prediction_type)
 
 
 def per_sample(values: Tensor, t: Tensor, like: Tensor) -> Tensor:

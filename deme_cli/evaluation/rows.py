@@ -74,7 +74,9 @@ class RowOpener:
             records: list[DenoiserRecord] = [member.record for member in read_ensemble(paths)]
             experts = open_ensemble(paths, device=self.device, dtype=self.dtype)
         else:
-            experts, record = open_single(plan.arguments[0], device=self.device, dtype=self.dtype)
+            experts, record = open_single(
+                plan.arguments[0], pipeline=self.pipeline, device=self.device, dtype=self.dtype
+            )
             records = [record]
         scene = self._scene(records)
         card = protocol_card(records, self.sample, scene=scene, dtype=self.dtype)

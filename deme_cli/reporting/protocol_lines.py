@@ -46,8 +46,7 @@ def _drawing(card: Mapping[str, Any], run: RunFile) -> list[str]:
     values = {key: card[key] for key in ("num", "steps", "eta", "seed", "guidance", "resolution")
               if card.get(key) is not None}  # fmt: skip
     given = run.settings(SampleConfig)
-    own = "euler" if card.get("prediction_type") == "flow" else "ddim"
-    if card.get("sampler") != (given.sampler or own):
+    if card.get("sampler") != given.sampler:
         values["sampler"] = card.get("sampler")
     if card.get("spacing") not in (None, given.spacing or _USUAL_SPACING):
         values["spacing"] = card["spacing"]

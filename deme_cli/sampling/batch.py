@@ -23,12 +23,11 @@ from deme_cli.sampling.scheduler import first_scale, scale_input, take_step, use
 
 @dataclass(frozen=True)
 class Timestep:
-    """A timestep of the step list: t for the scheduler and on the device, its row if tabled."""
+    """A timestep of the step list: t for the scheduler, and on the device for the network."""
 
     index: int
     t: float
     on_device: Tensor  # ()
-    row: Tensor | None  # (8,) float32, as in `step_table`
 
 
 @dataclass
@@ -66,7 +65,7 @@ def draw_batch(
     return Batch(
         start=span.start,
         num=num,
-        generators=generators if uses_noise(config) else None,
+        generators=generators if uses_noise(scheduler, config) else None,
         scheduler=copy.deepcopy(scheduler),
         x_t=noise * first_scale(scheduler),
         told=to(told, like.device, like.dtype),
@@ -80,16 +79,9 @@ def denoise(batch: Batch, step: Step, at: Timestep, config: SampleConfig) -> tup
 
     The network works in its own dtype, the sampler in float32.  -> two of (num, C, h, w) float32
     """
-    num, x_t, generators = batch.num, batch.x_t, batch.generators
-    if at.row is None:
-        x_t = scale_input(batch.scheduler, x_t, at.t)
-        _, output, _ = step(x_t, at.on_device, batch.told, scale=batch.guidance)
-        batch.x_t, *_ = take_step(
-            batch.scheduler, output, at.t, batch.x_t, config=config, generators=generators
-        )
-        return x_t[:num], output[:num]
-    noise = generators and randn_tensor(x_t.shape, generator=generators, device=x_t.device)
-    seen, output, batch.x_t = step(
-        x_t, at.on_device, batch.told, scale=batch.guidance, row=at.row, noise=noise
+    x_t = scale_input(batch.scheduler, batch.x_t, at.t)
+    output = step(x_t, at.on_device, batch.told, scale=batch.guidance)
+    batch.x_t, *_ = take_step(
+        batch.scheduler, output, at.t, batch.x_t, config=config, generators=batch.generators
     )
-    return seen[:num], output[:num]
+    return x_t[: batch.num], output[: batch.num]

@@ -21,31 +21,21 @@ from deme_cli.diffusion.compiling import compile_calls, is_compiled
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.sampling.guidance import predict_guided
-from deme_cli.sampling.step_table import advance
 
 
 class Step(nn.Module):
-    """One step with a network, as one graph: scaled, guided and, by a row of a table, advanced."""
+    """What the network says in one step, as one graph: both halves of guidance and their sum."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.network = denoiser.network
         self._backbone, self._dtype = denoiser.backbone, denoiser.dtype
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, told: Conditions, *,
-        scale: float | None, row: Tensor | None = None, noise: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """What the network sees, what it says, and x_{t'}; without a row the last is x_t.
-
-        x_t, noise: (B, C, h, w) float32   t: ()   told, scale: as in `predict_guided`   row: as in
-        `step_table`   ->   three of (B, C, h, w) float32
-        """
-        seen = x_t if row is None else row[0] * x_t
-        output = predict_guided(
-            self._backbone, self.network, seen.to(self._dtype), t, told, scale=scale
+    def forward(self, x_t: Tensor, t: Tensor, told: Conditions, *, scale: float | None) -> Tensor:
+        """x_t: (B, C, h, w) float32   t: ()   told, scale: as in `predict_guided`   ->   as x_t"""
+        return predict_guided(
+            self._backbone, self.network, x_t.to(self._dtype), t, told, scale=scale
         )
-        return seen, output, x_t if row is None else advance(row, x_t, output, noise)
 
 
 @dataclass(frozen=True)

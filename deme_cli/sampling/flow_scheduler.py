@@ -50,7 +50,7 @@ def build_flow_scheduler(
     _require_fit(euler, config)
     if config.sampler in ("dpm++", "unipc"):
         name = FLOW_SCHEDULERS[config.sampler]
-        if scheduler_config["_class_name"] == name:  # the pipeline's own, with all its settings
+        if not scheduler_config["_class_name"].startswith("FlowMatch"):  # it has all their settings
             scheduler = getattr(diffusers, name).from_config(dict(scheduler_config))
         else:
             scheduler = _multistep(euler, config.sampler)

@@ -35,9 +35,9 @@ def protocol_card(
     """
     first = records[0]
     scene = scene or open_scene(records, config)
-    config = name_sampler(first.scheduler_config, config)
+    config = name_sampler(first, config)
     scheduler = build_scheduler(
-        first.scheduler_config, config, lay_out=scene.lay_out, has_latents=scene.has_latents
+        first.scheduler_config, config, lay_out=scene.lay_out, changes=scene.scheduler_changes
     )
     flow = is_flow(first.scheduler_config)
     horizon = first.num_train_timesteps

@@ -34,7 +34,6 @@ from deme_cli.sampling.held_experts import HeldExperts
 from deme_cli.sampling.scene import Scene, scene_of
 from deme_cli.sampling.scheduler import build_scheduler, name_sampler
 from deme_cli.sampling.shares import Shares
-from deme_cli.sampling.step_table import tabulate
 from deme_cli.timesteps import TimestepRange, route
 
 CHUNK_BYTES = 1 << 30  # state of the images that pass through the experts together
@@ -130,16 +129,14 @@ def sample_images(
     model = held.take(ranges.index(max(ranges))).denoiser  # the one that sees the noise first
     scene = scene or scene_of(model, config)
     assert config.num in (None, scene.num), "the scene is of another number of images"
-    config = name_sampler(model.record.scheduler_config, config)
-    scheduler = build_scheduler(
-        model.record.scheduler_config, config, lay_out=scene.lay_out, has_latents=scene.has_latents
-    )
+    config = name_sampler(model.record, config)
+    trained_on, changes = model.record.scheduler_config, scene.scheduler_changes
+    scheduler = build_scheduler(trained_on, config, lay_out=scene.lay_out, changes=changes)
     scene.load()
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     threads, is_compiled = _fitting_threads(model, scene, config), compiled.is_on(model.device)
     del model  # so that `held` alone keeps it
-    table = tabulate(scheduler, config) if is_compiled else None
-    runs = _plan_runs(scheduler.timesteps, table, ranges, like.device)
+    runs = _plan_runs(scheduler.timesteps, ranges, like.device)
     num, num_steps = scene.num, len(scheduler.timesteps)
     done, total = first * num_steps, num * num_steps
     size = min(config.batch_size, num - first) if is_compiled else 0
@@ -174,11 +171,10 @@ class _Run:
 
 
 def _plan_runs(
-    timesteps: Tensor, table: Tensor | None, ranges: Sequence[TimestepRange], device: torch.device
+    timesteps: Tensor, ranges: Sequence[TimestepRange], device: torch.device
 ) -> list[_Run]:
     """The steps in the scheduler's order, cut where another expert takes over."""
-    rows = [None] * len(timesteps) if table is None else table.to(device)
-    times = zip(timesteps.tolist(), timesteps.to(device), rows, strict=True)
+    times = zip(timesteps.tolist(), timesteps.to(device), strict=True)
     steps = [Timestep(index, *time) for index, time in enumerate(times)]
     grouped = groupby(steps, key=lambda step: route(step.t, ranges))
     return [_Run(expert, list(group)) for expert, group in grouped]

@@ -7,7 +7,7 @@ draws pixels has images for latents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,11 @@ class Scene:
     def has_latents(self) -> bool:
         """Whether a VAE turns what is denoised into images."""
         return "vae" in self.companions.backbone.parts
+
+    @property
+    def scheduler_changes(self) -> Mapping[str, Any]:
+        """What the model's pipeline changes in every scheduler that it is given."""
+        return self.companions.backbone.scheduler_changes
 
     @property
     def subjects(self) -> Sequence[Any] | None:

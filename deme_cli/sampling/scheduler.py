@@ -8,7 +8,8 @@ models have samplers of their own (flow_scheduler.py).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor
 
 from deme_cli.config import SampleConfig
+from deme_cli.diffusion.backbones.known import backbone_of
+from deme_cli.diffusion.schedule import scheduler_of
 from deme_cli.errors import ConfigError
-from deme_cli.sampling.flow_scheduler import build_flow_scheduler, is_flow
+from deme_cli.records import DenoiserRecord
+from deme_cli.sampling.flow_scheduler import FLOW_SCHEDULERS, build_flow_scheduler, is_flow
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -38,13 +42,35 @@ def _lay_out(scheduler: Any, steps: int) -> None:
     scheduler.set_timesteps(steps)
 
 
-def name_sampler(scheduler_config: Mapping[str, Any], config: SampleConfig) -> SampleConfig:
-    """The settings with their sampler named: unset, it is ddim, or euler for flow models."""
-    return replace(config, sampler=_sampler_of(scheduler_config, config))
+def name_sampler(record: DenoiserRecord, config: SampleConfig) -> SampleConfig:
+    """The settings with their sampler named: unset, the checkpoint's own, or the next that fits.
+
+    One that is trained by DDPM to draw pixels has DDIM, which needs a part of the steps, unless
+    all are taken.
+    """
+    return config if config.sampler else replace(config, sampler=_sampler_of(record, config))
 
 
-def _sampler_of(scheduler_config: Mapping[str, Any], config: SampleConfig) -> str:
-    return config.sampler or ("euler" if is_flow(scheduler_config) else "ddim")
+def _sampler_of(record: DenoiserRecord, config: SampleConfig) -> str:
+    own = record.scheduler_config.get("_class_name")
+    if is_flow(record.scheduler_config):
+        return next((name for name, kind in FLOW_SCHEDULERS.items() if kind == own), "euler")
+    draws_pixels = not backbone_of(record.model_config).parts
+    is_short = config.steps < record.num_train_timesteps
+    if config.eta or (own == "DDPMScheduler" and draws_pixels and is_short):
+        return "ddim"
+    names = sorted(SCHEDULERS, key=lambda name: SCHEDULERS[name] != own)  # its own first
+    return next(iter(_fitting(record.scheduler_config, names)), "ddim")
+
+
+def _fitting(scheduler_config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Those of the samplers that work on the schedule."""
+    found = []
+    for name in names:
+        with suppress(ConfigError):
+            _build(scheduler_config, name, {})
+            found.append(name)
+    return found
 
 
 def build_scheduler(
@@ -52,63 +78,45 @@ def build_scheduler(
     config: SampleConfig,
     *,
     lay_out: LayOut = _lay_out,
-    has_latents: bool = False,
+    changes: Mapping[str, Any] | None = None,
 ) -> Any:
     """The scheduler `config.sampler` on the checkpoint's schedule, its timesteps set (on the CPU).
 
-    lay_out: how the model's own pipeline sets them. has_latents: x_0 is not clipped to [-1, 1]
-    unless the checkpoint says so, for a VAE's latents reach beyond.
+    lay_out: how the model's own pipeline sets them. changes: of the config, by that pipeline.
     Raises ConfigError where the sampler cannot do what is asked with this checkpoint.
     """
-    config = name_sampler(scheduler_config, config)
+    assert config.sampler, "name_sampler comes first"
     _require_settings(config)
     if is_flow(scheduler_config):
         return build_flow_scheduler(scheduler_config, config, lay_out)
-    scheduler = _build(scheduler_config, config, has_latents)
+    changes = dict(changes or {})
+    if config.spacing is not None:
+        changes["timestep_spacing"] = config.spacing
+    try:
+        scheduler = _build(scheduler_config, config.sampler, changes)
+    except ConfigError as error:
+        others = ", ".join(_fitting(scheduler_config, SCHEDULERS)) or "none of the samplers does"
+        raise ConfigError(f"sampler {config.sampler}: {error}; fitting: {others}") from error
     _require_steps(scheduler, config)
     lay_out(scheduler, config.steps)
     _require_timesteps(scheduler, config)
     return scheduler
 
 
-def _build(scheduler_config: Mapping[str, Any], config: SampleConfig, has_latents: bool) -> Any:
+def _build(scheduler_config: Mapping[str, Any], sampler: str, changes: Mapping[str, Any]) -> Any:
     import diffusers
 
-    kind = getattr(diffusers, SCHEDULERS[_sampler_of(scheduler_config, config)])
-    changes: dict[str, Any] = {}
-    if config.spacing is not None:
-        changes["timestep_spacing"] = config.spacing
-    if config.sampler == "dpm++":
-        changes["algorithm_type"] = "dpmsolver++"
-    try:
-        complete = _complete(scheduler_config)
-        if str(complete.get("variance_type")).startswith("learned"):
-            complete["variance_type"] = "fixed_small"  # backbones give the prediction alone
-        if has_latents and can_clip(kind):
-            changes["clip_sample"] = complete.get("clip_sample", False)
-        return kind.from_config(complete, **changes)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"sampler {config.sampler} does not fit this model's schedule ({error}); "
-            f"try ddpm or ddim"
-        ) from error
+    if str(scheduler_config.get("variance_type")).startswith("learned"):
+        changes = {**changes, "variance_type": "fixed_small"}  # backbones give the prediction alone
+    scheduler = scheduler_of(scheduler_config, getattr(diffusers, SCHEDULERS[sampler]), **changes)
+    if sampler == "pndm" and scheduler.config.prediction_type == "sample":
+        raise ConfigError("PNDMScheduler cannot use a model that predicts x_0")
+    return scheduler
 
 
 def can_clip(kind: type) -> bool:
     """Whether samplers of this class can clip x_0 in every step."""
     return "clip_sample" in inspect.signature(kind).parameters
-
-
-def _complete(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler config with the defaults of the checkpoint's own class filled in.
-
-    Left open, they would be the sampler's: HeunDiscreteScheduler takes other betas than DDPM.
-    """
-    import diffusers
-
-    name = scheduler_config.get("_class_name", "DDPMScheduler")
-    own = getattr(diffusers, name, diffusers.DDPMScheduler).from_config(dict(scheduler_config))
-    return {key: value for key, value in own.config.items() if not key.startswith("_")}
 
 
 def _require_settings(config: SampleConfig) -> None:
@@ -129,8 +137,6 @@ def _require_steps(scheduler: Any, config: SampleConfig) -> None:
             f"steps = {config.steps}: the sampler {config.sampler} takes {lowest} to {highest} "
             f"steps with this model's {horizon} timesteps"
         )
-    if config.sampler == "pndm" and scheduler.config.prediction_type == "sample":
-        raise ConfigError("the sampler pndm cannot use a model that predicts x_0; choose another")
 
 
 def _require_timesteps(scheduler: Any, config: SampleConfig) -> None:
@@ -143,10 +149,18 @@ def _require_timesteps(scheduler: Any, config: SampleConfig) -> None:
             f"spacing visit timestep {outside[0]:g}, outside 0 to {horizon - 1}; "
             f"change --steps or --spacing"
         )
+    alphas = scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()]
+    if scheduler.config.prediction_type == "epsilon" and (alphas == 0).any():
+        raise ConfigError(
+            f"this model predicts the noise, from which no x_0 follows at a timestep without "
+            f"signal (zero terminal SNR): {config.sampler} would divide by 0; try --spacing leading"
+        )
 
 
-def uses_noise(config: SampleConfig) -> bool:
+def uses_noise(scheduler: Any, config: SampleConfig) -> bool:
     """Whether the sampler draws fresh noise in its steps."""
+    if config.sampler == "dpm++":
+        return str(scheduler.config.algorithm_type).startswith("sde")
     return config.sampler == "ddpm" or (config.sampler == "ddim" and config.eta > 0)
 
 
@@ -175,7 +189,7 @@ def take_step(
     output, x_t: (B, C, H, W) float32   ->   one or two such tensors
     """
     options: dict[str, Any] = {}
-    if config.sampler in ("ddim", "ddpm"):
+    if config.sampler in ("ddim", "ddpm", "dpm++"):
         options["generator"] = generators
     if config.sampler == "ddim":
         options["eta"] = config.eta

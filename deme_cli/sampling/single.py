@@ -14,7 +14,7 @@ from deme_cli.timesteps import TimestepRange
 
 
 def open_single(
-    argument: str, *, device: str = "cpu", dtype: str = "fp32"
+    argument: str, *, pipeline: str | None = None, device: str = "cpu", dtype: str = "fp32"
 ) -> tuple[list[SamplingExpert], DenoiserRecord]:
     """The model that an argument names, and its record.
 
@@ -23,7 +23,7 @@ def open_single(
     """
     choose_device(device)
     place = locate_model(argument)
-    load = partial(open_denoiser, argument, device=device, dtype=dtype)
+    load = partial(open_denoiser, argument, pipeline=pipeline, device=device, dtype=dtype)
     if not place.is_file():
         denoiser = load()
         return single(denoiser), denoiser.record

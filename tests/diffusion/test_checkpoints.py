@@ -307,7 +307,7 @@ def test_a_latent_pipeline_is_refused(pipe: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ScoreSdeVeScheduler", "EDMEulerScheduler", "logging", "Nope"])
 def test_a_scheduler_without_betas_is_refused(pipe: Path, name: str) -> None:
-    change_json(pipe / "scheduler" / "scheduler_config.json", _class_name=name)
+    change_json(pipe / "model_index.json", scheduler=["diffusers", name])
     with pytest.raises(
         ArtifactError, match=f"scheduler '{name}' has neither discrete betas nor a flow"
     ):

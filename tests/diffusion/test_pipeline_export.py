@@ -90,13 +90,22 @@ def test_a_missing_part_is_named(
         assert f"the {part} is missing" in str(error)
     alone = tmp_path / "alone"
     shutil.copytree(pipelines("sd") / "unet", alone)
+    error = deme("split", alone, "-o", "run").exception
+    assert isinstance(error, MissingError)
+    assert "UNet2DConditionModel without scheduler_config.json" in str(error)
+    assert "--pipeline" in str(error)
+    shutil.copytree(pipelines("sd") / "scheduler", alone / "scheduler")
     deme("split", alone, "-o", "run")
+    shutil.rmtree(alone / "scheduler")
     record = read_record(Path("run/base.safetensors"), "base")
     with pytest.raises(MissingError, match=r"a denoiser alone; it needs vae, text_encoder"):
         open_companions(record)
     assert open_companions(record, pipeline=str(pipelines("sd"))).wants == "text"
     deme("split", alone, "-o", "whole", "--pipeline", pipelines("sd"))
-    assert read_record(Path("whole/base.safetensors"), "base").companions
+    whole = read_record(Path("whole/base.safetensors"), "base")
+    assert whole.companions
+    stated = (pipelines("sd") / "scheduler/scheduler_config.json").read_text()
+    assert whole.scheduler_config == json.loads(stated)
     assert "pipeline = " in Path("whole/deme.toml").read_text()
 
 

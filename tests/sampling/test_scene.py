@@ -169,7 +169,7 @@ def test_the_card_tells_what_the_images_show(opened: Any, prompts: str) -> None:
     assert len(card["prompts_sha256"]) == 64
     assert (card["per_prompt"], card["classes"], card["num"]) == (2, None, 6)
     assert (card["resolution"], card["resize_to"]) == (24, 12)
-    assert (card["sampler"], card["forwards"]) == ("ddim", 100)
+    assert (card["sampler"], card["forwards"]) == ("pndm", 102)
     assert protocol_card([opened("dit").record], SampleConfig())["classes"] == "0-9"
     pixels = protocol_card([PIXELS], SampleConfig())
     names = ("guidance", "prompts", "prompts_sha256", "per_prompt", "classes", "resolution")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import diffusers
 import pytest
 import torch
 from conftest import TINY_MODEL, TINY_SCHEDULER
@@ -14,7 +17,7 @@ from deme_cli.diffusion.schedule import PREDICTIONS, read_schedule
 from deme_cli.errors import ConfigError
 from deme_cli.records import BaseRecord
 from deme_cli.sampling.sampler import collect_images, single
-from deme_cli.sampling.scheduler import SCHEDULERS, build_scheduler, take_step
+from deme_cli.sampling.scheduler import SCHEDULERS, build_scheduler, name_sampler, take_step
 
 MEAN, SD = 0.2, 0.15
 DDPM_1000 = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "clip_sample": True}
@@ -70,36 +73,95 @@ def test_every_sampler_draws_the_distribution_of_an_ideal_denoiser(
     assert pixels.std() == pytest.approx(SD, abs=0.027)
 
 
-def test_what_a_config_leaves_open_is_the_checkpoints_own_default() -> None:
-    ddpm = DDPMScheduler()
-    for sampler in SAMPLERS:
-        scheduler = build_scheduler(DDPM_1000, SampleConfig(sampler=sampler))
-        assert torch.equal(scheduler.alphas_cumprod, ddpm.alphas_cumprod)
-        assert scheduler.config.timestep_spacing == "leading"
+# What a config may state, one key at a time; the alphas hang on the first eight.
+KEYS: list[dict[str, Any]] = [
+    {"trained_betas": [0.001 * (1 + t) for t in range(100)]},
+    {"rescale_betas_zero_snr": True},
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "beta_end": 0.02},
+    *({"beta_schedule": name} for name in ("scaled_linear", "squaredcos_cap_v2", "sigmoid")),
+    {"beta_start": 0.002, "beta_end": 0.1},
+    {"num_train_timesteps": 60},
+    {"prediction_type": "sample"},
+    {"timestep_spacing": "trailing"},
+    {"steps_offset": 1},
+    {"set_alpha_to_one": False},
+    {"clip_sample": False},
+    {"clip_sample_range": 0.5},
+    {"thresholding": True},
+    {"skip_prk_steps": True},
+    {"variance_type": "learned_range"},
+    {"solver_order": 3},
+    *({f"use_{name}_sigmas": True} for name in ("karras", "exponential", "beta")),
+    {"final_sigmas_type": "sigma_min"},
+    {"algorithm_type": "sde-dpmsolver++"},
+    {"euler_at_final": True},
+    {"interpolation_type": "log_linear"},
+    {"unheard_of": 3},
+]
+CLASSES = ["DDPMScheduler", "DDIMScheduler", "HeunDiscreteScheduler", "PNDMScheduler"]
+
+
+@pytest.mark.parametrize("changes", KEYS, ids=str)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_works_on_the_alphas_that_are_trained_on_or_is_refused(
+    sampler: str, changes: dict[str, Any]
+) -> None:
+    own = DDPMScheduler.from_config({**TINY_SCHEDULER, **changes}).alphas_cumprod
+    refusals: list[str] = []
+    for name in CLASSES:
+        config = {**TINY_SCHEDULER, "_class_name": name, **changes}
+        try:
+            scheduler = build_scheduler(config, SampleConfig(sampler=sampler, steps=10))
+        except ConfigError as error:
+            refusals.append(str(error))
+            continue
+        torch.testing.assert_close(scheduler.alphas_cumprod, own, rtol=1e-5, atol=1e-7)
+        assert scheduler.config.prediction_type == config["prediction_type"]
+        assert torch.as_tensor(getattr(scheduler, "sigmas", 0.0)).isfinite().all()
+    assert all(sampler in refusal for refusal in refusals)
+
+
+def test_what_a_config_leaves_open_is_its_own_default_for_the_alphas_alone() -> None:
+    for name in CLASSES:
+        own = getattr(diffusers, name)()
+        for sampler in SAMPLERS:
+            scheduler = build_scheduler({"_class_name": name}, SampleConfig(sampler=sampler))
+            torch.testing.assert_close(scheduler.alphas_cumprod, own.alphas_cumprod)
+            kind = type(scheduler)()
+            for key in ("timestep_spacing", "set_alpha_to_one", "clip_sample", "steps_offset"):
+                assert scheduler.config.get(key) == kind.config.get(key)
+
+
+def named(own: str, *, is_latent: bool = False, config: Any = (), **settings: Any) -> str | None:
+    latent = {"_class_name": "UNet2DConditionModel", "sample_size": 8}
+    model = latent if is_latent else TINY_MODEL
+    record = BaseRecord(
+        source="", model_config=model, scheduler_config={"_class_name": own, **dict(config)},
+        num_train_timesteps=1000,
+    )  # fmt: skip
+    return name_sampler(record, SampleConfig(**settings)).sampler
+
+
+def test_the_sampler_is_the_checkpoints_own_or_the_next_that_fits() -> None:
+    for sampler, own in SCHEDULERS.items():
+        assert named(own, is_latent=True) == sampler
+        assert named(own) == ("ddim" if sampler == "ddpm" else sampler)
+    assert named("DDPMScheduler", steps=1000) == "ddpm"
+    assert named("PNDMScheduler", is_latent=True, eta=0.5) == "ddim"
+    assert named("PNDMScheduler", config={"prediction_type": "sample"}) == "ddim"
+    assert named("LCMScheduler", is_latent=True) == "ddim"
+    assert named("DDIMScheduler", sampler="lms") == "lms"
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    assert named("UniPCMultistepScheduler", config=flow) == "unipc"
+    assert named("FlowMatchEulerDiscreteScheduler") == "euler"
+    assert named("DEISMultistepScheduler", config=flow) == "euler"
 
 
 def test_the_spacing_is_the_checkpoints_own_unless_it_is_given() -> None:
     own = {**TINY_SCHEDULER, "timestep_spacing": "trailing"}
-    assert build_scheduler(own, SampleConfig(steps=10)).timesteps[0] == 99
-    leading = build_scheduler(own, SampleConfig(steps=10, spacing="leading"))
+    assert build_scheduler(own, SampleConfig(sampler="ddim", steps=10)).timesteps[0] == 99
+    leading = build_scheduler(own, SampleConfig(sampler="ddim", steps=10, spacing="leading"))
     assert leading.timesteps.tolist() == list(range(90, -1, -10))
-
-
-@pytest.mark.parametrize(
-    ("changes", "has_latents", "clips"),
-    [
-        ({}, True, False),  # PNDM does not clip, and DDIM's own default is for pixels
-        ({}, False, True),
-        ({"clip_sample": True}, True, True),
-        ({"clip_sample": False}, False, False),
-    ],
-)
-def test_latents_are_clipped_only_where_the_checkpoint_says_so(
-    changes: dict, has_latents: bool, clips: bool
-) -> None:
-    schedule = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **changes}
-    scheduler = build_scheduler(schedule, SampleConfig(), has_latents=has_latents)
-    assert scheduler.config.clip_sample is clips
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
@@ -134,7 +196,8 @@ def test_steps_lie_within_the_timesteps_or_are_refused(sampler: str, spacing: st
         ({}, {"sampler": "pndm", "steps": 3}, "4 to 50"),
         ({}, {"sampler": "pndm", "steps": 51}, "4 to 50"),
         ({"prediction_type": "sample"}, {"sampler": "pndm", "steps": 10}, "predicts x_0"),
-        ({"beta_schedule": "sigmoid"}, {"sampler": "euler", "steps": 10}, "schedule"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, {"sampler": "heun"}, "ddim, ddpm"),
+        ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {}, "without signal"),
         # diffusers visits timestep -1 here: arange(100, 0, -100 / 29) runs one step too far
         ({"timestep_spacing": "trailing"}, {"steps": 29}, "timestep -1"),
         ({"steps_offset": 1}, {"steps": 100, "spacing": "leading"}, "timestep 100"),
@@ -144,4 +207,6 @@ def test_what_a_sampler_cannot_do_is_refused_by_name(
     changes: dict, settings: dict, fault: str
 ) -> None:
     with pytest.raises(ConfigError, match=fault):
-        build_scheduler({**TINY_SCHEDULER, **changes}, SampleConfig(**settings))
+        build_scheduler(
+            {**TINY_SCHEDULER, **changes}, SampleConfig(**{"sampler": "ddim", **settings})
+        )

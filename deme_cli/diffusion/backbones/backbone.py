@@ -45,6 +45,7 @@ class Backbone(ABC):
     wants: str  # what an image is drawn from, besides noise: nothing, class or text
     max_tokens: ClassVar[Mapping[str, int]] = {}  # where the pipeline cuts before the tokenizer
     settings: ClassVar[Tables] = {}  # what `split` writes into deme.toml, by table
+    scheduler_changes: ClassVar[Config] = {}  # by the pipeline, of whatever scheduler it is given
     since: str = "0.32"  # the oldest diffusers that has the network
     call: str = "pipeline({}).images[0]"  # how the pipeline is asked for an image
 
@@ -72,6 +73,10 @@ class Backbone(ABC):
     def build(self, config: Config) -> nn.Module:
         """A network with random weights. Raises what diffusers raises on an unusable config."""
         return self.network_class.from_config({**config, "_class_name": self.class_name})
+
+    def corrected(self, config: Config) -> Config:
+        """A config as it came, as the pipeline corrects it."""
+        return config
 
     def sample_shape(self, config: Config) -> Shape:
         """(C, H, W) of x_t at the size the model was made for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -21,8 +22,10 @@ class StableDiffusion(Backbone):
     settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 16, "accumulation": 16},
         "merge": {"batch_size": 8},
-        "sample": {"sampler": "pndm", "steps": 25, "batch_size": 8},
+        "sample": {"steps": 25, "batch_size": 8},
     }
+    # StableDiffusionPipeline.__init__: as it was trained, whatever a scheduler's file leaves out
+    scheduler_changes: ClassVar[Config] = {"steps_offset": 1, "clip_sample": False}
 
     def matches(self, config: Config) -> bool:
         return super().matches(config) and not config.get("addition_embed_type")
@@ -31,6 +34,14 @@ class StableDiffusion(Backbone):
         if config.get("class_embed_type") or config.get("encoder_hid_dim_type"):
             return "a UNet2DConditionModel with class or image embeddings; deme takes text alone"
         return refusal_of_latent_unet(config)
+
+    def corrected(self, config: Config) -> Config:
+        """With the 64 of all models of 2022, whose files say 32 (StableDiffusionPipeline too)."""
+        size = config.get("sample_size")
+        is_old = re.match(r"0\.[0-8]\b", str(config.get("_diffusers_version")))
+        return (
+            {**config, "sample_size": 64} if is_old and type(size) is int and size < 64 else config
+        )
 
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (TOKENS, config["cross_attention_dim"])}

@@ -25,7 +25,7 @@ class StableDiffusionXL(Backbone):
     settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 4, "accumulation": 64},
         "merge": {"batch_size": 4},
-        "sample": {"sampler": "euler", "batch_size": 4},
+        "sample": {"batch_size": 4},
     }
 
     def matches(self, config: Config) -> bool:

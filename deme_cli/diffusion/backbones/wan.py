@@ -38,7 +38,7 @@ class Wan(Backbone):
     settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 4, "accumulation": 64},
         "merge": {"batch_size": 4},
-        "sample": {"sampler": "unipc", "steps": 50, "batch_size": 4},
+        "sample": {"steps": 50, "batch_size": 4},
     }
 
     def refusal(self, config: Config) -> str | None:

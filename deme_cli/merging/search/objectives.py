@@ -103,7 +103,7 @@ class Workbench:
             self.measure.sample, num=config.num, steps=config.steps, seed=config.seed,
             batch_size=config.batch_size,
         )  # fmt: skip
-        sample = name_sampler(self.record.scheduler_config, sample)
+        sample = name_sampler(self.record, sample)
         scene = self._scene(sample)
         reference, card = self._reference(rung.name == "kid", part, scene)
         return GeneratedDistance(
