@@ -20,7 +20,6 @@ from deme_cli.reporting.command_words import (
 )
 from deme_cli.run_file import RunFile
 
-_USUAL_SPACING = "leading"
 # Of analyses, what is no setting: what it is where nobody says.
 _OPTIONS: dict[str, dict[str, str | None]] = {
     "losses": {"split": "held-out", "dtype": "fp32"},
@@ -48,7 +47,7 @@ def _drawing(card: Mapping[str, Any], run: RunFile) -> list[str]:
     given = run.settings(SampleConfig)
     if card.get("sampler") != given.sampler:
         values["sampler"] = card.get("sampler")
-    if card.get("spacing") not in (None, given.spacing or _USUAL_SPACING):
+    if card.get("spacing") not in (None, given.spacing):
         values["spacing"] = card["spacing"]
     if card.get("resize_to"):
         values["resize"] = card["resize_to"]

@@ -159,9 +159,9 @@ def test_a_search_is_told_as_it_was_asked_for(
 
 
 @pytest.mark.parametrize(("prediction_type", "live", "told"), [
-    ("epsilon", {}, "--sampler euler"), ("flow", {}, ""), ("epsilon", {"sampler": "euler"}, ""),
+    ("epsilon", {}, "--sampler euler"), ("flow", {}, "--sampler euler"), ("epsilon", {"sampler": "euler"}, ""),
 ])  # fmt: skip
-def test_a_sampler_is_left_out_only_where_it_is_taken_by_itself(
+def test_a_sampler_is_left_out_only_where_it_is_that_of_the_run(
     prediction_type: str, live: dict, told: str
 ) -> None:
     card = {"model": "base", "fingerprints": ["0"], "sampler": "euler", "steps": 50,

@@ -74,9 +74,9 @@ def test_the_commands_of_the_run_are_told_from_its_records(told_run: Path) -> No
         "-o again.safetensors",
         f"deme merge {experts} -w 0.4,0.1,0.2,0.3 -o given.safetensors",
         f"deme merge {experts} --search random --num 16",
-        "deme sample given.safetensors --num 4 --sampler ddim --steps 2",
-        "deme eval base.safetensors given.safetensors --fid digits --num 70 --repeats 2 --steps 2 "
-        "-o eval.json",
+        "deme sample given.safetensors --num 4 --sampler ddim --steps 2 --spacing leading",
+        "deme eval base.safetensors given.safetensors --fid digits --num 70 --repeats 2 "
+        "--sampler ddim --steps 2 --spacing leading -o eval.json",
         "deme analyze losses --num 4",
     ]
 

@@ -82,7 +82,7 @@ def test_the_card_names_every_member_and_the_effective_schedule(run_folder: Path
     assert card["model"] == "ensemble"
     assert card["fingerprints"] == [record.fingerprint for record in records]
     assert card["ranges"] == [[0, 25], [25, 50], [50, 75], [75, 100]]
-    assert (card["steps"], card["forwards"], card["spacing"]) == (10, 19, "leading")
+    assert (card["steps"], card["forwards"], card["spacing"]) == (10, 19, "linspace")
     assert (card["eta"], card["clip_sample"], card["dtype"]) == (None, True, "bf16")
     assert protocol_card(records, SampleConfig(sampler="dpm++"))["clip_sample"] is None
 

@@ -67,7 +67,7 @@ def test_a_batch_is_filled_up_with_its_last_image(opened, scene_for, name: str) 
     config = SampleConfig(num=3, sampler="ddpm", steps=10, **about)
     scene = scene_for(denoiser, config)
     scheduler = build_scheduler(denoiser.record.scheduler_config, config)
-    (at,) = (Timestep(0, t, torch.tensor(t), None) for t in scheduler.timesteps[:1].tolist())
+    (at,) = (Timestep(0, t, torch.tensor(t)) for t in scheduler.timesteps[:1].tolist())
     sizes: list[int] = []
     denoiser.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     found = []

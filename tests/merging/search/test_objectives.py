@@ -430,7 +430,7 @@ def test_the_distance_of_a_text_model_draws_captions_or_the_prompts_of_the_run(
     things = [f"thing {index % 11}" for index in range(13)]  # the twelfth is held out
     assert shown == (["a red cat"] * 13 if prompts else things)
     assert objective.protocol["prompts"]["n"] == (1 if prompts else 11)
-    assert objective.protocol["sampler"] == "ddim"
+    assert objective.protocol["sampler"] == "pndm"
     images = collect_images(single(denoiser), sample, scene=objective._scene)
     assert images.shape == (13, 16, 16, 3)
     extractor, made, real = load_extractor(small_features), RunningStatistics(), RunningStatistics()
