@@ -159,7 +159,8 @@ def test_a_search_is_told_as_it_was_asked_for(
 
 
 @pytest.mark.parametrize(("prediction_type", "live", "told"), [
-    ("epsilon", {}, "--sampler euler"), ("flow", {}, "--sampler euler"), ("epsilon", {"sampler": "euler"}, ""),
+    ("epsilon", {}, "--sampler euler"), ("flow", {}, "--sampler euler"),
+    ("epsilon", {"sampler": "euler"}, ""),
 ])  # fmt: skip
 def test_a_sampler_is_left_out_only_where_it_is_that_of_the_run(
     prediction_type: str, live: dict, told: str
