@@ -94,11 +94,6 @@ def find_place(source: str) -> Place:
     """
     if source == "digits":
         return Digits(source)
-    if source != source.encode(errors="replace").decode():
-        raise ConfigError(
-            f"{source}: the name is not UTF-8, so deme.toml cannot hold it; rename it, or give a "
-            f"link to it"
-        )
     path = Path(source).expanduser()
     if source in FOLDERS_ONLY and not path.is_dir():
         raise MissingError(
