@@ -113,7 +113,7 @@ def _read_labels(path: Path) -> Iterator[TextTable]:
         return
     pairs = document["labels"]
     if pairs is None:
-        raise ArtifactError(f"{path}: its labels are null, so its images have no classes")
+        raise NoAnnotations(f"{path}: its labels are null, so its images have no classes")
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
         raise ArtifactError(f"{path}: expected labels as pairs of a file and a class, or null")
     yield table_of(path, [{"file_name": name, "label": label} for name, label in pairs])
@@ -145,12 +145,12 @@ def _add_rows(
         if path not in images:
             strangers += [] if path.exists() else [file_name]  # of no kind or split that is read
         elif value != values.setdefault(path, value):
-            raise ArtifactError(
+            raise NoAnnotations(
                 f"{table.path}: row {number} names {file_name} again, with another {column}; "
                 f"keep one row per image"
             )
     if strangers:
-        raise ArtifactError(
+        raise NoAnnotations(
             f"{table.path}: {len(strangers)} of {len(table.rows)} rows name images that are not "
             f"there, the first {strangers[0]}; remove the rows or add the images"
         )
