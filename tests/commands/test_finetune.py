@@ -262,7 +262,8 @@ def latent_folder(
     for index in range(8):
         pixels = rng.integers(0, 256, (16, 20, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
-        rows.append({"file_name": f"{index}.png", "text": f"thing {index}", "alt": f"no {index}"})
+        text = f"thing {index}" * (40 if index == 3 else 1)
+        rows.append({"file_name": f"{index}.png", "text": text, "alt": f"no {index}"})
     metadata = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "images" / "metadata.jsonl").write_text(metadata)
     shutil.copytree(pipelines("sd"), tmp_path / "sd")
@@ -277,6 +278,8 @@ def test_a_latent_model_is_finetuned_and_its_latents_are_cached_once(
     done = deme("finetune", "--range", "1/2", *LATENT)
     assert done.exit_code == 0, done.exception
     assert "caching latents: 8/8" in done.stderr
+    cut = "images: train captions: 1 of 7 are too long and lose their end, 1 in text_encoder (CLIP)"
+    assert f"{cut}, which takes 77 tokens; the first is number 4: thing 3thing" in done.stderr
     caches = sorted((latent_folder / ".deme-cache").iterdir())
     assert len(caches) == 2  # train and held-out
     before = [path.stat().st_mtime_ns for cache in caches for path in cache.iterdir()]
