@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -139,3 +142,23 @@ def test_every_word_of_another_tool_leads_to_a_word_of_ours_that_is_there() -> N
     }
     for name, others in OTHER_WORDS.items():
         assert {closest(other, [name]) for other in others.split()} == {name}
+
+
+def test_every_command_of_the_pages_and_scripts_has_its_options() -> None:
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *sorted((root / "examples").rglob("*.md"))]
+    pages += sorted((root / "examples").rglob("*.sh"))
+    count = 0
+    for page in pages:
+        for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True) if re.match(r"\s*deme [a-z]", line) else []
+            if len(words) < 2 or not re.fullmatch("[a-z-]+", words[1]):
+                continue
+            command = COMMANDS[words[1]].build(words[1])
+            command = getattr(command, "commands", {}).get((*words, "", "")[2], command)
+            known = {flag for item in command.params for flag in (*item.opts, *item.secondary_opts)}
+            for word in words[2:]:
+                if re.match("--?[a-z]", word):
+                    assert word.partition("=")[0] in known | {"--help"}, f"{page.name}: {line}"
+                    count += 1
+    assert count > 50
