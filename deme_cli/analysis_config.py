@@ -113,9 +113,7 @@ class LandscapeConfig(Settings):
         "models as a share of what they cover (unset: 0.25)",
     )
     num: int = setting(2048, "draws (image, timestep, noise) that every point is measured on")
-    report_num: int = setting(
-        8192, "fresh draws for what is told in numbers: lowest points, slopes, models"
-    )
+    report_num: int = setting(8192, "fresh draws for the numbers: lowest points, slopes, models")
     batch_size: int = setting(256, "draws per forward; changes rounding alone", flags=_BATCH)
     jobs: int = setting(
         1, "processes that share the points; does not change the numbers", flags="--jobs -j"

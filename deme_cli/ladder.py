@@ -42,7 +42,7 @@ def parse_ladder(text: str, *, num: int) -> list[Rung]:
         match = _RUNG.fullmatch(part)
         if not match or match["name"] not in OBJECTIVES:
             raise ConfigError(
-                f"objective {part!r}: expected {', '.join(OBJECTIVES)}, or a ladder of them as "
+                f"objective {part!r}: expected {', '.join(OBJECTIVES)}, or several in turn, as "
                 f"loss:64,kid@1k:16,fid@5k"
             )
         is_last = place == len(parts) - 1

@@ -81,5 +81,5 @@ def require_sense(settings: MergeConfig) -> None:
     if settings.search == "gradient" and first not in _GRADIENT_OF:
         raise ConfigError(
             f"search gradient needs an objective without sampling, found {first!r}; "
-            f"use --objective loss, experts, or a ladder that begins with one"
+            f"use --objective loss, experts, or stages that begin with one"
         )

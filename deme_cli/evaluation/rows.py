@@ -219,12 +219,12 @@ def open_rows(plans: Sequence[RowPlan], opener: RowOpener, config: EvalConfig) -
             )
         if config.clip_score and row.prompts is None:
             raise ConfigError(
-                f"{row.name}: nobody knows the prompts of its images, which --clip-score needs; "
+                f"{row.name}: the prompts of its images are not known, --clip-score needs them; "
                 f"give them with --prompts FILE"
             )
         if config.accuracy and row.classes is None:
             raise ConfigError(
-                f"{row.name}: nobody knows the classes of its images, which --accuracy needs; "
+                f"{row.name}: the classes of its images are not known, --accuracy needs them; "
                 f"give prompts that have classes, as --prompts digits or imagenet, or a table "
                 f"with a column class"
             )

@@ -63,7 +63,7 @@ def test_the_table_shows_figures_differences_and_the_protocol(run_folder: Path, 
     shown = deme("eval", "--fid", "digits", *FEW, "--repeats", "2")
     assert shown.stdout == ""
     for words in ("frechet_digits", "minus base", "ensemble", "6 x 2", "±", "ddim 2 steps",
-                  "held-out, 359 images", "seed 0 to 1"):  # fmt: skip
+                  "held-out, 359 images", "seeds 0 to 1"):  # fmt: skip
         assert words in shown.stderr
 
 
@@ -220,10 +220,10 @@ def test_prompts_given_stand_for_those_that_images_lack(
     assert (row["metrics"]["accuracy"]["n"], row["metrics"]["clip_score"]["n"]) == (3, 3)
     refused = deme(*arguments[:4])
     assert isinstance(refused.exception, ConfigError)
-    assert "drawn: nobody knows the classes" in str(refused.exception)
+    assert "drawn: the classes of its images are not known" in str(refused.exception)
     refused = deme(*arguments[:2], *arguments[4:])
     assert isinstance(refused.exception, ConfigError)
-    assert "drawn: nobody knows the prompts" in str(refused.exception)
+    assert "drawn: the prompts of its images are not known" in str(refused.exception)
 
 
 def test_a_text_model_draws_the_prompts_and_is_scored_by_them(
@@ -362,7 +362,11 @@ def test_a_protocols_name_is_on_the_card_of_its_rows(
         (("--accuracy", "nothing.pt"), MissingError, "--accuracy nothing.pt"),
         (("--protocol", "coco"), ConfigError, "protocol = 'coco'"),
         (("--accuracy", "digits", "--weights", "x.pt"), ConfigError, "--weights goes with --fid"),
-        (("--accuracy", "digits", "-n", "2"), ConfigError, "nobody knows the classes"),
+        (
+            ("--accuracy", "digits", "-n", "2"),
+            ConfigError,
+            "the classes of its images are not known",
+        ),
         (("--clip-score", "--prompts", "x.txt"), MissingError, "x.txt: no such file"),
         (("--fid", "digits", "-n", "0"), ConfigError, "num = 0"),
         (("--fid", "digits", "--repeats", "0"), ConfigError, "repeats = 0"),

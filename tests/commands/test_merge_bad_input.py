@@ -117,7 +117,7 @@ def test_a_run_file_that_makes_no_sense_is_told_before_a_search_begins(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lss", "objective 'lss': expected loss, experts, kid, fid, or a ladder"),
+        ("lss", "objective 'lss': expected loss, experts, kid, fid, or several"),
         ("loss,kid", "how many does it keep for the next? as loss:16"),
         ("loss:3,kid:5,fid", "'kid:5' keeps 5; expected at most the 3"),
         ("loss:0,kid", "expected at least 1"),
