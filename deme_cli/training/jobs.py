@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from deme_cli import console
 from deme_cli.children import reason_of, start_deme
 from deme_cli.errors import DemeError
 from deme_cli.interrupts import StopRequests
 
 _POLL_SECONDS = 0.5
+_PROGRESS = re.compile(r": [\d,]+/[\d,]+ ")
 
 
 class JobFailed(DemeError):
@@ -74,12 +77,15 @@ def run_jobs(jobs: Sequence[RangeProcess], *, at_once: int) -> Iterator[dict[str
                 raise requests.stopped("all ranges saved; run the same command again to continue")
             for ended in [one for one in running if one.process.poll() is not None]:
                 running.remove(ended)
+                ended.said.seek(0)
+                said = ended.said.read()
                 if code := ended.process.returncode:
                     _stop(running)
-                    ended.said.seek(0)
-                    reason = reason_of(code, ended.said.read())
-                    message = f"range {ended.job.label}: {reason}"
+                    message = f"range {ended.job.label}: {reason_of(code, said)}"
                     raise JobFailed(message, code if code > 0 else 1)
+                for line in said.decode(errors="replace").splitlines():
+                    if not _PROGRESS.search(line):
+                        console.note_once(line)  # most notes are those of every range
 
 
 def last_step(metrics: Path) -> int:

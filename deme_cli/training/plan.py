@@ -51,7 +51,7 @@ class Job:
 
         config: a deme.toml of these ranges, for a setting that is unset here has no option.
         """
-        words = ["finetune", "--range", range_text, "--base", str(self.base), "--quiet"]
+        words = ["finetune", "--range", range_text, "--base", str(self.base)]
         words += ["--data", self.images.source, "--device", self.device, "--dtype", self.dtype]
         words += ["--compile", self.compile]
         for item in fields(FinetuneConfig):
