@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deme_cli import console
 from deme_cli.artifacts import fingerprint, load_tensors, read_record
 from deme_cli.diffusion.backbones.backbone import Backbone
 from deme_cli.diffusion.backbones.known import backbone_of
@@ -96,6 +97,8 @@ def open_denoiser(
     if place.is_file():
         return load_denoiser(place, device=device, dtype=dtype)
     model = _import_folder(place, argument, pipeline)
+    for note in model.notes:
+        console.note_once(note)
     return assemble(base_record(model), model.weights, argument, device=device, dtype=dtype)
 
 

@@ -268,9 +268,17 @@ def _download(hub_id: str, variant: str | None) -> Path:
     disable_progress_bars()
     try:
         info = HfApi().model_info(hub_id, timeout=_SECONDS)
-        names = wanted_files([sibling.rfilename for sibling in info.siblings or []], variant)
+        held = [sibling.rfilename for sibling in info.siblings or []]
+        names = wanted_files(held, variant)
         if INDEX in names:  # so that what is refused is, before gigabytes are fetched
             read_index(Path(hf_hub_download(hub_id, INDEX, etag_timeout=_SECONDS)).parent)
+        if not any(name.rpartition("/")[2] == "config.json" for name in names):
+            weights = [name for name in held if name.endswith((".safetensors", *PICKLED))]
+            raise MissingError(
+                f"{hub_id}: holds no diffusers model (unet/config.json, transformer/config.json or "
+                f"config.json), but {', '.join(weights[:3]) or 'no weights'}; take the repository "
+                f"of a whole model"
+            )
         folder = snapshot_download(hub_id, allow_patterns=names, etag_timeout=_SECONDS)
     except GatedRepoError as error:
         raise MissingError(

@@ -16,7 +16,7 @@ from deme_cli.config import RESIZES, EvalConfig
 from deme_cli.data.digits import BASE_PATH
 from deme_cli.data.prompts import KNOWN_PROMPTS, prompt_assets
 from deme_cli.diffusion.pipeline_parts import require_parts
-from deme_cli.errors import MissingError
+from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.evaluation.assets import (
     PUBLISHED_STATISTICS,
     clip_asset,
@@ -97,7 +97,7 @@ def _pipeline_folder(source: str) -> Path | None:
 def _has_part(folder: Path, part: str) -> bool:
     try:
         require_parts(folder, [part])
-    except MissingError:
+    except (MissingError, ArtifactError):  # not there, or of several variants
         return False
     return True
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -299,9 +300,16 @@ def test_a_folder_without_weights_or_config_says_so(pipe: Path, tmp_path: Path) 
         import_model(str(tmp_path / "empty"))
 
 
-def test_a_latent_pipeline_is_refused(pipe: Path) -> None:
-    change_json(pipe / "model_index.json", vqvae=["diffusers", "VQModel"])
-    with pytest.raises(ArtifactError, match="a pipeline with 'vqvae'"):
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"vqvae": ["diffusers", "VQModel"]}, "a pipeline with 'vqvae'"),
+        ({"requires_aesthetics_score": True, "text_encoder": [None, None]}, "the SDXL refiner"),
+    ],
+)
+def test_a_pipeline_of_another_kind_is_refused(pipe: Path, entry: dict, words: str) -> None:
+    change_json(pipe / "model_index.json", **entry)
+    with pytest.raises(ArtifactError, match=words):
         import_model(str(pipe))
 
 
@@ -383,6 +391,17 @@ def test_a_hub_id_without_network_fails_at_once(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(MissingError, match="not in the hub's cache, and HF_HUB_OFFLINE is set"):
         import_model("somebody/some-ddpm")
     assert time.monotonic() - began < 6
+
+
+def test_a_hub_repository_without_a_diffusers_model_says_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = [SimpleNamespace(rfilename=name) for name in ("README.md", "some_lora.safetensors")]
+    info = SimpleNamespace(siblings=held)
+    monkeypatch.setattr(locate, "offline_reason", lambda: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: info)
+    with pytest.raises(MissingError, match=r"no diffusers model .* but some_lora\.safetensors"):
+        import_model("somebody/some-lora")
 
 
 def test_a_hub_model_in_the_cache_needs_no_network(

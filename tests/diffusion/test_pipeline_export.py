@@ -167,3 +167,24 @@ def test_parts_of_another_model_are_refused_by_what_does_not_fit(
     deep = {**record.model_config, "in_channels": 16, "out_channels": 16}
     with pytest.raises(ArtifactError, match="4 latent channels, this network denoises 16"):
         open_companions(replace(record, model_config=deep))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [{"variant": "fp16"}, {"safe_serialization": False, "max_shard_size": "50KB"}],
+    ids=str,
+)
+def test_a_pipeline_of_a_variant_or_of_pickled_shards_comes_out_plain(
+    pipelines: Callable[..., Path],
+    deme: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    written: dict[str, Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = diffusers.DiffusionPipeline.from_pretrained(pipelines("sd"))
+    whole.save_pretrained("source", **written)
+    assert deme("split", "source", "-n", 2, "--data", "digits").exit_code == 0
+    result = deme("export", "base.safetensors", "plain")
+    assert result.exit_code == 0, result.exception
+    np.testing.assert_array_equal(draw(Path("plain"), "text"), draw(pipelines("sd"), "text"))
