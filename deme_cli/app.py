@@ -29,6 +29,11 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
     "rich_markup_mode": "rich",
 }
+_PLAIN_WORDS = {  # pydantic's and ours
+    "Input should be a valid integer": "expected a whole number",
+    "Input should be a valid": "expected a",
+    "Input should be": "expected a number",
+}
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__base__)  # Typer has no public name for it
 PIPELINE, MEASURE, LOOK = "Pipeline", "Sample and measure", "Look and share"
 
@@ -96,7 +101,9 @@ def _usage_told(context: Any, error: Any) -> str:
             return f"{where}{text}; did you mean {close}?"
     elif hasattr(error.__cause__, "errors"):  # pydantic's, which converts the values
         (first, *_) = error.__cause__.errors()
-        expected = first["msg"].partition(",")[0].replace("Input should be", "expected")
+        expected = first["msg"].partition(",")[0]
+        for theirs, ours in _PLAIN_WORDS.items():
+            expected = expected.replace(theirs, ours)
         text = f"{error.param.opts[0]} {first['input']}: {expected}"
     return f"{where}{text}; see {' '.join(['deme', *command.split(), '--help'])}"
 

@@ -40,6 +40,9 @@ OTHER_WORDS = {
     "cache": "cache_latents cache_latents_to_disk",
     "range": "timestep_range min_timestep max_timestep t_range expert",
     "num_ranges": "n num_experts experts n_experts",
+    "n": "num_ranges num_experts experts n_experts",
+    "source": "data path train_data_dir dataset dataset_name images",
+    "resize": "resize_to",
     "data": "train_data_dir instance_data_dir data_dir image_dir dataset dataset_name dataset_dir "
     "dataset_config images",
     "captions": "caption_column caption_extension caption_key text_column",

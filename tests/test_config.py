@@ -39,6 +39,8 @@ def test_no_file_means_defaults_and_a_named_file_must_exist(
             "unknown key 'learning_rate' in [finetune]; did you mean 'lr'?",
         ),
         ("[finetune]\nstep = 3", "did you mean 'steps'"),
+        ("[split]\nnum_ranges = 4", "unknown key 'num_ranges' in [split]; did you mean 'n'?"),
+        ("[data]\ntrain_data_dir = 'x'", "did you mean 'source'?"),
         ("[finetunes]\n", "did you mean 'finetune'"),
         ("[finetune]\nsteps = 'many'", "expected int"),
         ("[finetune]\nsteps = true", "expected int"),
