@@ -39,7 +39,7 @@ class Size:
 
 
 # The paper's method has a consistency loss, which the settings of the digits leave out.
-FULL_METHOD = "with it (weight 1, as in the paper) the ensemble has 2.36, merged 2.72"
+FULL_METHOD = "with one of weight 1, as in the paper: ensemble 2.36, merged 2.72"
 FULL = Size(steps=400, candidates=500, num=2000)
 QUICK = Size(steps=4, candidates=20, num=80, buckets=8, draws=4)
 
