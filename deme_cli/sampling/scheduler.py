@@ -8,7 +8,7 @@ models have samplers of their own (flow_scheduler.py).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -60,17 +60,15 @@ def _sampler_of(record: DenoiserRecord, config: SampleConfig) -> str:
     if config.eta or (own == "DDPMScheduler" and draws_pixels and is_short):
         return "ddim"
     names = sorted(SCHEDULERS, key=lambda name: SCHEDULERS[name] != own)  # its own first
-    return next(iter(_fitting(record.scheduler_config, names)), "ddim")
+    return next(_fitting(record.scheduler_config, names), "ddim")
 
 
-def _fitting(scheduler_config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+def _fitting(scheduler_config: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
     """Those of the samplers that work on the schedule."""
-    found = []
     for name in names:
         with suppress(ConfigError):
             _build(scheduler_config, name, {})
-            found.append(name)
-    return found
+            yield name
 
 
 def build_scheduler(

@@ -13,13 +13,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_MODEL
 from tiny_pipelines import BUILDERS
 from typer.testing import Result
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.companions import open_companions
-from deme_cli.diffusion.denoiser import load_denoiser, predict
+from deme_cli.diffusion.denoiser import build_network, load_denoiser, predict
 from deme_cli.diffusion.pipeline_parts import digests_of
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 
@@ -188,3 +189,72 @@ def test_a_pipeline_of_a_variant_or_of_pickled_shards_comes_out_plain(
     result = deme("export", "base.safetensors", "plain")
     assert result.exit_code == 0, result.exception
     np.testing.assert_array_equal(draw(Path("plain"), "text"), draw(pipelines("sd"), "text"))
+
+
+def test_a_scheduler_file_is_exported_as_it_came_and_old_records_find_it_again(
+    pipelines: Callable[..., Path], deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pipelines("sd"), "pipe")
+    stated = '{"_class_name": "PNDMScheduler",\n  "beta_end": 0.012, "skip_prk_steps": true}\n'
+    Path("pipe/scheduler/scheduler_config.json").write_text(stated)
+    assert deme("split", "pipe").exit_code == 0
+    record = read_record(Path("base.safetensors"), "base")
+    assert record.scheduler_config == json.loads(stated)
+    assert 'sampler = "pndm"' in Path("deme.toml").read_text()
+    completed = diffusers.PNDMScheduler.from_config(record.scheduler_config).config
+    old = {k: v for k, v in completed.items() if not k.startswith("_") or k == "_class_name"}
+    write_artifact(
+        Path("old.safetensors"),
+        load_tensors(Path("base.safetensors")),
+        replace(record, scheduler_config=old),
+    )
+    for name in ("base", "old"):
+        assert deme("export", f"{name}.safetensors", name).exit_code == 0
+        assert Path(name, "scheduler/scheduler_config.json").read_text() == stated
+
+
+@pytest.mark.parametrize(
+    ("version", "size", "found"), [("0.6.0", 8, 64), ("0.10.2", 8, 8), ("0.8.1", 96, 96)]
+)
+def test_the_size_of_a_unet_of_2022_is_corrected_as_by_its_pipeline(
+    pipelines: Callable[..., Path], tmp_path: Path, version: str, size: int, found: int
+) -> None:
+    folder = Path(shutil.copytree(pipelines("sd"), tmp_path / "pipe"))
+    config = json.loads((folder / "unet/config.json").read_text())
+    config |= {"_diffusers_version": version, "sample_size": size}
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    assert pipeline.unet.config.sample_size == found
+    assert open_denoiser(str(folder)).sample_shape == (4, found, found)
+
+
+def test_a_checkpoint_of_a_training_script_has_the_scheduler_of_its_pipeline_or_run(
+    pipelines: Callable[..., Path], deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part in ("unet", "unet_ema"):
+        shutil.copytree(pipelines("sd") / "unet", Path("out/checkpoint-5", part))
+    pipeline = pipelines("sd", prediction_type="v_prediction")
+    result = deme("split", "out/checkpoint-5", "--pipeline", pipeline, "-o", "a")
+    assert result.exit_code == 0
+    assert "name out/checkpoint-5/unet_ema" in result.stderr.replace("\n", " ")
+    assert "predicts v_prediction" in result.stderr
+    assert open_denoiser("out/checkpoint-5", pipeline=str(pipeline)).record.scheduler_config
+    shutil.copytree(pipeline / "scheduler", "out/scheduler")
+    result = deme("split", "out/checkpoint-5/unet_ema", "-o", "b")
+    assert "predicts v_prediction" in result.stderr
+
+
+def test_what_was_guessed_is_told_by_every_command(
+    deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build_network(TINY_MODEL).save_pretrained("bare")
+    for words in (
+        ["split", "bare"],
+        ["sample", "bare", "-n", 1, "--steps", 1],
+        ["export", "base.safetensors", "out"],
+    ):
+        assert "took diffusers' DDPM defaults" in deme(*words).stderr
+    assert diffusers.DDPMPipeline.from_pretrained("out").scheduler.config.beta_end == 0.02

@@ -145,31 +145,6 @@ def test_latents_and_images_are_those_of_the_pipeline(
     require_same(found, their_pipeline(found.denoiser), **options)
 
 
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),
-    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}),
-    "heun": ("HeunDiscreteScheduler", {"timestep_spacing": "leading"}),
-    "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "leading"}),
-}
-
-
-@pytest.mark.parametrize("sampler", SCHEDULERS)
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_every_sampler_draws_what_the_pipeline_draws_with_that_scheduler(
-    sampler: str,
-    prediction_type: str,
-    ours: Draw,
-    their_pipeline: Any,
-    prompts: str,
-) -> None:
-    found = ours("sd", {"prediction_type": prediction_type}, prompts=prompts, sampler=sampler)
-    pipeline = their_pipeline(found.denoiser)
-    name, changes = SCHEDULERS[sampler]
-    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **changes)
-    require_same(found, pipeline)
-
-
 FLOW_SCHEDULERS = {
     "heun": ("FlowMatchHeunDiscreteScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {"flow_shift": 3.0}),
