@@ -143,7 +143,8 @@ def _add_rows(
         path = Path(os.path.normpath(table.path.parent / file_name))
         value = row.get(column) if column else None
         if path not in images:
-            strangers += [] if path.exists() else [file_name]  # of no kind or split that is read
+            is_there = path.is_relative_to(table.path.parent) and path.exists()
+            strangers += [] if is_there else [file_name]  # else of no kind or split that is read
         elif value != values.setdefault(path, value):
             raise NoAnnotations(
                 f"{table.path}: row {number} names {file_name} again, with another {column}; "

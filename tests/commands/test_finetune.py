@@ -566,7 +566,8 @@ def test_a_range_trained_in_its_own_process_is_weighed_as_the_command_says(
     write_gradients(folder / "gradients.json", read_record("base.safetensors").fingerprint)
     wanted = FinetuneConfig(steps=1, batch_size=4, held_out=0, p=0.0, **settings)
     job = Job(Path("base.safetensors"), DataConfig(source="digits"), wanted, device="cpu")
-    done = deme(*job.arguments("1/2"))
+    (folder / "ranges.toml").write_text("[split]\nn = 2\n")
+    done = deme(*job.arguments("1/2", Path("ranges.toml")))
     assert done.exit_code == 0, done.exception
     training = read_record(folder / "ft_1of2.safetensors", "expert").training
     expected = {name: value for name, value in asdict(wanted).items() if value is not None}
