@@ -30,7 +30,7 @@ FORBIDDEN_IMPORTS = {
 }  # fmt: skip
 # A process is only ever another deme: a list of words, no shell.
 STARTS_PROCESSES = {"children.py"}
-# Files of code by their nature, which the user names: README says what loading them runs.
+# Files of code by their nature, which the user names: examples/security.md says what they run.
 LOADS_TORCHSCRIPT = {"evaluation/networks.py"}
 
 
