@@ -24,12 +24,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deme_cli.api.analyze_activations import analyze_activations as analyze_activations
-    from deme_cli.api.analyze_gradients import analyze_gradients as analyze_gradients
-    from deme_cli.api.analyze_landscape import analyze_landscape as analyze_landscape
-    from deme_cli.api.analyze_losses import analyze_losses as analyze_losses
-    from deme_cli.api.analyze_task_vectors import analyze_task_vectors as analyze_task_vectors
-    from deme_cli.api.analyzing import Analysis as Analysis
+    from deme_cli.analysis.activations import analyze_activations as analyze_activations
+    from deme_cli.analysis.gradients import analyze_gradients as analyze_gradients
+    from deme_cli.analysis.landscape import analyze_landscape as analyze_landscape
+    from deme_cli.analysis.losses import analyze_losses as analyze_losses
+    from deme_cli.analysis.result import Analysis as Analysis
+    from deme_cli.analysis.task_vectors import analyze_task_vectors as analyze_task_vectors
     from deme_cli.api.comparing import Compared as Compared
     from deme_cli.api.comparing import compare as compare
     from deme_cli.api.drawing import Images as Images
@@ -73,10 +73,10 @@ _PLACES = {
     "evaluate": "api.evaluating", "Evaluation": "api.evaluating",
     "reference_statistics": "api.statistics", "export": "api.exporting",
     **{
-        f"analyze_{name}": f"api.analyze_{name}"
+        f"analyze_{name}": f"analysis.{name}"
         for name in ("losses", "gradients", "activations", "landscape", "task_vectors")
     },
-    "Analysis": "api.analyzing",
+    "Analysis": "analysis.result",
     "compare": "api.comparing", "Compared": "api.comparing",
     "report": "api.reporting", "WrittenReport": "api.reporting",
     "inspect": "api.inspecting", "Inspected": "api.inspecting",

@@ -1,4 +1,4 @@
-"""Settings of the analyses: how much each measures, and through which weights a landscape goes.
+"""Settings of the analyses: how much each measures.
 
 They have no table in deme.toml: each `deme analyze …` has an option for every one of its own.
 """
@@ -12,14 +12,7 @@ from deme_cli.settings import Settings, setting
 from deme_cli.timesteps import TimestepRange, split_uniform
 
 AFFINITY_NAME = "gradients.json"  # what gradients are written to, by which a split may cluster
-# Along what a landscape goes: how many models it takes, at least and at most, and what they are.
-ALONG = {
-    "random": (1, 1, "one model, the origin"),
-    "line": (2, 2, "two models, its ends"),
-    "vectors": (3, 3, "three models: the origin and two finetuned from it"),
-    "pca": (3, None, "three models or more, the first of them the origin"),
-}
-_SPANS = {"random": 0.1}  # the others: a quarter of what they cover
+SPLITS = ("train", "held-out")  # of the images that are looked at
 _BATCH = "--batch-size -b"
 
 
@@ -97,15 +90,8 @@ class TaskVectorConfig(Settings):
 
 @dataclass(frozen=True)
 class LandscapeConfig(Settings):
-    """`deme analyze landscape`: a line or a plane of points, on the same draws everywhere."""
+    """`deme analyze landscape`: a plane of points, on the same draws everywhere."""
 
-    along: str | None = setting(
-        None,
-        "random: two random directions, filter by filter as long as the weights; vectors: the "
-        "plane of two task vectors; pca: that of many; line: from one model to another; unset: "
-        "what fits the number of models",
-        choices=tuple(ALONG),
-    )
     points: int = setting(21, "points along each axis")
     span: float | None = setting(
         None,
@@ -115,13 +101,10 @@ class LandscapeConfig(Settings):
     num: int = setting(2048, "draws (image, timestep, noise) that every point is measured on")
     report_num: int = setting(8192, "fresh draws for the numbers: lowest points, slopes, models")
     batch_size: int = setting(256, "draws per forward; changes rounding alone", flags=_BATCH)
-    jobs: int = setting(
-        1, "processes that share the points; does not change the numbers", flags="--jobs -j"
-    )
     seed: int = setting(0, "seed of the draws and of random directions")
 
     def check(self) -> None:
-        self._positive("batch_size", "jobs", "span")
+        self._positive("batch_size", "span")
         self._not_negative("seed")
         for name, least, why in (
             ("points", 3, "one on each side of the origin"),
@@ -131,10 +114,9 @@ class LandscapeConfig(Settings):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: needs at least {least}, {why}")
 
-    @property
-    def reach(self) -> float:
-        """The span, or the default of what it goes along."""
-        return _SPANS.get(self.along or "", 0.25) if self.span is None else self.span
+    def reach(self, along: str) -> float:
+        """The span, or its default on a plane along `random` directions or `vectors`."""
+        return {"random": 0.1}.get(along, 0.25) if self.span is None else self.span
 
 
 ANALYSES: dict[str, type[Settings]] = {  # by the kind of their documents, as the paper has them

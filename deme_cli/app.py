@@ -148,7 +148,7 @@ def _kind(function: str) -> type[Command]:
 
 # What the processes of a launch do together, by function: each of these meets the others itself.
 JOINT = frozenset({
-    "finetune", "merge", "sample", "ensemble_sample", "evaluate", "stats", "landscape",
+    "finetune", "merge", "sample", "ensemble_sample", "evaluate", "stats",
 })  # fmt: skip
 COMMANDS: dict[str, Entry] = {
     "split": Entry(PIPELINE, "Import a model, divide its timesteps into ranges.", "split"),

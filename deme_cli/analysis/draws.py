@@ -3,43 +3,58 @@
 In each of some spans of timesteps the same number of draws, t evenly over the span and in random
 order; images in shuffled rounds over all draws, so that each is used equally often. All of it is a
 function of the seed, what the draws are for, and the spans; noise is one of (seed, number of the
-draw), so nothing depends on the batch size.
+draw), so nothing depends on the batch size. And how far a mean over draws is off.
+m values, G clusters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from deme_cli.config import DataConfig
+from deme_cli.analysis.result import Progress, Step
+from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.diffusion.companions import open_companions
+from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.records import DenoiserRecord
+from deme_cli.run_file import RunFile
 from deme_cli.sampling.noise import seeded_noise
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import derived_generator
 from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import FixedDraws
-from deme_cli.training.materials import name_companions, open_examples
+from deme_cli.training.materials import cache_size, fill_caches, name_companions, open_examples
+
+INTERVALS = "95 %, over images (draws of one image are a cluster)"
 
 
-def open_images_of(
-    record: DenoiserRecord, images: DataConfig, *, split: str, cache: str, beside: Path,
-    pipeline: str | None, device: str,
+def open_images(
+    record: DenoiserRecord, images: DataConfig, run: RunFile, *, split: str, model: str,
+    output: Path, pipeline: str | None, device: str, progress: Progress,
 ) -> tuple[DenoiserRecord, Examples]:  # fmt: skip
     """The images as a model of this record takes them, and the record with its frozen parts named.
 
-    Their latents are cached in `beside` where the model has any. Raises what `open_companions` and
-    `open_examples` raise.
+    Latents are cached beside the model where that is a file, else beside the output. Raises what
+    `open_companions` and `open_examples` raise.
     """
+    pipeline = run.pipeline(pipeline)
     record = name_companions(record, pipeline)
-    companions = open_companions(record, pipeline=pipeline, device=device)
-    return record, open_examples(images, companions, split=split, cache=cache, beside=beside)
+    companions = open_companions(record, pipeline=pipeline, device=str(choose_device(device)))
+    examples = open_examples(
+        images, companions, split=split, cache=run.settings(FinetuneConfig).cache,
+        beside=Path(model).parent if Path(model).is_file() else output.parent,
+    )  # fmt: skip
+    if total := cache_size(examples):
+        for done in fill_caches(examples):
+            progress(Step(done, total, "caching latents", "image"))
+    return record, examples
 
 
 def identity_of(record: DenoiserRecord, examples: Examples) -> dict[str, Any]:
@@ -85,3 +100,35 @@ def part(draws: FixedDraws, chosen: range) -> FixedDraws:
         return draws.noise(numbers + chosen.start)
 
     return replace(draws, images=draws.images[own], t=draws.t[own], noise=noise)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over draws and the half-width of its 95 % interval; nan for one image alone."""
+
+    mean: float
+    half: float
+
+    @property
+    def is_told_from_zero(self) -> bool:
+        return abs(self.mean) > self.half
+
+
+def estimate(values: np.ndarray, clusters: np.ndarray) -> Estimate:
+    """The mean of values (m,) with the half-width of its 95 % interval over clusters (m,).
+
+    Draws that share an image are not independent, so they are one cluster: the cluster-robust
+    variance of a mean, G / (G - 1) sum_g (sum of residuals in g)^2 / m^2, with Student's t of G - 1
+    degrees of freedom (Cameron & Miller 2015, section II). That timesteps are spread evenly is left
+    out, so intervals are a little too wide. Both are nan where a value is not finite.
+    """
+    from scipy.special import stdtrit
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = float(values.mean())
+        _, cluster = np.unique(clusters, return_inverse=True)
+        sums = np.bincount(cluster.reshape(-1), weights=values - mean)
+        if len(sums) < 2:
+            return Estimate(mean, float("nan"))
+        variance = len(sums) / (len(sums) - 1) * float(sums @ sums) / len(values) ** 2
+    return Estimate(mean, float(stdtrit(len(sums) - 1, 0.975)) * variance**0.5)

@@ -1,32 +1,28 @@
 """`deme analyze`: the paper's figures for any model, each with the numbers behind it.
 
 Each analysis is a subcommand, a function of this file: it writes a JSON file, and a picture of it
-beside. What it does lies in api/analyze_*.py.
+beside. What it does lies in analysis/.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deme_cli import console
 from deme_cli.analysis_config import (
     AFFINITY_NAME,
+    SPLITS,
     ActivationConfig,
     GradientConfig,
     LandscapeConfig,
     LossConfig,
     TaskVectorConfig,
 )
-from deme_cli.api.analyze_activations import analyze_activations
-from deme_cli.api.analyze_gradients import analyze_gradients
-from deme_cli.api.analyze_landscape import analyze_landscape
-from deme_cli.api.analyze_losses import analyze_losses
-from deme_cli.api.analyze_task_vectors import analyze_task_vectors
-from deme_cli.api.analyzing import SPLITS
-from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -44,6 +40,9 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import DataConfig, SplitConfig
 from deme_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deme_cli import Analysis
 
 Data = Annotated[str | None, option(DataConfig, "source")]
 Split = Annotated[str, typer.Option("--split", help=f"Which of the images: {', '.join(SPLITS)}.")]
@@ -63,9 +62,6 @@ def _argument(text: str, metavar: str = "MODEL") -> Any:
 
 def analyze() -> None:
     """Draw why it works: where timesteps conflict, what experts changed, where losses fell.
-
-    In a launch of several processes landscape shares its points; the others,
-    which take seconds, run in the first process alone.
 
     Example: deme analyze losses
     """
@@ -90,13 +86,17 @@ def losses(
 
     Example: deme analyze losses base.safetensors ft_*.safetensors merged.safetensors
     """
+    from deme_cli import analyze_losses
+
     run = begin(config, quiet=quiet)
-    made = analyze_losses(
-        models or (), run.settings(LossConfig, **given), split=split, num_ranges=n,
-        images=run.settings(DataConfig, source=data), output=output, run=run, pipeline=pipeline,
-        device=device, dtype=dtype, force=force, dry_run=dry_run,
-    )  # fmt: skip
-    console.result_paths(made.paths, as_json=as_json, **made.facts)
+    with _shown() as progress:
+        made = analyze_losses(
+            models or (), run.settings(LossConfig, **given), split=split, num_ranges=n,
+            images=run.settings(DataConfig, source=data), output=output, run=run,
+            pipeline=pipeline, device=device, dtype=dtype, force=force, dry_run=dry_run,
+            progress=progress,
+        )  # fmt: skip
+    _tell(made, as_json=as_json)
 
 
 @takes_settings
@@ -115,13 +115,16 @@ def gradients(
 
     Example: deme analyze gradients --buckets 50
     """
+    from deme_cli import analyze_gradients
+
     run = begin(config, quiet=quiet)
-    made = analyze_gradients(
-        model, run.settings(GradientConfig, **given), images=run.settings(DataConfig, source=data),
-        num_ranges=n, output=output, run=run, pipeline=pipeline, device=device, force=force,
-        dry_run=dry_run,
-    )  # fmt: skip
-    console.result_paths(made.paths, as_json=as_json, **made.facts)
+    with _shown() as progress:
+        made = analyze_gradients(
+            model, run.settings(GradientConfig, **given),
+            images=run.settings(DataConfig, source=data), num_ranges=n, output=output, run=run,
+            pipeline=pipeline, device=device, force=force, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+    _tell(made, as_json=as_json)
 
 
 @takes_settings
@@ -150,16 +153,20 @@ def activations(
 
     Example: deme analyze activations base.safetensors ft_1of4.safetensors
     """
+    from deme_cli import analyze_activations
+
     run = begin(config, quiet=quiet)
     if len(models) > 2:
         raise ConfigError(f"{len(models)} models given: expected [BASE] EXPERT")
-    made = analyze_activations(
-        models[-1], run.settings(ActivationConfig, **given),
-        base=models[0] if len(models) == 2 else None, images=run.settings(DataConfig, source=data),
-        split=split, range=range, block=block, output=output, run=run, pipeline=pipeline,
-        device=device, dtype=dtype, force=force, dry_run=dry_run,
-    )  # fmt: skip
-    console.result_paths(made.paths, as_json=as_json, **made.facts)
+    with _shown() as progress:
+        made = analyze_activations(
+            models[-1], run.settings(ActivationConfig, **given),
+            base=models[0] if len(models) == 2 else None,
+            images=run.settings(DataConfig, source=data), split=split, range=range, block=block,
+            output=output, run=run, pipeline=pipeline, device=device, dtype=dtype, force=force,
+            dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+    _tell(made, as_json=as_json)
 
 
 @takes_settings
@@ -181,20 +188,23 @@ def task_vectors(
 
     Example: deme analyze task-vectors ft_*.safetensors
     """
+    from deme_cli import analyze_task_vectors
+
     run = begin(config, quiet=quiet)
-    made = analyze_task_vectors(
-        experts or (), run.settings(TaskVectorConfig, **given), base=base, output=output, run=run,
-        force=force, dry_run=dry_run,
-    )  # fmt: skip
-    console.result_paths(made.paths, as_json=as_json, **made.facts)
+    with _shown() as progress:
+        made = analyze_task_vectors(
+            experts or (), run.settings(TaskVectorConfig, **given), base=base, output=output,
+            run=run, force=force, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+    _tell(made, as_json=as_json)
 
 
 @takes_settings
 def landscape(
     given: Annotated[Given, OptionsOf(LandscapeConfig)],
     models: Annotated[list[str] | None, _argument(
-        r"The origin, then the models that make the line or the plane \[default: the "
-        "base of deme.toml]."
+        r"One model, for random directions around it, or the origin and two finetuned from it "
+        r"\[default: the base of deme.toml]."
     )] = None,
     mark: Annotated[list[str] | None, typer.Option(
         "--mark", help="A model to show where it lies on the plane; repeatable."
@@ -206,18 +216,43 @@ def landscape(
     pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
     force: Force = False, dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Draw the loss around a model, over a plane or along a line, of all timesteps and by range.
-
-    Processes of one launch (torchrun, accelerate launch, srun) share the points.
+    """Draw the loss over a plane of weights, of all timesteps and by range.
 
     Example: deme analyze landscape base.safetensors ft_1of4.safetensors ft_4of4.safetensors
     """
-    console.set_quiet(quiet)
-    world = meet(device)
+    from deme_cli import analyze_landscape
+
     run = begin(config, quiet=quiet)
-    made = analyze_landscape(
-        models or (), run.settings(LandscapeConfig, **given), marks=mark or (),
-        images=run.settings(DataConfig, source=data), split=split, num_ranges=n, output=output,
-        run=run, pipeline=pipeline, device=device, force=force, dry_run=dry_run, world=world,
-    )  # fmt: skip
+    with _shown() as progress:
+        made = analyze_landscape(
+            models or (), run.settings(LandscapeConfig, **given), marks=mark or (),
+            images=run.settings(DataConfig, source=data), split=split, num_ranges=n,
+            output=output, run=run, pipeline=pipeline, device=device, force=force,
+            dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+    _tell(made, as_json=as_json)
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[Any], None]]:
+    """Steps as a bar, another for each label; notes as lines."""
+    bar: console.Progress | None = None
+    with ExitStack() as stack:
+
+        def show(step: Any) -> None:
+            nonlocal bar
+            if step.note:
+                (console.note if bar is None else bar.say)(step.note)
+            if step.label and (bar is None or bar.label != step.label):
+                stack.close()
+                bar = stack.enter_context(console.progress(step.label, step.total, step.unit))
+            if bar is not None and step.label:
+                bar.advance(step.done)
+
+        yield show
+
+
+def _tell(made: Analysis, *, as_json: bool) -> None:
+    if made.document:
+        console.table(made.reading, made.columns, made.rows)
     console.result_paths(made.paths, as_json=as_json, **made.facts)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from deme_cli.analysis.document import plain
+from deme_cli.analysis.result import plain
 from deme_cli.comparison.figures import cell_of, winner
 from deme_cli.comparison.readings import readings
 from deme_cli.comparison.results import Comparison, Published, Result, RowResult

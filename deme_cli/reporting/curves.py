@@ -16,10 +16,10 @@ from typing import Any
 
 from deme_cli.analysis.figure import color_of
 from deme_cli.errors import ArtifactError
+from deme_cli.numbers import plain
 from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.reporting.charts import Line, Panel, Points, panel
 from deme_cli.reporting.folder import METRICS, Folder, is_whole, read_text
-from deme_cli.reporting.numbers import plain
 
 _POINTS = 300  # of a raw line; more are means of neighbours
 _SMOOTH = 20  # parts of a run over which the thick line is a mean

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from deme_cli.numbers import number
 from deme_cli.reporting.measures import Measure, verdict
-from deme_cli.reporting.numbers import number
 from deme_cli.reporting.tables import (
     Cell,
     Results,

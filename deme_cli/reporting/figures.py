@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deme_cli.analysis.document import SCHEMA_VERSION
+from deme_cli.analysis.result import SCHEMA_VERSION
 from deme_cli.analysis_config import ANALYSES
 from deme_cli.errors import ArtifactError
 from deme_cli.records import SamplesRecord

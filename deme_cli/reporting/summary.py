@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deme_cli.numbers import plain, size_of
 from deme_cli.records import (
     KINDS,
     BaseRecord,
@@ -17,7 +18,6 @@ from deme_cli.records import (
     TaskVectorRecord,
 )
 from deme_cli.reporting.folder import Artifact, Folder, is_whole
-from deme_cli.reporting.numbers import plain, size_of
 from deme_cli.reporting.tables import Table, plain_table, public_name
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from deme_cli.comparison.results import OVER_EVALUATION, lower_is_better
 from deme_cli.evaluation.comparable import WHO_AND_WHENCE
+from deme_cli.numbers import number
 from deme_cli.reporting.measures import (
     BETTER,
     EVEN,
@@ -19,7 +20,6 @@ from deme_cli.reporting.measures import (
     Measure,
     best_of,
 )
-from deme_cli.reporting.numbers import number
 
 _MOST_ENTRIES = 64  # of a list of tables in a card; a longer one is shown as JSON
 _WORDS = {BETTER: "better", WORSE: "worse", EVEN: "not told apart"}

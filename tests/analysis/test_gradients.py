@@ -1,72 +1,62 @@
-"""Mean gradients per bucket of timesteps: those of autograd, resumed as if never stopped."""
+"""Mean gradients per bucket of timesteps: those of autograd, and what they say together."""
 
 from __future__ import annotations
 
-import os
-import signal
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from deme_cli.analysis.gradients import measure as analysis_module
-from deme_cli.analysis.gradients import sketch as sketch_module
-from deme_cli.analysis.gradients.measure import GradientAnalysis, _draws, measure_gradients
-from deme_cli.analysis.unfinished import Step, unfinished_path
+from deme_cli.analysis import gradients as module
+from deme_cli.analysis.draws import part, spread_draws
+from deme_cli.analysis.gradients import (
+    analyze_gradients,
+    cosine_means,
+    distance_cosines,
+    mean_norm,
+    noise_norm,
+    pair_cosines,
+)
 from deme_cli.analysis_config import GradientConfig
+from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.config import DataConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser, predict
-from deme_cli.errors import NumericsError, Stopped
-from deme_cli.training.affinity import Affinity
+from deme_cli.errors import NumericsError
+from deme_cli.timesteps import TimestepRange, split_uniform
+from deme_cli.training.affinity import Affinity, read_affinity
 from deme_cli.training.examples import PixelExamples
 
 CONFIG = GradientConfig(buckets=5, num=12, batch_size=4)
+analyze = partial(
+    analyze_gradients, settings=CONFIG, images=DataConfig(source="digits"), num_ranges=2
+)
+WHOLE = TimestepRange(0, 100)
 
 
-@pytest.fixture
-def analysis(finished_run: Path, tmp_path: Path) -> GradientAnalysis:
-    denoiser = load_denoiser(finished_run / "base.safetensors")
-    examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape))
-    return GradientAnalysis(denoiser, examples, CONFIG, tmp_path / "gradients.json", "tiny", 2)
+def measured(path: Path) -> Affinity:
+    return read_affinity(path, read_record(Path("base.safetensors")).fingerprint)
 
 
-def finish(analysis: GradientAnalysis, **options) -> Affinity:
-    *_, last = measure_gradients(analysis, **options)
-    assert isinstance(last, Affinity)
-    return last
-
-
-def stop_in(analysis: GradientAnalysis, bucket: int) -> None:
-    """Send SIGTERM once `bucket` buckets are done."""
-    steps = measure_gradients(analysis)
-    while next(steps).done < bucket * CONFIG.num:
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(Stopped, match=f"after {bucket} of 5 buckets") as stopped:
-        next(steps)
-    assert stopped.value.exit_code == 75
-
-
-def full_gradient(
-    analysis: GradientAnalysis, index: int, halves: slice = slice(None)
-) -> np.ndarray:
+def full_gradient(bucket: TimestepRange, halves: slice = slice(None)) -> np.ndarray:
     """The gradient of the mean squared error over a bucket's draws, in one batch."""
-    network, schedule = analysis.denoiser.network, analysis.denoiser.schedule
-    losses, counts = [], []
-    for part in _draws(analysis, index)[halves]:
-        assert all(int(t) in analysis.buckets[index] for t in part.t)
-        x0, _ = analysis.examples.draw(part.images.tolist(), flip=None, generator=None)
-        eps = part.noise(torch.arange(len(part.t)))
-        network.requires_grad_(True)
-        output = predict(network, schedule.add_noise(x0, eps, part.t), part.t)
+    denoiser = load_denoiser(Path("base.safetensors"))
+    examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape))
+    draws = spread_draws(
+        examples, denoiser.schedule, [bucket], 12, seed=0, purpose="gradients", batch_size=4
+    )
+    network, losses = denoiser.network.requires_grad_(True), []
+    for half in [part(draws, range(6)), part(draws, range(6, 12))][halves]:
+        assert all(int(t) in bucket for t in half.t)
+        x0, _ = examples.draw(half.images.tolist(), flip=None, generator=None)
+        eps = half.noise(torch.arange(6))
+        output = predict(network, denoiser.schedule.add_noise(x0, eps, half.t), half.t)
         losses.append(functional.mse_loss(output, eps))
-        counts.append(len(eps))
-    loss = sum(n * one for n, one in zip(counts, losses, strict=True)) / sum(counts)
-    found = torch.autograd.grad(loss, list(network.parameters()))
-    network.requires_grad_(False)
+    found = torch.autograd.grad(sum(losses) / len(losses), list(network.parameters()))
     return torch.cat([one.flatten() for one in found]).double().numpy()
 
 
@@ -75,72 +65,86 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_cosines_norms_and_reliability_are_those_of_whole_gradients(
-    analysis: GradientAnalysis,
+    run_folder: Path, resumed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = finish(analysis)
-    whole = [full_gradient(analysis, index) for index in range(5)]
-    expected = [[cosine(a, b) for b in whole] for a in whole]
-    assert np.allclose(found.cosines, expected, atol=2e-5)
+    made = analyze(output=Path("whole.json"))
+    assert resumed(analyze, 3 * 12).document == made.document
+    found, buckets = measured(made.path), split_uniform(5, 100)
+    whole = [full_gradient(bucket) for bucket in buckets]
+    assert np.allclose(found.cosines, [[cosine(a, b) for b in whole] for a in whole], atol=2e-5)
     assert found.norms == pytest.approx([np.linalg.norm(one) for one in whole], rel=1e-4)
-    halves = [full_gradient(analysis, 3, slice(i, i + 1)) for i in (0, 1)]
+    halves = [full_gradient(buckets[3], slice(i, i + 1)) for i in (0, 1)]
     assert found.reliability[3] == pytest.approx(cosine(*halves), abs=2e-5)
     assert found.parameters == len(whole[0]) == found.sketch_size
-    assert [str(span) for span in found.buckets] == ["0:20", "20:40", "40:60", "60:80", "80:100"]
-    assert len(found.ranges) == 2
+    assert (found.buckets, len(found.ranges), found.standard_error) == (buckets, 2, 0)
+    other = analyze(settings=GradientConfig(buckets=5, num=12, batch_size=256), force=True)
+    assert np.allclose(measured(other.path).cosines, found.cosines, atol=1e-5)
+    monkeypatch.setattr(module, "SKETCH_SIZE", 2048)
+    sketched = measured(analyze(force=True).path)
+    assert sketched.standard_error == pytest.approx((2 / 2048) ** 0.5)
+    error = np.abs(np.subtract(sketched.cosines, found.cosines)).max()
+    assert 0 < error < 4 * sketched.standard_error
 
 
-def test_a_sketched_analysis_is_within_its_stated_error(
-    analysis: GradientAnalysis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exact = finish(analysis)
-    monkeypatch.setattr(
-        analysis_module, "sketch_of", lambda network: sketch_module.sketch_of(network, 2048)
-    )
-    found = finish(analysis)
-    assert found.standard_error == pytest.approx((2 / 2048) ** 0.5)
-    assert np.abs(np.subtract(found.cosines, exact.cosines)).max() < 4 * found.standard_error
-    assert found.norms == pytest.approx(exact.norms, rel=4 * found.standard_error)
+def test_a_gradient_that_is_not_finite_is_an_error(run_folder: Path) -> None:
+    weights, record = load_tensors(Path("base.safetensors")), read_record(Path("base.safetensors"))
+    next(iter(weights.values())).fill_(float("nan"))
+    write_artifact(Path("tiny.safetensors"), weights, record)
+    with pytest.raises(NumericsError, match=r"tiny.*: the gradient of timesteps 0:20 is not"):
+        analyze("tiny.safetensors")
 
 
-def test_buckets_do_not_depend_on_each_other_or_on_the_batch_size(
-    analysis: GradientAnalysis,
-) -> None:
-    found = finish(analysis)
-    other = finish(replace(analysis, config=replace(CONFIG, batch_size=256)))
-    assert np.allclose(found.cosines, other.cosines, atol=1e-5)
-    draws = _draws(analysis, 4)[1]
-    again = _draws(replace(analysis, config=replace(CONFIG, batch_size=3)), 4)[1]
-    assert torch.equal(draws.t, again.t)
-    assert torch.equal(draws.noise(torch.tensor([2])), again.noise(torch.tensor([1, 2]))[1:])
-    assert not torch.equal(_draws(analysis, 3)[1].images, draws.images)
+def affinity_of(means: np.ndarray, noise: np.ndarray | None = None) -> Affinity:
+    """Of mean gradients (n, d), measured with noise (2, n, d) in the means of two halves."""
+    halves = means + (np.zeros((2, *means.shape)) if noise is None else noise)
+    found, n = halves.mean(0), len(means)
+    norms = np.linalg.norm(found, axis=1)
+    unit = found / norms[:, None]
+    first, second = halves / np.linalg.norm(halves, axis=2, keepdims=True)
+    source = {"source": "tiny", "fingerprint": "0" * 64}
+    return Affinity(
+        buckets=split_uniform(n, 100), cosines=(unit @ unit.T).tolist(), norms=norms.tolist(),
+        losses=[1.0] * n, reliability=(first * second).sum(1).tolist(), model=source, data=source,
+        num=8, seed=0, parameters=means.shape[1], sketch_size=means.shape[1], standard_error=0.0,
+        ranges=split_uniform(2, 100),
+    )  # fmt: skip
 
 
-def test_a_resumed_analysis_equals_an_uninterrupted_one(
-    analysis: GradientAnalysis, tmp_path: Path
-) -> None:
-    whole = finish(replace(analysis, output=tmp_path / "whole.json"))
-    stop_in(analysis, 3)
-    steps = list(measure_gradients(analysis))
-    assert steps[0] == Step(3 * CONFIG.num, "continuing after 3 of 5 buckets")
-    assert steps[-1] == whole
-    assert steps[-2] == Step(5 * CONFIG.num)
+def test_pairs_within_and_across_ranges_near_and_far() -> None:
+    affinity = affinity_of(np.array([[1.0, 0], [1, 0], [0, 1], [-1, 0]]))
+    within, across = pair_cosines(affinity, affinity.ranges)
+    assert sorted(within) == [0, 1]
+    assert sorted(across) == [-1, -1, 0, 0]
+    near, far = distance_cosines(affinity)
+    assert near.tolist() == [1, 0, 0]
+    assert sorted(far) == [-1, -1, 0]
+    odd = affinity_of(np.eye(5) + np.diag([1.0] * 3, 2))
+    assert [values.size for values in distance_cosines(odd)] == [4, 3]
+    assert pair_cosines(affinity, [WHOLE])[1].size == 0
+    means = cosine_means(affinity)
+    assert (means["within"], means["across"], means["distant"]) == (0.5, -0.5, -2 / 3)
 
 
-def test_buckets_of_other_settings_are_not_used(analysis: GradientAnalysis) -> None:
-    stop_in(analysis, 2)
-    other = replace(analysis, config=replace(CONFIG, seed=1))
-    first = next(measure_gradients(other))
-    assert first.done == 0
-    assert "had another seed; measuring all of it anew" in first.note
-    kept = unfinished_path(analysis.output)
-    kept.write_bytes(kept.read_bytes()[:-8])
-    assert "cannot be read" in next(measure_gradients(analysis)).note
-    steps = measure_gradients(analysis, force=True)
-    assert next(steps) == Step(0)
-    assert not kept.exists()
+def test_the_norm_of_a_mean_is_that_of_the_vectors() -> None:
+    means = np.random.default_rng(0).normal(size=(7, 40))
+    affinity = affinity_of(means)
+    shares = np.array([len(bucket) for bucket in affinity.buckets]) / 100
+    assert mean_norm(affinity, WHOLE) == pytest.approx(np.linalg.norm(shares @ means))
+    assert noise_norm(affinity, WHOLE) == pytest.approx(0, abs=1e-6)
+    some = TimestepRange(0, affinity.buckets[2].stop)
+    own = shares[:3] / shares[:3].sum()
+    assert mean_norm(affinity, some) == pytest.approx(np.linalg.norm(own @ means[:3]))
 
 
-def test_a_gradient_that_is_not_finite_is_an_error(analysis: GradientAnalysis) -> None:
-    next(analysis.denoiser.network.parameters()).data.fill_(float("nan"))
-    with pytest.raises(NumericsError, match="tiny: the gradient of timesteps 0:20 is not finite"):
-        finish(analysis)
+def test_noise_is_taken_out_of_norms_and_told() -> None:
+    random, d = np.random.default_rng(1), 4000
+    means = random.normal(size=(6, d)) / np.sqrt(d)
+    noise = random.normal(size=(2, 6, d)) * 1.5 / np.sqrt(d)
+    affinity, clean = affinity_of(means, noise), affinity_of(means)
+    assert max(clean.norms) < 1.1
+    assert min(affinity.norms) > 1.3
+    assert mean_norm(affinity, WHOLE) == pytest.approx(mean_norm(clean, WHOLE), rel=0.15)
+    expected = 1.5 / np.sqrt(2) / np.sqrt(6)  # of the mean of two halves, and of six buckets
+    assert noise_norm(affinity, WHOLE) == pytest.approx(expected, rel=0.1)
+    alone = affinity_of(means * 1e-9, noise)
+    assert mean_norm(alone, WHOLE) < noise_norm(alone, WHOLE)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from deme_cli.analysis.gradients.sketch import CountSketch, cosines, inner_products
+from deme_cli.analysis.sketch import CountSketch, cosines, inner_products
 
 SIZES = {"a.weight": 900, "a.bias": 7, "b.weight": 1300, "c": 1}
-SEEDS, SIZE = 400, 128
+SEEDS, SIZE = 200, 128
 
 
 def vector(seed: int, *, heavy: bool = False) -> dict[str, torch.Tensor]:

@@ -1,45 +1,254 @@
-"""`deme analyze gradients` measures, tells, and is what `deme split --by gradient` reads."""
+"""`deme analyze`: what each writes and prints, in Python the same, and what it refuses."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import write_tiny_base, write_tiny_expert
 from typer.testing import Result
 
-from deme_cli.analysis.gradients.agreement import pair_cosines
-from deme_cli.artifacts import read_record
-from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.training.affinity import read_affinity
+import deme_cli
+from deme_cli.analysis.result import Step
+from deme_cli.analysis_config import (
+    ANALYSES,
+    ActivationConfig,
+    GradientConfig,
+    LandscapeConfig,
+    LossConfig,
+    TaskVectorConfig,
+)
+from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.config import DataConfig
+from deme_cli.diffusion.checkpoints import base_record, import_model
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 
 Deme = Callable[..., Result]
-FEW = ["--buckets", 4, "--num", 4, "-n", 2]
+DIGITS = {"images": DataConfig(source="digits")}
+BASE, FIRST, LAST = "base.safetensors", "ft_1of4.safetensors", "ft_4of4.safetensors"
 
 
-def test_the_file_the_pictures_and_the_sentence(deme: Deme, run_folder: Path) -> None:
-    result = deme("analyze", "gradients", "--data", "digits", "--json", *FEW)
-    assert result.exit_code == 0
-    document = json.loads(result.stdout)
-    assert document["paths"] == ["gradients.json", "gradients.png", "gradients.svg"]
-    png, svg = (Path(path).read_bytes() for path in document["paths"][1:])
+@dataclass(frozen=True)
+class Case:
+    """One analysis, cheap: its command line, and the same in Python."""
+
+    typed: str
+    called: tuple[Any, ...]
+    options: dict[str, Any]
+    told: str  # in a dry run
+
+
+CASES = {
+    "losses": Case(
+        f"{BASE} {FIRST} --data digits --buckets 4 --num 4 -n 2",
+        ([BASE, Path(FIRST)], LossConfig(buckets=4, num=4)), {**DIGITS, "num_ranges": 2},
+        "base, ft_1of4: 16 draws each from digits (held-out)",
+    ),
+    "gradients": Case(
+        "--data digits --buckets 4 --num 4 -n 2",
+        (None, GradientConfig(buckets=4, num=4)), {**DIGITS, "num_ranges": 2},
+        "100 timesteps in 4 buckets, 16 draws from digits",
+    ),
+    "activations": Case(
+        f"{FIRST} --data digits --num 4 --controls 1 --range 3/4 --block mid_block",
+        (FIRST, ActivationConfig(num=4, controls=1)),
+        {**DIGITS, "range": "3/4", "block": "mid_block"},
+        "ft_1of4 against base: 4 draws of 50:75 from digits (held-out)",
+    ),
+    "landscape": Case(
+        f"{BASE} {FIRST} {LAST} --mark ft_2of4.safetensors --data digits --points 3 --num 16 "
+        f"--report-num 16",
+        ([BASE, FIRST, LAST], LandscapeConfig(points=3, num=16, report_num=16)),
+        {**DIGITS, "marks": ["ft_2of4.safetensors"]},
+        "9 points of 16 draws from digits (train), for all timesteps and each of 0:25, 25:50, "
+        "75:100",
+    ),
+    "task-vectors": Case(
+        f"{FIRST} {LAST} --no-ranks",
+        ([FIRST, LAST], TaskVectorConfig(ranks=False)), {},
+        "2 experts of base.safetensors: 144 tensors",
+    ),
+}  # fmt: skip
+
+
+def in_python(kind: str) -> Callable[..., deme_cli.Analysis]:
+    return getattr(deme_cli, f"analyze_{kind.replace('-', '_')}")
+
+
+def test_every_analysis_has_a_case() -> None:
+    assert list(CASES) == list(ANALYSES)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_python_and_the_command_line_write_one_document(
+    deme: Deme, run_folder: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = CASES[kind]
+    typed = deme("analyze", kind, *case.typed.split(), "-o", "typed.json", "--json")
+    assert typed.exit_code == 0, typed.exception
+    capsys.readouterr()
+    made = in_python(kind)(*case.called, **case.options, output=Path("called.json"))
+    assert capsys.readouterr() == ("", "")  # a verb prints nothing
+    assert made.document == json.loads(Path("typed.json").read_text())
+    assert made.document == json.loads(made.path.read_text())
+    assert (made.document["kind"], made.document["schema_version"]) == (kind, 1)
+    assert made.document["reading"] == made.reading
+    assert made.paths == [Path("called.json"), Path("called.png"), Path("called.svg")]
+    png, svg = (path.read_bytes() for path in made.pictures)
     assert png.startswith(b"\x89PNG")
     assert b"</svg>" in svg
-    base = read_record(Path("base.safetensors"), "base")
-    affinity = read_affinity(Path("gradients.json"), base.fingerprint)
-    assert document["ranges"] == [str(span) for span in affinity.ranges]
-    within, _ = pair_cosines(affinity, affinity.ranges)
-    assert document["within"] == pytest.approx(within.mean())
-    assert (affinity.num, affinity.data["source"]) == (4, "digits")
-    assert f"2 ranges by gradient, {', '.join(document['ranges'])}: " in result.stderr
-    assert json.loads(Path("gradients.json").read_text())["reading"] in result.stderr
-    assert not list(Path().glob(".gradients*"))
+    printed = json.loads(typed.stdout)
+    assert printed.pop("paths") == ["typed.json", "typed.png", "typed.svg"]
+    assert json.loads(json.dumps(made.facts)) | {"schema_version": 1} == printed
+    assert made.columns[0] in typed.stderr
+    assert all(len(row) == len(made.columns) for row in made.rows)
+    assert "nan" not in str(made.rows)
+    with pytest.raises(ConfigError, match=r"called\.json exists"):
+        in_python(kind)(*case.called, **case.options, output=Path("called.json"))
+    assert not list(Path().glob(".*.unfinished"))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(
+    deme: Deme, run_folder: Path, kind: str
+) -> None:
+    case, before = CASES[kind], sorted(Path().iterdir())
+    steps: list[Step] = []
+    options = {**case.options, "dry_run": True, "progress": steps.append}
+    made = in_python(kind)(*case.called, **options)
+    assert case.told in steps[0].note
+    assert (made.path, made.paths, made.facts) == (Path(f"{kind}.json"), [], {"dry_run": True})
+    typed = deme("analyze", kind, *case.typed.split(), "--dry-run")
+    assert typed.exit_code == 0
+    assert case.told in typed.stderr
+    assert sorted(Path().iterdir()) == before
+
+
+REFUSALS = [
+    ("losses", "--buckets 0", ConfigError, "buckets = 0"),
+    ("losses", "--buckets 101", ConfigError, "this model has 100 timesteps"),
+    ("losses", "--split test", ConfigError, "--split test: expected one of train, held-out"),
+    ("losses", f"{BASE} {BASE}", ConfigError, "given twice"),
+    ("losses", f"{BASE} other.safetensors", ArtifactError, "another shape of x_t"),
+    ("losses", "none.safetensors", MissingError, "no such file"),
+    ("losses", f"{BASE} --config bad.toml", ConfigError, "ranges: they end at 200, but this model"),
+    ("gradients", "--buckets 1", ConfigError, "needs at least 2 buckets"),
+    ("gradients", "--num 1", ConfigError, "needs at least 2 draws"),
+    ("gradients", "--buckets 3 -n 4", ConfigError, "4 ranges of 3 buckets"),
+    ("gradients", "-o x.png", ConfigError, "ends in .json"),
+    ("gradients", "--data nowhere", MissingError, "nowhere"),
+    ("gradients", "--config none.toml", MissingError, "none.toml"),
+    ("activations", f"{FIRST} --num 1", ConfigError, "needs at least 2 draws"),
+    ("activations", f"{FIRST} --controls -1", ConfigError, "controls = -1: expected 0 or"),
+    ("activations", f"{FIRST} --range 50:200", ConfigError, "stop <= 100"),
+    ("activations", f"{FIRST} --block midblock", ConfigError, "did you mean 'mid_block'"),
+    ("activations", f"{FIRST} -o taken.json", ConfigError, "taken.json exists; add --force"),
+    ("activations", f"{BASE} {BASE} {BASE}", ConfigError, "3 models given: expected [BASE] EXPERT"),
+    ("activations", BASE, ArtifactError, "found 'base'; name both: deme analyze"),
+    ("activations", "lone/ft_1of4.safetensors --config lone.toml", MissingError,
+     "name both: deme analyze activations BASE lone/ft_1of4.safetensors"),
+    ("activations", f"{BASE} {BASE}", ArtifactError, "have the same weights"),
+    ("activations", f"other.safetensors {FIRST}", ArtifactError,
+     "ft_1of4.safetensors: sample_size of its model_config is 8, other.safetensors has 16"),
+    ("landscape", f"{BASE} {FIRST}", ConfigError, "2 models given: expected one"),
+    ("landscape", f"--mark {BASE}", ConfigError, "--mark: models are marked on the plane"),
+    ("landscape", "--points 2", ConfigError, "points = 2: needs at least 3"),
+    ("landscape", "--span 0", ConfigError, "span = 0"),
+    ("landscape", "-n 101", ConfigError, "cannot divide 100 timesteps into 101 ranges"),
+    ("landscape", f"{BASE} {FIRST} {FIRST}", ArtifactError, "no plane: their cosine is 1.000000"),
+    ("landscape", "--data=", ConfigError, "no images"),
+    ("landscape", "--config bad.toml", ConfigError, "50:200 reaches past the 100 timesteps"),
+    ("task-vectors", BASE, ArtifactError, "expected an artifact of kind 'expert'"),
+    ("task-vectors", f"{FIRST} {FIRST}", ConfigError, "are the same expert"),
+    ("task-vectors", "--base wide.safetensors", ArtifactError, "was finetuned from base"),
+    ("task-vectors", f"{FIRST} ft_1of1.safetensors", ArtifactError, "was finetuned from base"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "arguments", "error", "message"), REFUSALS)
+def test_bad_input_is_told_before_anything_runs(
+    deme: Deme, run_folder: Path, kind: str, arguments: str, error: type[DemeError], message: str
+) -> None:
+    Path("taken.json").write_text("{}")
+    Path("bad.toml").write_text('[split]\nranges = ["0:50", "50:200"]\n')
+    Path("lone").mkdir()
+    Path("lone", FIRST).write_bytes(Path(FIRST).read_bytes())
+    Path("lone.toml").write_text('[model]\nbase = "none.safetensors"\n')
+    write_tiny_base(Path("other.safetensors"), sample_size=16)
+    write_tiny_base(Path("wide.safetensors"), seed=1)
+    write_tiny_expert(Path("ft_1of1.safetensors"), Path("wide.safetensors"), index=1, of=1)
+    before = sorted(Path().iterdir())
+    data = [] if "--data" in arguments or kind == "task-vectors" else ["--data", "digits"]
+    result = deme("analyze", kind, *data, *arguments.split())
+    assert isinstance(result.exception, error), result.exception
+    assert message in str(result.exception)
+    assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("losses", "no models in"), ("gradients", "name a MODEL"), ("task-vectors", "finetune --ran")],
+)
+def test_an_empty_folder_says_what_is_missing(
+    deme: Deme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = deme("analyze", kind, *([] if kind == "task-vectors" else ["--data", "digits"]))
+    assert isinstance(result.exception, MissingError)
+    assert message in str(result.exception)
+
+
+def test_what_cannot_be_done_is_said_before_torch_is_loaded(run_folder: Path) -> None:
+    Path("taken.json").write_text("{}")
+    code = """if True:
+        import sys
+        from pathlib import Path
+        import deme_cli as deme
+        from deme_cli.analysis_config import GradientConfig
+        from deme_cli.config import DataConfig
+        from deme_cli.errors import DemeError
+
+        base, digits, taken = "base.safetensors", DataConfig(source="digits"), Path("taken.json")
+        for call in (
+            lambda: deme.analyze_losses(images=digits, split="test"),
+            lambda: deme.analyze_losses(images=DataConfig(source="nowhere")),
+            lambda: deme.analyze_gradients(images=digits, settings=GradientConfig(buckets=101)),
+            lambda: deme.analyze_gradients(),
+            lambda: deme.analyze_activations(base, base=base, images=digits),
+            lambda: deme.analyze_landscape(marks=[base], images=digits),
+            lambda: deme.analyze_task_vectors([base]),
+            lambda: deme.analyze_task_vectors(output=taken),
+        ):
+            try:
+                call()
+            except DemeError as error:
+                print(error)
+            else:
+                raise AssertionError("nothing was refused")
+        deme.analyze_task_vectors(dry_run=True)
+        assert "torch" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = [
+        "--split test: expected one of train, held-out", "nowhere", "has 100 timesteps",
+        "no images", "have the same weights", "--mark: models are marked on the plane",
+        "expected an artifact of kind 'expert' or 'task-vector'", "taken.json exists",
+    ]  # fmt: skip
+    for line, part in zip(done.stdout.splitlines(), expected, strict=True):
+        assert part in line
 
 
 def test_a_split_by_gradient_takes_the_measured_ranges(deme: Deme, run_folder: Path) -> None:
-    deme("analyze", "gradients", "--data", "digits", *FEW)
-    split = ["split", "base.safetensors", "-n", 2, "--by", "gradient", "--data", "digits"]
+    few = ["--data", "digits", "--buckets", 4, "--num", 4, "-n", 2]
+    deme("analyze", "gradients", *few)
+    split = ["split", BASE, "-n", 2, "--by", "gradient", "--data", "digits"]
     document = json.loads(deme(*split, "--force", "--json").stdout)
     assert document["ranges"] == json.loads(Path("gradients.json").read_text())["ranges"]
     result = deme(*split, "-o", "other")
@@ -48,71 +257,26 @@ def test_a_split_by_gradient_takes_the_measured_ranges(deme: Deme, run_folder: P
         result.exception
     )
     assert deme(*split, "-o", "other", "--gradients", "gradients.json").exit_code == 0
-    result = deme("split", "base.safetensors", "-o", "more", "--gradients", "x.json")
-    assert "--gradients x.json is read by --by gradient alone" in str(result.exception)
-
-
-def test_gradients_of_another_model_are_refused(deme: Deme, run_folder: Path) -> None:
-    deme("analyze", "gradients", "ft_1of4.safetensors", "--data", "digits", *FEW)
-    result = deme(
-        "split", "base.safetensors", "--by", "gradient", "-n", 2, "--force", "--data", "digits"
-    )
+    deme("analyze", "gradients", FIRST, "--force", *few)
+    result = deme(*split, "--force")
     assert isinstance(result.exception, ArtifactError)
-    assert "measured on another model, ft_1of4.safetensors" in str(result.exception)
+    assert f"measured on another model, {FIRST}" in str(result.exception)
     Path("gradients.json").write_text("{")
-    result = deme("split", "base.safetensors", "--by", "gradient", "--force")
-    assert isinstance(result.exception, ArtifactError)
-    assert "not valid JSON" in str(result.exception)
+    assert "not valid JSON" in str(deme(*split, "--force").exception)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("kind", "name", "options"),
     [
-        (["--buckets", 1], ConfigError, "needs at least 2 buckets"),
-        (["--buckets", 101], ConfigError, "this model has 100 timesteps"),
-        (["--num", 1], ConfigError, "needs at least 2 draws"),
-        (["--buckets", 3, "-n", 4], ConfigError, "4 ranges of 3 buckets"),
-        (["-o", "x.png"], ConfigError, "ends in .json"),
-        (["-o", "taken.json"], ConfigError, "taken.json exists; add --force"),
-        (["--data", ""], ConfigError, "no images"),
-        (["--data", "nowhere"], MissingError, "nowhere"),
-        (["--data", "digits", "none.safetensors"], MissingError, "no such file"),
-        (["--config", "none.toml"], MissingError, "none.toml"),
+        ("losses", "sd3", "--buckets 2 --num 2 -n 2"),
+        ("gradients", "dit", "--num 2 --buckets 2 -n 2"),
+        ("landscape", "sd3", "--points 3 --num 16 --report-num 16 -n 2"),
+        ("activations", "dit", "--num 2 --split train --controls 0"),
     ],
 )
-def test_bad_input_is_told_before_anything_runs(
-    deme: Deme, run_folder: Path, arguments: list, error: type, message: str
-) -> None:
-    Path("taken.json").write_text("{}")
-    before = sorted(Path().iterdir())
-    data = [] if "--data" in arguments else ["--data", "digits"]
-    result = deme("analyze", "gradients", *data, *arguments)
-    assert isinstance(result.exception, error), result.exception
-    assert message in str(result.exception)
-    assert sorted(Path().iterdir()) == before
-
-
-def test_without_a_base_the_model_is_asked_for(
-    deme: Deme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = deme("analyze", "gradients", "--data", "digits")
-    assert isinstance(result.exception, MissingError)
-    assert "name a MODEL" in str(result.exception)
-
-
-def test_a_dry_run_writes_nothing(deme: Deme, run_folder: Path) -> None:
-    before = sorted(Path().iterdir())
-    result = deme("analyze", "gradients", "--data", "digits", "--dry-run", *FEW)
-    assert result.exit_code == 0
-    assert "100 timesteps in 4 buckets, 16 draws from digits" in result.stderr
-    assert sorted(Path().iterdir()) == before
-
-
-@pytest.mark.parametrize("name", ["sd3", "dit"])
 def test_latents_captions_classes_and_flow_are_measured_too(
-    deme: Deme, pipelines: Callable[..., Path], image_folder: Path, name: str,
-    monkeypatch: pytest.MonkeyPatch,
+    deme: Deme, pipelines: Callable[..., Path], image_folder: Path, kind: str, name: str,
+    options: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(image_folder.parent)
     rows = [
@@ -120,18 +284,36 @@ def test_latents_captions_classes_and_flow_are_measured_too(
         for i in range(10)
     ]
     (image_folder / "metadata.jsonl").write_text("\n".join(rows))
-    result = deme(
-        "analyze", "gradients", pipelines(name), "--data", image_folder, "--num", 2,
-        "--buckets", 2, "-n", 2,
-    )  # fmt: skip
+    models = [pipelines(name)]
+    if kind == "activations":  # tokens are places; the first block is before any change
+        model = import_model(str(models[0]))
+        changed = {
+            name: weight * (1.05 if name.startswith("transformer_blocks.1") else 1)
+            for name, weight in model.weights.items()
+        }
+        write_artifact(Path("changed.safetensors"), changed, base_record(model))
+        models.append(Path("changed.safetensors"))
+    result = deme("analyze", kind, *models, "--data", image_folder, *options.split())
     assert result.exit_code == 0, result.exception
-    split = ["split", pipelines(name), "-n", 2, "--data", image_folder, "--force"]
-    for by in ("gradient", "snr", "log-snr"):
-        assert deme(*split, "--by", by).exit_code == 0
+    document = json.loads(Path(f"{kind}.json").read_text())
+    if kind == "landscape":
+        assert sum(row["draws"] for row in document["origin"][1:]) == 16
+    elif kind == "activations":
+        first, drawn = document["blocks"][0], document["drawn"]
+        assert (first["size"], first["controls"]) == (0, None)
+        assert first["shares"] == {"channel": None, "place": None, "rest": None}
+        assert (drawn["name"], drawn["grid"]) == ("transformer_blocks.1", [4, 4])
+        assert document["protocol"]["range"] == "0:1000"
 
 
-def test_the_group_lists_its_analyses(deme: Deme) -> None:
-    shown = deme("analyze", "--help").stdout
-    assert "gradients" in shown
-    assert "Example: deme analyze losses" in shown
-    assert "Example:" in deme("analyze", "gradients", "--help").stdout
+def test_one_vector_alone_has_no_pairs_and_one_model_alone_no_changes(
+    deme: Deme, run_folder: Path
+) -> None:
+    assert deme("task-vector", FIRST).exit_code == 0
+    made = deme_cli.analyze_task_vectors(["tv_1of4.safetensors"], TaskVectorConfig(ranks=False))
+    assert made.document["pairs"] is None
+    assert "cosine" not in made.reading
+    alone = deme_cli.analyze_losses([BASE], LossConfig(buckets=4, num=4), **DIGITS)
+    assert "the loss of base is " in alone.reading
+    assert len(load_tensors(Path("tv_1of4.safetensors"))) == 144
+    assert read_record(Path(FIRST), "expert").range == [0, 25]

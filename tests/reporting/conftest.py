@@ -10,10 +10,10 @@ from xml.etree.ElementTree import Element
 
 import html5lib
 import pytest
+from deme_cli.analysis.document import document_bytes
 from PIL import Image
 from typer.testing import CliRunner
 
-from deme_cli.analysis.document import document_bytes
 from deme_cli.reporting.folder import Folder, open_folder
 from deme_cli.reporting.page import gather, render
 

@@ -1,1 +1,0 @@
-"""What finetuning does to the features of a network (the paper's figure 2)."""

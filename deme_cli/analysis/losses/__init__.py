@@ -1,1 +1,0 @@
-"""The denoising loss of each model against the timestep."""

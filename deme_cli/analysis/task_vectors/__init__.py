@@ -1,1 +1,0 @@
-"""How far experts moved, and where they pull apart (the paper's figure 6b)."""
