@@ -103,8 +103,6 @@ def analyze_gradients(
         pipeline=pipeline, device=device, progress=progress,
     )  # fmt: skip
     buckets = bucket_ranges(settings.buckets, denoiser.schedule.num_train_timesteps)
-    for bucket in buckets:
-        denoiser.schedule.indices(bucket)
     identity = {
         "model": record.fingerprint, **identity_of(record, examples),
         "buckets": settings.buckets, "num": settings.num, "seed": settings.seed,
@@ -151,6 +149,8 @@ def _measure(
         "losses": np.full(n, np.nan),  # one that is not finite is still to be measured
         "reliability": np.full(n, np.nan),
     }
+    for bucket in buckets:
+        denoiser.schedule.indices(bucket)  # ConfigError where it holds no time
     first = int(np.isfinite(arrays["losses"]).sum())
     note = f"continuing after {first} of {n} buckets" if first else kept.note
     for index in range(first, n):

@@ -75,17 +75,10 @@ def analyze_landscape(
     run, settings = run or RunFile(), settings or LandscapeConfig()
     check_output(output, force=force)
     named = [str(model) for model in models] or [own_base(run)]
-    if len(named) not in (1, 3):
-        raise ConfigError(
-            f"{len(named)} models given: expected one, for random directions, or three: the origin "
-            f"and two finetuned from it"
-        )
-    if marks and len(named) == 1:
-        raise ConfigError("--mark: models are marked on the plane of three models, not on random")
-    arguments = [*named, *map(str, marks)]
+    along, arguments = _along(len(named), has_marks=bool(marks)), [*named, *map(str, marks)]
     known = [peek_timesteps(locate_model(argument)) for argument in arguments]
     ranges = _ranges(run, arguments, num_ranges, known[0]) if known[0] else None
-    images, along = check_images(images, run, split=split), _along(len(named))
+    images = check_images(images, run, split=split)
     spans = f"each of {', '.join(map(str, ranges))}" if ranges else "each range"
     progress(Step(note=(
         f"{along}, {', '.join(arguments)}: {settings.points**2:,} points of {settings.num:,} draws "
@@ -139,7 +132,15 @@ def analyze_landscape(
         return _written(kept, opened, basis, axes, result, protocol)
 
 
-def _along(num_models: int) -> str:
+def _along(num_models: int, *, has_marks: bool) -> str:
+    """What makes the plane of so many models. Raises ConfigError where they make none."""
+    if num_models not in (1, 3):
+        raise ConfigError(
+            f"{num_models} models given: expected one, for random directions, or three: the origin "
+            f"and two finetuned from it"
+        )
+    if has_marks and num_models == 1:
+        raise ConfigError("--mark: models are marked on the plane of three models, not on random")
     return "random" if num_models == 1 else "vectors"
 
 

@@ -32,7 +32,7 @@ def report(
     title: str | None = None,
     force: bool = False,
 ) -> WrittenReport:
-    """Make one HTML file of a run folder: tables, protocols, curves, search, figures, commands.
+    """Make one HTML file of a run folder: tables, protocols, curves, search, figures.
 
     output: None for report.html in the folder.   title: None for the folder's name.   A file that
     cannot be read is told of on the page and in `page.unread`. Raises ConfigError, MissingError for
@@ -46,11 +46,10 @@ def report(
     found = open_folder(folder)
     require_output(target, force=force)
 
-    from deme_cli.reporting.command_lines import command_lines
     from deme_cli.reporting.page import gather, render
     from deme_cli.reporting.summary import counts_of
 
-    page = gather(found, title=title, commands=command_lines(found))
+    page = gather(found, title=title)
     content = render(page)
     write_whole(target, [content])
     return WrittenReport(target, len(content), page, counts_of(found))

@@ -38,7 +38,7 @@ def report(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make one HTML file of a run folder: tables, protocols, curves, search, figures, commands.
+    """Make one HTML file of a run folder: tables, protocols, curves, search, figures, samples.
 
     It holds everything inside, opens without a network, and runs no script.
 
@@ -63,7 +63,7 @@ def _sections(counts: Mapping[str, int]) -> str:
     """How many tables, curves and so on the page has."""
     told = {
         "tables": "table", "curves": "curve", "searches": "merge", "figures": "figure",
-        "samples": "sample grid", "pictures": "other picture", "commands": "command",
+        "samples": "sample grid", "pictures": "other picture",
     }  # fmt: skip
     shown = [f"{counts[k]} {name}{'s' * (counts[k] != 1)}" for k, name in told.items() if counts[k]]
     return f"the page has {', '.join(shown)}" if shown else "the page has artifacts alone"

@@ -7,7 +7,7 @@ folder makes the same bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,6 @@ class Report:
     shares_noise: bool
     others: list[figures.Figure]
     artifacts: Table
-    commands: Sequence[str]
     below: Mapping[str, int]
     unread: list[Unread]
 
@@ -71,11 +70,10 @@ class Report:
             "samples": len(self.samples),
             "pictures": len(self.others),
             "artifacts": len(self.artifacts.rows),
-            "commands": len(self.commands),
         }
 
 
-def gather(folder: Folder, *, title: str | None = None, commands: Sequence[str] = ()) -> Report:
+def gather(folder: Folder, *, title: str | None = None) -> Report:
     """Read what the sections need; what cannot be read is noted in `unread`."""
     compared = _results(folder, is_comparison, comparison)
     evaluated = _results(folder, _is_evaluation, evaluation)
@@ -96,7 +94,7 @@ def gather(folder: Folder, *, title: str | None = None, commands: Sequence[str] 
         [*evaluated, *compared], training_curves(folder), found, opened, analyses,
         figures.samples(folder), figures.share_noise(folder),
         list(figures.other_pictures(folder)),
-        summary.artifact_table(folder), commands, folder.below,
+        summary.artifact_table(folder), folder.below,
         sorted(folder.unread, key=lambda one: one.name),
     )  # fmt: skip
 

@@ -216,10 +216,6 @@ def test_what_is_wrong_is_told_once(run_folder: Path) -> None:
     refused(3, "nowhere.safetensors", "merge", "nowhere.safetensors", *GRID)
     refused(2, "put WORLD_SIZE=1 before `deme`", "merge", *EXPERTS, *GRID,
             by_rank=lambda rank: ["--seed", f"{rank}"])  # fmt: skip
-    landscape = ["analyze", "landscape", "base.safetensors", "--data", "digits"]
-    refused(2, "--jobs 2 starts processes of its own", *landscape, "--jobs", "2")
-    refused(2, "put WORLD_SIZE=1 before `deme`", *landscape,
-            by_rank=lambda rank: ["--seed", f"{rank}"])  # fmt: skip
     assert sorted(run_folder.iterdir()) == before
 
 
@@ -242,47 +238,3 @@ def test_a_plain_merge_is_made_by_the_first_process(run_folder: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert outputs[0][0].split() == [str(MERGED)]
     assert outputs[1] == ("", "")
-
-
-LANDSCAPE = [
-    "analyze", "landscape", "base.safetensors", "ft_1of4.safetensors", "ft_4of4.safetensors",
-    "--data", "digits", "--mark", "ft_3of4.safetensors", "--points", "5",
-]  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num", [2, 3])
-def test_processes_share_the_points_of_a_landscape(
-    deme: Callable, run_folder: Path, num: int
-) -> None:
-    words = [*LANDSCAPE, "--num", "64", "--report-num", "64"]
-    processes = launch(run_folder, *words, num=num)
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * num, outputs
-    assert [output for output, _ in outputs[1:]] == [""] * (num - 1)
-    assert deme(*words, "-o", "whole.json").exit_code == 0
-    assert Path("landscape.json").read_bytes() == Path("whole.json").read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("asked", [0, 1])
-def test_a_signal_to_one_process_stops_a_landscape_that_one_process_ends(
-    deme: Callable, run_folder: Path, asked: int
-) -> None:
-    words = [*LANDSCAPE, "--num", "8192", "--report-num", "64"]
-    processes = launch(run_folder, *words)
-    while not list(run_folder.glob(".landscape.json.lock")):
-        assert all(process.poll() is None for process in processes), ends(processes)
-        time.sleep(0.05)
-    time.sleep(3)
-    processes[asked].send_signal(signal.SIGTERM)
-    codes, said = ends(processes)
-    assert codes == [75, 75]
-    assert len(said) == 1, said
-    assert "run the same command again to continue" in said[0]
-    assert Path(".landscape.unfinished").exists()
-    done = deme(*words)
-    assert done.exit_code == 0, done.exception
-    assert not Path(".landscape.unfinished").exists()
-    assert deme(*words, "-o", "whole.json").exit_code == 0
-    assert Path("landscape.json").read_bytes() == Path("whole.json").read_bytes()

@@ -10,10 +10,10 @@ from xml.etree.ElementTree import Element
 
 import html5lib
 import pytest
-from deme_cli.analysis.document import document_bytes
 from PIL import Image
 from typer.testing import CliRunner
 
+from deme_cli.analysis.result import document_bytes
 from deme_cli.reporting.folder import Folder, open_folder
 from deme_cli.reporting.page import gather, render
 
@@ -45,9 +45,11 @@ def told_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             assert result.exit_code == 0, (line, result.exception)
     finally:
         os.chdir(before)
-    reading = "experts gained 2 % in their ranges"
-    protocol = {"models": {"base": "0123"}, "num": 4}
-    (folder / "losses.json").write_bytes(document_bytes("losses", reading, protocol, values=[1.0]))
+    document = {
+        "reading": "experts gained 2 % in their ranges",
+        "protocol": {"models": {"base": "0123"}, "num": 4}, "values": [1.0],
+    }  # fmt: skip
+    (folder / "losses.json").write_bytes(document_bytes("losses", document))
     Image.new("RGB", (40, 30), "white").save(folder / "losses.png")
     return folder
 

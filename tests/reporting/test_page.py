@@ -17,18 +17,17 @@ from PIL import Image
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.records import SamplesRecord
-from deme_cli.reporting.command_lines import command_lines
 from deme_cli.reporting.folder import open_folder
 from deme_cli.reporting.page import gather, render
 
 PageOf = Callable[..., tuple]
-SECTIONS = ("results", "training", "search", "figures", "samples", "artifacts", "commands")
+SECTIONS = ("results", "training", "search", "figures", "samples", "artifacts")
 EVIL = "<img src=x onerror=alert(1)>"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 
 
 def test_a_run_with_everything_has_every_section(told_run: Path, page_of: PageOf) -> None:
-    page, folder = page_of(told_run, commands=["deme split digits"])
+    page, folder = page_of(told_run)
     assert [e.get("id") for e in page.all("section")] == list(SECTIONS)
     assert not folder.unread
     assert "my run" in page.text(page.all("h1")[0])
@@ -65,22 +64,6 @@ def test_the_document_is_laid_out_for_readers_and_machines(told_run: Path, page_
         assert mark in page.content
 
 
-def test_the_commands_of_the_run_are_told_from_its_records(told_run: Path) -> None:
-    experts = " ".join(f"ft_{index}of4.safetensors" for index in range(1, 5))
-    lines = [line.replace("\\\n    ", "") for line in command_lines(open_folder(told_run))]
-    assert [line for line in lines if not line.startswith("deme finetune --range all")] == [
-        "deme split tiny -n 4 --data digits",
-        "deme finetune --range 1/4 --steps 6 --batch-size 4 --checkpoint-every 2 --held-out 8 "
-        "-o again.safetensors",
-        f"deme merge {experts} -w 0.4,0.1,0.2,0.3 -o given.safetensors",
-        f"deme merge {experts} --search random --num 16",
-        "deme sample given.safetensors --num 4 --sampler ddim --steps 2 --spacing leading",
-        "deme eval base.safetensors given.safetensors --fid digits --num 70 --repeats 2 "
-        "--sampler ddim --steps 2 --spacing leading -o eval.json",
-        "deme analyze losses --num 4",
-    ]
-
-
 def test_the_same_folder_makes_the_same_bytes(told_run: Path, told_copy: Path) -> None:
     first = render(gather(open_folder(told_run)))
     (told_copy / "report.html").write_bytes(first)
@@ -109,12 +92,10 @@ def test_a_shared_page_names_no_place_of_the_machine(told_copy: Path, page_of: P
     document = json.loads((told_copy / "losses.json").read_text())
     document["protocol"]["models"] = [{"source": "/home/somebody/ft_1of4.safetensors"}]
     (told_copy / "losses.json").write_text(json.dumps(document))
-    page, _ = page_of(told_copy, commands=command_lines(open_folder(told_copy)))
+    page, _ = page_of(told_copy)
     assert "somebody" not in page.text()
     assert "models.1.source ft_1of4.safetensors" in page.section("figures")
     assert "church, 3 in training" in page.text(page.all("header")[0])
-    assert "--data church" in page.section("commands")
-    assert "--fid church" in page.section("commands")
 
 
 def test_half_of_it_missing_is_told_with_the_commands_that_make_it(
@@ -169,7 +150,7 @@ def _spoil(folder: Path) -> None:
 
 def test_nothing_that_a_file_says_becomes_markup(told_copy: Path, page_of: PageOf) -> None:
     _spoil(told_copy)
-    page, folder = page_of(told_copy, title=f"</title><script>{EVIL}", commands=[f"deme {EVIL}"])
+    page, folder = page_of(told_copy, title=f"</title><script>{EVIL}")
     assert not folder.unread
     shown = page.text()
     assert f"ft_{EVIL}.safetensors" in shown
@@ -181,7 +162,6 @@ def test_nothing_that_a_file_says_becomes_markup(told_copy: Path, page_of: PageO
     assert "The rows differ in sampler" in page.section("results")
     images = [image.get("alt") for image in page.all("img")]
     assert "\" onload='alert(3)' x=\"<svg/onload=alert(4)> & 'quoted'" in images
-    assert f"deme {EVIL}" in page.section("commands")
     assert {e.tag for e in page.root.iter("script")} == set()
 
 
@@ -189,7 +169,7 @@ def test_nothing_that_a_file_says_becomes_markup(told_copy: Path, page_of: PageO
 def test_a_real_browser_opens_the_page(told_copy: Path, tmp_path: Path) -> None:
     _spoil(told_copy)
     place = tmp_path / "report.html"
-    place.write_bytes(render(gather(open_folder(told_copy), commands=["deme split digits"])))
+    place.write_bytes(render(gather(open_folder(told_copy))))
     command = [
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-extensions",
         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom",
