@@ -69,20 +69,11 @@ def analyze_gradients(
 
     Notes where noise hides what the gradients have in common. The rest is as for `analyze_losses`.
     """
-    from deme_cli.diffusion.locate import locate_model, peek_timesteps
-
     run, settings = run or RunFile(), settings or GradientConfig()
     num_ranges = run.settings(SplitConfig, n=num_ranges).n
     check_output(output, force=force)
     model = str(model or own_base(run))
-    if num_ranges > settings.buckets:
-        raise ConfigError(
-            f"cannot form {num_ranges} ranges of {settings.buckets} buckets; choose a smaller -n "
-            f"or more --buckets"
-        )
-    whole = peek_timesteps(locate_model(model))
-    if whole:
-        bucket_ranges(settings.buckets, whole)
+    whole = _check_buckets(model, settings.buckets, num_ranges)
     images, total = check_images(images, run, split="train"), settings.buckets * settings.num
     progress(Step(note=(
         f"{model}: {whole or 'all'} timesteps in {settings.buckets} buckets, {total:,} draws from "
@@ -131,6 +122,21 @@ def analyze_gradients(
             columns=["timesteps", "mean cosine within", "norm of the mean", "noise in it"],
             rows=_table(affinity), **means,
         )  # fmt: skip
+
+
+def _check_buckets(model: str, buckets: int, num_ranges: int) -> int | None:
+    """What can be told before torch is imported; the number of timesteps where files tell it."""
+    from deme_cli.diffusion.locate import locate_model, peek_timesteps
+
+    if num_ranges > buckets:
+        raise ConfigError(
+            f"cannot form {num_ranges} ranges of {buckets} buckets; choose a smaller -n or more "
+            f"--buckets"
+        )
+    whole = peek_timesteps(locate_model(model))
+    if whole:
+        bucket_ranges(buckets, whole)
+    return whole
 
 
 def _measure(

@@ -87,12 +87,13 @@ def analyze_landscape(
     if dry_run:
         return Analysis(output, facts={"dry_run": True})
 
-    from deme_cli.analysis.draws import INTERVALS, identity_of, open_images
+    from deme_cli.analysis.draws import identity_of, open_images
     from deme_cli.analysis.plane import read_models, vectors_basis
     from deme_cli.diffusion.denoiser import choose_device
     from deme_cli.diffusion.schedule import read_schedule
 
-    opened = read_models(arguments)
+    frozen = run.pipeline(pipeline)
+    opened = read_models(arguments, pipeline=frozen)
     basis = None if len(named) == 1 else vectors_basis(opened)
     record, examples = open_images(
         opened[0].record, images, run, split=split, model=named[0], output=output,
@@ -112,23 +113,11 @@ def analyze_landscape(
     with Unfinished(output, identity, force=force) as kept:
         measured = _Measured(examples, schedule, settings, groups)
         plane = functools.cache(
-            lambda: _plane(opened, basis, settings.seed, str(choose_device(device)))
+            lambda: _plane(opened, basis, settings.seed, str(choose_device(device)), frozen)
         )
         measured.fill(opened, plane, axes, kept, progress)
         result = measured.summary(opened, basis, axes, kept.arrays)
-        protocol = {
-            "along": along, "spanning": len(named),
-            "models": [
-                {"source": model.argument, "kind": model.record.kind,
-                 "fingerprint": model.record.fingerprint}
-                for model in opened
-            ],
-            "data": {"source": examples.source, "fingerprint": examples.fingerprint},
-            "image_shape": list(examples.image_shape), "split": split,
-            "points": settings.points, "span": settings.reach(along), "num": settings.num,
-            "seed": settings.seed, "report_num": settings.report_num,
-            "report_seed": settings.seed + 1, "intervals": INTERVALS,
-        }  # fmt: skip
+        protocol = _protocol(opened, len(named), split, settings, examples)
         return _written(kept, opened, basis, axes, result, protocol)
 
 
@@ -215,10 +204,12 @@ def held_out_loss(
     return loss
 
 
-def _plane(models: Sequence[WeightsOf], basis: Basis | None, seed: int, device: str) -> Plane:
+def _plane(
+    models: Sequence[WeightsOf], basis: Basis | None, seed: int, device: str, pipeline: str | None
+) -> Plane:
     from deme_cli.analysis.plane import Plane, mixed_directions, open_origin, random_direction
 
-    denoiser = open_origin(models[0], device=device)
+    denoiser = open_origin(models[0], device=device, pipeline=pipeline)
     network = denoiser.network
     if basis is not None:
         return Plane(network, mixed_directions(network, models[1:], basis.mixing))
@@ -413,6 +404,26 @@ class _Measured:
                 "losses": fresh.means(errors), "percent": percent, "percent_interval": interval,
             })  # fmt: skip
         return rows
+
+
+def _protocol(
+    models: Sequence[WeightsOf], num_spanning: int, split: str, settings: LandscapeConfig,
+    examples: Examples,
+) -> dict[str, Any]:  # fmt: skip
+    along = _along(num_spanning, has_marks=False)
+    return {
+        "along": along, "spanning": num_spanning,
+        "models": [
+            {"source": model.argument, "kind": model.record.kind,
+             "fingerprint": model.record.fingerprint}
+            for model in models
+        ],
+        "data": {"source": examples.source, "fingerprint": examples.fingerprint},
+        "image_shape": list(examples.image_shape), "split": split, "points": settings.points,
+        "span": settings.reach(along), "num": settings.num, "seed": settings.seed,
+        "report_num": settings.report_num, "report_seed": settings.seed + 1,
+        "intervals": "95 %, over images (draws of one image are a cluster)",
+    }  # fmt: skip
 
 
 def _written(

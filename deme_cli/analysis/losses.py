@@ -90,7 +90,7 @@ def analyze_losses(
     from deme_cli.analysis.models import folder_models, open_models
 
     named = [str(model) for model in models] or folder_models(run.base)
-    opened = open_models(named, device=device, dtype=dtype)
+    opened = open_models(named, pipeline=run.pipeline(pipeline), device=device, dtype=dtype)
     record, whole = opened[0].records[0], opened[0].records[0].num_train_timesteps
     buckets = bucket_ranges(settings.buckets, whole)
     ranges = _ranges(run, opened, num_ranges, whole)

@@ -64,7 +64,9 @@ def folder_models(base: Path) -> list[str]:
     return names
 
 
-def open_models(arguments: Sequence[str], *, device: str, dtype: str) -> list[Model]:
+def open_models(
+    arguments: Sequence[str], *, pipeline: str | None, device: str, dtype: str
+) -> list[Model]:
     """A model per argument in the order given; experts that make an ensemble, and then it.
 
     Raises what `plan_rows` raises, ArtifactError where two cannot be asked the same.
@@ -78,7 +80,7 @@ def open_models(arguments: Sequence[str], *, device: str, dtype: str) -> list[Mo
             members = read_ensemble([Path(argument).expanduser() for argument in plan.arguments])
             names = [(member.path.stem, str(member.path)) for member in members]
         for name, argument in names:
-            experts, record = open_single(argument, device=device, dtype=dtype)
+            experts, record = open_single(argument, pipeline=pipeline, device=device, dtype=dtype)
             models.append(Model(name, record.kind, experts, [record]))
         if is_ensemble:
             paths, records = [m.path for m in members], [m.record for m in members]

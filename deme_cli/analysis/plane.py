@@ -45,7 +45,7 @@ class WeightsOf:
     weights: Weights
 
 
-def read_models(arguments: Sequence[str]) -> list[WeightsOf]:
+def read_models(arguments: Sequence[str], *, pipeline: str | None = None) -> list[WeightsOf]:
     """The models that these arguments name, the origin first, all with the same parameters.
 
     Raises what `locate_model` raises, ArtifactError naming what differs first.
@@ -59,7 +59,7 @@ def read_models(arguments: Sequence[str]) -> list[WeightsOf]:
             record = read_record(place, "base", "expert", "merged")
             models.append(WeightsOf(name, argument, record, load_tensors(place)))
         else:
-            denoiser = open_denoiser(argument)
+            denoiser = open_denoiser(argument, pipeline=pipeline)
             weights = denoiser.network.state_dict()
             models.append(WeightsOf(name, argument, denoiser.record, weights))
     require_alike([(model.name, model.record) for model in models])
@@ -93,9 +93,9 @@ def _require_same(origin: WeightsOf, other: WeightsOf) -> None:
             )
 
 
-def open_origin(origin: WeightsOf, *, device: str) -> Denoiser:
+def open_origin(origin: WeightsOf, *, device: str, pipeline: str | None = None) -> Denoiser:
     """The network of the origin, with block projections where others have them."""
-    denoiser = open_denoiser(origin.argument, device=device)
+    denoiser = open_denoiser(origin.argument, pipeline=pipeline, device=device)
     if has_projections(origin.weights) and not has_projections(denoiser.network.state_dict()):
         attach_projections(denoiser.network, "block")
         added = denoiser.network.get_submodule(PREFIX)
