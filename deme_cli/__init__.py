@@ -44,14 +44,14 @@ if TYPE_CHECKING:
     from deme_cli.api.inspecting import inspect as inspect
     from deme_cli.api.inventory import Inventory as Inventory
     from deme_cli.api.inventory import take_inventory as take_inventory
-    from deme_cli.api.merge_job import MergeResult as MergeResult
+    from deme_cli.api.merging import MergeResult as MergeResult
+    from deme_cli.api.merging import ShownSearch as ShownSearch
     from deme_cli.api.merging import merge as merge
+    from deme_cli.api.merging import replay as replay
     from deme_cli.api.merging import search as search
-    from deme_cli.api.replaying import replay as replay
+    from deme_cli.api.merging import show_search as show_search
     from deme_cli.api.reporting import WrittenReport as WrittenReport
     from deme_cli.api.reporting import report as report
-    from deme_cli.api.showing import ShownSearch as ShownSearch
-    from deme_cli.api.showing import show_search as show_search
     from deme_cli.api.splitting import SplitResult as SplitResult
     from deme_cli.api.splitting import split as split
     from deme_cli.api.statistics import reference_statistics as reference_statistics
@@ -67,8 +67,8 @@ _PLACES = {
     "split": "api.splitting", "SplitResult": "api.splitting",
     "finetune": "api.finetuning", "train_base": "api.finetuning",
     "task_vector": "api.vectors", "TaskVectors": "api.vectors",
-    "merge": "api.merging", "search": "api.merging", "MergeResult": "api.merge_job",
-    "replay": "api.replaying",
+    "merge": "api.merging", "search": "api.merging", "MergeResult": "api.merging",
+    "replay": "api.merging",
     "sample": "api.drawing", "ensemble_sample": "api.drawing", "Images": "api.drawing",
     "evaluate": "api.evaluating", "Evaluation": "api.evaluating",
     "reference_statistics": "api.statistics", "export": "api.exporting",
@@ -80,7 +80,7 @@ _PLACES = {
     "compare": "api.comparing", "Compared": "api.comparing",
     "report": "api.reporting", "WrittenReport": "api.reporting",
     "inspect": "api.inspecting", "Inspected": "api.inspecting",
-    "show_search": "api.showing", "ShownSearch": "api.showing",
+    "show_search": "api.merging", "ShownSearch": "api.merging",
     "take_inventory": "api.inventory", "Inventory": "api.inventory",
     "RunFile": "run_file", "read_run_file": "run_file", "set_quiet": "console",
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,19 @@ class MergeConfig(Settings):
     report_repeats: int = setting(3, "seeds of the report", option=False)
     report_seed: int = setting(2_000_003, "first seed of the report", option=False)
 
+    @classmethod
+    def combine(cls, table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Coefficients that are given take the place of a search in the file, and the other way."""
+        instead = {"search"} if given.get("coefficients") is not None else set()
+        if given.get("search") not in (None, "none"):
+            instead.add("coefficients")
+        return {**{k: v for k, v in table.items() if k not in instead}, **given}
+
     def check(self) -> None:
+        if self.coefficients is not None and self.search != "none":
+            raise ConfigError(
+                "coefficients are given, and a search is to look for them; keep one of the two"
+            )
         self._positive("num", "steps", "batch_size", "evaluations", "report_num", "report_repeats")
         self._not_negative("seed", "mask_seed", "report_seed")
         if not 0 < self.density <= 1:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from deme_cli.config import CONFIG_NAME, TABLES, ModelConfig
 from deme_cli.errors import ConfigError, MissingError, reading
-from deme_cli.settings import Settings, nearest
+from deme_cli.settings import FromFile, Settings, nearest
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -30,6 +30,13 @@ class RunFile:
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     path: Path | None = None
 
+    def __post_init__(self) -> None:
+        tables = {
+            table: {k: FromFile(v) if isinstance(v, list) else v for k, v in values.items()}
+            for table, values in self.tables.items()
+        }
+        object.__setattr__(self, "tables", tables)
+
     def settings(self, config: type[AnySettings], **options: Any) -> AnySettings:
         """The config of one procedure; `options` are from the command line, None if not given.
 
@@ -38,7 +45,7 @@ class RunFile:
         table = next((name for name, kind in TABLES.items() if kind is config), "")
         given = {name: value for name, value in options.items() if value is not None}
         try:
-            return config(**{**self.tables.get(table, {}), **given})
+            return config(**config.combine(self.tables.get(table, {}), given))
         except ConfigError as error:
             raise ConfigError(f"[{table}] {error}" if table else str(error)) from error
 

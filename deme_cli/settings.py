@@ -7,7 +7,7 @@ that can run.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
@@ -162,6 +162,11 @@ def flags_of(item: Field[Any]) -> list[str]:
     return sorted(flags, key=lambda flag: not flag.startswith("--"))
 
 
+class FromFile(list[Any]):
+    """A list as a deme.toml has it. One with a value for each expert goes by their ranges, not, as
+    a list that was given to a command or a function, by the order of its arguments."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Checks that hold for every table: the words are known and the types fit."""
@@ -173,6 +178,11 @@ class Settings:
             if choices and value is not None and value not in choices:
                 raise ConfigError(f"{item.name} = {value!r}: expected one of {', '.join(choices)}")
         self.check()
+
+    @classmethod
+    def combine(cls, table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a table of deme.toml with those that were given in their places."""
+        return {**table, **given}
 
     def check(self) -> None:
         """What the words alone cannot say; each table adds its own."""

@@ -22,8 +22,7 @@ from deme_cli.artifacts import (
     write_artifact,
 )
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.merging.search.journal import Journal
-from deme_cli.merging.search.journal_file import read_journal
+from deme_cli.merging.search.journal import Journal, read_journal
 from deme_cli.outputs import claim, require_output, require_space, write_whole
 from deme_cli.records import KINDS, BaseRecord, StatisticsRecord, parse_record
 from deme_cli.tensor_file import layout_of, read_header
@@ -255,12 +254,12 @@ def test_writers_exclude_each_other_without_flock(tmp_path: Path, without_flock:
 def test_a_journal_is_shared_without_flock(tmp_path: Path, without_flock: None) -> None:
     path = tmp_path / "m.journal"
     for value in (1.0, 2.0):
-        with Journal(path, ["w"], {}) as journal:
-            journal.open(force=False)
-            with journal.planning():
-                trial = journal.start(0, [value])
-            journal.finish(trial, value)
-    assert len(read_journal(path).trials) == 2
+        journal = Journal(path, ["w"], {})
+        journal.open(force=False)
+        with journal.asking():
+            trial = journal.start(0, [value])
+        journal.finish(trial, value)
+    assert len(read_journal(path)[2]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["m.journal"]
 
 

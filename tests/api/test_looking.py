@@ -100,7 +100,7 @@ def test_what_cannot_be_done_is_said_before_torch_is_loaded(run_folder: Path) ->
         from deme_cli.api.comparing import ComparisonJob, compare, open_comparison
         from deme_cli.api.inspecting import inspect
         from deme_cli.api.reporting import report
-        from deme_cli.api.showing import show_search
+        from deme_cli.api.merging import show_search
         from deme_cli.errors import DemeError
 
         for call in (

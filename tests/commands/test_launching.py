@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from launched import ends, launch
 from deme_cli.app import COMMANDS, JOINT
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.commands.launching import only_first
-from deme_cli.merging.search.journal_file import read_journal
+from deme_cli.merging.search.journal import read_journal
 
 SECOND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 EXPERTS = ["ft_1of4.safetensors", "ft_3of4.safetensors"]
@@ -104,16 +103,12 @@ def wait_for_trials(processes: list[subprocess.Popen]) -> None:
 
 
 def workers_of(journal: str) -> set[str]:
-    return set(re.findall(r'"worker": *"([0-9a-f]+)"', journal))
+    return set(re.findall(r'"worker": *"([^"]+)"', journal))
 
 
 def points_of(journal: Path) -> dict[tuple, float]:
     """The objective of each point that was tried, each tried once."""
-    document = read_journal(journal)
-    trials = [trial for trial in document.trials if not trial.user_attrs.get("lost")]
-    points = [(t.user_attrs["rung"], *t.params.values()) for t in trials]
-    assert max(Counter(points).values()) == 1
-    return {point: trial.values[0] for point, trial in zip(points, trials, strict=True)}
+    return {(trial.rung, *trial.point): trial.value for trial in read_journal(journal)[2]}
 
 
 def require_same(found: Path, wanted: Path) -> None:
@@ -166,7 +161,7 @@ def test_a_signal_to_one_process_stops_a_search_and_one_process_ends_it(
     assert len(said) == 1, said
     assert "trials are saved in merged.trials.jsonl; run the same command again" in said[0]
     assert not MERGED.exists()
-    assert 0 < len(read_journal(JOURNAL).trials) < 37
+    assert 0 < len(read_journal(JOURNAL)[2]) < 37
     done = deme(*words)
     assert done.exit_code == 0, done.exception
     assert "continuing after" in done.stderr
@@ -183,7 +178,7 @@ def test_the_trial_of_a_process_that_was_killed_comes_back(run_folder: Path) -> 
     assert codes == [0, -signal.SIGKILL]
     assert said == []
     assert len(points_of(JOURNAL)) == 37
-    assert read_record(MERGED).fingerprint == read_journal(JOURNAL).merged
+    assert read_record(MERGED).fingerprint == read_journal(JOURNAL)[3]
     assert not list(run_folder.glob(".*"))
 
 

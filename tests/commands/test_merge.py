@@ -11,8 +11,11 @@ import pytest
 import torch
 from conftest import write_tiny_expert
 
+from deme_cli import merge
 from deme_cli.artifacts import fingerprint_file, load_tensors, read_record, write_artifact
+from deme_cli.config import MergeConfig
 from deme_cli.errors import ConfigError, MissingError
+from deme_cli.run_file import read_run_file
 
 PAIR = ("ft_1of4.safetensors", "ft_3of4.safetensors")
 GRID = ("--search", "grid", "--grid", "0,0.5;0,1", "--num", "16", "--no-report")
@@ -75,10 +78,38 @@ def test_given_coefficients_follow_the_arguments(run_folder: Path, deme: Callabl
     assert [parent["range"] for parent in record.parents] == [[50, 75], [0, 25]]
 
 
-def test_coefficients_of_the_run_file_follow_the_ranges(run_folder: Path, deme: Callable) -> None:
-    (run_folder / "deme.toml").write_text("[merge]\ncoefficients = [0.25, 0.5]\n")
-    deme("merge", *reversed(PAIR))
-    assert read_record(run_folder / "merged.safetensors").coefficients == [0.5, 0.25]
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1)])
+def test_a_list_goes_by_the_ranges_in_the_run_file_and_by_the_arguments_elsewhere(
+    run_folder: Path, deme: Callable, order: tuple[int, ...]
+) -> None:
+    """On the command line and in Python alike, for coefficients and for lists of a search."""
+    (run_folder / "deme.toml").write_text(
+        '[data]\nsource = "digits"\n[merge]\ncoefficients = [0.1, 0.2, 0.3]\n'
+        "grid = [[0.0], [0.5], [1.0]]\nnum = 8\nreport = false\n"
+    )
+    paths, run = [Path(f"ft_{i + 1}of4.safetensors") for i in order], read_run_file(None)
+    told = [[0.1, 0.2, 0.3][i] for i in order]
+    deme("merge", *paths)
+    assert read_record(Path("merged.safetensors")).coefficients == told
+    for settings in (None, run.settings(MergeConfig), run.settings(MergeConfig, density=0.1)):
+        made = merge(paths, settings, run=run, output=Path("b.safetensors"), force=True)
+        assert made.record.coefficients == told
+    deme("merge", *paths, "-w", "0.1,0.2,0.3", "-o", "c.safetensors")
+    given = run.settings(MergeConfig, coefficients=[0.1, 0.2, 0.3])
+    for record in (
+        read_record(Path("c.safetensors")),
+        merge(paths, given, run=run, output=Path("d.safetensors")).record,
+        merge(
+            paths, MergeConfig(coefficients=[0.1, 0.2, 0.3]), output=Path("e.safetensors")
+        ).record,
+    ):
+        assert record.coefficients == [0.1, 0.2, 0.3]
+    deme("merge", *paths, "--search", "grid", "-o", "f.safetensors")
+    searched = merge(paths, run.settings(MergeConfig, search="grid"), run=run, force=True)
+    grid = [[[0.0], [0.5], [1.0]][i] for i in order]
+    assert read_record(Path("f.safetensors")).search["grid"] == grid
+    assert searched.record.search["grid"] == grid
+    assert searched.record.fingerprint == read_record(Path("f.safetensors")).fingerprint
 
 
 def test_lists_of_a_search_in_the_run_file_follow_the_ranges(
@@ -155,7 +186,7 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(
 
 def test_wrong_settings_in_the_run_file_are_told(run_folder: Path, deme: Callable) -> None:
     (run_folder / "deme.toml").write_text('[merge]\nsearch = "grid"\ncoefficients = [0.5, 0.5]\n')
-    assert "keep one of them" in str(deme("merge", *PAIR).exception)
+    assert "keep one of the two" in str(deme("merge", *PAIR).exception)
     (run_folder / "deme.toml").write_text('[data]\nsource = "nowhere"\n')
     result = deme("merge", *PAIR, *GRID)
     assert isinstance(result.exception, MissingError)

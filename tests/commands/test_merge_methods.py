@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -220,14 +221,30 @@ def test_an_expert_of_nan_is_refused_alone_as_well(run_folder: Path, deme: Calla
     assert not MERGED.exists()
 
 
-@pytest.mark.parametrize(("interval", "is_told"), [((0.1, 0.3), True), ((-0.1, 0.3), False)])
-def test_a_merge_that_does_not_carry_over_is_called_worse(
-    capsys: pytest.CaptureFixture, interval: tuple[float, float], is_told: bool
+def test_a_search_ends_in_one_line_that_says_what_it_is_worth_and_how_sure_that_is(
+    run_folder: Path, deme: Callable
 ) -> None:
-    from deme_cli.api.merge_report import warn_if_worse
-    from deme_cli.merging.search.report import Estimate, ReportRow
+    run_file("report_repeats = 2")
+    words = (*ALL, "--search", "grid", "--grid", "0;0;0,1;0", "--num", "64")
+    result = deme("merge", *words, "--json")
+    assert result.exit_code == 0, repr(result.exception)
+    assert "by loss (the default) on digits: it draws no images" in result.stderr.splitlines()[0]
+    report = json.loads(result.stdout)["report"]
+    assert result.stderr.splitlines()[-1] == f"{MERGED}: {report['verdict']}"
+    rows = {row["name"]: row["metrics"]["loss"] for row in report["rows"]}
+    difference, (low, high) = rows["merged"]["difference"], rows["merged"]["interval"]
+    how = "not told apart from" if low <= 0 <= high else "better than" if high < 0 else "worse than"
+    assert f"{how} the base ({difference:+.4f}" in report["verdict"]
+    assert "the same as the greedy soup" in report["verdict"], "both are expert 3 alone"
+    apart = rows["merged"]["value"] - rows["ensemble"]["value"]
+    assert re.search(rf"than the ensemble \({re.escape(f'{apart:+.4f}')}", report["verdict"])
 
-    base = ReportRow("base", [0.0], {"loss": Estimate(1.0, (1.0,))})
-    merged = ReportRow("merged", [0.5], {"loss": Estimate(1.2, (1.2,), 0.2, interval)})
-    warn_if_worse([base, merged], "loss")
-    assert ("worse than the base" in capsys.readouterr().err) == is_told
+
+def test_numbers_of_a_column_have_equal_decimals(run_folder: Path, deme: Callable) -> None:
+    run_file("report_repeats = 2")
+    shown = deme("merge", *ALL, "--search", "random", "--evaluations", "3", "--num", "16").stderr
+    for line_of in (r"^ (?:base|ensemble|1 each|expert \dof4|merged) +([\d.]+)",
+                    r"^ \d+ .* ([\d.]+) +[\d.]+ $"):  # fmt: skip
+        found = re.findall(line_of, shown, re.MULTILINE)
+        assert len(found) >= 5
+        assert len({len(number.partition(".")[2]) for number in found}) == 1, found

@@ -14,7 +14,7 @@ from deme_cli.config import MergeConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.merging.combine import merge_artifacts
-from deme_cli.merging.search.journal_file import read_journal
+from deme_cli.merging.search.journal import read_journal
 from deme_cli.merging.search.losses import HeldOutLoss
 from deme_cli.merging.search.objectives import SEARCH
 from deme_cli.sampling.sampler import single
@@ -38,13 +38,10 @@ def run_file(merge: str) -> None:
 
 def tried(journal: Path) -> list[dict]:
     """Name, coefficients by expert and objective of each trial, as `--show --json` tells them."""
-    document = read_journal(journal)
     return [
-        {"name": t.user_attrs["name"], "rung": t.user_attrs["rung"],
-         "value": (t.values or [None])[0],
-         "point": tuple(t.params[label] for label in document.labels)}
-        for t in document.trials
-    ]  # fmt: skip
+        {"name": t.name, "rung": t.rung, "value": t.value, "point": t.point}
+        for t in read_journal(journal)[2]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,11 +71,11 @@ def test_every_search_ends_in_the_best_of_its_trials(
     assert record.search["method"] == search
     assert record.search["best"] == best["value"] == record.search["values"]["best"]
     assert record.search["evaluations"] == len(trials)
-    assert read_journal(run_folder / JOURNAL).merged == record.fingerprint
+    assert read_journal(run_folder / JOURNAL)[3] == record.fingerprint
     with Image.open(run_folder / "merged.search.png") as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 400
-    assert not list(run_folder.glob(".*.worker"))
+    assert not [path.name for path in run_folder.glob(".*")], "no lock is left"
 
 
 def test_a_search_finds_what_brute_force_finds(run_folder: Path, deme: Callable) -> None:
@@ -201,7 +198,7 @@ def test_given_coefficients_of_a_glob_stay_while_the_others_are_searched(
     finer = document["coefficients_for"]
     assert finer["mid_block.*"] == [0.75, -0.25]
     assert len(finer) == 5
-    assert all("mid_block" not in label for label in read_journal(run_folder / JOURNAL).labels)
+    assert all("mid_block" not in label for label in read_journal(run_folder / JOURNAL)[1])
     one = searched(
         deme, "--search", "grid", "--grid", "0.5", "--coefficients-for", "mid_block.*=0.75,-0.25",
         *FAST, "-o", "one.safetensors",
@@ -228,7 +225,7 @@ def test_a_search_whose_time_is_up_takes_the_best_so_far(run_folder: Path, deme:
     run_file('time = "0.001s"')
     document = searched(deme, "--search", "random", *FAST)
     assert document["evaluations"] == 2
-    assert read_journal(run_folder / JOURNAL).merged == document["fingerprint"]
+    assert read_journal(run_folder / JOURNAL)[3] == document["fingerprint"]
 
 
 def test_ties_and_dare_are_searched_as_they_are_merged(run_folder: Path, deme: Callable) -> None:

@@ -17,13 +17,13 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from deme_cli.api.merge_settings import parse_time, resolve_bounds
-from deme_cli.commands.merge_options import parse_coefficients_for
+from deme_cli.commands.merge import _parse_coefficients_for as parse_coefficients_for
 from deme_cli.config import TABLES, SplitConfig
 from deme_cli.errors import ArtifactError, ConfigError, DemeError
 from deme_cli.ladder import parse_ladder
 from deme_cli.merging.coefficients import Coefficients, block_name, groups_of, require_matches
-from deme_cli.merging.search.grid import grid_points, resolve_grid
+from deme_cli.merging.request import parse_time
+from deme_cli.merging.search.space import grid_points, resolve_bounds, resolve_grid
 from deme_cli.records import KINDS, ExpertRecord, Record, parse_record
 from deme_cli.run_file import read_run_file, render_run_file
 from deme_cli.settings import parse_lists, parse_numbers

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from functools import cached_property, partial
+from typing import Any
 
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.errors import ArtifactError
@@ -15,9 +16,8 @@ from deme_cli.merging.lineage import Family
 from deme_cli.merging.methods.known import LINEAR, MethodSettings
 from deme_cli.merging.search.losses import HeldOutLoss
 from deme_cli.merging.search.objectives import Objective
-from deme_cli.merging.search.run import Evaluated
 from deme_cli.merging.search.space import Point, Space
-from deme_cli.merging.search.trials import BY_RANGE, SOUP_NAME
+from deme_cli.merging.search.trials import BY_RANGE, SLOPES, SOUP_NAME
 from deme_cli.sampling.sampler import SamplingExpert, single
 from deme_cli.timesteps import TimestepRange, require_cover
 from deme_cli.training.held_out import Check
@@ -62,21 +62,22 @@ class Evaluator:
             self.family, method=method, hold=self._holds, device=self._device, dtype=self._dtype
         )
 
-    def __call__(self, rung: int, point: Point, name: str = "") -> Evaluated:
-        """The objective of a rung at `point`, where the reference `name` lies, if any."""
+    def __call__(self, rung: int, point: Point, name: str = "") -> tuple[float, dict[str, Any]]:
+        """The objective of a rung at `point`, where the reference `name` lies, if any; and what
+        else came with it."""
         objective = self.objectives[rung]
         denoiser = self.network.at(self.space.coefficients(point))
         if rung == 0 and self.with_slopes and name != SOUP_NAME:
             assert isinstance(objective, HeldOutLoss)
             value = objective.value_and_gradient(denoiser, self.check)
             if not math.isfinite(value):
-                return Evaluated(value, {})
-            return Evaluated(value, {"slopes": self.space.slopes(self.network.slopes())})
+                return value, {}
+            return value, {SLOPES: self.space.slopes(self.network.slopes())}
         if isinstance(objective, HeldOutLoss):
             errors = objective.errors(single(denoiser), self.check)
             by_range = objective.by_range(errors, self.ranges)
-            return Evaluated(errors.mean().item(), {BY_RANGE: by_range})
-        return Evaluated(objective(single(denoiser), self.check, self._key(point)), {})
+            return errors.mean().item(), {BY_RANGE: by_range}
+        return objective(single(denoiser), self.check, self._key(point)), {}
 
     def _key(self, point: Point) -> str:
         """Everything that makes the candidate's weights: what is kept under it may outlive a search

@@ -43,8 +43,8 @@ def draw_search(trials: Sequence[Trial], labels: Sequence[str], objectives: Sequ
         axis = left.subplots()
         _draw(axis, last, [t.index + 1 for t in last], best, objectives[best.rung])
         axis.step(
-            [t.index + 1 for t in last], [t.best for t in last], where="post", color="black",
-            linewidth=1.2, label="best so far",
+            [t.index + 1 for t in last], np.minimum.accumulate([t.value for t in last]),
+            where="post", color="black", linewidth=1.2, label="best so far",
         )  # fmt: skip
         axis.set_xlabel("trial")
         axis.legend(loc="upper right", fontsize="small")
@@ -64,7 +64,7 @@ def draw_search(trials: Sequence[Trial], labels: Sequence[str], objectives: Sequ
 
 def best_of(trials: Sequence[Trial]) -> Trial:
     """The best trial of the highest stage where any is finite."""
-    top = max((t.rung for t in trials if math.isfinite(t.objective)), default=0)
+    top = max((trial.rung for trial in trials if math.isfinite(trial.value)), default=0)
     return ranked([trial for trial in trials if trial.rung == top])[0]
 
 
@@ -79,20 +79,20 @@ def _draw(
     axis: Axes, trials: Sequence[Trial], xs: Sequence[float], best: Trial, label: str
 ) -> None:
     """The objectives of trials at `xs`, with the base, the mean and the best."""
-    high = highest_shown([t.objective for t in trials])
-    low = min(t.objective for t in trials)
-    kept = [(x, t) for x, t in zip(xs, trials, strict=True) if t.objective <= high]
+    high = highest_shown([t.value for t in trials])
+    low = min(t.value for t in trials)
+    kept = [(x, t) for x, t in zip(xs, trials, strict=True) if t.value <= high]
     axis.scatter(
-        [x for x, _ in kept], [t.objective for _, t in kept], s=12, c=[t.index for _, t in kept],
+        [x for x, _ in kept], [t.value for _, t in kept], s=12, c=[t.index for _, t in kept],
         cmap="Blues", vmin=-0.5 * max(t.index for t in trials) - 1, linewidths=0,
     )  # fmt: skip
     for name, color, dashes in REFERENCES:
         for trial in trials:
-            if trial.name == name and trial.objective <= high:
-                axis.axhline(trial.objective, color=color, linestyle=dashes, label=name)
+            if trial.name == name and trial.value <= high:
+                axis.axhline(trial.value, color=color, linestyle=dashes, label=name)
     for x, trial in kept:
         if trial.point == best.point:
-            axis.plot(x, trial.objective, "*", color=BEST, markersize=11, label="best", zorder=5)
+            axis.plot(x, trial.value, "*", color=BEST, markersize=11, label="best", zorder=5)
     room = 0.08 * ((high - low) or abs(high) or 1.0)
     axis.set_ylim(low - room, high + room)
     axis.set_ylabel(label)

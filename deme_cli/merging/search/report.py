@@ -7,28 +7,39 @@ images. The gain kept is the share of the ensemble's gain that a single network 
 
     (base - row) / (base - ensemble)
 
+The merged model, the last row, is compared in the same way with ensemble and greedy soup as well.
 n draws or images of a seed, R seeds, d features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deme_cli import console
 from deme_cli.errors import NumericsError
+from deme_cli.ladder import Rung
 from deme_cli.merging.search.distances import GeneratedDistance
+from deme_cli.merging.search.evaluator import Evaluator, has_ensemble
 from deme_cli.merging.search.losses import HeldOutLoss
-from deme_cli.merging.search.objectives import Objective
+from deme_cli.merging.search.objectives import REPORT, Objective, Workbench
+from deme_cli.merging.search.space import Point
 from deme_cli.sampling.sampler import SamplingExpert
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.held_out import Check
 
+if TYPE_CHECKING:
+    from deme_cli.merging.request import Request
+
 RESAMPLES, WIDE_RESAMPLES, WIDE = 200, 25, 512  # fewer where features are many: each costs d^3
-BASE, ENSEMBLE = "base", "ensemble"
+BASE, ENSEMBLE, SOUP, MERGED = "base", "ensemble", "greedy soup", "merged"
+RIVALS = (BASE, SOUP, ENSEMBLE)
 Model = Callable[[], Sequence[SamplingExpert]]
+Row = tuple[str, Sequence[float] | None, Model]  # its name, its coefficients, how to load it
+Difference = tuple[float, float]  # and half of its interval
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,12 @@ class Estimate:
     difference: float = 0.0
     interval: tuple[float, float] = (0.0, 0.0)
     gain_kept: float | None = None
+    against: Mapping[str, Difference] = field(default_factory=dict)  # of the merged model, by rival
+
+    @property
+    def half(self) -> float:
+        """Half the width of the interval."""
+        return (self.interval[1] - self.interval[0]) / 2
 
 
 @dataclass(frozen=True)
@@ -92,7 +109,7 @@ class Meter:
 
 
 def measure_rows(
-    rows: Sequence[tuple[str, Sequence[float] | None, Model]],
+    rows: Sequence[Row],
     meters: Sequence[Meter],
     ranges: Sequence[TimestepRange],
     check: Check,
@@ -104,6 +121,7 @@ def measure_rows(
     """
     base: dict[str, list[_Sample]] = {}
     gains: dict[str, float] = {}
+    rivals: dict[str, dict[str, list[_Sample]]] = {}  # by metric and row
     for name, coefficients, model in rows:
         found: dict[str, Estimate] = {}
         for meter in meters:
@@ -113,6 +131,14 @@ def measure_rows(
                 found[metric] = estimate = _estimate(taken, first, gains.get(metric))
                 if name == ENSEMBLE:
                     gains[metric] = -estimate.difference
+                if name in RIVALS:
+                    rivals.setdefault(metric, {})[name] = taken
+                if name == MERGED:
+                    against = {
+                        rival: _difference(taken, theirs)
+                        for rival, theirs in rivals.get(metric, {}).items()
+                    }
+                    found[metric] = replace(estimate, against=against)
         if name == BASE and not all(np.isfinite(e.value) for e in found.values()):
             raise NumericsError("the base's own figures are not finite; try --dtype fp32")
         yield ReportRow(name, coefficients, found)
@@ -187,7 +213,16 @@ def _estimate(row: list[_Sample], base: list[_Sample], gain: float | None) -> Es
         return Estimate(value, values, float("nan"), (float("nan"), float("nan")))
     if row is base:
         return Estimate(value, values)
-    difference = value - float(np.mean([sample.value for sample in base]))
+    difference, half = _difference(row, base)
+    kept = -difference / gain if gain is not None and gain > 0 else None
+    return Estimate(value, values, difference, (difference - half, difference + half), kept)
+
+
+def _difference(row: list[_Sample], base: list[_Sample]) -> Difference:
+    """The difference of the means over seeds, and 1.96 standard errors of a paired bootstrap."""
+    difference = float(np.mean([a.value - b.value for a, b in zip(row, base, strict=True)]))
+    if not np.isfinite(difference):
+        return float("nan"), float("nan")
     draw = np.random.default_rng(0)
     resampled = []
     for _ in range(row[0].resamples):
@@ -196,6 +231,72 @@ def _estimate(row: list[_Sample], base: list[_Sample], gain: float | None) -> Es
             chosen = chosen[:1] * len(row)  # the seeds share their images
         pairs = zip(row, base, chosen, strict=True)
         resampled.append(np.mean([a.again(index) - b.again(index) for a, b, index in pairs]))
-    half = 1.96 * float(np.std(resampled, ddof=1))
-    kept = -difference / gain if gain is not None and gain > 0 else None
-    return Estimate(value, values, difference, (difference - half, difference + half), kept)
+    return difference, 1.96 * float(np.std(resampled, ddof=1))
+
+
+def report_rows(
+    request: Request, evaluator: Evaluator, soup: Point | None, merged: Row
+) -> list[Row]:
+    """Base, ensemble, 1/N each, all 1, the soup, each expert alone, and the merged model."""
+    space, count = evaluator.space, len(request.family.parents)
+
+    def at(values: Sequence[float]) -> Model:
+        return lambda: evaluator.linear(values)
+
+    rows: list[Row] = [(BASE, [0.0] * count, at([0.0] * count))]
+    if has_ensemble(request.family):
+        rows.append((ENSEMBLE, None, evaluator.ensemble))
+    mean, ones = [1 / count] * count, [1.0] * count
+    rows.append(("1/N each", mean, at(mean)))
+    if count > 1:
+        rows.append(("1 each", ones, at(ones)))
+        if soup is not None:
+            rows.append((SOUP, space.summary(soup), lambda: evaluator.model(soup)))
+        for index, name in enumerate(request.experts):
+            alone = [float(i == index) for i in range(count)]
+            rows.append((f"expert {name}", alone, at(alone)))
+    return [*rows, merged]
+
+
+def open_meters(request: Request, bench: Workbench, evaluator: Evaluator) -> list[Meter]:
+    """The loss with its ranges in any case, and the last rung if another, for every seed."""
+    settings, last = request.settings, request.rungs[-1]
+    num = settings.report_num or last.num
+    rungs = [Rung("loss", max(num, settings.num) if settings.report_num is None else num, 1)]
+    if last.is_distance or (last.name == "experts" and has_ensemble(request.family)):
+        rungs.append(replace(last, num=num))
+    seeds = [settings.report_seed + repeat for repeat in range(settings.report_repeats)]
+    whole = replace(settings, loss_range=None)
+    return [
+        Meter([
+            bench.open(rung, replace(whole, seed=seed), part=REPORT, experts=evaluator.ensemble)
+            for seed in seeds
+        ])
+        for rung in rungs
+    ]  # fmt: skip
+
+
+def verdict(measured: Sequence[ReportRow], meter: Meter) -> str:
+    """One line: what the merged model is worth on other seeds, and against whom that is sure."""
+    objective, merged = meter.objectives[0], measured[-1].metrics[meter.objectives[0].name]
+    if not np.isfinite(merged.value):
+        return f"on other seeds and images: {objective.label} is not finite"
+    halves = [half for _, half in merged.against.values() if np.isfinite(half)]
+    places = console.decimals(halves, 2) if any(halves) else 4
+    words = []
+    for rival, (difference, half) in merged.against.items():
+        if not np.isfinite(difference):
+            words.append(f"{rival} is not finite")
+        elif difference == half == 0:
+            words.append(f"the same as the {rival}")
+        elif abs(difference) <= half:
+            words.append(f"not told apart from the {rival} ({difference:+.{places}f} ± "
+                         f"{half:.{places}f})")  # fmt: skip
+        else:
+            how = "better" if difference < 0 else "worse"
+            words.append(f"{how} than the {rival} ({difference:+.{places}f} ± {half:.{places}f})")
+    seeds = len(meter.objectives)
+    return (
+        f"on {seeds} other seed{'s' if seeds > 1 else ''} and other images: {objective.label} "
+        f"{merged.value:.{places}f}, {', '.join(words)}"
+    )

@@ -1,4 +1,5 @@
 """What a search varies: a point of D numbers, and the coefficients of Eq. 8 that it stands for.
+The values that a grid tries, and the bounds of other searches.
 
 D = N times the number of groups of tensors; a point holds the N coefficients of the first group,
 then those of the next. With `has_rest` the last N are those of all tensors that no group matches.
@@ -8,15 +9,20 @@ N experts.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from deme_cli.errors import ConfigError
-from deme_cli.merging.coefficients import Coefficients
+from deme_cli.merging.coefficients import REST, Coefficients
 
 Point = tuple[float, ...]
-REST = "*"  # how the tensors of no group are called
+Grid = tuple[tuple[float, ...], ...]  # the values tried for each expert
+MAX_CANDIDATES = 1_000_000
+DEFAULT_VALUES = ((4, (0.0, 0.5, 1.0)), (8, (0.0, 1.0)))  # up to N experts: at most 81, 256 points
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,10 @@ class Space:
         """Lower and upper bound of each of the D numbers."""
         return list(self.bounds) * len(self.all_groups)
 
+    def holds(self, point: Point) -> bool:
+        """Whether a point lies within the bounds."""
+        return all(low <= w <= high for w, (low, high) in zip(point, self.box, strict=True))
+
     def everywhere(self, coefficients: Sequence[float]) -> Point:
         """The point that gives every group the same N coefficients."""
         return tuple(float(w) for w in coefficients) * len(self.all_groups)
@@ -120,3 +130,62 @@ class Space:
             sum(share * w[i] for share, w in zip(self.shares, groups, strict=True)) / total
             for i in range(self.num_experts)
         )
+
+
+def resolve_grid(values: Sequence[Any] | None, num_experts: int) -> Grid:
+    """The values for each expert: given for all, given for each, or the default.
+
+    Raises ConfigError on a wrong number of lists, on what is no finite number, on an empty list, on
+    more than MAX_CANDIDATES points, and without values for more than eight experts.
+    """
+    if values is None:
+        for most, default in DEFAULT_VALUES:
+            if num_experts <= most:
+                return (default,) * num_experts
+        raise ConfigError(
+            f"{num_experts} experts make {2**num_experts} candidates with two values each; name "
+            f"them, as in --grid 0,{1 / num_experts:.2g}, or one list per expert as in "
+            f"--grid '0,1;0;0,0.5;...'"
+        )
+    lists = list(values) if any(isinstance(v, list) for v in values) else [values] * num_experts
+    if len(lists) != num_experts:
+        raise ConfigError(
+            f"the grid has {len(lists)} lists of values for {num_experts} experts; "
+            f"give one list for all, or one for each"
+        )
+    grid = tuple(_checked_values(entry) for entry in lists)
+    if (count := math.prod(len(entry) for entry in grid)) > MAX_CANDIDATES:
+        raise ConfigError(f"the grid has {count} candidates; give fewer values")
+    return grid
+
+
+def _checked_values(values: Any) -> tuple[float, ...]:
+    """Distinct finite numbers in ascending order."""
+    numeric = isinstance(values, list | tuple) and len(values) > 0
+    if not numeric or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    ):
+        raise ConfigError(f"grid values {values!r}: expected a list of finite numbers")
+    return tuple(sorted({float(v) for v in values}))
+
+
+def grid_points(grid: Grid) -> list[Point]:
+    """Every combination of the values, the last coefficient varying first."""
+    return list(itertools.product(*grid))
+
+
+def resolve_bounds(values: Sequence[Any] | None, num_experts: int) -> list[tuple[float, float]]:
+    """Lower and upper bound of each expert's coefficient. Raises ConfigError on another shape."""
+    values = [-0.5, 1.5] if values is None else list(values)
+    pairs = values if any(isinstance(v, list) for v in values) else [values] * num_experts
+    if len(pairs) != num_experts:
+        raise ConfigError(
+            f"the bounds have {len(pairs)} pairs for {num_experts} experts; give one pair for all, "
+            f"or one for each, as in bounds = [[0, 1], [0, 2]]"
+        )
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ConfigError(f"bounds {pair}: expected the lowest and the highest, as in [0, 1]")
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in pair):
+            raise ConfigError(f"bounds {pair}: expected finite numbers")
+    return [(float(low), float(high)) for low, high in pairs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import struct
 from dataclasses import replace
@@ -16,10 +15,9 @@ from deme_cli.merging.search.trials import Trial
 
 
 def trials_of(values, points, *, rung: int = 0, first: int = 0, names=("base", "1/N each")):
-    bests = itertools.accumulate(values, min)
     return [
-        Trial(first + i, tuple(point), value, best, rung, 1.0, names[i] if i < len(names) else "")
-        for i, (value, point, best) in enumerate(zip(values, points, bests, strict=True))
+        Trial(first + i, rung, tuple(point), value, names[i] if i < len(names) else "")
+        for i, (value, point) in enumerate(zip(values, points, strict=True))
     ]
 
 
@@ -56,8 +54,8 @@ def test_a_search_that_is_mostly_broken_still_makes_a_picture() -> None:
 
 
 def test_the_best_is_that_of_the_highest_finite_rung() -> None:
-    low, high = search(6, 2), [Trial(6, (0.0, 1.0), 50.0, 50.0, 1)]
-    broken = [Trial(7, (0.0, 1.0), math.inf, math.inf, 2)]
+    low, high = search(6, 2), [Trial(6, 1, (0.0, 1.0), 50.0)]
+    broken = [Trial(7, 2, (0.0, 1.0), math.inf)]
     assert best_of([*low, *high, *broken]) is high[0]
     assert best_of(low) is min(low, key=lambda trial: trial.objective)
 

@@ -148,10 +148,10 @@ def test_the_gradient_is_that_of_central_differences(
     places = generator.permutation(space.dimensions)[:20]
     expected = central_differences(loss, point, places)
     assert np.count_nonzero(expected) == len(places)
-    assert distance(np.array(exact.extra["slopes"])[places], expected) < 1e-6
-    assert distance(np.array(found.extra["slopes"])[places], expected) < 1e-4
-    assert exact.value == pytest.approx(loss(point), rel=1e-6)
-    assert found.value == pytest.approx(loss(point), rel=1e-5)
+    assert distance(np.array(exact[1]["slopes"])[places], expected) < 1e-6
+    assert distance(np.array(found[1]["slopes"])[places], expected) < 1e-4
+    assert exact[0] == pytest.approx(loss(point), rel=1e-6)
+    assert found[0] == pytest.approx(loss(point), rel=1e-5)
 
 
 def test_the_gradient_of_all_blocks_adds_up_to_that_of_the_whole(family: Family) -> None:
@@ -159,7 +159,7 @@ def test_the_gradient_of_all_blocks_adds_up_to_that_of_the_whole(family: Family)
     for per in ("model", "block", "layer"):
         space = space_of(family, per)
         evaluator = open_evaluator(family, space, "loss", LINEAR)
-        slopes = evaluator(0, space.everywhere((0.5, 0.25, -0.5))).extra["slopes"]
+        slopes = evaluator(0, space.everywhere((0.5, 0.25, -0.5)))[1]["slopes"]
         found[per] = np.array(slopes).reshape(-1, 3).sum(axis=0)
     np.testing.assert_allclose(found["block"], found["model"], rtol=1e-9)
     np.testing.assert_allclose(found["layer"], found["model"], rtol=1e-9)
@@ -172,7 +172,7 @@ def test_what_a_method_makes_of_the_task_vectors_has_slopes_too(family: Family, 
     evaluator = open_evaluator(family, space, "loss", method)
     evaluator(0, point)
     evaluator.network._denoiser.network.double()
-    found = evaluator(0, point).extra["slopes"]
+    found = evaluator(0, point)[1]["slopes"]
 
     def loss(w: Sequence[float]) -> float:
         errors = evaluator.objectives[0].draws.errors(evaluator.network.at(w).network)
@@ -188,10 +188,10 @@ def test_points_of_the_soup_and_of_other_rungs_bring_no_slopes(family: Family) -
     evaluator = open_evaluator(family, space, "loss", LINEAR)
     evaluator.objectives = [evaluator.objectives[0]] * 2
     plain = evaluator(1, (0.5, 0.5, 0.0))
-    assert "slopes" not in plain.extra
+    assert "slopes" not in plain[1]
     assert evaluator(0, (0.5, 0.5, 0.0), SOUP_NAME) == plain
     sloped = evaluator(0, (0.5, 0.5, 0.0))
-    assert sloped.value == pytest.approx(plain.value, rel=1e-6)
+    assert sloped[0] == pytest.approx(plain[0], rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite_has_no_slopes(family: Family) -> None:
@@ -202,9 +202,9 @@ def test_a_loss_that_is_not_finite_has_no_slopes(family: Family) -> None:
     again = open_family(family.base.path, open_parents([p.path for p in family.parents], "expert"))
     evaluator = open_evaluator(again, space_of(again, "model"), "loss", LINEAR)
     found = evaluator(0, (0.5, 0.5, 0.5))
-    assert not math.isfinite(found.value)
-    assert found.extra == {}
-    assert math.isfinite(evaluator(0, (0.0, 0.5, 0.5)).value)
+    assert not math.isfinite(found[0])
+    assert found[1] == {}
+    assert math.isfinite(evaluator(0, (0.0, 0.5, 0.5))[0])
 
 
 @pytest.mark.parametrize("per", ["block", "layer"])

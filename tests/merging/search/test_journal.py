@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.merging.search.journal import Journal, asked_trials
-from deme_cli.merging.search.journal_file import STUDY, read_journal
-from deme_cli.merging.search.trials import Asked, Trial
+from deme_cli.merging.search import journal as module
+from deme_cli.merging.search.journal import STUDY, Journal, is_gone, read_journal, this_process
+from deme_cli.merging.search.trials import Trial
 
 LABELS = ["1of2", "2of2"]
 WHAT = {"method": "grid", "parents": ["a", "b"], "seed": 3}
@@ -29,12 +30,12 @@ import sys, time
 from pathlib import Path
 from deme_cli.merging.search.journal import Journal
 what = {"method": "grid", "parents": ["a", "b"], "seed": 3}
-with Journal(Path(sys.argv[1]), ["1of2", "2of2"], what) as journal:
-    journal.open(force=False)
-    with journal.planning():
-        journal.start(0, (0.5, 0.25))
-    print("started", flush=True)
-    time.sleep(60)
+journal = Journal(Path(sys.argv[1]), ["1of2", "2of2"], what)
+journal.open(force=False)
+with journal.asking():
+    journal.start(0, (0.5, 0.25))
+print("started", flush=True)
+time.sleep(60)
 """
 
 
@@ -43,201 +44,107 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "merged.trials.jsonl"
 
 
-def add(journal: Journal, point: tuple[float, ...], value: float, **extra: object) -> Trial:
-    with journal.planning():
-        trial = journal.start(0, point)
-    return journal.finish(trial, value, extra)
+def opened(path: Path, *, force: bool = False, what: dict | None = None) -> Journal:
+    journal = Journal(path, LABELS, what or WHAT)
+    journal.open(force=force)
+    return journal
 
 
-def write(
-    path: Path, *values: float, what: dict | None = None, merged: bool = False
-) -> list[Asked]:
+def add(journal: Journal, point: tuple[float, ...], value: float, **extra: object) -> None:
+    with journal.asking():
+        number = journal.start(0, point)
+    journal.finish(number, value, extra)
+
+
+def write(path: Path, *values: float, what: dict | None = None, merged: bool = False) -> Journal:
     """A journal with a trial for each value."""
-    with Journal(path, LABELS, what or WHAT) as journal:
-        journal.open(force=False)
-        for index, value in enumerate(values):
-            add(journal, (index / 3, 1.0), value)
-        if merged:
-            journal.mark_merged("abc")
-        return journal.asked()
+    journal = opened(path, what=what)
+    for index, value in enumerate(values):
+        add(journal, (index / 3, 1.0), value)
+    if merged:
+        journal.mark_merged("abc")
+    return journal
 
 
-def reopen(path: Path, *, force: bool = False, what: dict | None = None) -> tuple[int, list[Asked]]:
-    with Journal(path, LABELS, what or WHAT) as journal:
-        return journal.open(force=force), journal.asked()
+def values_in(path: Path, **options: object) -> list[float]:
+    return [trial.value for trial in opened(path, **options).trials()]
 
 
 def test_trials_come_back_exactly_and_in_the_order_in_which_they_began(path: Path) -> None:
-    with Journal(path, LABELS, WHAT) as journal:
-        assert journal.open(force=False) == 0
-        with journal.planning() as asked:
-            assert asked == []
-            first = journal.start(0, POINT, "base")
-        with journal.planning() as asked:
-            assert [(one.point, one.value) for one in asked] == [(POINT, None)]
-            second = journal.start(1, (2.5, -7.0))
-        done = journal.finish(second, 5e-324, {"slopes": [0.1, 1 / 3]})
-        assert (done.rung, done.point, done.objective, done.best) == (
-            1,
-            (2.5, -7.0),
-            5e-324,
-            5e-324,
-        )
-        assert journal.finish(first, 2 / 3).name == "base"
-        before = journal.asked()
-    count, after = reopen(path)
-    assert count == 2
-    assert after == before
-    assert [(one.number, one.rung, one.point, one.value, one.name) for one in after] == [
+    journal = Journal(path, LABELS, WHAT)
+    assert journal.open(force=False) == 0
+    with journal.asking() as trials:
+        assert trials == []
+        first = journal.start(0, POINT, "base")
+    with journal.asking() as trials:
+        assert [(one.point, one.objective) for one in trials] == [(POINT, None)]
+        second = journal.start(1, (2.5, -7.0))
+    journal.finish(second, 5e-324, {"slopes": [0.1, 1 / 3]})
+    journal.finish(first, 2 / 3)
+    after = Journal(path, LABELS, WHAT)
+    assert after.open(force=False) == 2
+    assert after.trials() == journal.trials()
+    assert [(t.index, t.rung, t.point, t.value, t.name) for t in after.trials()] == [
         (0, 0, POINT, 2 / 3, "base"), (1, 1, (2.5, -7.0), 5e-324, ""),
     ]  # fmt: skip
-    assert after[1].extra == {"slopes": [0.1, 1 / 3]}
-    assert all(0 < one.began <= one.ended <= time.time() for one in after)
+    assert after.trials()[1].extra == {"slopes": [0.1, 1 / 3]}
+    assert all(0 < t.began <= t.ended <= time.time() for t in after.trials())
+    assert read_journal(path) == (WHAT, LABELS, journal.trials(), None)
+    assert [found.name for found in path.parent.iterdir()] == [path.name], "locks are gone"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_kept_as_infinity(path: Path, value: float) -> None:
-    assert [one.value for one in write(path, 1.0, value)] == [1.0, math.inf]
-    assert [one.value for one in reopen(path)[1]] == [1.0, math.inf]
-    assert reopen(path)[0] == 2, "broken trials are done"
-
-
-def test_a_search_may_be_described_with_tuples(path: Path) -> None:
-    write(path, 1.0, what={"bounds": ((0.0, 1.0), (0.0, 1.0))})
-    assert reopen(path, what={"bounds": [[0.0, 1.0], [0.0, 1.0]]})[0] == 1
+    write(path, 1.0, value)
+    assert values_in(path) == [1.0, math.inf]
+    assert Journal(path, LABELS, WHAT).open(force=False) == 2, "broken trials are done"
 
 
 @pytest.mark.parametrize(
     ("what", "words"),
     [
         ({**WHAT, "seed": 4}, "seed"),
-        ({**WHAT, "parents": ["a", "c"]}, "parents"),
         ({**WHAT, "parents": ["b", "a"], "method": "tpe"}, "method, parents"),
         ({**WHAT, "new": 1}, "new"),
         ({"method": "grid"}, "parents, seed"),
     ],
 )
-def test_the_trials_of_another_search_are_refused_and_the_difference_named(
+def test_the_trials_of_another_search_are_refused_and_force_keeps_a_copy_of_them(
     path: Path, what: dict, words: str
 ) -> None:
-    before = write(path, 1.0, 2.0)
-    text = path.read_bytes()
-    with pytest.raises(ConfigError, match=rf"\(they differ in {words}\); add --force"):
-        reopen(path, what=what)
+    write(path, 1.0, 2.0, what={**WHAT, "bounds": ((0.0, 1.0),)})
+    text, old = path.read_bytes(), path.with_name(f"{path.name}.old")
+    assert values_in(path, what={**WHAT, "bounds": [[0.0, 1.0]]}) == [1.0, 2.0]
+    with pytest.raises(ConfigError, match=rf"differ in {words}\); add --force"):
+        opened(path, what={**what, "bounds": [[0.0, 1.0]]})
     assert path.read_bytes() == text
-    assert reopen(path) == (2, before), "nothing happened to them"
-    assert reopen(path, what=what, force=True) == (0, [])
+    assert values_in(path, what=what, force=True) == []
+    assert old.read_bytes() == text
 
 
 def test_force_goes_on_with_an_unfinished_search_and_repeats_a_finished_one(path: Path) -> None:
-    before = write(path, 1.0, 2.0)
-    assert reopen(path, force=True) == (2, before), "without its merged file it is unfinished"
+    write(path, 1.0, 2.0)
+    assert values_in(path, force=True) == [1.0, 2.0], "without its merged file it is unfinished"
     write(path, merged=True)
-    assert reopen(path)[0] == 2, "the merged file was removed: the trials still hold"
-    assert reopen(path, force=True) == (0, [])
-    assert reopen(path, force=True) == (0, [])
+    assert values_in(path) == [1.0, 2.0], "the merged file was removed: the trials still hold"
+    assert values_in(path, force=True) == []
+    assert len(list(path.parent.glob("*.old"))) == 1
+    write(path, 5.0, merged=True)
+    assert values_in(path, force=True) == []
+    assert {p.suffix for p in path.parent.glob("*.old*")} == {".old", ".old2"}
 
 
-def test_force_replaces_what_is_no_journal(path: Path) -> None:
-    for content in (b"not json\n", b'{"index": 0}\n', b"torn", b"\x00" * 100 + b"\n", b"[1]\n5\n"):
-        path.write_bytes(content)
-        assert reopen(path, force=True) == (0, [])
-        assert read_journal(path).search == WHAT
-
-
-@pytest.mark.parametrize("line", ['{"index": 0, "coefficients": [0]}', "a,b", "[]", '"op"', "\0"])
-def test_a_file_that_is_no_journal_is_refused(path: Path, line: str) -> None:
-    path.write_text(f"{line}\n{line}\n")
-    for open_it in (reopen, read_journal):
+@pytest.mark.parametrize(
+    "text", ['{"index": 0, "x": [0]}\n', "a,b\n", "[]\n", '"op"\n', "\0", "torn"]
+)
+def test_a_file_that_is_no_journal_is_refused_and_put_aside_by_force(path: Path, text: str) -> None:
+    path.write_text(text)
+    for open_it in (opened, read_journal):
         with pytest.raises(ConfigError, match="no journal of trials"):
             open_it(path)
-    assert path.read_text() == f"{line}\n{line}\n"
-
-
-@pytest.mark.parametrize("tail", [b'{"op_code": 6, "trial', b"\0\0\0", b"{", b"x" * 100_000])
-def test_a_torn_last_line_is_cut_off_before_the_next(path: Path, tail: bytes) -> None:
-    before = write(path, 1.0, 2.0)
-    sound = path.read_bytes()
-    path.write_bytes(sound + tail)
-    assert [trial.values for trial in read_journal(path).trials] == [[1.0], [2.0]]
-    path.write_bytes(sound + tail)
-    assert reopen(path) == (2, before)
-    path.write_bytes(sound + tail)
-    assert len(write(path, 3.0)) == 3
-    assert all(json.loads(line) for line in path.read_text().splitlines())
-
-
-def test_a_line_torn_while_the_journal_is_open_is_cut_off_as_well(path: Path) -> None:
-    """By another worker that is killed while it writes."""
-    with Journal(path, LABELS, WHAT) as journal:
-        journal.open(force=False)
-        with journal.planning():
-            trial = journal.start(0, POINT)
-        with path.open("ab") as file:
-            file.write(b'{"op_code": 5, "worker')
-        journal.finish(trial, 1.0)
-        add(journal, (1.0, 1.0), 2.0)
-        assert [one.value for one in journal.asked()] == [1.0, 2.0]
-    assert reopen(path)[0] == 2
-
-
-def test_every_place_where_a_kill_can_tear_the_journal_leaves_whole_trials(path: Path) -> None:
-    write(path, 1.0, math.nan, 3.0)
-    whole = path.read_bytes()
-    for size in range(0, len(whole), 29):
-        path.write_bytes(whole[:size])
-        count, asked = reopen(path)
-        assert [one.value for one in asked] in (
-            [],
-            [1.0],
-            [1.0, math.inf],
-            [1.0, math.inf, 3.0],
-        ) or (asked[-1].value is None)
-        with Journal(path, LABELS, WHAT) as journal:
-            journal.open(force=False)
-            with journal.planning() as asked:
-                assert all(one.value is not None for one in asked), "its worker is gone"
-                assert len(asked) == count
-
-
-@pytest.mark.parametrize("place", ["middle", "end"])
-def test_a_corrupt_line_is_told_of(path: Path, place: str) -> None:
-    write(path, 1.0, 2.0)
-    lines = path.read_bytes().splitlines(keepends=True)
-    middle = len(lines) // 2 if place == "middle" else len(lines) - 1
-    for wrong in (b'{"op_code": 6, "tri\n', b"[]\n", b'{"op_code": 77, "worker_id": "x"}\n'):
-        path.write_bytes(b"".join([*lines[:middle], wrong, *lines[middle + 1 :]]))
-        for open_it in (reopen, read_journal):
-            with pytest.raises(ArtifactError, match=r"not a whole journal .* add --force"):
-                open_it(path)
-    assert reopen(path, force=True) == (0, [])
-
-
-def test_a_search_that_was_killed_while_it_was_created_begins_anew(path: Path) -> None:
-    write(path)
-    lines = path.read_bytes().splitlines(keepends=True)
-    for count in range(len(lines)):
-        path.write_bytes(b"".join(lines[:count]))
-        with pytest.raises(ConfigError, match="holds no search of `deme merge`"):
-            read_journal(path)
-        assert reopen(path) == (0, [])
-        assert read_journal(path).labels == LABELS
-
-
-def test_reading_a_journal_gives_what_was_searched(path: Path) -> None:
-    with pytest.raises(MissingError, match="no such journal"):
-        read_journal(path)
-    asked = write(path, 1.0, math.nan)
-    found = read_journal(path)
-    assert (found.search, found.labels, found.merged) == (WHAT, LABELS, None)
-    assert asked_trials(found.trials, found.labels) == asked
-    write(path, merged=True)
-    assert read_journal(path).merged == "abc"
-    with Journal(path, LABELS, WHAT) as journal:
-        journal.open(force=False)
-        with journal.planning():
-            journal.start(0, POINT)
-        assert len(read_journal(path).trials) == 3, "also while somebody works on it"
+    assert path.read_text() == text
+    assert values_in(path, force=True) == []
+    assert path.with_name(f"{path.name}.old").read_text() == text
 
 
 def test_a_study_of_another_name_is_no_search(path: Path) -> None:
@@ -245,6 +152,78 @@ def test_a_study_of_another_name_is_no_search(path: Path) -> None:
     optuna.create_study(storage=storage, study_name="mine")
     with pytest.raises(ConfigError, match="holds no search of `deme merge`"):
         read_journal(path)
+    with pytest.raises(MissingError, match="no such journal"):
+        read_journal(path.with_name("none"))
+
+
+@pytest.mark.parametrize("tail", [b'{"op_code": 6, "trial', b"\0\0\0", b"{", b"x" * 100_000])
+def test_a_torn_last_line_is_cut_off_before_the_next(path: Path, tail: bytes) -> None:
+    journal = write(path, 1.0, 2.0)
+    path.write_bytes(path.read_bytes() + tail)
+    assert [trial.value for trial in read_journal(path)[2]] == [1.0, 2.0]
+    add(journal, (1.0, 1.0), 3.0)  # the search that was under way
+    path.write_bytes(path.read_bytes() + tail)
+    add(opened(path), (2.0, 1.0), 4.0)  # one that goes on
+    assert values_in(path) == [1.0, 2.0, 3.0, 4.0]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_every_place_where_a_kill_can_tear_the_journal_leaves_whole_trials(path: Path) -> None:
+    write(path, 1.0, math.nan, 3.0)
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 97):
+        path.write_bytes(whole[:size])
+        done = [trial.value for trial in opened(path).trials() if trial.is_done]
+        assert done == [1.0, math.inf, 3.0][: len(done)]
+        add(opened(path), (9.0, 9.0), 9.0)
+        assert values_in(path)[-1] == 9.0
+    assert not list(path.parent.glob("*.damaged*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "most_lost"),
+    [
+        (lambda line: b'{"op_code": 6, "tri\n', 1),
+        (lambda line: b"\0" * len(line) + b"\n", 1),
+        (lambda line: line[: len(line) // 2] + line, 0),  # torn, and written again
+        (lambda line: line[:-1] + line, 0),  # glued to its own copy
+    ],
+    ids=["torn", "zeros", "torn and again", "glued"],
+)
+def test_a_damaged_line_costs_no_other_trial_and_a_copy_is_kept(
+    path: Path, damage: object, most_lost: int, capsys: pytest.CaptureFixture
+) -> None:
+    values = [float(i) for i in range(1, 13)]
+    write(path, *values)
+    whole = path.read_bytes().splitlines(keepends=True)
+    for place in random.Random(0).sample(range(len(whole)), 8):
+        spoilt = damage(whole[place])
+        path.write_bytes(b"".join([*whole[:place], spoilt, *whole[place + 1 :]]))
+        before = path.read_bytes()
+        found = values_in(path)
+        assert len(values) - len(found) <= most_lost
+        assert set(found) <= set(values)
+        (kept,) = path.parent.glob("*.damaged")
+        assert kept.read_bytes() == before
+        assert f"{len(found)} finished trials could be read" in capsys.readouterr().err
+        assert values_in(path, force=True) == found, "with --force as well"
+        kept.unlink()
+
+
+def test_a_damaged_journal_is_not_mended_under_the_hands_of_others(
+    path: Path, worker: subprocess.Popen
+) -> None:
+    write(path, 1.0, 2.0)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:-2], b"{\n", lines[-1]]))
+    with pytest.raises(ArtifactError, match=r"1 of its lines are damaged.* run its search again"):
+        read_journal(path)
+    for force in (False, True):
+        with pytest.raises(ArtifactError, match="another deme process works on it; wait"):
+            opened(path, force=force)
+    worker.kill()
+    worker.wait()
+    assert len(opened(path).trials()) >= 1
 
 
 def test_optuna_opens_the_journal(path: Path) -> None:
@@ -256,7 +235,16 @@ def test_optuna_opens_the_journal(path: Path) -> None:
     assert study.best_params == {"1of2": 1 / 3, "2of2": 1.0}
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "FAIL"]
     assert set(study.user_attrs) == {"labels", "search"}
-    assert reopen(path)[0] == 3
+
+
+@pytest.mark.parametrize("what", ["ask", "write"])
+def test_the_file_of_a_lock_whose_holder_was_killed_is_in_nobodys_way(
+    path: Path, what: str
+) -> None:
+    path.with_name(f".{path.name}.{what}.lock").touch()
+    write(path, 1.0)
+    assert values_in(path) == [1.0]
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
 @pytest.fixture
@@ -272,63 +260,67 @@ def worker(path: Path) -> Iterator[subprocess.Popen]:
     process.stdout.close()
 
 
-def test_the_trial_of_a_living_worker_is_its_own(path: Path, worker: subprocess.Popen) -> None:
-    with Journal(path, LABELS, WHAT) as journal:
-        assert journal.open(force=False) == 0
-        for _ in range(3):
-            with journal.planning() as asked:
-                assert [(one.point, one.value) for one in asked] == [((0.5, 0.25), None)]
-    worker.send_signal(signal.SIGSTOP)
-    with Journal(path, LABELS, WHAT) as journal:
-        journal.open(force=False)
-        with journal.planning() as asked:
-            assert len(asked) == 1, "a worker that sleeps is not dead"
-
-
-def test_who_leaves_last_takes_the_lock_along(path: Path, worker: subprocess.Popen) -> None:
-    lock = path.with_name(f".{path.name}.lock")
-    reopen(path)
-    assert lock.exists(), "a worker lives"
-    worker.kill()
-    worker.wait()
-    reopen(path)
-    read_journal(path)
-    assert [one.name for one in path.parent.iterdir()] == [path.name]
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_trial_of_a_dead_worker_returns(
+def test_the_trial_of_a_process_is_its_own_as_long_as_it_lives(
     path: Path, worker: subprocess.Popen, number: int
 ) -> None:
-    with Journal(path, LABELS, WHAT) as journal:
-        journal.open(force=False)
-        worker.send_signal(number)
-        worker.wait()
-        with journal.planning() as asked:
-            assert asked == []
-            trial = journal.start(0, (0.5, 0.25))
-        journal.finish(trial, 1.0)
-        assert [one.number for one in journal.asked()] == [1]
-    states = [trial.state.name for trial in read_journal(path).trials]
-    assert states == ["FAIL", "COMPLETE"]
-    assert [p.name for p in path.parent.glob(".*.worker")] == [], "nothing of the dead is left"
+    journal = opened(path)
+    worker.send_signal(signal.SIGSTOP)
+    for _ in range(2):
+        with journal.asking() as trials:
+            assert [(t.point, t.objective) for t in trials] == [((0.5, 0.25), None)]
+    with pytest.raises(ConfigError, match="in use by another deme process"):
+        opened(path, what={"other": 1}, force=True)
+    worker.send_signal(signal.SIGCONT)
+    worker.send_signal(number)
+    worker.wait()
+    with journal.asking() as trials:
+        assert trials == []
+        again = journal.start(0, (0.5, 0.25))
+    journal.finish(again, 1.0)
+    assert [(t.index, t.value) for t in journal.trials()] == [(1, 1.0)]
 
 
-def test_a_trial_given_back_is_free_at_once(path: Path) -> None:
-    with Journal(path, LABELS, WHAT) as journal:
-        journal.open(force=False)
-        with journal.planning():
-            trial = journal.start(0, POINT)
-        journal.give_back(trial)
-        assert journal.asked() == []
-        assert add(journal, POINT, 1.0).index == 1
+def test_who_is_gone_is_known_by_machine_number_and_birth() -> None:
+    own = this_process()
+    host, pid, born = own.split(":")
+    assert not is_gone(own, 0.0)
+    assert is_gone(f"{host}:{pid}:{int(born) + 1}", time.time()), "its number was given again"
+    assert is_gone(f"{host}:999999999:{born}", time.time())
+    assert not is_gone(f"elsewhere:{pid}:{born}", time.time() - 60), "it cannot be asked"
+    assert is_gone(f"elsewhere:{pid}:{born}", time.time() - 3600)
+    assert is_gone("0123456789abcdef", time.time()), "as an older deme called them"
+
+
+def test_a_trial_given_back_or_taken_for_lost_is_free_and_counts_once(path: Path) -> None:
+    journal, other = opened(path), opened(path)
+    with journal.asking():
+        number = journal.start(0, POINT)
+    journal.give_back(number)
+    assert journal.trials() == []
+    add(other, POINT, 1.0)
+    journal.finish(number, 7.0)  # too late: nobody waits for it
+    with journal.asking():
+        twice = journal.start(0, POINT)  # as where a lock was lost
+    journal.finish(twice, 1.0)
+    found: list[Trial] = opened(path).trials()
+    assert [(t.index, t.value) for t in found] == [(1, 1.0)]
+
+
+def test_one_process_writes_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, other = write(path, 1.0), opened(path)
+    assert journal.take_the_end() is True
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "this_process", lambda: "elsewhere:1:1")
+        assert other.take_the_end() is None, "the first one lives"
+    monkeypatch.setattr(module, "is_gone", lambda *process: True)
+    assert other.take_the_end() is True, "it died before it wrote the end"
+    other.mark_merged("abc")
+    assert journal.take_the_end() is False
 
 
 def test_a_place_that_takes_no_files_is_told_of(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with (
-        pytest.raises(MissingError, match="part of this path is a file"),
-        Journal(blocked / "trials.jsonl", LABELS, WHAT),
-    ):
-        pass
+    with pytest.raises(MissingError, match="part of this path is a file"):
+        opened(blocked / "trials.jsonl")

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,17 @@ from scipy.stats import rankdata
 
 from deme_cli.errors import ConfigError, NumericsError
 from deme_cli.ladder import Rung, parse_ladder
-from deme_cli.merging.search.conclusion import Conclusion, conclude
-from deme_cli.merging.search.fixed_points import FixedPoints
 from deme_cli.merging.search.journal import Journal
-from deme_cli.merging.search.ladder import rank_correlation, shortlist
-from deme_cli.merging.search.plan import Wait
-from deme_cli.merging.search.run import Evaluated, Search
+from deme_cli.merging.search.samplers import WAIT, first_free
+from deme_cli.merging.search.search import (
+    Conclusion,
+    Search,
+    conclude,
+    rank_correlation,
+    shortlist,
+)
 from deme_cli.merging.search.space import Point, Space
-from deme_cli.merging.search.trials import BASE_NAME, MEAN_NAME, Asked, Trial
+from deme_cli.merging.search.trials import BASE_NAME, MEAN_NAME, Trial
 from deme_cli.timesteps import TimestepRange
 
 SPACE = Space(("1of2", "2of2"), ((-0.5, 1.5),) * 2, (0.5, 0.5))
@@ -80,7 +84,7 @@ def test_a_ladder_that_does_not_parse_is_refused(text: str, words: str) -> None:
 
 
 def trial(index: int, value: float, *, name: str = "", rung: int = 0) -> Trial:
-    return Trial(index, (float(index), 0.0), value, value, rung, name=name)
+    return Trial(index, rung, (float(index), 0.0), value, name)
 
 
 def test_the_best_pass_and_base_and_mean_besides() -> None:
@@ -98,7 +102,7 @@ def test_the_best_pass_and_base_and_mean_besides() -> None:
 
 
 def test_among_equals_the_shorter_then_the_earlier_pass() -> None:
-    equal = [Trial(i, p, 1.0, 1.0) for i, p in enumerate([(1.0, 1.0), (0.0, 0.5), (0.5, 0.0)])]
+    equal = [Trial(i, 0, p, 1.0) for i, p in enumerate([(1.0, 1.0), (0.0, 0.5), (0.5, 0.0)])]
     assert [t.index for t in shortlist(equal, 2)] == [1, 2]
 
 
@@ -131,25 +135,34 @@ class Named:
 
     name: str
 
+    @property
+    def label(self) -> str:
+        return self.name
+
+
+def search_of(rungs: list[Rung] = RUNGS) -> Search:
+    """A search of all POINTS."""
+    return Search("random", SPACE, partial(first_free, POINTS), rungs, len(POINTS))
+
 
 def search(path: Path, objectives: Objectives, rungs: list[Rung] = RUNGS) -> tuple[Search, list]:
     """A search of all POINTS on disk, and what was asked of it: (rung, point, name)."""
-    what, asked = Search(SPACE, FixedPoints(POINTS), rungs, len(POINTS)), []
+    what, asked = search_of(rungs), []
 
-    def evaluate(rung: int, point: Point, name: str) -> Evaluated:
+    def evaluate(rung: int, point: Point, name: str) -> tuple[float, dict]:
         asked.append((rung, point, name))
-        return Evaluated(objectives(rung, point), {})
+        return objectives(rung, point), {}
 
-    with Journal(path, SPACE.labels, {}) as journal:
-        journal.open(force=False)
-        list(what.run(journal, evaluate, lambda: None))
+    journal = Journal(path, SPACE.labels, {})
+    journal.open(force=False)
+    list(what.run(journal, evaluate, lambda: None))
     return what, asked
 
 
-def concluded(path: Path, what: Search) -> tuple[Conclusion, list[Asked]]:
-    with Journal(path, SPACE.labels, {}) as journal:
-        journal.open(force=False)
-        asked = journal.asked()
+def concluded(path: Path, what: Search) -> tuple[Conclusion, list[Trial]]:
+    journal = Journal(path, SPACE.labels, {})
+    journal.open(force=False)
+    asked = journal.trials()
     return conclude(what, asked, [Named(rung.name) for rung in what.rungs]), asked
 
 
@@ -193,11 +206,11 @@ def test_a_rung_waits_for_every_trial_of_the_one_below(tmp_path: Path) -> None:
         assert step[0] == rung + 1
         for index in (len(below) - 1, len(below) - 3):
             running = [
-                replace(one, value=None) if i == index else one for i, one in enumerate(below)
+                replace(one, objective=None) if i == index else one for i, one in enumerate(below)
             ]
-            assert isinstance(what.next(running), Wait), "another worker may still find the best"
-    last = [*asked[:-1], replace(asked[-1], value=None)]
-    assert isinstance(what.next(last), Wait), "if that worker dies, somebody must take over"
+            assert what.next(running) == WAIT, "another worker may still find the best"
+    last = [*asked[:-1], replace(asked[-1], objective=None)]
+    assert what.next(last) == WAIT, "if that worker dies, somebody must take over"
     assert what.next(asked) is None
 
 
@@ -209,13 +222,13 @@ def test_the_last_rung_decides_and_the_record_tells_of_all(tmp_path: Path) -> No
     assert end.best.point == min(third, key=lambda point: distance(2, point))
     assert [t.rung for t in end.ranking] == [2] * 5
     assert [t.objective for t in end.ranking] == sorted(distance(2, point) for point in third)
-    assert (end.evaluations, end.broken, list(end.shared)) == (len(asked), 0, [8, 5])
     assert len(trials) == len(asked)
+    rhos = [rung["rho_to_next"] for rung in end.record["rungs"][:2]]
     expected = [
         np.corrcoef(*(rankdata([distance(r, p) for p in shared]) for r in rungs))[0, 1]
         for rungs, shared in (((0, 1), [p for r, p, _ in asked if r == 1]), ((1, 2), third))
     ]
-    assert list(end.rhos) == pytest.approx(expected)
+    assert rhos == pytest.approx(expected)
     record = end.record
     seconds = record.pop("seconds")
     assert 0 <= seconds < 60
@@ -225,10 +238,10 @@ def test_the_last_rung_decides_and_the_record_tells_of_all(tmp_path: Path) -> No
                    "best": end.best.objective},
         "rungs": [
             {"objective": "loss", "num": 64, "evaluations": 26, "keep": 6,
-             "rho_to_next": end.rhos[0],
+             "rho_to_next": rhos[0],
                 "rho_to_next_by_range": {}},
             {"objective": "kid", "num": 1000, "evaluations": 8, "keep": 3,
-             "rho_to_next": end.rhos[1],
+             "rho_to_next": rhos[1],
                 "rho_to_next_by_range": {}},
             {"objective": "fid", "num": 5000, "evaluations": 5, "keep": 1, "rho_to_next": None,
                 "rho_to_next_by_range": {}},
@@ -238,17 +251,17 @@ def test_the_last_rung_decides_and_the_record_tells_of_all(tmp_path: Path) -> No
 
 def test_the_loss_on_each_range_is_compared_with_the_next_rung_alone() -> None:
     """Low timesteps rank as the next rung does, high ones the other way round."""
-    what = Search(SPACE, FixedPoints(POINTS), RUNGS[:2], len(POINTS))
-    asked: list[Asked] = []
+    what = search_of(RUNGS[:2])
+    asked: list[Trial] = []
     while (step := what.next(asked)) is not None:
         rung, point, name = step
         value = distance(rung, point)
         extra = {"by_range": [distance(1, point), -distance(1, point), None]} if not rung else {}
-        asked.append(Asked(len(asked), rung, point, value, name, extra=extra))
+        asked.append(Trial(len(asked), rung, point, value, name, extra=extra))
     ranges = [TimestepRange(0, 30), TimestepRange(30, 60), TimestepRange(60, 100)]
     end = conclude(what, asked, [Named("loss"), Named("kid")], ranges)
-    assert end.rhos_by_range == [{"0:30": pytest.approx(1), "30:60": pytest.approx(-1)}]
-    assert [r["rho_to_next_by_range"] for r in end.record["rungs"]] == [*end.rhos_by_range, {}]
+    found = [rung["rho_to_next_by_range"] for rung in end.record["rungs"]]
+    assert found == [{"0:30": pytest.approx(1), "30:60": pytest.approx(-1)}, {}]
 
 
 def test_a_reference_may_win(tmp_path: Path) -> None:
@@ -269,7 +282,7 @@ def test_what_is_broken_on_a_rung_goes_no_further(tmp_path: Path) -> None:
     assert not any(point[0] == 0.9 for point in second)
     assert (0.6, 0.6) not in third
     end, _ = concluded(path, what)
-    assert end.broken == 5 + 1 + 1
+    assert f"{5 + 1 + 1} of {len(asked)} trials had no finite objective" in end.warnings[0]
     assert end.record["values"]["base"] is None, "not finite, so not in the record"
     assert math.isfinite(end.best.objective)
 
@@ -283,15 +296,14 @@ def test_a_rung_on_which_all_are_broken_ends_the_search(rung: int, tmp_path: Pat
     with pytest.raises(NumericsError, match="not finite for any candidate"):  # noqa: PT012
         what, _ = search(path, objectives)
         concluded(path, what)
-    with Journal(path, SPACE.labels, {}) as journal:
-        count = journal.open(force=False)
+    count = Journal(path, SPACE.labels, {}).open(force=False)
     assert count == (26, 34, 39)[rung], "what was tried is kept"
-    assert list(tmp_path.glob(".*.worker")) == []
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
 def test_one_rung_is_no_ladder(tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
     what, asked = search(path, distance, [Rung("loss", 64, 1)])
     end, _ = concluded(path, what)
-    assert len(asked) == len(POINTS) + 1 == end.evaluations
-    assert (list(end.rhos), list(end.shared), len(end.record["rungs"])) == ([], [], 1)
+    assert len(asked) == len(POINTS) + 1 == end.record["evaluations"]
+    assert [rung["rho_to_next"] for rung in end.record["rungs"]] == [None]

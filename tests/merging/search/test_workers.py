@@ -16,17 +16,10 @@ from pathlib import Path
 import pytest
 
 from deme_cli.ladder import Rung
-from deme_cli.merging.search.evolution import Evolution
-from deme_cli.merging.search.fixed_points import FixedPoints
-from deme_cli.merging.search.greedy import GreedySoup
-from deme_cli.merging.search.grid import grid_points
-from deme_cli.merging.search.journal import Journal, asked_trials
-from deme_cli.merging.search.journal_file import read_journal
-from deme_cli.merging.search.ladder import shortlist
-from deme_cli.merging.search.plan import Wait
-from deme_cli.merging.search.run import Evaluated, Search
+from deme_cli.merging.search.journal import Journal, read_journal
+from deme_cli.merging.search.search import Search, open_search, shortlist
 from deme_cli.merging.search.space import Point, Space
-from deme_cli.merging.search.trials import Asked, ranked, trials_of
+from deme_cli.merging.search.trials import Trial, ranked
 
 TARGET = (0.55, 0.2, 0.85)
 SPACE = Space(("1of3", "2of3", "3of3"), ((-0.5, 1.5),) * 3, (1 / 3,) * 3)
@@ -34,13 +27,11 @@ VALUES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 RUNGS = [Rung("loss", 64, 12), Rung("kid", 64, 1)]
 
 
-def open_search(name: str) -> Search:
-    plan = {
-        "grid": lambda: FixedPoints(grid_points((VALUES,) * 3)),
-        "cmaes": lambda: Evolution(SPACE, 3),
-        "greedy": lambda: GreedySoup(SPACE),
-    }[name]()
-    return Search(SPACE, plan, RUNGS, plan.evaluations, with_soup=name != "greedy")
+def search_of(name: str) -> Search:
+    return open_search(
+        name, SPACE, RUNGS, grid=(VALUES,) * 3 if name == "grid" else None, seed=3,
+        evaluations=None, with_soup=True,
+    )  # fmt: skip
 
 
 def objective(rung: int, point: Point) -> float:
@@ -50,28 +41,28 @@ def objective(rung: int, point: Point) -> float:
     return math.dist(point, TARGET) ** 2 + 0.05 * rung * point[0]
 
 
-def alone(search: Search) -> list[Asked]:
+def alone(search: Search) -> list[Trial]:
     """The trials of a run that nobody interrupts."""
-    asked: list[Asked] = []
+    asked: list[Trial] = []
     while (step := search.next(asked)) is not None:
-        assert not isinstance(step, Wait)
+        assert isinstance(step, tuple)
         value = objective(step[0], step[1])
         value = value if math.isfinite(value) else math.inf
-        asked.append(Asked(len(asked), step[0], step[1], value, step[2]))
+        asked.append(Trial(len(asked), step[0], step[1], value, step[2]))
     return asked
 
 
 def work(path: Path, name: str, seconds: float) -> None:
     """One worker: each trial takes about `seconds`."""
 
-    def evaluate(rung: int, point: Point, name: str) -> Evaluated:
+    def evaluate(rung: int, point: Point, name: str) -> tuple[float, dict]:
         time.sleep(seconds * random.random() * 2)
-        return Evaluated(objective(rung, point), {"slopes": list(point)})
+        return objective(rung, point), {"slopes": list(point)}
 
-    with Journal(path, SPACE.labels, {"search": name}) as journal:
-        journal.open(force=False)
-        for _ in open_search(name).run(journal, evaluate, lambda: None):
-            pass
+    journal = Journal(path, SPACE.labels, {"search": name})
+    journal.open(force=False)
+    for _ in search_of(name).run(journal, evaluate, lambda: None):
+        pass
     assert "torch" not in sys.modules
 
 
@@ -106,7 +97,7 @@ def lines_of(path: Path) -> int:
 
 def run_with_kills(path: Path, name: str, kills: int, seed: int, seconds: float) -> dict[str, int]:
     """Run to the end with kills at random moments; check what came out, and count."""
-    search = open_search(name)
+    search = search_of(name)
     expected = alone(search)
     draw = random.Random(seed)
     moments = sorted(draw.sample(range(5, 2 * len(expected)), kills))  # in lines of the journal
@@ -118,21 +109,18 @@ def run_with_kills(path: Path, name: str, kills: int, seed: int, seconds: float)
         time.sleep(draw.uniform(0, 2 * seconds))
         landed += crew.kill()
     crew.finish()
-    document = read_journal(path)
-    asked = asked_trials(document.trials, document.labels)
+    *_, asked, _ = read_journal(path)
     counts = Counter((one.rung, one.point) for one in asked)
     assert max(counts.values()) == 1, "a trial was counted twice"
     values = {(one.rung, one.point): (one.value, one.name) for one in asked}
     assert values == {(one.rung, one.point): (one.value, one.name) for one in expected}
-    upper = [[t for t in trials_of(trials) if t.rung == 1] for trials in (asked, expected)]
+    upper = [[t for t in trials if t.rung == 1] for trials in (asked, expected)]
     assert ranked(upper[0])[0].point == ranked(upper[1])[0].point
-    with Journal(path, SPACE.labels, {"search": name}) as journal:
-        assert journal.open(force=False) == len(expected)
-    assert list(path.parent.glob(".*.worker")) == [], "nothing of the dead is left"
-    return {
-        "kills": landed, "trials": len(asked), "lost": len(document.trials) - len(asked),
-        "lines": len([json.loads(line) for line in path.read_text().splitlines()]),
-    }  # fmt: skip
+    assert Journal(path, SPACE.labels, {"search": name}).open(force=False) == len(expected)
+    assert [place.name for place in path.parent.iterdir()] == [path.name]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    begun = sum(line["op_code"] == 4 for line in lines)
+    return {"kills": landed, "trials": len(asked), "lost": begun - len(asked), "lines": len(lines)}
 
 
 def test_two_workers_that_are_killed_lose_nothing_and_count_nothing_twice(tmp_path: Path) -> None:
@@ -154,9 +142,9 @@ def test_twenty_kills_lose_nothing_and_count_nothing_twice(
 
 
 def test_the_next_rung_begins_when_all_of_the_one_below_are_done() -> None:
-    asked = alone(open_search("grid"))
+    asked = alone(search_of("grid"))
     lower = [one for one in asked if one.rung == 0]
-    chosen = [trial.point for trial in shortlist(trials_of(lower), 12)]
+    chosen = [trial.point for trial in shortlist(lower, 12)]
     assert [one.point for one in asked if one.rung == 1] == chosen
 
 
