@@ -41,7 +41,7 @@ from deme_cli.timesteps import TimestepRange, parse_range
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from deme_cli.diffusion.backbones.backbone import Site
+    from deme_cli.diffusion.projection import Site
     from deme_cli.training.held_out import FixedDraws
 
 Row = dict[str, Any]
@@ -149,7 +149,7 @@ def _find_base(run: RunFile, model: str) -> tuple[str, str]:
 def _check_models(run: RunFile, pair: tuple[str, str], span: str | None) -> TimestepRange | None:
     """What can be told before torch is imported; the range, where the files tell it."""
     from deme_cli.artifacts import read_record
-    from deme_cli.diffusion.locate import locate_model, peek_timesteps
+    from deme_cli.diffusion.model_files import locate_model, peek_timesteps
 
     places = [locate_model(model) for model in pair]
     base, expert = (read_record(place) if place.is_file() else None for place in places)

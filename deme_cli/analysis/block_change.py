@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import Site
+from deme_cli.diffusion.projection import Site
 from deme_cli.diffusion.projection import PREFIX, attach_projections, has_projections, sites
 from deme_cli.training.batches import derived_generator
 

@@ -126,7 +126,7 @@ def analyze_gradients(
 
 def _check_buckets(model: str, buckets: int, num_ranges: int) -> int | None:
     """What can be told before torch is imported; the number of timesteps where files tell it."""
-    from deme_cli.diffusion.locate import locate_model, peek_timesteps
+    from deme_cli.diffusion.model_files import locate_model, peek_timesteps
 
     if num_ranges > buckets:
         raise ConfigError(

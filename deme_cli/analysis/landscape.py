@@ -70,7 +70,7 @@ def analyze_landscape(
 
     The rest is as for `analyze_losses`.
     """
-    from deme_cli.diffusion.locate import locate_model, peek_timesteps
+    from deme_cli.diffusion.model_files import locate_model, peek_timesteps
 
     run, settings = run or RunFile(), settings or LandscapeConfig()
     check_output(output, force=force)

@@ -24,7 +24,7 @@ from deme_cli.analysis.models import require_alike
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.diffusion.locate import locate_model
+from deme_cli.diffusion.model_files import locate_model
 from deme_cli.diffusion.projection import PREFIX, attach_projections, has_projections
 from deme_cli.errors import ArtifactError, NumericsError
 from deme_cli.records import DenoiserRecord

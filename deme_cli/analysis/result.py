@@ -86,14 +86,14 @@ def check_output(output: Path, *, force: bool) -> None:
 
 def check_images(images: DataConfig | None, run: RunFile, *, split: str) -> DataConfig:
     """Which images are looked at, those of `run` if None; found before torch is imported."""
-    from deme_cli.data.places import find_place
+    from deme_cli.data.image_source import find_image_source
 
     if split not in SPLITS:
         raise ConfigError(f"--split {split}: expected one of {', '.join(SPLITS)}")
     images = images or run.settings(DataConfig)
     if not images.source:
         raise ConfigError("no images: set [data] source in deme.toml, or use --data")
-    find_place(images.source)
+    find_image_source(images.source)
     return images
 
 

@@ -129,7 +129,7 @@ def _check_model(
     model: str, settings: SplitConfig, pipeline: str | None, variant: str | None
 ) -> None:
     """What the model's files say without its tensors: it is there, and its T can be divided."""
-    from deme_cli.diffusion.locate import locate_model, peek_timesteps
+    from deme_cli.diffusion.model_files import locate_model, peek_timesteps
 
     if num_train_timesteps := peek_timesteps(locate_model(model, variant), pipeline):
         split_uniform(settings.n, num_train_timesteps)
@@ -196,14 +196,14 @@ def _guess_data(name: str) -> str:
 
 def _choose_data(data: str | None, record: BaseRecord) -> str:
     """The data as given, else the guess from the model's name; warns where nothing can be found."""
-    from deme_cli.data.places import find_place
+    from deme_cli.data.image_source import find_image_source
 
     chosen = _guess_data(record.source) if data is None else data
     if not chosen:
         console.warn("no --data given: set source under [data] before `deme finetune`")
         return chosen
     try:
-        find_place(chosen)
+        find_image_source(chosen)
     except DemeError as error:
         console.warn(f"the training images are not there yet: {error}")
     return chosen
@@ -242,7 +242,7 @@ def _run_file_text(
 
 def _absolute(place: str) -> str:
     """A path that is there as an absolute one; a known name or anything else as it is."""
-    from deme_cli.data.places import KNOWN_DATASETS
+    from deme_cli.data.image_source import KNOWN_DATASETS
 
     here = Path(place).expanduser()
     is_path = place and place not in ("digits", *KNOWN_DATASETS) and here.exists()

@@ -17,7 +17,7 @@ from deme_cli.comparison.jobs import Stage
 from deme_cli.comparison.plan import COMMON, MeasurePlan, Plan, RowPlan
 from deme_cli.comparison.rows import Tables, finetune_settings, merge_settings
 from deme_cli.config import TABLES, DataConfig, FinetuneConfig
-from deme_cli.data.places import KNOWN_DATASETS, find_place
+from deme_cli.data.image_source import KNOWN_DATASETS, find_image_source
 from deme_cli.data.prompts import KNOWN_PROMPTS
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ConfigError, MissingError
@@ -117,7 +117,7 @@ def open_stage(
     images = DataConfig(**tables.get("data", {})).source
     if not images:
         raise ConfigError("no training images: set [data] source in deme.toml, or use --data")
-    find_place(images)
+    find_image_source(images)
     require_companions(record, tables.get("model", {}).get("pipeline"))
     total = plan.updates or plan.n * FinetuneConfig(**tables.get("finetune", {})).steps
     stage = Stage(

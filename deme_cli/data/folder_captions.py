@@ -23,7 +23,7 @@ from typing import Any
 
 from deme_cli import console
 from deme_cli.data.captions import Annotations, NoAnnotations, columns_for
-from deme_cli.data.places import ImageFolder
+from deme_cli.data.image_source import ImageFolder
 from deme_cli.data.text_tables import TextTable, lines_of, read_text, read_text_table, table_of
 from deme_cli.errors import ArtifactError
 

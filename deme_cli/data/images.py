@@ -30,14 +30,14 @@ from deme_cli.data.captions import (
 )
 from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
 from deme_cli.data.fitting import CENTRE, Shape, fit
-from deme_cli.data.places import (
+from deme_cli.data.image_source import (
     Digits,
     HubDataset,
     ImageFolder,
     Place,
     SamplesFile,
     TableFiles,
-    find_place,
+    find_image_source,
 )
 from deme_cli.data.sources import ArraySource, FolderSource, Source, TableSource
 from deme_cli.data.tables import held_out_tables, read_tables
@@ -159,7 +159,7 @@ def open_images(
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     assert wants in WANTED, wants
-    place = find_place(source)
+    place = find_image_source(source)
     origin, indices = _open_split(place, split)
     if not indices:
         raise ArtifactError(f"{source}: too few images for the split {split!r}")

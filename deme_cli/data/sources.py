@@ -23,7 +23,7 @@ from deme_cli.data.captions import Annotations, NoAnnotations
 from deme_cli.data.digests import file_digests, remembered, stamp
 from deme_cli.data.fitting import is_grey, to_srgb
 from deme_cli.data.folder_captions import folder_annotations
-from deme_cli.data.places import ImageFolder
+from deme_cli.data.image_source import ImageFolder
 from deme_cli.data.table_captions import table_annotations
 from deme_cli.errors import ArtifactError, MissingError
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.data.digests import file_digests
-from deme_cli.data.places import HubDataset, TableFiles, image_suffixes
+from deme_cli.data.image_source import HubDataset, TableFiles, image_suffixes
 from deme_cli.data.splits import HELD_OUT_WORDS, is_held_out
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.hub import offline_reason, stay_offline

@@ -31,7 +31,7 @@ from deme_cli.diffusion.denoiser import (
     load_weights_into,
     require_finite,
 )
-from deme_cli.diffusion.locate import (
+from deme_cli.diffusion.model_files import (
     INDEX,
     denoiser_folder,
     locate_model,
@@ -40,8 +40,8 @@ from deme_cli.diffusion.locate import (
     scheduler_file,
     weights_of,
 )
-from deme_cli.diffusion.pipeline_files import WeightSet, weight_sets
-from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts, require_same_weights
+from deme_cli.diffusion.model_files import WeightSet, weight_sets
+from deme_cli.diffusion.model_files import digests_of, locate_parts, require_same_weights
 from deme_cli.diffusion.projection import has_projections
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError, MissingError

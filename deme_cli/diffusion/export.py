@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.denoiser import Denoiser, predict
-from deme_cli.diffusion.locate import INDEX, read_json, read_scheduler
+from deme_cli.diffusion.model_files import INDEX, read_json, read_scheduler
 from deme_cli.diffusion.schedule import complete_config, scheduler_of
 from deme_cli.errors import NumericsError, writing
 

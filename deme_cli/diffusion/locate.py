@@ -14,7 +14,7 @@ from typing import Any
 from deme_cli import console
 from deme_cli.artifacts import read_record, record_of
 from deme_cli.data.digits import BASE_PATH
-from deme_cli.diffusion.pipeline_files import (
+from deme_cli.diffusion.model_files import (
     DENOISERS,
     UNUSED_PARTS,
     WeightSet,

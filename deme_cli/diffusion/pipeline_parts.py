@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from deme_cli.assets import sha256_of
-from deme_cli.diffusion.locate import INDEX, find_folder, read_index, weights_of
-from deme_cli.diffusion.pipeline_files import (
+from deme_cli.diffusion.model_files import INDEX, find_folder, read_index, weights_of
+from deme_cli.diffusion.model_files import (
     DENOISERS,
     UNUSED_PARTS,
     WeightSet,

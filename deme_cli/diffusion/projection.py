@@ -10,13 +10,14 @@ and the trained network is a plain diffusers network. It is another function tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deme_cli.diffusion.backbones.backbone import Backbone, Site, config_of
+from deme_cli.diffusion.backbones.backbone import Backbone, config_of
 from deme_cli.diffusion.backbones.known import backbone_of
 
 PREFIX = "channel_projection"
@@ -46,14 +47,65 @@ def backbone_of_network(network: nn.Module) -> Backbone:
     return backbone_of({**config_of(network), "_class_name": classes[0].__name__})
 
 
+@dataclass(frozen=True)
+class Site:
+    """A module whose output a channel-wise projection follows.
+
+    `width` is its number of channels; of a module that gives a tuple, `output` says which.
+    """
+
+    path: str
+    width: int
+    output: int = 0
+
+
 def sites(network: nn.Module, placement: str) -> list[Site]:
     """Where the projections of a placement (`block`, `fold`, `none`) go, in the network's order."""
     if placement == "none":
         return []
-    backbone = backbone_of_network(network)
-    return list(
-        backbone.block_sites(network) if placement == "block" else backbone.fold_sites(network)
-    )
+    blocks = list(_blocks(network))
+    return blocks if placement == "block" else [s for b in blocks for s in _linear_ends(network, b)]
+
+
+def _blocks(network: nn.Module) -> Iterator[Site]:
+    """Every block. A U-Net's down blocks give (h, skips), of which h is projected."""
+    backbone, config = backbone_of_network(network), config_of(network)
+    if backbone.blocks:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        for name in backbone.blocks:
+            for index, _ in enumerate(network.get_submodule(name).children()):
+                yield Site(f"{name}.{index}", width, backbone.image_output)
+        return
+    widths = config["block_out_channels"]
+    yield from (Site(f"down_blocks.{index}", width) for index, width in enumerate(widths))
+    if network.mid_block is not None:
+        yield Site("mid_block", widths[-1])
+    yield from (Site(f"up_blocks.{index}", width) for index, width in enumerate(reversed(widths)))
+
+
+def _linear_ends(network: nn.Module, block: Site) -> Iterator[Site]:
+    """The linear layers in a block that a projection of its output can be multiplied into.
+
+    Of a U-Net: its resampling convolution, else the ends of its residual branches; those of its
+    transformer blocks end in the proj_out around them. Of a transformer: the ends of attention and
+    feed-forward of the image tokens (Flux's single blocks have one branch for both streams).
+    """
+    inside = dict(network.get_submodule(block.path).named_modules())
+    if backbone_of_network(network).blocks:
+        ends = [
+            name for name, module in inside.items()
+            if (name in ("ff.net.2", "ffn.net.2", "proj_out") or name.endswith(".to_out.0"))
+            and isinstance(module, nn.Linear)
+        ]  # fmt: skip
+    else:
+        resamplers = ("downsamplers.0.conv", "upsamplers.0.conv")
+        ends = [n for n, m in inside.items() if n in resamplers and isinstance(m, nn.Conv2d)]
+        branches = (".conv2", ".proj_out", ".to_out.0")
+        ends = ends or [
+            n for n in inside if n.endswith(branches) and ".transformer_blocks." not in n
+        ]
+    for name in ends:
+        yield Site(f"{block.path}.{name}", inside[name].weight.shape[0])
 
 
 def attach_projections(network: nn.Module, placement: str) -> None:

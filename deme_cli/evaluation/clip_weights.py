@@ -16,7 +16,7 @@ from typing import Any
 
 from deme_cli import foreign_files
 from deme_cli.assets import cache_folder, sha256_of
-from deme_cli.diffusion.locate import read_json
+from deme_cli.diffusion.model_files import read_json
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.assets import hub_cache
 from deme_cli.hub import offline_reason

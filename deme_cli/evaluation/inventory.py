@@ -15,7 +15,7 @@ from deme_cli.assets import Asset, sha256_of
 from deme_cli.config import RESIZES, EvalConfig
 from deme_cli.data.digits import BASE_PATH
 from deme_cli.data.prompts import KNOWN_PROMPTS, prompt_assets
-from deme_cli.diffusion.pipeline_parts import require_parts
+from deme_cli.diffusion.model_files import require_parts
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.evaluation.assets import (
     PUBLISHED_STATISTICS,

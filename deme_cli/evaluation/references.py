@@ -14,7 +14,7 @@ from typing import Any
 
 from deme_cli.artifacts import record_of
 from deme_cli.assets import Asset
-from deme_cli.data.places import FOLDERS_ONLY, find_place
+from deme_cli.data.image_source import FOLDERS_ONLY, find_image_source
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.assets import PUBLISHED_STATISTICS, statistics_asset
 from deme_cli.evaluation.weights import FeatureWeights, require_same_extractor
@@ -108,7 +108,7 @@ def find_images(source: str, split: str | None = None) -> Reference:
     """
     if split is not None and split not in SPLITS:
         raise ConfigError(f"split {split!r}: expected one of train, test, all")
-    find_place(source)
+    find_image_source(source)
     default = _DEFAULT_SPLITS.get(source, "all")
     return Reference(source, "images", split=SPLITS[split] if split else default)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deme_cli.artifacts import read_record
-from deme_cli.data.places import find_files, image_suffixes
-from deme_cli.diffusion.locate import locate_model
+from deme_cli.data.image_source import find_files, image_suffixes
+from deme_cli.diffusion.model_files import locate_model
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 from deme_cli.records import ExpertRecord, Record
 from deme_cli.sampling.ensemble import read_ensemble

@@ -18,7 +18,7 @@ from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.data.captions import NoAnnotations
 from deme_cli.data.images import ImageData, open_images
 from deme_cli.data.prompts import PromptSet
-from deme_cli.diffusion.locate import read_json
+from deme_cli.diffusion.model_files import read_json
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.evaluation.row_plans import ENSEMBLE, RowPlan, record_of_file
 from deme_cli.records import DenoiserRecord, SamplesRecord

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deme_cli.data.places import image_suffixes
+from deme_cli.data.image_source import image_suffixes
 from deme_cli.errors import ConfigError, writing
 from deme_cli.outputs import claim, require_space, write_whole
 from deme_cli.sampling.noise import image_seed

@@ -13,7 +13,7 @@ from deme_cli.config import DataConfig
 from deme_cli.data.images import ImageData, open_images
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.companions import Companions
-from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts
+from deme_cli.diffusion.model_files import digests_of, locate_parts
 from deme_cli.errors import ArtifactError
 from deme_cli.joint_stops import JointStopRequests
 from deme_cli.processes import ALONE, Lost, World

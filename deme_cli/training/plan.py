@@ -189,7 +189,7 @@ def _require_dividable(dtype: str, compile: str, world_size: int) -> None:
 def require_companions(record: DenoiserRecord, pipeline: str | None) -> None:
     """Check that a model's frozen parts are there; raises MissingError naming the first."""
     if record.companions:
-        from deme_cli.diffusion.pipeline_parts import locate_parts
+        from deme_cli.diffusion.model_files import locate_parts
 
         locate_parts(pipeline or record.source, list(record.companions))
 

@@ -13,7 +13,7 @@ from deme_cli.artifacts import fingerprint
 from deme_cli.diffusion.backbones.backbone import config_of
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.denoiser import Denoiser, build_network, choose_device
-from deme_cli.diffusion.pipeline_parts import digests_of, locate_parts
+from deme_cli.diffusion.model_files import digests_of, locate_parts
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ConfigError
 from deme_cli.records import BaseRecord

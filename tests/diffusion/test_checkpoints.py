@@ -22,7 +22,7 @@ from deme_cli.artifacts import fingerprint, load_tensors, read_record, write_art
 from deme_cli.diffusion import locate
 from deme_cli.diffusion.checkpoints import base_record, import_model, open_denoiser
 from deme_cli.diffusion.denoiser import build_network
-from deme_cli.diffusion.locate import locate_model, peek_timesteps, wanted_files
+from deme_cli.diffusion.model_files import locate_model, peek_timesteps, wanted_files
 from deme_cli.diffusion.projection import attach_projections
 from deme_cli.errors import ArtifactError, MissingError, NumericsError
 

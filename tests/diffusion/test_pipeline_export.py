@@ -21,7 +21,7 @@ from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import build_network, load_denoiser, predict
-from deme_cli.diffusion.pipeline_parts import digests_of
+from deme_cli.diffusion.model_files import digests_of
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 
 

@@ -23,7 +23,7 @@ from deme_cli.diffusion.backbones.wan import Wan
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import build_network, predict
-from deme_cli.diffusion.locate import find_folder, locate_model
+from deme_cli.diffusion.model_files import find_folder, locate_model
 from deme_cli.diffusion.model_card import model_card
 from deme_cli.diffusion.projection import sites
 from deme_cli.diffusion.schedule import FlowSchedule, read_schedule
@@ -137,7 +137,7 @@ def test_wan_2_2_is_refused_before_it_is_fetched_or_read(
         open_companions(record, pipeline=str(folder))
 
     info = SimpleNamespace(siblings=[SimpleNamespace(rfilename="model_index.json")])
-    monkeypatch.setattr("deme_cli.diffusion.locate.offline_reason", lambda: None)
+    monkeypatch.setattr("deme_cli.diffusion.model_files.offline_reason", lambda: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: info)
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda *a, **k: str(folder / "model_index.json")

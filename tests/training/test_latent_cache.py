@@ -193,7 +193,7 @@ def test_a_cache_made_with_another_vae_is_refused(
 
     from safetensors.torch import load_file, save_file
 
-    from deme_cli.diffusion.pipeline_parts import digests_of
+    from deme_cli.diffusion.model_files import digests_of
 
     filled(cached())
     other = tmp_path / "pipeline"

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from deme_cli.data.images import open_images
-from deme_cli.data.places import find_place
-from deme_cli.diffusion.locate import read_index
+from deme_cli.data.image_source import find_image_source
+from deme_cli.diffusion.model_files import read_index
 from deme_cli.errors import ArtifactError, MissingError
 
 ROOT = Path(__file__).parents[2]
@@ -248,7 +248,7 @@ def test_a_folder_linked_into_itself_is_walked_once(home: Path, tmp_path: Path) 
         ("out", tmp_path / "outside"), ("b/all", tmp_path),
     ):  # fmt: skip
         (home / "images" / link).symlink_to(target)
-    names = [path.as_posix() for path in find_place("images").files]
+    names = [path.as_posix() for path in find_image_source("images").files]
     assert names == ["images/b/x.png", "images/out/x.png"]  # under its own name before a link's
     assert len(open_images("images", shape=(1, 8, 8), split="all")) == 2
 

@@ -8,8 +8,7 @@ is particular to it; what most networks share stands here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -23,18 +22,6 @@ Tables = Mapping[str, Mapping[str, Any]]  # settings by table of deme.toml
 TOKENS = 77  # of a caption in CLIP's text encoders
 
 
-@dataclass(frozen=True)
-class Site:
-    """A module whose output a channel-wise projection follows.
-
-    `width` is its number of channels; of a module that gives a tuple, `output` says which.
-    """
-
-    path: str
-    width: int
-    output: int = 0
-
-
 class Backbone(ABC):
     """A network class of diffusers, and the pipeline that draws with it."""
 
@@ -46,6 +33,9 @@ class Backbone(ABC):
     max_tokens: ClassVar[Mapping[str, int]] = {}  # where the pipeline cuts before the tokenizer
     settings: ClassVar[Tables] = {}  # what `split` writes into deme.toml, by table
     scheduler_changes: ClassVar[Config] = {}  # by the pipeline, of whatever scheduler it is given
+    guidance: float = 1.0  # the pipeline's own scale of classifier-free guidance; 1 for none
+    blocks: tuple[str, ...] = ()  # a transformer's lists of blocks; () for a U-Net's own
+    image_output: int = 0  # the place of the image tokens in what a transformer's block gives
     since: str = "0.32"  # the oldest diffusers that has the network
     call: str = "pipeline({}).images[0]"  # how the pipeline is asked for an image
 
@@ -84,17 +74,17 @@ class Backbone(ABC):
         height, width = (size, size) if isinstance(size, int) else size
         return config["in_channels"], height, width
 
-    @abstractmethod
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """The shape of each condition, by keyword, without its batch; () for a class number."""
+        return {}
 
     def num_classes(self, config: Config) -> int | None:
         """Classes of a class-conditional model."""
         return None
 
     def default_guidance(self, config: Config) -> float:
-        """The pipeline's own scale of classifier-free guidance; 1 for none."""
-        return 1.0
+        """The pipeline's scale of classifier-free guidance for a variant of the network."""
+        return self.guidance
 
     def size_refusal(self, config: Config, side: int) -> str | None:
         """Why x_t cannot be `side` pixels wide and high, or None."""
@@ -108,20 +98,12 @@ class Backbone(ABC):
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
         """The prediction at (x_t, t).  x_t: (B, C, H, W)   t: (B,) or ()   ->   (B, C, H, W)"""
 
-    @abstractmethod
-    def block_sites(self, network: nn.Module) -> Iterator[Site]:
-        """After every block, as the paper places its projections."""
-
-    @abstractmethod
-    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
-        """After linear layers into which a projection can be multiplied."""
-
-    @abstractmethod
-    def encode(self, pipeline: Any, subjects: Sequence[Any], geometry: Tensor) -> Conditions:
+    def encode(self, pipeline: Any, prompts: Sequence[Any], geometry: Tensor) -> Conditions:
         """Conditions of captions or class numbers, by the frozen parts of `pipeline`.
 
         geometry: (B, 6) original height, width, crop top, left, target height, width in pixels.
         """
+        return {}
 
     def null(self, pipeline: Any, config: Config) -> Conditions:
         """The condition of nothing said, of batch 1."""
@@ -151,3 +133,16 @@ def config_of(network: nn.Module) -> Config:
 
     assert isinstance(network, ConfigMixin), type(network).__name__
     return network.config
+
+
+def dynamic_shift(scheduler: Any, num_tokens: int) -> dict[str, float]:
+    """{mu} of a flow scheduler whose config asks for one: the larger the image, the more noise."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    config = scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5,
+                "max_shift": 1.15}  # fmt: skip
+    told = [config.get(name, default) for name, default in defaults.items()]
+    return {"mu": calculate_shift(num_tokens, *told)}

@@ -7,14 +7,13 @@ class is the number of classes (diffusers' DiTPipeline fixes it at 1000, right f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import Backbone, Config, Site, Tables
-from deme_cli.diffusion.backbones.token_blocks import token_block_sites, token_fold_sites
+from deme_cli.diffusion.backbones.backbone import Backbone, Config, Tables
 from deme_cli.diffusion.conditions import Conditions
 
 
@@ -24,6 +23,8 @@ class DiT(Backbone):
     class_name, pipeline, part = "DiTTransformer2DModel", "DiTPipeline", "transformer"
     parts = ("vae",)
     wants = "class"
+    blocks = ("transformer_blocks",)
+    guidance = 4.0
     settings: ClassVar[Tables] = {"merge": {"batch_size": 32}, "sample": {"batch_size": 32}}
 
     def matches(self, config: Config) -> bool:
@@ -51,9 +52,6 @@ class DiT(Backbone):
     def num_classes(self, config: Config) -> int:
         return config["num_embeds_ada_norm"]
 
-    def default_guidance(self, config: Config) -> float:
-        return 4.0
-
     def size_refusal(self, config: Config, side: int) -> str | None:
         own = config["sample_size"]
         return None if side == own else f"takes {own} alone"
@@ -64,14 +62,8 @@ class DiT(Backbone):
         )[0]
         return output[:, : x_t.shape[1]]
 
-    def block_sites(self, network: nn.Module) -> Iterator[Site]:
-        return token_block_sites(network)
-
-    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
-        return token_fold_sites(network)
-
-    def encode(self, pipeline: Any, subjects: Sequence[int], geometry: Tensor) -> Conditions:
-        return {"class_labels": torch.tensor(list(subjects), dtype=torch.long)}
+    def encode(self, pipeline: Any, prompts: Sequence[int], geometry: Tensor) -> Conditions:
+        return {"class_labels": torch.tensor(list(prompts), dtype=torch.long)}
 
     def null(self, pipeline: Any, config: Config) -> Conditions:
         return {"class_labels": torch.tensor([self.num_classes(config)])}

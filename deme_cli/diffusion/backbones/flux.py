@@ -6,7 +6,7 @@ network and unpacked on the way out. The `dev` model is guidance-distilled: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,15 +18,12 @@ from deme_cli.diffusion.backbones.backbone import (
     Backbone,
     Config,
     Shape,
-    Site,
     Tables,
     config_of,
+    dynamic_shift,
 )
-from deme_cli.diffusion.backbones.flow_layout import dynamic_shift
-from deme_cli.diffusion.backbones.token_blocks import token_block_sites, token_fold_sites
 from deme_cli.diffusion.conditions import Conditions
 
-_LISTS = ("transformer_blocks", "single_transformer_blocks")
 _SAMPLE_SIZE = 128  # latent pixels per side: FluxPipeline.default_sample_size; not in the config
 _TIME_SCALE = 1000  # the network multiplies its timestep by it
 TRAINED_GUIDANCE = 3.5  # scale told to a distilled model in training, as in diffusers' scripts
@@ -38,6 +35,8 @@ class Flux(Backbone):
     class_name, pipeline, part = "FluxTransformer2DModel", "FluxPipeline", "transformer"
     parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     wants = "text"
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+    image_output = 1  # of (text tokens, image tokens)
     max_tokens: ClassVar[Mapping[str, int]] = {"tokenizer_2": 512}
     settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 1, "accumulation": 64},
@@ -91,15 +90,9 @@ class Flux(Backbone):
         )[0]
         return FluxPipeline._unpack_latents(output, height, width, vae_scale_factor=1)
 
-    def block_sites(self, network: nn.Module) -> Iterator[Site]:
-        return token_block_sites(network, _LISTS, output=1)  # (text tokens, image tokens)
-
-    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
-        return token_fold_sites(network, _LISTS)
-
-    def encode(self, pipeline: Any, subjects: Sequence[str], geometry: Tensor) -> Conditions:
+    def encode(self, pipeline: Any, prompts: Sequence[str], geometry: Tensor) -> Conditions:
         tokens, pooled, _ = pipeline.encode_prompt(
-            list(subjects), None, device=pipeline.text_encoder.device
+            list(prompts), None, device=pipeline.text_encoder.device
         )
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 

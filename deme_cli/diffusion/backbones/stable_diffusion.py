@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import TOKENS, Backbone, Config, Site, Tables
-from deme_cli.diffusion.backbones.unet_blocks import unet_block_sites, unet_fold_sites
+from deme_cli.diffusion.backbones.backbone import TOKENS, Backbone, Config, Tables
 from deme_cli.diffusion.conditions import Conditions
 
 
@@ -19,6 +18,7 @@ class StableDiffusion(Backbone):
     class_name, pipeline, part = "UNet2DConditionModel", "StableDiffusionPipeline", "unet"
     parts = ("vae", "text_encoder", "tokenizer")
     wants = "text"
+    guidance = 7.5
     settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 16, "accumulation": 16},
         "merge": {"batch_size": 8},
@@ -46,21 +46,12 @@ class StableDiffusion(Backbone):
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (TOKENS, config["cross_attention_dim"])}
 
-    def default_guidance(self, config: Config) -> float:
-        return 7.5
-
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
         return network(x_t, t, given["encoder_hidden_states"], return_dict=False)[0]
 
-    def block_sites(self, network: nn.Module) -> Iterator[Site]:
-        return unet_block_sites(network)
-
-    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
-        return unet_fold_sites(network)
-
-    def encode(self, pipeline: Any, subjects: Sequence[str], geometry: Tensor) -> Conditions:
+    def encode(self, pipeline: Any, prompts: Sequence[str], geometry: Tensor) -> Conditions:
         tokens, _ = pipeline.encode_prompt(
-            list(subjects), pipeline.text_encoder.device, 1, do_classifier_free_guidance=False
+            list(prompts), pipeline.text_encoder.device, 1, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": tokens}
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import TOKENS, Backbone, Config, Shape, Site, Tables
-from deme_cli.diffusion.backbones.flow_layout import dynamic_shift
-from deme_cli.diffusion.backbones.token_blocks import token_block_sites, token_fold_sites
+from deme_cli.diffusion.backbones.backbone import (
+    TOKENS,
+    Backbone,
+    Config,
+    Shape,
+    Tables,
+    dynamic_shift,
+)
 from deme_cli.diffusion.conditions import Conditions
 
 
@@ -19,6 +24,8 @@ class StableDiffusion3(Backbone):
     class_name, pipeline, part = "SD3Transformer2DModel", "StableDiffusion3Pipeline", "transformer"
     parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     wants = "text"
+    blocks, image_output = ("transformer_blocks",), 1  # of (text tokens, image tokens)
+    guidance = 7.0
     max_tokens: ClassVar[Mapping[str, int]] = {"tokenizer_3": 256}
     settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 4, "accumulation": 64},
@@ -37,9 +44,6 @@ class StableDiffusion3(Backbone):
             "pooled_projections": (config["pooled_projection_dim"],),
         }
 
-    def default_guidance(self, config: Config) -> float:
-        return 7.0
-
     def size_refusal(self, config: Config, side: int) -> str | None:
         patch, most = config["patch_size"], config["pos_embed_max_size"] * config["patch_size"]
         if side % patch or side > most:
@@ -50,15 +54,9 @@ class StableDiffusion3(Backbone):
         times = t.expand(len(x_t))
         return network(hidden_states=x_t, timestep=times, return_dict=False, **given)[0]
 
-    def block_sites(self, network: nn.Module) -> Iterator[Site]:
-        return token_block_sites(network, output=1)  # blocks give (text tokens, image tokens)
-
-    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
-        return token_fold_sites(network)
-
-    def encode(self, pipeline: Any, subjects: Sequence[str], geometry: Tensor) -> Conditions:
+    def encode(self, pipeline: Any, prompts: Sequence[str], geometry: Tensor) -> Conditions:
         tokens, _, pooled, _ = pipeline.encode_prompt(
-            list(subjects), None, None,
+            list(prompts), None, None,
             device=pipeline.text_encoder.device, do_classifier_free_guidance=False,
         )  # fmt: skip
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}

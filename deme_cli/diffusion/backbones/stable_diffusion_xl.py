@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import TOKENS, Backbone, Config, Site, Tables
+from deme_cli.diffusion.backbones.backbone import TOKENS, Backbone, Config, Tables
 from deme_cli.diffusion.backbones.stable_diffusion import refusal_of_latent_unet
-from deme_cli.diffusion.backbones.unet_blocks import unet_block_sites, unet_fold_sites
 from deme_cli.diffusion.conditions import Conditions
 
 _REFINER = 1280 + 5 * 256  # its pooled text and 5 numbers, one of them the aesthetic score
@@ -22,6 +21,7 @@ class StableDiffusionXL(Backbone):
     class_name, pipeline, part = "UNet2DConditionModel", "StableDiffusionXLPipeline", "unet"
     parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     wants = "text"
+    guidance = 5.0
     settings: ClassVar[Tables] = {
         "finetune": {"batch_size": 4, "accumulation": 64},
         "merge": {"batch_size": 4},
@@ -44,23 +44,14 @@ class StableDiffusionXL(Backbone):
         tokens = (TOKENS, config["cross_attention_dim"])
         return {"encoder_hidden_states": tokens, "text_embeds": (pooled,), "time_ids": (6,)}
 
-    def default_guidance(self, config: Config) -> float:
-        return 5.0
-
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
         added = {"text_embeds": given["text_embeds"], "time_ids": given["time_ids"]}
         tokens = given["encoder_hidden_states"]
         return network(x_t, t, tokens, added_cond_kwargs=added, return_dict=False)[0]
 
-    def block_sites(self, network: nn.Module) -> Iterator[Site]:
-        return unet_block_sites(network)
-
-    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
-        return unet_fold_sites(network)
-
-    def encode(self, pipeline: Any, subjects: Sequence[str], geometry: Tensor) -> Conditions:
+    def encode(self, pipeline: Any, prompts: Sequence[str], geometry: Tensor) -> Conditions:
         tokens, _, pooled, _ = pipeline.encode_prompt(
-            list(subjects),
+            list(prompts),
             device=pipeline.text_encoder.device,
             do_classifier_free_guidance=False,
         )

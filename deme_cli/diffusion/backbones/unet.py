@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
-
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import Backbone, Config, Site
-from deme_cli.diffusion.backbones.unet_blocks import unet_block_sites, unet_fold_sites
+from deme_cli.diffusion.backbones.backbone import Backbone, Config
 from deme_cli.diffusion.conditions import Conditions
 
 
@@ -36,21 +32,9 @@ class UNet(Backbone):
             )
         return None
 
-    def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
-        return {}
-
     def size_refusal(self, config: Config, side: int) -> str | None:
         step = 2 ** (len(config["block_out_channels"]) - 1)
         return None if side % step == 0 else f"takes multiples of {step}"
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, given: Conditions) -> Tensor:
         return network(x_t, t, return_dict=False)[0]
-
-    def block_sites(self, network: nn.Module) -> Iterator[Site]:
-        return unet_block_sites(network)
-
-    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
-        return unet_fold_sites(network)
-
-    def encode(self, pipeline: Any, subjects: Sequence[Any], geometry: Tensor) -> Conditions:
-        return {}

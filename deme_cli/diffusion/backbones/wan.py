@@ -9,17 +9,15 @@ that divide the timesteps between them already, TI2V-5B has a time for every tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deme_cli.diffusion.backbones.backbone import Backbone, Config, Shape, Site, Tables
-from deme_cli.diffusion.backbones.token_blocks import token_block_sites, token_fold_sites
+from deme_cli.diffusion.backbones.backbone import Backbone, Config, Shape, Tables
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.errors import ArtifactError
 
-_LISTS = ("blocks",)
 _TOKENS = 512  # of a caption in UMT5: `max_sequence_length` of WanPipeline.__call__
 # Latent pixels per side, 640 of the image: no config tells a size, and of the squares that the VAE
 # and the patches allow this one has nearly as many pixels as the pipeline's 480 x 832.
@@ -32,6 +30,8 @@ class Wan(Backbone):
     class_name, pipeline, part = "WanTransformer3DModel", "WanPipeline", "transformer"
     parts = ("vae", "text_encoder", "tokenizer")
     wants = "text"
+    blocks = ("blocks",)
+    guidance = 5.0
     max_tokens: ClassVar[Mapping[str, int]] = {"tokenizer": _TOKENS}
     since = "0.33"
     call = 'pipeline({}, num_frames=1, output_type="pil").frames[0][0]'
@@ -61,9 +61,6 @@ class Wan(Backbone):
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (_TOKENS, config["text_dim"])}
 
-    def default_guidance(self, config: Config) -> float:
-        return 5.0
-
     def size_refusal(self, config: Config, side: int) -> str | None:
         patch = config["patch_size"][1]
         most = config["rope_max_seq_len"] * patch
@@ -80,15 +77,9 @@ class Wan(Backbone):
         )[0]
         return video.squeeze(2)
 
-    def block_sites(self, network: nn.Module) -> Iterator[Site]:
-        return token_block_sites(network, _LISTS)
-
-    def fold_sites(self, network: nn.Module) -> Iterator[Site]:
-        return token_fold_sites(network, _LISTS)
-
-    def encode(self, pipeline: Any, subjects: Sequence[str], geometry: Tensor) -> Conditions:
+    def encode(self, pipeline: Any, prompts: Sequence[str], geometry: Tensor) -> Conditions:
         tokens, _ = pipeline.encode_prompt(
-            list(subjects), do_classifier_free_guidance=False, max_sequence_length=_TOKENS,
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=_TOKENS,
             device=pipeline.text_encoder.device,
         )  # fmt: skip
         return {"encoder_hidden_states": tokens}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from deme_cli import console
 from deme_cli.config import DataConfig, EvalConfig, FinetuneConfig, MergeConfig, SampleConfig
-from deme_cli.data.places import find_place
+from deme_cli.data.image_source import find_image_source
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.references import find_reference
 from deme_cli.evaluation.weights import choose_features, find_weights
@@ -53,7 +53,7 @@ def find_measure(request: Request) -> Measure:
         raise ConfigError("no images to search with: set [data] source in deme.toml")
     evaluation = run.settings(EvalConfig)
     features = choose_features(evaluation.features, [source])
-    find_place(source)
+    find_image_source(source)
     distances = [rung for rung in request.rungs if rung.is_distance]
     if distances:
         if min(rung.num for rung in distances) < 2:

@@ -1,6 +1,6 @@
 """What an image argument names: found out cheaply, before torch or a decoder is imported.
 
-A command calls `find_place` first, so that a missing folder or dataset is told at once.
+A command calls `find_image_source` first, so that a missing folder or dataset is told at once.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class HubDataset:
 Place = Digits | ImageFolder | TableFiles | SamplesFile | HubDataset
 
 
-def find_place(source: str) -> Place:
+def find_image_source(source: str) -> Place:
     """The place that an image argument names.
 
     Raises MissingError where nothing is there, or the hub is out of reach and its cache empty;
