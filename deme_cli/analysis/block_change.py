@@ -32,8 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deme_cli.diffusion.projection import Site
-from deme_cli.diffusion.projection import PREFIX, attach_projections, has_projections, sites
+from deme_cli.diffusion.projection import PREFIX, Site, attach_projections, has_projections, sites
 from deme_cli.training.batches import derived_generator
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

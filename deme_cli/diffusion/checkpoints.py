@@ -33,15 +33,18 @@ from deme_cli.diffusion.denoiser import (
 )
 from deme_cli.diffusion.model_files import (
     INDEX,
+    WeightSet,
     denoiser_folder,
+    digests_of,
+    file_names,
     locate_model,
+    locate_parts,
     read_json,
     read_scheduler,
-    scheduler_file,
+    require_same_weights,
+    weight_sets,
     weights_of,
 )
-from deme_cli.diffusion.model_files import WeightSet, weight_sets
-from deme_cli.diffusion.model_files import digests_of, locate_parts, require_same_weights
 from deme_cli.diffusion.projection import has_projections
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError, MissingError
@@ -164,7 +167,7 @@ def _import_folder(
 
 def _choice_told(place: Path, chosen: WeightSet, others: list[WeightSet]) -> tuple[str, ...]:
     """Which weights of a folder were read, where there was a choice."""
-    sets = weight_sets(path.name for path in place.glob("*"))
+    sets = weight_sets(file_names(place))
     if len(sets) == 1 and not chosen.variant:
         return ()
     told = [f"{place}: read {chosen}"]
@@ -183,7 +186,7 @@ def _read_scheduler(
     """
     import diffusers
 
-    config = read_scheduler(folder, pipeline)
+    config, where = read_scheduler(folder, pipeline)
     if not config:
         if backbone.parts:
             raise MissingError(
@@ -191,7 +194,7 @@ def _read_scheduler(
                 f"it predicts of which noise; give the folder or hub id of its pipeline: --pipeline"
             )
         return config
-    name, where = config.get("_class_name"), scheduler_file(folder, pipeline)
+    name = config.get("_class_name")
     scheduler_class: Any = getattr(diffusers, str(name), None)
     if not _is_known(scheduler_class):
         raise ArtifactError(

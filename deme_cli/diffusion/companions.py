@@ -23,9 +23,15 @@ from deme_cli.diffusion.backbones.backbone import Config, Shape
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.conditions import Conditions, describe_cut, to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, cast, choose_device
-from deme_cli.diffusion.model_files import read_index, read_json
-from deme_cli.diffusion.model_files import UNUSED_PARTS, sets_of_variant
-from deme_cli.diffusion.model_files import digest_of_part, file_names, locate_parts
+from deme_cli.diffusion.model_files import (
+    UNUSED_PARTS,
+    digest_of_part,
+    file_names,
+    locate_parts,
+    read_index,
+    read_json,
+    sets_of_variant,
+)
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.records import DenoiserRecord
 

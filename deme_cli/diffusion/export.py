@@ -159,7 +159,7 @@ def _write_parts(denoiser: Denoiser, companions: Companions, source: Path, targe
     index["scheduler"] = ["diffusers", config["_class_name"]]
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     network.save_pretrained(target / backbone.part)
-    is_same = complete_config(read_scheduler(source)) == complete_config(config)
+    is_same = complete_config(read_scheduler(source)[0]) == complete_config(config)
     if is_same and (source / "scheduler").is_dir():
         shutil.copytree(source / "scheduler", target / "scheduler")
     else:

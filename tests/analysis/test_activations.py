@@ -29,9 +29,8 @@ from deme_cli.analysis_config import ActivationConfig
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
 from deme_cli.data.images import open_images
-from deme_cli.diffusion.projection import Site
 from deme_cli.diffusion.denoiser import load_denoiser, predict
-from deme_cli.diffusion.projection import PREFIX, attach_projections, sites
+from deme_cli.diffusion.projection import PREFIX, Site, attach_projections, sites
 from deme_cli.errors import ArtifactError, NumericsError
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import PixelExamples

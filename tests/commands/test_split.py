@@ -20,7 +20,7 @@ from typer.testing import Result
 from deme_cli.artifacts import fingerprint_file, read_record, write_artifact
 from deme_cli.config import TABLES, DataConfig, FinetuneConfig, SplitConfig
 from deme_cli.data.digits import DIGITS_SETTINGS
-from deme_cli.diffusion import locate
+from deme_cli.diffusion import model_files
 from deme_cli.diffusion.denoiser import build_network
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
@@ -86,7 +86,7 @@ def test_what_a_model_lacks_is_warned_of(deme: Deme, source: Path, tmp_path: Pat
 def test_the_embedded_digits_are_the_default(
     deme: Deme, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locate, "BASE_PATH", source)
+    monkeypatch.setattr(model_files, "BASE_PATH", source)
     assert deme("split", "-q").exit_code == 0
     run = read_run_file(None)
     assert read_record(Path("base.safetensors"), "base").source == "digits"

@@ -19,7 +19,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from deme_cli.artifacts import fingerprint, load_tensors, read_record, write_artifact
-from deme_cli.diffusion import locate
+from deme_cli.diffusion import model_files
 from deme_cli.diffusion.checkpoints import base_record, import_model, open_denoiser
 from deme_cli.diffusion.denoiser import build_network
 from deme_cli.diffusion.model_files import locate_model, peek_timesteps, wanted_files
@@ -370,9 +370,9 @@ def test_a_name_that_is_nothing_says_what_a_model_is() -> None:
             import_model(name)
 
 
-def test_a_missing_embedded_base_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(locate, "BASE_PATH", tmp_path / "digits-base.safetensors")
-    with pytest.raises(MissingError, match="the embedded base is missing"):
+def test_digits_is_the_embedded_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(model_files, "BASE_PATH", tmp_path / "digits-base.safetensors")
+    with pytest.raises(MissingError, match="digits-base"):
         import_model("digits")
     record = write_tiny_base(tmp_path / "digits-base.safetensors")
     model = import_model("digits")
@@ -398,7 +398,7 @@ def test_a_hub_repository_without_a_diffusers_model_says_what_it_holds(
 ) -> None:
     held = [SimpleNamespace(rfilename=name) for name in ("README.md", "some_lora.safetensors")]
     info = SimpleNamespace(siblings=held)
-    monkeypatch.setattr(locate, "offline_reason", lambda: None)
+    monkeypatch.setattr(model_files, "offline_reason", lambda: None)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: info)
     with pytest.raises(MissingError, match=r"no diffusers model .* but some_lora\.safetensors"):
         import_model("somebody/some-lora")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deme_cli.data.images import open_images
 from deme_cli.data.image_source import find_image_source
+from deme_cli.data.images import open_images
 from deme_cli.diffusion.model_files import read_index
 from deme_cli.errors import ArtifactError, MissingError
 
