@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-from deme_cli import console, processes
+from deme_cli import console, distributed
 from deme_cli.errors import DemeError, memory_told
-from deme_cli.interrupts import stops_told
+from deme_cli.jobs import stops_told
 
 TOO_MUCH_AT_ONCE = (
     "this does not fit into the memory of the device; use a smaller --batch-size, --dtype bf16, or "
@@ -35,7 +35,7 @@ def main() -> None:
         has_failed = bool(done.code)
         raise
     except DemeError as error:
-        is_ours, exit_code = processes.joined().fail(error)
+        is_ours, exit_code = distributed.joined().fail(error)
         console.unmute()
         if os.environ.get("DEME_DEBUG") == "1":
             raise
@@ -45,7 +45,7 @@ def main() -> None:
     finally:
         if has_failed:
             console.unmute()  # for a traceback
-        processes.joined().leave(has_failed=has_failed)
+        distributed.joined().leave(has_failed=has_failed)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import typer
 import typer.core
 import typer.main
 
-from deme_cli.analysis_config import ANALYSES
+from deme_cli.analysis.settings import ANALYSES
 from deme_cli.commands.launching import only_first
 from deme_cli.commands.version import show_version
 from deme_cli.config import TABLES

@@ -18,9 +18,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.artifacts import BaseRecord, ExpertRecord, load_tensors, read_record, write_artifact
 from deme_cli.diffusion.denoiser import build_network
-from deme_cli.records import BaseRecord, ExpertRecord
 from deme_cli.timesteps import split_uniform
 
 torch.set_num_threads(1)

@@ -103,17 +103,6 @@ def test_the_ground_the_api_and_the_commands_import_nothing_heavy() -> None:
                 assert not heavy, f"{module_of(path)} imports {module} when it is imported"
 
 
-def test_the_commands_use_nothing_but_the_api() -> None:
-    """What the command line can do, a notebook can do: their work lies behind `deme_cli.api`."""
-    for path in sorted((PACKAGE / "commands").glob("*.py")):
-        beyond = [
-            module
-            for module, _ in imports_of(path)
-            if module.startswith("deme_cli.") and 0 < floor_of(module) < FLOORS["api"]
-        ]
-        assert not beyond, path.name
-
-
 def test_no_circle_of_imports() -> None:
     known = {module_of(path) for path in FILES}
     graph = {

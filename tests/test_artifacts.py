@@ -15,17 +15,20 @@ from conftest import write_tiny_base, write_tiny_expert
 from safetensors.torch import load_file, save_file
 
 from deme_cli.artifacts import (
+    KINDS,
     ArtifactWriter,
+    BaseRecord,
+    StatisticsRecord,
     fingerprint,
     fingerprint_file,
+    parse_record,
     read_record,
     write_artifact,
 )
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.files import layout_of, read_header, require_output, require_space, write_whole
+from deme_cli.jobs import claim
 from deme_cli.merging.search.journal import Journal, read_journal
-from deme_cli.outputs import claim, require_output, require_space, write_whole
-from deme_cli.records import KINDS, BaseRecord, StatisticsRecord, parse_record
-from deme_cli.tensor_file import layout_of, read_header
 
 TENSORS = {
     "half": torch.randn(5, 3).half(),

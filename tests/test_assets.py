@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deme_cli.assets import Asset, cache_folder, download, require_assets
 from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.fetch import Asset, cache_folder, download, require_assets
 
 CONTENT = bytes(range(256)) * 20
 

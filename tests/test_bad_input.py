@@ -19,10 +19,15 @@ from conftest import write_tiny_base, write_tiny_expert
 from PIL import Image
 from typer.testing import Result
 
-from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.artifacts import (
+    SamplesRecord,
+    StatisticsRecord,
+    load_tensors,
+    read_record,
+    write_artifact,
+)
 from deme_cli.errors import DemeError
-from deme_cli.outputs import claim
-from deme_cli.records import SamplesRecord, StatisticsRecord
+from deme_cli.jobs import claim
 
 Deme = Callable[..., Result]
 CPU = ("--device", "cpu")

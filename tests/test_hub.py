@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from deme_cli import hub
-from deme_cli.hub import is_dataset_cached, is_hub_id, is_model_cached, offline_reason
+from deme_cli import fetch
+from deme_cli.fetch import is_dataset_cached, is_hub_id, is_model_cached, offline_reason
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -33,10 +33,10 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTPServer]:
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    hub._answers.cache_clear()
+    fetch._hub_answers.cache_clear()
     yield server
     server.server_close()
-    hub._answers.cache_clear()
+    fetch._hub_answers.cache_clear()
 
 
 def test_a_hub_that_answers_is_asked(endpoint: HTTPServer) -> None:
@@ -54,7 +54,7 @@ def test_a_hub_that_refuses_is_told_at_once(endpoint: HTTPServer) -> None:
 def test_a_hub_that_says_nothing_is_given_up(
     endpoint: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "_SECONDS", 0.3)
+    monkeypatch.setattr(fetch, "_SECONDS", 0.3)
     began = time.monotonic()
     assert "did not answer" in offline_reason()
     assert time.monotonic() - began < 7

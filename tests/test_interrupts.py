@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deme_cli.errors import Stopped
-from deme_cli.interrupts import StopRequests, stops_told
+from deme_cli.jobs import StopRequests, stops_told
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"]

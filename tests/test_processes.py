@@ -6,10 +6,16 @@ import sys
 import pytest
 import torch
 
+from deme_cli.distributed import (
+    ALONE,
+    JointStopRequests,
+    Lost,
+    World,
+    first_host,
+    join,
+    read_launch,
+)
 from deme_cli.errors import ConfigError, DemeError
-from deme_cli.joint_stops import JointStopRequests
-from deme_cli.launch import first_host, read_launch
-from deme_cli.processes import ALONE, Lost, World, join
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -131,7 +137,7 @@ def test_a_lack_of_memory_in_talking_is_not_taken_for_a_lost_process(
 
 def test_who_is_alone_imports_nothing_for_others() -> None:
     code = (
-        "import sys; from deme_cli.processes import join; from deme_cli.launch import read_launch\n"
+        "import sys; from deme_cli.distributed import join, read_launch\n"
         "join(read_launch({}), 'auto'); print({'torch', 'accelerate'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

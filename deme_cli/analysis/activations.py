@@ -30,10 +30,10 @@ from deme_cli.analysis.result import (
     silent,
     write_analysis,
 )
-from deme_cli.analysis_config import ActivationConfig
+from deme_cli.analysis.settings import ActivationConfig
+from deme_cli.artifacts import DenoiserRecord, ExpertRecord
 from deme_cli.config import DataConfig, SplitConfig
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
-from deme_cli.records import DenoiserRecord, ExpertRecord
 from deme_cli.run_file import RunFile
 from deme_cli.settings import nearest
 from deme_cli.timesteps import TimestepRange, parse_range

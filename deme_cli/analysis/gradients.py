@@ -31,10 +31,10 @@ from deme_cli.analysis.result import (
     silent,
     write_analysis,
 )
-from deme_cli.analysis_config import AFFINITY_NAME, GradientConfig, bucket_ranges
-from deme_cli.config import DataConfig, SplitConfig
+from deme_cli.analysis.settings import GradientConfig, bucket_ranges
+from deme_cli.config import AFFINITY_NAME, DataConfig, SplitConfig
+from deme_cli.console import plain
 from deme_cli.errors import ConfigError, NumericsError
-from deme_cli.numbers import plain
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, route, split_uniform
 from deme_cli.training.affinity import Affinity

@@ -33,7 +33,7 @@ from deme_cli.analysis.result import (
     silent,
     write_analysis,
 )
-from deme_cli.analysis_config import LandscapeConfig
+from deme_cli.analysis.settings import LandscapeConfig
 from deme_cli.config import DataConfig, SplitConfig
 from deme_cli.errors import ConfigError, NumericsError
 from deme_cli.run_file import RunFile
@@ -141,8 +141,8 @@ def _ranges(
     A split that lacks the range of one of the experts is not theirs. Raises ConfigError where one
     reaches past T.
     """
+    from deme_cli.artifacts import ExpertRecord
     from deme_cli.evaluation.row_plans import record_of_file
-    from deme_cli.records import ExpertRecord
 
     if n is not None:
         return split_uniform(n, num_train_timesteps)
@@ -189,7 +189,7 @@ def held_out_loss(
 
     The fresh ones are those of seed + 1.
     """
-    from deme_cli.merge_config import MergeConfig
+    from deme_cli.config import MergeConfig
     from deme_cli.merging.search.losses import HeldOutLoss
     from deme_cli.sampling.noise import seeded_noise
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deme_cli.analysis.figure import BLACK, DIVERGING, color_of, render, shorten
-from deme_cli.numbers import digits_for, fixed, signed
+from deme_cli.console import digits_for, fixed, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -39,10 +39,10 @@ from deme_cli.analysis.result import (
     silent,
     write_analysis,
 )
-from deme_cli.analysis_config import LossConfig, bucket_ranges
+from deme_cli.analysis.settings import LossConfig, bucket_ranges
 from deme_cli.config import DataConfig, SplitConfig
+from deme_cli.console import plain, signed
 from deme_cli.errors import ConfigError, NumericsError
-from deme_cli.numbers import plain, signed
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, require_cover, route, split_uniform
 

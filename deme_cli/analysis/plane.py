@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from deme_cli.analysis.models import require_alike
-from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.artifacts import DenoiserRecord, load_tensors, read_record
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.model_files import locate_model
 from deme_cli.diffusion.projection import PREFIX, attach_projections, has_projections
 from deme_cli.errors import ArtifactError, NumericsError
-from deme_cli.records import DenoiserRecord
 from deme_cli.training.batches import derived_generator
 
 Weights = Mapping[str, Tensor]

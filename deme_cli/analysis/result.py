@@ -21,15 +21,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from deme_cli.analysis_config import SPLITS
-from deme_cli.artifacts import fingerprint, load_tensors, write_artifact
+from deme_cli.analysis.settings import SPLITS
+from deme_cli.artifacts import Record, fingerprint, load_tensors, write_artifact
 from deme_cli.config import DataConfig
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
-from deme_cli.interrupts import StopRequests
-from deme_cli.outputs import claim, require_output, write_whole
-from deme_cli.records import Record
+from deme_cli.files import read_header, require_output, write_whole
+from deme_cli.jobs import StopRequests, claim
 from deme_cli.run_file import RunFile
-from deme_cli.tensor_file import read_header
 
 SCHEMA_VERSION = 1
 _KEEP_SECONDS = 30.0  # between two writings of what is kept

@@ -30,15 +30,15 @@ from deme_cli.analysis.result import (
     silent,
     write_analysis,
 )
-from deme_cli.analysis_config import TaskVectorConfig
+from deme_cli.analysis.settings import TaskVectorConfig
 from deme_cli.errors import ArtifactError, MissingError, NumericsError
+from deme_cli.files import TensorSpec
 from deme_cli.merging.coefficients import network_order
 from deme_cli.merging.differences import Differences, float_runs, float_specs
 from deme_cli.merging.lineage import Family, find_base, is_projection, open_family, open_parents
 from deme_cli.merging.pieces import COMPUTED_IN, PIECE, Run, Sources, plan_runs
 from deme_cli.merging.task_vectors import block_of
 from deme_cli.run_file import RunFile
-from deme_cli.tensor_file import TensorSpec
 
 UNRELATED = 0.5  # sign conflict of vectors that have nothing to do with each other
 Sums = dict[str, np.ndarray]

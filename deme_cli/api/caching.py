@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deme_cli import console
-from deme_cli.processes import ALONE, World
+from deme_cli.distributed import ALONE, World
 
 if TYPE_CHECKING:
     from deme_cli.training.examples import Examples

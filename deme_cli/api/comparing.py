@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deme_cli import console
 from deme_cli.api.comparison_base import base_of
 from deme_cli.errors import ConfigError, DemeError
-from deme_cli.outputs import write_whole
+from deme_cli.files import write_whole
 from deme_cli.run_file import RunFile, read_run_file
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from deme_cli import console
 from deme_cli.api.fetching import fetch
 from deme_cli.config import SampleConfig
+from deme_cli.distributed import ALONE, World
 from deme_cli.errors import ConfigError, writing
-from deme_cli.outputs import require_output
-from deme_cli.processes import ALONE, World
+from deme_cli.files import require_output
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
-    from deme_cli.records import DenoiserRecord
+    from deme_cli.artifacts import DenoiserRecord
     from deme_cli.sampling.sampler import SamplingExpert
     from deme_cli.sampling.scene import Scene
     from deme_cli.sampling.store import Order
@@ -237,7 +237,7 @@ class DrawingJob:
             require_output(self.output, force=self.force)
 
     def _open_single(self) -> tuple[Sequence[SamplingExpert], list[DenoiserRecord]]:
-        from deme_cli.records import ExpertRecord
+        from deme_cli.artifacts import ExpertRecord
         from deme_cli.sampling.single import open_single
 
         (model,) = self.models

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from deme_cli import console
 from deme_cli.api.eval_request import Order, Request, find_request
 from deme_cli.config import EvalConfig, SampleConfig
+from deme_cli.distributed import ALONE, World
 from deme_cli.errors import GateError
 from deme_cli.evaluation.protocols import Protocol, apply_protocol, find_protocol
-from deme_cli.processes import ALONE, World
 from deme_cli.run_file import AnySettings, RunFile
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from deme_cli import console
 from deme_cli.errors import ArtifactError, ConfigError, writing
-from deme_cli.outputs import require_space
+from deme_cli.files import require_space
 
 if TYPE_CHECKING:
+    from deme_cli.artifacts import DenoiserRecord
     from deme_cli.diffusion.export import ExportCheck
-    from deme_cli.records import DenoiserRecord
-    from deme_cli.tensor_file import Header
+    from deme_cli.files import Header
 
 _PROJECTIONS = "channel_projection."
 
@@ -26,8 +26,8 @@ def export(
     model are; None for where it came from. Raises ArtifactError (block projections, another kind of
     artifact), ConfigError (the folder exists), MissingError.
     """
-    from deme_cli.records import ExpertRecord
-    from deme_cli.tensor_file import read_header
+    from deme_cli.artifacts import ExpertRecord
+    from deme_cli.files import read_header
 
     record = _require_plain_denoiser(read_header(artifact))
     _require_folder(folder, force=force)
@@ -48,8 +48,13 @@ def export(
 
 def _require_plain_denoiser(header: Header) -> DenoiserRecord:
     """The record of an artifact that plain diffusers can hold."""
-    from deme_cli.artifacts import record_of
-    from deme_cli.records import BaseRecord, ExpertRecord, MergedRecord, TaskVectorRecord
+    from deme_cli.artifacts import (
+        BaseRecord,
+        ExpertRecord,
+        MergedRecord,
+        TaskVectorRecord,
+        record_of,
+    )
 
     record = record_of(header)
     is_vector = isinstance(record, TaskVectorRecord)

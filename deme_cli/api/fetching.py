@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deme_cli import console
 
 if TYPE_CHECKING:
-    from deme_cli.assets import Asset
+    from deme_cli.fetch import Asset
 
 
 def fetch(assets: Sequence[Asset]) -> None:
@@ -16,7 +16,7 @@ def fetch(assets: Sequence[Asset]) -> None:
 
     Raises MissingError within two seconds where one is neither here nor within reach.
     """
-    from deme_cli.assets import download, require_assets
+    from deme_cli.fetch import download, require_assets
 
     for asset in require_assets(assets):
         with console.progress(f"fetching {asset.name}", 1, "MB") as bar:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from deme_cli import console
 from deme_cli.api.caching import fill_with_bar
 from deme_cli.config import CONFIG_NAME, DataConfig, FinetuneConfig, ModelConfig, SplitConfig
+from deme_cli.distributed import ALONE, World
 from deme_cli.errors import ConfigError, MissingError
-from deme_cli.processes import ALONE, World
 from deme_cli.run_file import RunFile, render_run_file
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from deme_cli import console
 from deme_cli.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from deme_cli.records import Record
-    from deme_cli.tensor_file import Header
+    from deme_cli.artifacts import Record
+    from deme_cli.files import Header
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def inspect(files: Sequence[Path], *, verify: bool = False) -> list[Inspected]:
     file that is no artifact, or whose tensors are not those of its record; MissingError.
     """
     from deme_cli.artifacts import fingerprint_file, record_of
-    from deme_cli.tensor_file import read_header
+    from deme_cli.files import read_header
 
     headers = [read_header(Path(path)) for path in files]
     found = [Inspected(header, record_of(header)) for header in headers]

@@ -34,8 +34,8 @@ class Inventory:
 def take_inventory(run: RunFile | None = None) -> Inventory:
     """Look at what runs need; with the base of `run` also at the frozen parts of its pipeline."""
     from deme_cli import __version__
-    from deme_cli.assets import cache_folder
     from deme_cli.evaluation import inventory
+    from deme_cli.fetch import cache_folder
 
     run = run or RunFile()
     items = list(inventory.take_inventory())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.api.caching import fill_with_bar
-from deme_cli.interrupts import StopRequests
+from deme_cli.jobs import StopRequests
 
 if TYPE_CHECKING:
     from deme_cli.merging.request import Request

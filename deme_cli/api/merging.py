@@ -13,13 +13,14 @@ from deme_cli import console
 from deme_cli.api.caching import fill_with_bar
 from deme_cli.api.merge_report import report, show_trials
 from deme_cli.config import MergeConfig
+from deme_cli.distributed import ALONE, Lost, World
 from deme_cli.errors import ConfigError, MissingError
-from deme_cli.interrupts import StopRequests
-from deme_cli.outputs import require_output, write_whole
-from deme_cli.processes import ALONE, Lost, World
+from deme_cli.files import require_output, write_whole
+from deme_cli.jobs import StopRequests
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
+    from deme_cli.artifacts import MergedRecord
     from deme_cli.merging.coefficients import Coefficients
     from deme_cli.merging.request import Request
     from deme_cli.merging.search.evaluator import Evaluator
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from deme_cli.merging.search.report import Row
     from deme_cli.merging.search.search import Conclusion, Search
     from deme_cli.merging.search.trials import Trial as Trial
-    from deme_cli.records import MergedRecord
 
 MERGED_NAME = "merged.safetensors"
 MOST_SHOWN = 8  # coefficients named in a line about one trial

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme_cli.errors import ConfigError
-from deme_cli.outputs import require_output, write_whole
+from deme_cli.files import require_output, write_whole
 
 if TYPE_CHECKING:
     from deme_cli.reporting.page import Report

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.analysis_config import AFFINITY_NAME
-from deme_cli.config import CONFIG_NAME, ModelConfig, SampleConfig, SplitConfig
+from deme_cli.config import AFFINITY_NAME, CONFIG_NAME, ModelConfig, SampleConfig, SplitConfig
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, writing
-from deme_cli.outputs import require_output, write_whole
+from deme_cli.files import require_output, write_whole
 from deme_cli.run_file import RunFile, read_run_file
 from deme_cli.timesteps import TimestepRange, require_cover, split_uniform
 from deme_cli.training.affinity import read_affinity, require_affinity
 
 if TYPE_CHECKING:
+    from deme_cli.artifacts import BaseRecord
     from deme_cli.diffusion.checkpoints import ImportedModel
-    from deme_cli.records import BaseRecord
 
 # Training data guessed from a model's name, by a word in it.
 _DATA_BY_NAME = {

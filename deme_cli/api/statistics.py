@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from deme_cli import console
 from deme_cli.api.fetching import fetch
 from deme_cli.config import EvalConfig
+from deme_cli.distributed import ALONE, World
 from deme_cli.errors import ConfigError
-from deme_cli.outputs import require_output
-from deme_cli.processes import ALONE, World
+from deme_cli.files import require_output
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
+    from deme_cli.artifacts import StatisticsRecord
     from deme_cli.data.images import ImageData
     from deme_cli.evaluation.features import Extractor
-    from deme_cli.records import StatisticsRecord
 
 
 def reference_statistics(

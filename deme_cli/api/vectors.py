@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from deme_cli import console
 from deme_cli.errors import ConfigError
-from deme_cli.outputs import require_output, require_space
+from deme_cli.files import require_output, require_space
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:

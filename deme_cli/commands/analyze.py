@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.analysis_config import (
-    AFFINITY_NAME,
+from deme_cli.analysis.settings import (
     SPLITS,
     ActivationConfig,
     GradientConfig,
@@ -38,7 +37,7 @@ from deme_cli.commands.options import (
     option,
     takes_settings,
 )
-from deme_cli.config import DataConfig, SplitConfig
+from deme_cli.config import AFFINITY_NAME, DataConfig, SplitConfig
 from deme_cli.errors import ConfigError
 
 if TYPE_CHECKING:

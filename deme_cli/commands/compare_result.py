@@ -7,7 +7,7 @@ from pathlib import Path
 from deme_cli import console
 from deme_cli.api.comparing import Compared, ComparisonJob
 from deme_cli.errors import DemeError
-from deme_cli.outputs import shown_path
+from deme_cli.files import shown_path
 
 
 class RowsFailed(DemeError):

@@ -30,7 +30,7 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import ConfigError
-from deme_cli.outputs import require_output, write_whole
+from deme_cli.files import require_output, write_whole
 
 
 @takes_settings

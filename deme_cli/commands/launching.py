@@ -7,8 +7,7 @@ import os
 import typer
 
 from deme_cli import console
-from deme_cli.launch import read_launch
-from deme_cli.processes import World, join
+from deme_cli.distributed import World, join, read_launch
 
 
 def meet(device: str) -> World:

@@ -26,9 +26,9 @@ from deme_cli.commands.options import (
     takes_settings,
 )
 from deme_cli.config import MergeConfig
+from deme_cli.distributed import ALONE
 from deme_cli.errors import ConfigError
 from deme_cli.ladder import parse_ladder
-from deme_cli.processes import ALONE
 from deme_cli.settings import flags_of, parse_numbers
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from deme_cli.commands.options import (
     takes_settings,
 )
 from deme_cli.config import EvalConfig
-from deme_cli.tensor_file import read_header
+from deme_cli.files import read_header
 
 
 @takes_settings

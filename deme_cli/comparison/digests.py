@@ -14,8 +14,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from deme_cli.comparison.plan import MeasurePlan
-from deme_cli.config import EVAL_NUM, EvalConfig, FinetuneConfig, MergeConfig, SampleConfig
-from deme_cli.finetune_config import NOT_RESULT
+from deme_cli.config import (
+    EVAL_NUM,
+    NOT_RESULT,
+    EvalConfig,
+    FinetuneConfig,
+    MergeConfig,
+    SampleConfig,
+)
 
 _OF_TASKS = ("clusters", "cluster_by", "multitask_lr", "multitask_every")
 _LEFT_ALONE = {

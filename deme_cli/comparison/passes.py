@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deme_cli.comparison.jobs import Stage
 from deme_cli.config import DataConfig, FinetuneConfig
-from deme_cli.outputs import write_whole
+from deme_cli.files import write_whole
 from deme_cli.timesteps import RangeChoice, parse_span
 from deme_cli.training.cost import PassCost, count_passes
 from deme_cli.training.plan import Job, Plan

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from deme_cli.comparison.figures import Cell, cell_of, state_of
 from deme_cli.comparison.results import Column, Comparison, RowResult
-from deme_cli.outputs import write_whole
+from deme_cli.files import write_whole
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deme_cli.artifacts import read_record
+from deme_cli.artifacts import BaseRecord, read_record
 from deme_cli.comparison.jobs import Stage
 from deme_cli.comparison.plan import COMMON, MeasurePlan, Plan, RowPlan
 from deme_cli.comparison.rows import Tables, finetune_settings, merge_settings
@@ -21,8 +21,7 @@ from deme_cli.data.image_source import KNOWN_DATASETS, find_image_source
 from deme_cli.data.prompts import KNOWN_PROMPTS
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ConfigError, MissingError
-from deme_cli.outputs import shown_path
-from deme_cli.records import BaseRecord
+from deme_cli.files import shown_path
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import parse_span
 from deme_cli.training.affinity import Affinity, read_affinity

@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from deme_cli.children import reason_of, start_deme
 from deme_cli.comparison.jobs import DONE_NAME, FAILED_NAME, Command, Failure, Job
 from deme_cli.errors import ConfigError
-from deme_cli.interrupts import StopRequests
-from deme_cli.outputs import claim, write_whole
+from deme_cli.files import write_whole
+from deme_cli.jobs import StopRequests, claim, reason_of, start_deme
 from deme_cli.training.jobs import last_step
 
 _POLL_SECONDS = 0.2

@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from deme_cli.assets import cache_folder, sha256_of
 from deme_cli.errors import MissingError
-from deme_cli.outputs import write_whole
+from deme_cli.fetch import cache_folder, sha256_of
+from deme_cli.files import write_whole
 
 _PART = 64  # names to a thread at a time
 _SETTLED_NS = 2 * 10**9  # of younger files a second change could bear the very times of the first

@@ -17,7 +17,7 @@ from deme_cli import console
 from deme_cli.artifacts import read_record
 from deme_cli.data.splits import find_splits, is_held_out
 from deme_cli.errors import ConfigError, MissingError
-from deme_cli.hub import is_dataset_cached, is_hub_id, offline_reason
+from deme_cli.fetch import is_dataset_cached, is_hub_id, offline_reason
 
 _NO_PIXELS = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG")  # which Pillow knows by name alone
 _TOLD_OF_IMAGES = (

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deme_cli.assets import Asset, missing, sha256_of
 from deme_cli.data.digits import DIGIT_CAPTIONS
 from deme_cli.data.text_tables import TextTable, lines_of, read_text, read_text_table, table_of
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.fetch import Asset, missing, sha256_of
 
 KNOWN_PROMPTS = ("parti", "coco", "imagenet", "digits")
 TEXT = "text:"  # before a prompt that is given itself

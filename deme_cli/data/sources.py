@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deme_cli import console
-from deme_cli.assets import sha256_of
 from deme_cli.data.captions import Annotations, NoAnnotations
 from deme_cli.data.digests import file_digests, remembered, stamp
 from deme_cli.data.fitting import is_grey, to_srgb
@@ -26,6 +25,7 @@ from deme_cli.data.folder_captions import folder_annotations
 from deme_cli.data.image_source import ImageFolder
 from deme_cli.data.table_captions import table_annotations
 from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.fetch import sha256_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

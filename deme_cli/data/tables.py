@@ -16,7 +16,7 @@ from deme_cli.data.digests import file_digests
 from deme_cli.data.image_source import HubDataset, TableFiles, image_suffixes
 from deme_cli.data.splits import HELD_OUT_WORDS, is_held_out
 from deme_cli.errors import ArtifactError, MissingError
-from deme_cli.hub import offline_reason, stay_offline
+from deme_cli.fetch import offline_reason, stay_offline
 
 if TYPE_CHECKING:
     from datasets import Dataset

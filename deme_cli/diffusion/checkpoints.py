@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deme_cli import console
-from deme_cli.artifacts import fingerprint, load_tensors, read_record
+from deme_cli.artifacts import BaseRecord, fingerprint, load_tensors, read_record
 from deme_cli.diffusion.backbones.backbone import Backbone
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.denoiser import (
@@ -48,8 +48,7 @@ from deme_cli.diffusion.model_files import (
 from deme_cli.diffusion.projection import has_projections
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError, MissingError
-from deme_cli.records import BaseRecord
-from deme_cli.tensor_file import read_header
+from deme_cli.files import read_header
 
 
 @dataclass(frozen=True)

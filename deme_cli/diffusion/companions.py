@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deme_cli import console
+from deme_cli.artifacts import DenoiserRecord
 from deme_cli.diffusion.backbones.backbone import Config, Shape
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.conditions import Conditions, describe_cut, to
@@ -33,7 +34,6 @@ from deme_cli.diffusion.model_files import (
     sets_of_variant,
 )
 from deme_cli.errors import ArtifactError, ConfigError
-from deme_cli.records import DenoiserRecord
 
 GEOMETRY = 6  # original height, width, crop top, left, target height, width
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from deme_cli import console
-from deme_cli.assets import cache_folder
 from deme_cli.errors import ConfigError, MissingError
+from deme_cli.fetch import cache_folder
 
 _PAYS_OFF = 1_000  # forwards: a network takes about a minute, and gains a part of each
 

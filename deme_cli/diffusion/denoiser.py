@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from deme_cli import console
-from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.artifacts import DenoiserRecord, load_tensors, read_record
 from deme_cli.diffusion.backbones.backbone import Backbone, Shape
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.projection import attach_projections, backbone_of_network, has_projections
 from deme_cli.diffusion.schedule import Schedule, read_schedule
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
-from deme_cli.records import DenoiserRecord
 
 Weights = Mapping[str, Tensor]
 GUESSED = (

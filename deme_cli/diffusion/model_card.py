@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deme_cli.artifacts import DenoiserRecord, ExpertRecord, MergedRecord
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.schedule import alphas_config, flow_config, read_schedule
-from deme_cli.hub import is_hub_id
-from deme_cli.records import DenoiserRecord, ExpertRecord, MergedRecord
+from deme_cli.fetch import is_hub_id
 
 _METHOD = """\
 Decouple-then-Merge (DeMe): the timesteps [0, T) of a pretrained diffusion model are divided into

@@ -19,11 +19,10 @@ from typing import Any
 
 from deme_cli import console
 from deme_cli.artifacts import read_record, record_of
-from deme_cli.assets import sha256_of
 from deme_cli.data.digits import BASE_PATH
 from deme_cli.errors import ArtifactError, MissingError, reading
-from deme_cli.hub import is_hub_id, is_model_cached, offline_reason
-from deme_cli.tensor_file import read_header
+from deme_cli.fetch import is_hub_id, is_model_cached, offline_reason, sha256_of
+from deme_cli.files import read_header
 
 INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")  # the part that is trained

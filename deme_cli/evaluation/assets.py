@@ -10,7 +10,7 @@ import os
 import platform
 from pathlib import Path
 
-from deme_cli.assets import Asset, user_cache
+from deme_cli.fetch import Asset, user_cache
 
 _CLEAN_FID_STATISTICS = "https://www.cs.cmu.edu/~clean-fid/stats/"
 

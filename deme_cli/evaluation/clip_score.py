@@ -30,7 +30,7 @@ from deme_cli.errors import ArtifactError, MissingError, is_out_of_memory
 from deme_cli.evaluation.clip_weights import ClipWeights
 from deme_cli.evaluation.networks import full_float32, last_line, to_input
 from deme_cli.evaluation.resizing import BatchResizer, resize_all, resize_as_pillow
-from deme_cli.hub import offline_reason, stay_offline
+from deme_cli.fetch import offline_reason, stay_offline
 
 Tokenizer = Callable[..., Tensor]  # prompts, context_length -> int64 (B, L)
 

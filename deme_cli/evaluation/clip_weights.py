@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deme_cli import foreign_files
-from deme_cli.assets import cache_folder, sha256_of
 from deme_cli.diffusion.model_files import read_json
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.assets import hub_cache
-from deme_cli.hub import offline_reason
-from deme_cli.tensor_file import read_header
+from deme_cli.fetch import cache_folder, offline_reason, sha256_of
+from deme_cli.files import pickled_names, read_header
 
 LOCAL = "local-dir:"
 # The files that open_clip takes from a repository or folder, in its order.
@@ -206,7 +204,7 @@ def quick_gelu_of(path: Path, model: str) -> bool | None:
     elif code := script_code(path):
         return b"1.702" in code  # QuickGELU(x) = x sigmoid(1.702 x)
     else:
-        names = foreign_files.pickled_names(path)
+        names = pickled_names(path)
     if {"input_resolution", "context_length", "vocab_size"} <= set(names):
         return True
     beside = path.parent / "open_clip_config.json"

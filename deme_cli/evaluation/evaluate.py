@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from deme_cli.config import EvalConfig, SampleConfig
+from deme_cli.distributed import ALONE, World
 from deme_cli.evaluation.ledger import Ledger
 from deme_cli.evaluation.measure import (
     Measured,
@@ -20,7 +21,6 @@ from deme_cli.evaluation.measure import (
 )
 from deme_cli.evaluation.meters import Instruments
 from deme_cli.evaluation.rows import Row
-from deme_cli.processes import ALONE, World
 from deme_cli.sampling.compiled import CompiledSteps
 from deme_cli.sampling.shares import DrawingStops
 

@@ -16,6 +16,7 @@ import torch
 
 from deme_cli.data.images import ImageData
 from deme_cli.diffusion.denoiser import choose_device
+from deme_cli.distributed import ALONE, World
 from deme_cli.evaluation.networks import (
     Network,
     load_clip,
@@ -35,7 +36,6 @@ from deme_cli.evaluation.resizing import (
     resize_all,
 )
 from deme_cli.evaluation.weights import FeatureWeights, find_weights
-from deme_cli.processes import ALONE, World
 from deme_cli.sampling.shares import Shares
 
 

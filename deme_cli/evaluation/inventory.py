@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deme_cli.artifacts import read_record
-from deme_cli.assets import Asset, sha256_of
 from deme_cli.config import RESIZES, EvalConfig
 from deme_cli.data.digits import BASE_PATH
 from deme_cli.data.prompts import KNOWN_PROMPTS, prompt_assets
@@ -24,7 +23,7 @@ from deme_cli.evaluation.assets import (
     statistics_asset,
 )
 from deme_cli.evaluation.weights import DIGITS_PATH
-from deme_cli.hub import is_hub_id, is_model_cached
+from deme_cli.fetch import Asset, is_hub_id, is_model_cached, sha256_of
 
 
 @dataclass(frozen=True)

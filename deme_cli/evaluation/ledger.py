@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.evaluation.measure import Measured
-from deme_cli.outputs import write_whole
+from deme_cli.files import write_whole
 
 
 class Ledger:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from deme_cli.config import EvalConfig, SampleConfig
+from deme_cli.distributed import ALONE, World
 from deme_cli.errors import NumericsError
 from deme_cli.evaluation.meters import Instruments, Meter
 from deme_cli.evaluation.rows import Row
-from deme_cli.processes import ALONE, World
 from deme_cli.sampling.compiled import UNCOMPILED, CompiledSteps
 from deme_cli.sampling.sampler import ImageBatch, sample_images
 from deme_cli.sampling.shares import Shares

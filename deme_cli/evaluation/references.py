@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deme_cli.artifacts import record_of
-from deme_cli.assets import Asset
+from deme_cli.artifacts import StatisticsRecord, record_of
 from deme_cli.data.image_source import FOLDERS_ONLY, find_image_source
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.assets import PUBLISHED_STATISTICS, statistics_asset
 from deme_cli.evaluation.weights import FeatureWeights, require_same_extractor
-from deme_cli.records import StatisticsRecord
-from deme_cli.tensor_file import read_header
+from deme_cli.fetch import Asset
+from deme_cli.files import read_header
 
 SPLITS = {"train": "train", "test": "held-out", "held-out": "held-out", "all": "all"}
 _DEFAULT_SPLITS = {"digits": "held-out", "cifar10": "train"}

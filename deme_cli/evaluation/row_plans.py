@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deme_cli.artifacts import read_record
+from deme_cli.artifacts import ExpertRecord, Record, read_record
 from deme_cli.data.image_source import find_files, image_suffixes
 from deme_cli.diffusion.model_files import locate_model
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
-from deme_cli.records import ExpertRecord, Record
 from deme_cli.sampling.ensemble import read_ensemble
 
 ENSEMBLE = "ensemble"

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from deme_cli import console
+from deme_cli.artifacts import DenoiserRecord, SamplesRecord
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.data.captions import NoAnnotations
 from deme_cli.data.images import ImageData, open_images
@@ -21,7 +22,6 @@ from deme_cli.data.prompts import PromptSet
 from deme_cli.diffusion.model_files import read_json
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.evaluation.row_plans import ENSEMBLE, RowPlan, record_of_file
-from deme_cli.records import DenoiserRecord, SamplesRecord
 from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
 from deme_cli.sampling.protocol import protocol_card
 from deme_cli.sampling.sampler import SamplingExpert

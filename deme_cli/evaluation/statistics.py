@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deme_cli.artifacts import StatisticsRecord
 from deme_cli.data.images import ImageData
+from deme_cli.distributed import ALONE, World
 from deme_cli.evaluation.features import Extractor, image_features
 from deme_cli.evaluation.frechet import RunningStatistics, Statistics
-from deme_cli.processes import ALONE, World
-from deme_cli.records import StatisticsRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from deme_cli.assets import sha256_of
 from deme_cli.data.images import ImageData, open_images
+from deme_cli.distributed import ALONE, World
 from deme_cli.errors import ArtifactError
 from deme_cli.evaluation.features import Extractor, image_features
 from deme_cli.evaluation.frechet import RunningStatistics, Statistics
 from deme_cli.evaluation.references import Reference, find_reference
 from deme_cli.evaluation.statistics import SetProgress
-from deme_cli.processes import ALONE, World
+from deme_cli.fetch import sha256_of
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deme_cli.artifacts import read_record
-from deme_cli.assets import Asset, sha256_of
+from deme_cli.artifacts import StatisticsRecord, read_record
 from deme_cli.data.digits import EMBEDDED
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.assets import clip_asset, inception_asset
-from deme_cli.records import StatisticsRecord
+from deme_cli.fetch import Asset, sha256_of
 
 DIGITS_PATH = EMBEDDED / "digit-features.pt"
 NAMED = ("inception", "clip", "digits")

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from deme_cli.artifacts import ArtifactWriter
+from deme_cli.artifacts import ArtifactWriter, MergedRecord
 from deme_cli.errors import ArtifactError, NumericsError
+from deme_cli.files import DTYPE_BYTES, TensorSpec
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.lineage import Family, is_projection, open_family, open_parents
 from deme_cli.merging.merged_record import merged_record
@@ -34,8 +35,6 @@ from deme_cli.merging.pieces import (
     to_numbers,
 )
 from deme_cli.merging.sums import Sums, terms_of
-from deme_cli.records import MergedRecord
-from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
 
 Advance = Callable[[int], None]
 

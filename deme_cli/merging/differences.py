@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from deme_cli.errors import NumericsError
+from deme_cli.files import DTYPE_BYTES, TensorSpec
 from deme_cli.merging.lineage import Family
 from deme_cli.merging.pieces import (
     COMPUTED_IN,
@@ -23,7 +24,6 @@ from deme_cli.merging.pieces import (
     plan_runs,
     to_numbers,
 )
-from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
 
 
 def float_specs(family: Family) -> list[TensorSpec]:

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deme_cli.artifacts import record_of
+from deme_cli.artifacts import BaseRecord, ExpertRecord, TaskVectorRecord, record_of
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.records import BaseRecord, ExpertRecord, TaskVectorRecord
+from deme_cli.files import Header, TensorSpec, read_header
 from deme_cli.run_file import RunFile
-from deme_cli.tensor_file import Header, TensorSpec, read_header
 
 BASE_NAME = "base.safetensors"
 PROJECTION = "channel_projection."  # diffusion.projection.PREFIX, which lies behind torch

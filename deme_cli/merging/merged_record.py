@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deme_cli.artifacts import MergedRecord
 from deme_cli.merging.lineage import Family
-from deme_cli.records import MergedRecord
 
 
 def merged_record(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from deme_cli.errors import ArtifactError, MissingError
-from deme_cli.tensor_file import DTYPE_BYTES, Header, TensorSpec
+from deme_cli.files import DTYPE_BYTES, Header, TensorSpec
 
 PIECE = 1 << 16  # elements: 256 KiB of float32, so that two operands stay in the cache
 BLOCK = 8 * PIECE  # elements handed over to be written at once

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from deme_cli.artifacts import ExpertRecord
+from deme_cli.config import NOT_RESULT
 from deme_cli.errors import ConfigError
-from deme_cli.finetune_config import NOT_RESULT
-from deme_cli.records import ExpertRecord
 from deme_cli.training.power_profile import gamma_of
 
 Snapshot = tuple[int, float]  # (t, gamma): updates done, exponent of the profile

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deme_cli.artifacts import fingerprint_file, record_of
+from deme_cli.artifacts import BaseRecord, MergedRecord, fingerprint_file, record_of
 from deme_cli.errors import (
     ArtifactError,
     DemeError,
@@ -21,13 +21,12 @@ from deme_cli.errors import (
     NumericsError,
     writing,
 )
+from deme_cli.files import Header, read_header
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.combine import Plan, plan_merge, write_merge
 from deme_cli.merging.lineage import BASE_NAME, Family, find_base, open_family, open_parents
 from deme_cli.merging.methods.known import METHODS, USES, MethodSettings
-from deme_cli.records import BaseRecord, MergedRecord
 from deme_cli.run_file import RunFile
-from deme_cli.tensor_file import Header, read_header
 
 FINDS_ITS_OWN = ("model-stock",)  # methods that take no coefficients
 

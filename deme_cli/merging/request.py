@@ -17,6 +17,7 @@ from typing import Any
 
 from deme_cli.config import MergeConfig
 from deme_cli.errors import ConfigError
+from deme_cli.files import require_output, require_space
 from deme_cli.ladder import Rung, parse_ladder
 from deme_cli.merging.coefficients import Coefficients, groups_of, require_matches
 from deme_cli.merging.lineage import Family, find_base, open_family, open_parents
@@ -24,7 +25,6 @@ from deme_cli.merging.methods.known import MethodSettings, fit_coefficients
 from deme_cli.merging.power_ema import coefficients_for_length
 from deme_cli.merging.search.search import Search, open_search
 from deme_cli.merging.search.space import Grid, Space, resolve_bounds, resolve_grid
-from deme_cli.outputs import require_output, require_space
 from deme_cli.run_file import RunFile
 from deme_cli.settings import FromFile
 

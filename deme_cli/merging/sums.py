@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from deme_cli.files import DTYPE_BYTES, TensorSpec
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.differences import Differences
 from deme_cli.merging.lineage import Family
@@ -23,7 +24,6 @@ from deme_cli.merging.pieces import (
     plan_runs,
     to_numbers,
 )
-from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
 
 
 def terms_of(family: Family, method: Method, coefficients: Coefficients) -> dict[str, Terms]:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from deme_cli.artifacts import ArtifactWriter
+from deme_cli.artifacts import ArtifactWriter, TaskVectorRecord
 from deme_cli.errors import ArtifactError, NumericsError
+from deme_cli.files import DTYPE_BYTES, TensorSpec
 from deme_cli.merging.coefficients import block_name
 from deme_cli.merging.differences import Differences
 from deme_cli.merging.lineage import PROJECTION, Family, Parent, is_projection
@@ -27,8 +28,6 @@ from deme_cli.merging.pieces import (
     plan_runs,
     to_bytes,
 )
-from deme_cli.records import TaskVectorRecord
-from deme_cli.tensor_file import DTYPE_BYTES, TensorSpec
 
 _WIDE = np.dtype(np.float64)  # what differences are computed and summed in
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from deme_cli.numbers import MINUS, fixed
+from deme_cli.console import MINUS, fixed
 
 WIDTH = 240.0
 TALL, LOW = 110.0, 46.0  # heights of a panel's first plot and of the one below it

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from deme_cli.comparison.results import DAGGER, OVER_EVALUATION, flop_unit
-from deme_cli.numbers import number, plain
+from deme_cli.console import number, plain
 from deme_cli.reporting.measures import Measure
 from deme_cli.reporting.tables import (
     Cell,

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.analysis.figure import color_of
+from deme_cli.artifacts import BaseRecord, DenoiserRecord, ExpertRecord
+from deme_cli.console import plain
 from deme_cli.errors import ArtifactError
-from deme_cli.numbers import plain
-from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
 from deme_cli.reporting.charts import Line, Panel, Points, panel
 from deme_cli.reporting.folder import METRICS, Folder, is_whole, read_text
 

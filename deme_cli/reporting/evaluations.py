@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from deme_cli.numbers import number
+from deme_cli.console import number
 from deme_cli.reporting.measures import Measure, verdict
 from deme_cli.reporting.tables import (
     Cell,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.analysis.result import SCHEMA_VERSION
-from deme_cli.analysis_config import ANALYSES
+from deme_cli.analysis.settings import ANALYSES
+from deme_cli.artifacts import SamplesRecord
 from deme_cli.errors import ArtifactError
-from deme_cli.records import SamplesRecord
 from deme_cli.reporting.folder import CARD_NAME, Folder, read_text
 from deme_cli.reporting.pictures import Picture, read_picture
 from deme_cli.reporting.searches import SEARCH_PICTURES

@@ -15,10 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deme_cli.artifacts import record_of
+from deme_cli.artifacts import ExpertRecord, Record, record_of
 from deme_cli.errors import ArtifactError, DemeError, MissingError, reading
-from deme_cli.records import ExpertRecord, Record
-from deme_cli.tensor_file import read_header
+from deme_cli.files import read_header
 
 METRICS, JOURNAL = ".metrics.jsonl", ".trials.jsonl"
 CARD_NAME = "samples.json"  # of a folder of images; where it is written, torch is loaded

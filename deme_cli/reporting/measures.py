@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deme_cli.comparison.results import OVER_EVALUATION, lower_is_better
-from deme_cli.numbers import digits_for, fixed, signed
+from deme_cli.console import digits_for, fixed, signed
 
 BETTER, WORSE, EVEN = "better", "worse", "even"
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deme_cli.artifacts import MergedRecord
+from deme_cli.console import digits_for, fixed, number, plain
 from deme_cli.errors import ArtifactError
-from deme_cli.numbers import digits_for, fixed, number, plain
-from deme_cli.records import MergedRecord
 from deme_cli.reporting.folder import JOURNAL, Artifact, Folder, read_text
 from deme_cli.reporting.measures import Difference, Measure
 from deme_cli.reporting.tables import (

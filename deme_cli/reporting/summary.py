@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deme_cli.numbers import plain, size_of
-from deme_cli.records import (
+from deme_cli.artifacts import (
     KINDS,
     BaseRecord,
     ExpertRecord,
@@ -17,6 +16,7 @@ from deme_cli.records import (
     SamplesRecord,
     TaskVectorRecord,
 )
+from deme_cli.console import plain, size_of
 from deme_cli.reporting.folder import Artifact, Folder, is_whole
 from deme_cli.reporting.tables import Table, plain_table, public_name
 

@@ -10,8 +10,8 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from deme_cli.comparison.results import OVER_EVALUATION, lower_is_better
+from deme_cli.console import number
 from deme_cli.evaluation.comparable import WHO_AND_WHENCE
-from deme_cli.numbers import number
 from deme_cli.reporting.measures import (
     BETTER,
     EVEN,

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from deme_cli.config import SampleConfig
-from deme_cli.outputs import require_output
-from deme_cli.processes import ALONE, World
+from deme_cli.distributed import ALONE, World
+from deme_cli.files import require_output
 from deme_cli.sampling.compiled import CompiledSteps
 from deme_cli.sampling.preview import MAX_IMAGES, preview_path, write_preview
 from deme_cli.sampling.sampler import ImageBatch, SamplingExpert, StepProgress, sample_images

@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deme_cli.artifacts import read_record
+from deme_cli.artifacts import ExpertRecord, read_record
 from deme_cli.errors import ArtifactError
-from deme_cli.records import ExpertRecord
 from deme_cli.timesteps import require_cover
 
 if TYPE_CHECKING:

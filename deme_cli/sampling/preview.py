@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deme_cli.outputs import write_whole
+from deme_cli.files import write_whole
 
 MAX_IMAGES = 64
 _GAP, _PAPER = 2, 255  # pixels between images, and their level

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deme_cli.artifacts import DenoiserRecord, ExpertRecord
 from deme_cli.config import SampleConfig
 from deme_cli.diffusion.schedule import FLOW
-from deme_cli.records import DenoiserRecord, ExpertRecord
 from deme_cli.sampling.flow_scheduler import is_flow
 from deme_cli.sampling.scene import Scene, open_scene
 from deme_cli.sampling.scheduler import build_scheduler, can_clip, name_sampler

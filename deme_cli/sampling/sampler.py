@@ -26,7 +26,7 @@ from deme_cli.config import SampleConfig
 from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.threads import fitting_number, using_threads
-from deme_cli.processes import ALONE, World
+from deme_cli.distributed import ALONE, World
 from deme_cli.sampling.batch import Timestep, denoise, draw_batch
 from deme_cli.sampling.compiled import UNCOMPILED, CompiledSteps
 from deme_cli.sampling.finish import finish_images

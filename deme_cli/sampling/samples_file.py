@@ -15,13 +15,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from deme_cli.artifacts import ArtifactWriter
+from deme_cli.artifacts import ArtifactWriter, SamplesRecord
 from deme_cli.errors import writing
-from deme_cli.outputs import claim, require_output, require_space
-from deme_cli.records import SamplesRecord
+from deme_cli.files import TensorSpec, require_output, require_space
+from deme_cli.jobs import claim
 from deme_cli.sampling.noise import image_seed
 from deme_cli.sampling.store import Order, card_in
-from deme_cli.tensor_file import TensorSpec
 
 _PIECE_BYTES = 1 << 24
 

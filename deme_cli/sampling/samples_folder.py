@@ -21,7 +21,8 @@ from PIL import Image
 
 from deme_cli.data.image_source import image_suffixes
 from deme_cli.errors import ConfigError, writing
-from deme_cli.outputs import claim, require_space, write_whole
+from deme_cli.files import require_space, write_whole
+from deme_cli.jobs import claim
 from deme_cli.sampling.noise import image_seed
 from deme_cli.sampling.preview import png_bytes
 from deme_cli.sampling.store import Order, card_in

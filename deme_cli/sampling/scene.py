@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import SampleConfig
 from deme_cli.data.prompts import PromptSet
 from deme_cli.diffusion.backbones.backbone import Shape
 from deme_cli.diffusion.companions import GEOMETRY, Companions, open_companions
 from deme_cli.diffusion.conditions import Conditions, concatenate, null_like
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser
-from deme_cli.records import DenoiserRecord
 from deme_cli.sampling.subjects import choose_subjects
 
 

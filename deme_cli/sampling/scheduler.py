@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import SampleConfig
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.schedule import scheduler_of
 from deme_cli.errors import ConfigError
-from deme_cli.records import DenoiserRecord
 from deme_cli.sampling.flow_scheduler import FLOW_SCHEDULERS, build_flow_scheduler, is_flow
 
 SCHEDULERS = {

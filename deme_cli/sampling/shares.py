@@ -17,8 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from deme_cli.joint_stops import JointStopRequests
-from deme_cli.processes import ALONE, Lost, World
+from deme_cli.distributed import ALONE, JointStopRequests, Lost, World
 
 _LISTEN_SECONDS = 0.2  # all processes ask one store, and steps may take a millisecond
 

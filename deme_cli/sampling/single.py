@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from deme_cli.artifacts import read_record
+from deme_cli.artifacts import DenoiserRecord, read_record
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.diffusion.model_files import locate_model
-from deme_cli.records import DenoiserRecord
 from deme_cli.sampling.sampler import SamplingExpert, single
 from deme_cli.timesteps import TimestepRange
 

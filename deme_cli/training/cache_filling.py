@@ -17,7 +17,8 @@ from torch import Tensor
 
 from deme_cli.artifacts import write_artifact
 from deme_cli.errors import ConfigError, MissingError
-from deme_cli.outputs import claim, require_space
+from deme_cli.files import require_space
+from deme_cli.jobs import claim
 from deme_cli.training.encoder import Encoder
 from deme_cli.training.latent_cache import MIRRORED, LatentCache, ShardRecord
 

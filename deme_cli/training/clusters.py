@@ -20,9 +20,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from deme_cli.config import DIVISIONS
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.errors import ArtifactError, ConfigError
-from deme_cli.finetune_config import DIVISIONS
 from deme_cli.timesteps import TimestepRange, split_uniform
 from deme_cli.training.affinity import Affinity
 

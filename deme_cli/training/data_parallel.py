@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from deme_cli.processes import World
+from deme_cli.distributed import World
 from deme_cli.training.sharding import is_divided, own_part
 
 BUCKET_BYTES = 128 << 20  # copied and sent at a time: the memory that adding up costs

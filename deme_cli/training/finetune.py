@@ -18,10 +18,9 @@ from torch import nn
 from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.compiling import compile_network
 from deme_cli.diffusion.threads import using_threads
+from deme_cli.distributed import ALONE, JointStopRequests, World
 from deme_cli.errors import NumericsError, memory_told
-from deme_cli.joint_stops import JointStopRequests
-from deme_cli.outputs import claim
-from deme_cli.processes import ALONE, World
+from deme_cli.jobs import claim
 from deme_cli.training.data_parallel import add_up_gradients
 from deme_cli.training.gradients import Gradients, too_many_weights
 from deme_cli.training.materials import fill_caches

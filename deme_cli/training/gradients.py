@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from deme_cli.diffusion.conditions import to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES
+from deme_cli.distributed import ALONE, World
 from deme_cli.errors import MissingError, is_out_of_memory
-from deme_cli.processes import ALONE, World
 from deme_cli.training.batches import Batch, Batches, derived_generator
 from deme_cli.training.objective import expert_losses
 from deme_cli.training.on_device import schedule_on

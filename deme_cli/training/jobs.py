@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import IO
 
 from deme_cli import console
-from deme_cli.children import reason_of, start_deme
 from deme_cli.errors import DemeError
-from deme_cli.interrupts import StopRequests
+from deme_cli.jobs import StopRequests, reason_of, start_deme
 
 _POLL_SECONDS = 0.5
 _PROGRESS = re.compile(r": [\d,]+/[\d,]+ ")

@@ -23,11 +23,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from deme_cli.artifacts import fingerprint_file
+from deme_cli.artifacts import Record, fingerprint_file
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.errors import ArtifactError
-from deme_cli.records import Record
-from deme_cli.tensor_file import read_header
+from deme_cli.files import read_header
 from deme_cli.training.encoder import SIZES, Encoder
 
 ROWS, LEAST_ROWS = 256, 32  # images of a shard; fewer where they are large

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from deme_cli import console
+from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import DataConfig
 from deme_cli.data.images import ImageData, open_images
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.model_files import digests_of, locate_parts
+from deme_cli.distributed import ALONE, JointStopRequests, Lost, World
 from deme_cli.errors import ArtifactError
-from deme_cli.joint_stops import JointStopRequests
-from deme_cli.processes import ALONE, Lost, World
-from deme_cli.records import DenoiserRecord
 from deme_cli.training.cache_filling import fill
 from deme_cli.training.encoder import Encoder
 from deme_cli.training.examples import Examples, LatentExamples, PixelExamples

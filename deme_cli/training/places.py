@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deme_cli.analysis_config import AFFINITY_NAME
-from deme_cli.config import FinetuneConfig
+from deme_cli.config import AFFINITY_NAME, FinetuneConfig
 
 
 def checkpoint_path(output: Path) -> Path:

@@ -12,12 +12,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from deme_cli.artifacts import read_record
-from deme_cli.config import DataConfig, SplitConfig
+from deme_cli.artifacts import BaseRecord, DenoiserRecord, read_record
+from deme_cli.config import NOT_RESULT, DataConfig, FinetuneConfig, SplitConfig
 from deme_cli.errors import ConfigError, MissingError, reading
-from deme_cli.finetune_config import NOT_RESULT, FinetuneConfig
-from deme_cli.outputs import require_output, require_space
-from deme_cli.records import BaseRecord, DenoiserRecord
+from deme_cli.files import require_output, require_space
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import RangeChoice, parse_range
 from deme_cli.training.affinity import read_affinity

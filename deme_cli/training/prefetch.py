@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from deme_cli.processes import World
+from deme_cli.distributed import World
 from deme_cli.training.batches import Batch, Batches, BatchSource
 from deme_cli.training.data_parallel import share_of
 from deme_cli.training.examples import PixelExamples

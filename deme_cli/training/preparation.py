@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deme_cli.artifacts import read_record
+from deme_cli.artifacts import DenoiserRecord, read_record
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import Denoiser, choose_device, load_denoiser
-from deme_cli.records import DenoiserRecord
 from deme_cli.timesteps import RangeChoice, TimestepRange
 from deme_cli.training.affinity import read_affinity
 from deme_cli.training.clusters import cluster_draws

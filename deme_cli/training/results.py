@@ -15,11 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from deme_cli.artifacts import write_artifact
+from deme_cli.artifacts import BaseRecord, DenoiserRecord, ExpertRecord, write_artifact
 from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.projection import fold_weights
-from deme_cli.processes import ALONE, World
-from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
+from deme_cli.distributed import ALONE, World
 from deme_cli.training.networks import require_unchanged
 from deme_cli.training.places import variant_path
 from deme_cli.training.power_profile import gamma_of

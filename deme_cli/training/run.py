@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deme_cli.config import NOT_RESULT, FinetuneConfig
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.finetune_config import NOT_RESULT, FinetuneConfig
 from deme_cli.timesteps import RangeChoice, TimestepRange
 from deme_cli.training.examples import Examples
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import nn
 
 from deme_cli.diffusion.compiling import uncompiled
+from deme_cli.distributed import World
 from deme_cli.errors import NumericsError, writing
-from deme_cli.processes import World
 from deme_cli.training.held_out import FixedDraws, draws_of_range
 from deme_cli.training.places import checkpoint_path, metrics_path
 from deme_cli.training.results import write_results, write_snapshots

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from deme_cli.artifacts import fingerprint
+from deme_cli.artifacts import BaseRecord, fingerprint
 from deme_cli.diffusion.backbones.backbone import config_of
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.denoiser import Denoiser, build_network, choose_device
 from deme_cli.diffusion.model_files import digests_of, locate_parts
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ConfigError
-from deme_cli.records import BaseRecord
 from deme_cli.settings import nearest
 
 _NO_PIPELINE = "trained from scratch"

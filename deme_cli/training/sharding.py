@@ -20,11 +20,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from deme_cli.artifacts import ArtifactWriter
+from deme_cli.artifacts import ArtifactWriter, Record
+from deme_cli.distributed import Lost, World
 from deme_cli.errors import is_out_of_memory
-from deme_cli.processes import Lost, World
-from deme_cli.records import Record
-from deme_cli.tensor_file import layout_of, tensor_bytes
+from deme_cli.files import layout_of, tensor_bytes
 
 _LISTEN_SECONDS = 1.0  # less than a process that fails holds the store for the others
 _BLOCKS = (  # diffusers' classes that a network repeats; of nested ones the outermost counts

@@ -18,12 +18,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from deme_cli.artifacts import fingerprint_file
+from deme_cli.artifacts import Record, fingerprint_file
 from deme_cli.config import FinetuneConfig
+from deme_cli.distributed import ALONE, World
 from deme_cli.errors import ArtifactError, ConfigError
-from deme_cli.processes import ALONE, World
-from deme_cli.records import Record
-from deme_cli.tensor_file import read_header
+from deme_cli.files import read_header
 from deme_cli.training.averages import open_averages
 from deme_cli.training.reduction import Reduction
 from deme_cli.training.sharding import own_part, put, write_gathered

@@ -41,6 +41,7 @@ def random_denoiser(
     """A denoiser of this configuration on the DDPM schedule of 1000 steps, frozen."""
     import torch
 
+    from deme_cli.artifacts import BaseRecord
     from deme_cli.diffusion.denoiser import (
         TORCH_DTYPES,
         Denoiser,
@@ -48,7 +49,6 @@ def random_denoiser(
         choose_device,
     )
     from deme_cli.diffusion.schedule import read_schedule
-    from deme_cli.records import BaseRecord
 
     torch.manual_seed(0)
     network = build_network(config).to(choose_device(device))
@@ -80,9 +80,8 @@ def write_family(folder: Path, config: dict[str, Any], experts: int, *, scale: f
     import numpy as np
     import torch
 
-    from deme_cli.artifacts import ArtifactWriter
-    from deme_cli.records import BaseRecord, DenoiserRecord, ExpertRecord
-    from deme_cli.tensor_file import layout_of
+    from deme_cli.artifacts import ArtifactWriter, BaseRecord, DenoiserRecord, ExpertRecord
+    from deme_cli.files import layout_of
     from deme_cli.timesteps import split_uniform
 
     with torch.device("meta"):

@@ -25,7 +25,7 @@ from deme_cli.analysis.block_change import (
 )
 from deme_cli.analysis.draws import spread_draws
 from deme_cli.analysis.result import Analysis
-from deme_cli.analysis_config import ActivationConfig
+from deme_cli.analysis.settings import ActivationConfig
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
 from deme_cli.data.images import open_images

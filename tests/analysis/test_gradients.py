@@ -21,7 +21,7 @@ from deme_cli.analysis.gradients import (
     noise_norm,
     pair_cosines,
 )
-from deme_cli.analysis_config import GradientConfig
+from deme_cli.analysis.settings import GradientConfig
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
 from deme_cli.data.images import open_images

@@ -26,7 +26,7 @@ from deme_cli.analysis.plane import (
     vectors_basis,
 )
 from deme_cli.analysis.result import Analysis
-from deme_cli.analysis_config import LandscapeConfig
+from deme_cli.analysis.settings import LandscapeConfig
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
 from deme_cli.data.images import open_images

@@ -12,7 +12,7 @@ import torch
 
 from deme_cli.analysis.draws import spread_draws
 from deme_cli.analysis.losses import analyze_losses
-from deme_cli.analysis_config import LossConfig
+from deme_cli.analysis.settings import LossConfig
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
 from deme_cli.data.images import open_images

@@ -15,6 +15,7 @@ import torch
 from conftest import write_tiny_base, write_tiny_expert
 
 from deme_cli.analysis import task_vectors as module
+from deme_cli.analysis.settings import TaskVectorConfig
 from deme_cli.analysis.task_vectors import (
     analyze_task_vectors,
     directions,
@@ -22,12 +23,11 @@ from deme_cli.analysis.task_vectors import (
     gram,
     singular_values,
 )
-from deme_cli.analysis_config import TaskVectorConfig
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.errors import ArtifactError, NumericsError
+from deme_cli.files import read_header
 from deme_cli.merging.lineage import is_projection, open_family, open_parents
 from deme_cli.merging.task_vectors import block_of, measure, write_task_vector
-from deme_cli.tensor_file import read_header
 
 PROJECTION = "channel_projection.mid_block.weight"
 

@@ -16,7 +16,7 @@ from typer.testing import Result
 
 import deme_cli
 from deme_cli.analysis.result import Step
-from deme_cli.analysis_config import (
+from deme_cli.analysis.settings import (
     ANALYSES,
     ActivationConfig,
     GradientConfig,
@@ -210,7 +210,7 @@ def test_what_cannot_be_done_is_said_before_torch_is_loaded(run_folder: Path) ->
         import sys
         from pathlib import Path
         import deme_cli as deme
-        from deme_cli.analysis_config import GradientConfig
+        from deme_cli.analysis.settings import GradientConfig
         from deme_cli.config import DataConfig
         from deme_cli.errors import DemeError
 

@@ -18,13 +18,12 @@ from tiny_clip import write_clip
 from tiny_pipelines import dit, stable_diffusion
 from typer.testing import Result
 
-from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.artifacts import SamplesRecord, load_tensors, read_record, write_artifact
 from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
 from deme_cli.errors import ArtifactError, ConfigError, GateError, MissingError
 from deme_cli.evaluation.clip_score import open_clip_scorer
 from deme_cli.evaluation.clip_weights import find_clip
 from deme_cli.evaluation.protocols import PROTOCOLS
-from deme_cli.records import SamplesRecord
 
 Deme = Callable[..., Result]
 FEW = ("-n", "6", "--steps", "2")

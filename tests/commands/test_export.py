@@ -13,13 +13,12 @@ from conftest import TINY_MODEL, write_tiny_base
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from typer.testing import Result
 
-from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.artifacts import MergedRecord, load_tensors, read_record, write_artifact
 from deme_cli.diffusion import export as export_module
 from deme_cli.diffusion.denoiser import build_network, load_denoiser, predict
 from deme_cli.diffusion.export import compare
 from deme_cli.diffusion.projection import attach_projections
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
-from deme_cli.records import MergedRecord
 
 Deme = Callable[..., Result]
 
@@ -194,7 +193,7 @@ def test_only_denoisers_can_be_exported(deme: Deme, run_folder: Path) -> None:
     assert isinstance(deme("export", "lost.safetensors", "pipe").exception, MissingError)
     Path("broken.safetensors").write_bytes(b"no")
     assert isinstance(deme("export", "broken.safetensors", "pipe").exception, ArtifactError)
-    from deme_cli.records import SamplesRecord
+    from deme_cli.artifacts import SamplesRecord
 
     write_artifact(Path("s.safetensors"), {"images": torch.zeros(1)}, SamplesRecord(protocol={}))
     result = deme("export", "s.safetensors", "pipe")

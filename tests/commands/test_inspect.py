@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deme_cli.artifacts import read_record
 from deme_cli.errors import ArtifactError, MissingError
-from deme_cli.tensor_file import read_header
+from deme_cli.files import read_header
 
 
 def test_inspect_tells_what_the_header_says(run_folder: Path, deme: Callable) -> None:

@@ -17,14 +17,13 @@ from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base
 from diffusers import DDPMPipeline, DDPMScheduler
 from typer.testing import Result
 
-from deme_cli.artifacts import fingerprint_file, read_record, write_artifact
+from deme_cli.artifacts import MergedRecord, fingerprint_file, read_record, write_artifact
 from deme_cli.config import TABLES, DataConfig, FinetuneConfig, SplitConfig
 from deme_cli.data.digits import DIGITS_SETTINGS
 from deme_cli.diffusion import model_files
 from deme_cli.diffusion.denoiser import build_network
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.records import MergedRecord
 from deme_cli.run_file import read_run_file, render_run_file
 from deme_cli.training.clusters import split_times
 

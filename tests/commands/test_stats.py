@@ -12,10 +12,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 from typer.testing import Result
 
-from deme_cli.artifacts import read_record
+from deme_cli.artifacts import StatisticsRecord, read_record
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.evaluation.features import load_extractor
-from deme_cli.records import StatisticsRecord
 
 Deme = Callable[..., Result]
 

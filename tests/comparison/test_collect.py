@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import TINY_SCHEDULER, write_tiny_base
 
-from deme_cli.artifacts import load_tensors, write_artifact
+from deme_cli.artifacts import MergedRecord, load_tensors, write_artifact
 from deme_cli.comparison.collect import collect
 from deme_cli.comparison.jobs import (
     DONE_NAME,
@@ -25,7 +25,6 @@ from deme_cli.comparison.jobs import (
 from deme_cli.comparison.plan import MeasurePlan, Plan, RowPlan
 from deme_cli.comparison.results import Column, Comparison, Published, SearchCost
 from deme_cli.errors import ArtifactError
-from deme_cli.records import MergedRecord
 
 CARD = {"sampler": "ddim", "steps": 2, "spacing": "leading", "eta": 0.0, "clip_sample": True,
         "dtype": "fp32", "forwards": 2, "seed": 0, "num": 6}  # fmt: skip

@@ -21,7 +21,7 @@ import pytest
 from deme_cli.comparison.jobs import DONE_NAME, SETTINGS_NAME, Command, Job
 from deme_cli.comparison.work import Finished, Pulse, Work
 from deme_cli.errors import Stopped
-from deme_cli.outputs import claim
+from deme_cli.jobs import claim
 
 PROGRAM = """
 import os, pathlib, signal, sys, time

@@ -14,11 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from deme_cli.artifacts import write_artifact
+from deme_cli.artifacts import SamplesRecord, write_artifact
 from deme_cli.data.fitting import crop_corner, fit
 from deme_cli.data.images import ImageData, open_images
 from deme_cli.errors import ArtifactError, DemeError
-from deme_cli.records import SamplesRecord
 
 NAMES = [f"{index:02d}.png" for index in range(10)]  # of the fixture image_folder
 

@@ -13,14 +13,13 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from deme_cli.artifacts import write_artifact
+from deme_cli.artifacts import SamplesRecord, write_artifact
 from deme_cli.data import digests, images
 from deme_cli.data.digits import load_digits_images
 from deme_cli.data.fitting import to_srgb
 from deme_cli.data.image_source import natural_order
 from deme_cli.data.images import ImageData, open_images, to_unit
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.records import SamplesRecord
 
 
 def all_images(data: ImageData) -> torch.Tensor:

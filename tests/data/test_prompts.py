@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from deme_cli.assets import Asset
 from deme_cli.data import prompts
 from deme_cli.data.prompts import PromptSet, prompt_assets, read_prompts, select_prompts
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
+from deme_cli.fetch import Asset
 
 
 def write_parti(path: Path, count: int = 1632) -> list[str]:
@@ -155,7 +155,7 @@ def test_a_known_set_that_is_absent_says_where_it_comes_from_and_goes(cache: Pat
 def test_a_known_set_is_read_from_the_cache_and_checked(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deme_cli.assets import sha256_of
+    from deme_cli.fetch import sha256_of
 
     said = write_parti(cache / "P.tsv", 5)
     own = Asset("P.tsv", "prompts", "http://nowhere", sha256_of(cache / "P.tsv"))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from deme_cli.assets import require_assets
 from deme_cli.errors import MissingError
 from deme_cli.evaluation.assets import clip_asset, inception_asset, statistics_asset
+from deme_cli.fetch import require_assets
 
 
 def test_assets_are_named_as_clean_fid_names_them(cache: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_clip import CONFIG, write_clip
 from torchvision.transforms import Compose
 
-from deme_cli import hub
+from deme_cli import fetch
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.assets import hub_cache
 from deme_cli.evaluation.clip_score import ClipScorer, batch_preprocess, open_clip_scorer
@@ -243,7 +243,7 @@ def test_missing_weights_name_the_hub_repository_within_seconds(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(hub, "_answers", lambda: False)
+    monkeypatch.setattr(fetch, "_answers", lambda: False)
     began = time.monotonic()
     with pytest.raises(MissingError) as raised:
         require_clip("ViT-g-14", "laion2b_s34b_b88k")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.artifacts import SamplesRecord, load_tensors, read_record, write_artifact
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import ArtifactError, NumericsError, Stopped
 from deme_cli.evaluation.evaluate import evaluate_rows, total_images
@@ -24,7 +24,6 @@ from deme_cli.evaluation.row_plans import plan_rows
 from deme_cli.evaluation.rows import Row, RowOpener, open_rows
 from deme_cli.evaluation.summary import summarise
 from deme_cli.evaluation.targets import Target
-from deme_cli.records import SamplesRecord
 from deme_cli.sampling.sampler import collect_images
 
 SAMPLE = SampleConfig(num=12, steps=3, batch_size=5)

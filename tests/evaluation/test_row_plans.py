@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from conftest import write_tiny_base, write_tiny_expert
 
-from deme_cli.artifacts import write_artifact
+from deme_cli.artifacts import SamplesRecord, write_artifact
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.row_plans import folder_rows, plan_rows
-from deme_cli.records import SamplesRecord
 
 EXPERTS = [f"ft_{index}of4.safetensors" for index in range(1, 5)]
 
@@ -96,7 +95,7 @@ def test_what_cannot_be_measured_is_refused(run_folder: Path) -> None:
     Path("broken.safetensors").write_bytes(b"12")
     with pytest.raises(ArtifactError, match="not a whole safetensors"):
         table("broken.safetensors")
-    from deme_cli.records import StatisticsRecord
+    from deme_cli.artifacts import StatisticsRecord
 
     record = StatisticsRecord(n=2, extractor={}, resize="none", source="x")
     write_artifact(Path("ref.safetensors"), {"mu": np.zeros(2)}, record)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deme_cli.artifacts import write_artifact
+from deme_cli.artifacts import StatisticsRecord, write_artifact
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.weights import (
     DIGITS_PATH,
@@ -15,7 +15,6 @@ from deme_cli.evaluation.weights import (
     find_weights,
     require_same_extractor,
 )
-from deme_cli.records import StatisticsRecord
 
 
 def statistics_record(**changes: object) -> StatisticsRecord:

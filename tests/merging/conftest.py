@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deme_cli.artifacts import write_artifact
-from deme_cli.records import BaseRecord, ExpertRecord
+from deme_cli.artifacts import BaseRecord, ExpertRecord, write_artifact
 from deme_cli.timesteps import split_uniform
 
 Weights = Mapping[str, Tensor]

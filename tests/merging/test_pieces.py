@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from deme_cli.artifacts import write_artifact
+from deme_cli.artifacts import StatisticsRecord, write_artifact
 from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.files import read_header, tensor_bytes
 from deme_cli.merging.pieces import Sources, WriteBehind, plan_runs, to_bytes, to_numbers
-from deme_cli.records import StatisticsRecord
-from deme_cli.tensor_file import read_header, tensor_bytes
 
 RECORD = StatisticsRecord(n=0, extractor={}, resize="", source="")
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from deme_cli.artifacts import ExpertRecord
 from deme_cli.errors import ConfigError
 from deme_cli.merging.power_ema import (
     coefficients_for_length,
@@ -12,7 +13,6 @@ from deme_cli.merging.power_ema import (
     misfit,
     post_hoc_coefficients,
 )
-from deme_cli.records import ExpertRecord
 from deme_cli.training.power_profile import beta, gamma_of
 
 SAVED = [(t, gamma_of(length)) for t in range(1000, 20001, 1000) for length in (0.05, 0.10)]

@@ -15,13 +15,13 @@ import torch
 
 from deme_cli.artifacts import ArtifactWriter, load_tensors, read_record, write_artifact
 from deme_cli.errors import ArtifactError, MissingError, NumericsError
+from deme_cli.files import read_header, tensor_bytes
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.combine import merge_family
 from deme_cli.merging.lineage import open_family, open_parents
 from deme_cli.merging.methods.known import METHODS, MethodSettings
 from deme_cli.merging.replay import replay as replay_with
 from deme_cli.run_file import RunFile
-from deme_cli.tensor_file import read_header, tensor_bytes
 
 W = Coefficients((0.25, 0.75), {"mid_block.*": (1.0, 0.0), "conv_*": (0.5, 0.5)})
 MERGED, AGAIN = Path("merged.safetensors"), Path("again.safetensors")

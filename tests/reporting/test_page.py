@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deme_cli.artifacts import load_tensors, read_record, write_artifact
-from deme_cli.records import SamplesRecord
+from deme_cli.artifacts import SamplesRecord, load_tensors, read_record, write_artifact
 from deme_cli.reporting.folder import open_folder
 from deme_cli.reporting.page import gather, render
 

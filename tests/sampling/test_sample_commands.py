@@ -23,14 +23,14 @@ from deme_cli.artifacts import fingerprint_file, load_tensors, read_record, writ
 from deme_cli.config import SampleConfig
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import Stopped
-from deme_cli.outputs import claim
+from deme_cli.files import read_header
+from deme_cli.jobs import claim
 from deme_cli.sampling.draw import draw_samples
 from deme_cli.sampling.noise import image_seed
 from deme_cli.sampling.preview import grid
 from deme_cli.sampling.protocol import protocol_card
 from deme_cli.sampling.sampler import single
 from deme_cli.sampling.store import Order
-from deme_cli.tensor_file import read_header
 
 Deme = Callable[..., Result]
 BASE, OUTPUT = Path("base.safetensors"), Path("out.safetensors")

@@ -14,13 +14,12 @@ from conftest import TINY_MODEL, TINY_SCHEDULER
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor, nn
 
-from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.artifacts import BaseRecord, load_tensors, read_record, write_artifact
 from deme_cli.config import SAMPLERS, SPACINGS, SampleConfig
 from deme_cli.diffusion.denoiser import Denoiser, build_network
 from deme_cli.diffusion.projection import attach_projections, has_projections
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import NumericsError
-from deme_cli.records import BaseRecord
 from deme_cli.sampling import sampler as sampler_module
 from deme_cli.sampling.ensemble import open_ensemble
 from deme_cli.sampling.noise import image_seed

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import TINY_MODEL, TINY_SCHEDULER
 
+from deme_cli.artifacts import BaseRecord
 from deme_cli.config import SampleConfig
 from deme_cli.data.prompts import PromptSet
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
-from deme_cli.records import BaseRecord
 from deme_cli.sampling import finish
 from deme_cli.sampling import sampler as sampler_module
 from deme_cli.sampling.protocol import protocol_card

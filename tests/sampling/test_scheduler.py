@@ -11,11 +11,11 @@ from conftest import TINY_MODEL, TINY_SCHEDULER
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from deme_cli.artifacts import BaseRecord
 from deme_cli.config import SAMPLERS, SPACINGS, SampleConfig
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.schedule import PREDICTIONS, read_schedule
 from deme_cli.errors import ConfigError
-from deme_cli.records import BaseRecord
 from deme_cli.sampling.sampler import collect_images, single
 from deme_cli.sampling.scheduler import SCHEDULERS, build_scheduler, name_sampler, take_step
 

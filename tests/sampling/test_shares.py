@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from deme_cli.config import SampleConfig
-from deme_cli.launch import Launch
-from deme_cli.processes import World
+from deme_cli.distributed import Launch, World
 from deme_cli.sampling.batch import Timestep, denoise, draw_batch
 from deme_cli.sampling.compiled import Step
 from deme_cli.sampling.ensemble import open_ensemble

@@ -13,10 +13,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 from typer.testing import Result
 
-from deme_cli.artifacts import read_record, write_artifact
+from deme_cli.artifacts import BaseRecord, ExpertRecord, read_record, write_artifact
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.checkpoints import open_denoiser
-from deme_cli.records import BaseRecord, ExpertRecord
 from deme_cli.sampling.noise import image_seed
 from deme_cli.timesteps import split_uniform
 

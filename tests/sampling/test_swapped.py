@@ -14,11 +14,11 @@ from conftest import TINY_MODEL
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from deme_cli.artifacts import BaseRecord
 from deme_cli.config import SAMPLERS, SampleConfig
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ConfigError
-from deme_cli.records import BaseRecord
 from deme_cli.sampling.noise import image_seed
 from deme_cli.sampling.sampler import collect_images, single
 from deme_cli.sampling.scheduler import SCHEDULERS, build_scheduler, name_sampler

@@ -16,13 +16,12 @@ from conftest import write_tiny_base
 from torch import Tensor
 
 from deme_cli.artifacts import load_tensors, read_record
-from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.config import MULTITASK, WEIGHTINGS, DataConfig, FinetuneConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import ConfigError, Stopped
-from deme_cli.finetune_config import MULTITASK, WEIGHTINGS
+from deme_cli.files import read_header
 from deme_cli.run_file import RunFile
-from deme_cli.tensor_file import read_header
 from deme_cli.timesteps import TimestepRange, parse_range
 from deme_cli.training.batches import BatchSource
 from deme_cli.training.clusters import cluster_draws

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from deme_cli.analysis_config import GradientConfig
+from deme_cli.analysis.settings import GradientConfig
 from deme_cli.diffusion.schedule import FlowSchedule, NoiseSchedule, read_schedule
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.timesteps import TimestepRange, require_cover, split_uniform

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
-from deme_cli.processes import ALONE
+from deme_cli.distributed import ALONE
 from deme_cli.timesteps import TimestepRange, parse_range
 from deme_cli.training.cost import PassCost, count_passes, flops_per_update
 from deme_cli.training.examples import PixelExamples

@@ -23,9 +23,8 @@ from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.conditions import concatenate
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.diffusion.schedule import Schedule
+from deme_cli.distributed import Launch, World
 from deme_cli.errors import ConfigError
-from deme_cli.launch import Launch
-from deme_cli.processes import World
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import Batch, BatchSource
 from deme_cli.training.data_parallel import add_up_gradients, buckets, share_of

@@ -13,7 +13,7 @@ from deme_cli.config import DataConfig
 from deme_cli.diffusion.companions import Companions, open_companions
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.errors import ArtifactError, MissingError
-from deme_cli.outputs import claim
+from deme_cli.jobs import claim
 from deme_cli.training import cache_filling, latent_cache
 from deme_cli.training.examples import LatentExamples
 from deme_cli.training.materials import cache_size, fill_caches, open_examples

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from deme_cli.artifacts import load_tensors
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.diffusion.denoiser import load_denoiser
+from deme_cli.distributed import ALONE, Launch, World
 from deme_cli.errors import ConfigError, MissingError
-from deme_cli.launch import Launch
-from deme_cli.processes import ALONE, World
 from deme_cli.training.averages import Average
 from deme_cli.training.finetune import open_state, train
 from deme_cli.training.gradients import Gradients, too_many_weights

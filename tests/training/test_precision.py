@@ -18,7 +18,7 @@ from deme_cli.artifacts import fingerprint_file, load_tensors, read_record
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
-from deme_cli.processes import ALONE
+from deme_cli.distributed import ALONE
 from deme_cli.timesteps import parse_range
 from deme_cli.training.batches import Batch, BatchSource
 from deme_cli.training.clusters import cluster_draws

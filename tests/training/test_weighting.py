@@ -11,9 +11,9 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
+from deme_cli.config import WEIGHTINGS
 from deme_cli.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule, read_schedule
 from deme_cli.errors import ConfigError
-from deme_cli.finetune_config import WEIGHTINGS
 from deme_cli.training.weighting import loss_weights
 
 LINEAR = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}

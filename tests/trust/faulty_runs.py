@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from deme_cli.artifacts import fingerprint_file, read_record, record_of
-from deme_cli.tensor_file import read_header
+from deme_cli.files import read_header
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {

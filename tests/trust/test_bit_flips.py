@@ -15,10 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deme_cli.artifacts import read_record, write_artifact
-from deme_cli.commands.inspect import inspect
-from deme_cli.errors import ArtifactError
-from deme_cli.records import (
+from deme_cli.artifacts import (
     BaseRecord,
     ExpertRecord,
     MergedRecord,
@@ -27,9 +24,12 @@ from deme_cli.records import (
     StatisticsRecord,
     TaskVectorRecord,
     parse_record,
+    read_record,
+    write_artifact,
 )
-from deme_cli.seal import require_intact, sealed
-from deme_cli.tensor_file import read_header
+from deme_cli.commands.inspect import inspect
+from deme_cli.errors import ArtifactError
+from deme_cli.files import read_header, require_intact, with_checksum
 
 MARK = "ab" * 32
 MODEL = {"source": "tiny", "model_config": {"sample_size": 8}, "num_train_timesteps": 100,
@@ -141,7 +141,7 @@ def test_a_damaged_record_is_refused_by_every_reader_not_by_verify_alone(artifac
             read(artifact)
 
 
-def test_a_file_from_before_there_were_seals_is_read(artifact: Path) -> None:
+def test_a_file_from_before_there_were_checksums_is_read(artifact: Path) -> None:
     record = read_record(artifact)
     header = read_header(artifact)
     document = json.loads(header.metadata["deme"])
@@ -151,22 +151,22 @@ def test_a_file_from_before_there_were_seals_is_read(artifact: Path) -> None:
     inspect([artifact], verify=True, quiet=True)
 
 
-def test_a_tool_that_keeps_the_metadata_keeps_the_seal(artifact: Path) -> None:
+def test_a_tool_that_keeps_the_metadata_keeps_the_checksum(artifact: Path) -> None:
     metadata = read_header(artifact).metadata
     save_file(load_file(artifact), artifact, metadata)
     inspect([artifact], verify=True, quiet=True)
 
 
-def test_a_seal_is_the_documented_hash() -> None:
+def test_a_checksum_is_the_documented_hash() -> None:
     import hashlib
 
     digest = hashlib.sha256(b'{"a": 1}').hexdigest()
-    assert sealed('{"a": 1}') == f'{{"a": 1, "digest": "{digest}"}}'
+    assert with_checksum('{"a": 1}') == f'{{"a": 1, "digest": "{digest}"}}'
     require_intact('{"a": 1}', "here")
     require_intact("", "here")
 
 
-def test_a_damaged_seal_does_not_pass_for_none() -> None:
+def test_a_damaged_checksum_does_not_pass_for_none() -> None:
     text = RECORDS["base"].to_json()
     start = text.index(', "digest"')
     for place in range(start, len(text)):
@@ -186,7 +186,7 @@ def test_another_format_than_the_contract_says_is_named(tmp_path: Path) -> None:
         read_record(path)
 
 
-def test_the_seal_adds_seventy_eight_bytes(tmp_path: Path) -> None:
+def test_the_checksum_adds_seventy_eight_bytes(tmp_path: Path) -> None:
     record = replace(RECORDS["base"], fingerprint=MARK)
     text = record.to_json()
     assert (

@@ -16,10 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from deme_cli.artifacts import fingerprint_file, load_tensors, read_record, write_artifact
+from deme_cli.artifacts import (
+    BaseRecord,
+    fingerprint_file,
+    load_tensors,
+    read_record,
+    write_artifact,
+)
 from deme_cli.errors import ArtifactError, DemeError, MissingError
-from deme_cli.records import BaseRecord
-from deme_cli.tensor_file import read_header
+from deme_cli.files import read_header
 
 BYTES_PER_HEADER_BYTE = 30  # what parsing may take: an empty list is 3 bytes there, 64 in memory
 CONSTANT_BYTES = 1 << 20

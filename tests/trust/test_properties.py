@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from deme_cli.artifacts import KINDS, ExpertRecord, Record, parse_record
 from deme_cli.commands.merge import _parse_coefficients_for as parse_coefficients_for
 from deme_cli.config import TABLES, SplitConfig
 from deme_cli.errors import ArtifactError, ConfigError, DemeError
@@ -24,7 +25,6 @@ from deme_cli.ladder import parse_ladder
 from deme_cli.merging.coefficients import Coefficients, block_name, groups_of, require_matches
 from deme_cli.merging.request import parse_time
 from deme_cli.merging.search.space import grid_points, resolve_bounds, resolve_grid
-from deme_cli.records import KINDS, ExpertRecord, Record, parse_record
 from deme_cli.run_file import read_run_file, render_run_file
 from deme_cli.settings import parse_lists, parse_numbers
 from deme_cli.timesteps import (
@@ -202,7 +202,7 @@ def a_changed_entry_of_a_record_gives_a_record_or_an_artifact_error(
     found = only(ArtifactError, parse_record, json.dumps(lacking), "here")
     assert found is None or isinstance(found, Record)
     only(ArtifactError, parse_record, json.dumps(value), "here")
-    with pytest.raises(ArtifactError):  # sealed, and changed under the seal
+    with pytest.raises(ArtifactError):  # its checksum fits no more
         parse_record(json.dumps({**json.loads(record.to_json()), "unknown": value}), "here")
 
 

@@ -23,7 +23,7 @@ from deme_cli.errors import NumericsError
 from deme_cli.evaluation.features import Extractor
 from deme_cli.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
 from deme_cli.evaluation.kid import kernel_distance
-from deme_cli.outputs import write_whole
+from deme_cli.files import write_whole
 from deme_cli.sampling.sampler import ImageBatch, SamplingExpert, StepProgress, sample_images
 from deme_cli.sampling.scene import Scene
 from deme_cli.training.held_out import Check

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, writing
+from deme_cli.jobs import file_lock, holder_of
 from deme_cli.merging.search.trials import Trial
-from deme_cli.outputs import file_lock, holder_of
 
 if TYPE_CHECKING:
     from optuna.storages import JournalStorage

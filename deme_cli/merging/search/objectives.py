@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import DataConfig, MergeConfig, SampleConfig
 from deme_cli.data.images import open_images
 from deme_cli.data.prompts import PromptSet, read_prompts
@@ -28,7 +29,6 @@ from deme_cli.ladder import Rung
 from deme_cli.merging.search.distances import FeatureStore, GeneratedDistance
 from deme_cli.merging.search.losses import ExpertsLoss, HeldOutLoss
 from deme_cli.merging.search.measure import Measure
-from deme_cli.records import DenoiserRecord
 from deme_cli.sampling.sampler import SamplingExpert
 from deme_cli.sampling.scene import Scene, open_scene
 from deme_cli.sampling.scheduler import name_sampler

@@ -11,12 +11,11 @@ import torch
 from conftest import write_tiny_base, write_tiny_expert
 from torch import Tensor
 
-from deme_cli.artifacts import load_tensors
+from deme_cli.artifacts import MergedRecord, load_tensors
 from deme_cli.diffusion.projection import PREFIX
 from deme_cli.merging.combine import merge_family
 from deme_cli.merging.lineage import Family, open_family, open_parents
 from deme_cli.merging.methods.known import MethodSettings
-from deme_cli.records import MergedRecord
 
 PROJECTION = f"{PREFIX}.mid_block.weight"
 ROUNDOFF = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -2,14 +2,18 @@
 
 Looked for in the folder of DEME_CACHE, then where the library that publishes or uses them keeps its
 own copy. They are fetched only where their host answers at once, so that a machine without network
-is told within two seconds what to put where. Nothing here imports torch.
+is told within seconds what to put where: the hub's own libraries retry for half a minute. Nothing
+here imports torch.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import os
+import re
+import sys
 import threading
 import time
 import urllib.error
@@ -19,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deme_cli.errors import ArtifactError, MissingError, reading
-from deme_cli.outputs import write_whole
+from deme_cli.files import write_whole
 
 _ANSWER_SECONDS = 1.0
 _READ_SECONDS = 30.0
@@ -97,7 +101,7 @@ def _unreachable(urls: Sequence[str]) -> str | None:
     answered: set[str] = set()
 
     def ask(url: str) -> None:
-        if _answers(url):
+        if _host_answers(url):
             answered.add(url)
 
     threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]
@@ -110,7 +114,7 @@ def _unreachable(urls: Sequence[str]) -> str | None:
     return f"no answer from {silent[0].split('/')[2]}" if silent else None
 
 
-def _answers(url: str) -> bool:
+def _host_answers(url: str) -> bool:
     try:
         request = urllib.request.Request(url, method="HEAD")
         with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS):
@@ -155,3 +159,68 @@ def _checked_pieces(asset: Asset, on_progress: Callable[[int, int], None]) -> It
             f"{asset.name}: {asset.url} sent a file with sha256 {digest.hexdigest()}, "
             f"expected {asset.sha256}; nothing was kept"
         )
+
+
+_HUB_SECONDS = 4.0
+_OFFLINE = "HF_HUB_OFFLINE"  # the variable, and what the libraries made of it
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` has the form owner/name."""
+    return bool(_HUB_ID.fullmatch(text))
+
+
+def offline_reason() -> str | None:
+    """Why the hub cannot be asked, or None if it answers."""
+    if os.environ.get(_OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE"):
+        return f"{_OFFLINE} is set"
+    return None if _hub_answers() else f"the hub did not answer within {_HUB_SECONDS:.0f} s"
+
+
+def stay_offline() -> None:
+    """Tell the hub's libraries, imported or not, to look in their caches only."""
+    os.environ[_OFFLINE] = "1"
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            setattr(sys.modules[name], _OFFLINE, True)
+
+
+def is_dataset_cached(hub_id: str) -> bool:
+    """Whether the caches hold anything of a hub dataset."""
+    from huggingface_hub import constants
+
+    prepared = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
+    return (
+        Path(prepared, hub_id.replace("/", "___").lower()).exists()
+        or Path(prepared, hub_id.replace("/", "___")).exists()
+        or Path(constants.HF_HUB_CACHE, f"datasets--{hub_id.replace('/', '--')}").exists()
+    )
+
+
+def is_model_cached(hub_id: str) -> bool:
+    """Whether the cache holds anything of a hub model."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").exists()
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Whether the hub's endpoint answers; in a thread, since resolving a name knows no timeout."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    heard = threading.Event()
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
+        except Exception:  # whatever the HTTP library of the day raises, it did not answer
+            return
+        heard.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_HUB_SECONDS)
+    return heard.is_set()

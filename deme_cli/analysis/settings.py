@@ -11,7 +11,6 @@ from deme_cli.errors import ConfigError
 from deme_cli.settings import Settings, setting
 from deme_cli.timesteps import TimestepRange, split_uniform
 
-AFFINITY_NAME = "gradients.json"  # what gradients are written to, by which a split may cluster
 SPLITS = ("train", "held-out")  # of the images that are looked at
 _BATCH = "--batch-size -b"
 
