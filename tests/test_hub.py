@@ -54,7 +54,7 @@ def test_a_hub_that_refuses_is_told_at_once(endpoint: HTTPServer) -> None:
 def test_a_hub_that_says_nothing_is_given_up(
     endpoint: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "_SECONDS", 0.3)
+    monkeypatch.setattr(fetch, "_HUB_SECONDS", 0.3)
     began = time.monotonic()
     assert "did not answer" in offline_reason()
     assert time.monotonic() - began < 7
