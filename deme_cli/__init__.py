@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from deme_cli.api.drawing import sample as sample
     from deme_cli.api.evaluating import Evaluation as Evaluation
     from deme_cli.api.evaluating import evaluate as evaluate
-    from deme_cli.api.exporting import export as export
     from deme_cli.api.finetuning import finetune as finetune
     from deme_cli.api.finetuning import train_base as train_base
     from deme_cli.api.inspecting import Inspected as Inspected
@@ -52,26 +51,29 @@ if TYPE_CHECKING:
     from deme_cli.api.merging import show_search as show_search
     from deme_cli.api.reporting import WrittenReport as WrittenReport
     from deme_cli.api.reporting import report as report
-    from deme_cli.api.splitting import SplitResult as SplitResult
-    from deme_cli.api.splitting import split as split
     from deme_cli.api.statistics import reference_statistics as reference_statistics
     from deme_cli.api.vectors import TaskVectors as TaskVectors
     from deme_cli.api.vectors import task_vector as task_vector
     from deme_cli.console import set_quiet as set_quiet
+    from deme_cli.diffusion.export import ExportCheck as ExportCheck
+    from deme_cli.diffusion.export import export as export
     from deme_cli.run_file import RunFile as RunFile
     from deme_cli.run_file import read_run_file as read_run_file
+    from deme_cli.training.split import SplitResult as SplitResult
+    from deme_cli.training.split import split as split
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "split": "api.splitting", "SplitResult": "api.splitting",
+    "split": "training.split", "SplitResult": "training.split",
     "finetune": "api.finetuning", "train_base": "api.finetuning",
     "task_vector": "api.vectors", "TaskVectors": "api.vectors",
     "merge": "api.merging", "search": "api.merging", "MergeResult": "api.merging",
     "replay": "api.merging",
     "sample": "api.drawing", "ensemble_sample": "api.drawing", "Images": "api.drawing",
     "evaluate": "api.evaluating", "Evaluation": "api.evaluating",
-    "reference_statistics": "api.statistics", "export": "api.exporting",
+    "reference_statistics": "api.statistics", "export": "diffusion.export",
+    "ExportCheck": "diffusion.export",
     **{
         f"analyze_{name}": f"analysis.{name}"
         for name in ("losses", "gradients", "activations", "landscape", "task_vectors")

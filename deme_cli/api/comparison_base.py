@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deme_cli import console
-from deme_cli.api.splitting import split
 from deme_cli.config import CONFIG_NAME, SplitConfig
 from deme_cli.errors import ConfigError
 from deme_cli.run_file import RunFile, read_run_file
+from deme_cli.training.split import split
 
 if TYPE_CHECKING:
     from deme_cli.comparison.plan import Plan

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.api import exporting
 from deme_cli.artifacts import read_record
 from deme_cli.commands.options import Force, Json, Pipeline, Quiet
 
@@ -35,8 +34,10 @@ def export(
 
     Example: deme export merged.safetensors my-ddpm
     """
+    import deme_cli as deme
+
     console.set_quiet(quiet)
-    check = exporting.export(merged, folder, pipeline=pipeline, force=force)
+    check = deme.export(merged, folder, pipeline=pipeline, force=force)
     console.note(
         f"check: the pipeline, loaded again, differs from {merged} by at most "
         f"{check.max_difference:.3g} at timesteps {', '.join(map(str, check.timesteps))} (float32)"

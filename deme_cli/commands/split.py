@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deme_cli import console
-from deme_cli.api import splitting
-from deme_cli.api.splitting import AFFINITY_NAME, SplitResult
 from deme_cli.commands.options import (
     DryRun,
     Force,
@@ -20,8 +18,11 @@ from deme_cli.commands.options import (
     Quiet,
     takes_settings,
 )
-from deme_cli.config import CONFIG_NAME, ModelConfig, SplitConfig
+from deme_cli.config import AFFINITY_NAME, CONFIG_NAME, ModelConfig, SplitConfig
 from deme_cli.run_file import RunFile
+
+if TYPE_CHECKING:
+    from deme_cli import SplitResult
 
 Model = Annotated[
     str | None,
@@ -82,12 +83,15 @@ def split(
 
     Example: deme split digits -n 4
     """
+    import deme_cli as deme
+
     console.set_quiet(quiet)
     settings = RunFile().settings(SplitConfig, **given)
-    done = splitting.split(
-        model, settings, data=data, gradients=gradients, pipeline=pipeline, variant=variant,
-        output=output, force=force, dry_run=dry_run,
-    )  # fmt: skip
+    with console.waiting("loading the libraries and the model"):
+        done = deme.split(
+            model, settings, data=data, gradients=gradients, pipeline=pipeline, variant=variant,
+            output=output, force=force, dry_run=dry_run,
+        )  # fmt: skip
     _show(done)
     paths = [] if dry_run else [done.base, done.config]
     console.result_paths(paths, as_json=as_json, dry_run=dry_run, **done.facts)

@@ -1,10 +1,10 @@
-"""A denoiser as a diffusers pipeline folder, checked against the denoiser it came from.
+"""`export`: a denoiser as a diffusers pipeline folder, checked against the artifact it came from.
 
 The folder is written beside its place and renamed when it is whole and its outputs are those of the
 artifact. Frozen parts (VAE, text encoders, tokenizers) are copied byte for byte from the pipeline
 that the base came from. Block projections cannot be folded into a diffusers network (the skips are
 taken before them, and every consumer begins with a norm), so such artifacts are refused, never
-exported without them.
+exported without them. Torch is imported when the arguments are known to be good.
 """
 
 from __future__ import annotations
@@ -17,20 +17,30 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from deme_cli.diffusion.companions import Companions
-from deme_cli.diffusion.conditions import Conditions
-from deme_cli.diffusion.denoiser import Denoiser, predict
+from deme_cli import console
+from deme_cli.artifacts import (
+    BaseRecord,
+    DenoiserRecord,
+    ExpertRecord,
+    MergedRecord,
+    TaskVectorRecord,
+    record_of,
+)
 from deme_cli.diffusion.model_files import INDEX, read_json, read_scheduler
-from deme_cli.diffusion.schedule import complete_config, scheduler_of
-from deme_cli.errors import NumericsError, writing
+from deme_cli.errors import ArtifactError, ConfigError, NumericsError, writing
+from deme_cli.files import Header, read_header, require_space
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deme_cli.diffusion.companions import Companions
+    from deme_cli.diffusion.denoiser import Denoiser
 
 LARGEST_DIFFERENCE = 1e-5
 _LATENT_SIDE = 32  # pixels of x_t for the check, at most: it is the weights that are compared
+_PROJECTIONS = "channel_projection."
 
 
 @dataclass(frozen=True)
@@ -41,26 +51,37 @@ class ExportCheck:
     timesteps: list[int]
 
 
-def export_pipeline(
-    denoiser: Denoiser, companions: Companions, folder: Path, card: str, *, force: bool = False
+def export(
+    artifact: Path, folder: Path, *, pipeline: str | None = None, force: bool = False
 ) -> ExportCheck:
-    """Write `denoiser` as a diffusers pipeline with the model card `card`, whole or not at all.
+    """Write a diffusers pipeline folder with a model card; load it again and compare.
 
-    Raises NumericsError if the denoiser, loaded again, does not give the same outputs; MissingError
-    if the disk refuses. `force` replaces a folder that is there.
+    artifact: a merged artifact, a base or an expert.   pipeline: where the frozen parts of a latent
+    model are; None for where it came from. Raises ArtifactError (block projections, another kind of
+    artifact), ConfigError (the folder exists), MissingError, NumericsError if the denoiser, loaded
+    again, does not give the same outputs; then nothing is written.
     """
+    record = _require_plain_denoiser(read_header(artifact))
+    _require_folder(folder, force=force)
+    require_space(folder, artifact.stat().st_size)
+
     from diffusers.utils import logging as remarks
+
+    from deme_cli.diffusion.companions import open_companions
+    from deme_cli.diffusion.denoiser import load_denoiser
+    from deme_cli.diffusion.model_card import model_card
 
     remarks.set_verbosity(logging.CRITICAL)
     remarks.disable_progress_bar()
+    companions, denoiser = open_companions(record, pipeline=pipeline), load_denoiser(artifact)
+    backbone = denoiser.backbone
     with writing(folder), _whole_folder(folder, force=force) as partial:
         if companions.folder is None:
             _write_pixel_pipeline(denoiser, partial)
         else:
             companions.require_same()
             _write_parts(denoiser, companions, companions.folder, partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        backbone = denoiser.backbone
+        (partial / "README.md").write_text(model_card(record, artifact), encoding="utf-8")
         loaded = backbone.network_class.from_pretrained(
             partial / backbone.part, local_files_only=True
         )
@@ -70,53 +91,78 @@ def export_pipeline(
                 f"{folder}: the exported pipeline differs from the artifact by "
                 f"{check.max_difference:.3g}; nothing was written"
             )
+    if isinstance(record, ExpertRecord):
+        console.warn(f"{artifact} is the expert of timesteps {record.timesteps} only")
     return check
 
 
-@torch.inference_mode()
+def _require_plain_denoiser(header: Header) -> DenoiserRecord:
+    """The record of an artifact that plain diffusers can hold."""
+    record = record_of(header)
+    is_vector = isinstance(record, TaskVectorRecord)
+    if is_vector or not isinstance(record, (BaseRecord, ExpertRecord, MergedRecord)):
+        raise ArtifactError(
+            f"{header.path}: expected a base, expert or merged artifact, found {record.kind!r}"
+        )
+    if any(name.startswith(_PROJECTIONS) for name in header.tensors):
+        raise ArtifactError(
+            f"{header.path}: carries block projections, which no diffusers network has and which "
+            f"cannot be folded into one (skips are taken before them); finetune with "
+            f"--projection fold to export, or use it with `deme sample`"
+        )
+    return record
+
+
+def _require_folder(folder: Path, *, force: bool) -> None:
+    """Only an exported pipeline is ever replaced, and only with --force."""
+    with writing(folder):
+        if not folder.exists():
+            return
+    if not force:
+        raise ConfigError(f"{folder} exists; add --force to replace it, or choose another DIR")
+    if not (folder / INDEX).exists():
+        raise ConfigError(
+            f"{folder} is no diffusers pipeline and is not replaced; choose another DIR"
+        )
+
+
 def compare(denoiser: Denoiser, network: nn.Module) -> ExportCheck:
-    """How far `network` is from `denoiser` at x_t drawn for five timesteps from 0 to T - 1."""
-    last = denoiser.schedule.num_train_timesteps - 1
+    """How far `network` is from `denoiser` at x_t drawn for five timesteps from 0 to T - 1.
+
+    The conditions are standard normal numbers, and class 0: no text encoder is needed.
+    """
+    import torch
+
+    from deme_cli.diffusion.denoiser import predict
+
+    last, device, largest = denoiser.schedule.num_train_timesteps - 1, denoiser.device, 0.0
     timesteps = sorted({last * part // 4 for part in range(5)})
     generator = torch.Generator().manual_seed(0)
-    largest = 0.0
-    network = network.to(denoiser.device).eval()
-    shape = _small(denoiser)
-    given = _any_conditions(denoiser, generator)
-    for t in timesteps:
-        x_t = torch.randn(1, *shape, generator=generator).to(denoiser.device)
-        time = denoiser.schedule.times(torch.tensor([t], device=denoiser.device))
-        difference = predict(network, x_t, time, given) - predict(
-            denoiser.network, x_t, time, given
-        )
-        largest = max(largest, difference.abs().max().nan_to_num(torch.inf).item())
-    return ExportCheck(largest, timesteps)
-
-
-def _small(denoiser: Denoiser) -> tuple[int, int, int]:
-    """The shape of x_t for the check: the model's own, or smaller where any size will do."""
-    channels, height, width = denoiser.sample_shape
-    if denoiser.backbone.wants != "text":
-        return channels, height, width
-    return channels, min(height, _LATENT_SIDE), min(width, _LATENT_SIDE)
-
-
-def _any_conditions(denoiser: Denoiser, generator: torch.Generator) -> Conditions:
-    """Random conditions of the right shapes: no text encoder is needed to compare two networks."""
+    shape = list(denoiser.sample_shape)
+    if denoiser.backbone.wants == "text":  # any size will do
+        shape[1:] = (min(side, _LATENT_SIDE) for side in shape[1:])
     shapes = denoiser.backbone.condition_shapes(denoiser.record.model_config)
-    return {name: _draw(shape, generator).to(denoiser.device) for name, shape in shapes.items()}
-
-
-def _draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard normal numbers (1, *shape), or class 0 where the shape is ()."""
-    if not shape:
-        return torch.zeros(1, dtype=torch.long)
-    return torch.randn(1, *shape, generator=generator)
+    given = {
+        name: torch.randn(1, *own, generator=generator).to(device)
+        if own
+        else torch.zeros(1, dtype=torch.long, device=device)
+        for name, own in shapes.items()
+    }
+    networks = (network.to(device).eval(), denoiser.network)
+    for t in timesteps:
+        x_t = torch.randn(1, *shape, generator=generator).to(device)
+        time = denoiser.schedule.times(torch.tensor([t], device=device))
+        with torch.inference_mode():
+            theirs, ours = (predict(one, x_t, time, given) for one in networks)
+        largest = max(largest, (theirs - ours).abs().max().nan_to_num(torch.inf).item())
+    return ExportCheck(largest, timesteps)
 
 
 def _write_pixel_pipeline(denoiser: Denoiser, target: Path) -> None:
     """DDIMPipeline for a DDIM checkpoint; anything else is sampled by DDPM, as it was trained."""
     from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
+
+    from deme_cli.diffusion.schedule import scheduler_of
 
     config = denoiser.record.scheduler_config
     kind: Any = DDIMPipeline if config.get("_class_name") == "DDIMScheduler" else DDPMPipeline
@@ -135,27 +181,25 @@ def _write_scheduler(config: Mapping[str, Any], target: Path) -> None:
 
 def _write_parts(denoiser: Denoiser, companions: Companions, source: Path, target: Path) -> None:
     """The pipeline's index and frozen parts as they are, with this denoiser in its place."""
-    from diffusers.models import ModelMixin
+    from deme_cli.diffusion.schedule import complete_config
 
-    network, backbone = denoiser.network, denoiser.backbone
-    assert isinstance(network, ModelMixin)
+    network: Any = denoiser.network
+    backbone, config = denoiser.backbone, denoiser.record.scheduler_config
     index = read_json(source / INDEX)
     unusual = companions.unusual_parts(index)
     for name, value in index.items():
         listed = isinstance(value, list) and bool(value[0])
         if not listed or name in (backbone.part, "scheduler"):
             continue
-        if (source / name).is_dir():
-            if name in unusual:
-                unusual[name].save_pretrained(target / name)
-            else:
-                shutil.copytree(source / name, target / name)
+        if name in unusual:
+            unusual[name].save_pretrained(target / name)
+        elif (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
         else:  # a safety checker that was not fetched: the pipeline loads without it
             index[name] = [None, None]
     if index.get("safety_checker") == [None, None]:
         index["requires_safety_checker"] = False
     index[backbone.part] = ["diffusers", backbone.class_name]
-    config = denoiser.record.scheduler_config
     index["scheduler"] = ["diffusers", config["_class_name"]]
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     network.save_pretrained(target / backbone.part)
@@ -169,24 +213,19 @@ def _write_parts(denoiser: Denoiser, companions: Companions, source: Path, targe
 @contextmanager
 def _whole_folder(folder: Path, *, force: bool) -> Iterator[Path]:
     """A folder beside `folder` that takes its place if the body ends well, else goes."""
-    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    replaced = folder.parent / f".{folder.name}.{os.getpid()}.replaced"
+    partial, replaced = (
+        folder.parent / f".{folder.name}.{os.getpid()}.{what}" for what in ("partial", "replaced")
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir()
     try:
         yield partial
-        for path in partial.rglob("*"):
-            _sync(path)
+        for path in filter(Path.is_file, partial.rglob("*")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         if force and folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's bytes reach the disk before it is given its name."""
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

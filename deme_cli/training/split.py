@@ -1,0 +1,233 @@
+"""`split`: a pretrained model as a base artifact, its timesteps divided, and a deme.toml.
+
+What can be told from options and headers is checked before a heavy library is imported.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deme_cli import console
+from deme_cli.artifacts import read_record, write_artifact
+from deme_cli.config import AFFINITY_NAME, CONFIG_NAME, ModelConfig, SampleConfig, SplitConfig
+from deme_cli.data.digits import DIGITS_REMARK, DIGITS_SETTINGS
+from deme_cli.data.image_source import KNOWN_DATASETS, find_image_source
+from deme_cli.diffusion.model_files import locate_model, peek_timesteps
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, writing
+from deme_cli.files import require_output, write_whole
+from deme_cli.run_file import RunFile, read_run_file, render_run_file
+from deme_cli.timesteps import TimestepRange, require_cover, split_uniform
+from deme_cli.training.affinity import Affinity, read_affinity, require_affinity
+
+if TYPE_CHECKING:
+    from deme_cli.artifacts import BaseRecord
+    from deme_cli.diffusion.backbones.backbone import Backbone
+    from deme_cli.diffusion.schedule import Schedule
+
+# Training data guessed from a model's name, by a word in it.
+_DATA_BY_NAME = {
+    "digits": "digits", "cifar10": "cifar10", "cifar-10": "cifar10", "church": "lsun-church",
+    "bedroom": "lsun-bedroom",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One range: the timesteps training draws in it, and the SNR at its ends in dB."""
+
+    range: TimestepRange
+    num_draws: int
+    snr_first: float
+    snr_last: float
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """A base and the ranges of its timesteps. `facts`: what `deme split --json` tells of them."""
+
+    base: Path
+    config: Path
+    record: BaseRecord
+    parts: list[Part]
+    facts: dict[str, Any]
+
+    @property
+    def run(self) -> RunFile:
+        """The settings that were written, for the functions that come next."""
+        return read_run_file(self.config)
+
+
+def split(
+    model: str | None = None,
+    settings: SplitConfig | None = None,
+    *,
+    data: str | None = None,
+    gradients: Path | None = None,
+    pipeline: str | None = None,
+    variant: str | None = None,
+    output: Path = Path("."),
+    force: bool = False,
+    dry_run: bool = False,
+) -> SplitResult:
+    """Import a pretrained model and divide its timesteps [0, T) into ranges, one expert each.
+
+    model: digits (also if None), a diffusers folder, a hub id, or a base or merged artifact.
+    data: where its training images are; None for a guess from the model's name.   gradients: for
+    by = gradient, what `deme analyze gradients` wrote.   variant: of a folder's weights, as fp16.
+    output: the folder of base.safetensors and deme.toml; a base that lies there already is kept as
+    it is. With `dry_run` all is checked and nothing is written.
+
+    Raises MissingError, ArtifactError or ConfigError; then neither file appears.
+    """
+    settings, model = settings or SplitConfig(), model or _default_model(data, pipeline)
+    base, config = output / ModelConfig.base, output / CONFIG_NAME
+    is_in_place = _is_in_place(model, base)
+    for path in (config,) if is_in_place else (base, config):
+        require_output(path, force=force)
+    if num_timesteps := peek_timesteps(locate_model(model, variant), pipeline):
+        split_uniform(settings.n, num_timesteps)
+    measured = gradients or output / AFFINITY_NAME
+    command = _measuring(measured, model, data)
+    if settings.by == "gradient":
+        require_affinity(measured, command=command)
+    elif gradients is not None:
+        raise ConfigError(f"--gradients {gradients} is read by --by gradient alone")
+
+    from deme_cli.diffusion.backbones.known import backbone_of
+    from deme_cli.diffusion.checkpoints import base_record, import_model
+    from deme_cli.diffusion.companions import open_companions
+    from deme_cli.diffusion.schedule import read_schedule
+
+    imported = import_model(model, pipeline, variant)
+    record = base_record(imported)
+    backbone, schedule = backbone_of(record.model_config), read_schedule(record.scheduler_config)
+    affinity = None
+    if settings.by == "gradient" and not settings.ranges:
+        affinity = read_affinity(measured, record.fingerprint, command=command)
+    ranges = _divide(settings, schedule, affinity)
+    images = _choose_data(data, record.source)
+    text = _run_file_text(record, backbone, settings, ranges, images, output, pipeline)
+    image_shape = sample_shape = backbone.sample_shape(record.model_config)
+    if record.companions:
+        image_shape = open_companions(record, pipeline=pipeline).image_shape(sample_shape)
+    facts = {
+        "source": record.source, "data": images, "fingerprint": record.fingerprint,
+        "parameters": sum(tensor.numel() for tensor in imported.weights.values()),
+        "num_train_timesteps": record.num_train_timesteps,
+        "prediction_type": schedule.prediction_type, "wants": backbone.wants,
+        "image_shape": list(image_shape), "sample_shape": list(sample_shape),
+        "companions": record.companions, "ranges": [str(span) for span in ranges],
+        "notes": list(imported.notes),
+    }  # fmt: skip
+    if not dry_run:
+        if not is_in_place:
+            record = write_artifact(base, imported.weights, record)
+        write_whole(config, [text.encode()])
+    return SplitResult(base, config, record, _parts(ranges, schedule), facts)
+
+
+def _is_in_place(model: str, base: Path) -> bool:
+    """Whether the base that is to be written is the one that is read."""
+    path = Path(model).expanduser()
+    with writing(base):
+        is_same = base.is_file() and path.is_file() and base.samefile(path)
+    return is_same and read_record(base).kind == "base"
+
+
+def _default_model(data: str | None, pipeline: str | None) -> str:
+    """The embedded digits; raises ConfigError where other images show that MODEL was forgotten."""
+    if data not in (None, "digits") or pipeline:
+        option = f"--pipeline {pipeline}" if pipeline else f"--data {data}"
+        raise ConfigError(
+            f"{option} without MODEL: name the model to start from, as in `deme split MODEL "
+            f"{option}` (digits for the embedded one, of grey 8 x 8 images)"
+        )
+    return "digits"
+
+
+def _measuring(path: Path, model: str, data: str | None) -> str:
+    """The command that writes the file that --by gradient reads."""
+    words = ["deme", "analyze", "gradients", model, "--data", data or _guess_data(model) or "DATA"]
+    return shlex.join(words if path == Path(AFFINITY_NAME) else [*words, "-o", str(path)])
+
+
+def _divide(
+    settings: SplitConfig, schedule: Schedule, affinity: Affinity | None
+) -> list[TimestepRange]:
+    """The ranges of [0, T): those of the settings, else by --by."""
+    from deme_cli.training.clusters import split_times
+
+    ranges, total = settings.timestep_ranges, schedule.num_train_timesteps
+    if not ranges:
+        return split_times(settings.n, settings.by, schedule, affinity)
+    if settings.n != len(ranges):
+        raise ConfigError(f"n = {settings.n}, but ranges has {len(ranges)}: set both alike")
+    try:
+        require_cover(ranges, total)
+    except ArtifactError as error:
+        told = ", ".join(map(str, ranges))
+        raise ConfigError(f"ranges {told}: expected each of the {total} timesteps once") from error
+    return ranges
+
+
+def _parts(ranges: list[TimestepRange], schedule: Schedule) -> list[Part]:
+    decibels = (10 * schedule.snr.log10()).tolist()
+    draws = [schedule.indices(span) for span in ranges]
+    return [
+        Part(span, len(drawn), decibels[drawn.start], decibels[drawn.stop - 1])
+        for span, drawn in zip(ranges, draws, strict=True)
+    ]
+
+
+def _guess_data(name: str) -> str:
+    """Training data by a word in a model's name; nothing where none is known."""
+    words = name.lower()
+    return next((known for word, known in _DATA_BY_NAME.items() if word in words), "")
+
+
+def _choose_data(data: str | None, model: str) -> str:
+    """The data as given, else the guess from the model's name; warns where nothing can be found."""
+    chosen = _guess_data(model) if data is None else data
+    if not chosen:
+        console.warn("no --data given: set source under [data] before `deme finetune`")
+        return chosen
+    try:
+        find_image_source(chosen)
+    except DemeError as error:
+        console.warn(f"the training images are not there yet: {error}")
+    return chosen
+
+
+def _run_file_text(
+    record: BaseRecord, backbone: Backbone, settings: SplitConfig, ranges: list[TimestepRange],
+    images: str, output: Path, pipeline: str | None,
+) -> str:  # fmt: skip
+    """deme.toml for this run. Local image paths become absolute where the file lies elsewhere."""
+    from deme_cli.sampling.scheduler import name_sampler
+
+    if output.resolve() != Path.cwd():
+        images, pipeline = _absolute(images), pipeline and _absolute(pipeline)
+    is_digits = images == "digits" and not record.companions
+    usual = {**backbone.settings, **(DIGITS_SETTINGS if is_digits else {})}
+    live: dict[str, dict[str, Any]] = {
+        "model": {"source": record.source, "base": ModelConfig.base},
+        "data": {"source": images},
+        "split": {"n": settings.n, "by": settings.by, "ranges": [str(span) for span in ranges]},
+        "sample": {},
+        **{name: dict(own) for name, own in usual.items()},
+    }
+    if pipeline:
+        live["model"]["pipeline"] = pipeline
+    sample = SampleConfig(**live["sample"])
+    live["sample"]["sampler"] = name_sampler(record, sample).sampler
+    return render_run_file(live, remarks={"finetune": DIGITS_REMARK} if is_digits else {})
+
+
+def _absolute(path: str) -> str:
+    """A path that is there as an absolute one; a known name or anything else as it is."""
+    here = Path(path).expanduser()
+    is_path = path and path not in ("digits", *KNOWN_DATASETS) and here.exists()
+    return str(here.resolve()) if is_path else path
