@@ -15,9 +15,11 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from deme_cli.progress import Step
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -217,6 +219,32 @@ def progress(label: str, total: int, unit: str = "it") -> Iterator[Progress]:
         yield display
     finally:
         display.close()
+
+
+@contextlib.contextmanager
+def showing() -> Iterator[Callable[[Step], None]]:
+    """Show the steps that a verb tells: a bar for each label, notes as lines.
+
+    What has a label and cannot be counted is a line on a terminal, while it lasts.
+    """
+    bar: Progress | None = None
+    with contextlib.ExitStack() as stack:
+
+        def show(step: Step) -> None:
+            nonlocal bar
+            if step.note:
+                (note if bar is None else bar.say)(step.note)
+            if step.label and not step.total:
+                stack.close()
+                bar = None
+                stack.enter_context(waiting(step.label))
+            elif step.label:
+                if bar is None or bar.label != step.label:
+                    stack.close()
+                    bar = stack.enter_context(progress(step.label, step.total, step.unit))
+                bar.advance(step.done, step.detail, total=step.total)
+
+        yield show
 
 
 MINUS = "\N{MINUS SIGN}"

@@ -21,19 +21,17 @@ import numpy as np
 from deme_cli.analysis.figure import shorten
 from deme_cli.analysis.result import (
     Analysis,
-    Progress,
-    Step,
     Unfinished,
     check_images,
     check_output,
     document_bytes,
-    silent,
     write_analysis,
 )
 from deme_cli.analysis.settings import ActivationConfig
 from deme_cli.artifacts import DenoiserRecord, ExpertRecord
 from deme_cli.config import DataConfig, SplitConfig
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
+from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 from deme_cli.settings import nearest
 from deme_cli.timesteps import TimestepRange, parse_range

@@ -22,19 +22,17 @@ import numpy as np
 from deme_cli.analysis.figure import BLUE, DIVERGING, LINE, VERMILION, open_axis, render, shorten
 from deme_cli.analysis.result import (
     Analysis,
-    Progress,
-    Step,
     Unfinished,
     check_images,
     check_output,
     own_base,
-    silent,
     write_analysis,
 )
 from deme_cli.analysis.settings import GradientConfig, bucket_ranges
 from deme_cli.config import AFFINITY_NAME, DataConfig, SplitConfig
 from deme_cli.console import plain
 from deme_cli.errors import ConfigError, NumericsError
+from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, route, split_uniform
 from deme_cli.training.affinity import Affinity

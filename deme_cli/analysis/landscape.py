@@ -23,19 +23,17 @@ from deme_cli.analysis.figure import shorten
 from deme_cli.analysis.landscape_picture import draw_landscape, percent_of
 from deme_cli.analysis.result import (
     Analysis,
-    Progress,
-    Step,
     Unfinished,
     check_images,
     check_output,
     document_bytes,
     own_base,
-    silent,
     write_analysis,
 )
 from deme_cli.analysis.settings import LandscapeConfig
 from deme_cli.config import DataConfig, SplitConfig
 from deme_cli.errors import ConfigError, NumericsError
+from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, split_uniform
 

@@ -34,24 +34,6 @@ _KEEP_SECONDS = 30.0  # between two writings of what is kept
 
 
 @dataclass(frozen=True)
-class Step:
-    """How far an analysis is: `done` of `total` units of what is called `label`; or a note."""
-
-    done: int = 0
-    total: int = 0
-    label: str = ""
-    unit: str = ""
-    note: str = ""
-
-
-Progress = Callable[[Step], None]
-
-
-def silent(step: Step) -> None:
-    """Progress that nobody watches."""
-
-
-@dataclass(frozen=True)
 class Analysis:
     """What an analysis measured: its file, the pictures of it, a headline and a table.
 

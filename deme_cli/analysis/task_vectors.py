@@ -22,12 +22,9 @@ import numpy as np
 
 from deme_cli.analysis.result import (
     Analysis,
-    Progress,
-    Step,
     Unfinished,
     check_output,
     document_bytes,
-    silent,
     write_analysis,
 )
 from deme_cli.analysis.settings import TaskVectorConfig
@@ -38,6 +35,7 @@ from deme_cli.merging.differences import Differences, float_runs, float_specs
 from deme_cli.merging.lineage import Family, find_base, is_projection, open_family, open_parents
 from deme_cli.merging.pieces import COMPUTED_IN, PIECE, Run, Sources, plan_runs
 from deme_cli.merging.task_vectors import block_of
+from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 
 UNRELATED = 0.5  # sign conflict of vectors that have nothing to do with each other

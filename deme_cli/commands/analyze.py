@@ -6,8 +6,6 @@ beside. What it does lies in analysis/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,7 +86,7 @@ def losses(
     from deme_cli import analyze_losses
 
     run = begin(config, quiet=quiet)
-    with _shown() as progress:
+    with console.showing() as progress:
         made = analyze_losses(
             models or (), run.settings(LossConfig, **given), split=split, num_ranges=n,
             images=run.settings(DataConfig, source=data), output=output, run=run,
@@ -117,7 +115,7 @@ def gradients(
     from deme_cli import analyze_gradients
 
     run = begin(config, quiet=quiet)
-    with _shown() as progress:
+    with console.showing() as progress:
         made = analyze_gradients(
             model, run.settings(GradientConfig, **given),
             images=run.settings(DataConfig, source=data), num_ranges=n, output=output, run=run,
@@ -157,7 +155,7 @@ def activations(
     run = begin(config, quiet=quiet)
     if len(models) > 2:
         raise ConfigError(f"{len(models)} models given: expected [BASE] EXPERT")
-    with _shown() as progress:
+    with console.showing() as progress:
         made = analyze_activations(
             models[-1], run.settings(ActivationConfig, **given),
             base=models[0] if len(models) == 2 else None,
@@ -190,7 +188,7 @@ def task_vectors(
     from deme_cli import analyze_task_vectors
 
     run = begin(config, quiet=quiet)
-    with _shown() as progress:
+    with console.showing() as progress:
         made = analyze_task_vectors(
             experts or (), run.settings(TaskVectorConfig, **given), base=base, output=output,
             run=run, force=force, dry_run=dry_run, progress=progress,
@@ -222,7 +220,7 @@ def landscape(
     from deme_cli import analyze_landscape
 
     run = begin(config, quiet=quiet)
-    with _shown() as progress:
+    with console.showing() as progress:
         made = analyze_landscape(
             models or (), run.settings(LandscapeConfig, **given), marks=mark or (),
             images=run.settings(DataConfig, source=data), split=split, num_ranges=n,
@@ -230,25 +228,6 @@ def landscape(
             dry_run=dry_run, progress=progress,
         )  # fmt: skip
     _tell(made, as_json=as_json)
-
-
-@contextmanager
-def _shown() -> Iterator[Callable[[Any], None]]:
-    """Steps as a bar, another for each label; notes as lines."""
-    bar: console.Progress | None = None
-    with ExitStack() as stack:
-
-        def show(step: Any) -> None:
-            nonlocal bar
-            if step.note:
-                (console.note if bar is None else bar.say)(step.note)
-            if step.label and (bar is None or bar.label != step.label):
-                stack.close()
-                bar = stack.enter_context(console.progress(step.label, step.total, step.unit))
-            if bar is not None and step.label:
-                bar.advance(step.done)
-
-        yield show
 
 
 def _tell(made: Analysis, *, as_json: bool) -> None:

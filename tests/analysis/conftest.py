@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from deme_cli.analysis.result import Analysis, Step
+from deme_cli.analysis.result import Analysis
 from deme_cli.errors import Stopped
+from deme_cli.progress import Step
 
 
 @pytest.fixture

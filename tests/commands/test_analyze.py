@@ -15,7 +15,6 @@ from conftest import write_tiny_base, write_tiny_expert
 from typer.testing import Result
 
 import deme_cli
-from deme_cli.analysis.result import Step
 from deme_cli.analysis.settings import (
     ANALYSES,
     ActivationConfig,
@@ -28,6 +27,7 @@ from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
 from deme_cli.diffusion.checkpoints import base_record, import_model
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
+from deme_cli.progress import Step
 
 Deme = Callable[..., Result]
 DIGITS = {"images": DataConfig(source="digits")}
