@@ -49,14 +49,14 @@ if TYPE_CHECKING:
     from deme_cli.api.merging import replay as replay
     from deme_cli.api.merging import search as search
     from deme_cli.api.merging import show_search as show_search
-    from deme_cli.api.reporting import WrittenReport as WrittenReport
-    from deme_cli.api.reporting import report as report
     from deme_cli.api.statistics import reference_statistics as reference_statistics
     from deme_cli.api.vectors import TaskVectors as TaskVectors
     from deme_cli.api.vectors import task_vector as task_vector
     from deme_cli.console import set_quiet as set_quiet
     from deme_cli.diffusion.export import ExportCheck as ExportCheck
     from deme_cli.diffusion.export import export as export
+    from deme_cli.html_report import WrittenReport as WrittenReport
+    from deme_cli.html_report import report as report
     from deme_cli.run_file import RunFile as RunFile
     from deme_cli.run_file import read_run_file as read_run_file
     from deme_cli.training.split import SplitResult as SplitResult
@@ -80,7 +80,7 @@ _PLACES = {
     },
     "Analysis": "analysis.result",
     "compare": "api.comparing", "Compared": "api.comparing",
-    "report": "api.reporting", "WrittenReport": "api.reporting",
+    "report": "html_report", "WrittenReport": "html_report",
     "inspect": "api.inspecting", "Inspected": "api.inspecting",
     "show_search": "api.merging", "ShownSearch": "api.merging",
     "take_inventory": "api.inventory", "Inventory": "api.inventory",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from deme_cli import console
-from deme_cli.api import reporting
-from deme_cli.api.reporting import REPORT_NAME
 from deme_cli.commands.options import Force, Json, Quiet
 
 
@@ -24,7 +21,7 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            help=rf"HTML file to write \[default: {REPORT_NAME} in FOLDER].",
+            help=r"HTML file to write \[default: report.html in FOLDER].",
             show_default=False,
         ),
     ] = None,
@@ -44,26 +41,18 @@ def report(
 
     Example: deme report --title "Digits, four experts"
     """
+    import deme_cli
+
     console.set_quiet(quiet)
-    made = reporting.report(folder, output=output, title=title, force=force)
-    page = made.page
-    console.note(f"{folder}: {made.artifacts or 'no artifacts'}; {_sections(page.counts)}")
-    for one in page.missing:
-        console.note(f"not there: {one.what} ({one.command})")
-    for file in page.unread:
-        console.warn(f"{file.name}: not shown: {file.reason}")
+    made = deme_cli.report(folder, output=output, title=title, force=force)
+    told = ", ".join(f"{count} {name}" for name, count in made.counts.items() if count)
+    console.note(f"{folder}: {told}")
+    for what, command in made.missing:
+        console.note(f"not there: {what} ({command})")
+    for name, reason in made.unread.items():
+        console.warn(f"{name}: not shown: {reason}")
     console.result_paths(
-        [made.path], as_json=as_json, bytes=made.num_bytes, sections=page.counts,
-        missing=[{"what": one.what, "command": one.command} for one in page.missing],
-        unread=[{"name": one.name, "reason": one.reason} for one in page.unread],
+        [made.path], as_json=as_json, bytes=made.num_bytes, sections=made.counts,
+        missing=[{"what": what, "command": command} for what, command in made.missing],
+        unread=[{"name": name, "reason": reason} for name, reason in made.unread.items()],
     )  # fmt: skip
-
-
-def _sections(counts: Mapping[str, int]) -> str:
-    """How many tables, curves and so on the page has."""
-    told = {
-        "tables": "table", "curves": "curve", "searches": "merge", "figures": "figure",
-        "samples": "sample grid", "pictures": "other picture",
-    }  # fmt: skip
-    shown = [f"{counts[k]} {name}{'s' * (counts[k] != 1)}" for k, name in told.items() if counts[k]]
-    return f"the page has {', '.join(shown)}" if shown else "the page has artifacts alone"

@@ -52,7 +52,7 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_report_inspect_trials_and_inventory_are_those_of_the_command_line(deme, searched) -> None:
     made = deme_cli.report(output=Path("python.html"))
     told = json.loads(deme("report", "-o", "shell.html", "--json").stdout)
-    assert (made.num_bytes, made.page.counts) == (told["bytes"], told["sections"])
+    assert (made.num_bytes, made.counts) == (told["bytes"], told["sections"])
     assert Path("python.html").read_bytes() == Path("shell.html").read_bytes()
 
     files = sorted(searched.glob("*.safetensors"))
@@ -99,7 +99,7 @@ def test_what_cannot_be_done_is_said_before_torch_is_loaded(run_folder: Path) ->
         from pathlib import Path
         from deme_cli.api.comparing import ComparisonJob, compare, open_comparison
         from deme_cli.api.inspecting import inspect
-        from deme_cli.api.reporting import report
+        from deme_cli.html_report import report
         from deme_cli.api.merging import show_search
         from deme_cli.errors import DemeError
 
