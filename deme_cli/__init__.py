@@ -39,10 +39,6 @@ if TYPE_CHECKING:
     from deme_cli.api.evaluating import evaluate as evaluate
     from deme_cli.api.finetuning import finetune as finetune
     from deme_cli.api.finetuning import train_base as train_base
-    from deme_cli.api.inspecting import Inspected as Inspected
-    from deme_cli.api.inspecting import inspect as inspect
-    from deme_cli.api.inventory import Inventory as Inventory
-    from deme_cli.api.inventory import take_inventory as take_inventory
     from deme_cli.api.merging import MergeResult as MergeResult
     from deme_cli.api.merging import ShownSearch as ShownSearch
     from deme_cli.api.merging import merge as merge
@@ -50,13 +46,17 @@ if TYPE_CHECKING:
     from deme_cli.api.merging import search as search
     from deme_cli.api.merging import show_search as show_search
     from deme_cli.api.statistics import reference_statistics as reference_statistics
-    from deme_cli.api.vectors import TaskVectors as TaskVectors
-    from deme_cli.api.vectors import task_vector as task_vector
+    from deme_cli.artifacts import Inspected as Inspected
+    from deme_cli.artifacts import inspect as inspect
     from deme_cli.console import set_quiet as set_quiet
     from deme_cli.diffusion.export import ExportCheck as ExportCheck
     from deme_cli.diffusion.export import export as export
+    from deme_cli.evaluation.inventory import Inventory as Inventory
+    from deme_cli.evaluation.inventory import take_inventory as take_inventory
     from deme_cli.html_report import WrittenReport as WrittenReport
     from deme_cli.html_report import report as report
+    from deme_cli.merging.task_vectors import TaskVectors as TaskVectors
+    from deme_cli.merging.task_vectors import task_vector as task_vector
     from deme_cli.run_file import RunFile as RunFile
     from deme_cli.run_file import read_run_file as read_run_file
     from deme_cli.training.split import SplitResult as SplitResult
@@ -67,7 +67,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "split": "training.split", "SplitResult": "training.split",
     "finetune": "api.finetuning", "train_base": "api.finetuning",
-    "task_vector": "api.vectors", "TaskVectors": "api.vectors",
+    "task_vector": "merging.task_vectors", "TaskVectors": "merging.task_vectors",
     "merge": "api.merging", "search": "api.merging", "MergeResult": "api.merging",
     "replay": "api.merging",
     "sample": "api.drawing", "ensemble_sample": "api.drawing", "Images": "api.drawing",
@@ -81,9 +81,9 @@ _PLACES = {
     "Analysis": "analysis.result",
     "compare": "api.comparing", "Compared": "api.comparing",
     "report": "html_report", "WrittenReport": "html_report",
-    "inspect": "api.inspecting", "Inspected": "api.inspecting",
+    "inspect": "artifacts", "Inspected": "artifacts",
     "show_search": "api.merging", "ShownSearch": "api.merging",
-    "take_inventory": "api.inventory", "Inventory": "api.inventory",
+    "take_inventory": "evaluation.inventory", "Inventory": "evaluation.inventory",
     "RunFile": "run_file", "read_run_file": "run_file", "set_quiet": "console",
 }  # fmt: skip
 __all__ = ["__version__", *_PLACES]

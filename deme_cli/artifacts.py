@@ -17,7 +17,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -38,13 +38,19 @@ from deme_cli.files import (
     with_checksum,
 )
 from deme_cli.jobs import claim
+from deme_cli.progress import Progress, Step, silent
 from deme_cli.timesteps import TimestepRange
 
 if TYPE_CHECKING:
     import torch
 
 VERSION = 1
+FORMAT = "pt"  # by which other readers of safetensors know the layout of weights
 _SHOWN = 80  # characters of a foreign value that a message shows
+_WRITEBACK_BYTES = 1 << 23
+_THREADED_BYTES = 1 << 18  # below this, handing bytes to a thread costs more than hashing them
+_DenoiserKind = Literal["base", "expert", "task-vector", "merged"]
+_Written = TypeVar("_Written", bound="Record")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,25 +172,13 @@ class StatisticsRecord(Record):
 
 
 KINDS: dict[str, type[Record]] = {
-    kind.kind: kind
-    for kind in (
-        BaseRecord,
-        ExpertRecord,
-        TaskVectorRecord,
-        MergedRecord,
-        SamplesRecord,
-        StatisticsRecord,
-    )
-}
-
+    "base": BaseRecord, "expert": ExpertRecord, "task-vector": TaskVectorRecord,
+    "merged": MergedRecord, "samples": SamplesRecord, "statistics": StatisticsRecord,
+}  # fmt: skip
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "dict": (dict,),
-    "list": (list,),
+    "str": (str,), "int": (int,), "float": (int, float), "dict": (dict,), "list": (list,),
     "None": (type(None),),
-}
+}  # fmt: skip
 
 
 def parse_record(text: str, where: str) -> Record:
@@ -203,68 +197,46 @@ def parse_record(text: str, where: str) -> Record:
             f"{where}: record version {document.get('version')!r}, this deme reads {VERSION}; "
             f"update deme or write the file again"
         )
-    kind = KINDS[document["kind"]]
-    values = {}
+    kind, values = KINDS[found], {}
     for declared in fields(kind):
-        if declared.name in document:
-            values[declared.name] = _checked(document[declared.name], declared, where)
+        name = declared.name
+        if name in document:
+            values[name] = document[name]
+            if not _fits(values[name], str(declared.type)):
+                raise ArtifactError(
+                    f"{where}: {name!r} in the record should be {declared.type}, found "
+                    f"{_short(values[name])}"
+                )
         elif declared.default is MISSING and declared.default_factory is MISSING:
-            raise ArtifactError(f"{where}: the {kind.kind} record lacks {declared.name!r}")
+            raise ArtifactError(f"{where}: the {found} record lacks {name!r}")
     if "range" in values:
         _require_range(values["range"], values["num_train_timesteps"], where)
-    for declared in fields(kind):
-        _require_entries(values.get(declared.name), declared, where)
     require_intact(text, where, has_checksum="digest" in document)
     return kind(**values)
 
 
-def _require_range(span: list[Any], num_train_timesteps: int, where: str) -> None:
+def _fits(value: Any, declared: str) -> bool:
+    """Whether a JSON value is of a declared type, as `list[int] | None`; of tables no more."""
+    for option in declared.split(" | "):
+        name, _, entry = option.removesuffix("]").partition("[")
+        if type(value) in _JSON_TYPES[name]:  # no bool passes for an int
+            return name != "list" or all(_fits(each, entry) for each in value)
+    return False
+
+
+def _require_range(span: list[int], num_train_timesteps: int, where: str) -> None:
     """Check that `span` is [start, stop] within [0, T)."""
-    whole = len(span) == 2 and all(type(end) is int for end in span)
-    if not (whole and 0 <= span[0] < span[1] <= num_train_timesteps):
+    if not (len(span) == 2 and 0 <= span[0] < span[1] <= num_train_timesteps):
         raise ArtifactError(
             f"{where}: 'range' in the record should be [start, stop] within "
             f"0:{num_train_timesteps}, found {span}"
         )
 
 
-def _checked(value: Any, declared: Any, where: str) -> Any:
-    """`value` if its JSON type is the declared one."""
-    if not any(_is_a(value, option) for option in declared.type.split(" | ")):
-        raise ArtifactError(
-            f"{where}: {declared.name!r} in the record should be {declared.type}, "
-            f"found {type(value).__name__}"
-        )
-    return value
-
-
-def _require_entries(value: Any, declared: Any, where: str) -> None:
-    """Check the entries of a list against the declared ones, as in `list[int]`."""
-    entry = declared.type.partition("list[")[2].split(" | ")[0].removesuffix("]")
-    if isinstance(value, list) and not all(_is_a(one, entry) for one in value):
-        raise ArtifactError(
-            f"{where}: {declared.name!r} in the record should be {declared.type}, "
-            f"found other entries"
-        )
-
-
-def _is_a(value: Any, declared: str) -> bool:
-    """Whether a JSON value has a declared type, of which the part before `[` counts."""
-    kinds = _JSON_TYPES[declared.split("[")[0]]
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
 def _short(value: Any) -> str:
     """A value as a message shows it, on one line of bounded length."""
     shown = repr(value)
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-
-
-FORMAT = "pt"  # by which other readers of safetensors know the layout of weights
-_WRITEBACK_BYTES = 1 << 23
-_THREADED_BYTES = 1 << 18  # below this, handing a piece to a thread costs more than hashing it
-_DenoiserKind = Literal["base", "expert", "task-vector", "merged"]
-_Written = TypeVar("_Written", bound=Record)
 
 
 def record_of(header: Header) -> Record:
@@ -358,24 +330,22 @@ class ArtifactWriter(Generic[_Written]):
         self._partial = self.path.parent / f".{self.path.name}.partial"
         self._digests: dict[TensorSpec, str] = {}
         self._current = hashlib.sha256()
-        self._filled = 0
-        self._handed_over = 0
-        from concurrent.futures import ThreadPoolExecutor
-
-        self._hasher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deme-hash")
+        self._filled = self._handed_over = 0
 
     def __enter__(self) -> ArtifactWriter[_Written]:
+        from concurrent.futures import ThreadPoolExecutor
+
         require_space(self.path, sum(spec.num_bytes for spec in self.layout))
-        self._claim = claim(self.path)
-        self._claim.__enter__()
-        try:
+        with ExitStack() as undo:
+            undo.enter_context(claim(self.path))
+            undo.callback(self._partial.unlink, missing_ok=True)
+            self._hasher = undo.enter_context(ThreadPoolExecutor(1, "deme-hash"))
             with writing(self.path):
                 self._file = self._partial.open("wb")
+                undo.callback(self._close)
                 self._file.write(self._header("0" * 64))
-        except BaseException:
-            self._abandon()
-            raise
-        self._close_empty()
+            self._undo = undo.pop_all()
+        self._close_tensors()
         return self
 
     def write(self, data: Any) -> None:
@@ -411,9 +381,9 @@ class ArtifactWriter(Generic[_Written]):
             self._current.update(taken)
             self._filled += len(taken)
             view = view[len(taken) :]
-            self._close_empty()
+            self._close_tensors()
 
-    def _close_empty(self) -> None:
+    def _close_tensors(self) -> None:
         """Close every tensor of the layout that has all its bytes."""
         while len(self._digests) < len(self.layout):
             spec = self.layout[len(self._digests)]
@@ -428,30 +398,22 @@ class ArtifactWriter(Generic[_Written]):
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self._abandon()
-            return
-        assert len(self._digests) == len(self.layout), "the artifact lacks tensors of its layout"
-        try:
+        with self._undo:
+            if kind is not None:
+                return
+            assert len(self._digests) == len(self.layout), "the artifact lacks tensors"
             with writing(self.path):
-                total = combine_digests(self._digests)
-                self.record = replace(self.record, fingerprint=total)
+                self.record = replace(self.record, fingerprint=combine_digests(self._digests))
                 self._file.seek(0)
-                self._file.write(self._header(total))
+                self._file.write(self._header(self.record.fingerprint))
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
                 os.replace(self._partial, self.path)
-        finally:
-            self._abandon()
 
-    def _abandon(self) -> None:
-        if hasattr(self, "_file"):
-            with suppress(OSError):  # a full disk: the partial file goes anyway
-                self._file.close()
-        self._hasher.shutdown()
-        self._partial.unlink(missing_ok=True)
-        self._claim.__exit__(None, None, None)
+    def _close(self) -> None:
+        with suppress(OSError):  # a full disk: the partial file goes anyway
+            self._file.close()
 
     def _header(self, fingerprint: str) -> bytes:
         position, entries = 0, {}
@@ -475,3 +437,32 @@ def write_artifact(path: Path, tensors: Mapping[str, Any], record: _Written) -> 
         for spec in layout:
             writer.write(tensor_bytes(tensors[spec.name]))
     return writer.record
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """An artifact's header and the record in it."""
+
+    header: Header
+    record: Record
+
+
+def inspect(
+    files: Sequence[Path], *, verify: bool = False, progress: Progress = silent
+) -> list[Inspected]:
+    """Read the headers and records of artifacts of any kind.
+
+    verify: compute every fingerprint again, which reads all tensors. Raises ArtifactError for a
+    file that is no artifact, or whose tensors are not those of its record; MissingError.
+    """
+    headers = [read_header(Path(path)) for path in files]
+    artifacts = [Inspected(header, record_of(header)) for header in headers]
+    for one in artifacts if verify else ():
+        path, computed = one.header.path, fingerprint_file(one.header.path)
+        if computed != one.record.fingerprint:
+            raise ArtifactError(
+                f"{path}: its tensors have fingerprint {computed}, its record says "
+                f"{one.record.fingerprint}; the file was altered or damaged, make it again"
+            )
+        progress(Step(note=f"{path}: the fingerprint is right"))
+    return artifacts

@@ -142,9 +142,9 @@ def test_a_record_survives_the_round_trip() -> None:
     [
         ({"kind": "soup"}, "unknown kind of artifact 'soup'"),
         ({"version": 99}, "record version 99"),
-        ({"source": 5}, "'source' in the record should be str, found int"),
-        ({"num_train_timesteps": True}, "should be int, found bool"),
-        ({"source": None}, "should be str, found NoneType"),
+        ({"source": 5}, "'source' in the record should be str, found 5"),
+        ({"num_train_timesteps": True}, "should be int, found True"),
+        ({"source": None}, "should be str, found None"),
     ],
 )
 def test_a_wrong_record_is_refused_by_field(change: dict, word: str) -> None:
@@ -159,7 +159,7 @@ def test_a_range_that_is_none_is_refused(tmp_path: Path, span: list) -> None:
     path = tmp_path / "expert.safetensors"
     record = write_tiny_expert(path, tmp_path / "base.safetensors", index=1, of=2)
     document = {**json.loads(record.to_json()), "range": span, "num_train_timesteps": 10}
-    with pytest.raises(ArtifactError, match=r"'range' in the record should be \[start, stop\]"):
+    with pytest.raises(ArtifactError, match=r"'range' in the record should be"):
         parse_record(json.dumps(document), "here")
 
 

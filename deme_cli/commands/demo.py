@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.api.demonstrating import draw_models, finetune_side_by_side
 from deme_cli.commands.options import Json, Quiet
 from deme_cli.config import FinetuneConfig, SampleConfig
 from deme_cli.errors import ConfigError, MissingError
@@ -133,6 +132,9 @@ def _run(context: typer.Context, command: str, *, quiet: bool = False) -> None:
 
 def _train_experts_beside_control(size: Size) -> None:
     """The four experts in one process, plain finetuning with as many updates in another."""
+    from deme_cli.training.jobs import RangeProcess, run_jobs
+    from deme_cli.training.places import metrics_path
+
     experts = f"finetune --range all --steps {size.steps} --force"
     control = (
         f"finetune --range 1/1 --p 0 --consistency 0 --projection none "
@@ -140,15 +142,24 @@ def _train_experts_beside_control(size: Size) -> None:
     )
     _show(f"{experts}      # and beside it, as control:")
     _show(control)
-    finetune_side_by_side(
-        {"experts": shlex.split(experts), "control": shlex.split(control)},
-        {"experts": [Path(name) for name in EXPERTS], "control": [Path("control.safetensors")]},
-        updates=2 * NUM_RANGES * size.steps,
-    )
+    processes = [
+        RangeProcess(label, [*shlex.split(command), "--quiet"], list(map(metrics_path, outputs)))
+        for label, command, outputs in (
+            ("experts", experts, [Path(name) for name in EXPERTS]),
+            ("control", control, [Path("control.safetensors")]),
+        )
+    ]
+    for curve in (curve for process in processes for curve in process.metrics):
+        curve.unlink(missing_ok=True)
+    with console.progress("finetune", 2 * NUM_RANGES * size.steps, "update") as bar:
+        for steps in run_jobs(processes, at_once=len(processes)):
+            bar.advance(sum(steps.values()), "  ".join(f"{k} {v}" for k, v in steps.items()))
 
 
 def _draw(rows: list[dict[str, Any]], size: Size) -> None:
     """The held-out losses by range, as a table, and the picture of everything."""
+    from deme_cli.analysis.demo_picture import SummaryRow, draw_summary
+
     document = json.loads(Path("losses.json").read_text())
     losses = {model["name"]: model["loss_by_range"] for model in document["models"]}
     console.table(
@@ -177,13 +188,13 @@ def _draw(rows: list[dict[str, Any]], size: Size) -> None:
         f"against the training images"
     )
     console.note(f"protocol: {protocol}")
-    figures = zip(MODELS, rows, strict=True)
-    draw_models(
-        Path("demo.png"),
-        {model: Path(f"{model}-samples.safetensors") for model in MODELS},
-        {model: row["metrics"][metric]["values"] for model, row in figures},
-        losses,
-        ranges=document["ranges"],
-        metric=metric,
-        protocol=protocol,
-    )
+    summaries = [
+        SummaryRow(
+            model,
+            Path(f"{model}-samples.safetensors"),
+            tuple(row["metrics"][metric]["values"]),
+            tuple(losses[model]),
+        )
+        for model, row in zip(MODELS, rows, strict=True)
+    ]
+    draw_summary(summaries, document["ranges"], Path("demo.png"), metric=metric, protocol=protocol)

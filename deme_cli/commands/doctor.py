@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.api.inventory import Inventory, take_inventory
 from deme_cli.commands.options import Json, Quiet, begin
 
 if TYPE_CHECKING:
-    from deme_cli.api.inventory import Item
+    from deme_cli.evaluation.inventory import Inventory, Item
 
 
 def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
@@ -20,19 +19,15 @@ def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
 
     Example: deme doctor
     """
-    run = begin(None, quiet=quiet)
-    found = take_inventory(run)
-    _show(found)
+    import deme_cli
+
+    inventory = deme_cli.take_inventory(begin(None, quiet=quiet))
+    _show(inventory)
     if as_json:
-        items = [_document(item) for item in found.items]
-        console.result_json(
-            {
-                "versions": found.versions,
-                "device": found.device,
-                "cache": str(found.cache),
-                "items": items,
-            }
-        )
+        console.result_json({
+            "versions": inventory.versions, "device": inventory.device,
+            "cache": str(inventory.cache), "items": list(map(_document, inventory.items)),
+        })  # fmt: skip
 
 
 def _document(item: Item) -> dict[str, Any]:
@@ -47,11 +42,11 @@ def _document(item: Item) -> dict[str, Any]:
     }
 
 
-def _show(found: Inventory) -> None:
-    versions = (f"{name} {version or 'MISSING'}" for name, version in found.versions.items())
+def _show(inventory: Inventory) -> None:
+    versions = (f"{name} {version or 'MISSING'}" for name, version in inventory.versions.items())
     console.note("  ".join(versions))
-    console.note("device " + "  ".join(f"{key} {value}" for key, value in found.device.items()))
-    for item in found.items:
+    console.note("device " + "  ".join(f"{key} {value}" for key, value in inventory.device.items()))
+    for item in inventory.items:
         if item.path is None:
             checksum = f"  sha256 {item.sha256}" if item.sha256 else ""
             console.note(f"missing  {item.name}  for {item.needed_for}\n"
@@ -62,5 +57,6 @@ def _show(found: Inventory) -> None:
                          f"         {item.path}{remark}")  # fmt: skip
     console.note(
         f"the digits need none of the missing files; a command fetches those that it needs, where "
-        f"their hosts can be reached, else put them into {found.cache} (DEME_CACHE chooses another)"
+        f"their hosts can be reached, else put them into {inventory.cache} (DEME_CACHE chooses "
+        f"another)"
     )

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.api import inspecting
-from deme_cli.api.inspecting import Inspected
+from deme_cli.artifacts import Inspected
 from deme_cli.commands.options import Json, Quiet
 
 Files = Annotated[
@@ -34,8 +33,13 @@ def inspect(
 
     Example: deme inspect --verify base.safetensors
     """
+    import deme_cli
+
     console.set_quiet(quiet)
-    artifacts = [_describe(one) for one in inspecting.inspect(files, verify=verify)]
+    with console.showing() as progress:
+        artifacts = [
+            _describe(one) for one in deme_cli.inspect(files, verify=verify, progress=progress)
+        ]
     if as_json:
         console.result_json({"artifacts": artifacts})
     else:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deme_cli import console
-from deme_cli.api import vectors
-from deme_cli.api.vectors import TaskVectors
 from deme_cli.commands.options import ConfigPath, Force, Json, Quiet, begin
+
+if TYPE_CHECKING:
+    from deme_cli.merging.task_vectors import TaskVectors
 
 Experts = Annotated[
     list[Path],
@@ -48,22 +49,27 @@ def task_vector(
 
     Example: deme task-vector ft_*.safetensors
     """
+    import deme_cli
+
     run = begin(config, quiet=quiet)
 
-    done = vectors.task_vector(experts, base=base, output=output, run=run, force=force)
-    _show(done)
+    with console.showing() as progress:
+        made = deme_cli.task_vector(
+            experts, base=base, output=output, run=run, force=force, progress=progress
+        )
+    _show(made)
     console.result_paths(
-        done.paths,
+        made.paths,
         as_json=as_json,
         experts=[str(path) for path in experts],
-        norms=done.measured.norms,
-        cosines=done.measured.cosines,
+        norms=made.measured.norms,
+        cosines=made.measured.cosines,
     )
 
 
-def _show(done: TaskVectors) -> None:
+def _show(made: TaskVectors) -> None:
     """The norms, and the cosines where there is more than one expert, sorted by range."""
-    family, measured = done.family, done.measured
+    family, measured = made.family, made.measured
     order = family.by_range
     labels = [family.parents[index].record.label for index in order]
     names = list(measured.norms[0])

@@ -7,7 +7,6 @@ import platform
 import typer
 
 from deme_cli import __version__
-from deme_cli.api.inventory import device_facts, library_version
 
 
 def show_version(asked: bool) -> None:
@@ -15,6 +14,8 @@ def show_version(asked: bool) -> None:
     if not asked:
         return
     typer.echo(f"deme {__version__}")
+    from deme_cli.evaluation.inventory import device_facts, library_version
+
     versions = ", ".join(f"{name} {library_version(name)}" for name in ("torch", "diffusers"))
     typer.echo(f"{versions}, Python {platform.python_version()}")
     device = device_facts()

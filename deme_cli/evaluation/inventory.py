@@ -1,4 +1,4 @@
-"""What a run may need from outside or inside the package: there or missing, where, whence.
+"""What is on this machine: libraries, the device, and the files that runs need: where, whence.
 
 Torch is loaded for the CLIP score's weights and for the parts of a pipeline alone.
 """
@@ -6,10 +6,14 @@ Torch is loaded for the CLIP score's weights and for the parts of a pipeline alo
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from deme_cli import __version__
 from deme_cli.artifacts import read_record
 from deme_cli.config import RESIZES, EvalConfig
 from deme_cli.data.digits import BASE_PATH
@@ -23,7 +27,13 @@ from deme_cli.evaluation.assets import (
     statistics_asset,
 )
 from deme_cli.evaluation.weights import DIGITS_PATH
-from deme_cli.fetch import Asset, is_hub_id, is_model_cached, sha256_of
+from deme_cli.fetch import Asset, cache_folder, is_hub_id, is_model_cached, sha256_of
+from deme_cli.run_file import RunFile
+
+LIBRARIES = (
+    "torch", "diffusers", "transformers", "accelerate", "safetensors", "clean-fid",
+    "open-clip-torch", "datasets", "scikit-learn", "scipy", "numpy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,58 @@ class Item:
     intact: bool | None = None
 
 
-def take_inventory() -> Iterator[Item]:
+@dataclass(frozen=True)
+class Inventory:
+    """versions: of deme, Python and libraries, None for one that is missing.   items: files that
+    runs need, there or not.   cache: the folder where those are looked for that are fetched."""
+
+    versions: Mapping[str, str | None]
+    device: Mapping[str, Any]
+    items: Sequence[Item]
+    cache: Path
+
+
+def take_inventory(run: RunFile | None = None) -> Inventory:
+    """Look at what runs need; with the base of `run` also at the frozen parts of its pipeline."""
+    run = run or RunFile()
+    items = list(known_files())
+    if run.base.is_file():
+        items += companions_of(run.base, run.pipeline())
+    versions = {
+        "deme": __version__,
+        "python": platform.python_version(),
+        **{name: library_version(name) for name in LIBRARIES},
+    }
+    return Inventory(versions, device_facts(), items, cache_folder())
+
+
+def library_version(name: str) -> str | None:
+    """The installed version of a distribution, None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def device_facts() -> dict[str, Any]:
+    """What `--device auto` takes, and its name and memory where it is a GPU."""
+    import torch
+
+    from deme_cli.diffusion.denoiser import choose_device
+
+    device = choose_device("auto")
+    if device.type != "cuda":
+        return {"auto": device.type, "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "auto": device.type,
+        "gpus": torch.cuda.device_count(),
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def known_files() -> Iterator[Item]:
     """Every file that commands know by name, embedded ones first."""
     install = "deme itself: install it again"
     yield _embedded(BASE_PATH, "the embedded model digits", install)
@@ -63,7 +124,7 @@ def take_inventory() -> Iterator[Item]:
     yield _clip_score(EvalConfig())
 
 
-def take_companions(base: Path, pipeline: str | None) -> Iterator[Item]:
+def companions_of(base: Path, pipeline: str | None) -> Iterator[Item]:
     """The frozen parts (VAE, text encoders) that an imported base needs around it.
 
     pipeline: where they are looked for, else where the base came from. Of a hub id only what is

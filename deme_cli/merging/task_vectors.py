@@ -7,18 +7,26 @@ N experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from deme_cli.artifacts import ArtifactWriter, TaskVectorRecord
-from deme_cli.errors import ArtifactError, NumericsError
-from deme_cli.files import DTYPE_BYTES, TensorSpec
+from deme_cli.errors import ArtifactError, ConfigError, NumericsError
+from deme_cli.files import DTYPE_BYTES, TensorSpec, require_output, require_space
 from deme_cli.merging.coefficients import block_name
 from deme_cli.merging.differences import Differences
-from deme_cli.merging.lineage import PROJECTION, Family, Parent, is_projection
+from deme_cli.merging.lineage import (
+    PROJECTION,
+    Family,
+    Parent,
+    find_base,
+    is_projection,
+    open_family,
+    open_parents,
+)
 from deme_cli.merging.pieces import (
     COMPUTED_IN,
     INTEGERS,
@@ -28,6 +36,8 @@ from deme_cli.merging.pieces import (
     plan_runs,
     to_bytes,
 )
+from deme_cli.progress import Progress, Step, silent
+from deme_cli.run_file import RunFile
 
 _WIDE = np.dtype(np.float64)  # what differences are computed and summed in
 
@@ -42,6 +52,49 @@ class Measurements:
 
     norms: list[dict[str, float]]
     cosines: list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """The files, in the order of the experts, and how long and how alike the vectors are."""
+
+    paths: list[Path]
+    family: Family
+    measured: Measurements
+
+
+def task_vector(
+    experts: Sequence[Path], *, base: Path | None = None, output: Path | None = None,
+    run: RunFile | None = None, force: bool = False, progress: Progress = silent,
+) -> TaskVectors:  # fmt: skip
+    """Write each expert's task vector, tv_{i}of{N}.safetensors; measure norms and cosines.
+
+    base: None for that of `run`, or the one beside the experts.   output: the folder; None for
+    beside each expert.
+
+    Raises MissingError, ArtifactError (experts of another base), ConfigError (an output exists).
+    """
+    parents = open_parents(experts, "expert")
+    family = open_family(find_base(parents, run or RunFile(), base), parents)
+    size = family.base.num_parameters
+    paths = [
+        (output or parent.path.parent) / f"tv_{parent.record.label}.safetensors"
+        for parent in parents
+    ]
+    num_bytes = sum(spec.num_bytes for spec in family.base.tensors.values())
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
+            raise ConfigError(f"two experts would both be written to {path}; choose other folders")
+        require_output(path, force=force)
+        require_space(path, num_bytes * sum(path.parent == other.parent for other in paths))
+
+    def told(label: str) -> Callable[[int], None]:
+        return lambda done: progress(Step(done, size, label, "parameter"))
+
+    measured = measure(family, told("measuring"))
+    for index, path in enumerate(paths):
+        write_task_vector(family, index, measured.norms[index], path, told(path.name))
+    return TaskVectors(paths, family, measured)
 
 
 def block_of(name: str) -> str:

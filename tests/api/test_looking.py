@@ -98,8 +98,8 @@ def test_what_cannot_be_done_is_said_before_torch_is_loaded(run_folder: Path) ->
         import sys
         from pathlib import Path
         from deme_cli.api.comparing import ComparisonJob, compare, open_comparison
-        from deme_cli.api.inspecting import inspect
         from deme_cli.html_report import report
+        from deme_cli.artifacts import inspect
         from deme_cli.api.merging import show_search
         from deme_cli.errors import DemeError
 
