@@ -25,7 +25,7 @@ from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.progress import Progress, Step
 from deme_cli.run_file import RunFile
-from deme_cli.sampling.noise import seeded_noise
+from deme_cli.sampling.sampler import seeded_noise
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import derived_generator
 from deme_cli.training.examples import Examples

@@ -189,7 +189,7 @@ def held_out_loss(
     """
     from deme_cli.config import MergeConfig
     from deme_cli.merging.search.losses import HeldOutLoss
-    from deme_cli.sampling.noise import seeded_noise
+    from deme_cli.sampling.sampler import seeded_noise
 
     num, seed = settings.num, settings.seed
     if fresh:

@@ -15,9 +15,7 @@ from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.schedule import complete_config
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.row_plans import ENSEMBLE, plan_rows
-from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
-from deme_cli.sampling.sampler import SamplingExpert
-from deme_cli.sampling.single import open_single
+from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble, open_single, read_ensemble
 from deme_cli.timesteps import TimestepRange
 
 

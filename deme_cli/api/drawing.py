@@ -18,8 +18,8 @@ from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
     from deme_cli.artifacts import DenoiserRecord
-    from deme_cli.sampling.sampler import SamplingExpert
-    from deme_cli.sampling.scene import Scene
+    from deme_cli.sampling.conditioning import Conditioning
+    from deme_cli.sampling.ensemble import SamplingExpert
     from deme_cli.sampling.store import Order
 
 ENSEMBLE_NAME = "ensemble.safetensors"
@@ -160,11 +160,11 @@ class DrawingJob:
         with console.waiting("loading the libraries and the model"):
             from deme_cli.sampling.draw import Drawn, draw_samples
 
-            experts, scene, order = self._open()
+            experts, conditioning, order = self._open()
         began, drawn = time.monotonic(), None
         with console.progress("sampling", order.num, "image") as bar:
             for record in draw_samples(
-                experts, self.config, order, scene=scene, hold_one=self.hold_one,
+                experts, self.config, order, conditioning=conditioning, hold_one=self.hold_one,
                 compile=self.compile, world=self.world,
             ):  # fmt: skip
                 if isinstance(record, Drawn):
@@ -197,22 +197,23 @@ class DrawingJob:
         )
         return card
 
-    def _open(self) -> tuple[Sequence[SamplingExpert], Scene, Order]:
+    def _open(self) -> tuple[Sequence[SamplingExpert], Conditioning, Order]:
         """The networks, what goes into them besides noise, and the files to be."""
-        from deme_cli.sampling.protocol import protocol_card
-        from deme_cli.sampling.scene import open_scene
+        from deme_cli.sampling.conditioning import open_conditioning, protocol_card
         from deme_cli.sampling.store import Order
 
         experts, records = self._open_ensemble() if self.is_ensemble else self._open_single()
         config, dtype = self.config, self.dtype
-        scene = open_scene(records, config, pipeline=self.pipeline, device=self.device, dtype=dtype)
-        card = protocol_card(records, config, scene=scene, dtype=dtype)
-        channels, height, width = scene.image_shape
+        conditioning = open_conditioning(
+            records[0], config, pipeline=self.pipeline, device=self.device, dtype=dtype
+        )
+        card = protocol_card(records, config, conditioning=conditioning, dtype=dtype)
+        channels, height, width = conditioning.image_shape
         order = Order(
             self.output, card, (height, width, channels), config.batch_size, force=self.force,
-            prompts=scene.prompts, classes=scene.classes,
+            prompts=conditioning.prompts, classes=conditioning.classes,
         )  # fmt: skip
-        return experts, scene, order
+        return experts, conditioning, order
 
     def _check(self) -> None:
         """What can be told before anything heavy is loaded; fetches prompts that are not here.
@@ -238,7 +239,7 @@ class DrawingJob:
 
     def _open_single(self) -> tuple[Sequence[SamplingExpert], list[DenoiserRecord]]:
         from deme_cli.artifacts import ExpertRecord
-        from deme_cli.sampling.single import open_single
+        from deme_cli.sampling.ensemble import open_single
 
         (model,) = self.models
         experts, record = open_single(

@@ -133,7 +133,7 @@ def _images_of(
             yield done
         return
     for record in sample_images(
-        row.experts, sample, scene=row.scene, world=shares.world, compiled=compiled
+        row.experts, sample, conditioning=row.conditioning, world=shares.world, compiled=compiled
     ):
         if isinstance(record, ImageBatch):
             yield record

@@ -1,6 +1,6 @@
 """A row of the table, opened: experts to sample from, or finished images, with their card.
 
-Images of a row have prompts or classes where they were drawn for them: those of the scene for
+Images of a row have prompts or classes where they were drawn for them: as drawn, for
 models; for finished images those that came with them, else the ones given.
 """
 
@@ -22,18 +22,19 @@ from deme_cli.data.prompts import PromptSet
 from deme_cli.diffusion.model_files import read_json
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.evaluation.row_plans import ENSEMBLE, RowPlan, record_of_file
-from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
-from deme_cli.sampling.protocol import protocol_card
-from deme_cli.sampling.sampler import SamplingExpert
+from deme_cli.sampling.conditioning import (
+    Conditioning,
+    open_conditioning,
+    prompts_in_turn,
+    protocol_card,
+)
+from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble, open_single, read_ensemble
 from deme_cli.sampling.samples_folder import CARD_NAME
-from deme_cli.sampling.scene import Scene, open_scene
-from deme_cli.sampling.single import open_single
-from deme_cli.sampling.subjects import prompts_in_turn
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row that can be measured: `experts` to sample from in a `scene`, or `finished` images.
+    """A row that can be measured: `experts` to sample from, or `finished` images.
 
     `card` tells how the images are, or were, drawn; `prompts` and `classes` hold one per image.
     """
@@ -43,7 +44,7 @@ class Row:
     shape: tuple[int, int, int]  # (C, H, W)
     card: dict[str, Any]
     experts: Sequence[SamplingExpert] = ()
-    scene: Scene | None = None
+    conditioning: Conditioning | None = None
     finished: ImageData | None = None
     prompts: Sequence[str] | None = None
     classes: Sequence[int] | None = None
@@ -51,7 +52,7 @@ class Row:
 
 @dataclass
 class RowOpener:
-    """Opens rows. Models of one base share a scene, so that its text encoders are loaded once.
+    """Opens rows. Models of one base share a conditioning, its text encoders loaded once.
 
     wants: what of finished images is to be known, `text` or `class`.
     """
@@ -62,7 +63,7 @@ class RowOpener:
     pipeline: str | None = None
     device: str = "cpu"
     dtype: str = "fp32"
-    _scenes: dict[str, Scene] = field(default_factory=dict, init=False)
+    _conditionings: dict[str, Conditioning] = field(default_factory=dict, init=False)
 
     def open(self, plan: RowPlan) -> Row:
         """What a plan needs to be measured. Models in artifacts are loaded when sampled."""
@@ -78,22 +79,22 @@ class RowOpener:
                 plan.arguments[0], pipeline=self.pipeline, device=self.device, dtype=self.dtype
             )
             records = [record]
-        scene = self._scene(records)
-        card = protocol_card(records, self.sample, scene=scene, dtype=self.dtype)
+        conditioning = self._conditioning(records)
+        card = protocol_card(records, self.sample, conditioning=conditioning, dtype=self.dtype)
         kind = card["model"] if plan.kind == "model" else plan.kind
         return Row(
-            plan.name, kind, scene.image_shape, card, experts, scene,
-            prompts=scene.prompts, classes=scene.classes,
+            plan.name, kind, conditioning.image_shape, card, experts, conditioning,
+            prompts=conditioning.prompts, classes=conditioning.classes,
         )  # fmt: skip
 
-    def _scene(self, records: Sequence[DenoiserRecord]) -> Scene:
+    def _conditioning(self, records: Sequence[DenoiserRecord]) -> Conditioning:
         first = records[0]
         key = json.dumps([first.source, first.model_config, first.companions], sort_keys=True)
-        if key not in self._scenes:
-            self._scenes[key] = open_scene(
-                records, self.sample, pipeline=self.pipeline, device=self.device, dtype=self.dtype
+        if key not in self._conditionings:
+            self._conditionings[key] = open_conditioning(
+                first, self.sample, pipeline=self.pipeline, device=self.device, dtype=self.dtype
             )
-        return self._scenes[key]
+        return self._conditionings[key]
 
     def _samples(self, plan: RowPlan) -> Row:
         """Finished images: a samples artifact, or a folder of image files."""

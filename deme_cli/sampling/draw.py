@@ -17,11 +17,12 @@ from deme_cli.config import SampleConfig
 from deme_cli.distributed import ALONE, World
 from deme_cli.files import require_output
 from deme_cli.sampling.compiled import CompiledSteps
+from deme_cli.sampling.conditioning import Conditioning
+from deme_cli.sampling.ensemble import SamplingExpert
 from deme_cli.sampling.preview import MAX_IMAGES, preview_path, write_preview
-from deme_cli.sampling.sampler import ImageBatch, SamplingExpert, StepProgress, sample_images
+from deme_cli.sampling.sampler import ImageBatch, StepProgress, sample_images
 from deme_cli.sampling.samples_file import SamplesFile, open_samples_file
 from deme_cli.sampling.samples_folder import SamplesFolder, open_samples_folder
-from deme_cli.sampling.scene import Scene
 from deme_cli.sampling.shares import DrawingStops, Shares
 from deme_cli.sampling.store import Order, is_folder
 
@@ -40,7 +41,7 @@ def draw_samples(
     config: SampleConfig,
     order: Order,
     *,
-    scene: Scene | None = None,
+    conditioning: Conditioning | None = None,
     hold_one: bool = False,
     compile: str = "off",
     world: World = ALONE,
@@ -68,7 +69,7 @@ def draw_samples(
             compile, num_forwards=len(shares.own) * config.steps, num_loads=len(experts)
         )
         drawing = sample_images(
-            experts, config, scene=scene, hold_one=hold_one, first=first, world=world,
+            experts, config, conditioning=conditioning, hold_one=hold_one, first=first, world=world,
             compiled=compiled,
         )  # fmt: skip
         for record in _in_rounds(drawing, shares):

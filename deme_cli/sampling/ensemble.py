@@ -1,22 +1,22 @@
-"""Experts of one base that together denoise [0, T): which files make an ensemble, and opening them.
+"""Who denoises which timesteps: experts of one base that together cover [0, T), or one model.
 
 The checks read headers only; torch is loaded when the experts are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deme_cli.artifacts import ExpertRecord, read_record
+from deme_cli.artifacts import DenoiserRecord, ExpertRecord, read_record
 from deme_cli.errors import ArtifactError
-from deme_cli.timesteps import require_cover
+from deme_cli.timesteps import TimestepRange, require_cover
 
 if TYPE_CHECKING:
-    from deme_cli.sampling.sampler import SamplingExpert
+    from deme_cli.diffusion.denoiser import Denoiser
 
 _SHARED = {
     "base": "base",
@@ -25,6 +25,42 @@ _SHARED = {
     "scheduler_config": "scheduler config",
     "companions": "set of frozen parts",
 }
+
+
+@dataclass(frozen=True)
+class SamplingExpert:
+    """Who denoises `range`. `load` is called once, or once per chunk when holding one at a time."""
+
+    range: TimestepRange
+    load: Callable[[], Denoiser]
+
+
+def single(denoiser: Denoiser) -> list[SamplingExpert]:
+    """One denoiser as an ensemble of one, for [0, T)."""
+    whole = TimestepRange(0, denoiser.schedule.num_train_timesteps)
+    return [SamplingExpert(whole, lambda: denoiser)]
+
+
+def open_single(
+    argument: str, *, pipeline: str | None = None, device: str = "cpu", dtype: str = "fp32"
+) -> tuple[list[SamplingExpert], DenoiserRecord]:
+    """The model that an argument names, and its record.
+
+    An artifact is loaded when its weights are needed; a folder at once, for it tells its
+    fingerprint only by its weights. Raises what `locate_model` and `open_denoiser` raise.
+    """
+    from deme_cli.diffusion.checkpoints import open_denoiser
+    from deme_cli.diffusion.denoiser import choose_device
+    from deme_cli.diffusion.model_files import locate_model
+
+    choose_device(device)
+    path = locate_model(argument)
+    load = partial(open_denoiser, argument, pipeline=pipeline, device=device, dtype=dtype)
+    if not path.is_file():
+        denoiser = load()
+        return single(denoiser), denoiser.record
+    record = read_record(path, "base", "expert", "merged")
+    return [SamplingExpert(TimestepRange(0, record.num_train_timesteps), load)], record
 
 
 @dataclass(frozen=True)
@@ -47,20 +83,16 @@ def read_ensemble(paths: Sequence[Path]) -> list[Member]:
     members.sort(key=lambda member: member.record.timesteps)
     first = members[0]
     for member in members[1:]:
-        _require_kin(first, member)
+        for name, label in _SHARED.items():
+            expected, other = getattr(first.record, name), getattr(member.record, name)
+            if expected != other:
+                values = f" ({other!s:.12}, not {expected!s:.12})" if label == "base" else ""
+                raise ArtifactError(
+                    f"{member.path}: another {label} than {first.path}{values}; an ensemble needs "
+                    f"experts of one base"
+                )
     require_cover([m.record.timesteps for m in members], first.record.num_train_timesteps)
     return members
-
-
-def _require_kin(first: Member, member: Member) -> None:
-    for name, label in _SHARED.items():
-        expected, found = getattr(first.record, name), getattr(member.record, name)
-        if expected != found:
-            values = f" ({found!s:.12}, not {expected!s:.12})" if label == "base" else ""
-            raise ArtifactError(
-                f"{member.path}: another {label} than {first.path}{values}; "
-                f"an ensemble needs experts of one base"
-            )
 
 
 def open_ensemble(
@@ -71,7 +103,6 @@ def open_ensemble(
     Raises what `read_ensemble` raises, and what `choose_device` says of the device.
     """
     from deme_cli.diffusion.denoiser import choose_device, load_denoiser
-    from deme_cli.sampling.sampler import SamplingExpert
 
     choose_device(device)
     return [

@@ -19,7 +19,7 @@ from deme_cli.artifacts import ArtifactWriter, SamplesRecord
 from deme_cli.errors import writing
 from deme_cli.files import TensorSpec, require_output, require_space
 from deme_cli.jobs import claim
-from deme_cli.sampling.noise import image_seed
+from deme_cli.sampling.sampler import image_seed
 from deme_cli.sampling.store import Order, card_in
 
 _PIECE_BYTES = 1 << 24

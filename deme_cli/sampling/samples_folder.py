@@ -23,8 +23,8 @@ from deme_cli.data.image_source import image_suffixes
 from deme_cli.errors import ConfigError, writing
 from deme_cli.files import require_space, write_whole
 from deme_cli.jobs import claim
-from deme_cli.sampling.noise import image_seed
 from deme_cli.sampling.preview import png_bytes
+from deme_cli.sampling.sampler import image_seed
 from deme_cli.sampling.store import Order, card_in
 
 CARD_NAME = "samples.json"
@@ -39,11 +39,6 @@ def open_samples_folder(order: Order) -> Iterator[SamplesFolder]:
     Raises ConfigError if it is finished, is being written, or holds images of another protocol,
     unless the order says `force`; and if it holds images that deme did not number, always.
     """
-    if order.shape[2] not in (1, 3):
-        raise ConfigError(
-            f"{order.path}: PNG files hold 1 or 3 channels, this model has {order.shape[2]}; "
-            f"name an artifact with --output, as in samples.safetensors"
-        )
     card_path = order.path / CARD_NAME
     with claim(card_path):
         first = _make_room(order)

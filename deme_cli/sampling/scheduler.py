@@ -1,8 +1,12 @@
 """The sampler: a diffusers scheduler on the checkpoint's own schedule, with its steps laid out.
 
 diffusers carries the mathematics of every sampler. Here is only which class a name stands for, what
-of it the user may set, and which combinations diffusers would accept and then denoise wrongly. Flow
-models have samplers of their own (flow_scheduler.py).
+of it the user may set, and which combinations diffusers would accept and then denoise wrongly.
+
+Samplers of flow models follow the velocity eps - x_0 from sigma = 1 to 0: Euler takes the steps
+that the model's own pipeline lays; Heun the same steps, each evaluated at both ends; DPM-Solver++
+and UniPC lay their own, shifted likewise. Steps are even in sigma before the shift, so `spacing`
+has no meaning, and samplers that live on a table of alphas do not fit.
 """
 
 from __future__ import annotations
@@ -19,9 +23,8 @@ from torch import Tensor
 from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import SampleConfig
 from deme_cli.diffusion.backbones.known import backbone_of
-from deme_cli.diffusion.schedule import scheduler_of
+from deme_cli.diffusion.schedule import flow_config, scheduler_of
 from deme_cli.errors import ConfigError
-from deme_cli.sampling.flow_scheduler import FLOW_SCHEDULERS, build_flow_scheduler, is_flow
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -33,6 +36,12 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "deis": "DEISMultistepScheduler",
     "lms": "LMSDiscreteScheduler",
+}
+FLOW_SCHEDULERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
 }
 PNDM_WARMUP = 4  # Runge-Kutta steps before the linear multistep ones (Liu et al. 2022, section 3.3)
 LayOut = Callable[[Any, int], None]  # sets a scheduler's timesteps for a number of steps
@@ -53,7 +62,7 @@ def name_sampler(record: DenoiserRecord, config: SampleConfig) -> SampleConfig:
 
 def _sampler_of(record: DenoiserRecord, config: SampleConfig) -> str:
     own = record.scheduler_config.get("_class_name")
-    if is_flow(record.scheduler_config):
+    if flow_config(record.scheduler_config):
         return next((name for name, kind in FLOW_SCHEDULERS.items() if kind == own), "euler")
     draws_pixels = not backbone_of(record.model_config).parts
     is_short = config.steps < record.num_train_timesteps
@@ -84,9 +93,12 @@ def build_scheduler(
     Raises ConfigError where the sampler cannot do what is asked with this checkpoint.
     """
     assert config.sampler, "name_sampler comes first"
-    _require_settings(config)
-    if is_flow(scheduler_config):
-        return build_flow_scheduler(scheduler_config, config, lay_out)
+    if config.eta and config.sampler != "ddim":
+        raise ConfigError(
+            f"eta = {config.eta:g} works with the sampler ddim alone, not with {config.sampler}"
+        )
+    if flow := flow_config(scheduler_config):
+        return _flow_scheduler(scheduler_config, flow, config, lay_out)
     changes = dict(changes or {})
     if config.spacing is not None:
         changes["timestep_spacing"] = config.spacing
@@ -115,13 +127,6 @@ def _build(scheduler_config: Mapping[str, Any], sampler: str, changes: Mapping[s
 def can_clip(kind: type) -> bool:
     """Whether samplers of this class can clip x_0 in every step."""
     return "clip_sample" in inspect.signature(kind).parameters
-
-
-def _require_settings(config: SampleConfig) -> None:
-    if config.eta and config.sampler != "ddim":
-        raise ConfigError(
-            f"eta = {config.eta:g} works with the sampler ddim alone, not with {config.sampler}"
-        )
 
 
 def _require_steps(scheduler: Any, config: SampleConfig) -> None:
@@ -192,3 +197,93 @@ def take_step(
     if config.sampler == "ddim":
         options["eta"] = config.eta
     return scheduler.step(output, t, x_t, return_dict=False, **options)
+
+
+def _flow_scheduler(
+    scheduler_config: Mapping[str, Any], flow: dict[str, Any], config: SampleConfig, lay_out: LayOut
+) -> Any:
+    """As `build_scheduler`, where `flow` is the Euler config with the sigmas of a flow model."""
+    import diffusers
+
+    if config.sampler not in FLOW_SCHEDULERS:
+        raise ConfigError(
+            f"the sampler {config.sampler} does not fit a flow-matching model; choose one of "
+            f"{', '.join(FLOW_SCHEDULERS)}"
+        )
+    if config.spacing is not None:
+        raise ConfigError(
+            f"spacing = {config.spacing!r}: the steps of a flow-matching model are laid in sigma "
+            f"and have no spacing; leave spacing out"
+        )
+    try:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(flow)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ConfigError(f"this model's schedule is unusable: {error}") from error
+    _require_fit(scheduler, config)
+    if config.sampler in ("dpm++", "unipc"):
+        kind = getattr(diffusers, FLOW_SCHEDULERS[config.sampler])
+        if scheduler_config["_class_name"].startswith("FlowMatch"):
+            scheduler = _multistep(scheduler, kind, config.sampler)
+        else:  # it has all their settings
+            scheduler = kind.from_config(dict(scheduler_config))
+    lay_out(scheduler, config.steps)
+    return _heun(scheduler, config.steps) if config.sampler == "heun" else scheduler
+
+
+def _require_fit(euler: Any, config: SampleConfig) -> None:
+    """What of the checkpoint's own schedule diffusers would leave out, or draw without a seed."""
+    horizon = euler.config.num_train_timesteps
+    if not 1 <= config.steps <= horizon:
+        raise ConfigError(
+            f"steps = {config.steps}: the sampler {config.sampler} takes 1 to {horizon} steps with "
+            f"this model's {horizon} timesteps"
+        )
+    if euler.config.get("stochastic_sampling"):  # not in diffusers 0.33
+        raise ConfigError(
+            "this model's schedule asks for stochastic sampling, whose noise knows no seed"
+        )
+    shifts_by_size = euler.config.use_dynamic_shifting
+    shifts_linearly = shifts_by_size and euler.config.get("time_shift_type") == "linear"
+    if config.sampler == "dpm++" and shifts_linearly:
+        raise ConfigError(
+            "the sampler dpm++ cannot shift linearly, as this model's schedule asks; choose euler"
+        )
+
+
+def _multistep(euler: Any, kind: Any, sampler: str) -> Any:
+    """DPM-Solver++ or UniPC on the flow's sigmas, with the shift of the checkpoint's schedule."""
+    known = inspect.signature(kind.__init__).parameters
+    own = {name: value for name, value in euler.config.items() if not name.startswith("_")}
+    if own["use_dynamic_shifting"] and "use_dynamic_shifting" not in known:
+        raise ConfigError(
+            f"the sampler {sampler} of this diffusers cannot shift by the size of the image; "
+            f"choose euler, or install a newer diffusers"
+        )
+    kept = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type")
+    changes: dict[str, Any] = {n: own[n] for n in kept if n in own and n in known}
+    changes |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    changes["flow_shift"] = own["shift"]
+    if sampler == "dpm++":
+        changes["algorithm_type"] = "dpmsolver++"
+    elif own.get("shift_terminal"):
+        changes["shift_terminal"] = own["shift_terminal"]
+    scheduler = kind(**changes)
+    about_size = {name: value for name, value in own.items() if name not in scheduler.config}
+    scheduler.register_to_config(**about_size)  # lay_out asks it how to shift for this image size
+    return scheduler
+
+
+def _heun(euler: Any, steps: int) -> Any:
+    """Heun on Euler's steps: evaluated at t_0, t_1, t_1, t_2, t_2 and so on.
+
+    diffusers' own layout cannot shift by the size of the image; where nothing does, it is this one.
+    """
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    config = euler.config
+    scheduler: Any = FlowMatchHeunDiscreteScheduler(config.num_train_timesteps, config.shift)
+    scheduler.set_timesteps(steps)
+    t, sigmas = euler.timesteps, euler.sigmas.cpu()
+    scheduler.timesteps = torch.cat([t[:1], t[1:].repeat_interleave(2)])
+    scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+    return scheduler

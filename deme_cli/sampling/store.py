@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deme_cli.errors import ConfigError
-from deme_cli.sampling.protocol import first_difference
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,17 @@ class Order:
                 f"{self.card.get(name)}; run the command that began it, choose another --output, "
                 f"or add --force to discard them"
             )
+
+
+def first_difference(card: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first field in which two cards promise different images, or None.
+
+    How many images there are, what the model was imported from and where prompts lie are left out.
+    """
+    for name in [*card, *other]:
+        if name not in ("num", "source", "prompts") and card.get(name) != other.get(name):
+            return name
+    return None
 
 
 def card_in(text: bytes) -> dict[str, Any] | None:

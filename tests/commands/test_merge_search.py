@@ -17,7 +17,7 @@ from deme_cli.merging.combine import merge_artifacts
 from deme_cli.merging.search.journal import read_journal
 from deme_cli.merging.search.losses import HeldOutLoss
 from deme_cli.merging.search.objectives import SEARCH
-from deme_cli.sampling.sampler import single
+from deme_cli.sampling.ensemble import single
 from deme_cli.training.examples import PixelExamples
 
 PAIR = ("ft_1of4.safetensors", "ft_3of4.safetensors")

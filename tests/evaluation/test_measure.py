@@ -62,7 +62,7 @@ def test_a_figure_is_the_distance_of_the_images_of_its_seed(
     assert reference is not None
     for repeat, record in enumerate(measured):
         sample = replace(SAMPLE, seed=7 + repeat)
-        images = collect_images(rows[0].experts, sample, scene=rows[0].scene)
+        images = collect_images(rows[0].experts, sample, conditioning=rows[0].conditioning)
         running = RunningStatistics()
         running.add(extractor.features(images))
         found = running.statistics()
@@ -86,7 +86,8 @@ def test_finished_images_are_measured_once_and_as_they_are(
     run_folder: Path, instruments: Instruments
 ) -> None:
     rows = open_these("base.safetensors")
-    images = collect_images(rows[0].experts, replace(SAMPLE, seed=7), scene=rows[0].scene)
+    drawing = replace(SAMPLE, seed=7)
+    images = collect_images(rows[0].experts, drawing, conditioning=rows[0].conditioning)
     write_artifact(
         Path("drawn.safetensors"), {"images": images}, SamplesRecord(protocol=rows[0].card)
     )
@@ -197,7 +198,7 @@ def test_a_folder_whose_card_is_no_table_is_refused(
 
 def test_models_of_one_base_share_their_scene(run_folder: Path) -> None:
     rows = open_these("base.safetensors", "ft_1of4.safetensors")
-    assert rows[0].scene is rows[1].scene
+    assert rows[0].conditioning is rows[1].conditioning
 
 
 def test_a_standard_error_over_repeats_is_that_of_all_their_images() -> None:

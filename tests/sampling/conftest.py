@@ -14,7 +14,7 @@ from deme_cli.config import SampleConfig
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.companions import Companions, open_companions
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.sampling.scene import Scene, scene_of
+from deme_cli.sampling.conditioning import Conditioning, conditioning_of
 
 
 @pytest.fixture(scope="session")
@@ -32,15 +32,15 @@ def opened(pipelines: Callable[..., Path]) -> Callable[..., Denoiser]:
 
 
 @pytest.fixture(scope="session")
-def scene_for() -> Callable[[Denoiser, SampleConfig], Scene]:
-    """The scene of such a denoiser; its frozen parts are loaded once."""
+def conditioning_for() -> Callable[[Denoiser, SampleConfig], Conditioning]:
+    """The conditioning of such a denoiser; its frozen parts are loaded once."""
     made: dict[str, Companions] = {}
 
-    def get(denoiser: Denoiser, config: SampleConfig) -> Scene:
+    def get(denoiser: Denoiser, config: SampleConfig) -> Conditioning:
         source = denoiser.record.source
         if source not in made:
             made[source] = open_companions(denoiser.record)
-        return replace(scene_of(denoiser, config), companions=made[source])
+        return replace(conditioning_of(denoiser, config), companions=made[source])
 
     return get
 

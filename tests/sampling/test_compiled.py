@@ -18,14 +18,8 @@ from deme_cli.diffusion.denoiser import build_network, load_denoiser
 from deme_cli.diffusion.projection import attach_projections, has_projections
 from deme_cli.sampling import compiled as compiled_module
 from deme_cli.sampling.compiled import CompiledSteps
-from deme_cli.sampling.ensemble import open_ensemble
-from deme_cli.sampling.sampler import (
-    ImageBatch,
-    SamplingExpert,
-    collect_images,
-    sample_images,
-    single,
-)
+from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble, single
+from deme_cli.sampling.sampler import ImageBatch, collect_images, sample_images
 
 
 def images_of(experts: list[SamplingExpert], config: SampleConfig, **options: object) -> np.ndarray:
@@ -79,8 +73,8 @@ def test_a_single_model_is_compiled_itself_and_off_leaves_it_alone(
         assert compiled.carry(denoiser).denoiser is denoiser
     assert not compiled_ones
     found = CompiledSteps("on", num_forwards=1, num_loads=1).carry(denoiser)
-    assert found.denoiser.network is found.step.network is denoiser.network
-    assert compiled_ones == [found.step]
+    assert found.denoiser.network is found.network is denoiser.network
+    assert compiled_ones == [found]
 
 
 def with_projections(folder: Path) -> Path:

@@ -11,8 +11,9 @@ from conftest import write_tiny_base, write_tiny_expert
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import SampleConfig
 from deme_cli.errors import ArtifactError, ConfigError
+from deme_cli.sampling.conditioning import protocol_card
 from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
-from deme_cli.sampling.protocol import first_difference, protocol_card
+from deme_cli.sampling.store import first_difference
 
 
 def expert_paths(folder: Path) -> list[Path]:

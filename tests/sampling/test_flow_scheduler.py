@@ -12,8 +12,7 @@ from torch import Tensor
 from deme_cli.config import SAMPLERS, SPACINGS, SampleConfig
 from deme_cli.diffusion.backbones.flux import Flux
 from deme_cli.errors import ConfigError
-from deme_cli.sampling.flow_scheduler import FLOW_SCHEDULERS
-from deme_cli.sampling.scheduler import build_scheduler, take_step
+from deme_cli.sampling.scheduler import FLOW_SCHEDULERS, build_scheduler, take_step
 
 T = 1000
 STATIC = {

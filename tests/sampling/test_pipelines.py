@@ -19,10 +19,9 @@ from torch import Tensor
 from deme_cli.config import SampleConfig
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.sampling import sampler as sampler_module
-from deme_cli.sampling.finish import finish_images
-from deme_cli.sampling.noise import image_seed
-from deme_cli.sampling.sampler import collect_images, single
-from deme_cli.sampling.scene import Scene
+from deme_cli.sampling.conditioning import Conditioning
+from deme_cli.sampling.ensemble import single
+from deme_cli.sampling.sampler import collect_images, finish_images, image_seed
 
 PROMPTS = ("a red fox", "two cats on a mat, by night")
 SIZE = LATENT * FACTOR  # pixels
@@ -41,20 +40,20 @@ class Ours:
 
     config: SampleConfig
     denoiser: Denoiser
-    scene: Scene
+    conditioning: Conditioning
     images: np.ndarray
     latents: Tensor
 
     @property
     def generators(self) -> list[torch.Generator]:
         """Those of the images' own noise."""
-        seeds = [image_seed(self.config.seed, index) for index in range(self.scene.num)]
+        seeds = [image_seed(self.config.seed, index) for index in range(self.conditioning.num)]
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     @property
     def noise(self) -> Tensor:
         """The latents that the images begin with."""
-        shape = self.scene.latent_shape
+        shape = self.conditioning.latent_shape
         return torch.stack([torch.randn(shape, generator=one) for one in self.generators])
 
 
@@ -62,7 +61,7 @@ Draw = Callable[..., Ours]
 
 
 @pytest.fixture
-def ours(opened: Any, scene_for: Any, monkeypatch: pytest.MonkeyPatch) -> Draw:
+def ours(opened: Any, conditioning_for: Any, monkeypatch: pytest.MonkeyPatch) -> Draw:
     """Draw with the tiny pipeline of a name; `build` goes to its builder."""
 
     def draw(name: str, build: dict[str, Any] | None = None, **settings: Any) -> Ours:
@@ -75,9 +74,9 @@ def ours(opened: Any, scene_for: Any, monkeypatch: pytest.MonkeyPatch) -> Draw:
         monkeypatch.setattr(sampler_module, "finish_images", keep)
         config = SampleConfig(**{"steps": 6, "seed": 3, **settings})
         denoiser = opened(name, **(build or {}))
-        scene = scene_for(denoiser, config)
-        images = collect_images(single(denoiser), config, scene=scene)
-        return Ours(config, denoiser, scene, images, torch.cat(kept))
+        conditioning = conditioning_for(denoiser, config)
+        images = collect_images(single(denoiser), config, conditioning=conditioning)
+        return Ours(config, denoiser, conditioning, images, torch.cat(kept))
 
     return draw
 
@@ -88,7 +87,7 @@ def largest_difference(images: np.ndarray, others: np.ndarray) -> int:
 
 def require_same(found: Ours, pipeline: Any, **options: Any) -> None:
     """Check the pipeline's latents and images, drawn from the same noise, against deme's."""
-    noise, size = found.noise, found.scene.drawn_shape[1]
+    noise, size = found.noise, found.conditioning.drawn_shape[1]
     is_packed = isinstance(pipeline, FluxPipeline)
     if is_packed:
         noise = pipeline._pack_latents(noise, *noise.shape)
@@ -171,7 +170,7 @@ def test_images_of_classes_are_those_of_the_dit_pipeline(
 ) -> None:
     # diffusers' null class is 1000, whatever the number of classes
     found = ours("dit", {"num_classes": 1000}, num=3, classes="207,360", guidance=guidance)
-    assert found.scene.classes == [207, 360, 207]
+    assert found.conditioning.classes == [207, 360, 207]
     images = their_pipeline(found.denoiser)(
         class_labels=[207, 360, 207], guidance_scale=guidance, generator=found.generators,
         num_inference_steps=found.config.steps,
@@ -203,7 +202,7 @@ def test_guidance_moves_the_images(ours: Draw, prompts: str) -> None:
 
 def test_images_are_resized_as_pillow_does(ours: Draw, prompts: str) -> None:
     whole, small = (ours("sd", prompts=prompts, resize=size) for size in (None, 6))
-    assert small.scene.image_shape == (3, 6, 6)
+    assert small.conditioning.image_shape == (3, 6, 6)
     expected = [np.asarray(Image.fromarray(image).resize((6, 6))) for image in whole.images]
     assert np.array_equal(small.images, np.stack(expected))
 
@@ -222,11 +221,11 @@ def test_images_are_resized_as_pillow_does(ours: Draw, prompts: str) -> None:
     ],
 )
 def test_prompts_that_lose_their_end_are_counted_by_encoder(
-    opened: Any, scene_for: Any, capsys: pytest.CaptureFixture[str], name: str,
+    opened: Any, conditioning_for: Any, capsys: pytest.CaptureFixture[str], name: str,
     limits: dict[str, int],
 ) -> None:  # fmt: skip
     """Of one that is too long for every encoder, the end changes nothing."""
-    companions = scene_for(opened(name), SampleConfig(prompts="digits")).companions
+    companions = conditioning_for(opened(name), SampleConfig(prompts="digits")).companions
     tokenizers = companions._tokenizers.values()
     for tokenizer, (encoder, limit) in zip(tokenizers, limits.items(), strict=True):
         fits, cut = (

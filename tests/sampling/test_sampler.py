@@ -21,15 +21,13 @@ from deme_cli.diffusion.projection import attach_projections, has_projections
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import NumericsError
 from deme_cli.sampling import sampler as sampler_module
-from deme_cli.sampling.ensemble import open_ensemble
-from deme_cli.sampling.noise import image_seed
+from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble, single
 from deme_cli.sampling.sampler import (
     ImageBatch,
-    SamplingExpert,
     StepProgress,
     collect_images,
+    image_seed,
     sample_images,
-    single,
 )
 from deme_cli.sampling.scheduler import build_scheduler
 from deme_cli.timesteps import split_uniform

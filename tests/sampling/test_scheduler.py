@@ -16,7 +16,8 @@ from deme_cli.config import SAMPLERS, SPACINGS, SampleConfig
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.schedule import PREDICTIONS, read_schedule
 from deme_cli.errors import ConfigError
-from deme_cli.sampling.sampler import collect_images, single
+from deme_cli.sampling.ensemble import single
+from deme_cli.sampling.sampler import collect_images
 from deme_cli.sampling.scheduler import SCHEDULERS, build_scheduler, name_sampler, take_step
 
 MEAN, SD = 0.2, 0.15

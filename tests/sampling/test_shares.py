@@ -10,10 +10,17 @@ import torch
 
 from deme_cli.config import SampleConfig
 from deme_cli.distributed import Launch, World
-from deme_cli.sampling.batch import Timestep, denoise, draw_batch
 from deme_cli.sampling.compiled import Step
 from deme_cli.sampling.ensemble import open_ensemble
-from deme_cli.sampling.sampler import ImageBatch, StepProgress, collect_images, sample_images
+from deme_cli.sampling.sampler import (
+    ImageBatch,
+    StepProgress,
+    Timestep,
+    collect_images,
+    denoise,
+    draw_batch,
+    sample_images,
+)
 from deme_cli.sampling.scheduler import build_scheduler
 from deme_cli.sampling.shares import Shares
 
@@ -59,12 +66,12 @@ def test_a_process_draws_its_batches_as_one_process_does(
 
 
 @pytest.mark.parametrize("name", ["dit", "sd", "sdxl"])
-def test_a_batch_is_filled_up_with_its_last_image(opened, scene_for, name: str) -> None:
+def test_a_batch_is_filled_up_with_its_last_image(opened, conditioning_for, name: str) -> None:
     """Images and what the network is told of them alike, so that predictions stay the same."""
     denoiser = opened(name)
     about = {"guidance": 1.0} if name == "dit" else {"guidance": 3.0, "prompts": "text:a red cat"}
     config = SampleConfig(num=3, sampler="ddpm", steps=10, **about)
-    scene = scene_for(denoiser, config)
+    conditioning = conditioning_for(denoiser, config)
     scheduler = build_scheduler(denoiser.record.scheduler_config, config)
     (at,) = (Timestep(0, t, torch.tensor(t)) for t in scheduler.timesteps[:1].tolist())
     sizes: list[int] = []
@@ -72,7 +79,7 @@ def test_a_batch_is_filled_up_with_its_last_image(opened, scene_for, name: str) 
     found = []
     for size in (0, 5):
         batch = draw_batch(
-            range(3), scene, torch.empty(0), scheduler=scheduler, config=config, size=size
+            range(3), conditioning, torch.empty(0), scheduler=scheduler, config=config, size=size
         )
         said = denoise(batch, Step(denoiser), at, config)
         assert [len(x) for x in said] == [3, 3]

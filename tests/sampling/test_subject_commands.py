@@ -16,7 +16,7 @@ from typer.testing import Result
 from deme_cli.artifacts import BaseRecord, ExpertRecord, read_record, write_artifact
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.checkpoints import open_denoiser
-from deme_cli.sampling.noise import image_seed
+from deme_cli.sampling.sampler import image_seed
 from deme_cli.timesteps import split_uniform
 
 Deme = Callable[..., Result]

@@ -19,8 +19,8 @@ from deme_cli.config import SAMPLERS, SampleConfig
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ConfigError
-from deme_cli.sampling.noise import image_seed
-from deme_cli.sampling.sampler import collect_images, single
+from deme_cli.sampling.ensemble import single
+from deme_cli.sampling.sampler import collect_images, image_seed
 from deme_cli.sampling.scheduler import SCHEDULERS, build_scheduler, name_sampler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -132,7 +132,7 @@ def test_images_are_those_of_diffusers_with_that_scheduler(
     config: str,
     sampler: str | None,
     opened: Callable[..., Denoiser],
-    scene_for: Any,
+    conditioning_for: Any,
     their_pipeline: Any,
     of_pixels: Denoiser,
 ) -> None:
@@ -155,7 +155,9 @@ def test_images_are_those_of_diffusers_with_that_scheduler(
         ours = collect_images(single(denoiser), settings)
         theirs = drawn_by_hand(denoiser.network, swapped(own, kind), generators)
     else:
-        ours = collect_images(single(denoiser), settings, scene=scene_for(denoiser, settings))
+        ours = collect_images(
+            single(denoiser), settings, conditioning=conditioning_for(denoiser, settings)
+        )
         parts = {**their_pipeline(denoiser).components, "requires_safety_checker": False}
         pipeline = StableDiffusionPipeline(**{**parts, "scheduler": own})
         if sampler:

@@ -24,8 +24,9 @@ from deme_cli.evaluation.features import Extractor
 from deme_cli.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
 from deme_cli.evaluation.kid import kernel_distance
 from deme_cli.files import write_whole
-from deme_cli.sampling.sampler import ImageBatch, SamplingExpert, StepProgress, sample_images
-from deme_cli.sampling.scene import Scene
+from deme_cli.sampling.conditioning import Conditioning
+from deme_cli.sampling.ensemble import SamplingExpert
+from deme_cli.sampling.sampler import ImageBatch, StepProgress, sample_images
 from deme_cli.training.held_out import Check
 
 
@@ -52,17 +53,17 @@ class FeatureStore:
 
 
 class GeneratedDistance:
-    """Distance between features of `scene.num` generated images and of a reference.
+    """Distance between features of `conditioning.num` generated images and of a reference.
 
     reference: statistics for a Fréchet distance, features (m, d) for a kernel distance.
     """
 
     def __init__(
         self, extractor: Extractor, reference: Statistics | np.ndarray, card: dict[str, Any],
-        *, sample: SampleConfig, scene: Scene, store: FeatureStore | None = None,
+        *, sample: SampleConfig, conditioning: Conditioning, store: FeatureStore | None = None,
     ) -> None:  # fmt: skip
         self._extractor, self._reference = extractor, reference
-        self._sample, self._scene, self._store = sample, scene, store
+        self._sample, self._conditioning, self._store = sample, conditioning, store
         on_inception = extractor.metric_name == "fid"
         self.is_kernel = not isinstance(reference, Statistics)
         if not self.is_kernel:
@@ -76,7 +77,7 @@ class GeneratedDistance:
             "extractor": {"name": extractor.name, "sha256": extractor.sha256},
             **card,
             **{key: value for key, value in asdict(sample).items() if key != "batch_size"},
-            **scene.card,
+            **conditioning.card,
         }
         drawn = {k: v for k, v in self.protocol.items() if k not in ("name", "num", *card)}
         self._drawn = json.dumps(drawn, sort_keys=True, default=str)
@@ -93,13 +94,14 @@ class GeneratedDistance:
         """Features of the images (n, d) float32, those kept under `key` not drawn again."""
         place = hashlib.sha256(f"{key}{self._drawn}".encode()).hexdigest()[:32]
         kept = self._store.load(place) if self._store and key else None
-        num, parts = self._scene.num, []
+        num, parts = self._conditioning.num, []
         if kept is not None:
             parts.append(kept[:num])
         first = len(parts[0]) if parts else 0
         drawing = sample_images(
-            experts, self._sample, scene=self._scene, hold_one=len(experts) > 1, first=first
-        )
+            experts, self._sample, conditioning=self._conditioning, hold_one=len(experts) > 1,
+            first=first,
+        )  # fmt: skip
         for record in drawing if first < num else ():
             if isinstance(record, ImageBatch):
                 parts.append(self._extractor.features(record.images).astype(np.float32))

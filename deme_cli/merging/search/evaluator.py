@@ -18,7 +18,7 @@ from deme_cli.merging.search.losses import HeldOutLoss
 from deme_cli.merging.search.objectives import Objective
 from deme_cli.merging.search.space import Point, Space
 from deme_cli.merging.search.trials import BY_RANGE, SLOPES, SOUP_NAME
-from deme_cli.sampling.sampler import SamplingExpert, single
+from deme_cli.sampling.ensemble import SamplingExpert, single
 from deme_cli.timesteps import TimestepRange, require_cover
 from deme_cli.training.held_out import Check
 

@@ -19,8 +19,8 @@ from deme_cli.config import MergeConfig
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.errors import ConfigError
-from deme_cli.sampling.noise import seeded_noise
-from deme_cli.sampling.sampler import SamplingExpert
+from deme_cli.sampling.ensemble import SamplingExpert
+from deme_cli.sampling.sampler import seeded_noise
 from deme_cli.timesteps import TimestepRange, parse_span, route
 from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import Check, FixedDraws

@@ -29,8 +29,8 @@ from deme_cli.ladder import Rung
 from deme_cli.merging.search.distances import FeatureStore, GeneratedDistance
 from deme_cli.merging.search.losses import ExpertsLoss, HeldOutLoss
 from deme_cli.merging.search.measure import Measure
-from deme_cli.sampling.sampler import SamplingExpert
-from deme_cli.sampling.scene import Scene, open_scene
+from deme_cli.sampling.conditioning import Conditioning, open_conditioning
+from deme_cli.sampling.ensemble import SamplingExpert
 from deme_cli.sampling.scheduler import name_sampler
 from deme_cli.training.examples import Examples
 from deme_cli.training.held_out import Check
@@ -104,15 +104,15 @@ class Workbench:
             batch_size=config.batch_size,
         )  # fmt: skip
         sample = name_sampler(self.record, sample)
-        scene = self._scene(sample)
-        reference, card = self._reference(rung.name == "kid", part, scene)
+        conditioning = self._conditioning(sample)
+        reference, card = self._reference(rung.name == "kid", part, conditioning)
         return GeneratedDistance(
-            self.extractor, reference, card, sample=sample, scene=scene,
+            self.extractor, reference, card, sample=sample, conditioning=conditioning,
             store=self.store if part == SEARCH else None,
         )  # fmt: skip
 
     def _reference(
-        self, is_kernel: bool, part: int, scene: Scene
+        self, is_kernel: bool, part: int, conditioning: Conditioning
     ) -> tuple[Statistics | np.ndarray, dict[str, Any]]:
         """Statistics or features to compare with, and how the protocol tells of them.
 
@@ -120,9 +120,9 @@ class Workbench:
         drawn.
         """
         found = self._find_reference(is_kernel, part)
-        if is_kernel or scene.has_latents:
+        if is_kernel or conditioning.has_latents:
             metric = self.extractor.weights.kernel_name if is_kernel else self.extractor.metric_name
-            *_, target = open_target(metric, found, self.extractor, scene.image_shape)
+            *_, target = open_target(metric, found, self.extractor, conditioning.image_shape)
             assert isinstance(target, Target)
             reference = target.features if is_kernel else target.statistics
             assert reference is not None, "a process alone has looked at all images itself"
@@ -151,14 +151,14 @@ class Workbench:
             split=split,
         )
 
-    def _scene(self, sample: SampleConfig) -> Scene:
+    def _conditioning(self, sample: SampleConfig) -> Conditioning:
         """What candidates draw: classes in turn, prompts in turn, or nothing in particular."""
         measure, prompts = self.measure, None
         if backbone_of(self.record.model_config).wants == "text":
             sample = replace(sample, per_prompt=1)
             prompts = _prompts(measure.images, sample)
-        return open_scene(
-            [self.record], sample, prompts=prompts, pipeline=measure.pipeline,
+        return open_conditioning(
+            self.record, sample, prompts=prompts, pipeline=measure.pipeline,
             device=measure.device, dtype=measure.dtype,
         )  # fmt: skip
 

@@ -27,7 +27,7 @@ from deme_cli.merging.search.evaluator import Evaluator, has_ensemble
 from deme_cli.merging.search.losses import HeldOutLoss
 from deme_cli.merging.search.objectives import REPORT, Objective, Workbench
 from deme_cli.merging.search.space import Point
-from deme_cli.sampling.sampler import SamplingExpert
+from deme_cli.sampling.ensemble import SamplingExpert
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.held_out import Check
 

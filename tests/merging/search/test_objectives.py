@@ -29,8 +29,8 @@ from deme_cli.merging.search.distances import FeatureStore
 from deme_cli.merging.search.losses import ExpertsLoss, HeldOutLoss
 from deme_cli.merging.search.measure import Measure
 from deme_cli.merging.search.objectives import REPORT, SEARCH, Objective, Workbench
-from deme_cli.sampling.noise import image_seed
-from deme_cli.sampling.sampler import SamplingExpert, collect_images, single
+from deme_cli.sampling.ensemble import SamplingExpert, single
+from deme_cli.sampling.sampler import collect_images, image_seed
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import PixelExamples
 from deme_cli.training.materials import fill_caches
@@ -426,12 +426,12 @@ def test_the_distance_of_a_text_model_draws_captions_or_the_prompts_of_the_run(
         denoiser, num=13, images=DataConfig(source=str(captioned)), sample=sample,
         features=small_features, settings=MergeConfig(steps=2, seed=5, batch_size=8),
     )  # fmt: skip
-    shown = objective._scene.prompts
+    shown = objective._conditioning.prompts
     things = [f"thing {index % 11}" for index in range(13)]  # the twelfth is held out
     assert shown == (["a red cat"] * 13 if prompts else things)
     assert objective.protocol["prompts"]["n"] == (1 if prompts else 11)
     assert objective.protocol["sampler"] == "pndm"
-    images = collect_images(single(denoiser), sample, scene=objective._scene)
+    images = collect_images(single(denoiser), sample, conditioning=objective._conditioning)
     assert images.shape == (13, 16, 16, 3)
     extractor, made, real = load_extractor(small_features), RunningStatistics(), RunningStatistics()
     made.add(extractor.features(images))
@@ -450,5 +450,5 @@ def test_the_distance_of_a_class_model_draws_its_classes_in_turn(
         denoiser, num=13, images=DataConfig(source=str(captioned)), features=small_features,
         settings=MergeConfig(steps=2, batch_size=16),
     )  # fmt: skip
-    assert objective._scene.classes == [index % 10 for index in range(13)]
+    assert objective._conditioning.classes == [index % 10 for index in range(13)]
     assert np.isfinite(objective(single(denoiser), go_on))

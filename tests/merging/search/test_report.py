@@ -25,7 +25,7 @@ from deme_cli.merging.search.measure import Measure
 from deme_cli.merging.search.objectives import REPORT, SEARCH, Workbench
 from deme_cli.merging.search.report import Meter, ReportRow, measure_rows
 from deme_cli.merging.search.space import Space
-from deme_cli.sampling.noise import image_seed
+from deme_cli.sampling.sampler import image_seed
 from deme_cli.timesteps import TimestepRange
 
 SEEDS = (2_000_003, 2_000_004)

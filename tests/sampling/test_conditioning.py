@@ -18,18 +18,17 @@ from deme_cli.data.prompts import PromptSet
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
-from deme_cli.sampling import finish
 from deme_cli.sampling import sampler as sampler_module
-from deme_cli.sampling.protocol import protocol_card
-from deme_cli.sampling.sampler import (
-    ImageBatch,
-    SamplingExpert,
-    collect_images,
-    sample_images,
-    single,
+from deme_cli.sampling.conditioning import (
+    choose_shown,
+    conditioning_of,
+    open_conditioning,
+    parse_classes,
+    protocol_card,
+    spans,
 )
-from deme_cli.sampling.scene import open_scene, scene_of
-from deme_cli.sampling.subjects import choose_subjects, parse_classes, spans
+from deme_cli.sampling.ensemble import SamplingExpert, single
+from deme_cli.sampling.sampler import ImageBatch, collect_images, sample_images
 from deme_cli.timesteps import split_uniform
 
 Pipelines = Callable[..., Path]
@@ -52,36 +51,36 @@ def largest_difference(images: np.ndarray, others: np.ndarray) -> int:
 
 
 def test_a_prompt_file_fixes_prompts_classes_and_the_number_of_images(prompts: str) -> None:
-    found = choose_subjects("text", None, SampleConfig(prompts=prompts))
+    found = choose_shown("text", None, SampleConfig(prompts=prompts))
     assert found.prompts == ["a fox", "a cat", "a dog"]
     assert (found.num, found.classes) == (3, [4, 7, 1])
-    twice = choose_subjects("text", None, SampleConfig(prompts=prompts, per_prompt=2, num=6))
+    twice = choose_shown("text", None, SampleConfig(prompts=prompts, per_prompt=2, num=6))
     assert twice.prompts == [prompt for prompt in found.prompts for _ in range(2)]
-    column = choose_subjects("text", None, SampleConfig(prompts=prompts, prompt_column="German"))
+    column = choose_shown("text", None, SampleConfig(prompts=prompts, prompt_column="German"))
     assert column.prompts == ["ein Fuchs", "eine Katze", "ein Hund"]
     assert column.card["prompts_sha256"] != found.card["prompts_sha256"]
 
 
 def test_one_prompt_is_repeated_for_all_images() -> None:
     config = SampleConfig(prompts="text:a red fox", num=3)
-    assert choose_subjects("text", None, config).prompts == ["a red fox"] * 3
+    assert choose_shown("text", None, config).prompts == ["a red fox"] * 3
     given = PromptSet("captions", ("a", "b"), cycles=True)
-    found = choose_subjects("text", None, SampleConfig(num=3), prompts=given)
+    found = choose_shown("text", None, SampleConfig(num=3), given)
     assert found.prompts == ["a", "b", "a"]
 
 
 def test_image_i_has_class_i_mod_k() -> None:
-    found = choose_subjects("class", 10, SampleConfig(num=12))
+    found = choose_shown("class", 10, SampleConfig(num=12))
     assert found.classes == [*range(10), 0, 1]
     assert found.card == {"classes": "0-9"}
-    assert choose_subjects("class", 10, SampleConfig(num=4, classes="7,0-1")).classes == [
+    assert choose_shown("class", 10, SampleConfig(num=4, classes="7,0-1")).classes == [
         7,
         0,
         1,
         7,
     ]
-    assert choose_subjects("class", 10, SampleConfig()).num == 64
-    assert choose_subjects("nothing", None, SampleConfig()).num == 64
+    assert choose_shown("class", 10, SampleConfig()).num == 64
+    assert choose_shown("nothing", None, SampleConfig()).num == 64
 
 
 @pytest.mark.parametrize("text", ["0", "0-9", "3,0-2,7", "9,8"])
@@ -111,19 +110,24 @@ def test_what_a_model_cannot_follow_is_refused_by_name(
     wants: str, settings: dict[str, Any], fault: str
 ) -> None:
     with pytest.raises(ConfigError, match=fault):
-        choose_subjects(wants, 10, SampleConfig(**settings))
+        choose_shown(wants, 10, SampleConfig(**settings))
 
 
 def test_another_number_than_the_prompts_make_is_refused(prompts: str) -> None:
     with pytest.raises(ConfigError, match="3 prompts, -n says 5"):
-        choose_subjects("text", None, SampleConfig(prompts=prompts, num=5))
+        choose_shown("text", None, SampleConfig(prompts=prompts, num=5))
 
 
 def test_a_guidance_of_one_is_no_guidance_for_pixels() -> None:
-    scene = open_scene([PIXELS], SampleConfig(guidance=1.0))
-    assert scene.guidance is None
-    assert scene.conditions(0, 4) == {}
-    assert scene.image_shape == scene.drawn_shape == scene.latent_shape == (1, 8, 8)
+    conditioning = open_conditioning(PIXELS, SampleConfig(guidance=1.0))
+    assert conditioning.guidance is None
+    assert conditioning.conditions(0, 4) == {}
+    assert (
+        conditioning.image_shape
+        == conditioning.drawn_shape
+        == conditioning.latent_shape
+        == (1, 8, 8)
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def test_a_guidance_of_one_is_no_guidance_for_pixels() -> None:
 )
 def test_the_guidance_is_that_of_the_models_pipeline_unless_given(
     opened: Any,
-    scene_for: Any,
+    conditioning_for: Any,
     name: str,
     build: dict[str, Any],
     default: float,
@@ -148,16 +152,16 @@ def test_the_guidance_is_that_of_the_models_pipeline_unless_given(
 ) -> None:
     denoiser = opened(name, **build)
     config = SampleConfig(num=2, prompts=None if name == "dit" else "text:a fox")
-    scene = scene_for(denoiser, config)
-    assert (scene.guidance, scene.is_paired) == (default, is_paired)
-    card = protocol_card([denoiser.record], config, scene=scene)
+    conditioning = conditioning_for(denoiser, config)
+    assert (conditioning.guidance, conditioning.is_paired) == (default, is_paired)
+    card = protocol_card([denoiser.record], config, conditioning=conditioning)
     assert card["guidance"] == default
     assert card["companions"] == denoiser.record.companions
-    assert card["resolution"] == scene.drawn_shape[1]
-    told = scene.conditions(0, 2)
+    assert card["resolution"] == conditioning.drawn_shape[1]
+    told = conditioning.conditions(0, 2)
     assert {len(value) for value in told.values()} == {4 if is_paired else 2}
     if name != "flux":
-        below = scene_for(denoiser, replace(config, guidance=0.0))  # as in diffusers: none
+        below = conditioning_for(denoiser, replace(config, guidance=0.0))  # as in diffusers: none
         assert (below.guidance, below.is_paired) == (1.0, False)
 
 
@@ -184,22 +188,22 @@ def test_the_card_of_a_flow_model_has_no_spacing(opened: Any) -> None:
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux", "wan"])
 def test_images_do_not_depend_on_the_batch_size_and_go_on_from_any_batch(
-    opened: Any, scene_for: Any, prompts: str, name: str
+    opened: Any, conditioning_for: Any, prompts: str, name: str
 ) -> None:
     denoiser = opened(name)
     config = SampleConfig(num=3, steps=4, resolution=16)
     if name != "dit":
         config = replace(config, prompts=prompts)
-    scene = scene_for(denoiser, config)
-    whole = collect_images(single(denoiser), config, scene=scene)
+    conditioning = conditioning_for(denoiser, config)
+    whole = collect_images(single(denoiser), config, conditioning=conditioning)
     parts = replace(config, batch_size=2)
-    records = list(sample_images(single(denoiser), parts, scene=scene))
+    records = list(sample_images(single(denoiser), parts, conditioning=conditioning))
     batches = [record for record in records if isinstance(record, ImageBatch)]
     assert [len(batch.images) for batch in batches] == [2, 1]
     assert largest_difference(whole, np.concatenate([batch.images for batch in batches])) <= 1
     rest = [
         record
-        for record in sample_images(single(denoiser), parts, scene=scene, first=2)
+        for record in sample_images(single(denoiser), parts, conditioning=conditioning, first=2)
         if isinstance(record, ImageBatch)
     ]
     assert np.array_equal(rest[0].images, batches[1].images)
@@ -221,7 +225,7 @@ def test_images_do_not_depend_on_the_batch_size_and_go_on_from_any_batch(
 )  # fmt: skip
 def test_identical_experts_draw_the_guided_images_of_one_model(
     opened: Any,
-    scene_for: Any,
+    conditioning_for: Any,
     name: str,
     sampler: str,
     spacing: str | None,
@@ -233,15 +237,17 @@ def test_identical_experts_draw_the_guided_images_of_one_model(
     )
     if name != "dit":
         config = replace(config, prompts="text:a fox")
-    scene = scene_for(denoiser, config)
-    one = collect_images(single(denoiser), config, scene=scene)
+    conditioning = conditioning_for(denoiser, config)
+    one = collect_images(single(denoiser), config, conditioning=conditioning)
     experts = [SamplingExpert(span, lambda: denoiser) for span in split_uniform(3, 1000)]
     monkeypatch.setattr(sampler_module, "CHUNK_BYTES", 1)
-    assert np.array_equal(collect_images(experts, config, scene=scene, hold_one=True), one)
+    assert np.array_equal(
+        collect_images(experts, config, conditioning=conditioning, hold_one=True), one
+    )
 
 
 def test_both_evaluations_of_a_step_go_to_the_expert_of_their_time(
-    opened: Any, scene_for: Any
+    opened: Any, conditioning_for: Any
 ) -> None:
     denoiser = opened("sd3")
     asked: list[list[float]] = [[] for _ in range(4)]
@@ -258,7 +264,7 @@ def test_both_evaluations_of_a_step_go_to_the_expert_of_their_time(
         for index, span in enumerate(split_uniform(4, 1000))
     ]
     config = SampleConfig(num=1, steps=8, sampler="heun", prompts="text:a fox")
-    collect_images(experts, config, scene=scene_for(denoiser, config))
+    collect_images(experts, config, conditioning=conditioning_for(denoiser, config))
     assert asked[3][0] == 1000  # T itself belongs to the last range
     assert sum(map(len, asked)) == 15
     for index, times in enumerate(asked):
@@ -266,32 +272,37 @@ def test_both_evaluations_of_a_step_go_to_the_expert_of_their_time(
 
 
 def test_images_are_decoded_a_few_at_a_time(
-    opened: Any, scene_for: Any, monkeypatch: pytest.MonkeyPatch
+    opened: Any, conditioning_for: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denoiser = opened("sd")
     config = SampleConfig(num=3, steps=2, prompts="text:a fox")
-    scene = scene_for(denoiser, config)
-    together = collect_images(single(denoiser), config, scene=scene)
+    conditioning = conditioning_for(denoiser, config)
+    together = collect_images(single(denoiser), config, conditioning=conditioning)
     sizes: list[int] = []
-    decode = type(scene.companions).decode
+    decode = type(conditioning.companions).decode
 
     def count(companions: Any, x0: torch.Tensor) -> torch.Tensor:
         sizes.append(len(x0))
         return decode(companions, x0)
 
-    monkeypatch.setattr(type(scene.companions), "decode", count)
-    monkeypatch.setattr(finish, "DECODED_PIXELS", 2 * 16 * 16)
-    assert largest_difference(collect_images(single(denoiser), config, scene=scene), together) <= 1
+    monkeypatch.setattr(type(conditioning.companions), "decode", count)
+    monkeypatch.setattr(sampler_module, "DECODED_PIXELS", 2 * 16 * 16)
+    assert (
+        largest_difference(
+            collect_images(single(denoiser), config, conditioning=conditioning), together
+        )
+        <= 1
+    )
     assert sizes == [2, 1]
 
 
 def test_a_broken_vae_is_told_by_the_images_it_breaks(opened: Any) -> None:
     denoiser = opened("sd")
     config = SampleConfig(num=2, steps=2, prompts="text:a fox")
-    scene = scene_of(denoiser, config)
-    scene.companions.pipeline.vae.decoder.conv_out.bias.data[0] = float("nan")
+    conditioning = conditioning_of(denoiser, config)
+    conditioning.companions.pipeline.vae.decoder.conv_out.bias.data[0] = float("nan")
     with pytest.raises(NumericsError, match="images 0 to 1 are not finite"):
-        collect_images(single(denoiser), config, scene=scene)
+        collect_images(single(denoiser), config, conditioning=conditioning)
 
 
 def test_other_frozen_parts_are_told_before_anything_is_denoised(opened: Any) -> None:
@@ -301,17 +312,20 @@ def test_other_frozen_parts_are_told_before_anything_is_denoised(opened: Any) ->
     with pytest.raises(ArtifactError, match="not the vae that the base was imported with"):
         next(iter(sample_images(single(other), config)))
     with pytest.raises(MissingError, match="nowhere"):
-        open_scene([denoiser.record], config, pipeline="nowhere")
+        open_conditioning(denoiser.record, config, pipeline="nowhere")
 
 
 def test_half_precision_draws_nearly_the_same_images(opened: Any, pipelines: Any) -> None:
     config = SampleConfig(num=2, steps=4, prompts="text:a fox")
     images = collect_images(single(opened("sd3")), config)
     half = open_denoiser(str(pipelines("sd3")), dtype="bf16")
-    scene = scene_of(half, config)
-    assert scene.conditions(0, 1)["encoder_hidden_states"].dtype == torch.bfloat16
+    conditioning = conditioning_of(half, config)
+    assert conditioning.conditions(0, 1)["encoder_hidden_states"].dtype == torch.bfloat16
     assert (
-        np.abs(collect_images(single(half), config, scene=scene) - images.astype(float)).mean() < 5
+        np.abs(
+            collect_images(single(half), config, conditioning=conditioning) - images.astype(float)
+        ).mean()
+        < 5
     )
 
 
