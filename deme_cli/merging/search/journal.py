@@ -49,6 +49,7 @@ class Journal:
         self.search = json.loads(json.dumps(search))
         self._storage: JournalStorage | None = None
         self._study = -1
+        self._done: dict[int, Trial] = {}  # which do not change any more, by number
 
     @property
     def checksum(self) -> str:
@@ -161,7 +162,7 @@ class Journal:
         """All trials that count, in the order in which they were begun; lost ones do not."""
         with _using(self.path):
             found = self._opened.get_all_trials(self._study, deepcopy=False)
-        return _trials_of(found, self.labels)
+        return _trials_of(found, self.labels, self._done)
 
     @contextmanager
     def asking(self) -> Iterator[list[Trial]]:
@@ -196,7 +197,9 @@ class Journal:
         """
         from optuna.exceptions import UpdateFinishedTrialError
 
-        own = next((trial for trial in self.trials() if trial.index == number), None)
+        with _using(self.path):
+            frozen = self._opened.get_trial(self._id_of(number))
+        own = _trial_of(frozen, self.labels)
         if own is None:
             return
         result = {
@@ -221,16 +224,17 @@ class Journal:
         self._end(number, math.inf)
 
     def _set(self, number: int, key: str, value: Any) -> None:
-        trial_id = self._opened.get_trial_id_from_study_id_trial_number(self._study, number)
-        self._opened.set_trial_user_attr(trial_id, key, value)
+        self._opened.set_trial_user_attr(self._id_of(number), key, value)
+
+    def _id_of(self, number: int) -> int:
+        return self._opened.get_trial_id_from_study_id_trial_number(self._study, number)
 
     def _end(self, number: int, value: float) -> None:
         from optuna.trial import TrialState
 
-        trial_id = self._opened.get_trial_id_from_study_id_trial_number(self._study, number)
         is_good = math.isfinite(value)
         self._opened.set_trial_state_values(
-            trial_id,
+            self._id_of(number),
             TrialState.COMPLETE if is_good else TrialState.FAIL,
             [value] if is_good else None,
         )
@@ -281,29 +285,49 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[str], list[Trial], st
     return search, labels, trials, attributes.get(MERGED)
 
 
-def _trials_of(found: Sequence[FrozenTrial], labels: Sequence[str]) -> list[Trial]:
-    """optuna's trials as ours, without those that were lost, and each point once in each rung."""
+def _trials_of(
+    found: Sequence[FrozenTrial], labels: Sequence[str], known: dict[int, Trial] | None = None
+) -> list[Trial]:
+    """optuna's trials as ours, without those that were lost, and each point once in each rung.
+
+    known: those that are done, by number; what is found is added.
+    """
+    known = {} if known is None else known
     trials: dict[tuple, Trial] = {}
     for frozen in found:
-        attributes = frozen.user_attrs
-        if attributes.get(LOST):
+        trial = known.get(frozen.number) or _trial_of(frozen, labels)
+        if trial is None:
             continue
-        began = frozen.datetime_start.timestamp() if frozen.datetime_start else 0.0
-        ended = frozen.datetime_complete.timestamp() if frozen.datetime_complete else 0.0
-        value, extra = None, {"worker": attributes["worker"]}
-        rung, name = attributes["rung"], attributes["name"]
-        point = tuple(frozen.params[label] for label in labels)
-        if result := attributes.get(RESULT):  # it stands for itself, whatever trial it lies with
-            rung, name, point = result["rung"], result["name"], tuple(result["point"])
-            value = math.inf if result["value"] is None else result["value"]
-            began, ended, extra = result["began"], result["ended"], result["extra"]
-        elif frozen.state.is_finished():  # as an older deme wrote it
-            value = frozen.values[0] if frozen.values else math.inf
-        trial = Trial(frozen.number, rung, point, value, name, began, ended, extra)
+        if trial.is_done:
+            known[frozen.number] = trial
         key = (trial.rung, trial.point)
         if key not in trials or (trial.is_done and not trials[key].is_done):
             trials[key] = trial
     return sorted(trials.values(), key=lambda trial: trial.index)
+
+
+def _trial_of(frozen: FrozenTrial, labels: Sequence[str]) -> Trial | None:
+    """None for one that was lost."""
+    attributes = frozen.user_attrs
+    if attributes.get(LOST):
+        return None
+    if result := attributes.get(RESULT):  # it stands for itself, whatever trial it lies with
+        value = math.inf if result["value"] is None else result["value"]
+        return Trial(
+            frozen.number, result["rung"], tuple(result["point"]), value, result["name"],
+            result["began"], result["ended"], result["extra"],
+        )  # fmt: skip
+    began, ended = (
+        moment.timestamp() if moment else 0.0
+        for moment in (frozen.datetime_start, frozen.datetime_complete)
+    )
+    value, is_done = None, frozen.state.is_finished()  # the latter as an older deme wrote it
+    if is_done:
+        value = frozen.values[0] if frozen.values else math.inf
+    return Trial(
+        frozen.number, attributes["rung"], tuple(frozen.params[label] for label in labels), value,
+        attributes["name"], began, ended, {} if is_done else {"worker": attributes["worker"]},
+    )  # fmt: skip
 
 
 @cache
