@@ -1,6 +1,8 @@
-"""What an image argument names: found out cheaply, before torch or a decoder is imported.
+"""What an image argument names, found cheaply, and which of its images are held out.
 
-A command calls `find_image_source` first, so that a missing folder or dataset is told at once.
+A command calls `find_image_source` first, so that a missing folder or dataset is told at once:
+nothing here imports torch, or looks into an image. Held out are images as names of folders and
+files say, in the words that `datasets` knows splits by.
 """
 
 from __future__ import annotations
@@ -8,157 +10,140 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from deme_cli import console
 from deme_cli.artifacts import read_record
-from deme_cli.data.splits import find_splits, is_held_out
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.fetch import is_dataset_cached, is_hub_id, offline_reason
 
-_NO_PIXELS = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG")  # which Pillow knows by name alone
-_TOLD_OF_IMAGES = (
+KNOWN_DATASETS = {"cifar10": "uoft-cs/cifar10"}
+FOLDERS_ONLY = {
+    "lsun-church": "LSUN church_outdoor", "lsun-bedroom": "LSUN bedroom", "coco": "COCO",
+    "imagenet": "ImageNet", "parti": "PartiPrompts images",
+}  # fmt: skip
+HELD_OUT_WORDS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
+_TRAIN_WORDS = ("train", "training")
+_BETWEEN = "[-._ 0-9]"
+_NO_PIXELS = {"BUFR", "GRIB", "HDF5", "WMF", "MPEG"}  # which Pillow knows by name alone
+_BESIDE_IMAGES = (
     ".txt", ".caption", ".cls", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".toml",
     ".yaml", ".yml",
 )  # fmt: skip
-KNOWN_DATASETS = {"cifar10": "uoft-cs/cifar10"}
-FOLDERS_ONLY = {
-    "lsun-church": "LSUN church_outdoor",
-    "lsun-bedroom": "LSUN bedroom",
-    "coco": "COCO",
-    "imagenet": "ImageNet",
-    "parti": "PartiPrompts images",
-}
 
 
 @dataclass(frozen=True)
-class Digits:
-    """The handwritten digits that come with deme. `source`, of every place, is the argument."""
+class ImageSource:
+    """What an argument names. kind: digits, folder, parquet, webdataset, samples or hub.
 
-    source: str
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """A folder of image files, `files` in natural order of their names below it.
-
-    held_out: those for testing, where folders or names say so; split_folders: the folders that do.
-    others: the files that are no images.
+    name: the argument, for messages.   files: the images or tables at or under `path`, in natural
+    order.   others: files of a folder that are no images.   held_out: images for testing, where
+    folders or names say so; split_folders: the folders that do.
     """
 
-    source: str
-    path: Path
-    files: tuple[Path, ...]
+    name: str
+    kind: str
+    path: Path = Path()
+    files: tuple[Path, ...] = ()
+    others: tuple[Path, ...] = ()
     held_out: frozenset[Path] = frozenset()
     split_folders: frozenset[Path] = frozenset()
-    others: tuple[Path, ...] = ()
+    hub_id: str = ""
 
 
-@dataclass(frozen=True)
-class TableFiles:
-    """`files` of tables at or under `path`. kind: `parquet` or `webdataset`."""
-
-    source: str
-    path: Path
-    files: tuple[Path, ...]
-    kind: str
-
-
-@dataclass(frozen=True)
-class SamplesFile:
-    """A samples artifact."""
-
-    source: str
-    path: Path
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """A dataset on the hub, or in its cache."""
-
-    source: str
-    hub_id: str
-
-
-Place = Digits | ImageFolder | TableFiles | SamplesFile | HubDataset
-
-
-def find_image_source(source: str) -> Place:
-    """The place that an image argument names.
+def find_image_source(name: str) -> ImageSource:
+    """The source that an image argument names.
 
     Raises MissingError where nothing is there, or the hub is out of reach and its cache empty;
     ArtifactError for an artifact of another kind; ConfigError for what no images can be read from.
     """
-    if source == "digits":
-        return Digits(source)
-    path = Path(source).expanduser()
-    if source in FOLDERS_ONLY and not path.is_dir():
+    if name == "digits":
+        return ImageSource(name, "digits")
+    path = Path(name).expanduser()
+    if name in FOLDERS_ONLY and not path.is_dir():
         raise MissingError(
-            f"{source}: deme has no download for {FOLDERS_ONLY[source]}; get the images from their "
+            f"{name}: deme has no download for {FOLDERS_ONLY[name]}; get the images from their "
             f"publisher, unpack them, and give the folder instead"
         )
-    if source not in KNOWN_DATASETS and os.path.lexists(path):
-        return _local(source, path)
-    hub_id = KNOWN_DATASETS.get(source, source)
+    if name not in KNOWN_DATASETS and os.path.lexists(path):
+        return _in_folder(name, path) if path.is_dir() else _of_file(name, path)
+    hub_id = KNOWN_DATASETS.get(name, name)
     if not is_hub_id(hub_id) or path.suffix in (".safetensors", ".parquet", ".tar"):
         raise MissingError(
-            f"{source}: no such file or folder; images are a folder, a parquet file, webdataset "
+            f"{name}: no such file or folder; images are a folder, a parquet file, webdataset "
             f"shards (.tar), a samples artifact, a hub dataset (owner/name), digits or cifar10"
         )
     if not is_dataset_cached(hub_id) and (reason := offline_reason()):
         raise MissingError(
-            f"{source}: no such folder, not in the hub's cache as {hub_id}, and {reason}; "
+            f"{name}: no such folder, not in the hub's cache as {hub_id}, and {reason}; "
             f"connect to the network, or give a folder of images or a parquet file"
         )
-    return HubDataset(source, hub_id)
+    return ImageSource(name, "hub", hub_id=hub_id)
 
 
-def _local(source: str, path: Path) -> Place:
-    """The place at an existing path."""
-    if path.is_dir():
-        return _in_folder(source, path)
+def _of_file(name: str, path: Path) -> ImageSource:
     if not path.exists():
-        raise MissingError(f"{source}: a link to nothing")
-    if path.suffix == ".parquet":
-        return TableFiles(source, path, (path,), "parquet")
-    if path.suffix == ".tar":
-        return TableFiles(source, path, (path,), "webdataset")
+        raise MissingError(f"{name}: a link to nothing")
     if path.suffix == ".safetensors":
         read_record(path, "samples")
-        return SamplesFile(source, path)
-    raise ConfigError(
-        f"{source}: expected a folder of images, a .parquet file, a .tar of webdataset or a "
-        f"samples artifact"
-    )
-
-
-def _in_folder(source: str, path: Path) -> Place:
-    """The place that a folder's files make: images go before tables, shards before their tables."""
-    files = [(file.suffix.lower(), file) for file in find_files(path)]
-    images = [file for suffix, file in files if suffix in image_suffixes()]
-    tables = [file for suffix, file in files if suffix == ".parquet"]
-    shards = [file for suffix, file in files if suffix == ".tar"]
-    if images:
-        used = {file for file in tables if file.name == "metadata.parquet" or _is_index(file)}
-        others = [file for suffix, file in files if suffix not in image_suffixes()]
-        _tell_left_out(source, (file for file in others if file not in used))
-        return _image_folder(source, path, images, others)
-    beside = {file.with_suffix("") for file in shards}
-    if shards and all(file.with_suffix("") in beside for file in tables):  # as img2dataset writes
-        _tell_left_out(
-            source, (file for suffix, file in files if suffix not in (".tar", ".parquet"))
+    kinds = {".parquet": "parquet", ".tar": "webdataset", ".safetensors": "samples"}
+    if path.suffix not in kinds:
+        raise ConfigError(
+            f"{name}: expected a folder of images, a .parquet file, a .tar of webdataset or a "
+            f"samples artifact"
         )
-        return TableFiles(source, path, tuple(shards), "webdataset")
-    if tables:
-        _tell_left_out(source, (file for suffix, file in files if suffix != ".parquet"))
-        return TableFiles(source, path, tuple(tables), "parquet")
-    found = f"; its files: {_count_suffixes(file for _, file in files)}" if files else ""
-    raise MissingError(
-        f"{source}: the folder holds no images that Pillow can open, no parquet files and no "
-        f"shards (tar){found}"
+    return ImageSource(name, kinds[path.suffix], path, (path,))
+
+
+def _in_folder(name: str, path: Path) -> ImageSource:
+    """A folder's images go before its tables, shards before tables of their names."""
+    files = find_files(path)
+    images, tables, shards = (
+        tuple(file for file in files if file.suffix.lower() in suffixes)
+        for suffixes in (image_suffixes(), (".parquet",), (".tar",))
+    )
+    beside = {file.with_suffix("") for file in shards}
+    if images:  # img2dataset writes tables of the names of its folders
+        used = {t for t in tables if t.name == "metadata.parquet" or t.with_suffix("").is_dir()}
+    elif shards and all(file.with_suffix("") in beside for file in tables):
+        kind, used, tables = "webdataset", {*shards, *tables}, shards
+    elif tables:
+        kind, used = "parquet", set(tables)
+    else:
+        told = f"; its files: {_count_suffixes(files)}" if files else ""
+        raise MissingError(
+            f"{name}: the folder holds no images that Pillow can open, no parquet files and no "
+            f"shards (tar){told}"
+        )
+    left_out = [
+        file for file in files
+        if file not in used and file.suffix.lower() not in (*_BESIDE_IMAGES, *image_suffixes())
+    ]  # fmt: skip
+    if left_out:
+        console.note_once(f"{name}: left out are files of other kinds: {_count_suffixes(left_out)}")
+    if not images:
+        return ImageSource(name, kind, path, tables)
+    chosen, held_out, folders = find_splits(path, images)
+    if held_out:
+        _describe_splits(name, path, len(images), chosen, held_out, folders)
+    others = tuple(file for file in files if file.suffix.lower() not in image_suffixes())
+    return ImageSource(name, "folder", path, chosen, others, held_out, folders)
+
+
+def _describe_splits(
+    name: str, path: Path, num: int, chosen: Sequence[Path], held_out: Collection[Path],
+    folders: Collection[Path],
+) -> None:  # fmt: skip
+    test = [folder.relative_to(path) for folder in folders]
+    listed = ", ".join(sorted(f"{folder}/" for folder in test if is_held_out(folder))[:4])
+    rest = num - len(chosen)
+    console.note_once(
+        f"{name}: held out are {len(held_out)} images"
+        f"{f' in {listed}' if listed else ', by their names'}; {len(chosen) - len(held_out)} to "
+        f"train on{f'; {rest} in neither are left out' if rest else ''}"
     )
 
 
@@ -168,46 +153,14 @@ def image_suffixes() -> frozenset[str]:
     from PIL import Image
 
     known = Image.registered_extensions()
-    readable = {*Image.OPEN, "MPO"} - set(_NO_PIXELS)  # MPO: JPEG's reader takes it
+    readable = {*Image.OPEN, "MPO"} - _NO_PIXELS  # MPO: JPEG's reader takes it
     return frozenset(suffix for suffix, kind in known.items() if kind in readable)
-
-
-def _is_index(table: Path) -> bool:
-    """Whether a table lists the images of the folder of its name, as img2dataset writes it."""
-    return table.with_suffix("").is_dir()
-
-
-def _tell_left_out(source: str, files: Iterable[Path]) -> None:
-    """Say which files are read neither as images nor as what is told of them."""
-    left_out = [file for file in files if file.suffix.lower() not in _TOLD_OF_IMAGES]
-    if left_out:
-        console.note_once(
-            f"{source}: left out are files of other kinds: {_count_suffixes(left_out)}"
-        )
 
 
 def _count_suffixes(files: Iterable[Path]) -> str:
     counts = Counter(file.suffix.lower() or "without a suffix" for file in files).most_common()
     more = f" and {len(counts) - 8} other kinds" if len(counts) > 8 else ""
     return ", ".join(f"{count} {suffix}" for suffix, count in counts[:8]) + more
-
-
-def _image_folder(
-    source: str, path: Path, images: Sequence[Path], others: Sequence[Path]
-) -> ImageFolder:
-    """The place of images; says which are held out, and which are in no split."""
-    splits = find_splits(path, images)
-    if num := len(splits.held_out):
-        held = {folder for folder in splits.folders if is_held_out(folder.relative_to(path))}
-        where = ", ".join(sorted(f"{folder.relative_to(path)}/" for folder in held)[:4])
-        rest = len(images) - len(splits.images)
-        console.note_once(
-            f"{source}: held out are {num} images{f' in {where}' if held else ', by their names'}; "
-            f"{len(splits.images) - num} to train on"
-            + f"; {rest} in neither are left out"
-            * bool(rest)
-        )
-    return ImageFolder(source, path, splits.images, splits.held_out, splits.folders, tuple(others))
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -220,7 +173,7 @@ def find_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise MissingError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
-    found: list[str] = []
+    names: list[str] = []
     seen, starts = set(), [str(folder)]
     for start in starts:  # it grows by the links that are met
         for root, folders, files in os.walk(start, onerror=refuse):
@@ -231,8 +184,8 @@ def find_files(folder: Path) -> list[Path]:
                 [] if known else sorted(n for n in folders if not n.startswith((".", "__")))
             )
             starts += filter(os.path.islink, (os.path.join(root, name) for name in folders))
-            found += [os.path.join(root, n) for n in files if not n.startswith(".") and not known]
-    return [Path(name) for name in sorted(found, key=natural_order)]
+            names += [os.path.join(root, n) for n in files if not n.startswith(".") and not known]
+    return [Path(name) for name in sorted(names, key=natural_order)]
 
 
 def natural_order(name: str) -> tuple[str, str]:
@@ -242,3 +195,71 @@ def natural_order(name: str) -> tuple[str, str]:
     """
     numbers = re.sub("0*([0-9]+)", lambda found: f"{len(found[1]):03d}{found[1]}", name)
     return numbers, name
+
+
+# splits
+
+
+def find_splits(
+    root: Path, images: Sequence[Path]
+) -> tuple[tuple[Path, ...], frozenset[Path], frozenset[Path]]:
+    """The images in a split, those of them held out, and the folders below `root` that say so.
+
+    Where no folder does, names may, if all say one. Where folders to train on lie beside those
+    held out, images in neither are in no split. Without any split the last two are empty.
+    """
+    parents = {image.parent for image in images}
+    held, train = _split_folders(root, parents)
+    inside = {
+        parent: [folders for folders in (held, train) if not folders.isdisjoint(_up(parent))]
+        for parent in parents
+    }
+    held_out = {image for image in images if held and held in inside[image.parent]}
+    kept = [image for image in images if inside[image.parent]] if train else images
+    if not held and all(_speaks_of(image.name, HELD_OUT_WORDS + _TRAIN_WORDS) for image in images):
+        held_out = {image for image in images if not _speaks_of(image.name, _TRAIN_WORDS)}
+    if not held_out or len(held_out) == len(kept):
+        return tuple(images), frozenset(), frozenset()
+    return tuple(kept), frozenset(held_out), frozenset(held | train)
+
+
+def _split_folders(root: Path, parents: Collection[Path]) -> tuple[set[Path], set[Path]]:
+    """Of the folders that hold images: those held out, and those to train on beside them.
+
+    One named `test2017` is held out. One named `test_set` is where `training_set` lies beside it,
+    or no folder that says neither; else it may be a class, as `test tube` is.
+    """
+    siblings: dict[Path, set[Path]] = {}
+    for folder in {folder for parent in parents for folder in _up(parent)}:
+        if root in folder.parents:
+            siblings.setdefault(folder.parent, set()).add(folder)
+    held_out, to_train = set(), set()
+    for folders in siblings.values():
+        train = {folder for folder in folders if _speaks_of(folder.name, _TRAIN_WORDS)}
+        test = {f for f in folders - train if _speaks_of(f.name, HELD_OUT_WORDS)}
+        if not train or folders - train - test:
+            rests = {"", *(_rest(folder.name, _TRAIN_WORDS) for folder in train)}
+            test = {folder for folder in test if _rest(folder.name, HELD_OUT_WORDS) in rests}
+        if test:
+            held_out |= test
+            to_train |= train
+    return held_out, to_train
+
+
+def _up(folder: Path) -> tuple[Path, ...]:
+    return (folder, *folder.parents)
+
+
+def _speaks_of(name: str, words: Sequence[str]) -> bool:
+    """Whether one of `words` stands in a name by itself, between anything but letters."""
+    return not set(words).isdisjoint(re.split(_BETWEEN, name.lower()))
+
+
+def _rest(name: str, words: Sequence[str]) -> str:
+    """A name without `words` and all that is not a letter."""
+    return "".join(part for part in re.split(_BETWEEN, name.lower()) if part not in words)
+
+
+def is_held_out(path: Path) -> bool:
+    """Whether a folder or the file in a relative path says test or validation."""
+    return any(_speaks_of(part, HELD_OUT_WORDS) for part in path.with_suffix("").parts)

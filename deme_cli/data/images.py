@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import TYPE_CHECKING
@@ -21,25 +21,11 @@ from torch import Tensor
 
 from deme_cli import console
 from deme_cli.artifacts import load_tensors, read_record
-from deme_cli.data.captions import (
-    WANTED,
-    Subjects,
-    describe_classes,
-    read_captions,
-    read_labels,
-)
+from deme_cli.data.captions import Annotations, describe_classes, read_captions, read_labels
 from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
 from deme_cli.data.fitting import CENTRE, Shape, fit
-from deme_cli.data.image_source import (
-    Digits,
-    HubDataset,
-    ImageFolder,
-    Place,
-    SamplesFile,
-    TableFiles,
-    find_image_source,
-)
-from deme_cli.data.sources import ArraySource, FolderSource, Source, TableSource
+from deme_cli.data.image_source import ImageSource, find_image_source
+from deme_cli.data.sources import ArrayImages, FolderImages, Images, TableImages
 from deme_cli.data.tables import held_out_tables, read_tables
 from deme_cli.errors import ArtifactError, ConfigError
 
@@ -62,14 +48,14 @@ class ImageData:
     """
 
     def __init__(
-        self, origin: Source, indices: Sequence[int], *, source: str, shape: Shape, can_flip: bool,
-        subjects: Subjects, keep: bool = True, squeeze: bool = False,
+        self, images: Images, indices: Sequence[int], *, source: str, shape: Shape, can_flip: bool,
+        annotations: Annotations, keep: bool = True, squeeze: bool = False,
     ) -> None:  # fmt: skip
-        self._origin, self._indices, self._subjects = origin, indices, subjects
+        self._images, self._indices, self._annotations = images, indices, annotations
         self.squeeze = squeeze
         self.source, self.shape, self.can_flip = source, shape, can_flip
-        self.fingerprint = subjects.fingerprint(origin.fingerprint)
-        self.num_classes, self.classes = subjects.num_classes, subjects.classes
+        self.fingerprint = annotations.fingerprint(images.fingerprint)
+        self.num_classes, self.classes = annotations.num_classes, annotations.classes
         self._kept: Tensor | None = None
         if keep and len(self) * int(np.prod(shape)) <= KEEP_BYTES:
             self._kept = self._decode(range(len(self)))
@@ -91,13 +77,13 @@ class ImageData:
 
     def name(self, index: int) -> str:
         """An image as messages call it."""
-        return self._origin.name(self._indices[index])
+        return self._images.name(self._indices[index])
 
     def file_names(self) -> list[str] | None:
         """The names of images below their folder; None of images that are no files."""
-        if not isinstance(self._origin, FolderSource):
+        if not isinstance(self._images, FolderImages):
             return None
-        names = self._origin.file_names()
+        names = self._images.file_names()
         return [names[index] for index in self._indices]
 
     def select(self, numbers: Sequence[int]) -> ImageData:
@@ -111,15 +97,15 @@ class ImageData:
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """The captions of images; for data opened with wants="text"."""
-        return [self._subjects.captions[self._indices[index]] for index in indices]
+        return [self._annotations.captions[self._indices[index]] for index in indices]
 
     def labels(self, indices: Sequence[int]) -> list[int]:
         """The classes of images, below `num_classes`; for data opened with wants="class"."""
-        return [self._subjects.labels[self._indices[index]] for index in indices]
+        return [self._annotations.labels[self._indices[index]] for index in indices]
 
     def sizes(self, indices: Sequence[int]) -> list[tuple[int, int]]:
         """(height, width) of the original images, from their headers."""
-        return [self._origin.size(self._indices[index])[1:] for index in indices]
+        return [self._images.size(self._indices[index])[1:] for index in indices]
 
     def _decode(self, indices: Iterable[int], centering: Tensor | None = None) -> Tensor:
         """Read and fit images; in threads where they are large enough to gain by it."""
@@ -129,9 +115,9 @@ class ImageData:
         crops = [whole] * len(chosen) if centering is None else list(map(tuple, centering.tolist()))
 
         def fill(place: int) -> None:
-            out[place] = fit(self._origin.decode(chosen[place]), self.shape, crops[place])
+            out[place] = fit(self._images.decode(chosen[place]), self.shape, crops[place])
 
-        _, height, width = self._origin.size(chosen[0]) if chosen else self.shape
+        _, height, width = self._images.size(chosen[0]) if chosen else self.shape
         if height * width < _THREADED_PIXELS:
             for place in range(len(chosen)):
                 fill(place)
@@ -158,18 +144,21 @@ def open_images(
     """
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
-    assert wants in WANTED, wants
-    place = find_image_source(source)
-    origin, indices = _open_split(place, split)
+    found = find_image_source(source)
+    images, indices = _open_split(found, split)
     if not indices:
         raise ArtifactError(f"{source}: too few images for the split {split!r}")
-    subjects = _subjects(origin, source, wants, captions)
-    if subjects.repeats and split == "train":
-        indices = [index for index in indices for _ in range(subjects.repeats[index])]
+    annotations = Annotations()
+    if wants != "nothing":
+        raw = images.annotations(wants, captions)
+        annotations = (read_captions if wants == "text" else read_labels)(raw, source, images.name)
+        if wants == "class":
+            console.note_once(f"{source}: {describe_classes(annotations.classes, raw.where)}")
+    if annotations.repeats and split == "train":
+        indices = [index for index in indices for _ in range(annotations.repeats[index])]
     return ImageData(
-        origin, indices, source=source, shape=shape or _own_shape(origin, indices),
-        can_flip=not isinstance(place, Digits), subjects=subjects,
-        keep=keep, squeeze=squeeze,
+        images, indices, source=source, shape=shape or _own_shape(images, indices),
+        can_flip=found.kind != "digits", annotations=annotations, keep=keep, squeeze=squeeze,
     )  # fmt: skip
 
 
@@ -178,54 +167,37 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def _subjects(origin: Source, source: str, wants: str, column: str | None) -> Subjects:
-    """What all images of a source show, as far as it is wanted."""
-    if wants == "nothing":
-        return Subjects()
-    found = origin.annotations(wants, column)
-    if wants == "text":
-        return read_captions(found, source, origin.name)
-    labelled = read_labels(found, source, origin.name)
-    console.note_once(f"{source}: {describe_classes(labelled, found.where)}")
-    return labelled
+def _open_split(source: ImageSource, split: str) -> tuple[Images, Sequence[int]]:
+    """The images that hold a split, and the numbers of its images among them.
 
-
-def _open_split(place: Place, split: str) -> tuple[Source, Sequence[int]]:
-    """The source of a split and the numbers of its images in that source."""
-    if isinstance(place, Digits):
-        origin: Source = _digits({"train": "train", "held-out": "test", "all": "all"}[split])
-        return origin, range(len(origin))
-    if isinstance(place, ImageFolder):
-        if place.held_out:
-            return _open_folder(place, split)
-        origin = FolderSource(place, place.files)
-    elif isinstance(place, SamplesFile):
-        origin = _samples(place)
+    Of a source without a split for testing, every 50th image is held out, or the last.
+    """
+    images: Images
+    if source.kind == "digits":
+        digits, labels = load_digits({"held-out": "test"}.get(split, split))
+        named = [DIGIT_CAPTIONS[label] for label in labels]
+        images = ArrayImages("digits", digits, captions=named, labels=labels, num_classes=10)
+        return images, range(len(images))
+    if source.kind == "folder":
+        if source.held_out:
+            kept = {"train": (False,), "held-out": (True,), "all": (False, True)}[split]
+            files = [file for file in source.files if (file in source.held_out) in kept]
+            return FolderImages(source, files), range(len(files))
+        images = FolderImages(source, source.files)
+    elif source.kind == "samples":
+        images = _samples(source)
     else:
-        tables = read_tables(place)
+        tables = read_tables(source)
         if test := held_out_tables(tables):
-            return _open_table(place, tables, test, split)
-        origin = TableSource(place.source, _join(tables.values()))
-    return origin, _every_fiftieth(len(origin), split)
-
-
-def _open_folder(place: ImageFolder, split: str) -> tuple[FolderSource, Sequence[int]]:
-    """A split of a folder that has its own."""
-    chosen = {"all": (True, False), "held-out": (True,), "train": (False,)}[split]
-    origin = FolderSource(
-        place, [file for file in place.files if (file in place.held_out) in chosen]
-    )
-    return origin, range(len(origin))
-
-
-def _open_table(
-    place: TableFiles | HubDataset, tables: Mapping[str, Dataset], test: set[str], split: str
-) -> tuple[TableSource, Sequence[int]]:
-    """A split of a dataset that has its own for testing."""
-    names = {"train": tables.keys() - test, "held-out": test, "all": tables.keys()}[split]
-    chosen = _join(table for name, table in tables.items() if name in names)
-    origin = TableSource(place.source, chosen, list(tables.values()))
-    return origin, range(len(origin))
+            names = {"train": tables.keys() - test, "held-out": test, "all": tables.keys()}[split]
+            rows = _join(table for name, table in tables.items() if name in names)
+            return TableImages(source.name, rows, list(tables.values())), range(len(rows))
+        images = TableImages(source.name, _join(tables.values()))
+    count = len(images)
+    held_out = list(range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)) or [count - 1]
+    if split == "all":
+        return images, range(count)
+    return images, held_out if split == "held-out" else sorted(set(range(count)) - set(held_out))
 
 
 def _join(tables: Iterable[Dataset]) -> Dataset:
@@ -234,39 +206,25 @@ def _join(tables: Iterable[Dataset]) -> Dataset:
     return concatenate_datasets(list(tables))
 
 
-def _digits(name: str) -> ArraySource:
-    images, labels = load_digits(name)
-    captions = [DIGIT_CAPTIONS[label] for label in labels]
-    return ArraySource("digits", images, captions=captions, labels=labels, num_classes=10)
-
-
-def _samples(place: SamplesFile) -> ArraySource:
+def _samples(source: ImageSource) -> ArrayImages:
     """The images of a samples artifact; the prompts they were drawn for are their captions."""
-    images = load_tensors(place.path).get("images")
+    images = load_tensors(source.path).get("images")
     if images is None or images.dtype != torch.uint8 or images.ndim != 4:
-        raise ArtifactError(f"{place.source}: expected a uint8 tensor `images` (n, H, W, C)")
+        raise ArtifactError(f"{source.name}: expected a uint8 tensor `images` (n, H, W, C)")
     if images.shape[-1] not in (1, 3):
-        raise ArtifactError(f"{place.source}: {images.shape[-1]} channels; expected 1 or 3")
-    record = read_record(place.path, "samples")
-    return ArraySource(place.source, images.numpy(), captions=record.prompts, labels=record.classes)
+        raise ArtifactError(f"{source.name}: {images.shape[-1]} channels; expected 1 or 3")
+    record = read_record(source.path, "samples")
+    return ArrayImages(source.name, images.numpy(), captions=record.prompts, labels=record.classes)
 
 
-def _every_fiftieth(count: int, split: str) -> Sequence[int]:
-    """Numbers of the images of a split of a source without a test split of its own."""
-    held_out = list(range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)) or [count - 1]
-    if split == "all":
-        return range(count)
-    return held_out if split == "held-out" else sorted(set(range(count)) - set(held_out))
-
-
-def _own_shape(origin: Source, indices: Sequence[int]) -> Shape:
+def _own_shape(images: Images, indices: Sequence[int]) -> Shape:
     """The size that all images share, grey if all are grey."""
-    channels, height, width = origin.size(indices[0])
+    channels, height, width = images.size(indices[0])
     for index in indices[1:]:
-        own_channels, own_height, own_width = origin.size(index)
+        own_channels, own_height, own_width = images.size(index)
         if (own_height, own_width) != (height, width):
             raise ArtifactError(
-                f"{origin.name(index)} is {own_width}x{own_height}, {origin.name(indices[0])} "
+                f"{images.name(index)} is {own_width}x{own_height}, {images.name(indices[0])} "
                 f"{width}x{height}; give images of one size"
             )
         channels = max(channels, own_channels)

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.data.digits import DIGIT_CAPTIONS
-from deme_cli.data.text_tables import TextTable, lines_of, read_text, read_text_table, table_of
+from deme_cli.data.text_tables import (
+    TextTable,
+    lines_of,
+    parse_json,
+    read_text,
+    read_text_table,
+    table_of,
+)
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.fetch import Asset, missing, sha256_of
 
@@ -173,22 +180,21 @@ def _refuse_column(source: str, column: str | None) -> None:
         raise ConfigError(f"{source} has no columns; leave the prompt column {column!r} out")
 
 
-def _nonempty(source: str, prompts: Sequence[str]) -> PromptSet:
+def _nonempty(source: str, prompts: Sequence[Any]) -> PromptSet:
     if not prompts:
         raise ArtifactError(f"{source}: the file holds no prompts")
     return PromptSet(source, tuple(prompts))
 
 
 def _of_table(source: str, table: TextTable, column: str | None) -> PromptSet:
-    if not table.rows:
-        raise ArtifactError(f"{source}: the file holds no prompts")
-    chosen = column if column in table.columns else None
-    if column is None and (chosen := table.column(_COLUMNS)) is None:
+    _nonempty(source, table.rows)
+    chosen = table.column(_COLUMNS) if column is None else column
+    if chosen is None:
         raise ArtifactError(
             f"{source}: no column {', '.join(_COLUMNS)}; columns: {', '.join(table.columns)}; "
             f"name the one of the prompts with --prompt-column"
         )
-    if chosen is None:
+    if chosen not in table.columns:
         raise ConfigError(f"{source}: no column {column!r}; columns: {', '.join(table.columns)}")
     prompts = []
     for number, row in enumerate(table.rows, 1):
@@ -223,10 +229,7 @@ def _numbers(source: str, table: TextTable, names: Sequence[str]) -> tuple[int, 
 
 def _of_json(source: str, path: Path, column: str | None) -> PromptSet:
     """Captions of COCO, a list of prompts, or a list of objects."""
-    try:
-        document = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{source}: not JSON ({error})") from error
+    document = parse_json(read_text(path), f"{source}:")
     if isinstance(document, dict) and isinstance(document.get("annotations"), list):
         captions = _coco_captions(source, document["annotations"], column)
         images = [one for one in document.get("images") or () if isinstance(one, dict)]

@@ -9,21 +9,24 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deme_cli import console
-from deme_cli.data.captions import Annotations, NoAnnotations
+from deme_cli.data.captions import (
+    NoAnnotations,
+    RawAnnotations,
+    folder_annotations,
+    table_annotations,
+)
 from deme_cli.data.digests import file_digests, remembered, stamp
 from deme_cli.data.fitting import is_grey, to_srgb
-from deme_cli.data.folder_captions import folder_annotations
-from deme_cli.data.image_source import ImageFolder
-from deme_cli.data.table_captions import table_annotations
+from deme_cli.data.image_source import ImageSource
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.fetch import sha256_of
 
@@ -34,31 +37,61 @@ _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the image by a quarter
 _BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-class Source(Protocol):
-    """Numbered images that are decoded one at a time."""
+class Images(ABC):
+    """Numbered images that are decoded one at a time. label: what messages call them all."""
 
+    label: str
     fingerprint: str
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """The image as messages call it."""
-        ...
+
+    @abstractmethod
+    def encoded(self, index: int) -> Path | io.BytesIO:
+        """The file of the image, or its bytes."""
+
+    @abstractmethod
+    def annotations(self, wants: str, column: str | None) -> RawAnnotations:
+        """Captions (wants `text`) or classes (wants `class`). Raises ArtifactError without any."""
 
     def decode(self, index: int) -> Image.Image:
         """The image in L or RGB, upright. Raises ArtifactError naming it if it is broken."""
-        ...
+        name = self.name(index)
+        with self._open(index) as image:
+            try:
+                image.load()
+                upright, told = to_srgb(ImageOps.exif_transpose(image), name, image.format)
+            except _BROKEN as error:
+                raise ArtifactError(f"{name}: broken image ({error}); remove or mend it") from error
+        for text in told:
+            console.note_once(f"{self.label}: {text}", f"; the first is {name}")
+        return upright
 
     def size(self, index: int) -> tuple[int, int, int]:
         """(C, H, W) from the image's header, C = 1 for grey and 3 for anything else."""
-        ...
+        with self._open(index) as image:
+            width, height = image.size
+            if image.getexif().get(_ORIENTATION, 1) >= 5:
+                width, height = height, width
+            return 1 if is_grey(image) else 3, height, width
 
-    def annotations(self, wants: str, column: str | None) -> Annotations:
-        """Captions (wants `text`) or classes (wants `class`). Raises ArtifactError without any."""
-        ...
+    def _open(self, index: int) -> Image.Image:
+        name = self.name(index)
+        try:
+            return Image.open(self.encoded(index))
+        except FileNotFoundError as error:
+            raise MissingError(f"{name}: no such file") from error
+        except PermissionError as error:
+            raise MissingError(f"{name}: no permission to read it") from error
+        except _BROKEN as error:
+            raise ArtifactError(f"{name}: not a readable image; remove or mend it") from error
 
 
-class ArraySource:
+class ArrayImages(Images):
     """uint8 images (n, H, W, C) with C = 1 or 3; the fingerprint is of their bytes and shape.
 
     captions, labels: one per image, where they are known; labels are below `num_classes`.
@@ -66,10 +99,10 @@ class ArraySource:
 
     def __init__(
         self, label: str, images: np.ndarray, *, captions: Sequence[str] | None = None,
-        labels: Sequence[int] | None = None, num_classes: int | None = None,
+        labels: Sequence[int] | None = None, num_classes: int = 0,
     ) -> None:  # fmt: skip
         self.label, self.images = label, np.ascontiguousarray(images)
-        self._captions, self._labels, self._num_classes = captions, labels, num_classes
+        self._known, self._num_classes = {"text": captions, "class": labels}, num_classes
         digest = hashlib.sha256(f"{images.shape}\n".encode())
         digest.update(self.images.data.cast("B"))
         self.fingerprint = digest.hexdigest()
@@ -80,6 +113,9 @@ class ArraySource:
     def name(self, index: int) -> str:
         return f"{self.label}: image {index}"
 
+    def encoded(self, index: int) -> io.BytesIO:
+        raise NotImplementedError("an array is not encoded")
+
     def decode(self, index: int) -> Image.Image:
         image = self.images[index]
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
@@ -88,25 +124,23 @@ class ArraySource:
         height, width, channels = self.images.shape[1:]
         return channels, height, width
 
-    def annotations(self, wants: str, column: str | None) -> Annotations:
-        values = self._captions if wants == "text" else self._labels
+    def annotations(self, wants: str, column: str | None) -> RawAnnotations:
+        values, what = self._known[wants], "captions" if wants == "text" else "classes"
         if values is None or len(values) != len(self) or column is not None:
-            what = "captions" if wants == "text" else "classes"
-            found = f"no column {column!r}" if column else f"no {what}, one for each image"
+            missing = f"no column {column!r}" if column else f"no {what}, one for each image"
             raise NoAnnotations(
-                f"{self.label}: {found}; give images with {what}: a folder with metadata.jsonl, a "
-                f"parquet file or webdataset shards"
+                f"{self.label}: {missing}; give images with {what}: a folder with metadata.jsonl, "
+                f"a parquet file or webdataset shards"
             )
-        names = [str(number) for number in range(self._num_classes or 0)]
-        return Annotations(values, self.label, names=names)
+        return RawAnnotations(values, self.label, names=[*map(str, range(self._num_classes))])
 
 
-class FolderSource:
+class FolderImages(Images):
     """Image files under a folder; the fingerprint is of their names and bytes."""
 
-    def __init__(self, place: ImageFolder, paths: Sequence[Path]) -> None:
-        self._place, self.paths = place, paths
-        digests = file_digests(place.path, self.paths)
+    def __init__(self, source: ImageSource, paths: Sequence[Path]) -> None:
+        self.label, self._source, self.paths = source.name, source, paths
+        digests = file_digests(source.path, self.paths)
         self.fingerprint = _fingerprint(map("\0".join, digests.items()))
 
     def __len__(self) -> int:
@@ -115,21 +149,18 @@ class FolderSource:
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
+    def encoded(self, index: int) -> Path:
+        return self.paths[index]
+
+    def annotations(self, wants: str, column: str | None) -> RawAnnotations:
+        return folder_annotations(self._source, self.paths, wants=wants, column=column)
+
     def file_names(self) -> list[str]:
         """Below the folder."""
-        return [path.relative_to(self._place.path).as_posix() for path in self.paths]
-
-    def decode(self, index: int) -> Image.Image:
-        return _decode(self.paths[index], self.name(index), self._place.source)
-
-    def size(self, index: int) -> tuple[int, int, int]:
-        return _size(self.paths[index], self.name(index))
-
-    def annotations(self, wants: str, column: str | None) -> Annotations:
-        return folder_annotations(self._place, self.paths, wants=wants, column=column)
+        return [path.relative_to(self._source.path).as_posix() for path in self.paths]
 
 
-class TableSource:
+class TableImages(Images):
     """The image column of a table; the fingerprint is of the bytes of its encoded images.
 
     splits: the tables of all splits, where `rows` are some of them.
@@ -151,20 +182,14 @@ class TableSource:
     def name(self, index: int) -> str:
         return f"{self.label}: row {index}"
 
-    def decode(self, index: int) -> Image.Image:
-        return _decode(self._encoded(index), self.name(index), self.label)
-
-    def size(self, index: int) -> tuple[int, int, int]:
-        return _size(self._encoded(index), self.name(index))
-
-    def annotations(self, wants: str, column: str | None) -> Annotations:
-        return table_annotations(self.label, self._table, self._splits, wants=wants, column=column)
-
-    def _encoded(self, index: int) -> io.BytesIO | Path:
+    def encoded(self, index: int) -> Path | io.BytesIO:
         value = self.rows[index][self.column]
         if value is None or (value["bytes"] is None and value["path"] is None):
             raise ArtifactError(f"{self.name(index)} holds no image; leave such rows out")
         return Path(value["path"]) if value["bytes"] is None else io.BytesIO(value["bytes"])
+
+    def annotations(self, wants: str, column: str | None) -> RawAnnotations:
+        return table_annotations(self.label, self._table, self._splits, wants=wants, column=column)
 
     def _fingerprint(self) -> str:
         """Of all rows, remembered for the files that `datasets` keeps them in."""
@@ -211,44 +236,6 @@ def _is_fetched(path: str) -> bool:
     caches = [HF_HUB_CACHE, *(getattr(datasets.config, name) for name in names)]
     real = os.path.realpath(path.replace("\0", ""))
     return any(Path(real).is_relative_to(os.path.realpath(cache)) for cache in caches)
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Translate what may go wrong on the way to an encoded image."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise MissingError(f"{name}: no such file") from error
-    except PermissionError as error:
-        raise MissingError(f"{name}: no permission to read it") from error
-    except _BROKEN as error:
-        raise ArtifactError(f"{name}: not a readable image; remove or mend it") from error
-
-
-def _open(encoded: Path | io.BytesIO, name: str) -> Image.Image:
-    with _reading(name):
-        return Image.open(encoded)
-
-
-def _decode(encoded: Path | io.BytesIO, name: str, source: str) -> Image.Image:
-    with _open(encoded, name) as image:
-        try:
-            image.load()
-            upright, told = to_srgb(ImageOps.exif_transpose(image), name, image.format)
-        except _BROKEN as error:
-            raise ArtifactError(f"{name}: broken image ({error}); remove or mend it") from error
-    for text in told:
-        console.note_once(f"{source}: {text}", f"; the first is {name}")
-    return upright
-
-
-def _size(encoded: Path | io.BytesIO, name: str) -> tuple[int, int, int]:
-    with _open(encoded, name) as image:
-        width, height = image.size
-        if image.getexif().get(_ORIENTATION, 1) >= 5:
-            width, height = height, width
-        return 1 if is_grey(image) else 3, height, width
 
 
 def _image_column(label: str, rows: Dataset) -> str:

@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.data.digests import file_digests
-from deme_cli.data.image_source import HubDataset, TableFiles, image_suffixes
-from deme_cli.data.splits import HELD_OUT_WORDS, is_held_out
+from deme_cli.data.image_source import (
+    HELD_OUT_WORDS,
+    ImageSource,
+    image_suffixes,
+    is_held_out,
+)
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.fetch import offline_reason, stay_offline
 
@@ -24,33 +28,33 @@ if TYPE_CHECKING:
 _FIELDS = ("txt", "json", "cls")  # of a sample in a shard
 
 
-def read_tables(place: TableFiles | HubDataset) -> Mapping[str, Dataset]:
+def read_tables(source: ImageSource) -> Mapping[str, Dataset]:
     """The tables of a parquet file or shard, a folder of them, or a hub dataset, by split name.
 
     Raises ArtifactError for files that are not what they say, MissingError for what cannot be had.
     """
-    if isinstance(place, HubDataset) and offline_reason():
+    if source.kind == "hub" and offline_reason():
         stay_offline()
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    return _read_hub(place) if isinstance(place, HubDataset) else _read_files(place)
+    return _read_hub(source) if source.kind == "hub" else _read_files(source)
 
 
-def _read_hub(place: HubDataset) -> Mapping[str, Dataset]:
+def _read_hub(source: ImageSource) -> Mapping[str, Dataset]:
     import datasets
 
     try:
-        return datasets.load_dataset(place.hub_id)
+        return datasets.load_dataset(source.hub_id)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise MissingError(
-            f"{place.source}: {place.hub_id} cannot be had from the hub: {error}; "
+            f"{source.name}: {source.hub_id} cannot be had from the hub: {error}; "
             f"give a folder of images or a parquet file instead"
         ) from error
 
 
-def _read_files(place: TableFiles) -> Mapping[str, Dataset]:
+def _read_files(source: ImageSource) -> Mapping[str, Dataset]:
     """Parquet files or shards.
 
     `datasets` keeps tables it has read by the times of their files; the name it is given here is of
@@ -58,20 +62,20 @@ def _read_files(place: TableFiles) -> Mapping[str, Dataset]:
     """
     import datasets
 
-    root = place.path if place.path.is_dir() else place.path.parent
-    digests = file_digests(root, place.files).values()
+    root = source.path if source.path.is_dir() else source.path.parent
+    digests = file_digests(root, source.files).values()
     name = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     broken = (datasets.exceptions.DatasetGenerationError, tarfile.TarError, ValueError)
     try:
-        if place.kind == "webdataset":
-            return _read_shards(_files_by_split(place), name)
-        tables = datasets.load_dataset(place.kind, name, data_files=_files_by_split(place))
+        if source.kind == "webdataset":
+            return _read_shards(_files_by_split(source), name)
+        tables = datasets.load_dataset(source.kind, name, data_files=_files_by_split(source))
     except broken as error:
         cause = str(error.__cause__ or error).strip().split("\n")[0]
-        raise ArtifactError(f"{place.source}: broken or not {place.kind}: {cause}") from error
+        raise ArtifactError(f"{source.name}: broken or not {source.kind}: {cause}") from error
     except OSError as error:
-        raise MissingError(f"{place.source}: cannot be read: {error}") from error
-    return {name: _downloaded(place.source, table) for name, table in tables.items()}
+        raise MissingError(f"{source.name}: cannot be read: {error}") from error
+    return {name: _downloaded(source.name, table) for name, table in tables.items()}
 
 
 def _read_shards(files: Mapping[str, list[str]], name: str) -> Mapping[str, Dataset]:
@@ -158,12 +162,12 @@ def _downloaded(source: str, table: Dataset) -> Dataset:
     return table.select(kept) if kept else table
 
 
-def _files_by_split(place: TableFiles) -> dict[str, list[str]]:
+def _files_by_split(source: ImageSource) -> dict[str, list[str]]:
     """Files by split: those whose name or folder says test or validation are `test`."""
-    root = place.path if place.path.is_dir() else place.path.parent
+    root = source.path if source.path.is_dir() else source.path.parent
     files: dict[str, list[str]] = {"train": [], "test": []}
-    for path in place.files:
-        held_out = len(place.files) > 1 and is_held_out(path.relative_to(root))
+    for path in source.files:
+        held_out = len(source.files) > 1 and is_held_out(path.relative_to(root))
         files["test" if held_out else "train"].append(str(path))
     if not files["train"]:
         return {"train": files["test"]}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.errors import ArtifactError, reading
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,35 @@ def read_text_table(path: Path) -> TextTable:
     Raises MissingError if it cannot be read, ArtifactError naming the row or line that is wrong.
     """
     text = read_text(path)
-    if path.suffix.lower() == ".jsonl":
-        return table_of(path, [_parse_line(path, *line) for line in enumerate(lines_of(text), 1)])
-    return _read_separated(path, text)
+    if path.suffix.lower() != ".jsonl":
+        return _read_separated(path, text)
+    rows = []
+    for number, line in enumerate(lines_of(text), 1):
+        if line.strip():
+            rows.append(parse_json(line, f"{path}: line {number} is"))
+            if not isinstance(rows[-1], dict):
+                told = f"expected a JSON object, found {line.strip()}"
+                raise ArtifactError(f"{path}: line {number}: {told}")
+    return table_of(path, rows)
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. Raises MissingError or ArtifactError naming it."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with reading(path):
+            return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ArtifactError(
             f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8 text"
         ) from error
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingError(f"{path}: no such file") from error
-    except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A document of JSON. Raises ArtifactError beginning with `where`, as in `x.json:`."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{where} not JSON ({error})") from error
 
 
 def lines_of(text: str) -> list[str]:
@@ -61,27 +73,15 @@ def lines_of(text: str) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def table_of(path: Path, rows: Sequence[dict[str, Any] | None]) -> TextTable:
-    """A table of dicts, its columns all their keys; None stands for an empty line."""
-    kept = [row for row in rows if row is not None]
-    return TextTable(path, tuple(dict.fromkeys(key for row in kept for key in row)), kept)
-
-
-def _parse_line(path: Path, number: int, line: str) -> dict[str, Any] | None:
-    if not line.strip():
-        return None
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{path}: line {number} is not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ArtifactError(f"{path}: line {number}: expected a JSON object, found {line.strip()}")
-    return row
+def table_of(path: Path, rows: Iterable[dict[str, Any]]) -> TextTable:
+    """A table of dicts, its columns all their keys."""
+    rows = list(rows)
+    return TextTable(path, tuple(dict.fromkeys(key for row in rows for key in row)), rows)
 
 
 def _read_separated(path: Path, text: str) -> TextTable:
     """The rows of a CSV or TSV under its header; rows longer or shorter than it are refused."""
-    is_tsv = path.suffix.lower() == ".tsv"
+    is_tsv, rows = path.suffix.lower() == ".tsv", []
     reader = csv.reader(
         io.StringIO(text, newline=""),
         delimiter="\t" if is_tsv else ",",
@@ -89,17 +89,13 @@ def _read_separated(path: Path, text: str) -> TextTable:
     )
     try:
         header = next(reader, [])
-        rows = [dict(zip(header, _checked(path, header, fields, number), strict=True))
-                for number, fields in enumerate((line for line in reader if line), 1)]  # fmt: skip
+        for number, fields in enumerate(filter(None, reader), 1):
+            if len(fields) != len(header):
+                raise ArtifactError(
+                    f"{path}: row {number} has {len(fields)} fields, the header {len(header)}; "
+                    f"put text that holds a separator into quotation marks"
+                )
+            rows.append(dict(zip(header, fields, strict=True)))
     except csv.Error as error:
         raise ArtifactError(f"{path}: line {reader.line_num} cannot be read ({error})") from error
     return TextTable(path, tuple(header), rows)
-
-
-def _checked(path: Path, header: Sequence[str], fields: list[str], number: int) -> list[str]:
-    if len(fields) != len(header):
-        raise ArtifactError(
-            f"{path}: row {number} has {len(fields)} fields, the header {len(header)}; "
-            f"put text that holds a separator into quotation marks"
-        )
-    return fields

@@ -230,17 +230,17 @@ class Companions:
         return config.get("shift_factor") or 0.0, spread
 
     @torch.no_grad()
-    def conditions(self, subjects: Sequence[Any], geometry: Tensor | None = None) -> Conditions:
-        """What the network is told of captions (str) or class numbers (int), batch len(subjects).
+    def conditions(self, prompts: Sequence[Any], geometry: Tensor | None = None) -> Conditions:
+        """What the network is told of captions (str) or class numbers (int), batch len(prompts).
 
         geometry: (B, 6) sizes of the images, read by SDXL alone; a whole number per entry.
         """
         if self.wants == "nothing":
             return {}
         if geometry is None:
-            geometry = torch.zeros(len(subjects), GEOMETRY, dtype=torch.long)
+            geometry = torch.zeros(len(prompts), GEOMETRY, dtype=torch.long)
         pipeline = self.pipeline if self.wants == "text" else None
-        told = self.backbone.encode(pipeline, subjects, geometry)
+        told = self.backbone.encode(pipeline, prompts, geometry)
         self._require_widths(told)
         return to(told, self.device, self.dtype)
 
