@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deme_cli import console
 from deme_cli.data.image_source import ImageSource
@@ -40,14 +40,11 @@ from deme_cli.data.text_tables import (
 )
 from deme_cli.errors import ArtifactError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_COLUMNS = {"text": ("text", "caption", "prompt"), "class": ("label", "labels", "cls")}
-_JSON_FIELDS = {"text": ("caption", "text", "prompt"), "class": _COLUMNS["class"]}
+COLUMNS = {"text": ("text", "caption", "prompt"), "class": ("label", "labels", "cls")}
+JSON_FIELDS = {"text": ("caption", "text", "prompt"), "class": COLUMNS["class"]}
 _BESIDE = {"text": (".txt", ".caption"), "class": (".cls",)}
-_CALLED = {"text": "captions", "class": "classes"}
+CALLED = {"text": "captions", "class": "classes"}
 _MAX_REPEATS = 100  # more is a year or a number of its own
 
 
@@ -107,9 +104,9 @@ def read_captions(raw: RawAnnotations, source: str, name: Callable[[int], str]) 
                 f"{name(index)}: expected text in {raw.where}, found {type(caption).__name__}; "
                 f"name the column of the captions"
             )
-    captions = [(caption or "").strip() for caption in captions]
-    _require_all(list(map(bool, captions)), "captions", raw.where, source, name)
-    return Annotations(tuple(captions), repeats=raw.repeats)
+    cleaned = tuple((caption or "").strip() for caption in captions)
+    _require_all(list(map(bool, cleaned)), "captions", raw.where, source, name)
+    return Annotations(cleaned, repeats=raw.repeats)
 
 
 def read_labels(raw: RawAnnotations, source: str, name: Callable[[int], str]) -> Annotations:
@@ -201,7 +198,7 @@ def folder_annotations(
     Raises ArtifactError if there are none at all, or metadata and images disagree.
     """
     tables = list(_read_tables(source, wants))
-    names = (column,) if column else _COLUMNS[wants]
+    names = (column,) if column else COLUMNS[wants]
     chosen = [
         (column if column in table.columns else None) if column else table.column(names)
         for table in tables
@@ -230,7 +227,7 @@ def folder_annotations(
             f"columns: {', '.join(columns)}"
         )
     raise NoAnnotations(
-        f"{source.name}: no {_CALLED[wants]}: looked for {' or '.join(METADATA_NAMES)} with "
+        f"{source.name}: no {CALLED[wants]}: looked for {' or '.join(METADATA_NAMES)} with "
         f"file_name and {' or '.join(names)}, and for files beside the images, such as "
         f"{files[0].with_suffix(_BESIDE[wants][0]).name}"
     )
@@ -320,7 +317,7 @@ def _read_beside(
     source: ImageSource, beside: dict[Path, list[Path]], wants: str, column: str | None
 ) -> dict[Path, Any]:
     """By image without its suffix, what the first file beside it that tells anything tells."""
-    fields = _JSON_FIELDS[wants] if column is None else (column,)
+    fields = JSON_FIELDS[wants] if column is None else (column,)
     told, several = {}, 0
     for stem, paths in beside.items():
         for path in paths:
@@ -431,74 +428,3 @@ def _are_parts(files: Sequence[tuple[tuple[str, ...], Path]]) -> bool:
     return len(set(map(len, spans))) == 1 and all(
         ends[i] < ends[i + 1] for i in range(1, len(ends) - 1, 2)
     )
-
-
-# tables
-
-
-def table_annotations(
-    label: str, rows: Dataset, splits: Sequence[Dataset], *, wants: str, column: str | None
-) -> RawAnnotations:
-    """The captions (wants `text`) or classes (wants `class`) of the rows; `label` in messages.
-
-    splits: tables whose classes are counted, too. Raises ArtifactError naming the columns there are
-    if none serves.
-    """
-    name, key = _find_column(label, rows, wants, column)
-    where = f"column {name!r}" if key is None else f"field {key!r} of column {name!r}"
-    values = _column_values(rows, name, key)
-    if wants == "text":
-        return RawAnnotations(values, where)
-    names = getattr(rows.features[name], "names", None) or ()  # of a ClassLabel
-    others = [table for table in splits if name in table.features and not names]
-    classes = [value for table in others for value in _column_values(table, name, key)]
-    return RawAnnotations(values, where, classes, names)
-
-
-def _find_column(
-    label: str, rows: Dataset, wants: str, column: str | None
-) -> tuple[str, str | None]:
-    """The column, and the field within it where it is the `json` of a shard."""
-    from datasets import Image
-
-    names, keys = ((column,), (column,)) if column else (_COLUMNS[wants], _JSON_FIELDS[wants])
-    names += ("txt",) if wants == "text" and column is None else ()
-    for name in names:
-        if name in rows.features and not isinstance(rows.features[name], Image):
-            return name, None
-    fields = _json_fields(rows)
-    for key in keys:
-        if key in fields:
-            return "json", key
-    within = f"; fields of json: {', '.join(fields)}" if fields else ""
-    raise NoAnnotations(
-        f"{label}: no column {' or '.join(names)} for the {_CALLED[wants]}; "
-        f"columns: {', '.join(rows.features)}{within}"
-    )
-
-
-def _json_fields(rows: Dataset) -> Sequence[str]:
-    """The fields of the `json` column: declared, or those of its first rows."""
-    kind = rows.features.get("json")
-    if isinstance(kind, Mapping):
-        return tuple(kind)
-    first = rows.select_columns(["json"])[:5]["json"] if kind is not None else ()
-    return tuple(dict.fromkeys(key for row in map(_json_object, first) for key in row))
-
-
-def _column_values(rows: Dataset, name: str, key: str | None) -> list[Any]:
-    """The values of a column, or of a field of its JSON; no other column is read."""
-    values: list[Any] = []
-    for batch in rows.select_columns([name]).iter(batch_size=10_000):
-        values += batch[name]
-    return values if key is None else [_json_object(value).get(key) for value in values]
-
-
-def _json_object(value: Any) -> dict[str, Any]:
-    """An object of JSON, read or still text; empty where it is none."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
-            value = None
-    return value if isinstance(value, dict) else {}

@@ -22,11 +22,11 @@ from deme_cli.data.captions import (
     NoAnnotations,
     RawAnnotations,
     folder_annotations,
-    table_annotations,
 )
 from deme_cli.data.digests import file_digests, remembered, stamp
 from deme_cli.data.fitting import is_grey, to_srgb
 from deme_cli.data.image_source import ImageSource
+from deme_cli.data.tables import table_annotations
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.fetch import sha256_of
 

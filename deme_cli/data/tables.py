@@ -1,8 +1,13 @@
-"""Tables of images, read through the `datasets` library by split: parquet, webdataset, the hub."""
+"""Tables of images, read through the `datasets` library by split: parquet, webdataset, the hub.
+
+Captions and classes are columns; shards of webdataset hold text in `txt` and anything in `json`,
+whose fields count as columns too.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import sys
 import tarfile
@@ -12,6 +17,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
+from deme_cli.data.captions import CALLED, COLUMNS, JSON_FIELDS, NoAnnotations, RawAnnotations
 from deme_cli.data.digests import file_digests
 from deme_cli.data.image_source import (
     HELD_OUT_WORDS,
@@ -178,3 +184,76 @@ def held_out_tables(tables: Mapping[str, Dataset]) -> set[str]:
     """The names of the splits that are kept for testing, if the dataset has some beside others."""
     held_out = {name for name in tables if name in HELD_OUT_WORDS}
     return held_out if len(held_out) < len(tables) else set()
+
+
+# columns
+
+
+def table_annotations(
+    label: str, rows: Dataset, splits: Sequence[Dataset], *, wants: str, column: str | None
+) -> RawAnnotations:
+    """The captions (wants `text`) or classes (wants `class`) of the rows; `label` in messages.
+
+    splits: tables whose classes are counted, too. Raises ArtifactError naming the columns there are
+    if none serves.
+    """
+    name, key = _find_column(label, rows, wants, column)
+    where = f"column {name!r}" if key is None else f"field {key!r} of column {name!r}"
+    values = _column_values(rows, name, key)
+    if wants == "text":
+        return RawAnnotations(values, where)
+    names = getattr(rows.features[name], "names", None) or ()  # of a ClassLabel
+    others = [table for table in splits if name in table.features and not names]
+    classes = [value for table in others for value in _column_values(table, name, key)]
+    return RawAnnotations(values, where, classes, names)
+
+
+def _find_column(
+    label: str, rows: Dataset, wants: str, column: str | None
+) -> tuple[str, str | None]:
+    """The column, and the field within it where it is the `json` of a shard."""
+    from datasets import Image
+
+    names, keys = [column or ""], [column or ""]
+    if column is None:
+        names = [*COLUMNS[wants], *(["txt"] if wants == "text" else [])]
+        keys = list(JSON_FIELDS[wants])
+    for name in names:
+        if name in rows.features and not isinstance(rows.features[name], Image):
+            return name, None
+    fields = _json_fields(rows)
+    for key in keys:
+        if key in fields:
+            return "json", key
+    within = f"; fields of json: {', '.join(fields)}" if fields else ""
+    raise NoAnnotations(
+        f"{label}: no column {' or '.join(names)} for the {CALLED[wants]}; "
+        f"columns: {', '.join(rows.features)}{within}"
+    )
+
+
+def _json_fields(rows: Dataset) -> Sequence[str]:
+    """The fields of the `json` column: declared, or those of its first rows."""
+    kind = rows.features.get("json")
+    if isinstance(kind, Mapping):
+        return tuple(kind)
+    first = rows.select_columns(["json"])[:5]["json"] if kind is not None else ()
+    return tuple(dict.fromkeys(key for row in map(_json_object, first) for key in row))
+
+
+def _column_values(rows: Dataset, name: str, key: str | None) -> list[Any]:
+    """The values of a column, or of a field of its JSON; no other column is read."""
+    values: list[Any] = []
+    for batch in rows.select_columns([name]).iter(batch_size=10_000):
+        values += batch[name]
+    return values if key is None else [_json_object(value).get(key) for value in values]
+
+
+def _json_object(value: Any) -> dict[str, Any]:
+    """An object of JSON, read or still text; empty where it is none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            value = None
+    return value if isinstance(value, dict) else {}
