@@ -339,9 +339,10 @@ def this_process() -> str:
 def _born(pid: int) -> str | None:
     """When a process of this machine began, in ticks; None where there is none (or no /proc)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if state in "ZX" else numbers[18]  # a dead one that nobody has waited for yet
 
 
 def is_gone(process: str, began: float) -> bool:

@@ -273,7 +273,9 @@ def test_the_trial_of_a_process_is_its_own_as_long_as_it_lives(
         opened(path, what={"other": 1}, force=True)
     worker.send_signal(signal.SIGCONT)
     worker.send_signal(number)
-    worker.wait()
+    state = Path(f"/proc/{worker.pid}/stat")  # dead, though nobody waits for it yet
+    while state.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
     with journal.asking() as trials:
         assert trials == []
         again = journal.start(0, (0.5, 0.25))
