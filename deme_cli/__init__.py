@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from deme_cli.api.drawing import sample as sample
     from deme_cli.api.evaluating import Evaluation as Evaluation
     from deme_cli.api.evaluating import evaluate as evaluate
-    from deme_cli.api.finetuning import finetune as finetune
-    from deme_cli.api.finetuning import train_base as train_base
     from deme_cli.api.merging import MergeResult as MergeResult
     from deme_cli.api.merging import ShownSearch as ShownSearch
     from deme_cli.api.merging import merge as merge
@@ -59,6 +57,8 @@ if TYPE_CHECKING:
     from deme_cli.merging.task_vectors import task_vector as task_vector
     from deme_cli.run_file import RunFile as RunFile
     from deme_cli.run_file import read_run_file as read_run_file
+    from deme_cli.training.finetune import finetune as finetune
+    from deme_cli.training.finetune import train_base as train_base
     from deme_cli.training.split import SplitResult as SplitResult
     from deme_cli.training.split import split as split
 
@@ -66,7 +66,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "split": "training.split", "SplitResult": "training.split",
-    "finetune": "api.finetuning", "train_base": "api.finetuning",
+    "finetune": "training.finetune", "train_base": "training.finetune",
     "task_vector": "merging.task_vectors", "TaskVectors": "merging.task_vectors",
     "merge": "api.merging", "search": "api.merging", "MergeResult": "api.merging",
     "replay": "api.merging",

@@ -11,7 +11,7 @@ from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.timesteps import parse_range
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.run import Run
+from deme_cli.training.setup import Run
 
 
 def digits_run(folder: Path, config: FinetuneConfig) -> Run:

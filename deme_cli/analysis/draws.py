@@ -28,9 +28,14 @@ from deme_cli.run_file import RunFile
 from deme_cli.sampling.sampler import seeded_noise
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import derived_generator
-from deme_cli.training.examples import Examples
+from deme_cli.training.examples import (
+    Examples,
+    cache_size,
+    fill_caches,
+    name_companions,
+    open_examples,
+)
 from deme_cli.training.held_out import FixedDraws
-from deme_cli.training.materials import cache_size, fill_caches, name_companions, open_examples
 
 INTERVALS = "95 %, over images (draws of one image are a cluster)"
 

@@ -35,7 +35,7 @@ from deme_cli.errors import ConfigError, NumericsError
 from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, route, split_uniform
-from deme_cli.training.affinity import Affinity
+from deme_cli.training.clusters import Affinity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

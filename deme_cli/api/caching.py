@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def fill_with_bar(*examples: Examples | None, world: World = ALONE) -> None:
     """Make what the caches of latents behind these examples lack, if they have any."""
-    from deme_cli.training.materials import cache_size, fill_caches
+    from deme_cli.training.examples import cache_size, fill_caches
 
     if total := cache_size(*examples):
         with console.progress("caching latents", total, "image") as bar:

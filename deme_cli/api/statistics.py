@@ -77,7 +77,8 @@ def _measure(
 ) -> StatisticsRecord | None:
     """Look at all images, with a bar, and write what was found."""
     from deme_cli.artifacts import write_artifact
-    from deme_cli.evaluation.statistics import Statistics, measure_statistics, statistics_artifact
+    from deme_cli.evaluation.frechet import Statistics
+    from deme_cli.evaluation.statistics import measure_statistics, statistics_artifact
 
     made = None
     with console.progress(f"looking at {images.source}", len(images), "image") as bar:

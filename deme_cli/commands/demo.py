@@ -132,8 +132,8 @@ def _run(context: typer.Context, command: str, *, quiet: bool = False) -> None:
 
 def _train_experts_beside_control(size: Size) -> None:
     """The four experts in one process, plain finetuning with as many updates in another."""
-    from deme_cli.training.jobs import RangeProcess, run_jobs
-    from deme_cli.training.places import metrics_path
+    from deme_cli.jobs import RangeProcess, run_jobs
+    from deme_cli.training.setup import metrics_path
 
     experts = f"finetune --range all --steps {size.steps} --force"
     control = (

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from deme_cli import console
 
 if TYPE_CHECKING:
-    from deme_cli.api.evaluating import Evaluation, Figure, Figures
+    from deme_cli.api.evaluating import Evaluation, Figures
+    from deme_cli.evaluation.summary import Figure
 
 
 def show(measured: Evaluation) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,8 +24,14 @@ from deme_cli.commands.options import (
     begin,
     takes_settings,
 )
-from deme_cli.config import DataConfig, FinetuneConfig, ModelConfig
+from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.errors import ConfigError
+
+LISTED = (  # of the settings; the others are options as well, and have their sentence in deme.toml
+    "p", "steps", "batch_size", "accumulation", "lr", "lr_schedule", "warmup", "consistency",
+    "projection", "loss_weighting", "multitask", "checkpoint_every",
+    "gradient_checkpointing", "seed", "source", "resolution",
+)  # fmt: skip
 
 
 @takes_settings
@@ -34,8 +40,8 @@ def finetune(
         str, typer.Option("--range", help="i/N, start:stop, 1/1 (the plain control), or all.")
     ] = "",
     *,
-    given: Annotated[Given, OptionsOf(FinetuneConfig)],
-    of_images: Annotated[Given, OptionsOf(DataConfig)],
+    given: Annotated[Given, OptionsOf(FinetuneConfig, listed=LISTED)],
+    of_images: Annotated[Given, OptionsOf(DataConfig, listed=LISTED)],
     base: Annotated[
         Path | None, typer.Option("--base", help=r"The base \[default: that of deme.toml].")
     ] = None,
@@ -56,6 +62,7 @@ def finetune(
             "--shard",
             help="Divide the network among the processes of a launch; changes rounding alone.",
             rich_help_panel="Memory",
+            hidden=True,
         ),
     ] = False,
     output: Annotated[
@@ -76,10 +83,13 @@ def finetune(
 ) -> None:
     """Train the expert of one timestep range (Eq. 3-6); run the same command again to continue.
 
-    Processes of one launch (torchrun, accelerate launch, srun) share each batch.
+    Processes of one launch (torchrun, accelerate launch, srun) share each batch. Every other
+    key of deme.toml's tables finetune and data is an option, too, as --caption-dropout 0.2.
 
     Example: deme finetune --range 2/4 --p 0.1
     """
+    import deme_cli
+
     console.set_quiet(quiet)
     world = meet(device)
     run = begin(config, quiet=quiet)
@@ -88,34 +98,19 @@ def finetune(
         raise ConfigError(
             "finetune takes either --range (as in 2/4, or all) or --from-scratch FILE"
         )
-
     if resume and force:
         raise ConfigError("--resume continues a kept run, --force starts anew; give one of them")
-
-    from deme_cli.api.finetuning import (
-        check_images,
-        open_job,
-        plan_from_scratch,
-        plan_ranges,
-        require_kept_runs,
-        train_all,
-    )
-
-    job = open_job(
-        settings,
-        run.settings(DataConfig, **of_images),
-        base or run.base, run, pipeline, device=device, dtype=dtype, compile=compile, shard=shard,
-        force=force, jobs=jobs, world=world,
-    )  # fmt: skip
-    if from_scratch:
-        plans = plan_from_scratch(job, from_scratch, output or Path(ModelConfig.base))
-    else:
-        plans = plan_ranges(job, run, range, output)
-    if resume:
-        require_kept_runs(plans)
-    if dry_run:
-        check_images(plans)
-        for plan in plans:
-            console.note(plan.describe())
-        return
-    console.result_paths(train_all(plans, jobs=jobs, world=world), as_json=as_json)
+    common: dict[str, Any] = {
+        "images": run.settings(DataConfig, **of_images), "output": output, "run": run,
+        "pipeline": pipeline, "device": device, "dtype": dtype, "compile": compile, "shard": shard,
+        "force": force, "resume": resume, "dry_run": dry_run, "world": world,
+    }  # fmt: skip
+    with console.showing() as progress:
+        if from_scratch:
+            paths = deme_cli.train_base(from_scratch, settings, **common, progress=progress)
+        else:
+            paths = deme_cli.finetune(
+                range, settings, base=base, jobs=jobs, **common, progress=progress
+            )
+    if not dry_run:
+        console.result_paths(paths, as_json=as_json)

@@ -32,7 +32,8 @@ from deme_cli.ladder import parse_ladder
 from deme_cli.settings import flags_of, parse_numbers
 
 if TYPE_CHECKING:
-    from deme_cli.api.merging import MergeResult, ShownSearch, Trial
+    from deme_cli.api.merging import MergeResult, ShownSearch
+    from deme_cli.merging.search.trials import Trial
 
 _OF_SEARCH = ("objective", "grid", "num", "steps", "seed", "evaluations")
 _OF_ROWS = ("objective", "num", "steps")  # what a report alone reads as well

@@ -30,11 +30,12 @@ Given = dict[str, Any]  # values of settings, by name; None where an option was 
 @dataclass(frozen=True)
 class OptionsOf:
     """Says of a command's parameter that it holds options of a table of settings: those that are
-    `named`, or all, but for those `without`."""
+    `named`, or all, but for those `without`; `--help` lists all of them, or those `listed`."""
 
     config: type[Settings]
     named: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    listed: tuple[str, ...] = ()
 
     @property
     def settings(self) -> Iterator[Field[Any]]:
@@ -48,9 +49,10 @@ class OptionsOf:
         kinds = get_type_hints(self.config)
         for item in self.settings:
             kind: Any = str if item.metadata["parse"] else kinds[item.name]
+            listed = not self.listed or item.name in self.listed
             yield inspect.Parameter(
                 _parameter_name(item), inspect.Parameter.KEYWORD_ONLY, default=None,
-                annotation=Annotated[kind | None, option(self.config, item.name)],
+                annotation=Annotated[kind | None, option(self.config, item.name, listed=listed)],
             )  # fmt: skip
 
     def collect(self, values: dict[str, Any]) -> Given:
@@ -95,13 +97,13 @@ def _parameter_name(item: Field[Any]) -> str:
     return flags_of(item)[0].partition("/")[0].removeprefix("--").replace("-", "_")
 
 
-def option(config: type[Settings], name: str) -> Any:
-    """A Typer option for one setting; its help is the setting's own sentence."""
+def option(config: type[Settings], name: str, *, listed: bool = True) -> Any:
+    """A Typer option for one setting; its help is the setting's own sentence, if it is `listed`."""
     (item,) = (item for item in fields(config) if item.name == name)
     text = help_of(item).replace("[", r"\[")  # else rich takes [default: 4] for markup
     return typer.Option(
         *flags_of(item), help=f"{text[0].upper()}{text[1:]}.",
-        rich_help_panel=item.metadata["panel"], show_default=False,
+        rich_help_panel=item.metadata["panel"], show_default=False, hidden=not listed,
     )  # fmt: skip
 
 

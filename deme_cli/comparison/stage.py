@@ -14,6 +14,7 @@ from typing import Any
 
 from deme_cli.artifacts import BaseRecord, read_record
 from deme_cli.comparison.jobs import Stage
+from deme_cli.comparison.passes import PassCost, flops_per_update
 from deme_cli.comparison.plan import COMMON, MeasurePlan, Plan, RowPlan
 from deme_cli.comparison.rows import Tables, finetune_settings, merge_settings
 from deme_cli.config import TABLES, DataConfig, FinetuneConfig
@@ -24,12 +25,9 @@ from deme_cli.errors import ConfigError, MissingError
 from deme_cli.files import shown_path
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import parse_span
-from deme_cli.training.affinity import Affinity, read_affinity
-from deme_cli.training.clusters import cluster_draws, split_times
-from deme_cli.training.cost import PassCost, flops_per_update
-from deme_cli.training.places import affinity_path
-from deme_cli.training.plan import require_companions
-from deme_cli.training.reduction import Reduction
+from deme_cli.training.clusters import Affinity, cluster_draws, read_affinity, split_times
+from deme_cli.training.setup import affinity_path, require_companions
+from deme_cli.training.weighting import Reduction
 
 _IMAGES = ("digits", *KNOWN_DATASETS)
 _PLACES: dict[str, dict[str, tuple[str, ...]]] = {  # settings that may name a place, or a name

@@ -20,8 +20,7 @@ from typing import IO, Any
 from deme_cli.comparison.jobs import DONE_NAME, FAILED_NAME, Command, Failure, Job
 from deme_cli.errors import ConfigError
 from deme_cli.files import write_whole
-from deme_cli.jobs import StopRequests, claim, reason_of, start_deme
-from deme_cli.training.jobs import last_step
+from deme_cli.jobs import StopRequests, claim, last_step, reason_of, start_deme
 
 _POLL_SECONDS = 0.2
 LOG_NAME = "log.txt"

@@ -10,21 +10,35 @@ On the SNR itself, as the paper prints it, the clusters are useless: it falls fr
 the first quarter, so that of T = 1000 (DDPM, linear) 4 clusters are 0:1, 1:4, 4:15 and 15:1000. On
 its logarithm, which the published implementations measure, they are 0:221, 221:522, 522:779 and
 779:1000. Both are offered, as `snr` and `log-snr`.
-n items, k clusters, T timesteps. Draws and times are those of diffusion/schedule.py.
+
+The affinity of two buckets, adjacent ranges of times, is the cosine of their mean gradients of the
+denoising loss (section 3.1); `deme analyze gradients` measures and writes it. Noise in the means
+draws cosines to 0, so each bucket has its reliability beside it: the cosine between the means of
+two halves of its own draws.
+n items or buckets, k clusters, T timesteps. Draws and times are those of diffusion/schedule.py.
+No torch where this is imported: an affinity is checked before anything is loaded.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from deme_cli.config import DIVISIONS
-from deme_cli.diffusion.schedule import Schedule
-from deme_cli.errors import ArtifactError, ConfigError
-from deme_cli.timesteps import TimestepRange, split_uniform
-from deme_cli.training.affinity import Affinity
+from deme_cli.errors import ArtifactError, ConfigError, MissingError, reading
+from deme_cli.timesteps import TimestepRange, parse_span, require_cover, split_uniform
+
+if TYPE_CHECKING:
+    from deme_cli.diffusion.schedule import Schedule
+
+KIND, SCHEMA_VERSION = "gradients", 1
+COMMAND = "deme analyze gradients MODEL --data DATA"
 
 
 def interval_clusters(cost: np.ndarray, k: int) -> list[tuple[int, int]]:
@@ -104,6 +118,8 @@ def split_times(
     Where two draws of a flow schedule share a whole time, both go to the later range. Raises
     ConfigError also where whole times cannot tell two clusters apart.
     """
+    import torch
+
     total = schedule.num_train_timesteps
     if by == "uniform":
         return split_uniform(k, total)
@@ -148,3 +164,119 @@ def _by_gradient(
     cosines = np.array(affinity.cosines)[np.ix_(chosen, chosen)]
     clusters = interval_clusters(affinity_cost(cosines, np.diff(edges)), k)
     return [TimestepRange(edges[start], edges[stop]) for start, stop in clusters]
+
+
+@dataclass(frozen=True)
+class Affinity:
+    """Cosines between the mean gradients of buckets, and what belongs to them: `gradients.json`.
+
+    cosines: (n, n)   losses, norms, reliability: (n,)   model, data: source and fingerprint.
+    The cosines were taken from sketches of `sketch_size` numbers, which stand for `parameters`;
+    their standard error is at most `standard_error`, 0 where nothing was hashed. `ranges` are the
+    clusters of buckets that were suggested for as many experts.
+    """
+
+    buckets: list[TimestepRange]
+    cosines: list[list[float]]
+    norms: list[float]
+    losses: list[float]
+    reliability: list[float]
+    model: dict[str, str]
+    data: dict[str, str]
+    num: int
+    seed: int
+    parameters: int
+    sketch_size: int
+    standard_error: float
+    ranges: list[TimestepRange]
+
+    @property
+    def whole(self) -> TimestepRange:
+        """[0, T)."""
+        return TimestepRange(0, self.buckets[-1].stop)
+
+    def to_json(self, **said: Any) -> str:
+        """The text of `gradients.json`, one line per bucket's cosines; `said` is for people."""
+        sketch = {"size": self.sketch_size, "parameters": self.parameters}
+        document = {
+            "schema_version": SCHEMA_VERSION, "kind": KIND, "model": self.model, "data": self.data,
+            "num_train_timesteps": self.whole.stop, "num": self.num, "seed": self.seed,
+            "sketch": {**sketch, "standard_error": self.standard_error}, **said,
+            "ranges": list(map(str, self.ranges)), "buckets": list(map(str, self.buckets)),
+            "losses": self.losses, "norms": self.norms, "reliability": self.reliability,
+        }  # fmt: skip
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in document.items()]
+        rows = ",\n".join(f"    {json.dumps(row)}" for row in self.cosines)
+        return "{\n" + ",\n".join([*lines, f'  "cosines": [\n{rows}\n  ]']) + "\n}\n"
+
+
+def require_affinity(path: Path, *, command: str = COMMAND) -> None:
+    """Check that the file is there; raises MissingError naming the command that writes it."""
+    if not path.is_file():
+        raise MissingError(f"{path}: no gradients were measured; do so with `{command}`")
+
+
+def read_affinity(path: Path, fingerprint: str, *, command: str = COMMAND) -> Affinity:
+    """The affinity in a file, which must have been measured on the model of this fingerprint.
+
+    command: the one that writes it. Raises MissingError if there is no such file, ArtifactError if
+    it is not one or was measured on other weights.
+    """
+    require_affinity(path, command=command)
+    try:
+        with reading(path):
+            document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path}: not valid JSON ({error}); measure anew with `{command} --force`"
+        ) from error
+    if not isinstance(document, dict) or document.get("kind") != KIND:
+        raise ArtifactError(f"{path}: not written by `deme analyze gradients`")
+    if (version := document.get("schema_version")) != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path}: schema_version {version!r}, this deme reads {SCHEMA_VERSION}; update deme or "
+            f"measure anew with `{command} --force`"
+        )
+    affinity = _parsed(document, path)
+    if affinity.model["fingerprint"] != fingerprint:
+        raise ArtifactError(
+            f"{path}: measured on another model, {affinity.model['source']} "
+            f"({affinity.model['fingerprint'][:12]}), not on these weights ({fingerprint[:12]}); "
+            f"measure anew with `{command} --force`"
+        )
+    return affinity
+
+
+def _parsed(document: dict[str, Any], path: Path) -> Affinity:
+    try:
+        affinity = Affinity(
+            buckets=[parse_span(text, "bucket") for text in document["buckets"]],
+            ranges=[parse_span(text, "range") for text in document["ranges"]],
+            cosines=[_numbers(row) for row in document["cosines"]],
+            **{name: _numbers(document[name]) for name in ("norms", "losses", "reliability")},
+            model={key: str(document["model"][key]) for key in ("source", "fingerprint")},
+            data={key: str(document["data"][key]) for key in ("source", "fingerprint")},
+            num=int(document["num"]),
+            seed=int(document["seed"]),
+            parameters=int(document["sketch"]["parameters"]),
+            sketch_size=int(document["sketch"]["size"]),
+            standard_error=float(document["sketch"]["standard_error"]),
+        )
+        require_cover(affinity.buckets, int(document["num_train_timesteps"]))
+    except (KeyError, TypeError, ValueError, ConfigError, ArtifactError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ArtifactError(f"{path}: damaged: {reason}; measure anew") from error
+    n = len(affinity.buckets)
+    rows = [affinity.norms, affinity.losses, affinity.reliability, *affinity.cosines]
+    if len(affinity.cosines) != n or any(len(row) != n for row in rows):
+        raise ArtifactError(f"{path}: damaged: its tables do not fit its {n} buckets")
+    if affinity.buckets != sorted(affinity.buckets):
+        raise ArtifactError(f"{path}: damaged: its buckets are not in order")
+    return affinity
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    numbers = [float(value) for value in values]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("a number is not finite")
+    return numbers

@@ -10,19 +10,21 @@ divided among them, whose passes they make together, it ends the run.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from deme_cli.diffusion.conditions import to
+from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES
+from deme_cli.diffusion.schedule import FlowSchedule, Schedule
+from deme_cli.diffusion.threads import fitting_number
 from deme_cli.distributed import ALONE, World
 from deme_cli.errors import MissingError, is_out_of_memory
 from deme_cli.training.batches import Batch, Batches, derived_generator
 from deme_cli.training.objective import expert_losses
-from deme_cli.training.on_device import schedule_on
-from deme_cli.training.run import Run
+from deme_cli.training.setup import Run
 from deme_cli.training.sharding import joint_passes
 from deme_cli.training.state import TrainingState
 
@@ -38,7 +40,7 @@ class Gradients:
         world: World = ALONE,
     ) -> None:  # fmt: skip
         self.run, self.state, self.base, self.source = run, state, base, source
-        self.world = world
+        self.world, self._largest_share = world, -(-run.config.batch_size // world.size)
         self.at_once = min(run.config.micro_batch or self._largest_share, self._largest_share)
         self.schedule = schedule_on(run.denoiser.schedule, state.device)
 
@@ -71,11 +73,6 @@ class Gradients:
         ]
         return losses[0] if parts == 1 else torch.stack(losses).sum(0)
 
-    @property
-    def _largest_share(self) -> int:
-        """Images of a batch that one process takes, at most."""
-        return -(-self.run.config.batch_size // self.world.size)
-
     def _num_parts(self, num: int) -> int:
         """Into how many parts `num` images go.
 
@@ -92,25 +89,17 @@ class Gradients:
         t = batch.t.to(device, non_blocking=True)
         with torch.autocast(device.type, TORCH_DTYPES[run.dtype], enabled=run.dtype != "fp32"):
             losses = expert_losses(
-                state.network,
-                self.base,
-                self.schedule,
+                state.network, self.base, self.schedule, t=t, consistency=config.consistency,
                 x0=batch.x0.to(device, non_blocking=True),
                 eps=batch.eps.to(device, non_blocking=True),
-                t=t,
                 conditions=to(batch.conditions, device, torch.float32),
-                consistency=config.consistency,
-            )
+            )  # fmt: skip
         num_parts = config.batch_size / len(t)  # 2.5 for two images of five
-        span = run.choice.range
+        order = derived_generator(config.seed, run.choice.range, state.step, micro, "order")
         total = state.reduction.backward(
-            losses.total,
-            t,
-            list(state.network.parameters()),
-            step=state.step,
-            generator=derived_generator(config.seed, span, state.step, micro, "order"),
+            losses.total, t, list(state.network.parameters()), step=state.step, generator=order,
             scale=lambda loss: state.scaler.scale(loss / (config.accumulation * num_parts)),
-        )
+        )  # fmt: skip
         means = torch.stack([total, losses.denoising.mean(), losses.consistency.mean()])
         return means / num_parts
 
@@ -122,6 +111,28 @@ class Gradients:
         if self.at_once == 1 or self.run.clusters or self.run.shard:
             raise MissingError(out_of_memory(self.run, self.at_once))
         self.at_once = (self.at_once + 1) // 2
+
+
+def schedule_on(schedule: Schedule, device: torch.device) -> Schedule:
+    """`schedule` with its table on a GPU, so that looking up draws there copies nothing.
+
+    In float32, as the images that it is applied to: Apple's GPUs have no float64.
+    """
+    if device.type == "cpu":
+        return schedule
+    name = "sigmas" if isinstance(schedule, FlowSchedule) else "alphas_cumprod"
+    return replace(schedule, **{name: getattr(schedule, name).float().to(device)})
+
+
+def fitting_threads(run: Run) -> int:
+    """Threads on a processor for the passes of the images that go through at a time."""
+
+    def inputs() -> tuple[Tensor, Conditions]:
+        x0, conditions = run.examples.draw([0], flip=None, generator=None)
+        return x0.float(), to(conditions, x0.device, torch.float32)
+
+    num_images = run.config.micro_batch or run.config.batch_size
+    return fitting_number(run.denoiser.network, inputs, num_images=num_images)
 
 
 def too_many_weights(run: Run) -> str:

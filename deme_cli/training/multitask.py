@@ -1,50 +1,39 @@
 """Clusters of timesteps as tasks: how their k losses L_1 .. L_k become one update (Go et al. 2023).
 
     UW       sum_i 1/2 (exp(-s_i) L_i / k + s_i), s is learned   (Kendall et al. 2018, as ANT)
-    NashMTL  sum_i alpha_i L_i / k, alpha is solved now and then (Navon et al. 2022)
-    PCGrad   sum_i L_i, conflicting gradients projected          (Yu et al. 2020)
+    NashMTL  sum_i a_i L_i / k, a > 0 with G a = 1/a             (Navon et al. 2022, Claim 3.1)
+    PCGrad   sum_i L_i, each g_i projected off those it conflicts with (Yu et al. 2020, Alg. 1)
 
-Each is a module whose state_dict is all that a run needs to continue. NashMTL and PCGrad measure
-the gradient of every loss: k backward passes through one kept graph, and k copies of the gradients
-that exist only inside the call. Where these overflow (fp16), the weights stay as they were, so that
-what is infinite reaches `.grad` and the loss scaler skips the update.
+g_i is the gradient of task i over all parameters, G = (g_i . g_j) is (k, k). PCGrad's projections
+are linear combinations of the g_i whose coefficients depend on G alone, so neither needs the
+gradients themselves; what is found from G is float64 on the CPU, for k is small.
 
+Each is a module whose state_dict is all that a run needs to continue. Its `backward` adds the
+gradient of what is minimised to `.grad` of `parameters` and of its own, and returns its value.
+losses: (k,) with their graph, which is freed.   scale: a linear function of a loss before it is
+differentiated; the value is not scaled.   step counts updates: calls of one step are batches that
+accumulate.
+
+NashMTL and PCGrad measure the gradient of every loss: k backward passes through one kept graph, and
+k copies of the gradients that exist only inside the call. Where these overflow (fp16), the weights
+stay as they were, so that what is infinite reaches `.grad` and the loss scaler skips the update.
 With gradient accumulation PCGrad projects within each batch, not within their mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from deme_cli.training.task_weights import gram, nash_weights, pcgrad_weights
-
 Scale = Callable[[Tensor], Tensor]
-Gradients = list[Sequence[Tensor | None]]  # of k losses, each by parameter
+TaskGradients = list[Sequence[Tensor | None]]  # of k losses, each by parameter
 
-
-class TaskWeights(Protocol):
-    """One of the modules below."""
-
-    def backward(
-        self,
-        losses: Tensor,
-        parameters: Sequence[nn.Parameter],
-        *,
-        step: int,
-        generator: torch.Generator,
-        scale: Scale,
-    ) -> Tensor:
-        """Add the gradient of what is minimised to `.grad`; returns its value, a scalar.
-
-        losses: (k,) with their graph, which is freed. Gradients go to `parameters` and to the
-        module's own, and are those of `scale(loss)`, a linear function; the value is not scaled.
-        `step` counts updates: calls of one step are batches that accumulate.
-        """
-        ...
+_STEPS = 100  # of Newton's method; about ten are usual
+_CLOSE = 1e-7  # Newton decrement; the error after one more step is about its square
+_REACH = 1e4  # two gradients whose cosine is within 1e-8 of -1 have no bargain
+_ZERO = 1e-8  # of the longest gradient; float32 rounds at 1e-7
 
 
 class UncertaintyWeights(nn.Module):
@@ -55,14 +44,9 @@ class UncertaintyWeights(nn.Module):
         self.log_variances = nn.Parameter(torch.zeros(num_tasks))
 
     def backward(
-        self,
-        losses: Tensor,
-        parameters: Sequence[nn.Parameter],
-        *,
-        step: int,
-        generator: torch.Generator,
-        scale: Scale,
-    ) -> Tensor:
+        self, losses: Tensor, parameters: Sequence[nn.Parameter], *, step: int,
+        generator: torch.Generator, scale: Scale,
+    ) -> Tensor:  # fmt: skip
         s = self.log_variances
         total = 0.5 * (torch.exp(-s) * losses / len(losses) + s).sum()
         scale(total).backward(inputs=[*parameters, s])
@@ -85,17 +69,15 @@ class NashWeights(nn.Module):
         self.register_buffer("measured_at", torch.tensor(-1))  # the update; -1 is none
 
     def backward(
-        self,
-        losses: Tensor,
-        parameters: Sequence[nn.Parameter],
-        *,
-        step: int,
-        generator: torch.Generator,
-        scale: Scale,
-    ) -> Tensor:
+        self, losses: Tensor, parameters: Sequence[nn.Parameter], *, step: int,
+        generator: torch.Generator, scale: Scale,
+    ) -> Tensor:  # fmt: skip
         if step % self.every == 0 and int(self.measured_at) != step:
             gradients = _measure(losses, parameters, scale)
-            self._solve(gradients, step)
+            alpha = nash_weights(gram(gradients))
+            if alpha is not None:
+                self.alpha.copy_(alpha)
+            self.measured_at.fill_(step)
             _add(parameters, gradients, self.alpha / len(losses))
             return self._total(losses).detach()
         total = self._total(losses)
@@ -105,25 +87,14 @@ class NashWeights(nn.Module):
     def _total(self, losses: Tensor) -> Tensor:
         return (self.alpha * losses).sum() / len(losses)
 
-    def _solve(self, gradients: Gradients, step: int) -> None:
-        alpha = nash_weights(gram(gradients))
-        if alpha is not None:
-            self.alpha.copy_(alpha)
-        self.measured_at.fill_(step)
-
 
 class ProjectedGradients(nn.Module):
     """PCGrad: every batch is measured; `generator` draws the orders of the projections."""
 
     def backward(
-        self,
-        losses: Tensor,
-        parameters: Sequence[nn.Parameter],
-        *,
-        step: int,
-        generator: torch.Generator,
-        scale: Scale,
-    ) -> Tensor:
+        self, losses: Tensor, parameters: Sequence[nn.Parameter], *, step: int,
+        generator: torch.Generator, scale: Scale,
+    ) -> Tensor:  # fmt: skip
         gradients = _measure(losses, parameters, scale)
         products = gram(gradients)
         weights = torch.ones(len(losses), dtype=torch.float64)
@@ -133,7 +104,9 @@ class ProjectedGradients(nn.Module):
         return (weights.to(losses) * losses.detach()).sum()
 
 
-def open_tasks(method: str, num_tasks: int, *, every: int) -> TaskWeights:
+def open_tasks(
+    method: str, num_tasks: int, *, every: int
+) -> UncertaintyWeights | NashWeights | ProjectedGradients:
     """The module of `method`: uw, nashmtl (solved anew after `every` updates) or pcgrad."""
     if method == "uw":
         return UncertaintyWeights(num_tasks)
@@ -143,7 +116,7 @@ def open_tasks(method: str, num_tasks: int, *, every: int) -> TaskWeights:
     return ProjectedGradients()
 
 
-def _measure(losses: Tensor, parameters: Sequence[nn.Parameter], scale: Scale) -> Gradients:
+def _measure(losses: Tensor, parameters: Sequence[nn.Parameter], scale: Scale) -> TaskGradients:
     """The gradient of each scaled loss, one after the other; None where it has no path."""
     last = len(losses) - 1
     return [
@@ -152,7 +125,7 @@ def _measure(losses: Tensor, parameters: Sequence[nn.Parameter], scale: Scale) -
     ]
 
 
-def _add(parameters: Sequence[nn.Parameter], gradients: Gradients, weights: Tensor) -> None:
+def _add(parameters: Sequence[nn.Parameter], gradients: TaskGradients, weights: Tensor) -> None:
     """Add sum_i w_i g_i to `.grad`.  weights: (k,)"""
     for weight, gradient in zip(weights.tolist(), gradients, strict=True):
         sums, added = [], []
@@ -165,3 +138,73 @@ def _add(parameters: Sequence[nn.Parameter], gradients: Gradients, weights: Tens
             added.append(grad)
         if sums:
             torch._foreach_add_(sums, added, alpha=weight)
+
+
+def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    """The inner products of k gradients, each a sequence of tensors.  -> (k, k) float64, CPU
+
+    None stands for zeros. One tensor at a time is copied, k times in float64; on Metal, which has
+    no float64, products are float32 and only the sum over the tensors is float64.
+    """
+    products = []
+    for rows in zip(*gradients, strict=True):
+        known = next((row for row in rows if row is not None), None)
+        if known is None:
+            continue
+        dtype = torch.float32 if known.device.type == "mps" else torch.float64
+        zeros = known.new_zeros(()).expand_as(known)
+        stacked = torch.stack([(zeros if g is None else g).flatten().to(dtype) for g in rows])
+        products.append(stacked @ stacked.T)
+    if not products:
+        return torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    return torch.stack(products).cpu().double().sum(0)  # one wait for the device
+
+
+def nash_weights(gram: Tensor) -> Tensor | None:
+    """a > 0 with G a = 1/a, for G over its Frobenius norm.  (k, k) float64 -> (k,) float64
+
+    None where there is no such a within reach: a gradient is (almost) nothing or not finite, or
+    positive multiples of some add up to (almost) nothing, so that no update would serve them all.
+    """
+    lengths = gram.diagonal().sqrt()
+    if not gram.isfinite().all() or lengths.min() <= _ZERO * lengths.max():
+        return None
+    bargain = _bargain(gram / torch.outer(lengths, lengths))
+    # G = |G| N and a = b / lengths solve for G; for N = G / |G|, a grows by |G|^(1/2)
+    return None if bargain is None else bargain / lengths * gram.norm().sqrt()
+
+
+def _bargain(cosines: Tensor) -> Tensor | None:
+    """b > 0 with C b = 1/b, the least point of b'Cb / 2 - sum log b, or None out of reach.
+
+    The function is strictly convex and self-concordant: Newton steps divided by one plus their
+    decrement stay positive and converge from anywhere (Nesterov and Nemirovskii 1994).
+    """
+    b = torch.ones_like(cosines[0])
+    for _ in range(_STEPS):
+        descent = 1 / b - cosines @ b
+        newton = torch.linalg.solve(cosines + torch.diag(b**-2), descent)
+        decrement = (newton @ descent).sqrt()
+        b = b + newton / (1 + decrement)
+        if b.max() > _REACH:
+            return None
+        if decrement < _CLOSE:
+            break
+    residual = (b * (cosines @ b) - 1).abs().max()
+    return b if residual <= 1e-6 else None
+
+
+def pcgrad_weights(gram: Tensor, generator: torch.Generator) -> Tensor:
+    """c with sum_i g_i^PC = sum_j c_j g_j.  (k, k) float64 -> (k,) float64
+
+    For each i, over j != i in random order: where g_i^PC . g_j < 0, take from g_i^PC its
+    projection on the original g_j. Row i of `rows` is g_i^PC in terms of the g_j.
+    """
+    k = len(gram)
+    rows = torch.eye(k, dtype=torch.float64)
+    for i in range(k):
+        for j in torch.randperm(k, generator=generator).tolist():
+            inner = rows[i] @ gram[:, j]
+            if j != i and inner < 0:
+                rows[i, j] -= inner / gram[j, j]
+    return rows.sum(0)

@@ -1,15 +1,23 @@
-"""A network that does not fit one GPU, divided among the processes of a launch.
+"""Several processes, one expert: each takes its share of every batch, and gradients are added up.
 
-Fully sharded data parallelism (Rajbhandari et al. 2020, ZeRO stage 3; torch's FSDP2): of every
-parameter, its gradient, moments and averages each process holds a slice, and the whole of one block
-for as long as that block computes. Files hold whole tensors, so a run goes on divided otherwise, or
-not at all.
+The batch stays that of the whole launch, and so does every random number: a process draws all of
+them and looks at the images of its share alone. What an update does therefore depends on the number
+of processes by rounding only, and a kept run continues on any number of them.
+
+The network is not wrapped (DistributedDataParallel would hide its config, by which it is called).
+Gradients are added up once per update, after accumulation and before clipping, bucket by bucket.
+What is lost by that: they travel when the backward pass is over and not while it runs.
+
+A network that does not fit one GPU is divided among the processes: fully sharded data parallelism
+(Rajbhandari et al. 2020, ZeRO stage 3; torch's FSDP2). Of every parameter, its gradient, moments
+and averages each process holds a slice, and the whole of one block for as long as that block
+computes. Files hold whole tensors, so a run goes on divided otherwise, or not at all.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeGuard
@@ -25,12 +33,50 @@ from deme_cli.distributed import Lost, World
 from deme_cli.errors import is_out_of_memory
 from deme_cli.files import layout_of, tensor_bytes
 
+BUCKET_BYTES = 128 << 20  # copied and sent at a time: the memory that adding up costs
 _LISTEN_SECONDS = 1.0  # less than a process that fails holds the store for the others
 _BLOCKS = (  # diffusers' classes that a network repeats; of nested ones the outermost counts
     "ResnetBlock2D", "Attention", "BasicTransformerBlock",
     "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock",
     "WanTransformerBlock",
 )  # fmt: skip
+
+
+@torch.no_grad()
+def add_up_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Make `.grad` of every parameter the sum over the processes.
+
+    Each one's has to be weighed by its share before. Raises Lost where a process has ended. Of a
+    network that is divided, the backward pass has left the mean.
+    """
+    if world.is_alone:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if means := [own_part(gradient) for gradient in gradients if is_divided(gradient)]:
+        torch._foreach_mul_(means, world.size)
+    for bucket in buckets(gradient for gradient in gradients if not is_divided(gradient)):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        world.add_up(flat)
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        shaped = [part.view_as(gradient) for part, gradient in zip(parts, bucket, strict=True)]
+        torch._foreach_copy_(bucket, shaped)
+
+
+def buckets(tensors: Iterable[Tensor], num_bytes: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:
+    """`tensors` by device and dtype, in groups of at most `num_bytes` or of one."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for same in kinds.values():
+        bucket: list[Tensor] = []
+        size = 0
+        for tensor in same:
+            if bucket and size + tensor.nbytes > num_bytes:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(tensor)
+            size += tensor.nbytes
+        yield bucket
 
 
 def shard(network: nn.Module, world: World) -> None:
@@ -83,12 +129,12 @@ def put(own: Tensor, value: Tensor) -> None:
 
 def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """Whole tensors: on the first process all of them, on its processor. Elsewhere none."""
-    found = {}
+    gathered = {}
     for name, tensor in tensors.items():
         value = whole(tensor, world)
         if world.is_first:
-            found[name] = value.cpu()
-    return found
+            gathered[name] = value.cpu()
+    return gathered
 
 
 def write_gathered(path: Path, tensors: Mapping[str, Tensor], record: Record, world: World) -> None:

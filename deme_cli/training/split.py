@@ -20,7 +20,7 @@ from deme_cli.errors import ArtifactError, ConfigError, DemeError, writing
 from deme_cli.files import require_output, write_whole
 from deme_cli.run_file import RunFile, read_run_file, render_run_file
 from deme_cli.timesteps import TimestepRange, require_cover, split_uniform
-from deme_cli.training.affinity import Affinity, read_affinity, require_affinity
+from deme_cli.training.clusters import Affinity, read_affinity, require_affinity
 
 if TYPE_CHECKING:
     from deme_cli.artifacts import BaseRecord

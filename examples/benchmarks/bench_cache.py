@@ -44,9 +44,9 @@ from deme_cli.diffusion.checkpoints import base_record, import_model
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.timesteps import parse_range
-from deme_cli.training.examples import Examples
-from deme_cli.training.finetune import Run, train
-from deme_cli.training.materials import fill_caches, open_examples
+from deme_cli.training.examples import Examples, fill_caches, open_examples
+from deme_cli.training.finetune import train
+from deme_cli.training.setup import Run
 
 _UNET = {"sample_size": 64, "attention_head_dim": 8, "layers_per_block": 2}  # diffusers' blocks
 _VAE = {

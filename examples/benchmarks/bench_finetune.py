@@ -27,7 +27,8 @@ from deme_cli.data.images import open_images, to_unit
 from deme_cli.diffusion.denoiser import Denoiser, build_network, load_denoiser
 from deme_cli.timesteps import parse_range
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.finetune import Run, train
+from deme_cli.training.finetune import train
+from deme_cli.training.setup import Run
 
 WIDE = {"block_out_channels": [16, 32], "norm_num_groups": 8}
 

@@ -30,6 +30,7 @@ import torch
 from random_models import ddpm_cifar10, random_denoiser, write_images
 from rounds import machine, ratios, spread, verdict
 
+from deme_cli.comparison.passes import count_passes
 from deme_cli.config import FinetuneConfig, SampleConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser
@@ -37,9 +38,9 @@ from deme_cli.sampling.compiled import CompiledSteps
 from deme_cli.sampling.ensemble import single
 from deme_cli.sampling.sampler import sample_images
 from deme_cli.timesteps import parse_range
-from deme_cli.training.cost import count_passes
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.finetune import Run, train
+from deme_cli.training.finetune import train
+from deme_cli.training.setup import Run
 
 WINDOW = 10  # updates between two records of `train`
 

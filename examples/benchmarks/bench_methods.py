@@ -19,15 +19,16 @@ from typing import Any
 
 from rounds import machine, ratios, rounds_of, spread
 
+from deme_cli.comparison.passes import count_passes, flops_per_update
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.digits import BASE_PATH
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser
 from deme_cli.timesteps import TimestepRange, parse_range
 from deme_cli.training.clusters import cluster_draws
-from deme_cli.training.cost import count_passes, flops_per_update
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.finetune import Run, train
+from deme_cli.training.finetune import train
+from deme_cli.training.setup import Run
 
 PLAIN = FinetuneConfig(
     p=0.0, consistency=0.0, projection="none", batch_size=128, lr=1e-4, held_out=0

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.digits import BASE_PATH
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser
-from deme_cli.training.reduction import Reduction
 from deme_cli.training.state import TrainingState
+from deme_cli.training.weighting import Reduction
 
 CONFIG = FinetuneConfig()
 BYTES_PER_PARAMETER = 40

@@ -45,8 +45,8 @@ def work(model: str, seconds: float) -> None:
     from deme_cli.data.digits import BASE_PATH
     from deme_cli.diffusion.denoiser import load_denoiser
     from deme_cli.training.objective import expert_losses
-    from deme_cli.training.reduction import Reduction
     from deme_cli.training.state import TrainingState
+    from deme_cli.training.weighting import Reduction
 
     small = model == "small"
     denoiser = load_denoiser(BASE_PATH) if small else random_denoiser(ddpm_cifar10())

@@ -28,7 +28,7 @@ from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser, predict
 from deme_cli.errors import NumericsError
 from deme_cli.timesteps import TimestepRange, split_uniform
-from deme_cli.training.affinity import Affinity, read_affinity
+from deme_cli.training.clusters import Affinity, read_affinity
 from deme_cli.training.examples import PixelExamples
 
 CONFIG = GradientConfig(buckets=5, num=12, batch_size=4)

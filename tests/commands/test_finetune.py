@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,16 @@ from diffusers import UNet2DModel
 from PIL import Image
 from torch import Tensor
 
+import deme_cli.training.finetune
 from deme_cli.artifacts import read_record
-from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.config import DataConfig, FinetuneConfig, SplitConfig
 from deme_cli.diffusion.companions import Companions
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
-from deme_cli.run_file import read_run_file
+from deme_cli.jobs import RangeProcess
+from deme_cli.run_file import RunFile, read_run_file
 from deme_cli.timesteps import split_uniform
-from deme_cli.training.affinity import Affinity
-from deme_cli.training.plan import Job, plan_experts
-from deme_cli.training.preparation import prepare
+from deme_cli.training.clusters import Affinity
+from deme_cli.training.setup import Plan, plan_experts, prepare
 
 QUICK = ["--data", "digits", "--steps", 3, "--batch-size", 4, "--device", "cpu", "--held-out", 0]
 
@@ -375,26 +374,35 @@ def test_a_part_that_is_missing_from_the_pipeline_is_named_before_torch_works(
     assert "not the vae that the base was imported with" in str(done.exception)
 
 
-def test_a_range_of_its_own_process_gets_every_setting() -> None:
+def test_a_range_of_its_own_process_gets_every_setting(
+    folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[FinetuneConfig, DataConfig, SplitConfig]] = []
     images = DataConfig(
-        source="images", captions="alt", crop="random", resolution=64, horizontal_flip=False
+        source=str(image_folder),
+        captions="alt",
+        crop="random",
+        resolution=64,
+        horizontal_flip=False,
     )
     settings = FinetuneConfig(
-        caption_dropout=0.2, cache="latents", ema_lengths=[0.05, 0.1], snapshot_every=500
-    )
-    job = Job(Path("base.safetensors"), images, settings, pipeline="sd")
-    words = job.arguments("1/2", Path("x.toml"))
-    given = dict(itertools.pairwise(words))
-    for name, value in {
-        "--captions": "alt", "--crop": "random", "--resolution": "64", "--pipeline": "sd",
-        "--cache": "latents", "--caption-dropout": "0.2", "--config": "x.toml",
-        "--ema-lengths": "0.05,0.1", "--snapshot-every": "500",
-    }.items():  # fmt: skip
-        assert given[name] == value
-    assert "--no-flip" in words
-    plain = Job(Path("base.safetensors"), DataConfig(source="images"), FinetuneConfig())
-    left_out = {"--captions", "--resolution", "--pipeline", "--ema-lengths", "--snapshot-every"}
-    assert not left_out & set(plain.arguments("1/2", Path("x.toml")))
+        caption_dropout=0.2, cache="latents", ema_lengths=[0.05, 0.1], snapshot_every=500,
+        loss_weighting="p2", weighting_gamma=0.5, weighting_k=2.0, normalise_weighting=True,
+        antithetic=True, gradient_checkpointing=True, micro_batch=2,
+    )  # fmt: skip
+    run = RunFile(tables={"split": {"n": 2}, "finetune": {"loss_weighting": "min-snr"}})
+
+    def read(jobs: list[RangeProcess], at_once: int) -> list[dict]:
+        for one in jobs:
+            given = read_run_file(Path(one.arguments[one.arguments.index("--config") + 1]))
+            seen.append(tuple(given.settings(t) for t in (FinetuneConfig, DataConfig, SplitConfig)))
+            assert one.arguments[:3] == ["finetune", "--range", one.label]
+            assert "on" in one.arguments
+        return []
+
+    monkeypatch.setattr(deme_cli.training.finetune, "run_jobs", read)
+    deme_cli.finetune("all", settings, images=images, run=run, jobs=2, compile="on")
+    assert seen == [(settings, images, SplitConfig(n=2))] * 2
 
 
 def refuse(deme: Callable, exit_code: int, word: str, *options: object) -> None:
@@ -473,9 +481,9 @@ def test_clusters_by_gradient_need_the_gradients_of_this_base(deme, folder: Path
     done = deme("finetune", *QUICK, *HALF, *BY_GRADIENT)
     assert done.exit_code == 0, done.exception
     settings = FinetuneConfig(p=0.0, clusters=2, multitask="uw", cluster_by="gradient", held_out=0)
-    job = Job(Path("base.safetensors"), DataConfig(source="digits"), settings, device="cpu")
+    asked = Plan(Path("base.safetensors"), DataConfig(source="digits"), settings, device="cpu")
     for text, clusters in {"1/1": ["0:70", "70:100"], "65:80": ["65:70", "70:80"]}.items():
-        (plan,) = plan_experts(job, read_run_file(None), text, None)
+        (plan,) = plan_experts(asked, SplitConfig(), text, None)
         assert [str(cluster) for cluster in prepare(plan).clusters] == clusters
     path.unlink()  # only clusters by gradient go by them
     done = deme("finetune", *QUICK, *HALF, "--multitask", "uw", "--cluster-by", "snr", "--force")
@@ -543,33 +551,3 @@ def test_a_finished_expert_that_was_weighed_otherwise_is_not_taken_for_the_one_w
     done = deme("finetune", "--range", "all", *QUICK, "--steps", 1, *first)
     assert done.exit_code == 0, done.exception
     refuse(deme, 2, word, "--range", "all", "--steps", 1, *then)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"loss_weighting": "p2", "weighting_gamma": 0.5, "weighting_k": 2.0,
-         "normalise_weighting": True},
-        {"loss_weighting": "min-snr", "normalise_weighting": False, "multitask": "nashmtl",
-         "clusters": 3, "cluster_by": "log-snr", "multitask_every": 7},
-        {"multitask": "uw", "clusters": 2, "cluster_by": "gradient", "multitask_lr": 0.125},
-        {"loss_weighting": "uncertainty", "antithetic": True},
-    ],
-    ids=["p2", "nashmtl", "uw", "uncertainty"],
-)  # fmt: skip
-def test_a_range_trained_in_its_own_process_is_weighed_as_the_command_says(
-    deme, folder: Path, settings: dict
-) -> None:
-    table = {"loss_weighting": "soft-min-snr", "normalise_weighting": True, "clusters": 4}
-    lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
-    (folder / "deme.toml").write_text(f"[finetune]\n{lines}")  # what the words must overrule
-    write_gradients(folder / "gradients.json", read_record("base.safetensors").fingerprint)
-    wanted = FinetuneConfig(steps=1, batch_size=4, held_out=0, p=0.0, **settings)
-    job = Job(Path("base.safetensors"), DataConfig(source="digits"), wanted, device="cpu")
-    (folder / "ranges.toml").write_text("[split]\nn = 2\n")
-    done = deme(*job.arguments("1/2", Path("ranges.toml")))
-    assert done.exit_code == 0, done.exception
-    training = read_record(folder / "ft_1of2.safetensors", "expert").training
-    expected = {name: value for name, value in asdict(wanted).items() if value is not None}
-    assert {name: training.get(name) for name in expected} == expected
-    assert ("weighting_gamma" in training) == ("weighting_gamma" in settings)

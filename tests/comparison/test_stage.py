@@ -11,7 +11,7 @@ import pytest
 from conftest import write_tiny_base
 
 from deme_cli.comparison.jobs import jobs_of
-from deme_cli.comparison.passes import passes_of
+from deme_cli.comparison.passes import PassCost, flops_per_update, passes_of
 from deme_cli.comparison.plan import MeasurePlan, Plan, RowPlan
 from deme_cli.comparison.stage import (
     common_tables,
@@ -23,7 +23,6 @@ from deme_cli.comparison.stage import (
 from deme_cli.config import FinetuneConfig
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.run_file import RunFile
-from deme_cli.training.cost import PassCost, flops_per_update
 
 PASSES = {
     "none": PassCost(forward=1000, backward=2000, base=1000),

@@ -15,8 +15,7 @@ from deme_cli.config import DataConfig
 from deme_cli.diffusion.checkpoints import base_record, import_model
 from deme_cli.diffusion.companions import Companions, open_companions
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser
-from deme_cli.training.examples import Examples
-from deme_cli.training.materials import open_examples
+from deme_cli.training.examples import Examples, open_examples
 
 NUM_IMAGES, NUM_CLASSES = 20, 5
 

@@ -13,9 +13,8 @@ from deme_cli.data.images import open_images
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.batches import Batch, BatchSource
+from deme_cli.training.batches import Ahead, Batch, BatchSource
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.prefetch import Ahead
 
 CONFIG = FinetuneConfig(steps=3, accumulation=2, batch_size=5)
 SPAN = TimestepRange(25, 50)
@@ -69,7 +68,7 @@ def test_images_on_the_device_are_gathered_mirrored_and_scaled_as_here(
 ) -> None:
     resident = PixelExamples(images.data)
     resident.keep_on(CPU)
-    assert resident._resident.images.dtype == torch.uint8
+    assert resident._resident.dtype == torch.uint8
     for step in range(3):
         assert same(source_of(resident).batch(step, 0), source_of(images).batch(step, 0))
 
@@ -92,7 +91,7 @@ def test_batches_of_a_gpu_have_the_images_and_timesteps_of_a_processor(
                 assert torch.equal(found.t.cpu(), wanted.t)
                 assert found.eps.shape == wanted.eps.shape
         resident.keep_on(gpu)  # for the second round
-    assert resident._resident.images.device == gpu
+    assert resident._resident.device == gpu
 
 
 def test_noise_of_a_device_is_of_the_batch_and_shared_like_it(images: PixelExamples) -> None:

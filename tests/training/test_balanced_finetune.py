@@ -16,24 +16,20 @@ from conftest import write_tiny_base
 from torch import Tensor
 
 from deme_cli.artifacts import load_tensors, read_record
-from deme_cli.config import MULTITASK, WEIGHTINGS, DataConfig, FinetuneConfig
+from deme_cli.config import MULTITASK, WEIGHTINGS, DataConfig, FinetuneConfig, SplitConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import ConfigError, Stopped
 from deme_cli.files import read_header
-from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, parse_range
 from deme_cli.training.batches import BatchSource
 from deme_cli.training.clusters import cluster_draws
 from deme_cli.training.examples import PixelExamples
 from deme_cli.training.finetune import train
 from deme_cli.training.gradients import Gradients
-from deme_cli.training.places import checkpoint_path, variant_path
-from deme_cli.training.plan import Job, plan_experts
-from deme_cli.training.preparation import prepare
-from deme_cli.training.reduction import Reduction
-from deme_cli.training.run import Run
+from deme_cli.training.setup import Plan, Run, checkpoint_path, plan_experts, prepare, variant_path
 from deme_cli.training.state import TrainingState, learning_rate
+from deme_cli.training.weighting import Reduction
 
 CLUSTERS = [TimestepRange(0, 20), TimestepRange(20, 50)]
 THREE = [TimestepRange(0, 10), TimestepRange(10, 20), TimestepRange(20, 50)]
@@ -374,10 +370,10 @@ def test_a_run_is_prepared_with_the_clusters_of_its_range(
     base: Path, tmp_path: Path, by: str, range_text: str
 ) -> None:
     settings = replace(QUICK, multitask="uw", cluster_by=by)
-    job = Job(base, DataConfig(source="digits"), settings, device="cpu")
-    (plan,) = plan_experts(job, RunFile(tmp_path, {}), range_text, tmp_path / "ft.safetensors")
+    asked = Plan(base, DataConfig(source="digits"), settings, device="cpu")
+    (plan,) = plan_experts(asked, SplitConfig(), range_text, tmp_path / "ft.safetensors")
     run = prepare(plan)
     span = parse_range(range_text, 100).range
     assert run.clusters == cluster_draws(span, 2, by, run.denoiser.schedule)
     assert (run.clusters[0].start, run.clusters[-1].stop) == (span.start, span.stop)
-    assert prepare(replace(plan, job=replace(job, settings=QUICK))).clusters == []
+    assert prepare(replace(plan, config=QUICK)).clusters == []

@@ -16,11 +16,12 @@ from deme_cli.analysis.settings import GradientConfig
 from deme_cli.diffusion.schedule import FlowSchedule, NoiseSchedule, read_schedule
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.timesteps import TimestepRange, require_cover, split_uniform
-from deme_cli.training.affinity import Affinity, read_affinity
 from deme_cli.training.clusters import (
+    Affinity,
     affinity_cost,
     cluster_draws,
     interval_clusters,
+    read_affinity,
     snr_cost,
     split_times,
 )

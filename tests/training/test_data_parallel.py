@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,10 @@ from deme_cli.diffusion.schedule import Schedule
 from deme_cli.distributed import Launch, World
 from deme_cli.errors import ConfigError
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.batches import Batch, BatchSource
-from deme_cli.training.data_parallel import add_up_gradients, buckets, share_of
-from deme_cli.training.examples import Examples, PixelExamples
-from deme_cli.training.materials import fill_caches, open_examples
-from deme_cli.training.plan import require_processes
+from deme_cli.training.batches import Batch, BatchSource, share_of
+from deme_cli.training.examples import Examples, PixelExamples, fill_caches, open_examples
+from deme_cli.training.setup import Plan, require_processes
+from deme_cli.training.sharding import add_up_gradients, buckets
 
 SPAN = TimestepRange(250, 500)
 
@@ -340,10 +340,11 @@ def test_a_network_is_divided_among_several_processes_in_a_precision_that_allows
     deme, folder: Path
 ) -> None:
     assert "this is one alone" in str(deme(*WORDS, "--shard").exception)
+    plan = Plan(Path("base"), DataConfig(), FinetuneConfig(), dtype="bf16", shard=True)
     with pytest.raises(ConfigError, match="choose bf16"):
-        require_processes(FinetuneConfig(), 2, shard=True, dtype="fp16", compile="auto")
+        require_processes(replace(plan, dtype="fp16"), 2)
     with pytest.raises(ConfigError, match="--compile on"):
-        require_processes(FinetuneConfig(), 2, shard=True, dtype="bf16", compile="on")
+        require_processes(replace(plan, compile="on"), 2)
 
 
 def write_images(folder: Path, *, broken: int) -> None:

@@ -16,8 +16,7 @@ from deme_cli.diffusion.schedule import FlowSchedule
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import BatchSource, derived_generator
-from deme_cli.training.examples import Examples, PixelExamples
-from deme_cli.training.materials import name_companions, open_examples
+from deme_cli.training.examples import Examples, PixelExamples, name_companions, open_examples
 
 SPAN = TimestepRange(250, 500)
 CONFIG = FinetuneConfig(batch_size=8, p=0.3, caption_dropout=0.5)

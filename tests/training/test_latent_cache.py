@@ -14,17 +14,16 @@ from deme_cli.diffusion.companions import Companions, open_companions
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.jobs import claim
-from deme_cli.training import cache_filling, latent_cache
-from deme_cli.training.examples import LatentExamples
-from deme_cli.training.materials import cache_size, fill_caches, open_examples
+from deme_cli.training import latents
+from deme_cli.training.examples import LatentExamples, cache_size, fill_caches, open_examples
 
 NUM_TRAIN = 19  # of twenty images the last is held out
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent_cache, "ROWS", 8)
-    monkeypatch.setattr(cache_filling, "_LARGEST_BATCH", 3)
+    monkeypatch.setattr(latents, "ROWS", 8)
+    monkeypatch.setattr(latents, "_LARGEST_BATCH", 3)
 
 
 @pytest.fixture
@@ -125,7 +124,7 @@ def test_a_broken_off_cache_is_finished_to_the_same_bytes(
     wanted = shards(whole.encoder.cache.folder)
     folder = tmp_path / "cache" / "train"
     if how == "killed":
-        write, written = cache_filling.write_artifact, []
+        write, written = latents.write_artifact, []
 
         def write_or_die(path, tensors, record):
             if len(written) == 1:
@@ -133,10 +132,10 @@ def test_a_broken_off_cache_is_finished_to_the_same_bytes(
                 raise Killed
             written.append(write(path, tensors, record))
 
-        monkeypatch.setattr(cache_filling, "write_artifact", write_or_die)
+        monkeypatch.setattr(latents, "write_artifact", write_or_die)
         with pytest.raises(Killed):
             filled(cached())
-        monkeypatch.setattr(cache_filling, "write_artifact", write)
+        monkeypatch.setattr(latents, "write_artifact", write)
         assert list(shards(folder)) == ["00000.safetensors"]
     else:
         shutil.copytree(whole.encoder.cache.folder, folder)
@@ -248,14 +247,14 @@ def test_a_stranger_s_folder_is_left_alone(cached: Callable, tmp_path: Path) -> 
 def test_two_fill_one_cache_together(cached: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = shards(filled(cached(folder="whole")).encoder.cache.folder)
     made: dict[str, list[int]] = {"one": [], "two": []}
-    write = cache_filling.write_artifact
+    write = latents.write_artifact
 
     def note(path, tensors, record):
         made[threading.current_thread().name].append(record.start)
         return write(path, tensors, record)
 
-    monkeypatch.setattr(cache_filling, "write_artifact", note)
-    monkeypatch.setattr(cache_filling, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(latents, "write_artifact", note)
+    monkeypatch.setattr(latents, "_POLL_SECONDS", 0.01)
     pair = [cached(), cached()]
     for each in pair:
         _ = each.encoder.companions.pipeline  # both have loaded: the race is for the shards
@@ -286,7 +285,7 @@ def test_a_shard_that_another_makes_is_waited_for_and_made_if_its_maker_dies(
         if len(waits) == 2:
             holder.__exit__(None, None, None)
 
-    monkeypatch.setattr(cache_filling.time, "sleep", die_soon)
+    monkeypatch.setattr(latents.time, "sleep", die_soon)
     progress: Iterator[int] = fill_caches(examples)
     assert next(progress) == 3
     assert list(shards(examples.encoder.cache.folder)) == []  # shard 1 is under way, 0 is another's

@@ -17,13 +17,10 @@ from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.diffusion.projection import has_projections
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.timesteps import parse_range
-from deme_cli.training.encoder import Encoder
-from deme_cli.training.examples import LatentExamples
+from deme_cli.training.examples import LatentExamples, open_examples
 from deme_cli.training.finetune import train
-from deme_cli.training.materials import open_examples
-from deme_cli.training.places import metrics_path
-from deme_cli.training.run import Run
-from deme_cli.training.scratch import random_denoiser
+from deme_cli.training.latents import Encoder
+from deme_cli.training.setup import Run, metrics_path, random_denoiser
 
 SHORT = FinetuneConfig(
     steps=2, batch_size=3, lr=1e-3, checkpoint_every=2, held_out=3, caption_dropout=0.3

@@ -14,7 +14,7 @@ from torch.nn import functional
 from deme_cli.config import DataConfig
 from deme_cli.data.images import open_images, to_unit
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.training.materials import open_examples
+from deme_cli.training.examples import open_examples
 from deme_cli.training.objective import expert_losses
 
 INDICES = [3, 11, 0]

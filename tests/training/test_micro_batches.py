@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +14,15 @@ from tiny_runs import digits_run
 from torch import Tensor, nn
 
 from deme_cli.artifacts import load_tensors
-from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.distributed import ALONE, Launch, World
 from deme_cli.errors import ConfigError, MissingError
-from deme_cli.training.averages import Average
-from deme_cli.training.finetune import open_state, train
+from deme_cli.training.batches import open_batches
+from deme_cli.training.finetune import train
 from deme_cli.training.gradients import Gradients, too_many_weights
-from deme_cli.training.networks import open_networks
-from deme_cli.training.plan import Job
-from deme_cli.training.prefetch import open_batches
-from deme_cli.training.run import Run
+from deme_cli.training.setup import Run
+from deme_cli.training.state import Average, open_networks, open_state
 
 CONFIG = FinetuneConfig(
     steps=3, batch_size=10, accumulation=2, lr=1e-3, checkpoint_every=100, held_out=0
@@ -220,13 +217,8 @@ def test_a_network_without_gradient_checkpointing_is_named(
         open_networks(replace(run, config=replace(CONFIG, gradient_checkpointing=True)))
 
 
-def test_what_leaves_the_result_alone_is_no_part_of_a_run_but_goes_to_its_processes(
+def test_what_leaves_the_result_alone_is_no_part_of_a_run(
     run: Run,
 ) -> None:
     spared = replace(CONFIG, gradient_checkpointing=True, micro_batch=2)
     assert replace(run, config=spared, compile="on").identity == run.identity
-    job = Job(Path("base"), DataConfig("digits"), spared, compile="on")
-    words = job.arguments("1/2")
-    assert "--gradient-checkpointing" in words
-    assert words[words.index("--micro-batch") + 1] == "2"
-    assert words[words.index("--compile") + 1] == "on"

@@ -13,9 +13,11 @@ from deme_cli.training.multitask import (
     NashWeights,
     ProjectedGradients,
     UncertaintyWeights,
+    gram,
+    nash_weights,
     open_tasks,
+    pcgrad_weights,
 )
-from deme_cli.training.task_weights import gram, nash_weights, pcgrad_weights
 
 METHODS = ("uw", "nashmtl", "pcgrad")
 NUM_TASKS = 3

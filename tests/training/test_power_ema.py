@@ -17,9 +17,8 @@ from deme_cli.merging.power_ema import coefficients_for_length
 from deme_cli.timesteps import parse_range
 from deme_cli.training.examples import PixelExamples
 from deme_cli.training.finetune import train
-from deme_cli.training.places import checkpoint_path, variant_path, variant_paths
 from deme_cli.training.power_profile import beta, gamma_of
-from deme_cli.training.run import Run
+from deme_cli.training.setup import Run, checkpoint_path, variant_path, variant_paths
 from deme_cli.training.state import require_same_run
 
 PLAIN = FinetuneConfig(steps=12, batch_size=4, lr=1e-3, checkpoint_every=100, held_out=0)

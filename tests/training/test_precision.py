@@ -20,23 +20,23 @@ from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.distributed import ALONE
 from deme_cli.timesteps import parse_range
-from deme_cli.training.batches import Batch, BatchSource
+from deme_cli.training.batches import Batch, BatchSource, open_batches
 from deme_cli.training.clusters import cluster_draws
 from deme_cli.training.examples import Examples, PixelExamples
-from deme_cli.training.finetune import open_state, train
+from deme_cli.training.finetune import train
 from deme_cli.training.gradients import Gradients
-from deme_cli.training.networks import (
+from deme_cli.training.results import require_unchanged
+from deme_cli.training.setup import Run
+from deme_cli.training.state import (
+    TrainingState,
     for_precision,
     hold_in,
     is_convolutional,
     keep_in_float32,
     open_networks,
-    require_unchanged,
+    open_state,
 )
-from deme_cli.training.prefetch import open_batches
-from deme_cli.training.reduction import Reduction
-from deme_cli.training.run import Run
-from deme_cli.training.state import TrainingState
+from deme_cli.training.weighting import Reduction
 
 SHORT = FinetuneConfig(steps=4, batch_size=6, lr=1e-3, checkpoint_every=2, held_out=0)
 

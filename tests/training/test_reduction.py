@@ -14,7 +14,7 @@ from deme_cli.diffusion.schedule import NoiseSchedule, read_schedule
 from deme_cli.errors import ConfigError
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.multitask import open_tasks
-from deme_cli.training.reduction import Reduction
+from deme_cli.training.weighting import Reduction
 
 SCHEDULE = read_schedule(TINY_SCHEDULER)  # T = 100, predicts the noise
 CLUSTERS = [TimestepRange(0, 30), TimestepRange(30, 60), TimestepRange(60, 100)]

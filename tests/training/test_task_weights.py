@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deme_cli.training.task_weights import gram, nash_weights, pcgrad_weights
+from deme_cli.training.multitask import gram, nash_weights, pcgrad_weights
 
 
 def vectors(k: int, seed: int, *, shared: float = 0.0, size: int = 30) -> Tensor:

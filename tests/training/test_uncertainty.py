@@ -5,7 +5,7 @@ import torch
 from conftest import TINY_SCHEDULER
 
 from deme_cli.diffusion.schedule import FlowSchedule, NoiseSchedule, read_schedule
-from deme_cli.training.uncertainty import Uncertainty, noise_levels
+from deme_cli.training.weighting import Uncertainty, noise_levels
 
 SCHEDULE = read_schedule(TINY_SCHEDULER)  # T = 100
 T = torch.arange(100)

@@ -12,7 +12,7 @@ from deme_cli.data.image_source import find_image_source
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.references import find_reference
 from deme_cli.evaluation.weights import choose_features, find_weights
-from deme_cli.training.plan import require_companions
+from deme_cli.training.setup import require_companions
 
 if TYPE_CHECKING:
     from deme_cli.merging.lineage import Family

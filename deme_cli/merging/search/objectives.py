@@ -32,9 +32,8 @@ from deme_cli.merging.search.measure import Measure
 from deme_cli.sampling.conditioning import Conditioning, open_conditioning
 from deme_cli.sampling.ensemble import SamplingExpert
 from deme_cli.sampling.scheduler import name_sampler
-from deme_cli.training.examples import Examples
+from deme_cli.training.examples import Examples, name_companions, open_examples
 from deme_cli.training.held_out import Check
-from deme_cli.training.materials import name_companions, open_examples
 
 SEARCH, REPORT = 0, 1  # the part of the held-out images, and which reference
 

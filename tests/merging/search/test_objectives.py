@@ -32,8 +32,7 @@ from deme_cli.merging.search.objectives import REPORT, SEARCH, Objective, Workbe
 from deme_cli.sampling.ensemble import SamplingExpert, single
 from deme_cli.sampling.sampler import collect_images, image_seed
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.examples import PixelExamples
-from deme_cli.training.materials import fill_caches
+from deme_cli.training.examples import PixelExamples, fill_caches
 
 SETTINGS = MergeConfig(steps=3, seed=5, batch_size=16)
 

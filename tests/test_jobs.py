@@ -10,7 +10,7 @@ from typing import IO
 
 import pytest
 
-from deme_cli.training import jobs
+from deme_cli import jobs
 
 TALKATIVE = "import sys; sys.stderr.write('x' * (1 << 20) + '\\ndeme: the reason'); sys.exit(3)"
 NOTES = "import sys; print('a note', 'expert 1/2: 3/3  9 update/s', sep='\\n', file=sys.stderr)"

@@ -12,17 +12,17 @@ from conftest import write_tiny_base
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from deme_cli.comparison.passes import PassCost, count_passes, flops_per_update
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.distributed import ALONE
 from deme_cli.timesteps import TimestepRange, parse_range
-from deme_cli.training.cost import PassCost, count_passes, flops_per_update
+from deme_cli.training.batches import open_batches
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.finetune import open_state
 from deme_cli.training.gradients import Gradients
-from deme_cli.training.prefetch import open_batches
-from deme_cli.training.run import Run
+from deme_cli.training.setup import Run
+from deme_cli.training.state import open_state
 
 CLUSTERS = [TimestepRange(0, 30), TimestepRange(30, 60), TimestepRange(60, 100)]
 PLAIN = FinetuneConfig(

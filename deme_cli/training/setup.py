@@ -1,0 +1,478 @@
+"""A training run before it begins: which range, which output, what is already done, what it needs.
+
+A `Plan` is checked from headers and file names before torch is imported; `prepare` opens the images
+and loads the weights, and gives the `Run`: everything it needs, and what makes it the same run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deme_cli.artifacts import BaseRecord, DenoiserRecord, fingerprint, read_record
+from deme_cli.config import AFFINITY_NAME, NOT_RESULT, DataConfig, FinetuneConfig, SplitConfig
+from deme_cli.errors import ConfigError, MissingError, reading
+from deme_cli.files import require_output, require_space
+from deme_cli.settings import nearest
+from deme_cli.timesteps import RangeChoice, TimestepRange, parse_range
+
+if TYPE_CHECKING:
+    from deme_cli.diffusion.denoiser import Denoiser
+    from deme_cli.training.examples import Examples
+
+_FILES_BESIDE = 5  # of the base's size: a checkpoint (weights, average, two moments), the expert
+_CLASSES = {"model": "UNet2DModel", "scheduler": "DDPMScheduler"}  # where a description names none
+
+
+def checkpoint_path(output: Path) -> Path:
+    """The state from which the run that writes `output` continues; hidden, so globs pass it by."""
+    return output.parent / f".{output.stem}.checkpoint"
+
+
+def metrics_path(output: Path) -> Path:
+    """The curve of the run that writes `output`: one JSON record a line."""
+    return output.with_name(f"{output.stem}.metrics.jsonl")
+
+
+def variant_path(output: Path, *, step: int | None = None, length: float | None = None) -> Path:
+    """The result after `step` updates (the last if None), under an EMA of `length` (or the usual).
+
+    In a folder beside the output, so that `ft_*.safetensors` names the experts alone:
+    `ft_2of4.snapshots/step-000400.ema-0.050.safetensors`; the usual one at the end is the output.
+    """
+    words = []
+    if step is not None:
+        words.append(f"step-{step:06d}")
+    if length is not None:
+        short = f"{length:.3f}"
+        words.append(f"ema-{short if float(short) == length else length}")
+    if not words:
+        return output
+    return output.with_name(f"{output.stem}.snapshots") / f"{'.'.join(words)}{output.suffix}"
+
+
+def variant_paths(output: Path, config: FinetuneConfig) -> list[Path]:
+    """Every file that a run writes besides `output`, in the order in which they appear."""
+    every, lengths = config.snapshot_every, config.ema_lengths or []
+    steps = range(every, config.steps, every) if every else ()
+    paths = [
+        variant_path(output, step=step, length=length)
+        for step in steps
+        for length in (None, *lengths)
+    ]
+    return paths + [variant_path(output, length=length) for length in lengths]
+
+
+def affinity_path(base: Path) -> Path:
+    """Where the gradients of `base` are looked for, by which its timesteps may be clustered."""
+    return base.with_name(AFFINITY_NAME)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run to come: what is asked for, its range and its output.
+
+    A base from scratch has no range, but a `description` of its network and schedule.
+    """
+
+    base: Path
+    images: DataConfig
+    config: FinetuneConfig
+    output: Path = Path()
+    range_text: str = "base"
+    choice: RangeChoice | None = None
+    description: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+    dtype: str = "fp32"
+    compile: str = "auto"
+    shard: bool = False
+    pipeline: str | None = None
+    force: bool = False
+    is_done: bool = False
+    has_companions: bool = False
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Every file the run writes, its main one first; of a finished run those still there."""
+        more = variant_paths(self.output, self.config)
+        return [self.output, *(path for path in more if not self.is_done or path.exists())]
+
+    def describe(self) -> str:
+        """One line that says what would run."""
+        config = self.config
+        span = f"timesteps {self.choice.range}" if self.choice else "all timesteps, from scratch"
+        images = config.steps * config.batch_size * config.accumulation
+        num_more = len(variant_paths(self.output, config))
+        more = f", {num_more} more files" if num_more else ""
+        state = "; done" if self.is_done else ""
+        return f"{self.output}: {span}, {config.steps} updates, {images} images{more}{state}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, on what, how, and where it ends.
+
+    `clusters` are the draws whose losses are balanced against each other, if any. `compile`: auto,
+    on or off, as of `compile_network`; `shard`: divide the networks among the processes, which uses
+    up the denoiser's. Like the device, neither is part of what makes a run the same.
+
+    With `from_scratch` the denoiser's random weights are trained into a base; its config then asks
+    for no consistency and no projection.
+    """
+
+    denoiser: Denoiser
+    choice: RangeChoice
+    examples: Examples
+    held_out: Examples | None
+    flip: bool
+    config: FinetuneConfig
+    output: Path
+    dtype: str = "fp32"
+    from_scratch: bool = False
+    clusters: Sequence[TimestepRange] = ()
+    compile: str = "off"
+    shard: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the result: a kept run continues only if all of it agrees."""
+        settings = asdict(self.config)
+        for name in NOT_RESULT:
+            settings.pop(name)
+        return {
+            "range": str(self.choice.range),
+            "cluster_ranges": [str(cluster) for cluster in self.clusters],
+            "base": self.denoiser.record.fingerprint,
+            "data": self.examples.fingerprint,
+            "resolution": list(self.examples.image_shape[1:]),
+            "crop": self.examples.crop,
+            "companions": self.denoiser.record.companions,
+            "flip": self.flip,
+            "dtype": self.dtype,
+            **settings,
+        }
+
+
+def plan_experts(
+    plan: Plan, split: SplitConfig, range_text: str, output: Path | None
+) -> list[Plan]:
+    """`plan` for each range that `range_text` names (i/N, start:stop, or all of `split`).
+
+    With `all`, experts that exist with these settings are marked done. Raises ConfigError,
+    MissingError or ArtifactError on a range, base or output that cannot be used.
+    """
+    if not plan.base.exists():
+        raise MissingError(f"{plan.base}: no base there; make one with `deme split`, or use --base")
+    record = read_record(plan.base, "base")
+    num_ranges = len(split.timestep_ranges) or split.n
+    if range_text == "all" and output is not None:
+        raise ConfigError("--output names one file, but --range all writes one for each range")
+    texts = [range_text]
+    if range_text == "all":
+        texts = [f"{index}/{num_ranges}" for index in range(1, num_ranges + 1)]
+    plans = []
+    for text in texts:
+        choice = parse_range(text, record.num_train_timesteps, split.timestep_ranges)
+        path = output or Path(f"ft_{choice.label}.safetensors")
+        one = replace(
+            plan, output=path, range_text=text, choice=choice,
+            is_done=range_text == "all" and not plan.force and path.exists(),
+            has_companions=bool(record.companions),
+        )  # fmt: skip
+        if one.is_done:
+            _require_same_settings(one, record)
+        else:
+            _require_tasks(one, record, choice)
+            _require_free(one)
+            require_space(path, _files_beside(one) * plan.base.stat().st_size)
+        plans.append(one)
+    if not all(one.is_done for one in plans):
+        require_companions(record, plan.pipeline)
+    return plans
+
+
+def plan_base(plan: Plan, description: Path, output: Path) -> Plan:
+    """`plan` for a base of the [model] and [scheduler] in a TOML or JSON file."""
+    document = read_description(description)
+    config = replace(plan.config, p=0.0, consistency=0.0, projection="none")
+    plan = replace(plan, config=config, output=output, description=document)
+    _require_free(plan)
+    require_known_keys(document, description)
+    if config.multitask != "none" and config.cluster_by == "gradient":
+        raise ConfigError("cluster_by = 'gradient': a base from scratch has no gradients to go by")
+    return plan
+
+
+def require_processes(plan: Plan, world_size: int) -> None:
+    """Check that `world_size` processes can share an update, and with `shard` the network."""
+    config = plan.config
+    if plan.shard and world_size == 1:
+        raise ConfigError(
+            "--shard divides the network among several processes, and this is one alone: start "
+            "one for each GPU (torchrun, accelerate launch, srun), or leave it out"
+        )
+    if plan.shard and plan.dtype == "fp16":
+        raise ConfigError("--shard with --dtype fp16: choose bf16, which needs no loss scale")
+    if plan.shard and plan.compile == "on":
+        raise ConfigError("--shard with --compile on: what is divided is not compiled; choose one")
+    if world_size > 1 and config.multitask != "none":
+        raise ConfigError(
+            f"multitask = {config.multitask!r} needs the gradients of whole batches, and "
+            f"{world_size} processes share them; train with one process, or --multitask none"
+        )
+    if config.batch_size < world_size:
+        raise ConfigError(
+            f"batch_size = {config.batch_size} is for all {world_size} processes together: "
+            f"expected one image for each at least"
+        )
+
+
+def require_companions(record: DenoiserRecord, pipeline: str | None) -> None:
+    """Check that a model's frozen parts are there; raises MissingError naming the first."""
+    if record.companions:
+        from deme_cli.diffusion.model_files import locate_parts
+
+        locate_parts(pipeline or record.source, list(record.companions))
+
+
+def _require_tasks(plan: Plan, record: BaseRecord, choice: RangeChoice) -> None:
+    """What clusters of timesteps need: draws from the range alone, and gradients to go by."""
+    config = plan.config
+    if config.multitask == "none":
+        return
+    if config.p > 0 and len(choice.range) < record.num_train_timesteps:
+        raise ConfigError(
+            f"multitask = {config.multitask!r} divides range {choice.range} into clusters, and "
+            f"p = {config.p} draws outside them; use --p 0 or --range 1/1"
+        )
+    if config.cluster_by == "gradient":
+        from deme_cli.training.clusters import read_affinity
+
+        read_affinity(affinity_path(plan.base), record.fingerprint)
+
+
+def _require_free(plan: Plan) -> None:
+    if not plan.images.source:
+        raise ConfigError("no training images: set [data] source in deme.toml, or use --data")
+    require_output(plan.output, force=plan.force)
+    is_kept = checkpoint_path(plan.output).exists()  # then its snapshots so far are its own
+    for path in variant_paths(plan.output, plan.config):
+        if path.parent.exists():  # else nothing is there, and a dry run leaves it so
+            require_output(path, force=plan.force or is_kept)
+
+
+def _files_beside(plan: Plan) -> int:
+    """How many times the base's size a run still takes up on disk."""
+    more = [path for path in variant_paths(plan.output, plan.config) if not path.exists()]
+    return _FILES_BESIDE + len(plan.config.ema_lengths or []) + len(more)
+
+
+def _require_same_settings(plan: Plan, base: BaseRecord) -> None:
+    """Check that the finished expert at `plan.output` is what the plan would make again."""
+    output, images = plan.output, plan.images
+    record = read_record(output, "expert")
+    if images.source != record.data.get("source"):
+        raise ConfigError(
+            f"{output} exists, trained on {record.data.get('source')!r} and not "
+            f"{images.source!r}; add --force to train all ranges anew, or move it away"
+        )
+    if _fingerprint_of(images, base) != record.data.get("fingerprint"):
+        raise ConfigError(
+            f"{output} exists, trained on other images or captions than those in "
+            f"{images.source} now (or by an earlier deme, which did not compare every byte); "
+            f"add --force to train all ranges anew, or move it away"
+        )
+    wanted = {n: v for n, v in asdict(plan.config).items() if n not in NOT_RESULT}
+    wanted |= {"base": base.fingerprint, "crop": images.crop, "dtype": plan.dtype}
+    if images.horizontal_flip is not None:
+        wanted["flip"] = images.horizontal_flip
+    if images.resolution:
+        wanted["resolution"] = [images.resolution] * 2
+    unset = asdict(FinetuneConfig())  # records leave out what is unset, old ones what was not there
+    kept = {**unset, **record.training, "base": record.base}
+    for name, value in wanted.items():
+        if name in kept and kept[name] != value:
+            raise ConfigError(
+                f"{output} exists with another {name}, {kept[name]!r} and not {value!r}; "
+                f"add --force to train all ranges anew, or move it away"
+            )
+
+
+def _fingerprint_of(images: DataConfig, base: BaseRecord) -> str:
+    """That of the training images and of what they show, as an expert of `base` records it."""
+    from deme_cli.data.images import open_images
+    from deme_cli.diffusion.backbones.known import backbone_of
+
+    return open_images(
+        images.source, shape=(3, 8, 8), split="train", wants=backbone_of(base.model_config).wants,
+        captions=images.captions, keep=False,
+    ).fingerprint  # fmt: skip
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """{model, scheduler}: two diffusers configs from a TOML or JSON file.
+
+    Raises MissingError if there is no such file, ConfigError if it lacks either table or has more.
+    """
+    try:
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            document = json.loads(text)
+        else:
+            import tomli
+
+            document = tomli.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: neither valid TOML nor JSON: {error}") from error
+    for name in ("model", "scheduler"):
+        if not isinstance(document.get(name), dict):
+            raise ConfigError(f"{path}: lacks the table [{name}], a diffusers config")
+    for name in document:
+        if name not in ("model", "scheduler"):
+            raise ConfigError(f"{path}: unknown table [{name}]; expected [model] and [scheduler]")
+    return document
+
+
+def require_known_keys(description: Mapping[str, Any], where: Path) -> None:
+    """Check that the classes take every key of {model, scheduler}: diffusers drops the others.
+
+    Raises ConfigError that offers the nearest known key.
+    """
+    import diffusers
+
+    for table, default in _CLASSES.items():
+        config = {"_class_name": default, **description[table]}
+        kind: Any = getattr(diffusers, str(config["_class_name"]), None)
+        if not hasattr(kind, "from_config"):
+            raise ConfigError(
+                f"{where}: [{table}] diffusers has no class {config['_class_name']!r}"
+            )
+        known = set(inspect.signature(kind).parameters) - {"kwargs"}
+        for key in config:
+            if not key.startswith("_") and key not in known:
+                raise ConfigError(
+                    f"{where}: unknown key {key!r} in [{table}] of {kind.__name__}"
+                    f"{nearest(key, sorted(known))}"
+                )
+
+
+def prepare(plan: Plan) -> Run:
+    """Open the images and load the base (or draw its random weights).
+
+    The caches behind the examples may still have to be filled. With `force`, a kept run of this
+    output is dropped here, and not before.
+    """
+    from deme_cli.diffusion.denoiser import choose_device, load_denoiser
+
+    device = "cpu" if plan.shard else str(choose_device(plan.device))  # to be divided from there
+    if plan.choice is None:
+        denoiser = random_denoiser(
+            plan.description, plan.config.seed, device=device, pipeline=plan.pipeline
+        )
+        choice = RangeChoice(TimestepRange(0, denoiser.schedule.num_train_timesteps), 1, 1)
+        examples, held_out = open_plan_examples(plan, denoiser.record)
+    else:
+        record, choice = _base_record(plan), plan.choice
+        examples, held_out = open_plan_examples(plan, record)
+        denoiser = replace(load_denoiser(plan.base, device=device), record=record)
+    flip = plan.images.horizontal_flip
+    if plan.force:
+        checkpoint_path(plan.output).unlink(missing_ok=True)
+    return Run(
+        denoiser, choice, examples, held_out, examples.can_flip if flip is None else flip,
+        plan.config, plan.output, dtype=plan.dtype, from_scratch=plan.choice is None,
+        clusters=_clusters(plan, denoiser, choice.range), compile=plan.compile, shard=plan.shard,
+    )  # fmt: skip
+
+
+def _clusters(plan: Plan, denoiser: Denoiser, span: TimestepRange) -> list[TimestepRange]:
+    """The draws of `span` in clusters, where the losses of clusters are balanced."""
+    config, schedule, affinity = plan.config, denoiser.schedule, None
+    if config.multitask == "none":
+        return []
+    from deme_cli.training.clusters import cluster_draws, read_affinity
+
+    if config.cluster_by == "gradient":
+        affinity = read_affinity(affinity_path(plan.base), denoiser.record.fingerprint)
+    return cluster_draws(
+        schedule.indices(span), config.clusters, config.cluster_by, schedule, affinity
+    )
+
+
+def _base_record(plan: Plan) -> DenoiserRecord:
+    """The base's record, its frozen parts named."""
+    from deme_cli.training.examples import name_companions
+
+    return name_companions(read_record(plan.base, "base"), plan.pipeline)
+
+
+def open_plan_examples(
+    plan: Plan, record: DenoiserRecord | None = None
+) -> tuple[Examples, Examples | None]:
+    """The training and the held-out examples for a denoiser with `record`, that of the base."""
+    from deme_cli.diffusion.companions import open_companions
+    from deme_cli.training.examples import open_examples
+
+    config, images = plan.config, plan.images
+    companions = open_companions(
+        record or _base_record(plan), pipeline=plan.pipeline, device=plan.device, dtype=plan.dtype
+    )
+    beside = (plan.output if plan.choice is None else plan.base).parent
+    train = open_examples(
+        images, companions, split="train", flips=images.horizontal_flip, cache=config.cache,
+        beside=beside,
+    )  # fmt: skip
+    if not config.held_out:
+        return train, None
+    return train, open_examples(
+        images, companions, split="held-out", cache=config.cache, beside=beside,
+        num_needed=config.held_out,
+    )  # fmt: skip
+
+
+def random_denoiser(
+    description: Mapping[str, Any], seed: int, *, device: str, pipeline: str | None = None
+) -> Denoiser:
+    """The denoiser that {model, scheduler} describes, its weights drawn from `seed`.
+
+    pipeline: the folder or hub id with the frozen parts of a model that has any; its own denoiser
+    is not read. Raises ConfigError where such a model comes without one.
+    """
+    import torch
+
+    from deme_cli.diffusion.backbones.backbone import config_of
+    from deme_cli.diffusion.backbones.known import backbone_of
+    from deme_cli.diffusion.denoiser import Denoiser, build_network, choose_device
+    from deme_cli.diffusion.model_files import digests_of, locate_parts
+    from deme_cli.diffusion.schedule import read_schedule
+
+    model, scheduler = ({"_class_name": c, **description[n]} for n, c in _CLASSES.items())
+    source, companions = "trained from scratch", {}
+    if parts := backbone_of(model, "[model]").parts:
+        if not pipeline:
+            raise ConfigError(
+                f"{model['_class_name']} needs {', '.join(parts)}: give the folder or hub id of a "
+                f"pipeline that has them with --pipeline"
+            )
+        folder = locate_parts(pipeline, parts)
+        source = str(folder.resolve()) if Path(pipeline).expanduser().is_dir() else pipeline
+        companions = digests_of(folder)
+    with torch.random.fork_rng(devices=[]):  # diffusers initialises from the global generator
+        torch.manual_seed(seed)
+        network = build_network(model, "[model]")
+    schedule = read_schedule(scheduler, "[scheduler]")
+    record = BaseRecord(
+        source=source,
+        model_config={**config_of(network), "_class_name": model["_class_name"]},
+        scheduler_config=scheduler,
+        num_train_timesteps=schedule.num_train_timesteps,
+        companions=companions,
+        fingerprint=fingerprint(network.state_dict()),
+    )
+    network.to(choose_device(device)).eval().requires_grad_(False)
+    return Denoiser(network, schedule, record)
