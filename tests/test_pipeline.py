@@ -30,7 +30,7 @@ def test_split_finetune_task_vector_merge_sample_eval_export(walk, tmp_path: Pat
     assert vectors.stdout.split() == ["tv_1of2.safetensors", "tv_2of2.safetensors"]
     walk(
         "merge ft_1of2.safetensors ft_2of2.safetensors --search grid --objective fid "
-        "--grid 0,1 --num 40 --steps 2 --report-repeats 1"
+        "--grid 0,1 --num 40 --steps 2"
     )
     record = read_record(tmp_path / "merged.safetensors", "merged")
     assert record.search is not None
