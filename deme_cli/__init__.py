@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from deme_cli.analysis.losses import analyze_losses as analyze_losses
     from deme_cli.analysis.result import Analysis as Analysis
     from deme_cli.analysis.task_vectors import analyze_task_vectors as analyze_task_vectors
-    from deme_cli.api.comparing import Compared as Compared
-    from deme_cli.api.comparing import compare as compare
     from deme_cli.api.drawing import Images as Images
     from deme_cli.api.drawing import ensemble_sample as ensemble_sample
     from deme_cli.api.drawing import sample as sample
@@ -46,6 +44,8 @@ if TYPE_CHECKING:
     from deme_cli.api.statistics import reference_statistics as reference_statistics
     from deme_cli.artifacts import Inspected as Inspected
     from deme_cli.artifacts import inspect as inspect
+    from deme_cli.comparison.compare import Compared as Compared
+    from deme_cli.comparison.compare import compare as compare
     from deme_cli.console import set_quiet as set_quiet
     from deme_cli.diffusion.export import ExportCheck as ExportCheck
     from deme_cli.diffusion.export import export as export
@@ -79,7 +79,7 @@ _PLACES = {
         for name in ("losses", "gradients", "activations", "landscape", "task_vectors")
     },
     "Analysis": "analysis.result",
-    "compare": "api.comparing", "Compared": "api.comparing",
+    "compare": "comparison.compare", "Compared": "comparison.compare",
     "report": "html_report", "WrittenReport": "html_report",
     "inspect": "artifacts", "Inspected": "artifacts",
     "show_search": "api.merging", "ShownSearch": "api.merging",

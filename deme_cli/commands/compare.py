@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deme_cli import console
-from deme_cli.api.comparing import open_comparison
-from deme_cli.commands.compare_result import say_what_would_run, tell
 from deme_cli.commands.options import ConfigPath, Device, DryRun, Dtype, Json, Quiet, begin
-from deme_cli.errors import ConfigError
+from deme_cli.errors import ConfigError, DemeError
+from deme_cli.files import shown_path
+
+if TYPE_CHECKING:
+    from deme_cli import Compared
 
 _BUDGET = "Budget"
 
@@ -97,24 +99,54 @@ def compare(
 
     Example: deme compare table1 --jobs 2
     """  # fmt: skip
+    import deme_cli
+
     run = begin(config, quiet=quiet)
     if model is not None and run.path is not None:
         if config is not None:
             raise ConfigError("--model takes another base than --config has; give one of them")
         console.warn(f"--model {model}: the {run.path} here is not used")
-    with open_comparison(
-        plan, run, model=model, data=data, only=only or (), updates=updates, budget=budget,
-        seeds=_parse_seeds(seeds), output=output, device=device, dtype=dtype,
-        leaves_nothing=dry_run,
-    ) as job:  # fmt: skip
-        if not table:
-            job.check_measures()
-        if dry_run:
-            say_what_would_run(job, as_json=as_json)
-            return
-        if not table:
-            job.work_off(jobs)
-        tell(job, job.conclude(), as_json=as_json)
+    with console.showing() as progress:
+        made = deme_cli.compare(
+            plan, run=run, model=model, data=data, only=only or (), jobs=jobs, updates=updates,
+            budget=budget, seeds=_parse_seeds(seeds), output=output, device=device, dtype=dtype,
+            table=table, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+    if dry_run:
+        console.result_paths([], as_json=as_json, dry_run=True, jobs=made.num_jobs)
+    else:
+        _tell(made, as_json=as_json)
+
+
+def _tell(made: Compared, *, as_json: bool) -> None:
+    """The table, what is best in it, and what is missing.
+
+    Raises RowsFailed if a row asked for has failed.
+    """
+    console.table(made.title, made.columns, made.rows)
+    for line in made.notes:
+        console.note(line)
+    if made.pending:
+        console.note(f"still to come, with the same command: {', '.join(made.pending)}")
+    paths = [shown_path(path) for path in made.paths]
+    console.result_paths(paths, as_json=as_json, **made.document)
+    rows_of: dict[str, list[str]] = {}
+    for name, failure in made.failures:
+        rows_of.setdefault(failure.message, []).append(name)
+    if rows_of:
+        told = [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in rows_of.items()]
+        raise RowsFailed(
+            f"{len(dict(made.failures))} of {len(made.asked)} rows have failed: {'; '.join(told)}",
+            made.failures[0][1].exit_code,
+        )
+
+
+class RowsFailed(DemeError):
+    """Rows of the table have no result; carries the exit code of the first that failed."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def _parse_seeds(text: str | None) -> list[int] | None:

@@ -9,19 +9,103 @@ corrected for how many rows are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from deme_cli.comparison.results import (
-    OVER_EVALUATION,
-    OVER_TRAINING,
-    Column,
-    RowResult,
-    SearchCost,
-)
+from deme_cli.comparison.plan import Published
 from deme_cli.evaluation.summary import Difference, interval_of
+
+DAGGER = "\N{DAGGER}"  # marks a spread over evaluation seeds, where one training seed has none
+OVER_TRAINING, OVER_EVALUATION = "training seeds", "evaluation seeds"
+_HIGHER_IS_BETTER = ("clip_score", "accuracy")
+_UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
+
+
+def lower_is_better(metric: str) -> bool:
+    """Of a metric as `deme eval` names it."""
+    return metric not in _HIGHER_IS_BETTER
+
+
+def flop_unit(flops: Iterable[float]) -> tuple[str, float]:
+    """One unit for all of them, with its FLOPs: the largest that the costliest has one of."""
+    most = max(flops, default=0.0)
+    return next((unit for unit in _UNITS if most >= unit[1]), _UNITS[-1])
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of the table: `metric` as `deme eval` names it, under the measure of that name."""
+
+    metric: str
+    measure: str = ""  # empty where a plan has one measure
+    lower_is_better: bool = True
+
+    @property
+    def title(self) -> str:
+        return f"{self.measure} {self.metric}".strip()
+
+
+@dataclass(frozen=True)
+class SearchCost:
+    """What the search of a merge's coefficients took, besides training."""
+
+    evaluations: int
+    images: int
+    seconds: float
+    objective: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One training seed of a row (None for a row without training).
+
+    values: per column, one number per repeat. `seconds` of training, all ranges together.
+    `coefficients` are those of a merged model.
+    """
+
+    seed: int | None
+    values: dict[Column, tuple[float, ...]]
+    seconds: float = 0.0
+    search: SearchCost | None = None
+    coefficients: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """A row as far as it is: its results, and why some are missing.
+
+    updates, images, flops: of training in total, all ranges together; the same for every seed.
+    `published` has one number (or None) per published column. `pending` counts the seeds that have
+    neither a result nor a failure.
+    """
+
+    name: str
+    kind: str  # base, finetune, ensemble or merged
+    num_ranges: int
+    settings: dict[str, Any]  # what sets the row apart from plain finetuning
+    results: tuple[Result, ...]
+    updates: int = 0
+    images: int = 0
+    flops: float = 0.0
+    published: tuple[float | None, ...] = ()
+    failures: tuple[str, ...] = ()
+    pending: int = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The whole table. The first row is what the others are compared with."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[RowResult, ...]
+    protocol: tuple[str, ...]  # lines that say what the figures depend on
+    published: Published | None = None
+    cards: dict[str, Any] = field(default_factory=dict)  # protocol cards by measure, for JSON
+
 
 LONGEST_REASON = 200  # characters of a failure in a table; CSV and JSON have the whole
 
@@ -201,3 +285,23 @@ def digits_of(cells: Sequence[Cell | None]) -> int:
     largest = max((abs(cell.mean) for cell in found), default=0.0)
     scale = spreads[len(spreads) // 2] if spreads else largest / 100
     return int(np.clip(1 - np.floor(np.log10(scale)), 0, 6)) if 0 < scale < np.inf else 3
+
+
+def headlines(comparison: Comparison) -> list[str]:
+    """The best row of each column and those not told apart from it, and what is still missing."""
+    rows = [row for row in comparison.rows if row.results]
+    lines = [line for column in comparison.columns if (line := best_line(rows, column))]
+    if names := ", ".join(row.name for row in rows if is_partial(row)):
+        lines.append(f"not all seeds are measured yet: {names}")
+    return lines
+
+
+def best_line(rows: Sequence[RowResult], column: Column) -> str:
+    """Which row is best, and which are not told apart from it."""
+    found = winner(rows, column)
+    if found is None or len(rows) < 2:
+        return ""
+    if found.not_beaten:
+        names = ", ".join(row.name for row in found.not_beaten)
+        return f"{column.title}: best is {found.best.name}; not told apart from it: {names}"
+    return f"{column.title}: best is {found.best.name}, told apart from every other row"

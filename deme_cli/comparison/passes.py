@@ -12,12 +12,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from deme_cli.comparison.jobs import Stage
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.diffusion.threads import forward_flops
 from deme_cli.files import write_whole
@@ -25,6 +25,9 @@ from deme_cli.timesteps import RangeChoice, parse_span
 from deme_cli.training.objective import expert_losses
 from deme_cli.training.setup import Plan, Run, prepare
 from deme_cli.training.state import open_networks
+
+if TYPE_CHECKING:
+    from deme_cli.comparison.jobs import Stage
 
 _NAME = "passes.json"
 

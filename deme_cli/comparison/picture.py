@@ -16,8 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deme_cli.comparison.figures import Cell, cell_of, state_of
-from deme_cli.comparison.results import Column, Comparison, RowResult
+from deme_cli.comparison.figures import Cell, Column, Comparison, RowResult, cell_of, state_of
 from deme_cli.files import write_whole
 
 if TYPE_CHECKING:

@@ -3,18 +3,29 @@
 A plan is a TOML file. Its tables [model] [data] [finetune] [merge] [sample] [eval] are those of
 `deme.toml` and hold for every row; each [[row]] adds what sets it apart; each [[measure]] is one
 more protocol under which every row is measured. Rows cannot differ in how they are drawn or
-measured, so that a table compares methods and nothing else. No torch.
+measured, so that a table compares methods and nothing else. A row of kind finetune is plain where
+it does not say otherwise: every timestep alike, no pull to the base, no projection. No torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deme_cli.comparison.results import Published
-from deme_cli.config import DIVISIONS, TABLES
+from deme_cli.config import (
+    DIVISIONS,
+    EVAL_NUM,
+    NOT_RESULT,
+    TABLES,
+    EvalConfig,
+    FinetuneConfig,
+    MergeConfig,
+    SampleConfig,
+)
 from deme_cli.errors import ConfigError, MissingError, reading
 from deme_cli.run_file import checked_table
 from deme_cli.settings import nearest
@@ -26,6 +37,14 @@ COMMON = tuple(name for name in TABLES if name != "split")
 _TYPE_NAMES = {str: "text in quotes", int: "a whole number", list: "a list"}
 _ROW_KEYS = ("name", "kind", "n", "by", "finetune", "merge", "published")
 _PLAN_KEYS = ("title", "n", "updates", "budget", "seeds", "published", "row", "measure", *COMMON)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Figures that somebody printed: of their model, data and budget, never measured here."""
+
+    source: str
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -241,3 +260,97 @@ def _require_known(values: Mapping[str, Any], known: tuple[str, ...], where: str
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+
+
+_OF_TASKS = ("clusters", "cluster_by", "multitask_lr", "multitask_every")
+_LEFT_ALONE = {
+    FinetuneConfig: (*NOT_RESULT, "seed", "snapshot_every", "ema_lengths"),
+    MergeConfig: ("batch_size", "report", "report_num", "report_repeats", "report_seed"),
+    SampleConfig: ("batch_size", "num", "seed"),  # the last two are those of [eval]
+    EvalConfig: ("batch_size", "mixed"),
+}
+
+
+def deciding(config: FinetuneConfig | MergeConfig | SampleConfig | EvalConfig) -> dict[str, Any]:
+    """The settings of `config` that decide a result."""
+    left_alone = set(_LEFT_ALONE[type(config)])
+    if isinstance(config, FinetuneConfig) and config.multitask == "none":
+        left_alone |= set(_OF_TASKS)
+    if isinstance(config, EvalConfig) and config.num is None:
+        config = replace(config, num=EVAL_NUM)
+    return {name: value for name, value in asdict(config).items() if name not in left_alone}
+
+
+def deciding_measures(measures: Sequence[MeasurePlan]) -> list[dict[str, Any]]:
+    """The settings of each measure that decide its figures; its name does, for it is shown."""
+    return [
+        {
+            "name": measure.name,
+            "sample": deciding(SampleConfig(**measure.sample)),
+            "eval": deciding(EvalConfig(**measure.eval)),
+        }
+        for measure in measures
+    ]
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=1, sort_keys=True, default=list)
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that tell `values` from others."""
+    return hashlib.blake2b(as_json(values).encode(), digest_size=4).hexdigest()
+
+
+PLAIN = {"p": 0.0, "consistency": 0.0, "projection": "none"}  # of rows of kind finetune
+Tables = Mapping[str, Mapping[str, Any]]
+
+
+def finetune_settings(row: RowPlan, tables: Tables, *, updates: int) -> FinetuneConfig:
+    """Every setting of a row's training: the common ones, those of its kind, its own.
+
+    Raises ConfigError, naming the row, on settings that do not go together.
+    """
+    plain = PLAIN if row.kind == "finetune" else {}
+    if updates < row.n:
+        raise ConfigError(f"row {row.name!r}: {row.n} ranges cannot share {updates} updates")
+    steps = {"steps": updates // row.n, "snapshot_every": None, "ema_lengths": None}
+    try:
+        return FinetuneConfig(**{**tables.get("finetune", {}), **plain, **row.finetune, **steps})
+    except ConfigError as error:
+        raise ConfigError(f"row {row.name!r}: {error}") from error
+
+
+def merge_settings(row: RowPlan, tables: Tables) -> MergeConfig | None:
+    """Every setting of a row's merge; None for a row of another kind.
+
+    Raises ConfigError, naming the row, on settings that do not go together.
+    """
+    if row.kind != "merged":
+        return None
+    try:
+        config = MergeConfig(**{**tables.get("merge", {}), **row.merge})
+    except ConfigError as error:
+        raise ConfigError(f"row {row.name!r}: [merge] {error}") from error
+    given = config.coefficients
+    if given is not None and len(given) != row.n:
+        raise ConfigError(
+            f"row {row.name!r}: [merge] coefficients = {given}: expected {row.n}, one a range"
+        )
+    return config
+
+
+def settings_apart(
+    row: RowPlan, config: FinetuneConfig, merge: MergeConfig | None, tables: Tables
+) -> dict[str, Any]:
+    """What sets a row apart from plain finetuning with the common settings."""
+    plain = deciding(FinetuneConfig(**{**tables.get("finetune", {}), **PLAIN}))
+    ours = deciding(config)
+    apart = {name: ours[name] for name in ours if name != "steps" and ours[name] != plain.get(name)}
+    if row.n > 1:
+        apart["by"] = row.by
+    if merge is None:
+        return apart
+    default, own = deciding(MergeConfig()), deciding(merge)
+    told = {name: own[name] for name in own if own[name] != default[name]}
+    return {**apart, "search": merge.search, **told}

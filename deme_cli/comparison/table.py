@@ -1,34 +1,38 @@
-"""A comparison as tables to read: in Markdown, and on a terminal.
+"""A comparison as tables: in Markdown, on a terminal, as CSV with a line per number, as JSON.
 
 What was measured here and what somebody printed never share a table: their model, data and budget
-are other ones. Every figure comes from `figures.py`; here it is only written down.
+are other ones. Every figure comes from figures.py; here it is only written down.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
-from deme_cli.comparison.document import cited
+from deme_cli.analysis.result import plain
 from deme_cli.comparison.figures import (
+    DAGGER,
+    OVER_EVALUATION,
     Cell,
+    Column,
+    Comparison,
+    Published,
+    Result,
+    RowResult,
     cell_of,
     digits_of,
+    flop_unit,
+    headlines,
     search_of,
     seconds_of,
     state_of,
     status_of,
     winner,
-)
-from deme_cli.comparison.readings import readings
-from deme_cli.comparison.results import (
-    DAGGER,
-    OVER_EVALUATION,
-    Column,
-    Comparison,
-    RowResult,
-    flop_unit,
 )
 
 BLANK = "\N{EN DASH}"
@@ -41,7 +45,7 @@ def markdown(comparison: Comparison) -> str:
         f"# {escape(comparison.title)}",
         _measured_table(comparison),
         *_bullets("What was compared", _compared(comparison)),
-        *_bullets("Reading", readings(comparison)),
+        *_bullets("Reading", headlines(comparison)),
         *_published_part(comparison),
     ]
     return "\n\n".join(parts) + "\n"
@@ -206,3 +210,95 @@ def _time(seconds: float) -> str:
     """Seconds, minutes or hours, in three figures; empty for none."""
     unit, size = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if seconds >= s), ("s", 1))
     return f"{seconds / size:.3g} {unit}" if seconds else ""
+
+
+_FIELDS = (
+    "source", "row", "kind", "num_ranges", "seed", "measure", "metric", "repeat", "value",
+    "updates", "images", "flops", "seconds", "search_evaluations", "search_images",
+    "search_seconds", "error", "citation",
+)  # fmt: skip
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One line per row, training seed, column and repeat; failures and published figures after."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, _FIELDS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in comparison.rows:
+        common = {
+            "source": "measured", "row": row.name, "kind": row.kind, "num_ranges": row.num_ranges,
+            "updates": row.updates, "images": row.images, "flops": row.flops,
+        }  # fmt: skip
+        writer.writerows({**common, **line} for line in _values(row.results))
+        writer.writerows({**common, "error": " ".join(text.split())} for text in row.failures)
+    if (published := comparison.published) is not None:
+        common = {"source": "published", "kind": "published", "citation": published.source}
+        for name, values in cited(comparison.rows, published):
+            for metric, value in zip(published.columns, values, strict=True):
+                if value is not None:
+                    writer.writerow({**common, "row": name, "metric": metric, "value": value})
+    return stream.getvalue()
+
+
+def _values(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+    for result in results:
+        search = result.search
+        common = {
+            "seed": "" if result.seed is None else result.seed, "seconds": result.seconds,
+            "search_evaluations": search.evaluations if search else "",
+            "search_images": search.images if search else "",
+            "search_seconds": search.seconds if search else "",
+        }  # fmt: skip
+        for column, values in result.values.items():
+            place = {"measure": column.measure, "metric": column.metric}
+            for repeat, value in enumerate(values):
+                yield {**common, **place, "repeat": repeat, "value": value}
+
+
+def document(comparison: Comparison) -> dict[str, Any]:
+    """Everything, for JSON: what is not finite is null, published figures stand apart."""
+    columns, published = comparison.columns, comparison.published
+    return plain({
+        "title": comparison.title,
+        "columns": [{"title": column.title, **asdict(column)} for column in columns],
+        "rows": [_row_document(row, comparison) for row in comparison.rows],
+        "best": {
+            column.title: {"row": won.best.name, "not_beaten": [r.name for r in won.not_beaten]}
+            for column in columns
+            if (won := winner(comparison.rows, column)) is not None
+        },
+        "reading": headlines(comparison),
+        "protocol": comparison.protocol,
+        "cards": comparison.cards,
+        "published": published and {
+            **asdict(published), "rows": dict(cited(comparison.rows, published)),
+        },
+    })  # fmt: skip
+
+
+def _row_document(row: RowResult, comparison: Comparison) -> dict[str, Any]:
+    """A row: its costs, its values by column, seed and repeat, and the figures made of them."""
+    known = asdict(replace(row, results=()))
+    del known["published"]
+    cells = {c.title: cell_of(row, c, comparison.rows[0]) for c in comparison.columns}
+    return {
+        **known,
+        "results": [
+            {
+                "seed": result.seed,
+                "values": {column.title: values for column, values in result.values.items()},
+                "seconds": result.seconds,
+                "search": result.search and asdict(result.search),
+                "coefficients": result.coefficients,
+            }
+            for result in row.results
+        ],
+        "metrics": {title: asdict(cell) for title, cell in cells.items() if cell is not None},
+    }
+
+
+def cited(
+    rows: Sequence[RowResult], published: Published
+) -> Iterator[tuple[str, tuple[float | None, ...]]]:
+    for row in rows:
+        yield row.name, row.published or (None,) * len(published.columns)

@@ -12,17 +12,28 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from deme_cli.comparison.jobs import DONE_NAME, FAILED_NAME, Command, Failure, Job
+from deme_cli.comparison.jobs import (
+    DONE_NAME,
+    FAILED_NAME,
+    SETTINGS_NAME,
+    Command,
+    Failure,
+    Job,
+    RowJobs,
+    slug,
+)
 from deme_cli.errors import ConfigError
 from deme_cli.files import write_whole
 from deme_cli.jobs import StopRequests, claim, last_step, reason_of, start_deme
+from deme_cli.progress import Progress, Step
 
 _POLL_SECONDS = 0.2
+_SHOWN = 3  # settings that are named where a row has changed
 LOG_NAME = "log.txt"
 
 
@@ -186,3 +197,65 @@ class Work:
                 one.log.close()
             one.lock.close()
         self._running = []
+
+
+def work_off(jobs: Sequence[Job], at_once: int, progress: Progress) -> None:
+    """Run the jobs, telling how far they are and which have ended."""
+    work = Work(jobs, at_once=at_once)
+    total = len(work.jobs)
+    for record in work.run():
+        if isinstance(record, Finished):
+            outcome = f"FAILED: {record.failure.message}" if record.failure else "done"
+            note = f"{record.job.title}: {outcome}, {record.seconds:.0f} s"
+            progress(Step(work.num_settled, total, "comparison", "job", note))
+        else:
+            trained = f", {sum(record.running.values())}/{record.updates} updates"
+            detail = f"{len(record.running)} running{trained if record.updates else ''}"
+            progress(Step(record.settled, total, "comparison", "job", detail=detail))
+    progress(Step(work.num_settled, total, "comparison", "job"))
+
+
+def change_of(jobs: RowJobs) -> str | None:
+    """What differs from the settings of an earlier result of this row, which stays where it lies;
+    None if nothing does or the row is finished."""
+    missing = [job for job in jobs.results.values() if not job.is_done]
+    if not missing:
+        return None
+    own, name = missing[0].folder.parent, jobs.row.name
+    finished: list[tuple[float, Path, dict[str, Any]]] = []
+    for done in own.parent.glob(f"{slug(name)}-????????/*/{DONE_NAME}"):
+        with suppress(OSError, ValueError, KeyError):  # removed by hand, or of another version
+            settings = json.loads(done.with_name(SETTINGS_NAME).read_text())
+            if settings["row"] == name and done.parents[1] != own:
+                trained = own.parents[1] / "trainings" / settings["training"]
+                for path in sorted(trained.glob(f"*/{SETTINGS_NAME}"))[:1]:
+                    settings |= json.loads(path.read_text())
+                finished.append((done.stat().st_mtime, done.parents[1], _flat(settings)))
+    if not finished:
+        return None
+    _, place, before = max(finished, key=lambda one: one[0])
+    now: dict[str, Any] = {}
+    for job in (missing[0], *jobs.trainings.values()):
+        now |= _flat(json.loads(job.files[SETTINGS_NAME]))
+    changed = [key for key in sorted({*now, *before}) if now.get(key) != before.get(key)]
+    shown = [f"{key} {before.get(key)} -> {now.get(key)}" for key in changed[:_SHOWN]]
+    more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    return (
+        f"{name}: finished before with other settings ({', '.join(shown)}{more}); made anew, what "
+        f"was measured then stays in {place}"
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by name, those of a table as `table.name`; without what is no setting."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "measures":
+            for one in value:
+                own = {table: one[table] for table in ("sample", "eval")}
+                flat |= _flat(own, f"{one['name']} " if one["name"] else "")
+        elif isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif name not in ("training", "row"):
+            flat[prefix + name] = value
+    return flat

@@ -97,7 +97,7 @@ def test_what_cannot_be_done_is_said_before_torch_is_loaded(run_folder: Path) ->
     code = """if True:
         import sys
         from pathlib import Path
-        from deme_cli.api.comparing import ComparisonJob, compare, open_comparison
+        from deme_cli.comparison.compare import compare
         from deme_cli.html_report import report
         from deme_cli.artifacts import inspect
         from deme_cli.api.merging import show_search

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from deme_cli.comparison.changes import change_of
 from deme_cli.comparison.jobs import DONE_NAME, SETTINGS_NAME, RowJobs, Stage, jobs_of
 from deme_cli.comparison.plan import MeasurePlan, Plan, RowPlan
+from deme_cli.comparison.work import change_of
 
 PLAN = Plan(
     "Two rows", 2, (RowPlan("Before", "base", 1), RowPlan("Merged", "merged", 2)), seeds=(0, 1)
@@ -48,81 +47,44 @@ def place(jobs: RowJobs) -> Path:
     return jobs.results[0].folder.parent
 
 
-def test_nothing_is_said_of_a_row_that_is_new(stage: Stage) -> None:
+def test_nothing_is_said_of_a_row_that_is_new_unchanged_or_unfinished(stage: Stage) -> None:
     assert change_of(merged(stage)) is None
     finish(jobs_of(PLAN, stage)[0], seeds=(None,))
     assert change_of(merged(stage)) is None
-
-
-def test_nothing_is_said_of_a_row_that_is_unchanged(stage: Stage) -> None:
-    finish(merged(stage))
-    assert change_of(merged(stage)) is None
-    assert change_of(merged(replace(stage, device="cuda"))) is None
-
-
-def test_nothing_is_said_where_some_seeds_of_the_same_settings_are_missing(stage: Stage) -> None:
+    merged(stage).results[0].folder.mkdir(parents=True)
+    assert change_of(merged(stage, finetune={"p": 0.1})) is None
     finish(merged(stage), seeds=(0,))
     assert change_of(merged(stage)) is None
-
-
-def test_a_changed_setting_of_the_training_is_named_with_both_values(stage: Stage) -> None:
     finish(merged(stage))
-    said = change_of(merged(stage, finetune={"p": 0.1}))
-    assert said.startswith("Merged: finished before with other settings (p 0.3 -> 0.1)")
-    assert str(place(merged(stage))) in said, "where the earlier result stays"
+    assert change_of(merged(replace(stage, device="cuda"))) is None
+    finish(merged(stage, finetune={"p": 0.1}))
+    assert change_of(merged(stage)) is None  # back to what is finished
+    for seeds in ({}, {"finetune": {"p": 0.1}}):
+        for job in merged(stage, **seeds).results.values():
+            (job.folder / SETTINGS_NAME).write_text("{")
+    assert change_of(merged(stage, finetune={"p": 0.9})) is None
 
 
-def test_a_changed_setting_of_the_merge_is_named_with_both_values(stage: Stage) -> None:
+def test_changed_settings_are_named_with_both_values(stage: Stage) -> None:
     finish(merged(stage, merge={"search": "grid"}))
     said = change_of(merged(stage, merge={"search": "cmaes", "evaluations": 9}))
     assert "(merge.evaluations None -> 9, merge.search grid -> cmaes)" in said
-
-
-def test_a_changed_protocol_or_base_is_named(stage: Stage) -> None:
-    finish(merged(stage))
+    assert str(place(merged(stage, merge={"search": "grid"}))) in said
+    grid = {"search": "grid"}
+    changed = {"p": 0.1, "lr": 1e-3, "warmup": 3, "beta1": 0.9, "beta2": 0.9}
+    said = change_of(merged(stage, finetune=changed, merge=grid))
+    assert "(beta1 0.95 -> 0.9, beta2 0.999 -> 0.9, lr 5e-05 -> 0.001 and 2 more)" in said
     measure = MeasurePlan("", {}, {"fid": "digits", "num": 7})
-    said = change_of(merged(replace(stage, measures=(measure,))))
+    said = change_of(merged(replace(stage, measures=(measure,)), merge=grid))
     assert "eval.num 50000 -> 7" in said
-    said = change_of(merged(replace(stage, fingerprint="e" * 64)))
+    said = change_of(merged(replace(stage, fingerprint="e" * 64), merge=grid))
     assert f"(base {'f' * 64} -> {'e' * 64})" in said
 
 
-def test_of_many_changes_three_are_named_and_the_rest_counted(stage: Stage) -> None:
-    finish(merged(stage))
-    changed = {"p": 0.1, "lr": 1e-3, "warmup": 3, "beta1": 0.9, "beta2": 0.9}
-    said = change_of(merged(stage, finetune=changed))
-    assert "(beta1 0.95 -> 0.9, beta2 0.999 -> 0.9, lr 5e-05 -> 0.001 and 2 more)" in said
-
-
-def test_a_change_back_to_what_is_finished_says_nothing(stage: Stage) -> None:
-    finish(merged(stage))
-    finish(merged(stage, finetune={"p": 0.1}))
-    assert change_of(merged(stage)) is None
-
-
 def test_it_is_the_latest_result_that_a_row_is_held_against(stage: Stage) -> None:
-    tried = [merged(stage, finetune={"p": p}) for p in (0.1, 0.2, 0.5, 0.6)]
-    for age, jobs in enumerate(tried):
+    for age, p in enumerate((0.1, 0.2, 0.6, 0.5)):
+        jobs = merged(stage, finetune={"p": p})
         finish(jobs)
         for path in place(jobs).rglob("*"):
-            os.utime(path, (age + 1, age + 1))
-    for latest in tried:
-        for path in place(latest).rglob("*"):
-            os.utime(path, (99, 99))
-        p = json.loads(latest.trainings[0].files[SETTINGS_NAME])["p"]
-        assert f"(p {p} -> 0.9)" in change_of(merged(stage, finetune={"p": 0.9}))
-        for path in place(latest).rglob("*"):
-            os.utime(path, (1, 1))
-
-
-def test_a_row_that_never_finished_has_nothing_to_stand_by(stage: Stage) -> None:
-    jobs = merged(stage)
-    jobs.results[0].folder.mkdir(parents=True)
-    assert change_of(merged(stage, finetune={"p": 0.1})) is None
-
-
-def test_what_was_removed_by_hand_does_not_stop_it(stage: Stage) -> None:
-    finish(merged(stage))
-    for job in merged(stage).results.values():
-        (job.folder / SETTINGS_NAME).write_text("{")
-    assert change_of(merged(stage, finetune={"p": 0.1})) is None
+            os.utime(path, (age % 3 + 1, age % 3 + 1))
+    assert "(p 0.6 -> 0.9)" in change_of(merged(stage, finetune={"p": 0.9}))

@@ -12,7 +12,8 @@ import pytest
 from conftest import TINY_SCHEDULER, write_tiny_base
 
 from deme_cli.artifacts import MergedRecord, load_tensors, write_artifact
-from deme_cli.comparison.collect import collect
+from deme_cli.comparison.compare import collect
+from deme_cli.comparison.figures import Column, Comparison, SearchCost
 from deme_cli.comparison.jobs import (
     DONE_NAME,
     FAILED_NAME,
@@ -22,8 +23,7 @@ from deme_cli.comparison.jobs import (
     Stage,
     jobs_of,
 )
-from deme_cli.comparison.plan import MeasurePlan, Plan, RowPlan
-from deme_cli.comparison.results import Column, Comparison, Published, SearchCost
+from deme_cli.comparison.plan import MeasurePlan, Plan, Published, RowPlan
 from deme_cli.errors import ArtifactError
 
 CARD = {"sampler": "ddim", "steps": 2, "spacing": "leading", "eta": 0.0, "clip_sample": True,

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deme_cli.comparison.figures import cell_of
+from deme_cli.comparison.figures import Column, Comparison, Result, RowResult, cell_of
 from deme_cli.comparison.picture import KINDS, _figure, draw_comparison, limits
-from deme_cli.comparison.results import Column, Comparison, Result, RowResult
 
 COLUMNS = tuple(Column("fid", f"protocol {index}", index % 2 == 0) for index in range(4))
 PROTOCOL = ("every row that trains has the same updates and images " * 4, "ddim 50 steps")

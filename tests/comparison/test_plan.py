@@ -14,10 +14,10 @@ from deme_cli.comparison.plan import (
     MeasurePlan,
     Plan,
     RowPlan,
+    finetune_settings,
     read_plan,
     shipped_plans,
 )
-from deme_cli.comparison.rows import finetune_settings
 from deme_cli.config import EvalConfig, MergeConfig, SampleConfig
 from deme_cli.errors import ConfigError, MissingError
 

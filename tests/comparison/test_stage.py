@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from conftest import write_tiny_base
 
-from deme_cli.comparison.jobs import jobs_of
-from deme_cli.comparison.passes import PassCost, flops_per_update, passes_of
-from deme_cli.comparison.plan import MeasurePlan, Plan, RowPlan
-from deme_cli.comparison.stage import (
+from deme_cli.comparison.jobs import (
     common_tables,
     flops_by_row,
+    jobs_of,
     open_stage,
     projections_of,
     with_equal_compute,
 )
+from deme_cli.comparison.passes import PassCost, flops_per_update, passes_of
+from deme_cli.comparison.plan import MeasurePlan, Plan, RowPlan
 from deme_cli.config import FinetuneConfig
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.run_file import RunFile

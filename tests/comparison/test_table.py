@@ -11,17 +11,16 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from deme_cli.comparison.document import csv_text, document
-from deme_cli.comparison.figures import cell_of
-from deme_cli.comparison.results import (
+from deme_cli.comparison.figures import (
     Column,
     Comparison,
     Published,
     Result,
     RowResult,
     SearchCost,
+    cell_of,
 )
-from deme_cli.comparison.table import escape, markdown, terminal_rows
+from deme_cli.comparison.table import csv_text, document, escape, markdown, terminal_rows
 
 FID, ACCURACY = Column("fid", "ddim"), Column("accuracy", "ddim", lower_is_better=False)
 REASON = "runs/a|b: loss is not finite <nan>,\n see `log`"
