@@ -24,6 +24,7 @@ def test_a_fraction_names_the_same_range_as_its_span() -> None:
     assert parse_range("2/4", 1000).label == "2of4"
     assert parse_range("250:500", 1000).label == "250-500"
     assert parse_range("1/1", 1000).range == TimestepRange(0, 1000)
+    assert parse_range("0:1000", 1000).range == TimestepRange(0, 1000)
 
 
 def test_a_fraction_follows_a_split_of_that_many_ranges() -> None:

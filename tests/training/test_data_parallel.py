@@ -19,94 +19,14 @@ from PIL import Image
 
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.config import DataConfig, FinetuneConfig
-from deme_cli.data.images import open_images
-from deme_cli.diffusion.companions import open_companions
-from deme_cli.diffusion.conditions import concatenate
-from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
-from deme_cli.diffusion.schedule import Schedule
+from deme_cli.diffusion.denoiser import load_denoiser, predict
 from deme_cli.distributed import Launch, World
 from deme_cli.errors import ConfigError
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.batches import Batch, BatchSource, share_of
-from deme_cli.training.examples import Examples, PixelExamples, fill_caches, open_examples
 from deme_cli.training.setup import Plan, require_processes
 from deme_cli.training.sharding import add_up_gradients, buckets
 
 SPAN = TimestepRange(250, 500)
-
-
-def member(rank: int, size: int) -> World:
-    """A process that has joined nobody: shares can be computed, not exchanged."""
-    return World(Launch(rank=rank, world_size=size))
-
-
-@pytest.mark.parametrize(("num", "size"), [(8, 2), (5, 2), (7, 3), (3, 3), (64, 5)])
-def test_shares_cover_the_batch_once_and_differ_by_one_at_most(num: int, size: int) -> None:
-    shares = [range(num)[share_of(num, member(rank, size))] for rank in range(size)]
-    assert [image for share in shares for image in share] == list(range(num))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def joined(parts: list[Batch]) -> Batch:
-    x0, eps, t = (torch.cat([getattr(b, name) for b in parts]) for name in ("x0", "eps", "t"))
-    conditions = [part.conditions for part in parts]
-    return Batch(x0, eps, t, concatenate(*conditions) if conditions[0] else {})
-
-
-def compare_with_whole(
-    examples: Examples, schedule: Schedule, config: FinetuneConfig, *, atol: float = 0.0
-) -> None:
-    """Shares of three processes, concatenated, are the batch of one (bit for bit)."""
-    whole, *parts = (
-        BatchSource(examples, SPAN, schedule, config, flip=True, share=share)
-        for share in (slice(None), *(share_of(config.batch_size, member(k, 3)) for k in range(3)))
-    )
-    for step, micro in ((0, 0), (3, 1)):
-        wanted = whole.batch(step, micro)
-        found = joined([part.batch(step, micro) for part in parts])
-        torch.testing.assert_close(found.x0, wanted.x0, rtol=0, atol=atol)
-        assert torch.equal(found.eps, wanted.eps)
-        assert torch.equal(found.t, wanted.t)
-        torch.testing.assert_close(found.conditions, wanted.conditions, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("settings", [{}, {"antithetic": True}, {"timesteps": "per-batch"}])
-def test_shares_of_pixels_are_those_of_the_whole_batch(
-    base: Callable[..., Denoiser], captioned: Path, settings: dict
-) -> None:
-    data = open_images(str(captioned), shape=(3, 16, 16), keep=False)
-    config = FinetuneConfig(batch_size=7, accumulation=2, **settings)
-    compare_with_whole(PixelExamples(data, crop="random"), base("sd").schedule, config)
-
-
-@pytest.mark.parametrize("crop", ["centre", "random"])
-def test_shares_of_latents_are_those_of_the_whole_batch(
-    base: Callable[..., Denoiser], captioned: Path, tmp_path: Path, crop: str
-) -> None:
-    examples = open_examples(
-        DataConfig(source=str(captioned), crop=crop), open_companions(base("sdxl").record),
-        split="train", flips=True, cache=str(tmp_path / "cache"),
-    )  # fmt: skip
-    list(fill_caches(examples))
-    config = FinetuneConfig(batch_size=7, accumulation=2, caption_dropout=0.5)
-    # random crops go through the VAE, whose convolutions round by the size of a batch
-    atol = 0.0 if crop == "centre" else 1e-5
-    compare_with_whole(examples, base("sdxl").schedule, config, atol=atol)
-
-
-def test_images_of_other_shares_are_not_decoded(
-    base: Callable[..., Denoiser], captioned: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = open_images(str(captioned), shape=(3, 16, 16), keep=False)
-    seen: list[int] = []
-    batch = data.batch
-    monkeypatch.setattr(data, "batch", lambda i, c=None: seen.extend(i) or batch(i, c))
-    source = BatchSource(
-        PixelExamples(data), SPAN, base("sd").schedule, FinetuneConfig(batch_size=5), flip=False,
-        share=share_of(5, member(1, 2)),
-    )  # fmt: skip
-    source.batch(0, 0)
-    assert seen == source._indices(0, 5)[3:]
 
 
 class Doubling(World):

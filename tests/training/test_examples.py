@@ -12,11 +12,9 @@ from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.data.images import open_images, to_unit
 from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.diffusion.schedule import FlowSchedule
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.batches import BatchSource, derived_generator
-from deme_cli.training.examples import Examples, PixelExamples, name_companions, open_examples
+from deme_cli.training.examples import Examples, name_companions, open_examples
 
 SPAN = TimestepRange(250, 500)
 CONFIG = FinetuneConfig(batch_size=8, p=0.3, caption_dropout=0.5)
@@ -24,73 +22,6 @@ CONFIG = FinetuneConfig(batch_size=8, p=0.3, caption_dropout=0.5)
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def test_a_batch_of_pixels_draws_timesteps_then_flips_then_noise_and_nothing_else(
-    base: Callable[..., Denoiser],
-) -> None:
-    data = open_images("digits", shape=(1, 8, 8))
-    schedule = base("sd").schedule
-    batch = BatchSource(PixelExamples(data), SPAN, schedule, CONFIG, flip=True).batch(5, 1)
-
-    generator = derived_generator(0, SPAN, 5, 1)
-    everywhere = torch.rand(8, generator=generator) < 0.3
-    uniform = torch.rand(8, generator=generator, dtype=torch.float64)
-    t = torch.where(everywhere, (uniform * 1000).long(), 250 + (uniform * 250).long())
-    mirrored = torch.rand(8, generator=generator) < 0.5
-    assert torch.equal(batch.t, t)
-    assert torch.equal(batch.eps, torch.randn(8, 1, 8, 8, generator=generator))
-    order = torch.randperm(len(data), generator=derived_generator(0, SPAN, "epoch", 0))
-    x0 = to_unit(data.batch(order[48:56].tolist()))  # accumulation is 1: batch 6 of update 5
-    assert torch.equal(batch.x0[mirrored], x0[mirrored].flip(-1))
-    assert torch.equal(batch.x0[~mirrored], x0[~mirrored])
-    assert batch.conditions == {}
-
-
-def test_latents_take_their_noise_before_eps_and_captions_are_left_out_after_it(
-    base: Callable[..., Denoiser], examples: Callable[..., Examples]
-) -> None:
-    own, schedule = examples("sd"), base("sd").schedule
-    source = BatchSource(own, SPAN, schedule, CONFIG, flip=False)
-    batch = source.batch(0, 0)
-    generator = derived_generator(0, SPAN, 0, 0)
-    torch.rand(8, generator=generator)
-    torch.rand(8, generator=generator, dtype=torch.float64)
-    indices = source._indices(0, 8)
-    x0, conditions = own.draw(indices, flip=None, generator=generator)
-    assert torch.equal(batch.x0, x0)
-    assert torch.equal(batch.eps, torch.randn(x0.shape, generator=generator))
-    dropped = torch.rand(8, generator=generator) < 0.5
-    assert 0 < dropped.sum() < 8
-    tokens, found = conditions["encoder_hidden_states"], batch.conditions["encoder_hidden_states"]
-    assert torch.equal(found[~dropped], tokens[~dropped])
-    null = own.null()["encoder_hidden_states"]
-    assert torch.equal(found[dropped], null.expand_as(tokens)[dropped])
-
-    never = BatchSource(own, SPAN, schedule, replace(CONFIG, caption_dropout=0.0), flip=False)
-    assert torch.equal(never.batch(0, 0).conditions["encoder_hidden_states"], tokens)
-    assert torch.equal(never.batch(0, 0).eps, batch.eps)
-
-
-def test_classes_are_left_out_for_the_null_class(
-    base: Callable[..., Denoiser], examples: Callable[..., Examples]
-) -> None:
-    config = replace(CONFIG, caption_dropout=1.0)
-    source = BatchSource(examples("dit"), SPAN, base("dit").schedule, config, flip=False)
-    assert source.batch(0, 0).conditions["class_labels"].tolist() == [10] * 8
-
-
-def test_draws_of_a_flow_have_their_times_in_the_range(
-    base: Callable[..., Denoiser], examples: Callable[..., Examples]
-) -> None:
-    schedule = base("sd3").schedule
-    assert isinstance(schedule, FlowSchedule)
-    config = replace(CONFIG, p=0.0, batch_size=16)
-    source = BatchSource(examples("sd3"), SPAN, schedule, config, flip=False)
-    t = source.batch(0, 0).t
-    times = schedule.times(t)
-    assert ((times >= 250) & (times < 500)).all()
-    assert not ((t >= 250) & (t < 500)).all()  # the shift moves draws and times apart
 
 
 def test_without_a_generator_a_draw_is_the_scaled_mean(

@@ -32,6 +32,13 @@ def test_the_in_range_fraction_is_one_minus_p_plus_p_over_n(p: float) -> None:
     assert t.max() < (SPAN.stop if p == 0 else T)
 
 
+def test_draws_from_everywhere_are_all_timesteps_of_the_horizon_equally_often() -> None:
+    span, generator = TimestepRange(3, 5), torch.Generator().manual_seed(0)
+    counts = torch.bincount(draw_timesteps(8000, span, 8, p=1.0, generator=generator), minlength=8)
+    assert len(counts) == 8
+    assert ((counts - 1000).abs() < 5 * 1000**0.5).all()
+
+
 def test_every_timestep_of_the_range_is_drawn_equally_often() -> None:
     counts = torch.bincount(draw(100_000, p=0.0) - SPAN.start, minlength=len(SPAN)).float()
     assert len(counts) == len(SPAN)
@@ -64,7 +71,7 @@ def draw_clusters(num: int, clusters: list[TimestepRange] = CLUSTERS) -> torch.T
     return draw_by_cluster(num, clusters, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("num", [3, 4, 8, 63, 64])
+@pytest.mark.parametrize("num", [3, 4, 8, 64])
 def test_clusters_have_even_shares_of_a_batch_whatever_their_lengths(num: int) -> None:
     t = draw_clusters(num)
     shares = [sum(draw in cluster for draw in t.tolist()) for cluster in CLUSTERS]
@@ -81,12 +88,6 @@ def test_every_timestep_of_a_cluster_is_drawn_equally_often() -> None:
         counts = torch.bincount(inside - cluster.start, minlength=len(cluster)).double()
         chi_squared = ((counts - expected) ** 2 / expected).sum().item()
         assert chi_squared <= len(cluster) - 1 + 5 * (2 * (len(cluster) - 1)) ** 0.5
-
-
-def test_draws_by_cluster_follow_their_generator() -> None:
-    other = draw_by_cluster(64, CLUSTERS, generator=torch.Generator().manual_seed(4))
-    assert torch.equal(draw_clusters(64), draw_clusters(64))
-    assert not torch.equal(draw_clusters(64), other)
 
 
 def _parts():

@@ -1,26 +1,32 @@
-"""T timesteps, B batch. A formula is proved against numpy's, an objective by its gradient."""
+"""Weights of timesteps against numpy, diffusers, and gradients that are worked out by hand.
+
+T timesteps, B batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_SCHEDULER, TINY_SCHEDULER
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from deme_cli.config import WEIGHTINGS
+from deme_cli.config import WEIGHTINGS, FinetuneConfig
 from deme_cli.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule, read_schedule
 from deme_cli.errors import ConfigError
-from deme_cli.training.weighting import loss_weights
+from deme_cli.timesteps import TimestepRange
+from deme_cli.training.multitask import open_tasks
+from deme_cli.training.weighting import Reduction, Uncertainty, loss_weights, noise_levels
 
 LINEAR = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
 ABAR = torch.tensor([0.9999, 0.97, 0.8, 0.5, 0.2, 0.01], dtype=torch.float64)
 SIGMAS = torch.tensor([0.01, 0.2, 0.4, 0.5, 0.8, 0.999], dtype=torch.float64)
 NAMES = [name for name in WEIGHTINGS if name not in ("none", "uncertainty")]
-PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 X0_WEIGHTS = {  # REFERENCE section 2, the column of the x_0-loss: f(SNR, gamma, k)
     "uniform": lambda snr, gamma, k: snr,
     "snr+1": lambda snr, gamma, k: snr + 1,
@@ -54,9 +60,11 @@ def test_mean_and_share_of_the_noisiest_quarter_are_the_published_ones(
     assert (weights[750:].sum() / weights.sum()).item() == pytest.approx(share, abs=5e-4)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("gamma", "k"), [(None, 1.0), (0.5, 2.0), (3.0, 0.5)])
+@pytest.mark.parametrize(
+    ("prediction_type", "gamma", "k"),
+    [("epsilon", None, 1.0), ("sample", 0.5, 2.0), ("v_prediction", 3.0, 0.5)],
+)
 def test_every_weight_is_that_of_the_table(
     name: str, prediction_type: str, gamma: float | None, k: float
 ) -> None:
@@ -104,7 +112,7 @@ def weighted_gradient(schedule: Schedule, name: str, signal: Tensor, noise: Tens
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_objective_is_the_same_whatever_the_network_predicts(
     name: str, prediction_type: str
 ) -> None:
@@ -128,7 +136,7 @@ def test_the_plain_loss_and_the_learned_weights_have_no_table(name: str) -> None
     assert loss_weights(linear(), name) is None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["snr+1", "min-snr"])
 def test_normalised_weights_have_mean_one_and_the_old_proportions(name: str) -> None:
     plain, scaled = (loss_weights(linear(), name, normalise=flag) for flag in (False, True))
     assert scaled.mean().item() == pytest.approx(1)
@@ -188,13 +196,278 @@ def test_a_velocity_can_be_weighed_without_noise(name: str) -> None:
         assert weights[0].item() == (1.0 if name in ("uniform", "snr+1", "truncated-snr") else 0.0)
 
 
-@pytest.mark.parametrize("name", ["min-snr", "soft-min-snr"])
-def test_bounded_weights_of_a_clean_image_reach_gamma_without_noise(name: str) -> None:
-    schedule = NoiseSchedule(torch.cat([torch.ones(1), ABAR]), "sample")
-    assert loss_weights(schedule, name)[0].item() == 5.0
-
-
 def test_a_clean_image_cannot_be_weighed_evenly_on_its_noise_where_there_is_none() -> None:
     schedule = NoiseSchedule(torch.cat([torch.ones(1), ABAR]), "sample")
     with pytest.raises(ConfigError, match=r"uniform: .* t = 0, .* ratio is inf"):
         loss_weights(schedule, "uniform")
+
+
+TINY = read_schedule(TINY_SCHEDULER)  # T = 100
+LEARNED = {5: 0.003, 50: 0.2, 95: 4.0}  # of three timesteps, far apart in size
+
+
+@pytest.fixture(scope="module")
+def uncertainty() -> Uncertainty:
+    """u after full-batch descent on the constant losses above."""
+    uncertainty = Uncertainty(TINY)
+    t, losses = torch.tensor(list(LEARNED)), torch.tensor(list(LEARNED.values()))
+    optimizer = torch.optim.Adam(uncertainty.parameters(), lr=0.01)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        uncertainty.weigh(losses, t).backward()
+        optimizer.step()
+    return uncertainty
+
+
+def test_training_begins_as_the_plain_loss() -> None:
+    losses = torch.linspace(0.1, 3, 100, requires_grad=True)
+    weighed = Uncertainty(TINY).weigh(losses, torch.arange(100))
+    assert torch.equal(weighed, losses.mean())
+    assert torch.equal(*torch.autograd.grad(weighed, losses), torch.full((100,), 0.01))
+
+
+def test_descent_ends_at_the_logarithm_of_the_loss_of_each_timestep(
+    uncertainty: Uncertainty,
+) -> None:
+    u = uncertainty(torch.tensor(list(LEARNED)))
+    torch.testing.assert_close(u, torch.tensor(list(LEARNED.values())).log(), rtol=0, atol=1e-3)
+
+
+def test_u_is_one_linear_layer_on_the_fourier_features_of_the_noise_level(
+    uncertainty: Uncertainty,
+) -> None:
+    turns = torch.outer(TINY.snr.double() ** -0.5, torch.ones(128)).log() / 4
+    turns = turns * uncertainty.frequencies.double() + uncertainty.phases.double()
+    features = 2**0.5 * torch.cos(2 * torch.pi * turns)
+    expected = features @ uncertainty.weight.double() + uncertainty.bias.double()
+    torch.testing.assert_close(
+        uncertainty(torch.arange(100)).double(), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_state_dict_restores_all_of_u(uncertainty: Uncertainty) -> None:
+    other = Uncertainty(TINY, seed=1)
+    other.load_state_dict(uncertainty.state_dict())
+    assert torch.equal(other(torch.arange(100)), uncertainty(torch.arange(100)))
+
+
+def test_the_features_follow_the_seed_and_leave_the_global_one_alone() -> None:
+    before = torch.get_rng_state()
+    first, again, other = (Uncertainty(TINY, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    for name in ("frequencies", "phases"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert not torch.equal(getattr(first, name), getattr(other, name))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        NoiseSchedule(torch.tensor([1, 0.9, 0.5, 0.1, 0], dtype=torch.float64), "v_prediction"),
+        FlowSchedule(torch.tensor([0, 0.1, 0.5, 0.9, 1], dtype=torch.float64)),
+    ],
+    ids=lambda schedule: schedule.prediction_type,
+)
+def test_pure_noise_and_no_noise_count_as_their_neighbours(schedule) -> None:
+    levels = noise_levels(schedule)
+    assert levels[0] == levels[1] < levels[2] < levels[3] == levels[4]
+    assert Uncertainty(schedule)(torch.arange(5)).isfinite().all()
+
+
+SCHEDULE = read_schedule(TINY_SCHEDULER)  # T = 100, predicts the noise
+CLUSTERS = [TimestepRange(0, 30), TimestepRange(30, 60), TimestepRange(60, 100)]
+EDGES = torch.tensor([0, 29, 30, 59, 60, 99, 99])  # two, two and three images of the clusters
+OF_CLUSTER = [[0, 1], [2, 3], [4, 5, 6]]
+BRANCHES = {
+    "plain": {},
+    "weighted": {"loss_weighting": "min-snr"},
+    "uncertainty": {"loss_weighting": "uncertainty"},
+    "uw": {"multitask": "uw"},
+    "nashmtl": {"multitask": "nashmtl"},
+    "pcgrad": {"multitask": "pcgrad"},
+    "weighted uw": {"loss_weighting": "p2", "multitask": "uw"},
+}
+
+
+class Toy(nn.Module):
+    """A loss per image of a regression on five weights."""
+
+    def __init__(self, num: int = len(EDGES)) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.theta = nn.Parameter(torch.randn(5, generator=generator))
+        self.x = torch.randn(num, 5, generator=generator)
+        self.y = torch.randn(num, generator=generator)
+
+    def losses(self) -> Tensor:
+        """(B,) with their graph."""
+        return (self.x @ self.theta - self.y).square()
+
+    def gradients(self) -> Tensor:
+        """Of each image, by hand.  (B, 5)"""
+        return (2 * (self.x @ self.theta - self.y)[:, None] * self.x).detach()
+
+
+def reduction_of(**settings: object) -> Reduction:
+    config = FinetuneConfig(**{"clusters": 3, "batch_size": 7, **settings})
+    clusters = CLUSTERS if config.multitask != "none" else ()
+    return Reduction(config, SCHEDULE, clusters)
+
+
+def backward(
+    reduction: Reduction,
+    toy: Toy,
+    t: Tensor = EDGES,
+    *,
+    step: int = 0,
+    images: slice = slice(None),
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+) -> Tensor:
+    """The value of a batch; its gradient is added to `toy.theta.grad`."""
+    generator = torch.Generator().manual_seed(step)
+    losses = toy.losses()[images]
+    parameters = list(toy.parameters())
+    return reduction.backward(
+        losses, t[images], parameters, step=step, generator=generator, scale=scale
+    )
+
+
+def test_the_plain_loss_is_the_mean_over_the_images() -> None:
+    toy = Toy()
+    total = backward(reduction_of(), toy)
+    torch.testing.assert_close(total, toy.losses().mean().detach())
+    torch.testing.assert_close(toy.theta.grad, toy.gradients().mean(0))
+
+
+RATIO = SCHEDULE.snr
+BY_HAND = {  # on the loss of the noise
+    "min-snr": ({"weighting_gamma": 3.0}, (3 / RATIO).clamp(max=1)),
+    "p2": ({"weighting_gamma": 0.5, "weighting_k": 2.0}, (2 + RATIO) ** -0.5),
+}
+
+
+@pytest.mark.parametrize(("name", "normalise"), [("min-snr", False), ("p2", True)])
+def test_a_weighting_multiplies_the_loss_of_each_image_by_the_weight_of_its_timestep(
+    name: str, normalise: bool
+) -> None:
+    options, table = BY_HAND[name]
+    toy = Toy()
+    total = backward(
+        reduction_of(loss_weighting=name, normalise_weighting=normalise, **options), toy
+    )
+    weights = (table / table.mean() if normalise else table)[EDGES].float()
+    torch.testing.assert_close(total, (weights * toy.losses()).mean().detach())
+    torch.testing.assert_close(toy.theta.grad, (weights[:, None] * toy.gradients()).mean(0))
+
+
+def test_learned_weights_divide_each_gradient_by_exp_u() -> None:
+    reduction, toy = reduction_of(loss_weighting="uncertainty"), Toy()
+    reduction.uncertainty.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    u = reduction.uncertainty(EDGES).detach()
+    assert u.std() > 0.1, "the timesteps are weighed unlike"
+    total = backward(reduction, toy)
+    losses = toy.losses().detach()
+    torch.testing.assert_close(total, (losses / u.exp() + u).mean())
+    torch.testing.assert_close(toy.theta.grad, (toy.gradients() / u.exp()[:, None]).mean(0))
+    torch.testing.assert_close(reduction.uncertainty.bias.grad, (1 - losses / u.exp()).mean())
+    assert reduction.own_lr is None, "they learn at the network's rate"
+
+
+def task_losses(reduction: Reduction, toy: Toy, t: Tensor) -> Tensor:
+    """L_i, which UW shows at s = 0: the gradient of s_i is (1 - L_i / k) / 2.  -> (k,)"""
+    backward(reduction, toy, t)
+    k = len(CLUSTERS)
+    return k * (1 - 2 * reduction.tasks.log_variances.grad)
+
+
+def test_the_loss_of_a_task_is_the_mean_over_the_images_of_its_cluster() -> None:
+    toy = Toy()
+    found = task_losses(reduction_of(multitask="uw"), toy, EDGES)
+    losses = toy.losses().detach()
+    expected = torch.stack([losses[images].mean() for images in OF_CLUSTER])
+    torch.testing.assert_close(found, expected)
+    gradients = torch.stack([toy.gradients()[images].mean(0) for images in OF_CLUSTER])
+    torch.testing.assert_close(toy.theta.grad, gradients.sum(0) / 2 / 3)
+
+
+@pytest.mark.parametrize(("t", "cluster"), [(29, 0), (30, 1), (59, 1), (60, 2)])
+def test_the_last_timestep_of_a_cluster_is_the_one_before_its_stop(t: int, cluster: int) -> None:
+    toy = Toy(num=4)
+    toy.x, toy.y = torch.zeros(4, 5), torch.tensor([0.0, 0.0, 0.0, 3.0])  # losses 0, 0, 0, 9
+    found = task_losses(reduction_of(multitask="uw"), toy, torch.tensor([5, 45, 80, t]))
+    expected = torch.zeros(3)
+    expected[cluster] = 9 / 2
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "weighting"), [("uw", "p2"), ("nashmtl", "min-snr"), ("pcgrad", "none")]
+)
+def test_the_losses_are_weighed_before_their_clusters_are_balanced(
+    method: str, weighting: str
+) -> None:
+    settings = {"weighting_gamma": 0.7} if weighting != "none" else {}
+    reduction = reduction_of(multitask=method, loss_weighting=weighting, **settings)
+    toy, alone = Toy(), Toy()
+    total = backward(reduction, toy, step=0)
+
+    table = {"none": torch.ones(100), "min-snr": (0.7 / RATIO).clamp(max=1)}
+    weights = table.get(weighting, (1 + RATIO) ** -0.7)[EDGES].float()
+    weighed = weights * alone.losses()
+    means = torch.stack([weighed[images].mean() for images in OF_CLUSTER])
+    expected = open_tasks(method, 3, every=25).backward(
+        means, [alone.theta], step=0, generator=torch.Generator().manual_seed(0),
+        scale=lambda loss: loss,
+    )  # fmt: skip
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(toy.theta.grad, alone.theta.grad)
+
+
+@pytest.mark.parametrize("settings", [BRANCHES["weighted"], BRANCHES["uncertainty"]])
+def test_the_gradient_is_scaled_and_the_value_is_not(settings: dict) -> None:
+    found = []
+    for factor in (1.0, 1024.0):
+        reduction, toy = reduction_of(**settings), Toy()
+        total = backward(reduction, toy, scale=lambda loss, by=factor: loss * by)
+        own = [parameter.grad / factor for parameter in reduction.parameters()]
+        found.append([total, toy.theta.grad / factor, *own])
+        assert total.shape == ()
+        assert not total.requires_grad
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", ["plain", "weighted", "uncertainty"])
+def test_two_halves_accumulated_are_the_batch_of_both(name: str) -> None:
+    t = torch.tensor([0, 29, 30, 59, 60, 99, 3, 7, 31, 44, 70, 98])  # two of each in each half
+    whole, halves = reduction_of(**BRANCHES[name]), reduction_of(**BRANCHES[name])
+    toy, other = Toy(12), Toy(12)
+    total = backward(whole, toy, t, step=1)
+    parts = [
+        backward(halves, other, t, step=1, images=images, scale=lambda loss: loss / 2)
+        for images in (slice(6), slice(6, 12))
+    ]
+    torch.testing.assert_close(sum(parts) / 2, total)
+    torch.testing.assert_close(other.theta.grad, toy.theta.grad)
+    for one, another in zip(halves.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, another.grad)
+
+
+def test_only_what_is_learned_is_kept_with_a_run() -> None:
+    kept = {name: set(reduction_of(**BRANCHES[name]).state_dict()) for name in BRANCHES}
+    assert kept["plain"] == kept["weighted"] == kept["pcgrad"] == set()
+    assert kept["uw"] == kept["weighted uw"] == {"tasks.log_variances"}
+    assert kept["nashmtl"] == {"tasks.alpha", "tasks.measured_at"}
+    assert {"uncertainty.weight", "uncertainty.bias"} < kept["uncertainty"]
+    trained = {name: [n for n, _ in reduction_of(**BRANCHES[name]).named_parameters()]
+               for name in ("uw", "nashmtl", "uncertainty")}  # fmt: skip
+    assert trained == {
+        "uw": ["tasks.log_variances"],
+        "nashmtl": [],
+        "uncertainty": ["uncertainty.weight", "uncertainty.bias"],
+    }
+
+
+def test_a_weighting_without_a_finite_weight_is_refused_when_the_run_begins() -> None:
+    no_signal = NoiseSchedule(torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64), "epsilon")
+    with pytest.raises(ConfigError, match=r"snr\+1: no finite weight at t = 2"):
+        Reduction(FinetuneConfig(loss_weighting="snr+1"), no_signal)

@@ -1,0 +1,296 @@
+"""The random draws of training: their order, their epochs, the shares of processes, made ahead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_SCHEDULER
+
+from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.data.images import open_images, to_unit
+from deme_cli.diffusion.companions import open_companions
+from deme_cli.diffusion.conditions import concatenate
+from deme_cli.diffusion.denoiser import Denoiser
+from deme_cli.diffusion.schedule import FlowSchedule, Schedule, read_schedule
+from deme_cli.distributed import Launch, World
+from deme_cli.errors import ArtifactError
+from deme_cli.timesteps import TimestepRange
+from deme_cli.training.batches import Ahead, Batch, BatchSource, derived_generator, share_of
+from deme_cli.training.examples import (
+    Examples,
+    PixelExamples,
+    fill_caches,
+    open_examples,
+)
+
+QUARTER = TimestepRange(250, 500)
+CONFIG = FinetuneConfig(batch_size=8, p=0.3, caption_dropout=0.5)
+STEPS = FinetuneConfig(steps=3, accumulation=2, batch_size=5)
+SPAN = TimestepRange(25, 50)
+CPU = torch.device("cpu")
+
+
+def source_of(examples: PixelExamples, **options: object) -> BatchSource:
+    return BatchSource(examples, SPAN, read_schedule(TINY_SCHEDULER), STEPS, flip=True, **options)
+
+
+@pytest.fixture(scope="module")
+def images() -> PixelExamples:
+    return PixelExamples(open_images("digits", shape=(1, 8, 8), split="held-out"))
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return all(torch.equal(getattr(one, n), getattr(other, n)) for n in ("x0", "eps", "t"))
+
+
+def test_batches_made_ahead_are_those_that_are_asked_for(images: PixelExamples) -> None:
+    plain, made = source_of(images), []
+    making = source_of(images)
+    batch = making.batch
+    making.batch = lambda step, micro: made.append((step, micro)) or batch(step, micro)
+    # an update that begins anew asks for its first batch again
+    asked = [(0, 0), (0, 0), (0, 1), (1, 0), (1, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    with Ahead(making, STEPS.steps, STEPS.accumulation, CPU) as ahead:
+        for place in asked:
+            assert same(ahead.batch(*place), plain.batch(*place))
+            while len(made) < 2:
+                time.sleep(0.001)
+    assert made[:2] == [(0, 0), (0, 1)]
+    assert max(made) == (2, 1)  # nothing after the last update
+
+
+def test_an_error_in_a_batch_made_ahead_is_raised_where_it_is_asked_for() -> None:
+    class Broken:
+        def batch(self, step: int, micro: int) -> Batch:
+            if step:
+                raise ArtifactError("3.png: broken image")
+            return Batch(torch.zeros(1), torch.zeros(1), torch.zeros(1), {})
+
+    with Ahead(Broken(), 5, 1, CPU) as ahead:
+        ahead.batch(0, 0)
+        with pytest.raises(ArtifactError, match="broken"):
+            ahead.batch(1, 0)
+
+
+def test_images_on_the_device_are_gathered_mirrored_and_scaled_as_here(
+    images: PixelExamples,
+) -> None:
+    resident = PixelExamples(images.data)
+    resident.keep_on(CPU)
+    assert resident._resident.dtype == torch.uint8
+    for step in range(3):
+        assert same(source_of(resident).batch(step, 0), source_of(images).batch(step, 0))
+
+
+@pytest.mark.gpu
+def test_batches_of_a_gpu_have_the_images_and_timesteps_of_a_processor(
+    images: PixelExamples,
+) -> None:
+    gpu, plain = torch.device("cuda:0"), source_of(images)
+    resident = PixelExamples(images.data)
+    for examples in (images, resident):
+        with Ahead(source_of(examples, device=gpu), STEPS.steps, STEPS.accumulation, gpu) as ahead:
+            for place in [(0, 0), (0, 1), (1, 0), (0, 0)]:
+                found, wanted = ahead.batch(*place), plain.batch(*place)
+                assert found.x0.device == found.eps.device == found.t.device == gpu
+                # a GPU multiplies by 1 / 127.5 where a processor divides
+                torch.testing.assert_close(found.x0.cpu(), wanted.x0, rtol=0, atol=1e-6)
+                assert torch.equal(found.t.cpu(), wanted.t)
+                assert found.eps.shape == wanted.eps.shape
+        resident.keep_on(gpu)  # for the second round
+    assert resident._resident.device == gpu
+
+
+def test_noise_of_a_device_is_of_the_batch_and_shared_like_it(images: PixelExamples) -> None:
+    whole = source_of(images, device=CPU)
+    shares = [source_of(images, device=CPU, share=part) for part in (slice(2), slice(2, 5))]
+    batch = whole.batch(1, 1)
+    parts = [source.batch(1, 1) for source in shares]
+    for name in ("x0", "eps", "t"):
+        assert torch.equal(getattr(batch, name), torch.cat([getattr(p, name) for p in parts]))
+    here = source_of(images).batch(1, 1)
+    assert torch.equal(batch.x0, here.x0)
+    assert torch.equal(batch.t, here.t)
+    assert not torch.equal(batch.eps, here.eps)
+    assert not torch.equal(batch.eps, whole.batch(1, 0).eps)
+    eps = torch.cat([whole.batch(step, 0).eps for step in range(40)])
+    assert abs(eps.mean()) < 0.03
+    assert abs(eps.std() - 1) < 0.03
+
+
+class Numbered:
+    """Seven images that are their own number."""
+
+    fingerprint, crop, shape = "", "centre", (1, 1, 1)
+
+    def __len__(self) -> int:
+        return 7
+
+    def draw(self, indices: list[int], **options: object) -> tuple[torch.Tensor, dict]:
+        return torch.tensor(indices)[:, None, None, None].float(), {}
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (3, 1), (3, 2), (20, 1)])
+def test_batches_read_one_epoch_after_the_other_each_a_permutation_of_all_images(
+    batch_size: int, accumulation: int
+) -> None:
+    config = FinetuneConfig(batch_size=batch_size, accumulation=accumulation)
+    numbered = BatchSource(Numbered(), SPAN, read_schedule(TINY_SCHEDULER), config, flip=False)
+    num_batches = -(-28 // batch_size)  # four epochs
+    batches = [numbered.batch(*divmod(place, accumulation)) for place in range(num_batches)]
+    seen = torch.cat([batch.x0.flatten() for batch in batches]).int().tolist()
+    assert [len(batch.t) for batch in batches] == [batch_size] * num_batches
+    epochs = [seen[start : start + 7] for start in range(0, 28, 7)]
+    for number, epoch in enumerate(epochs):
+        order = torch.randperm(7, generator=derived_generator(0, SPAN, "epoch", number))
+        assert epoch == order.tolist()
+    assert len(set(map(tuple, epochs))) > 1
+    # any batch alone is what it is in its turn
+    again = BatchSource(Numbered(), SPAN, read_schedule(TINY_SCHEDULER), config, flip=False)
+    last = again.batch(*divmod(num_batches - 1, accumulation))
+    assert torch.equal(last.x0, batches[-1].x0)
+
+
+def test_a_batch_of_pixels_draws_timesteps_then_flips_then_noise_and_nothing_else(
+    base: Callable[..., Denoiser],
+) -> None:
+    data = open_images("digits", shape=(1, 8, 8))
+    schedule = base("sd").schedule
+    batch = BatchSource(PixelExamples(data), QUARTER, schedule, CONFIG, flip=True).batch(5, 1)
+
+    generator = derived_generator(0, QUARTER, 5, 1)
+    everywhere = torch.rand(8, generator=generator) < 0.3
+    uniform = torch.rand(8, generator=generator, dtype=torch.float64)
+    t = torch.where(everywhere, (uniform * 1000).long(), 250 + (uniform * 250).long())
+    mirrored = torch.rand(8, generator=generator) < 0.5
+    assert torch.equal(batch.t, t)
+    assert torch.equal(batch.eps, torch.randn(8, 1, 8, 8, generator=generator))
+    order = torch.randperm(len(data), generator=derived_generator(0, QUARTER, "epoch", 0))
+    x0 = to_unit(data.batch(order[48:56].tolist()))  # accumulation is 1: batch 6 of update 5
+    assert torch.equal(batch.x0[mirrored], x0[mirrored].flip(-1))
+    assert torch.equal(batch.x0[~mirrored], x0[~mirrored])
+    assert batch.conditions == {}
+
+
+def test_latents_take_their_noise_before_eps_and_captions_are_left_out_after_it(
+    base: Callable[..., Denoiser], examples: Callable[..., Examples]
+) -> None:
+    own, schedule = examples("sd"), base("sd").schedule
+    source = BatchSource(own, QUARTER, schedule, CONFIG, flip=False)
+    batch = source.batch(0, 0)
+    generator = derived_generator(0, QUARTER, 0, 0)
+    torch.rand(8, generator=generator)
+    torch.rand(8, generator=generator, dtype=torch.float64)
+    indices = source._indices(0, 8)
+    x0, conditions = own.draw(indices, flip=None, generator=generator)
+    assert torch.equal(batch.x0, x0)
+    assert torch.equal(batch.eps, torch.randn(x0.shape, generator=generator))
+    dropped = torch.rand(8, generator=generator) < 0.5
+    assert 0 < dropped.sum() < 8
+    tokens, found = conditions["encoder_hidden_states"], batch.conditions["encoder_hidden_states"]
+    assert torch.equal(found[~dropped], tokens[~dropped])
+    null = own.null()["encoder_hidden_states"]
+    assert torch.equal(found[dropped], null.expand_as(tokens)[dropped])
+
+    never = BatchSource(own, QUARTER, schedule, replace(CONFIG, caption_dropout=0.0), flip=False)
+    assert torch.equal(never.batch(0, 0).conditions["encoder_hidden_states"], tokens)
+    assert torch.equal(never.batch(0, 0).eps, batch.eps)
+
+
+def test_classes_are_left_out_for_the_null_class(
+    base: Callable[..., Denoiser], examples: Callable[..., Examples]
+) -> None:
+    config = replace(CONFIG, caption_dropout=1.0)
+    source = BatchSource(examples("dit"), QUARTER, base("dit").schedule, config, flip=False)
+    assert source.batch(0, 0).conditions["class_labels"].tolist() == [10] * 8
+
+
+def test_draws_of_a_flow_have_their_times_in_the_range(
+    base: Callable[..., Denoiser], examples: Callable[..., Examples]
+) -> None:
+    schedule = base("sd3").schedule
+    assert isinstance(schedule, FlowSchedule)
+    config = replace(CONFIG, p=0.0, batch_size=16)
+    source = BatchSource(examples("sd3"), QUARTER, schedule, config, flip=False)
+    t = source.batch(0, 0).t
+    times = schedule.times(t)
+    assert ((times >= 250) & (times < 500)).all()
+    assert not ((t >= 250) & (t < 500)).all()  # the shift moves draws and times apart
+
+
+def member(rank: int, size: int) -> World:
+    """A process that has joined nobody: shares can be computed, not exchanged."""
+    return World(Launch(rank=rank, world_size=size))
+
+
+@pytest.mark.parametrize(("num", "size"), [(8, 2), (5, 2), (7, 3), (3, 3)])
+def test_shares_cover_the_batch_once_and_differ_by_one_at_most(num: int, size: int) -> None:
+    shares = [range(num)[share_of(num, member(rank, size))] for rank in range(size)]
+    assert [image for share in shares for image in share] == list(range(num))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def joined(parts: list[Batch]) -> Batch:
+    x0, eps, t = (torch.cat([getattr(b, name) for b in parts]) for name in ("x0", "eps", "t"))
+    conditions = [part.conditions for part in parts]
+    return Batch(x0, eps, t, concatenate(*conditions) if conditions[0] else {})
+
+
+def compare_with_whole(
+    examples: Examples, schedule: Schedule, config: FinetuneConfig, *, atol: float = 0.0
+) -> None:
+    """Shares of three processes, concatenated, are the batch of one (bit for bit)."""
+    whole, *parts = (
+        BatchSource(examples, QUARTER, schedule, config, flip=True, share=share)
+        for share in (slice(None), *(share_of(config.batch_size, member(k, 3)) for k in range(3)))
+    )
+    for step, micro in ((0, 0), (3, 1)):
+        wanted = whole.batch(step, micro)
+        found = joined([part.batch(step, micro) for part in parts])
+        torch.testing.assert_close(found.x0, wanted.x0, rtol=0, atol=atol)
+        assert torch.equal(found.eps, wanted.eps)
+        assert torch.equal(found.t, wanted.t)
+        torch.testing.assert_close(found.conditions, wanted.conditions, rtol=0, atol=0)
+
+
+def test_shares_of_pixels_are_those_of_the_whole_batch(
+    base: Callable[..., Denoiser], captioned: Path
+) -> None:
+    data = open_images(str(captioned), shape=(3, 16, 16), keep=False)
+    config = FinetuneConfig(batch_size=7, accumulation=2, antithetic=True)
+    compare_with_whole(PixelExamples(data, crop="random"), base("sd").schedule, config)
+
+
+@pytest.mark.parametrize("crop", ["centre", "random"])
+def test_shares_of_latents_are_those_of_the_whole_batch(
+    base: Callable[..., Denoiser], captioned: Path, tmp_path: Path, crop: str
+) -> None:
+    examples = open_examples(
+        DataConfig(source=str(captioned), crop=crop), open_companions(base("sdxl").record),
+        split="train", flips=True, cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    list(fill_caches(examples))
+    config = FinetuneConfig(batch_size=7, accumulation=2, caption_dropout=0.5)
+    # random crops go through the VAE, whose convolutions round by the size of a batch
+    atol = 0.0 if crop == "centre" else 1e-5
+    compare_with_whole(examples, base("sdxl").schedule, config, atol=atol)
+
+
+def test_images_of_other_shares_are_not_decoded(
+    base: Callable[..., Denoiser], captioned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_images(str(captioned), shape=(3, 16, 16), keep=False)
+    seen: list[int] = []
+    batch = data.batch
+    monkeypatch.setattr(data, "batch", lambda i, c=None: seen.extend(i) or batch(i, c))
+    source = BatchSource(
+        PixelExamples(data), QUARTER, base("sd").schedule, FinetuneConfig(batch_size=5), flip=False,
+        share=share_of(5, member(1, 2)),
+    )  # fmt: skip
+    source.batch(0, 0)
+    assert seen == source._indices(0, 5)[3:]
