@@ -21,7 +21,6 @@ from deme_cli.comparison.figures import (
     Cell,
     Column,
     Comparison,
-    Published,
     Result,
     RowResult,
     cell_of,
@@ -34,6 +33,7 @@ from deme_cli.comparison.figures import (
     status_of,
     winner,
 )
+from deme_cli.comparison.plan import Published
 
 BLANK = "\N{EN DASH}"
 TERMINAL_WIDTH, TERMINAL_GAP = 80, 2

@@ -11,15 +11,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from deme_cli.comparison.figures import (
-    Column,
-    Comparison,
-    Published,
-    Result,
-    RowResult,
-    SearchCost,
-    cell_of,
-)
+from deme_cli.comparison.figures import Column, Comparison, Result, RowResult, SearchCost, cell_of
+from deme_cli.comparison.plan import Published
 from deme_cli.comparison.table import csv_text, document, escape, markdown, terminal_rows
 
 FID, ACCURACY = Column("fid", "ddim"), Column("accuracy", "ddim", lower_is_better=False)
