@@ -20,12 +20,12 @@ from deme_cli.errors import ArtifactError, ConfigError, DemeError, writing
 from deme_cli.files import require_output, write_whole
 from deme_cli.run_file import RunFile, read_run_file, render_run_file
 from deme_cli.timesteps import TimestepRange, require_cover, split_uniform
-from deme_cli.training.clusters import Affinity, read_affinity, require_affinity
 
 if TYPE_CHECKING:
     from deme_cli.artifacts import BaseRecord
     from deme_cli.diffusion.backbones.backbone import Backbone
     from deme_cli.diffusion.schedule import Schedule
+    from deme_cli.training.clusters import Affinity
 
 # Training data guessed from a model's name, by a word in it.
 _DATA_BY_NAME = {
@@ -92,6 +92,8 @@ def split(
     measured = gradients or output / AFFINITY_NAME
     command = _measuring(measured, model, data)
     if settings.by == "gradient":
+        from deme_cli.training.clusters import require_affinity
+
         require_affinity(measured, command=command)
     elif gradients is not None:
         raise ConfigError(f"--gradients {gradients} is read by --by gradient alone")
@@ -106,6 +108,8 @@ def split(
     backbone, schedule = backbone_of(record.model_config), read_schedule(record.scheduler_config)
     affinity = None
     if settings.by == "gradient" and not settings.ranges:
+        from deme_cli.training.clusters import read_affinity
+
         affinity = read_affinity(measured, record.fingerprint, command=command)
     ranges = _divide(settings, schedule, affinity)
     images = _choose_data(data, record.source)

@@ -27,7 +27,7 @@ from deme_cli.training.state import Average, open_networks, open_state
 CONFIG = FinetuneConfig(
     steps=3, batch_size=10, accumulation=2, lr=1e-3, checkpoint_every=100, held_out=0
 )
-OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
+OUT_OF_MEMORY = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,8 @@ def update_of(run: Run, world: World = ALONE) -> tuple[list[Tensor], Tensor]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"micro_batch": 3},
+        {"micro_batch": 3, "loss_weighting": "p2", "consistency": 0.0},
         {"micro_batch": 4, "loss_weighting": "uncertainty"},
-        pytest.param({"micro_batch": 1}, marks=pytest.mark.slow),
-        pytest.param(
-            {"micro_batch": 9, "loss_weighting": "p2", "consistency": 0.0}, marks=pytest.mark.slow
-        ),
     ],
 )
 def test_parts_of_a_batch_have_the_gradient_and_the_losses_of_the_whole(
@@ -123,21 +119,6 @@ def test_where_memory_runs_out_parts_are_halved_and_the_expert_is_the_same(
     for name, tensor in load_tensors(run.output).items():
         if not name.endswith("to_k.bias"):  # see test_data_parallel.py
             torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "MPS backend out of memory (MPS allocated: 7.23 GB, max allowed: 9.07 GB).",
-    ],
-)
-def test_parts_are_halved_however_a_device_says_that_its_memory_ran_out(
-    run: Run, most: Callable[..., list[int]], text: str
-) -> None:
-    tried = most(3, text)
-    update_of(replace(run, config=replace(CONFIG, accumulation=1)))
-    assert tried == [10, 5, 2, 3, 2, 3]
 
 
 def test_what_is_no_lack_of_memory_is_told_as_it_is(

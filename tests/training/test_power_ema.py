@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,7 +112,7 @@ def whole(run_of: Callable[..., Run]) -> Run:
     return run
 
 
-@pytest.mark.parametrize("step", [8, 11, 12])
+@pytest.mark.parametrize("step", [8, 12])
 def test_a_resumed_run_writes_the_same_files(
     run_of: Callable[..., Run], whole: Run, step: int
 ) -> None:
@@ -176,24 +176,6 @@ def test_a_run_kept_before_there_were_these_settings_still_continues(
         require_same_run(before, run_of(SAVING).identity, run.output)
     with pytest.raises(ConfigError, match="on other images or captions"):
         require_same_run({**before, "data": "0"}, run.identity, run.output)
-
-
-@pytest.mark.parametrize(
-    ("changed", "word"),
-    [
-        ({"ema_lengths": [0.0]}, "above 0, below 0.2886"),
-        ({"ema_lengths": [0.05, -0.1]}, "above 0"),
-        ({"ema_lengths": [0.3]}, "below 0.2886"),
-        ({"ema_lengths": [float("nan")]}, "above 0"),
-        ({"ema_lengths": [0.05, 0.05]}, "different numbers"),
-        ({"snapshot_every": 0}, "above 0"),
-        ({"snapshot_every": 12}, "fewer than steps = 12"),
-    ],
-)
-def test_lengths_and_snapshots_that_cannot_be_are_refused(changed: dict, word: str) -> None:
-    with pytest.raises(ConfigError, match=word) as error:
-        FinetuneConfig(**{**asdict(PLAIN), **changed})
-    assert "\n" not in str(error.value)
 
 
 def test_a_length_of_more_digits_has_a_name_of_its_own() -> None:
