@@ -6,7 +6,7 @@ It tells only what the artifact's record says; quality is for `deme eval` to mea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,39 +48,33 @@ _CAVEATS = {
 }
 
 
-# By what an image is drawn from: the pipeline's call, and the hub's name of the task.
+# By what an image is drawn from: the pipeline's call, and the hub's name of the task, which has
+# none for classes.
 _CALLS = {"nothing": "", "class": "class_labels=[207]", "text": '"a photo of a church"'}
-_TASKS = {
-    "nothing": "unconditional-image-generation",
-    "class": "unconditional-image-generation",  # the hub has none for classes
-    "text": "text-to-image",
-}
-
-
-def _wants(record: DenoiserRecord) -> str:
-    return backbone_of(record.model_config).wants
+_TASKS = {"text": "text-to-image"}
 
 
 def model_card(record: DenoiserRecord, path: Path) -> str:
     """The README.md of a pipeline made from the artifact at `path`."""
     backbone = backbone_of(record.model_config)
+    is_merged = isinstance(record, MergedRecord)
+    front = [  # what the hub reads
+        "---", "library_name: diffusers", "license: unknown",
+        f"pipeline_tag: {_TASKS.get(backbone.wants, 'unconditional-image-generation')}",
+        *([f"base_model: {record.source}"] if is_hub_id(record.source) else []),
+        "tags:", "- diffusers", "- deme", "- decouple-then-merge",
+        *(["- model-merging"] if is_merged else []), "---",
+    ]  # fmt: skip
+    facts = [(name, str(value)) for name, value in _model_facts(record).items()]
     parts = [
-        _front_matter(record),
+        "\n".join(front),
         f"# {path.stem}",
         "Exported by `deme` from an artifact of kind `" + record.kind + "`.",
         "## Method\n\n" + _METHOD,
-        "## Model\n\n" + _table(_model_facts(record)),
+        "## Model\n\n" + _table(("", ""), facts),
     ]
     if isinstance(record, MergedRecord):
-        parts.append("## Parents and coefficients\n\n" + _parents(record))
-        if record.coefficients_for:
-            parts.append(_OTHERS + "\n\n" + _finer(record))
-        if record.method != "linear":
-            parts.append(_METHODS.format(record.method) + "\n\n" + _block(_settings(record)))
-        if record.search:
-            parts.append("## Search of the coefficients\n\n" + _block(record.search))
-        if record.report:
-            parts.append("## Measured on other seeds and images\n\n" + _measured(record.report))
+        parts += _merge_parts(record)
     if isinstance(record, ExpertRecord):
         parts.append("## Training\n\n" + _block({**record.training, "data": record.data}))
     parts += [
@@ -91,22 +85,6 @@ def model_card(record: DenoiserRecord, path: Path) -> str:
         "## Licence\n\n" + _LICENCE,
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _front_matter(record: DenoiserRecord) -> str:
-    """The lines that the hub reads."""
-    lines = [
-        "---",
-        "library_name: diffusers",
-        "license: unknown",
-        f"pipeline_tag: {_TASKS[_wants(record)]}",
-        *([f"base_model: {record.source}"] if is_hub_id(record.source) else []),
-        "tags:",
-        *(f"- {tag}" for tag in ("diffusers", "deme", "decouple-then-merge")),
-        *(["- model-merging"] if isinstance(record, MergedRecord) else []),
-        "---",
-    ]
-    return "\n".join(lines)
 
 
 def _model_facts(record: DenoiserRecord) -> dict[str, Any]:
@@ -122,56 +100,49 @@ def _model_facts(record: DenoiserRecord) -> dict[str, Any]:
         "written by": record.created_by,
     }
     if isinstance(record, MergedRecord):
-        facts |= {
-            "fingerprint of the base": record.base,
-            "merge": record.method,
-            "projection while finetuning": record.projection,
-        }
+        facts |= {"fingerprint of the base": record.base, "merge": record.method,
+                  "projection while finetuning": record.projection}  # fmt: skip
     if isinstance(record, ExpertRecord):
-        facts |= {
-            "fingerprint of the base": record.base,
-            "range of timesteps": str(record.timesteps),
-            "p": record.p,
-            "updates": record.steps,
-            "seed": record.seed,
-            "projection": record.projection,
-        }
+        facts |= {"fingerprint of the base": record.base,
+                  "range of timesteps": str(record.timesteps), "p": record.p,
+                  "updates": record.steps, "seed": record.seed,
+                  "projection": record.projection}  # fmt: skip
     return facts
 
 
-def _parents(record: MergedRecord) -> str:
-    """A row per parent; how it was trained where the record tells."""
+def _merge_parts(record: MergedRecord) -> Iterator[str]:
+    """What was merged, how, and what was measured; training where the record tells of it."""
+    ranges = [f"{parent['range'][0]}:{parent['range'][1]}" for parent in record.parents]
     told = [name for name in _TRAINING if all(name in parent for parent in record.parents)]
     rows = [
-        (f"{parent['range'][0]}:{parent['range'][1]}", f"{w:g}", *(str(parent[n]) for n in told),
-         parent["kind"], parent["fingerprint"][:16], _public_name(parent["path"]))
-        for parent, w in zip(record.parents, record.coefficients, strict=True)
+        (span, f"{w:g}", *(str(parent[n]) for n in told), parent["kind"],
+         parent["fingerprint"][:16], _public_name(parent["path"]))
+        for span, parent, w in zip(ranges, record.parents, record.coefficients, strict=True)
     ]  # fmt: skip
-    return _rows(("timesteps", "coefficient", *told, "kind", "fingerprint", "file"), rows)
+    columns = ("timesteps", "coefficient", *told, "kind", "fingerprint", "file")
+    yield "## Parents and coefficients\n\n" + _table(columns, rows)
+    if record.coefficients_for:
+        finer = [(f"`{glob}`", *(f"{w:g}" for w in values))
+                 for glob, values in record.coefficients_for.items()]  # fmt: skip
+        yield _OTHERS + "\n\n" + _table(("tensors", *ranges), finer)
+    if record.method != "linear":
+        settings = dict(record.settings)
+        if "data" in settings:
+            settings["data"] = _public_name(settings["data"])
+        yield _METHODS.format(record.method) + "\n\n" + _block(settings)
+    if record.search:
+        yield "## Search of the coefficients\n\n" + _block(record.search)
+    if record.report:  # ranges of timesteps left out
+        metrics = [n for n in record.report["rows"][0]["metrics"] if " " not in n]
+        measured = [
+            (row["name"], *(_number(row["metrics"][name]["value"]) for name in metrics))
+            for row in record.report["rows"]
+        ]
+        yield "## Measured on other seeds and images\n\n" + _table(("model", *metrics), measured)
 
 
-def _finer(record: MergedRecord) -> str:
-    """The coefficients by pattern, one column per parent."""
-    head = ("tensors", *(f"{p['range'][0]}:{p['range'][1]}" for p in record.parents))
-    found = record.coefficients_for.items()
-    return _rows(head, [(f"`{glob}`", *(f"{w:g}" for w in values)) for glob, values in found])
-
-
-def _settings(record: MergedRecord) -> dict[str, Any]:
-    """Those of the method; of images on somebody's machine the name alone."""
-    told = {"data": _public_name(record.settings["data"])} if "data" in record.settings else {}
-    return {**record.settings, **told}
-
-
-def _measured(report: Mapping[str, Any]) -> str:
-    """A row per model with its value of each metric, ranges of timesteps left out."""
-    metrics = [name for name in report["rows"][0]["metrics"] if " " not in name]
-    rows = []
-    for row in report["rows"]:
-        values = [row["metrics"][name]["value"] for name in metrics]
-        shown = ("not finite" if value is None else f"{value:.5g}" for value in values)
-        rows.append((row["name"], *shown))
-    return _rows(("model", *metrics), rows)
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.5g}"
 
 
 def _public_name(source: str) -> str:
@@ -179,11 +150,7 @@ def _public_name(source: str) -> str:
     return source if is_hub_id(source) else Path(source).name
 
 
-def _table(facts: Mapping[str, Any]) -> str:
-    return _rows(("", ""), [(name, str(value)) for name, value in facts.items()])
-
-
-def _rows(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
