@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +46,18 @@ from deme_cli.diffusion.model_files import (
     weights_of,
 )
 from deme_cli.diffusion.projection import has_projections
-from deme_cli.diffusion.schedule import read_schedule
+from deme_cli.diffusion.schedule import FLOW_SCHEDULER, read_schedule
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.files import read_header
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A denoiser's float32 weights and what was read beside them.
-
-    `notes` tell what was assumed, `training` how deme trained it where it did, `companions` the
-    SHA-256 of the frozen parts around it.
-    """
+    """A denoiser's float32 weights and their record; `notes` tell what was assumed."""
 
     weights: dict[str, Tensor]
-    model_config: dict[str, Any]
-    scheduler_config: dict[str, Any]
-    source: str
+    record: BaseRecord
     notes: tuple[str, ...] = ()
-    training: dict[str, Any] | None = None
-    companions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """T. Raises ArtifactError where the scheduler config is unusable."""
-        return read_schedule(self.scheduler_config, self.source).num_train_timesteps
 
 
 def import_model(
@@ -101,20 +88,7 @@ def open_denoiser(
     model = _import_folder(place, argument, pipeline)
     for note in model.notes:
         console.note_once(note)
-    return assemble(base_record(model), model.weights, argument, device=device, dtype=dtype)
-
-
-def base_record(model: ImportedModel) -> BaseRecord:
-    """The record of an imported model, with the fingerprint of its weights."""
-    return BaseRecord(
-        source=model.source,
-        model_config=model.model_config,
-        scheduler_config=model.scheduler_config,
-        num_train_timesteps=model.num_train_timesteps,
-        training=model.training,
-        companions=model.companions,
-        fingerprint=fingerprint(model.weights),
-    )
+    return assemble(model.record, model.weights, argument, device=device, dtype=dtype)
 
 
 def _import_artifact(path: Path, source: str) -> ImportedModel:
@@ -129,11 +103,24 @@ def _import_artifact(path: Path, source: str) -> ImportedModel:
     load_weights_into(build_network(record.model_config, source), weights, source)
     if source != "digits" and (isinstance(record, BaseRecord) or record.companions):
         source = record.source  # where its frozen parts still are
-    return ImportedModel(
-        weights, record.model_config, record.scheduler_config, source,
+    return _imported(
+        weights, record.model_config, record.scheduler_config, source, record.companions,
         training=record.training if isinstance(record, BaseRecord) else None,
-        companions=dict(record.companions),
     )  # fmt: skip
+
+
+def _imported(
+    weights: dict[str, Tensor], model_config: dict[str, Any], scheduler_config: dict[str, Any],
+    source: str, companions: dict[str, str], *, training: dict[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
+) -> ImportedModel:  # fmt: skip
+    """Raises ArtifactError where the scheduler config is unusable."""
+    record = BaseRecord(
+        source=source, model_config=model_config, scheduler_config=scheduler_config,
+        num_train_timesteps=read_schedule(scheduler_config, source).num_train_timesteps,
+        training=training, companions=companions, fingerprint=fingerprint(weights),
+    )  # fmt: skip
+    return ImportedModel(weights, record, notes)
 
 
 def _import_folder(
@@ -159,9 +146,7 @@ def _import_folder(
     notes += _choice_told(place, chosen, others)
     if not scheduler_config:
         notes += (f"{source}: {GUESSED}",)
-    return ImportedModel(
-        weights, model_config, scheduler_config, source, notes, companions=companions
-    )
+    return _imported(weights, model_config, scheduler_config, source, companions, notes=notes)
 
 
 def _choice_told(place: Path, chosen: WeightSet, others: list[WeightSet]) -> tuple[str, ...]:
@@ -195,7 +180,10 @@ def _read_scheduler(
         return config
     name = config.get("_class_name")
     scheduler_class: Any = getattr(diffusers, str(name), None)
-    if not _is_known(scheduler_class):
+    by_betas = inspect.isclass(scheduler_class) and (
+        "beta_schedule" in inspect.signature(scheduler_class).parameters
+    )
+    if not by_betas and name != FLOW_SCHEDULER:
         raise ArtifactError(
             f"{where}: scheduler {name!r} has neither discrete betas nor a flow; deme takes the "
             f"DDPM family and FlowMatchEulerDiscreteScheduler"
@@ -206,14 +194,6 @@ def _read_scheduler(
         raise ArtifactError(f"{where}: unusable scheduler config: {error}") from error
     read_schedule(config, source)
     return config
-
-
-def _is_known(found: Any) -> bool:
-    """Whether something of diffusers is a scheduler class that deme takes."""
-    if not inspect.isclass(found):
-        return False
-    by_betas = "beta_schedule" in inspect.signature(found).parameters
-    return by_betas or found.__name__ == "FlowMatchEulerDiscreteScheduler"
 
 
 def _load_network(
@@ -249,11 +229,5 @@ def _load_network(
             raise ArtifactError(f"{folder}: the weights {what} {sorted(report[kind])[0]!r}")
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     require_finite(weights, str(folder / chosen.files[0]))
-    config = backbone.corrected(network.config)
-    return weights, _plain_config({**config, "_class_name": backbone.class_name})
-
-
-def _plain_config(config: Any) -> dict[str, Any]:
-    """A diffusers config as JSON holds it, without its notes on this machine."""
-    kept = {name: value for name, value in config.items() if not name.startswith("_")}
-    return json.loads(json.dumps({"_class_name": config["_class_name"], **kept}))
+    config = {k: v for k, v in backbone.corrected(network.config).items() if not k.startswith("_")}
+    return weights, json.loads(json.dumps({"_class_name": backbone.class_name, **config}))

@@ -99,12 +99,12 @@ def split(
         raise ConfigError(f"--gradients {gradients} is read by --by gradient alone")
 
     from deme_cli.diffusion.backbones.known import backbone_of
-    from deme_cli.diffusion.checkpoints import base_record, import_model
+    from deme_cli.diffusion.checkpoints import import_model
     from deme_cli.diffusion.companions import open_companions
     from deme_cli.diffusion.schedule import read_schedule
 
     imported = import_model(model, pipeline, variant)
-    record = base_record(imported)
+    record = imported.record
     backbone, schedule = backbone_of(record.model_config), read_schedule(record.scheduler_config)
     affinity = None
     if settings.by == "gradient" and not settings.ranges:

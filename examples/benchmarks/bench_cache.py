@@ -40,7 +40,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from deme_cli.artifacts import write_artifact
 from deme_cli.config import DataConfig, FinetuneConfig
-from deme_cli.diffusion.checkpoints import base_record, import_model
+from deme_cli.diffusion.checkpoints import import_model
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.timesteps import parse_range
@@ -200,7 +200,7 @@ def seconds(run: Run) -> tuple[float, float]:
 def prepare(folder: Path, config: FinetuneConfig) -> tuple[Denoiser, dict[str, Examples]]:
     """The base, and its examples with and without a cache; both ready to be drawn from."""
     model = import_model(str(write_pipeline(folder / "pipeline", TINY)))
-    write_artifact(folder / "base.safetensors", model.weights, base_record(model))
+    write_artifact(folder / "base.safetensors", model.weights, model.record)
     denoiser = load_denoiser(folder / "base.safetensors")
     images = DataConfig(source=str(write_images(folder / "images", TINY, 4 * config.batch_size)))
     companions = open_companions(denoiser.record)

@@ -25,7 +25,7 @@ from deme_cli.analysis.settings import (
 )
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
-from deme_cli.diffusion.checkpoints import base_record, import_model
+from deme_cli.diffusion.checkpoints import import_model
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 from deme_cli.progress import Step
 
@@ -291,7 +291,7 @@ def test_latents_captions_classes_and_flow_are_measured_too(
             name: weight * (1.05 if name.startswith("transformer_blocks.1") else 1)
             for name, weight in model.weights.items()
         }
-        write_artifact(Path("changed.safetensors"), changed, base_record(model))
+        write_artifact(Path("changed.safetensors"), changed, model.record)
         models.append(Path("changed.safetensors"))
     result = deme("analyze", kind, *models, "--data", image_folder, *options.split())
     assert result.exit_code == 0, result.exception

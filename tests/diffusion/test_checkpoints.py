@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from deme_cli.artifacts import fingerprint, load_tensors, read_record, write_artifact
 from deme_cli.diffusion import model_files
-from deme_cli.diffusion.checkpoints import base_record, import_model, open_denoiser
+from deme_cli.diffusion.checkpoints import import_model, open_denoiser
 from deme_cli.diffusion.denoiser import build_network
 from deme_cli.diffusion.model_files import locate_model, peek_timesteps, wanted_files
 from deme_cli.diffusion.projection import attach_projections
@@ -59,15 +59,15 @@ def change_json(path: Path, **changes: Any) -> None:
 def test_a_pipeline_folder_gives_its_weights_and_configs(pipe: Path) -> None:
     model = import_model(str(pipe))
     assert fingerprint(model.weights) == fingerprint(load_file(pipe / "unet" / WEIGHTS))
-    assert model.num_train_timesteps == 100
-    assert model.model_config["block_out_channels"] == [8, 16]
-    assert model.scheduler_config["beta_end"] == 0.2
+    assert model.record.num_train_timesteps == 100
+    assert model.record.model_config["block_out_channels"] == [8, 16]
+    assert model.record.scheduler_config["beta_end"] == 0.2
     assert model.notes == ()
 
 
 def test_no_path_of_this_machine_enters_the_configs(pipe: Path) -> None:
     model = import_model(str(pipe))
-    assert str(pipe) not in json.dumps([model.model_config, model.scheduler_config])
+    assert str(pipe) not in json.dumps([model.record.model_config, model.record.scheduler_config])
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_file_of_another_tool_is_told_for_what_it_is(
 
 def test_a_bare_unet_folder_takes_the_scheduler_beside_it(pipe: Path) -> None:
     model = import_model(str(pipe / "unet"))
-    assert model.num_train_timesteps == 100
+    assert model.record.num_train_timesteps == 100
     assert model.notes == ()
 
 
@@ -188,7 +188,7 @@ def test_a_bare_unet_folder_without_scheduler_says_what_was_assumed(
     pipe: Path, tmp_path: Path
 ) -> None:
     model = import_model(str(shutil.copytree(pipe / "unet", tmp_path / "alone" / "unet")))
-    assert model.num_train_timesteps == 1000
+    assert model.record.num_train_timesteps == 1000
     assert "DDPM defaults" in model.notes[0]
 
 
@@ -204,7 +204,7 @@ def test_everything_at_the_root_is_a_pipeline_too(
         (folder / part).rmdir()
     model = import_model(str(folder))
     assert fingerprint(model.weights) == expected
-    assert model.num_train_timesteps == 100
+    assert model.record.num_train_timesteps == 100
 
 
 def test_attention_names_of_old_checkpoints_become_the_current_ones(pipe: Path) -> None:
@@ -331,8 +331,8 @@ def test_an_unknown_beta_schedule_is_named(pipe: Path) -> None:
 def test_an_artifact_is_imported_as_it_is_and_keeps_its_source(tmp_path: Path) -> None:
     record = write_tiny_base(tmp_path / "b.safetensors")
     model = import_model(str(tmp_path / "b.safetensors"))
-    assert model.source == "tiny"
-    assert base_record(model).fingerprint == record.fingerprint
+    assert model.record.source == "tiny"
+    assert model.record.fingerprint == record.fingerprint
 
 
 def test_an_expert_is_no_base(run_folder: Path) -> None:
@@ -376,7 +376,7 @@ def test_digits_is_the_embedded_base(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         import_model("digits")
     record = write_tiny_base(tmp_path / "digits-base.safetensors")
     model = import_model("digits")
-    assert (model.source, base_record(model).fingerprint) == ("digits", record.fingerprint)
+    assert (model.record.source, model.record.fingerprint) == ("digits", record.fingerprint)
 
 
 def test_timesteps_are_told_without_torch(pipe: Path, run_folder: Path) -> None:
@@ -414,7 +414,7 @@ def test_a_hub_model_in_the_cache_needs_no_network(
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(commit)
     imported = import_model("somebody/some-ddpm")
-    assert imported.source == "somebody/some-ddpm"
+    assert imported.record.source == "somebody/some-ddpm"
     assert fingerprint(imported.weights) == fingerprint(import_model(str(pipe)).weights)
 
 

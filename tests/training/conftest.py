@@ -12,7 +12,7 @@ from PIL import Image
 
 from deme_cli.artifacts import write_artifact
 from deme_cli.config import DataConfig
-from deme_cli.diffusion.checkpoints import base_record, import_model
+from deme_cli.diffusion.checkpoints import import_model
 from deme_cli.diffusion.companions import Companions, open_companions
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser
 from deme_cli.training.examples import Examples, open_examples
@@ -56,7 +56,7 @@ def base_path(
         if key not in made:
             model = import_model(str(pipelines(name, **options)))
             made[key] = tmp_path_factory.mktemp("base") / "base.safetensors"
-            write_artifact(made[key], model.weights, base_record(model))
+            write_artifact(made[key], model.weights, model.record)
         return made[key]
 
     return path

@@ -17,7 +17,7 @@ from torch import Tensor
 from deme_cli.artifacts import write_artifact
 from deme_cli.config import DataConfig, MergeConfig, SampleConfig
 from deme_cli.data.images import open_images, to_unit
-from deme_cli.diffusion.checkpoints import base_record, import_model
+from deme_cli.diffusion.checkpoints import import_model
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.errors import Stopped
@@ -383,7 +383,7 @@ def small_features(tmp_path: Path) -> str:
 def open_latent(name: str, pipelines: Callable, tmp_path: Path) -> Denoiser:
     model = import_model(str(pipelines(name)))
     path = tmp_path / f"{name}.safetensors"
-    write_artifact(path, model.weights, base_record(model))
+    write_artifact(path, model.weights, model.record)
     return load_denoiser(path)
 
 
