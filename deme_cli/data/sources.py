@@ -11,6 +11,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the image by a quarter
-_BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Images(ABC):
@@ -62,11 +62,8 @@ class Images(ABC):
         """The image in L or RGB, upright. Raises ArtifactError naming it if it is broken."""
         name = self.name(index)
         with self._open(index) as image:
-            try:
-                image.load()
-                upright, told = to_srgb(ImageOps.exif_transpose(image), name, image.format)
-            except _BROKEN as error:
-                raise ArtifactError(f"{name}: broken image ({error}); remove or mend it") from error
+            image.load()
+            upright, told = to_srgb(ImageOps.exif_transpose(image), name, image.format)
         for text in told:
             console.note_once(f"{self.label}: {text}", f"; the first is {name}")
         return upright
@@ -79,16 +76,21 @@ class Images(ABC):
                 width, height = height, width
             return 1 if is_grey(image) else 3, height, width
 
-    def _open(self, index: int) -> Image.Image:
+    @contextmanager
+    def _open(self, index: int) -> Iterator[Image.Image]:
+        """The image, open; what goes wrong while it is read is told by its name."""
         name = self.name(index)
         try:
-            return Image.open(self.encoded(index))
+            with Image.open(self.encoded(index)) as image:
+                yield image
         except FileNotFoundError as error:
             raise MissingError(f"{name}: no such file") from error
         except PermissionError as error:
             raise MissingError(f"{name}: no permission to read it") from error
-        except _BROKEN as error:
+        except UnidentifiedImageError as error:
             raise ArtifactError(f"{name}: not a readable image; remove or mend it") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ArtifactError(f"{name}: broken image ({error}); remove or mend it") from error
 
 
 class ArrayImages(Images):

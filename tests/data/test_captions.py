@@ -1,69 +1,85 @@
-"""Every image has its caption or class, wherever these lie; the first without one is named."""
+"""Data sets as other tools write them: pixels equal PIL's, captions and classes lie as they say."""
 
 from __future__ import annotations
 
-import csv
 import io
 import json
+import os
+import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from deme_cli.artifacts import SamplesRecord, write_artifact
-from deme_cli.data.fitting import crop_corner, fit
+from deme_cli.data.captions import NoAnnotations
 from deme_cli.data.images import ImageData, open_images
 from deme_cli.errors import ArtifactError, DemeError
 
-NAMES = [f"{index:02d}.png" for index in range(10)]  # of the fixture image_folder
+Rows = list[tuple[bytes, str | int | None]]  # an encoded image, and its caption or its class
 
 
-def write_lines(path: Path, rows: Sequence[Mapping]) -> None:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def encoded(level: int = 0) -> bytes:
+def encoded(number: int, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (level, 0, 0)).save(buffer, "PNG")
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
 
 
-def write_parquet(path: Path, count: int, **columns: object) -> None:
+def write(folder: Path, files: Mapping[str | bytes, str | bytes]) -> None:
+    for name, content in files.items():
+        path = Path(os.fsdecode(os.fsencode(folder) + b"/" + os.fsencode(name)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def write_parquet(path: Path, **columns: list) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"bytes": encoded(level), "path": None} for level in range(count)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table({"image": rows, **columns}), path)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
-def write_shard(path: Path, samples: Sequence[Mapping[str, bytes]]) -> None:
-    """A webdataset shard: files of one sample share a name and differ in their suffix."""
-    with tarfile.open(path, "w") as shard:
-        for index, sample in enumerate(samples):
-            for suffix, content in sample.items():
-                info = tarfile.TarInfo(f"{path.stem}-{index:04d}.{suffix}")
-                info.size = len(content)
-                shard.addfile(info, io.BytesIO(content))
+def tar(files: Mapping[str, str | bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            content = content if isinstance(content, bytes) else content.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
 
 
-def open_text(source: Path | str, split: str = "all", **more: object) -> ImageData:
-    return open_images(str(source), shape=None, split=split, wants="text", **more)
+def rows(found: Mapping[str, bytes], told: Sequence) -> Rows:
+    return list(zip(found.values(), told, strict=True))
 
 
-def open_classes(source: Path | str, split: str = "all", **more: object) -> ImageData:
-    return open_images(str(source), shape=None, split=split, wants="class", **more)
+def images(*names: str, kind: str = "PNG") -> dict[str, bytes]:
+    return {name: encoded(number, kind) for number, name in enumerate(names)}
+
+
+def table(**columns: list) -> bytes:
+    """A parquet file, of as many images as the columns have rows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"bytes": encoded(n), "path": None} for n, _ in enumerate(next(iter(columns.values())))]
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"image": rows, **columns}), buffer)
+    return buffer.getvalue()
+
+
+def shard(*samples: Mapping[str, str | bytes]) -> bytes:
+    """A shard of webdataset: files of one sample share a name and differ in their suffix."""
+    return tar({f"{n}.{kind}": c for n, each in enumerate(samples) for kind, c in each.items()})
+
+
+def open_all(path: Path | str, wants: str, split: str = "all", **more: object) -> ImageData:
+    return open_images(str(path), shape=None, split=split, wants=wants, **more)
 
 
 def captions_of(data: ImageData) -> list[str]:
@@ -74,301 +90,467 @@ def labels_of(data: ImageData) -> list[int]:
     return data.labels(range(len(data)))
 
 
-def refused(source: Path, match: str, **more: object) -> None:
-    with pytest.raises(ArtifactError, match=match):
-        open_text(source, **more)
+def lines(*rows: Mapping) -> str:
+    return "\n".join(map(json.dumps, rows))
 
 
-# folders
+# what each tool writes, and the images, captions or classes that are in it
 
 
-@pytest.mark.parametrize("write", [write_lines, write_csv])
-def test_metadata_gives_each_image_of_a_folder_its_caption(image_folder: Path, write) -> None:
-    rows = [{"file_name": name, "text": f'a "{name}", drawn'} for name in reversed(NAMES)]
-    suffix = "jsonl" if write is write_lines else "csv"
-    write(image_folder / f"metadata.{suffix}", rows)
-    data = open_text(image_folder)
-    assert captions_of(data) == [f'a "{name}", drawn' for name in NAMES]
-    assert open_text(image_folder, "held-out").captions([0]) == ['a "09.png", drawn']
-    assert open_text(image_folder, "train").captions([8, 0]) == [f'a "{n}", drawn' for n in
-                                                                 ("08.png", "00.png")]  # fmt: skip
+def bare(folder: Path) -> Rows:
+    kinds = {"png": "PNG", "gif": "GIF", "TIF": "TIFF", "webp": "WEBP", "bmp": "BMP",
+             "jfif": "JPEG", "ppm": "PPM", "jp2": "JPEG2000"}  # fmt: skip
+    found = {f"{n}.{s}": encoded(n, kind) for n, (s, kind) in enumerate(kinds.items())}
+    write(folder, {**found, "notes.md": "no image", ".hidden.png": encoded(9)})
+    write(folder, {"__MACOSX/0.png": encoded(9)})
+    return [(content, None) for content in found.values()]
 
 
-def test_nested_folders_may_each_have_metadata_or_share_one_at_the_root(tmp_path: Path) -> None:
-    for name in ("a/x.png", "b/x.png", "c/d/y.png"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        Image.new("L", (4, 4)).save(tmp_path / name)
-    write_lines(tmp_path / "a" / "metadata.jsonl", [{"file_name": "x.png", "caption": "of a"}])
-    rows = [{"file_name": f, "text": t} for f, t in (("b/x.png", "of b"), ("./c/d/y.png", "of d"))]
-    write_csv(tmp_path / "metadata.csv", rows)
-    assert captions_of(open_text(tmp_path)) == ["of a", "of b", "of d"]
+def animated(folder: Path) -> Rows:
+    frames = [Image.new("RGB", (8, 8), (level, 0, 0)) for level in (0, 100, 200)]
+    frames[0].save(folder / "0.gif", save_all=True, append_images=frames[1:])
+    return [((folder / "0.gif").read_bytes(), None)]
 
 
-def test_the_column_asked_for_goes_before_the_usual_ones(image_folder: Path) -> None:
-    rows = [{"file_name": n, "text": "usual", "long": ["first", "second"]} for n in NAMES]
-    write_lines(image_folder / "metadata.jsonl", rows)
-    assert captions_of(open_text(image_folder)) == ["usual"] * 10
-    assert captions_of(open_text(image_folder, captions="long")) == ["first"] * 10
-    refused(image_folder, "no column short.*columns: file_name, text, long", captions="short")
+def numbered(folder: Path) -> Rows:
+    found = images(*(f"{number}.png" for number in range(12)))
+    write(folder, found)
+    return [(content, None) for content in found.values()]
 
 
-def test_images_without_captions_are_counted_and_the_first_is_named(image_folder: Path) -> None:
-    rows = [{"file_name": name, "text": "some"} for name in NAMES]
-    rows[4]["text"] = " "
-    del rows[3], rows[6]["text"]
-    write_lines(image_folder / "metadata.jsonl", rows)
-    refused(image_folder, r"captions missing for 3 of 10 images, the first .*03\.png")
+def not_utf8(folder: Path) -> Rows:
+    write(folder, {b"caf\xe9.png": encoded(0), b"caf\xe9.txt": "coffee", "tea.png": encoded(1)})
+    write(folder, {"tea.txt": "tea"})
+    return [(encoded(0), "coffee"), (encoded(1), "tea")]
 
 
-def test_a_folder_without_metadata_says_what_was_looked_for(image_folder: Path) -> None:
-    refused(image_folder, r"no captions: looked for metadata\.jsonl or metadata\.csv.*caption")
+def kohya(folder: Path) -> Rows:
+    found = images("5_cat/2.png", "5_cat/10.png", "5_dog/x.y.png")
+    write(folder, {**found, "5_cat/2.txt": "sks cat \n", "5_cat/10.caption": "sks cat, sleeping"})
+    return rows(found, ["sks cat", "sks cat, sleeping", "dog"])
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "match"),
-    [
-        ("metadata.jsonl", "\n", r"metadata\.jsonl: the file is empty"),
-        ("metadata.csv", "file_name,text\n", r"metadata\.csv: the file is empty"),
-        ("metadata.csv", "", r"metadata\.csv: the file is empty"),
-        ("metadata.csv", "file,text\na,b\n", "no column file_name.*columns: file, text"),
-        ("metadata.csv", "file_name,text\na.png,one, two\n", "row 1 has 3 fields, the header 2"),
-        ("metadata.jsonl", '{"file_name": "00.png"}\n{oops\n', "line 2 is not JSON"),
-        ("metadata.jsonl", "[1]\n", "line 1: expected a JSON object"),
-        ("metadata.jsonl", '{"text": "x"}\n{"file_name": "00.png"}', "row 1 has no file_name"),
-        ("metadata.jsonl", '{"file_name": "00.png", "alt": "x"}', "no column text or.*columns: f"),
-        ("metadata.jsonl", '{"file_name": "00.png", "text": 7}', "expected text .*found int"),
-        ("metadata.csv", "file_name,text\ngone.png,b\n", r"1 of 1 rows name .*not there.*gone\.p"),
-        ("metadata.csv", "file_name,text\n00.png,b\n00.png,c\n", r"row 2 names 00\.png again"),
-    ],
-)
-def test_bad_metadata_is_named(image_folder: Path, name: str, content: str, match: str) -> None:
-    (image_folder / name).write_text(content)
-    refused(image_folder, match)
+def kohya_names(folder: Path) -> Rows:
+    found = images("7_my cat/a.png", "7_my dog/b.png")
+    write(folder, found)
+    return rows(found, ["my cat", "my dog"])
 
 
-def test_metadata_that_is_not_utf8_is_named(image_folder: Path) -> None:
-    (image_folder / "metadata.csv").write_bytes("file_name,text\n00.png,é\n".encode("latin-1"))
-    refused(image_folder, "not UTF-8 at byte 22")
+def captions_of_lines(folder: Path) -> Rows:
+    found = images("a.jpg", "b.jpg", kind="JPEG")
+    write(folder, {**found, "a.txt": "\ufefffirst\nsecond\n", "b.txt": "\r\nonly\r\n"})
+    return rows(found, ["first", "only"])
 
 
-def test_folders_of_classes_are_numbered_by_name(tmp_path: Path) -> None:
-    for name in ("train/10/x.png", "train/9/x.png", "train/cat/x.png", "train/cat/y.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (4, 4)).save(tmp_path / name)
-    data = open_classes(tmp_path)
-    assert (labels_of(data), data.num_classes) == ([1, 0, 2, 2], 3)  # 9 lies before 10
-    Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    with pytest.raises(ArtifactError, match=r"labels missing for 1 of 5 .*a\.png; looked in.*sub-"):
-        open_classes(tmp_path)
+def metadata_jsonl(folder: Path) -> Rows:
+    found = images("b/2.png", "b/10.png")
+    told = [{"file_name": name, "text": name} for name in reversed(found)]
+    write(folder, {**found, "metadata.jsonl": lines(*told)})
+    return [(content, name) for name, content in found.items()]
 
 
-@pytest.mark.parametrize(
-    ("values", "expected", "num_classes"),
-    [
-        (["dog", "cat"] * 5, [1, 0] * 5, 2),
-        (["10", "2"] * 5, [10, 2] * 5, 11),
-        ([0, 3] * 5, [0, 3] * 5, 4),
-    ],
-)
-def test_labels_in_metadata_are_numbers_or_names(
-    image_folder: Path, values: list, expected: list[int], num_classes: int
+def metadata_csv(folder: Path) -> Rows:
+    found = images("a.png", "b.png")
+    write(folder, {**found, "metadata.csv": 'file_name,text\n./b.png,"b, ""drawn"""\na.png,a\n'})
+    return rows(found, ["a", 'b, "drawn"'])
+
+
+def metadata_at_several_levels(folder: Path) -> Rows:
+    found = images("a/x.png", "b/x.png", "c/d/y.png")
+    write(folder, {**found, "a/metadata.jsonl": lines({"file_name": "x.png", "caption": "of a"})})
+    write(folder, {"metadata.csv": "file_name,text\nb/x.png,of b\n./c/d/y.png,of d\n"})
+    return rows(found, ["of a", "of b", "of d"])
+
+
+def metadata_parquet(folder: Path) -> Rows:
+    found = images("a/2.png", "a/10.png", "b.png")
+    write(folder, found)
+    write_parquet(folder / "metadata.parquet", file_name=list(found)[::-1], text=list("cba"))
+    return rows(found, "abc")
+
+
+def metadata_of_labels(folder: Path) -> Rows:
+    found = images("a/0.png", "b/1.png", "b/2.png")
+    table = "file_name,label\na/0.png,10.0\nb/1.png,2.0\nb/2.png,9.0\n"  # floats, as pandas does
+    write(folder, {**found, "metadata.csv": table})
+    return rows(found, [10, 2, 9])
+
+
+def metadata_of_names(folder: Path) -> Rows:
+    found = images("0.png", "1.png", "2.png")
+    labels = [{"file_name": name, "label": n} for name, n in zip(found, "bab", strict=True)]
+    write(folder, {**found, "metadata.jsonl": lines(*labels)})
+    return rows(found, [1, 0, 1])
+
+
+def img2dataset_files(folder: Path) -> Rows:
+    found = images("00000/000000000.jpg", "00000/000000002.jpg", "00001/000010001.jpg", kind="JPEG")
+    for number, name in enumerate(found):
+        beside = {"caption": f"c {number}", "url": "u", "status": "success"}
+        write(folder, {f"{name[:-4]}.json": json.dumps(beside)})
+        write(folder, {f"{name[:-4]}.txt": f"c {number}"} if number != 1 else {})
+    write(folder, {**found, "00000_stats.json": "{}", "00001_stats.json": "{}"})
+    for part in ("00000", "00001"):
+        write_parquet(folder / f"{part}.parquet", key=["0", "1"], status=["success", "failed"])
+    return [(content, f"c {number}") for number, content in enumerate(found.values())]
+
+
+def img2dataset_shards(folder: Path) -> Rows:
+    rows: Rows = []
+    for part in range(2):
+        files: dict[str, str | bytes] = {}
+        for number in range(3):
+            key, image = f"{part:05d}{number:04d}", encoded(10 * part + number, "JPEG")
+            meta = {"caption": f"{part} {number}", "key": key, "error_message": None, "width": 8,
+                    "exif": "{}" if part else None, "sha256": "0"}  # fmt: skip
+            files |= {f"{key}.jpg": image, f"{key}.txt": f"{part} {number}",
+                      f"{key}.json": json.dumps(meta)}  # fmt: skip
+            rows.append((image, f"{part} {number}"))
+        write(folder, {f"{part:05d}.tar": tar(files)})
+        write(folder, {f"{part:05d}_stats.json": "{}"})
+        write_parquet(folder / f"{part:05d}.parquet", key=["0"], caption=["wrong"])
+    return rows
+
+
+def img2dataset_tables(folder: Path) -> Rows:
+    content = [encoded(0, "JPEG"), None, encoded(2, "JPEG")]
+    write_parquet(
+        folder / "00000.parquet", key=["0", "1", "2"], url=["u"] * 3, caption=list("abc"),
+        status=["success", "failed_to_download", "success"], jpg=content,
+    )  # fmt: skip
+    write(folder, {"00000_stats.json": "{}"})
+    return [(encoded(0, "JPEG"), "a"), (encoded(2, "JPEG"), "c")]
+
+
+def webdataset(folder: Path) -> Rows:
+    found = {"a/0.png": encoded(0), "a/1.JPG": encoded(1, "JPEG"), "b/1.png": encoded(2)}
+    files = {"README.md": "no sample", "._a.png": "x"}
+    for label, (name, content) in enumerate(found.items()):
+        files |= {f"{name[:-4]}.mask.png": encoded(9), name: content}
+        files |= {f"{name[:-4]}.cls": f"{3 * label}\n", f"{name[:-4]}.json": '{"label": 1}'}
+    write(folder, {"0.tar": tar(files)})
+    return rows(found, [0, 3, 6])
+
+
+def digit_folders(folder: Path) -> Rows:
+    found = images("007/x.png", "10/x.png", "2/x.png")
+    write(folder, found)
+    return [(found["2/x.png"], 2), (found["007/x.png"], 7), (found["10/x.png"], 10)]
+
+
+def one_digit_folder(folder: Path) -> Rows:
+    write(folder, {"3/00000.png": encoded(0)})
+    return [(encoded(0), 3)]
+
+
+def wide_digit_folders(folder: Path) -> Rows:  # GTSRB
+    found = images("00003/00000_1.ppm", "00003/00000_2.ppm", "00012/00000_0.ppm", kind="PPM")
+    write(folder, found)
+    return rows(found, [3, 3, 12])
+
+
+def named_folders(folder: Path) -> Rows:
+    found = images("train/1/x.png", "train/cat/x.png", "train/dog/y.png")
+    write(folder, found)
+    return rows(found, [0, 1, 2])
+
+
+def folders_within_classes(folder: Path) -> Rows:  # Tiny ImageNet
+    found = images("n01/images/a.png", "n02/images/a.png", "n02/images/b.png")
+    write(folder, found)
+    return rows(found, [0, 1, 1])
+
+
+def folders_at_several_depths(folder: Path) -> Rows:
+    found = images("cat/a.png", "cat/tabby/a.png", "dog/pug/old/a.png")
+    write(folder, found)
+    return rows(found, [0, 0, 1])
+
+
+def classes_called_like_splits(folder: Path) -> Rows:
+    found = images("beaker/0.png", "test tube/1.png", "train/2.png")
+    write(folder, found)
+    return rows(found, [0, 1, 2])
+
+
+def stylegan(folder: Path) -> Rows:
+    found = images("00000/img00000000.png", "00000/img00000001.png", "00001/img00001000.png")
+    labels = [[name, label] for label, name in zip([6, 9, 0], found, strict=True)][::-1]
+    write(folder, {**found, "dataset.json": json.dumps({"labels": labels})})
+    return rows(found, [6, 9, 0])
+
+
+BARE = [bare, animated, numbered]
+CAPTIONED = [
+    not_utf8, kohya, kohya_names, captions_of_lines, metadata_jsonl, metadata_csv,
+    metadata_at_several_levels, metadata_parquet,
+    img2dataset_files, img2dataset_shards, img2dataset_tables,
+]  # fmt: skip
+CLASSIFIED = [
+    metadata_of_labels, metadata_of_names, webdataset, digit_folders, one_digit_folder,
+    wide_digit_folders,
+    named_folders, folders_within_classes, folders_at_several_depths, classes_called_like_splits,
+    stylegan,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [*BARE, *CAPTIONED, *CLASSIFIED], ids=lambda b: b.__name__)
+def test_a_layout_is_read_as_its_tool_means_it(
+    tmp_path: Path, build: Callable[[Path], Rows]
 ) -> None:
-    rows = [{"file_name": n, "label": v} for n, v in zip(NAMES, values, strict=True)]
-    write_lines(image_folder / "metadata.jsonl", rows)
-    data = open_classes(image_folder)
-    assert (labels_of(data), data.num_classes) == (expected, num_classes)
+    wants = "text" if build in CAPTIONED else "class" if build in CLASSIFIED else "nothing"
+    expected = build(tmp_path)
+    data = open_images(str(tmp_path), shape=None, split="all", wants=wants)
+    assert len(data) == len(expected)
+    for index, (content, told) in enumerate(expected):
+        pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        assert np.array_equal(data.batch([index])[0].permute(1, 2, 0), pixels)
+        if wants == "text":
+            assert data.captions([index]) == [told]
+        elif wants == "class":
+            assert data.labels([index]) == [told]
+
+
+SPLITS = {  # the files of training, those held out, and those in neither
+    "train_test": (["train/a.png", "train/b.png"], ["test/c.png"], []),
+    "coco": (["train2017/1.png"], ["val2017/2.png"], ["extra/3.png", "logo.png"]),
+    "three": (["training_set/1.png"], ["Val/0.png", "test_set/1.png"], []),
+    "sets": (["train set/1.png"], ["test set/2.png"], ["sample/3.png"]),
+    "images": (["train/1.png"], ["test_images/2.png"], []),
+    "classes_above": (["cat/train/1.png"], ["cat/test/1.png"], []),
+    "classes_below": (["train/cat/1.png", "train/dog/1.png"], ["valid/cat/1.png"], []),
+    "no_train": (["a.png", "more/b.png"], ["validation/c.png"], []),
+    "names": (["train_1.png", "train-2.png"], ["test_1.png"], []),
+    "test_alone": (["test/1.png"], [], []),
+    "words": (["contest/1.png", "evaluate/2.png", "a test.png"], [], []),
+    "a_class": (["beaker/1.png", "test tube/2.png"], [], []),
+}
+
+
+@pytest.mark.parametrize("kept", SPLITS.values(), ids=SPLITS)
+def test_folders_of_splits_are_the_splits(tmp_path: Path, kept: tuple[list[str], ...]) -> None:
+    train, held_out, neither = kept
+    every = {name: encoded(n) for n, name in enumerate([*train, *held_out, *neither])}
+    write(tmp_path, every)
+    name_of = {np.asarray(Image.open(io.BytesIO(e))).tobytes(): n for n, e in every.items()}
+
+    def names(split: str) -> set[str]:
+        data = open_images(str(tmp_path), shape=None, split=split)
+        found = data.batch(range(len(data))).permute(0, 2, 3, 1).numpy()
+        return {name_of[image.tobytes()] for image in found}
+
+    assert names("all") == {*train, *held_out}
+    if held_out:
+        assert (names("train"), names("held-out")) == (set(train), set(held_out))
+
+
+def test_each_split_has_its_own_metadata_and_all_share_the_classes(tmp_path: Path) -> None:
+    write(tmp_path, images("train/a/0.png", "train/c/1.png", "test/b/2.png", "test/c/3.png"))
+    told = [{"file_name": "a/0.png", "text": "x"}, {"file_name": "c/1.png", "text": "y"}]
+    write(tmp_path, {"train/metadata.jsonl": lines(*told)})
+    write(tmp_path, {"metadata.csv": "file_name\nextra.png\n", "extra.png": encoded(4)})
+    train = open_images(str(tmp_path), shape=None, wants="text")  # test/ has no captions
+    assert train.captions([0, 1]) == ["x", "y"]
+    labels = [
+        open_images(str(tmp_path), shape=None, split=split, wants="class").labels([0, 1])
+        for split in ("train", "held-out")
+    ]
+    assert labels == [[0, 2], [1, 2]]
+
+
+def test_training_sees_images_as_often_as_kohyas_folders_repeat_them(tmp_path: Path) -> None:
+    names = [f"{folder}/{n}.png" for folder in ("20_cat", "10_dog") for n in range(26)]
+    write(tmp_path, images(*names))
+    data = open_images(str(tmp_path), shape=None, wants="text")
+    assert data.captions(range(len(data))) == ["dog"] * 26 + ["cat"] * 50
+    held_out = open_images(str(tmp_path), shape=None, split="held-out", wants="text")
+    assert held_out.captions([0]) == ["cat"]
+    assert len(open_images(str(tmp_path), shape=None, split="all", wants="text")) == 52
 
 
 @pytest.mark.parametrize(
-    ("value", "match"),
+    ("names", "stored", "expected"),
     [
-        (2.5, "02.png: 2.5 in column 'label' .*is no class"),
-        ("cat", "02.png: 'cat'.*is no class"),
-        (-7, "02.png: -7.*is no class"),
-        (None, "labels missing for 1 of 10 images, the first .*02.png"),
-        (-1, "labels missing for 1 of 10 images, the first .*02.png"),
+        (["0", "1", "10", "2"], [0, 2, 3], [0, 10, 2]),  # as `datasets` sorts names of folders
+        (["3", "7"], [1, 0, 1], [7, 3, 7]),
+        (["1", "2", "3"], [0, 2, 1], [0, 2, 1]),
+        (["dog", "cat", "10"], [2, 0, 1], [2, 0, 1]),
     ],
 )
-def test_a_label_that_is_no_class_is_named(image_folder: Path, value: object, match: str) -> None:
-    rows = [{"file_name": n, "label": 1} for n in NAMES]
-    rows[2]["label"] = value
-    write_lines(image_folder / "metadata.jsonl", rows)
-    with pytest.raises(ArtifactError, match=match):
-        open_classes(image_folder)
+def test_declared_classes_whose_names_are_numbers_are_these_numbers(
+    tmp_path: Path, names: list[str], stored: list[int], expected: list[int]
+) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
+    rows = {"img": [{"bytes": encoded(0), "path": None}] * 3, "label": stored}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "t.parquet")
+    data = open_images(str(tmp_path), shape=None, split="all", wants="class")
+    assert data.labels(range(3)) == expected
 
 
-# fingerprints
+def test_named_folders_are_classes_as_datasets_numbers_them(tmp_path: Path) -> None:
+    import datasets
+
+    write(tmp_path, images("Zoo/1.png", "b1/1.png", "b10/1.png", "b2/1.png", "é/1.png"))
+    oracle = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), split="train")
+    expected = {np.asarray(row["image"]).tobytes(): row["label"] for row in oracle}
+    data = open_images(str(tmp_path), shape=None, split="all", wants="class")
+    for index in range(5):
+        pixels = np.ascontiguousarray(data.batch([index])[0].permute(1, 2, 0))
+        assert data.labels([index]) == [expected[pixels.tobytes()]]
 
 
-def test_the_fingerprint_covers_captions_only_where_they_are_wanted(image_folder: Path) -> None:
-    bare = open_images(str(image_folder), shape=None).fingerprint
-    rows = [{"file_name": name, "text": "one", "label": 1} for name in NAMES]
+@pytest.mark.parametrize(
+    ("files", "wants", "said"),
+    [
+        ({"cat/1.png": b"", "emu/1.png": b""}, "class", "2 classes by .*: 0 cat, 1 emu"),
+        ({"10/1.png": b"", "3/1.png": b""}, "class", "2 classes by .*sub-folders.*: 3, 10"),
+        ({"1.png": b"", "a.heic": b"x", "b.heic": b"x"}, "nothing", "left out .*: 2 .heic"),
+        ({"1.png": b"", "t.parquet": b"x"}, "nothing", "left out .*: 1 .parquet"),
+        ({"train/1.png": b"", "test/1.png": b""}, "nothing", "held out are 1 images in test/"),
+        ({"1_a/1.png": b"", "2_b/1.png": b""}, "text", "how often training sees .*: 2_b 2, 1_a 1"),
+    ],
+)  # fmt: skip
+def test_what_was_taken_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture, files: dict, wants: str, said: str
+) -> None:
+    write(tmp_path, {name: content or encoded(0) for name, content in files.items()})
+    for _ in range(2):
+        open_images(str(tmp_path), shape=None, split="all", wants=wants)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line)
+
+
+PNG = encoded(0)
+ONE = {"x.png": PNG}
+TWO = {"x.png": PNG, "y.png": PNG}
+
+
+def labelled(value: object) -> dict[str, bytes | str]:
+    """Two images, the second of this class."""
+    rows = ({"file_name": "x.png", "label": 1}, {"file_name": "y.png", "label": value})
+    return {**TWO, "metadata.jsonl": lines(*rows)}
+
+
+@pytest.mark.parametrize(
+    ("files", "wants", "match"),
+    [
+        (ONE, "text", r"no captions: looked for metadata\.jsonl or metadata\.csv.*caption"),
+        ({**ONE, "x.txt": "\n"}, "text", r"captions missing for 1 of 1.*x\.png"),
+        ({**ONE, "x.txt": b"\xff\xff"}, "text", r"x\.txt: not UTF-8 at byte 0"),
+        ({**TWO, "x.txt": "t"}, "text", r"missing for 1 of 2.*y\.png"),
+        ({**ONE, "x.json": "{"}, "text", r"x\.json: not JSON"),
+        ({**ONE, "metadata.parquet": "PAR"}, "text", r"metadata\.parquet: broken"),
+        ({**ONE, "metadata.jsonl": "\n"}, "text", r"metadata\.jsonl: the file is empty"),
+        ({**ONE, "metadata.csv": "file_name,text\n"}, "text", r"metadata\.csv: the file is empty"),
+        ({**ONE, "metadata.csv": "a,b\nx,y\n"}, "text", "no column file_name.*columns: a, b"),
+        ({**ONE, "metadata.csv": "file_name,text\nx.png,one, two\n"}, "text", "row 1 has 3 fields"),
+        ({**ONE, "metadata.jsonl": '{"file_name": "x.png"}\n{oops\n'}, "text",
+         "line 2 is not JSON"),
+        ({**ONE, "metadata.jsonl": "[1]\n"}, "text", "line 1: expected a JSON object"),
+        ({**ONE, "metadata.jsonl": '{"text": "x"}\n{"file_name": "x.png"}'}, "text",
+         "row 1 has no file_name"),
+        ({**ONE, "metadata.jsonl": '{"file_name": "x.png", "alt": "x"}'}, "text",
+         "no column text or.*columns: file_name, alt"),
+        ({**ONE, "metadata.jsonl": '{"file_name": "x.png", "text": 7}'}, "text",
+         "expected text .*found int"),
+        ({**ONE, "metadata.csv": "file_name,text\ngone.png,b\n"}, "text",
+         r"1 of 1 rows name .*not there.*gone\.png"),
+        ({**ONE, "metadata.csv": "file_name,text\nx.png,b\nx.png,c\n"}, "text",
+         r"row 2 names x\.png again"),
+        ({"00000/img0.png": PNG, "00001/img1.png": PNG}, "class", "parts of one data set"),
+        ({"a/x.png": PNG, "x.png": PNG}, "class", r"labels missing for 1 of 2.*the names of sub-"),
+        ({"0/0.png": PNG, "dataset.json": '{"labels": null}'}, "class", "labels are null"),
+        ({"0.png": PNG, "dataset.json": '{"labels": [1]}'}, "class", "expected labels as pairs"),
+        ({"1_a/x.png": PNG, "1_a/x.txt": "t"}, "class", "folders of repeats"),
+        (labelled(2.5), "class", r"y\.png: 2\.5 in column 'label' .*is no class"),
+        (labelled("cat"), "class", r"y\.png: 'cat'.*is no class"),
+        (labelled(-7), "class", r"y\.png: -7.*is no class"),
+        (labelled(None), "class", r"labels missing for 1 of 2 images, the first .*y\.png"),
+        (labelled(-1), "class", r"labels missing for 1 of 2 images, the first .*y\.png"),
+        ({"t.parquet": table(alt=["x"])}, "text", "no column text or caption.*columns: image, alt"),
+        ({"t.parquet": table(text=["x", None, ""])}, "text",
+         "captions missing for 2 of 3 images.*row 1; .*column 'text'"),
+        ({"t.parquet": table(text=[1, 2])}, "text", "row 0: expected text in column 'text', .*int"),
+        ({"0.tar": shard({"png": PNG, "txt": "t"}, {"png": PNG})}, "text",
+         "captions missing for 1 of 2 images, the first .*row 1"),
+        ({"0.tar": "no archive"}, "text", r"broken or not webdataset"),
+        ({"0.tar": shard()}, "text", r"broken or not webdataset"),
+        ({"x.heic": "x", "y.zip": "x"}, "nothing", r"no images that Pillow.*1 \.heic, 1 \.zip"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_told_is_refused(
+    tmp_path: Path, files: dict, wants: str, match: str
+) -> None:
+    write(tmp_path, files)
+    with pytest.raises(DemeError, match=match) as refused:
+        open_all(tmp_path, wants)
+    without = any(word in match for word in ("parts of", "null", "repeats", "looked for"))
+    assert not without or isinstance(refused.value, NoAnnotations)
+
+
+# columns that are asked for, fingerprints, splits of tables, what deme itself has
+
+
+def test_the_column_asked_for_goes_before_the_usual_ones(tmp_path: Path) -> None:
+    long = ["first", "second"]
+    fields = [{"caption": f"a {n}", "alt": f"b {n}", "label": n} for n in range(3)]
+    write(tmp_path, {
+        "folder/x.png": PNG,
+        "folder/metadata.jsonl": lines({"file_name": "x.png", "text": "usual", "long": long}),
+        "t.parquet": table(prompt=["p"], caption=[["usual", "more"]], long=[long]),
+        "0.tar": shard(*({"png": PNG, "json": json.dumps(each)} for each in fields)),
+    })  # fmt: skip
+    for name in ("folder", "t.parquet"):
+        assert captions_of(open_all(tmp_path / name, "text")) == ["usual"]
+        assert captions_of(open_all(tmp_path / name, "text", captions="long")) == ["first"]
+        with pytest.raises(ArtifactError, match=r"no column short.*columns: .*long"):
+            open_all(tmp_path / name, "text", captions="short")
+    assert captions_of(open_all(tmp_path / "0.tar", "text")) == ["a 0", "a 1", "a 2"]
+    assert captions_of(open_all(tmp_path / "0.tar", "text", captions="alt"))[1] == "b 1"
+    assert labels_of(open_all(tmp_path / "0.tar", "class")) == [0, 1, 2]
+    with pytest.raises(ArtifactError, match=r"no column short.*json: caption, alt, label"):
+        open_all(tmp_path / "0.tar", "text", captions="short")
+
+
+def test_the_fingerprint_covers_captions_only_where_they_are_wanted(tmp_path: Path) -> None:
+    write(tmp_path, ONE)
+    bare = open_all(tmp_path, "nothing").fingerprint
     seen = set()
     for text, label in (("one", 0), ("two", 0), ("two", 1)):
-        rows[0].update(text=text, label=label)
-        write_lines(image_folder / "metadata.jsonl", rows)
-        assert open_images(str(image_folder), shape=None).fingerprint == bare
-        seen |= {open_text(image_folder).fingerprint, open_classes(image_folder).fingerprint}
+        row = {"file_name": "x.png", "text": text, "label": label}
+        write(tmp_path, {"metadata.jsonl": lines(row)})
+        assert open_all(tmp_path, "nothing").fingerprint == bare
+        seen |= {open_all(tmp_path, wants).fingerprint for wants in ("text", "class")}
     assert len({bare, *seen}) == 5  # two sets of captions, two of labels, and the images alone
 
 
-# tables
-
-
-def test_a_table_gives_the_first_of_its_usual_caption_columns(tmp_path: Path) -> None:
-    path = tmp_path / "t.parquet"
-    several = [["zero", "nought"], ["one", "unity"], ["two"]]
-    write_parquet(path, 3, prompt=["a", "b", "c"], caption=several, alt=["x", "y", "z"])
-    assert captions_of(open_text(path)) == ["zero", "one", "two"]
-    assert captions_of(open_text(path, captions="alt")) == ["x", "y", "z"]
-    refused(path, "no column short .*columns: image, prompt, caption, alt", captions="short")
-
-
-def test_a_table_without_captions_names_its_columns(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "t.parquet", 2, alt=["x", "y"])
-    refused(tmp_path / "t.parquet", "no column text or caption or prompt.*columns: image, alt")
-
-
-def test_a_row_without_a_caption_is_named(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "t.parquet", 4, text=["x", None, "", "y"])
-    refused(tmp_path / "t.parquet", "captions missing for 2 of 4 images.*row 1; .*column 'text'")
-    write_parquet(tmp_path / "n.parquet", 2, text=[1, 2])
-    refused(tmp_path / "n.parquet", "row 0: expected text in column 'text', found int")
-
-
 def test_classes_of_a_table_are_the_same_in_every_split(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "train-0.parquet", 3, label=["owl", "cat", "dog"])
-    write_parquet(tmp_path / "test-0.parquet", 2, label=["owl", "emu"])
-    train, held_out = open_classes(tmp_path, "train"), open_classes(tmp_path, "held-out")
+    write(tmp_path, {"train-0.parquet": table(label=["owl", "cat", "dog"])})
+    write(tmp_path, {"test-0.parquet": table(label=["owl", "emu"])})
+    train, held_out = (open_all(tmp_path, "class", split) for split in ("train", "held-out"))
     assert (labels_of(train), labels_of(held_out)) == ([3, 0, 1], [3, 2])
     assert train.num_classes == held_out.num_classes == 4
-
-
-def test_a_declared_number_of_classes_is_kept(tmp_path: Path) -> None:
-    import datasets
-
-    label = datasets.ClassLabel(names=["cat", "dog", "emu"])
-    features = datasets.Features({"img": datasets.Image(), "labels": label})
-    rows = {"img": [{"bytes": encoded(), "path": None}] * 2, "labels": [1, 0]}
-    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "t.parquet")
-    data = open_classes(tmp_path / "t.parquet")
-    assert (labels_of(data), data.num_classes) == ([1, 0], 3)
-
-
-# webdataset
-
-
-def test_shards_hold_images_captions_and_classes(tmp_path: Path) -> None:
-    for shard in range(2):
-        samples = [
-            {"png": encoded(10 * shard + index), "txt": f"{shard} {index}".encode(),
-             "cls": str(index).encode()}
-            for index in range(3)
-        ]  # fmt: skip
-        write_shard(tmp_path / f"{shard:05d}.tar", samples)
-    data = open_text(tmp_path)
-    assert captions_of(data) == ["0 0", "0 1", "0 2", "1 0", "1 1", "1 2"]
-    assert data.batch(range(6))[:, 0, 0, 0].tolist() == [0, 1, 2, 10, 11, 12]
-    assert labels_of(open_classes(tmp_path)) == [0, 1, 2, 0, 1, 2]
-    assert captions_of(open_text(tmp_path / "00001.tar")) == ["1 0", "1 1", "1 2"]
-
-
-def test_captions_of_a_shard_may_be_fields_of_its_json(tmp_path: Path) -> None:
-    fields = [{"caption": f"a {index}", "alt": f"b {index}", "label": index} for index in range(3)]
-    samples = [{"png": encoded(), "json": json.dumps(each).encode()} for each in fields]
-    path = tmp_path / "0.tar"
-    write_shard(path, samples)
-    assert captions_of(open_text(path)) == ["a 0", "a 1", "a 2"]
-    assert captions_of(open_text(path, captions="alt")) == ["b 0", "b 1", "b 2"]
-    assert labels_of(open_classes(path)) == [0, 1, 2]
-    refused(path, "no column short.*fields of json: caption, alt, label", captions="short")
-
-
-def test_a_sample_without_text_is_named(tmp_path: Path) -> None:
-    samples = [{"png": encoded(), "txt": b"some"} for _ in range(7)]
-    del samples[6]["txt"]
-    write_shard(tmp_path / "0.tar", samples)
-    refused(tmp_path / "0.tar", "captions missing for 1 of 7 images, the first .*row 6")
-
-
-@pytest.mark.parametrize("content", [b"no archive", b""])
-def test_a_file_that_is_no_shard_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "0.tar").write_bytes(content)
-    refused(tmp_path / "0.tar", r"0\.tar: broken or not webdataset")
-
-
-def test_a_shard_without_samples_is_named(tmp_path: Path) -> None:
-    write_shard(tmp_path / "0.tar", [])
-    refused(tmp_path / "0.tar", r"0\.tar: broken or not webdataset")
-
-
-# what deme itself has
 
 
 def test_digits_have_captions_and_classes() -> None:
     from sklearn.datasets import load_digits
 
-    expected = load_digits().target
-    test, train = open_text("digits", "held-out"), open_classes("digits", "train")
+    test, train = open_all("digits", "text", "held-out"), open_all("digits", "class", "train")
     assert captions_of(test)[:3] == ["a four", "a nine", "a four"]
-    assert labels_of(train) == np.delete(expected, np.s_[4::5]).tolist()
+    assert labels_of(train) == np.delete(load_digits().target, np.s_[4::5]).tolist()
     assert train.num_classes == 10
     with pytest.raises(ArtifactError, match="digits: no column 'text'"):
-        open_text("digits", captions="text")
+        open_all("digits", "text", captions="text")
 
 
 def test_the_prompts_of_a_samples_artifact_are_its_captions(tmp_path: Path) -> None:
-    pixels, seeds = np.zeros((2, 4, 4, 1), dtype=np.uint8), np.arange(2)
+    tensors = {"images": np.zeros((2, 4, 4, 1), dtype=np.uint8), "seeds": np.arange(2)}
     path = tmp_path / "s.safetensors"
-    tensors = {"images": pixels, "seeds": seeds}
     write_artifact(path, tensors, SamplesRecord(protocol={}, prompts=["a one", "a two"]))
-    assert captions_of(open_text(path)) == ["a one", "a two"]
+    assert captions_of(open_all(path, "text")) == ["a one", "a two"]
     with pytest.raises(ArtifactError, match="no classes"):
-        open_classes(path)
-    bare = tmp_path / "bare.safetensors"
-    write_artifact(bare, tensors, SamplesRecord(protocol={}))
-    refused(bare, "no captions.*give images with captions")
-
-
-# crops
-
-
-def test_the_crop_goes_where_its_centering_says(tmp_path: Path) -> None:
-    ramp = np.arange(16, dtype=np.uint8)[None].repeat(8, 0)  # 8 high, 16 wide
-    Image.fromarray(ramp).save(tmp_path / "0.png")
-    data = open_images(str(tmp_path), shape=(1, 8, 8), split="all")
-    corners = torch.tensor([[0.0, 0.3], [0.5, 0.5], [1.0, 0.9]])
-    crops = data.batch([0, 0, 0], corners)
-    assert crops[:, 0, 0, 0].tolist() == [0, 4, 8]
-    assert torch.equal(crops[1:2], data.batch([0]))
-    assert data.sizes([0]) == [(8, 16)]
-
-
-def test_the_corner_told_is_the_corner_cropped() -> None:
-    ramp = Image.fromarray(np.arange(40, dtype=np.uint8)[None].repeat(20, 0))
-    top, left = crop_corner((20, 40), (1, 20, 20), (0.7, 0.2))
-    assert (top, left) == (0, 14)
-    assert fit(ramp, (1, 20, 20), (0.7, 0.2))[0, 0, 0] == 14
-    assert crop_corner((40, 20), (3, 10, 10)) == (5, 0)  # scaled to 20 x 10 first
-
-
-def test_images_that_are_not_kept_are_the_same(image_folder: Path) -> None:
-    kept = open_images(str(image_folder), shape=(1, 8, 8))
-    lazy = open_images(str(image_folder), shape=(1, 8, 8), keep=False)
-    assert torch.equal(lazy.batch([3, 1]), kept.batch([3, 1]))
-    (image_folder / "03.png").unlink()
-    assert kept.batch([3]).shape == (1, 1, 8, 8)
-    with pytest.raises(DemeError, match=r"03\.png"):
-        lazy.batch([3])
-
-
-def test_other_images_of_the_same_size_have_another_fingerprint(tmp_path: Path) -> None:
-    found = []
-    for seed in (0, 1):
-        pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-        for index, image in enumerate(pixels):
-            Image.fromarray(image).save(
-                tmp_path / f"{index}.bmp"
-            )  # of one size, whatever they show
-        found.append(open_images(str(tmp_path), shape=None, split="all").fingerprint)
-    assert found[0] != found[1]
+        open_all(path, "class")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,32 +12,39 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from deme_cli.artifacts import SamplesRecord, write_artifact
+from deme_cli.artifacts import BaseRecord, SamplesRecord, write_artifact
 from deme_cli.data import digests, images
 from deme_cli.data.digits import load_digits_images
-from deme_cli.data.fitting import to_srgb
+from deme_cli.data.fitting import crop_corner, fit, to_srgb
 from deme_cli.data.image_source import natural_order
 from deme_cli.data.images import ImageData, open_images, to_unit
-from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 
 
 def all_images(data: ImageData) -> torch.Tensor:
     return data.batch(range(len(data)))
 
 
-def write_parquet(path: Path, pixels: np.ndarray, *, column: str = "img") -> Path:
-    """A parquet file of PNG bytes, as any writer of tables would make it."""
+def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def table(**columns: list) -> bytes:
+    """A parquet file, as any writer of tables would make it."""
     import pyarrow
     import pyarrow.parquet
 
-    encoded = []
-    for image in pixels:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        encoded.append({"bytes": buffer.getvalue(), "path": None})
-    table = pyarrow.table({"label": list(range(len(pixels))), column: encoded})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, pixels: np.ndarray) -> Path:
+    rows = [{"bytes": encoded(image), "path": None} for image in pixels]
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(table, path)
+    path.write_bytes(table(label=list(range(len(rows))), img=rows))
     return path
 
 
@@ -53,25 +59,8 @@ def test_digits_split_as_the_embedded_set_does() -> None:
     expected = torch.from_numpy(load_digits_images("test")).permute(0, 3, 1, 2)
     assert torch.equal(all_images(held_out), expected)
     assert held_out.shape == (1, 8, 8)
-
-
-def test_only_digits_must_not_be_mirrored(image_folder: Path) -> None:
-    assert not open_images("digits", shape=None).can_flip
-    assert open_images(str(image_folder), shape=None).can_flip
-
-
-def test_unit_range_maps_0_and_255_to_minus_one_and_one() -> None:
+    assert not held_out.can_flip
     assert to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
-
-
-def test_a_folder_is_read_in_the_order_of_its_names_below_it(tmp_path: Path) -> None:
-    for name, level in (("b/x.png", 2), ("a.PNG", 1), ("b/y.bmp", 3), (".hidden.png", 9)):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("L", (4, 4), level).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
-    data = open_images(str(tmp_path), shape=None, split="all")
-    assert all_images(data)[:, 0, 0, 0].tolist() == [1, 2, 3]
-    assert data.shape == (1, 4, 4)
 
 
 @pytest.mark.parametrize("names", [[f"img{n:03d}_a" for n in range(0, 999, 7)], ["", "a", "a-1"]])
@@ -89,22 +78,6 @@ def test_every_fiftieth_image_is_held_out_of_a_source_without_a_test_split(tmp_p
     assert all_images(held_out)[:, 0, 0, 0].tolist() == [49, 99]
     assert len(train) == 99
     assert len(open_images(str(path), shape=None, split="all")) == 101
-
-
-def test_a_small_folder_holds_out_its_last_image(image_folder: Path) -> None:
-    assert len(open_images(str(image_folder), shape=None, split="held-out")) == 1
-    assert len(open_images(str(image_folder), shape=None, split="train")) == 9
-
-
-def test_one_image_is_too_few_to_train_and_hold_out(tmp_path: Path) -> None:
-    Image.new("L", (4, 4)).save(tmp_path / "only.png")
-    with pytest.raises(ArtifactError, match="too few images"):
-        open_images(str(tmp_path), shape=None, split="train")
-
-
-def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(ConfigError, match="held-out"):
-        open_images("digits", shape=None, split="test")
 
 
 def test_channels_and_size_are_converted_to_the_wanted_shape(tmp_path: Path) -> None:
@@ -238,13 +211,6 @@ def test_colour_profiles_are_applied_and_what_is_no_profile_is_said(
     assert is_used or ("is ignored" in said) == (profile != "sRGB")
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_numbers_without_a_range_of_brightness_are_refused(tmp_path: Path, kind: type) -> None:
-    Image.fromarray(np.ones((4, 4), dtype=kind)).save(tmp_path / "0.png", "TIFF")
-    with pytest.raises(ArtifactError, match=r"0\.png: .*save it with 8 or 16 bits"):
-        open_images(str(tmp_path), shape=None, split="all")
-
-
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     levels = np.full((4, 4), 32768, dtype=np.uint16)
     Image.fromarray(levels).save(tmp_path / "0.png")
@@ -263,44 +229,20 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert np.array_equal(data.batch([0])[0, 0], np.rot90(np.asarray(image), -1))
 
 
-def test_images_of_different_sizes_need_a_shape(tmp_path: Path) -> None:
-    Image.new("L", (4, 4)).save(tmp_path / "0.png")
-    Image.new("L", (5, 4)).save(tmp_path / "1.png")
-    with pytest.raises(ArtifactError, match=r"1\.png is 5x4.*one size"):
-        open_images(str(tmp_path), shape=None, split="all")
-    assert len(open_images(str(tmp_path), shape=(1, 4, 4), split="all")) == 2
-
-
 def test_one_colour_image_makes_the_set_colour(tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "0.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
     assert open_images(str(tmp_path), shape=None, split="all").shape == (3, 4, 4)
 
 
-def test_a_corrupt_image_among_good_ones_is_named(image_folder: Path) -> None:
-    broken = image_folder / "05.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(ArtifactError, match=r"05\.png: .*remove or mend"):
-        open_images(str(image_folder), shape=(1, 8, 8), split="all")
-
-
-def test_a_file_that_is_no_image_is_named(image_folder: Path) -> None:
-    (image_folder / "05.png").write_text("hello")
-    with pytest.raises(ArtifactError, match=r"05\.png: not a readable image"):
-        open_images(str(image_folder), shape=(1, 8, 8), split="all")
-
-
-def test_a_link_to_nothing_among_images_is_named(image_folder: Path) -> None:
-    (image_folder / "05.png").unlink()
-    (image_folder / "05.png").symlink_to("gone.png")
-    with pytest.raises(MissingError, match=r"05\.png: no such file"):
-        open_images(str(image_folder), shape=(1, 8, 8), split="all")
-
-
 def test_images_too_many_to_keep_are_decoded_by_batch(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = open_images(str(image_folder), shape=(3, 128, 128), split="all")
+    assert kept.can_flip
+    assert [len(open_images(str(image_folder), shape=None, split=split))
+            for split in ("train", "held-out")] == [9, 1]  # fmt: skip
+    monkeypatch.setattr(images, "_THREADED_PIXELS", 1)
     monkeypatch.setattr(images, "KEEP_BYTES", 100)
     lazy = open_images(str(image_folder), shape=(3, 128, 128), split="all")
     assert torch.equal(lazy.batch([7, 2, 2]), kept.batch([7, 2, 2]))
@@ -308,14 +250,6 @@ def test_images_too_many_to_keep_are_decoded_by_batch(
     (image_folder / "03.png").write_text("broken after it was opened")
     with pytest.raises(ArtifactError, match=r"03\.png"):
         lazy.batch([3])
-
-
-def test_large_images_decode_the_same_in_threads(
-    image_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alone = all_images(open_images(str(image_folder), shape=None, split="all"))
-    monkeypatch.setattr(images, "_THREADED_PIXELS", 1)
-    assert torch.equal(all_images(open_images(str(image_folder), shape=None, split="all")), alone)
 
 
 def test_the_fingerprint_follows_names_and_bytes_of_a_folder(
@@ -385,9 +319,59 @@ def test_a_table_that_was_replaced_at_the_same_time_is_read_anew(tmp_path: Path)
     assert len(fingerprints) == 2
 
 
-def test_an_empty_folder_says_what_it_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match=r"no images.*no parquet"):
-        open_images(str(tmp_path), shape=None)
+PNG = encoded(np.zeros((4, 4), dtype=np.uint8))
+WIDE = encoded(np.zeros((4, 5), dtype=np.uint8))
+NOTHING = {"bytes": None, "path": None}
+
+
+@pytest.mark.parametrize(
+    ("files", "argument", "error", "match"),
+    [
+        ({}, "photos", MissingError, r"no such file or folder.*digits"),
+        ({}, "lsun-church", MissingError, "give the folder"),
+        ({}, "cifar10", MissingError, r"HF_HUB_OFFLINE is set; .*give a folder of images"),
+        ({}, "somebody/some-images", MissingError, r"HF_HUB_OFFLINE is set; .*give a folder"),
+        ({"d/.hidden": PNG}, "d", MissingError, r"no images.*no parquet"),
+        ({"x.zip": b"PK"}, "x.zip", ConfigError, r"x\.zip: expected a folder of images"),
+        ({"base.safetensors": b""}, "base.safetensors", ArtifactError, "kind 'samples'.*'base'"),
+        ({"d/0.png": PNG}, "d", ArtifactError, "too few images"),
+        ({"d/0.png": PNG, "d/1.png": PNG[:42]}, "d", ArtifactError, r"1\.png: .*remove or mend"),
+        ({"d/0.png": PNG, "d/1.png": b"x"}, "d", ArtifactError, r"1\.png: not a readable image"),
+        ({"d/0.png": PNG, "d/1.png": None}, "d", MissingError, r"1\.png: no such file"),
+        ({"d/0.png": PNG, "d/1.png": WIDE}, "d", ArtifactError, r"1\.png is 5x4.*one size"),
+        ({"d/0.png": encoded(np.ones((4, 4), dtype=np.float32), "TIFF"), "d/1.png": PNG}, "d",
+         ArtifactError, r"0\.png: .*floats.*save it with 8 or 16 bits"),
+        ({"d/0.png": encoded(np.ones((4, 4), dtype=np.int32), "TIFF"), "d/1.png": PNG}, "d",
+         ArtifactError, r"0\.png: .*save it with 8 or 16 bits"),
+        ({"t.parquet": b"no table"}, "t.parquet", ArtifactError, "broken or not parquet"),
+        ({"t.parquet": table(text=["a"])}, "t.parquet", ArtifactError,
+         "no column holds images; columns: text"),
+        ({"t.parquet": table(image=[{"bytes": b"x", "path": None}] * 2)}, "t.parquet",
+         ArtifactError, r"t\.parquet: row 0: not a readable image"),
+        ({"t.parquet": table(image=[{"bytes": PNG, "path": None}, NOTHING])}, "t.parquet",
+         ArtifactError, "row 1 holds no image"),
+    ],
+)  # fmt: skip
+def test_what_is_no_image_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict, argument: str,
+    error: type[DemeError], match: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        path = Path(name)
+        path.parent.mkdir(exist_ok=True)
+        if name == "base.safetensors":
+            record = BaseRecord(
+                source="x", model_config={}, scheduler_config={}, num_train_timesteps=1
+            )
+            write_artifact(path, {"w": np.zeros(1)}, record)
+        elif content is None:
+            path.symlink_to("gone.png")
+        else:
+            path.write_bytes(content)
+    split = "train" if "too few" in match else "all"
+    with pytest.raises(error, match=match):
+        open_images(argument, shape=None, split=split)
 
 
 def test_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,35 +381,6 @@ def test_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("os.scandir", refuse)  # what the system does; root may read everything
     with pytest.raises(MissingError, match="cannot be read: Permission denied"):
         open_images(str(tmp_path), shape=None)
-
-
-def test_a_missing_folder_says_what_images_may_be() -> None:
-    with pytest.raises(MissingError, match=r"no such file or folder.*digits"):
-        open_images("photos", shape=None)
-
-
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "images.zip").write_bytes(b"PK")
-    with pytest.raises(ConfigError, match=r"images\.zip: expected a folder of images"):
-        open_images(str(tmp_path / "images.zip"), shape=None)
-
-
-@pytest.mark.parametrize("name", ["lsun-church", "lsun-bedroom", "coco", "imagenet", "parti"])
-def test_names_without_a_download_ask_for_a_folder(name: str) -> None:
-    with pytest.raises(MissingError, match="give the folder"):
-        open_images(name, shape=None)
-
-
-@pytest.mark.parametrize("source", ["cifar10", "somebody/some-images"])
-def test_a_hub_dataset_without_network_fails_at_once_and_says_how_to_go_on(
-    source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    began = time.monotonic()
-    with pytest.raises(MissingError, match=r"HF_HUB_OFFLINE is set; .*give a folder of images"):
-        open_images(source, shape=(3, 32, 32))
-    assert time.monotonic() - began < 6
 
 
 def test_a_parquet_file_is_read_and_its_image_column_found(tmp_path: Path) -> None:
@@ -445,51 +400,28 @@ def test_a_folder_of_parquet_files_splits_by_their_names(tmp_path: Path) -> None
         assert torch.equal(all_images(data), torch.from_numpy(expected).permute(0, 3, 1, 2))
 
 
-def test_a_table_without_images_names_its_columns(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "t.parquet")
-    with pytest.raises(ArtifactError, match="no column holds images; columns: text"):
-        open_images(str(tmp_path / "t.parquet"), shape=None)
-
-
-def test_a_broken_image_in_a_table_is_named_by_its_row(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [{"bytes": b"nothing", "path": None}]
-    pyarrow.parquet.write_table(pyarrow.table({"image": rows}), tmp_path / "t.parquet")
-    with pytest.raises(ArtifactError, match=r"t\.parquet: row 0: not a readable image"):
-        open_images(str(tmp_path / "t.parquet"), shape=(3, 8, 8), split="all")
-
-
-def test_an_empty_row_in_a_table_is_named(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "t.parquet", colour_pixels(2))
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = pyarrow.parquet.read_table(path).column("img").to_pylist()
-    rows[1] = {"bytes": None, "path": None}
-    pyarrow.parquet.write_table(pyarrow.table({"img": rows}), path)
-    with pytest.raises(ArtifactError, match=r"row 1 holds no image"):
-        open_images(str(path), shape=(3, 8, 8), split="all")
-
-
-def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
-    (tmp_path / "t.parquet").write_text("no table")
-    with pytest.raises(ArtifactError, match=r"t\.parquet: broken or not parquet"):
-        open_images(str(tmp_path / "t.parquet"), shape=None)
-
-
-def test_an_artifact_of_another_kind_holds_no_images(run_folder: Path) -> None:
-    with pytest.raises(ArtifactError, match="expected an artifact of kind 'samples', found 'base'"):
-        open_images("base.safetensors", shape=None)
-
-
 def test_a_folder_that_bears_a_known_name_is_taken(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     image_folder.rename("imagenet")
     assert len(open_images("imagenet", shape=None, split="all")) == 10
+
+
+def test_the_crop_goes_where_its_centering_says(tmp_path: Path) -> None:
+    ramp = np.arange(16, dtype=np.uint8)[None].repeat(8, 0)  # 8 high, 16 wide
+    Image.fromarray(ramp).save(tmp_path / "0.png")
+    data = open_images(str(tmp_path), shape=(1, 8, 8), split="all")
+    corners = torch.tensor([[0.0, 0.3], [0.5, 0.5], [1.0, 0.9]])
+    crops = data.batch([0, 0, 0], corners)
+    assert crops[:, 0, 0, 0].tolist() == [0, 4, 8]
+    assert torch.equal(crops[1:2], data.batch([0]))
+    assert data.sizes([0]) == [(8, 16)]
+
+
+def test_the_corner_told_is_the_corner_cropped() -> None:
+    ramp = Image.fromarray(np.arange(40, dtype=np.uint8)[None].repeat(20, 0))
+    top, left = crop_corner((20, 40), (1, 20, 20), (0.7, 0.2))
+    assert (top, left) == (0, 14)
+    assert fit(ramp, (1, 20, 20), (0.7, 0.2))[0, 0, 0] == 14
+    assert crop_corner((40, 20), (3, 10, 10)) == (5, 0)  # scaled to 20 x 10 first
