@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from deme_cli.analysis.losses import analyze_losses as analyze_losses
     from deme_cli.analysis.result import Analysis as Analysis
     from deme_cli.analysis.task_vectors import analyze_task_vectors as analyze_task_vectors
-    from deme_cli.api.drawing import Images as Images
-    from deme_cli.api.drawing import ensemble_sample as ensemble_sample
-    from deme_cli.api.drawing import sample as sample
     from deme_cli.api.evaluating import Evaluation as Evaluation
     from deme_cli.api.evaluating import evaluate as evaluate
     from deme_cli.api.merging import MergeResult as MergeResult
@@ -57,6 +54,9 @@ if TYPE_CHECKING:
     from deme_cli.merging.task_vectors import task_vector as task_vector
     from deme_cli.run_file import RunFile as RunFile
     from deme_cli.run_file import read_run_file as read_run_file
+    from deme_cli.sampling.sample import Images as Images
+    from deme_cli.sampling.sample import ensemble_sample as ensemble_sample
+    from deme_cli.sampling.sample import sample as sample
     from deme_cli.training.finetune import finetune as finetune
     from deme_cli.training.finetune import train_base as train_base
     from deme_cli.training.split import SplitResult as SplitResult
@@ -70,7 +70,8 @@ _PLACES = {
     "task_vector": "merging.task_vectors", "TaskVectors": "merging.task_vectors",
     "merge": "api.merging", "search": "api.merging", "MergeResult": "api.merging",
     "replay": "api.merging",
-    "sample": "api.drawing", "ensemble_sample": "api.drawing", "Images": "api.drawing",
+    "sample": "sampling.sample", "ensemble_sample": "sampling.sample",
+    "Images": "sampling.sample",
     "evaluate": "api.evaluating", "Evaluation": "api.evaluating",
     "reference_statistics": "api.statistics", "export": "diffusion.export",
     "ExportCheck": "diffusion.export",

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from deme_cli.errors import ArtifactError, MissingError, reading
 from deme_cli.files import write_whole
+from deme_cli.progress import Progress, Step, silent
 
 _ANSWER_SECONDS = 1.0
 _READ_SECONDS = 30.0
@@ -121,6 +122,19 @@ def _host_answers(url: str) -> bool:
             return True
     except (OSError, http.client.HTTPException, ValueError):
         return False
+
+
+def fetch(assets: Sequence[Asset], progress: Progress = silent) -> None:
+    """See to it that every asset is on this machine.
+
+    Raises MissingError within two seconds where one is neither here nor within reach.
+    """
+    for asset in require_assets(assets):
+
+        def advance(done: int, total: int, label: str = f"fetching {asset.name}") -> None:
+            progress(Step(done // 1_000_000, -(-total // 1_000_000), label, "MB"))
+
+        download(asset, advance)
 
 
 def download(asset: Asset, on_progress: Callable[[int, int], None]) -> Path:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.api.drawing import ENSEMBLE_NAME, DrawingJob, sample_settings
 from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     Compile,
@@ -25,8 +24,9 @@ from deme_cli.commands.options import (
     begin,
     takes_settings,
 )
-from deme_cli.commands.sample import OUTPUT_HELP, Prompt, Protocol, draw
+from deme_cli.commands.sample import OUTPUT_HELP, Prompt, Protocol, sample_settings, tell
 from deme_cli.config import SampleConfig
+from deme_cli.sampling.sample import ENSEMBLE_NAME
 
 
 @takes_settings
@@ -52,16 +52,10 @@ def ensemble_sample(
     output: Annotated[Path, typer.Option("--output", "-o", help=f"{OUTPUT_HELP}.")] = Path(
         ENSEMBLE_NAME
     ),
-    pipeline: Pipeline = None,
-    config: ConfigPath = None,
-    device: Device = "auto",
-    dtype: Dtype = "fp32",
-    compile: Compile = "auto",
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
+    dtype: Dtype = "fp32", compile: Compile = "auto", force: Force = False,
+    dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
     """Draw images from an ensemble of experts (Eq. 7); run the same command again to continue.
 
     Timestep t goes to the expert whose range holds it. It costs what one model
@@ -70,13 +64,16 @@ def ensemble_sample(
 
     Example: deme ensemble-sample ft_*.safetensors -n 64
     """
+    from deme_cli import ensemble_sample
+
     console.set_quiet(quiet)
-    world = meet(device)
+    meet(device)
     run = begin(config, quiet=quiet)
     settings = sample_settings(run, given, prompt=prompt, protocol=protocol)
-    job = DrawingJob(
-        [str(path) for path in experts], settings, output, run.pipeline(pipeline),
-        world.device or device, dtype, compile, force, is_ensemble=True, hold_one=hold_one,
-        world=world,
-    )  # fmt: skip
-    draw(job, dry_run=dry_run, as_json=as_json)
+    with console.showing() as progress:
+        images = ensemble_sample(
+            experts, settings, output=output, run=run, hold_one=hold_one, pipeline=pipeline,
+            device=device, dtype=dtype, compile=compile, force=force, dry_run=dry_run,
+            progress=progress,
+        )  # fmt: skip
+    tell(images, dry_run=dry_run, as_json=as_json)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deme_cli import console
-from deme_cli.api.drawing import DrawingJob, default_output, sample_settings
 from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     Compile,
@@ -27,6 +27,12 @@ from deme_cli.commands.options import (
     takes_settings,
 )
 from deme_cli.config import EvalConfig, SampleConfig
+from deme_cli.errors import ConfigError
+from deme_cli.evaluation.protocols import apply_protocol, find_protocol
+from deme_cli.run_file import RunFile
+
+if TYPE_CHECKING:
+    from deme_cli import Images
 
 Prompt = Annotated[
     str | None,
@@ -56,16 +62,10 @@ def sample(
             "--output", "-o", help=rf"{OUTPUT_HELP} \[default: {{model}}-samples.safetensors]."
         ),
     ] = None,
-    pipeline: Pipeline = None,
-    config: ConfigPath = None,
-    device: Device = "auto",
-    dtype: Dtype = "fp32",
-    compile: Compile = "auto",
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
+    dtype: Dtype = "fp32", compile: Compile = "auto", force: Force = False,
+    dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
     """Draw images from one model; run the same command again to continue.
 
     A preview lies beside them. Image i depends on the seed, i and its prompt or
@@ -74,25 +74,60 @@ def sample(
 
     Example: deme sample merged.safetensors -n 64
     """
+    from deme_cli import sample
+
     console.set_quiet(quiet)
-    world = meet(device)
+    meet(device)
     run = begin(config, quiet=quiet)
     settings = sample_settings(run, given, prompt=prompt, protocol=protocol)
-    job = DrawingJob(
-        [model], settings, output or default_output(model), run.pipeline(pipeline),
-        world.device or device, dtype, compile, force, world=world,
-    )  # fmt: skip
-    draw(job, dry_run=dry_run, as_json=as_json)
+    with console.showing() as progress:
+        images = sample(
+            model, settings, output=output, run=run, pipeline=pipeline, device=device, dtype=dtype,
+            compile=compile, force=force, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+    tell(images, dry_run=dry_run, as_json=as_json)
 
 
-def draw(job: DrawingJob, *, dry_run: bool, as_json: bool) -> None:
-    """Draw what was asked, or say what would be drawn; then the paths."""
-    if dry_run:
-        card = job.say_what_would_run()
-        if as_json:
-            console.result_json({"dry_run": True, "paths": [str(job.output)], "protocol": card})
-    elif images := job.run():
+def sample_settings(
+    run: RunFile, given: Given, *, prompt: str | None, protocol: str | None
+) -> SampleConfig:
+    """The settings of [sample] with options and a named protocol.
+
+    prompt: one prompt for all images, in place of a set of them.
+    """
+    from deme_cli.data.prompts import TEXT
+
+    if prompt is not None:
+        if given.get("prompts") is not None:
+            raise ConfigError(
+                "--prompt is one prompt, --prompts a set of them; give one of the two"
+            )
+        given = {**given, "prompts": f"{TEXT}{prompt}"}
+    fixed = apply_protocol(find_protocol(protocol), SampleConfig, given)
+    settings = run.settings(SampleConfig, **fixed)
+    if prompt is not None and given.get("prompt_column") is None:
+        settings = replace(settings, prompt_column=None)  # that of the set in deme.toml
+    return settings
+
+
+def tell(images: Images, *, dry_run: bool, as_json: bool) -> None:
+    """What was drawn, or what would be."""
+    card, (height, width, channels) = images.protocol, images.shape
+    if not dry_run:
         console.result_paths(
             [images.path, images.preview], as_json=as_json, num=images.num, kept=images.num_kept,
-            seconds=images.seconds, protocol=images.protocol,
+            seconds=images.seconds, protocol=card,
         )  # fmt: skip
+        return
+    how = [f"{card['sampler']}, {card['steps']} steps"]
+    how += [f"{card['spacing']} spacing"] if card["spacing"] else []
+    how += [f"prompts of {card['prompts']['source']}"] if card["prompts"] else []
+    how += [f"classes {card['classes']}"] if card["classes"] else []
+    how += [f"guidance {card['guidance']:g}"] if card["guidance"] is not None else []
+    console.note(
+        f"would draw {card['num']} images ({height} x {width}, {channels} channels) to "
+        f"{images.path}: {card['model']} {' '.join(mark[:12] for mark in card['fingerprints'])}, "
+        f"{', '.join(how)}, seed {card['seed']}"
+    )
+    if as_json:
+        console.result_json({"dry_run": True, "paths": [str(images.path)], "protocol": card})

@@ -22,6 +22,7 @@ from deme_cli.data.prompts import PromptSet
 from deme_cli.diffusion.model_files import read_json
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.evaluation.row_plans import ENSEMBLE, RowPlan, record_of_file
+from deme_cli.run_folder import CARD_NAME
 from deme_cli.sampling.conditioning import (
     Conditioning,
     open_conditioning,
@@ -29,7 +30,6 @@ from deme_cli.sampling.conditioning import (
     protocol_card,
 )
 from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble, open_single, read_ensemble
-from deme_cli.sampling.samples_folder import CARD_NAME
 
 
 @dataclass(frozen=True)
