@@ -16,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deme_cli.analysis.figure import BLACK, BLUE, OTHER, VERMILION
 from deme_cli.comparison.figures import Cell, Column, Comparison, RowResult, cell_of, state_of
 from deme_cli.files import write_whole
 
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = {  # marker and colour (Okabe and Ito), legend
-    "base": ("D", "#000000", "base"),
-    "finetune": ("o", "#0072B2", "finetuned, one network"),
-    "ensemble": ("s", "#E69F00", "ensemble of experts"),
-    "merged": ("^", "#D55E00", "merged experts"),
+KINDS = {  # marker, colour, legend
+    "base": ("D", BLACK, "base"),
+    "finetune": ("o", BLUE, "finetuned, one network"),
+    "ensemble": ("s", OTHER, "ensemble of experts"),
+    "merged": ("^", VERMILION, "merged experts"),
 }
 MISSING = "0.55"
 MOST_ABREAST, PANEL_INCHES, ROW_INCHES, LEGEND_INCHES = 3, 3.3, 0.34, 2.8
