@@ -28,15 +28,7 @@ from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.model_files import digests_of, locate_parts
 from deme_cli.distributed import ALONE, JointStopRequests, Lost, World
 from deme_cli.errors import ArtifactError
-from deme_cli.training.latents import (
-    CachedEncoder,
-    Encoder,
-    LatentCache,
-    cache_folder,
-    cache_key,
-    fill,
-    mirror,
-)
+from deme_cli.training.latents import Encoder, LatentCache, cache_folder, cache_key, fill, mirror
 
 WHOLE = slice(None)  # of a batch
 _CHUNK = 4096  # images copied to a device at a time
@@ -113,7 +105,7 @@ class PixelExamples:
 class LatentExamples:
     """VAE latents and conditions of images, from the frozen parts or from a cache of theirs."""
 
-    def __init__(self, encoder: Encoder | CachedEncoder, *, crop: str = "centre") -> None:
+    def __init__(self, encoder: Encoder | LatentCache, *, crop: str = "centre") -> None:
         self.encoder, self.crop, data = encoder, crop, encoder.data
         self.source, self.fingerprint, self.can_flip = data.source, data.fingerprint, data.can_flip
         self.shape, self.image_shape = encoder.latent_shape, data.shape
@@ -198,8 +190,8 @@ def open_examples(
     flips, num = data.can_flip if flips is None else flips, len(data)
     key = cache_key(encoder, split=split, crop=crop, flips=flips)
     folder = cache_folder(cache, beside, key)
-    kept = LatentCache(folder, key, num_needed=min(num, num_needed or num))
-    return LatentExamples(CachedEncoder(encoder, kept), crop=crop)
+    kept = LatentCache(encoder, folder, key, num_needed=min(num, num_needed or num))
+    return LatentExamples(kept, crop=crop)
 
 
 def _require_classes(data: ImageData, companions: Companions) -> None:
@@ -225,7 +217,7 @@ def _require_classes(data: ImageData, companions: Companions) -> None:
 
 def cache_size(*examples: Examples | None) -> int:
     """Images that the caches behind these examples will hold together."""
-    return sum(one.cache.num_images for one in _cached(examples))
+    return sum(one.num_images for one in _cached(examples))
 
 
 def fill_caches(*examples: Examples | None, world: World = ALONE) -> Iterator[int]:
@@ -237,24 +229,24 @@ def fill_caches(*examples: Examples | None, world: World = ALONE) -> Iterator[in
     cached, before, total = _cached(examples), 0, cache_size(*examples)
     with JointStopRequests(world) as requests:
         for one in cached:
-            for done in fill(one.cache, one.encoder):
+            for done in fill(one):
                 yield before + done
                 if world.failure():
                     raise Lost("another process of this launch ended while latents were cached")
                 if requests.asked:
                     raise requests.stopped(
                         f"stopped at {before + done} of {total} images; of their latents whole "
-                        f"parts of {one.cache.key['rows']} are kept; run the same command again "
+                        f"parts of {one.key['rows']} are kept; run the same command again "
                         f"to continue"
                     )
-            before += one.cache.num_images
+            before += one.num_images
     for one in cached:
-        if one.cache.holds_latents:
+        if one.holds_latents:
             one.companions.release()  # gigabytes that training does not read
 
 
-def _cached(examples: Sequence[Examples | None]) -> list[CachedEncoder]:
+def _cached(examples: Sequence[Examples | None]) -> list[LatentCache]:
     return [
         one.encoder for one in examples
-        if isinstance(one, LatentExamples) and isinstance(one.encoder, CachedEncoder)
+        if isinstance(one, LatentExamples) and isinstance(one.encoder, LatentCache)
     ]  # fmt: skip

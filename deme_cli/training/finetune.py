@@ -238,4 +238,4 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
                     f"stopped at update {state.step} of {config.steps}; "
                     f"run the same command again to continue"
                 )
-        files.write_results(state, base)
+        files.write_results(state)

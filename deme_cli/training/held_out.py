@@ -7,12 +7,11 @@ batch, the mean of the posterior where there is a VAE. Captions are never left o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import predict
@@ -41,42 +40,36 @@ class FixedDraws:
 
     @torch.no_grad()
     def errors(
-        self, network: nn.Module, *, weights: Mapping[str, Tensor] | None = None,
-        check: Check | None = None, chosen: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, network: nn.Module, *, check: Check | None = None, chosen: Tensor | None = None
+    ) -> Tensor:
         """Squared error of each draw, its mean over elements: (n,) float64.
 
-        Of `network`, or of it with other `weights`, on the draws `chosen` (all by default). The
-        network is run in its own dtype, the rest in float32, the sums in float64.
+        On the draws `chosen` (all by default). The network is run in its own dtype, the rest in
+        float32, the sums in float64.
         """
         chosen = torch.arange(len(self.t)) if chosen is None else chosen
-        predictor, found = _Predictor(network), torch.zeros(len(chosen), dtype=torch.float64)
-        weights = {f"network.{name}": value for name, value in (weights or {}).items()}
+        errors = torch.zeros(len(chosen), dtype=torch.float64)
         for place in torch.arange(len(chosen)).split(self.batch_size):
             if check:
                 check()
             inputs, target = self._batch(chosen[place], network)
-            error = functional_call(predictor, weights, inputs).float().cpu() - target
-            found[place] = error.square().flatten(1).mean(dim=1, dtype=torch.float64)
-        return found
+            error = predict(network, *inputs).float().cpu() - target
+            errors[place] = error.square().flatten(1).mean(dim=1, dtype=torch.float64)
+        return errors
 
-    def loss(
-        self, network: nn.Module, *, weights: Mapping[str, Tensor] | None = None,
-        check: Check | None = None,
-    ) -> float:  # fmt: skip
+    def loss(self, network: nn.Module, *, check: Check | None = None) -> float:
         """Mean squared error over draws and elements; see `errors`."""
-        return self.errors(network, weights=weights, check=check).mean().item()
+        return self.errors(network, check=check).mean().item()
 
     def loss_and_gradient(self, network: nn.Module, check: Check) -> float:
         """The loss, and its gradient in `.grad` of every parameter of `network`."""
         network.requires_grad_(True)
         network.zero_grad(set_to_none=True)
-        predictor, total = _Predictor(network), 0.0
-        size = len(self.t) * math.prod(self.examples.shape)
+        total, size = 0.0, len(self.t) * math.prod(self.examples.shape)
         for chosen in torch.arange(len(self.t)).split(self.batch_size):
             check()
             inputs, target = self._batch(chosen, network)
-            output = predictor(*inputs).float()
+            output = predict(network, *inputs).float()
             loss = (output - target.to(output.device)).square().sum() / size
             loss.backward()
             total += loss.item()
@@ -86,12 +79,9 @@ class FixedDraws:
     @torch.no_grad()
     def outputs(self, network: nn.Module, chosen: Tensor) -> Tensor:
         """What `network` says at the draws `chosen`: (len(chosen), C, H, W) float32."""
-        predictor = _Predictor(network)
-        said = [
-            predictor(*self._batch(part, network)[0]).float().cpu()
-            for part in chosen.split(self.batch_size)
-        ]
-        return torch.cat(said)
+        parts = chosen.split(self.batch_size)
+        inputs = (self._batch(part, network)[0] for part in parts)
+        return torch.cat([predict(network, *one).float().cpu() for one in inputs])
 
     def _batch(
         self, chosen: Tensor, network: nn.Module
@@ -107,17 +97,6 @@ class FixedDraws:
         )
         target = self.schedule.target(x0, eps, t) if self.targets is None else self.targets[chosen]
         return inputs, target
-
-
-class _Predictor(nn.Module):
-    """`predict` as a module, so that it can be called with other weights."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        return predict(self.network, x_t, t, conditions)
 
 
 def draws_of_range(

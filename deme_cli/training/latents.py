@@ -147,10 +147,18 @@ def cache_folder(setting: str, beside: Path, key: Mapping[str, Any]) -> Path:
 
 
 class LatentCache:
-    """The cache of `key` in `folder`, as far as it is needed: of images 0 .. num_needed - 1."""
+    """What `encoder` makes of images 0 .. num_needed - 1, read from the cache of `key` in `folder`.
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], *, num_needed: int) -> None:
-        self.folder, self.key = folder, dict(key)
+    Centre crops come with their latents from the cache; of random crops only what is said of the
+    image does, and the frozen parts are asked for the rest.
+    """
+
+    def __init__(
+        self, encoder: Encoder, folder: Path, key: Mapping[str, Any], *, num_needed: int
+    ) -> None:
+        self.encoder, self.folder, self.key = encoder, folder, dict(key)
+        self.data, self.companions = encoder.data, encoder.companions
+        self.latent_shape, self.runs_vae = encoder.latent_shape, key["crop"] != "centre"
         self.holds_latents = key["crop"] == "centre"  # of random crops there would be too many
         self.num_shards = -(-num_needed // key["rows"])
         self.num_images = min(self.num_shards * key["rows"], key["num_images"])
@@ -204,8 +212,12 @@ class LatentCache:
                     f" ({theirs}, not {ours}); give another folder with --cache, or remove this one"
                 )
 
-    def posterior(self, indices: Sequence[int], flip: Tensor | None) -> tuple[Tensor, Tensor]:
+    def posterior(
+        self, indices: Sequence[int], flip: Tensor | None = None, crops: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents' posterior.  (B, C, h, w) float32 each"""
+        if not self.holds_latents:
+            return self.encoder.posterior(indices, flip, crops)
         flips = [False] * len(indices) if flip is None else flip.tolist()
         mean, deviation = (
             self._rows(indices, [MIRRORED * mirrored + name for mirrored in flips])
@@ -213,12 +225,18 @@ class LatentCache:
         )
         return mean, deviation
 
-    def conditions(self, indices: Sequence[int]) -> Conditions:
+    def conditions(
+        self, indices: Sequence[int], flip: Tensor | None = None, crops: Tensor | None = None
+    ) -> Conditions:
         """What the network is told of the images, of batch B."""
-        return {
+        conditions = {
             name.removeprefix("condition."): self._rows(indices, [name] * len(indices))
             for name in self._names("condition.")
         }
+        if crops is not None and SIZES in conditions:  # the text stays, the crop is new
+            sizes = self.encoder.geometry(indices, flip, crops)
+            conditions[SIZES] = sizes.to(conditions[SIZES])
+        return conditions
 
     def null(self) -> Conditions:
         """The condition of nothing said, of batch 1."""
@@ -241,37 +259,7 @@ class LatentCache:
         return safe_open(self.path(shard), "pt")
 
 
-class CachedEncoder:
-    """An encoder that reads what its cache holds, and asks the frozen parts for the rest.
-
-    Centre crops come with their latents from the cache; of random crops only what is said of the
-    image does.
-    """
-
-    def __init__(self, encoder: Encoder, cache: LatentCache) -> None:
-        self.encoder, self.cache = encoder, cache
-        self.data, self.companions = encoder.data, encoder.companions
-        self.latent_shape, self.runs_vae = encoder.latent_shape, not cache.holds_latents
-        self.null = cache.null
-
-    def posterior(
-        self, indices: Sequence[int], flip: Tensor | None = None, crops: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        if self.cache.holds_latents:
-            return self.cache.posterior(indices, flip)
-        return self.encoder.posterior(indices, flip, crops)
-
-    def conditions(
-        self, indices: Sequence[int], flip: Tensor | None = None, crops: Tensor | None = None
-    ) -> Conditions:
-        conditions = self.cache.conditions(indices)
-        if crops is not None and SIZES in conditions:  # the text stays, the crop is new
-            sizes = self.encoder.geometry(indices, flip, crops)
-            conditions[SIZES] = sizes.to(conditions[SIZES])
-        return conditions
-
-
-def fill(cache: LatentCache, encoder: Encoder) -> Iterator[int]:
+def fill(cache: LatentCache) -> Iterator[int]:
     """Make what is missing of `cache`; yields the images of it that are there, now and then.
 
     Beside other processes that do the same: each shard is claimed by who makes it. One that
@@ -299,14 +287,14 @@ def fill(cache: LatentCache, encoder: Encoder) -> Iterator[int]:
                     continue
                 if not cache.has(shard):
                     parts: list[dict[str, Tensor]] = []
-                    for part in _encode(encoder, cache, shard):
+                    for part in _encode(cache, shard):
                         if not is_measured:
                             _require_space(cache.folder, part, num_missing)
                             is_measured = True
                         if parts:
                             yield num_done + sum(map(_num_rows, parts))
                         parts.append(part)
-                    _write(cache, shard, parts, encoder)
+                    _write(cache, shard, parts)
             num_done += len(cache.span(shard))
             yield num_done
         if claimed_by_others == missing:
@@ -314,9 +302,9 @@ def fill(cache: LatentCache, encoder: Encoder) -> Iterator[int]:
         missing = claimed_by_others
 
 
-def _encode(encoder: Encoder, cache: LatentCache, shard: int) -> Iterator[dict[str, Tensor]]:
+def _encode(cache: LatentCache, shard: int) -> Iterator[dict[str, Tensor]]:
     """The tensors of a shard in batches, on the CPU."""
-    span, (_, height, width) = cache.span(shard), encoder.data.shape
+    encoder, span, (_, height, width) = cache.encoder, cache.span(shard), cache.data.shape
     size = max(1, min(_LARGEST_BATCH, _PIXELS // (height * width)))
     for start in range(span.start, span.stop, size):
         indices = range(start, min(start + size, span.stop))
@@ -329,11 +317,9 @@ def _encode(encoder: Encoder, cache: LatentCache, shard: int) -> Iterator[dict[s
         yield {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-def _write(
-    cache: LatentCache, shard: int, parts: Sequence[Mapping[str, Tensor]], encoder: Encoder
-) -> None:
+def _write(cache: LatentCache, shard: int, parts: Sequence[Mapping[str, Tensor]]) -> None:
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    tensors |= {f"null.{name}": value.cpu() for name, value in encoder.null().items()}
+    tensors |= {f"null.{name}": value.cpu() for name, value in cache.encoder.null().items()}
     span = cache.span(shard)
     record = ShardRecord(key=cache.key, start=span.start, stop=span.stop)
     write_artifact(cache.path(shard), tensors, record)

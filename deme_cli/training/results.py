@@ -17,14 +17,15 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from deme_cli.artifacts import BaseRecord, DenoiserRecord, ExpertRecord, fingerprint, write_artifact
+from deme_cli.artifacts import BaseRecord, DenoiserRecord, ExpertRecord, write_artifact
 from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.compiling import uncompiled
 from deme_cli.diffusion.projection import fold_weights
@@ -170,11 +171,10 @@ class RunFiles:
                 self._write(state, length, step=state.step)
         self.world.wait()
 
-    def write_results(self, state: TrainingState, base: nn.Module | None) -> None:
+    def write_results(self, state: TrainingState) -> None:
         """Write the averages of other lengths, then the result: where it lies, all of them do."""
         self._require_finite(state)
         if self._writes:
-            require_unchanged(self.run, base)
             for length in (*(self.run.config.ema_lengths or []), None):
                 self._write(state, length)
         if self.world.is_first:
@@ -197,12 +197,10 @@ class RunFiles:
 
     def _held_out_loss(self, draws: FixedDraws, state: TrainingState) -> float:
         """Of the averaged weights; a divided network is asked by all processes, for the same."""
-        weights = state.averaged_weights()
-        if self.run.shard:
-            with holding(state.network, weights), joint_passes(self.world):
-                return draws.loss(state.network)
-        with uncompiled(state.network):  # other weights and batches than it was compiled for
-            return draws.loss(state.network, weights=weights)
+        joint = joint_passes(self.world) if self.run.shard else nullcontext()
+        network = state.network  # compiled for other batches
+        with holding(network, state.averaged_weights()), uncompiled(network), joint:
+            return draws.loss(network)
 
     def _require_finite(self, state: TrainingState) -> None:
         if self.world.largest(int(not state.is_finite())):
@@ -243,18 +241,6 @@ def _record(run: Run, state: TrainingState, averaging: dict[str, Any]) -> Denois
         data=data,
         training=settings,
     )
-
-
-def require_unchanged(run: Run, base: nn.Module | None) -> None:
-    """Assert that what the run started from is still what the record names, where it is whole."""
-    if run.shard:
-        return
-    original = run.denoiser.network.state_dict()
-    assert fingerprint(original) == run.denoiser.record.fingerprint, "the frozen base was changed"
-    if base is not None and base is not run.denoiser.network:
-        for name, tensor in base.state_dict().items():
-            same = torch.equal(original[name].to(tensor.dtype), tensor.to(original[name].device))
-            assert same, f"the frozen base was changed: {name}"
 
 
 class MetricsLog:

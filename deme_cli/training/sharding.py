@@ -155,8 +155,7 @@ def write_gathered(path: Path, tensors: Mapping[str, Tensor], record: Record, wo
 @contextmanager
 @torch.no_grad()
 def holding(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, a divided network has `weights`, which are divided like its own."""
-    assert isinstance(network, FSDPModule)
+    """Inside, the network has `weights`, which are divided like its own if it is."""
     state = network.state_dict()
     own = {name: tensor.clone() for name, tensor in state.items()}
     for name, tensor in state.items():
@@ -166,7 +165,8 @@ def holding(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
     finally:
         for name, tensor in state.items():
             tensor.copy_(own[name])
-        network.reshard()  # else what lies outside of blocks would stay gathered as it was
+        if isinstance(network, FSDPModule):
+            network.reshard()  # else what lies outside of blocks would stay gathered as it was
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from conftest import write_tiny_base
 from tiny_runs import digits_run
 
-from deme_cli.artifacts import fingerprint_file, load_tensors, read_record
+from deme_cli.artifacts import fingerprint, fingerprint_file, load_tensors, read_record
 from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
@@ -62,6 +62,7 @@ def test_the_record_says_what_was_done_and_the_base_stays_as_it_was(run: Run) ->
     before = run.denoiser.record.fingerprint
     list(train(run))
     record = read_record(run.output, "expert")
+    assert fingerprint(run.denoiser.network.state_dict()) == before
     assert (record.range, record.index, record.of, record.p) == ([25, 50], 2, 4, SHORT.p)
     assert (record.base, record.steps, record.seed) == (before, 12, 0)
     assert record.training["lr"] == SHORT.lr

@@ -95,7 +95,7 @@ def test_a_random_crop_caches_what_is_said_and_nothing_that_is_seen(
     torch.testing.assert_close(
         draw(stored), draw(examples("sdxl", crop="random")), rtol=1e-6, atol=1e-6
     )
-    names = set(stored.encoder.cache._shard(0).keys())
+    names = set(stored.encoder._shard(0).keys())
     assert not {"mean", "mirrored_mean"} & names
 
 
@@ -121,7 +121,7 @@ def test_a_broken_off_cache_is_finished_to_the_same_bytes(
     cached: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     whole = filled(cached(folder="whole"))
-    wanted = shards(whole.encoder.cache.folder)
+    wanted = shards(whole.encoder.folder)
     folder = tmp_path / "cache" / "train"
     if how == "killed":
         write, written = latents.write_artifact, []
@@ -138,7 +138,7 @@ def test_a_broken_off_cache_is_finished_to_the_same_bytes(
         monkeypatch.setattr(latents, "write_artifact", write)
         assert list(shards(folder)) == ["00000.safetensors"]
     else:
-        shutil.copytree(whole.encoder.cache.folder, folder)
+        shutil.copytree(whole.encoder.folder, folder)
         last = folder / "00002.safetensors"
         if how == "removed":
             last.unlink()
@@ -156,7 +156,7 @@ def test_a_broken_off_cache_is_finished_to_the_same_bytes(
 
 
 def test_a_shard_with_other_bytes_is_refused_by_name(cached: Callable) -> None:
-    path = filled(cached()).encoder.cache.path(1)
+    path = filled(cached()).encoder.path(1)
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
@@ -245,7 +245,7 @@ def test_a_stranger_s_folder_is_left_alone(cached: Callable, tmp_path: Path) -> 
 
 
 def test_two_fill_one_cache_together(cached: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = shards(filled(cached(folder="whole")).encoder.cache.folder)
+    wanted = shards(filled(cached(folder="whole")).encoder.folder)
     made: dict[str, list[int]] = {"one": [], "two": []}
     write = latents.write_artifact
 
@@ -267,9 +267,9 @@ def test_two_fill_one_cache_together(cached: Callable, monkeypatch: pytest.Monke
     for thread in threads:
         thread.join(60)
     assert sorted(made["one"] + made["two"]) == [0, 8, 16]
-    assert shards(pair[0].encoder.cache.folder) == wanted
+    assert shards(pair[0].encoder.folder) == wanted
     for each in pair:
-        assert all(each.encoder.cache.has(shard) for shard in range(3))
+        assert all(each.encoder.has(shard) for shard in range(3))
 
 
 def test_a_shard_that_another_makes_is_waited_for_and_made_if_its_maker_dies(
@@ -277,7 +277,7 @@ def test_a_shard_that_another_makes_is_waited_for_and_made_if_its_maker_dies(
 ) -> None:
     examples = cached()
     waits = []
-    holder = claim(examples.encoder.cache.path(0).with_suffix(""))
+    holder = claim(examples.encoder.path(0).with_suffix(""))
     holder.__enter__()
 
     def die_soon(seconds: float) -> None:
@@ -288,7 +288,7 @@ def test_a_shard_that_another_makes_is_waited_for_and_made_if_its_maker_dies(
     monkeypatch.setattr(latents.time, "sleep", die_soon)
     progress: Iterator[int] = fill_caches(examples)
     assert next(progress) == 3
-    assert list(shards(examples.encoder.cache.folder)) == []  # shard 1 is under way, 0 is another's
+    assert list(shards(examples.encoder.folder)) == []  # shard 1 is under way, 0 is another's
     assert list(progress)[-1] == NUM_TRAIN
     assert len(waits) == 2
 
