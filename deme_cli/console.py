@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 SCHEMA_VERSION = 1
+MINUS = "\N{MINUS SIGN}"
+_LARGE = 1e9
 _PLAIN_SECONDS = 10.0
 _LEAST_BAR = 10  # columns
 _quiet = False
@@ -247,45 +249,26 @@ def showing() -> Iterator[Callable[[Step], None]]:
         yield show
 
 
-MINUS = "\N{MINUS SIGN}"
-_LARGE = 1e9
-
-
-def digits_for(spread: float | None, value: float) -> int:
-    """Digits after the point: two figures of the spread, without one four of the value."""
-    scale = spread if spread else abs(value) / 100
-    if not scale or not math.isfinite(scale):
-        return 3
-    return min(max(1 - math.floor(math.log10(scale)), 0), 6)
-
-
-def fixed(value: float, digits: int) -> str:
-    """With `digits` after the point; a word where it is not finite."""
-    return _written(value, f",.{digits}f")
+def fixed(value: float, digits: int, sign: str = "") -> str:
+    """With `digits` after the point and a true minus; a word where it is not finite."""
+    if not math.isfinite(value):
+        return "not finite"
+    form = f",.{digits}f" if abs(value) < _LARGE else ".4g"
+    return f"{value:{sign}{form}}".replace("-", MINUS)
 
 
 def signed(value: float, digits: int) -> str:
-    """The same, with its sign."""
-    return _written(value, f"+,.{digits}f")
-
-
-def _written(value: float, form: str) -> str:
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:{form if abs(value) < _LARGE else '.4g'}}".replace("-", MINUS)
+    return fixed(value, digits, "+")
 
 
 def plain(value: float | None) -> str:
     """A lone number in four figures; a dash for none."""
     if value is None:
         return "\N{EN DASH}"
-    if isinstance(value, int):
-        return f"{value:,}".replace("-", MINUS)
     if not math.isfinite(value):
         return "not finite"
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}".replace("-", MINUS)
-    return f"{value:.4g}".replace("-", MINUS)
+    is_whole = value == int(value) and abs(value) < 1e15
+    return (f"{int(value):,}" if is_whole else f"{value:.4g}").replace("-", MINUS)
 
 
 def size_of(num_bytes: int) -> str:
@@ -294,12 +277,3 @@ def size_of(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"
     return f"{num_bytes} bytes"
-
-
-def number(value: Any) -> float:
-    """A number of a JSON document; null is nan. Raises TypeError for anything else."""
-    if value is None:
-        return math.nan
-    if type(value) not in (int, float):
-        raise TypeError(f"expected a number, found {value!r:.40}")
-    return float(value)

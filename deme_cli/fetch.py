@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,25 +97,30 @@ def _describe(asset: Asset) -> str:
 
 def _unreachable(urls: Sequence[str]) -> str | None:
     """Why files cannot be fetched, or None if every host answers; all are asked at once."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE is set"
-    answered: set[str] = set()
-
-    def ask(url: str) -> None:
-        if _host_answers(url):
-            answered.add(url)
-
-    threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + _ANSWER_SECONDS  # resolving a name knows no timeout of its own
-    for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
-    silent = [url for url in urls if url not in answered]
+    if _is_offline():
+        return f"{_OFFLINE} is set"
+    silent = _silent({url: functools.partial(_offers, url) for url in urls}, _ANSWER_SECONDS)
     return f"no answer from {silent[0].split('/')[2]}" if silent else None
 
 
-def _host_answers(url: str) -> bool:
+def _silent(asks: Mapping[str, Callable[[], bool]], seconds: float) -> list[str]:
+    """Which of these do not say yes in time; in threads, for resolving a name has no timeout."""
+    answered: set[str] = set()
+
+    def ask(name: str) -> None:
+        if asks[name]():
+            answered.add(name)
+
+    threads = [threading.Thread(target=ask, args=(name,), daemon=True) for name in asks]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return [name for name in asks if name not in answered]
+
+
+def _offers(url: str) -> bool:
     try:
         request = urllib.request.Request(url, method="HEAD")
         with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS):
@@ -187,9 +192,13 @@ def is_hub_id(text: str) -> bool:
 
 def offline_reason() -> str | None:
     """Why the hub cannot be asked, or None if it answers."""
-    if os.environ.get(_OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE"):
+    if _is_offline():
         return f"{_OFFLINE} is set"
     return None if _hub_answers() else f"the hub did not answer within {_HUB_SECONDS:.0f} s"
+
+
+def _is_offline() -> bool:
+    return os.environ.get(_OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def stay_offline() -> None:
@@ -221,20 +230,14 @@ def is_model_cached(hub_id: str) -> bool:
 
 @functools.cache
 def _hub_answers() -> bool:
-    """Whether the hub's endpoint answers; in a thread, since resolving a name knows no timeout."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    heard = threading.Event()
-
-    def ask() -> None:
+    def ask() -> bool:
         try:
             get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
         except Exception:  # whatever the HTTP library of the day raises, it did not answer
-            return
-        heard.set()
+            return False
+        return True
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_HUB_SECONDS)
-    return heard.is_set()
+    return not _silent({"hub": ask}, _HUB_SECONDS)

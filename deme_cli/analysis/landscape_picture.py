@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deme_cli.analysis.figure import BLACK, DIVERGING, color_of, render, shorten
-from deme_cli.console import digits_for, fixed, signed
+from deme_cli.console import decimals, fixed, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ _MARKERS = "sD^vPX<>"
 def percent_of(row: dict[str, Any], name: str = "percent", sign: bool = True) -> str:
     """As `-1.9 ± 0.3`."""
     value, interval = row[name], row[f"{name}_interval"]
-    digits = digits_for(interval, value)
+    digits = decimals([interval], 2) if interval else decimals([value], 4)
     return f"{(signed if sign else fixed)(value, digits)} ± {fixed(interval, digits)}"
 
 
