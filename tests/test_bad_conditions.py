@@ -68,7 +68,7 @@ def test_images_without_captions_or_classes_are_refused(refused: Callable[..., s
     assert "no captions: looked for metadata.jsonl" in refused(
         ArtifactError, *finetune("sd", "--data", "images")
     )
-    assert "labels missing for 10 of 10" in refused(
+    assert "no classes: looked for metadata.jsonl" in refused(
         ArtifactError, *finetune("dit", "--data", "images")
     )
 

@@ -29,7 +29,7 @@ FORBIDDEN_IMPORTS = {
     "cloudpickle": set(), "joblib": set(), "yaml": set(), "pty": set(), "runpy": set(),
 }  # fmt: skip
 # A process is only ever another deme: a list of words, no shell.
-STARTS_PROCESSES = {"children.py"}
+STARTS_PROCESSES = {"jobs.py"}
 # Files of code by their nature, which the user names: examples/security.md says what they run.
 LOADS_TORCHSCRIPT = {"evaluation/networks.py"}
 

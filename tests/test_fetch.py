@@ -1,4 +1,4 @@
-"""Files from outside: where they are looked for, and how they are fetched."""
+"""Files from outside: where they are looked for, how they are fetched, whether the hub answers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+from deme_cli import fetch
 from deme_cli.errors import ArtifactError, MissingError
-from deme_cli.fetch import Asset, cache_folder, download, require_assets
+from deme_cli.fetch import (
+    Asset,
+    cache_folder,
+    download,
+    is_dataset_cached,
+    is_hub_id,
+    is_model_cached,
+    offline_reason,
+    require_assets,
+)
 
 CONTENT = bytes(range(256)) * 20
 
@@ -39,7 +50,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 
@@ -97,3 +108,61 @@ def test_a_download_that_breaks_off_leaves_nothing(cache: Path, server: str) -> 
     with pytest.raises(MissingError, match=r"a\.pt"):
         download(Asset("a.pt", "weights", f"{server}/broken"), lambda done, total: None)
     assert list(cache.iterdir()) == []
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.HTTPServer]:
+    """The hub's address, pointed at a server on this machine; asked anew."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    fetch._hub_answers.cache_clear()
+    yield server
+    server.server_close()
+    fetch._hub_answers.cache_clear()
+
+
+def test_a_hub_that_answers_is_asked(endpoint: http.server.HTTPServer) -> None:
+    threading.Thread(target=endpoint.handle_request, daemon=True).start()
+    assert offline_reason() is None
+
+
+def test_a_hub_that_refuses_is_told_at_once(endpoint: http.server.HTTPServer) -> None:
+    endpoint.server_close()
+    began = time.monotonic()
+    assert "did not answer" in offline_reason()
+    assert time.monotonic() - began < 7
+
+
+def test_a_hub_that_says_nothing_is_given_up(
+    endpoint: http.server.HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "_HUB_SECONDS", 0.3)
+    began = time.monotonic()
+    assert "did not answer" in offline_reason()
+    assert time.monotonic() - began < 7
+
+
+def test_no_question_is_asked_where_the_user_wants_none(
+    endpoint: http.server.HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert offline_reason() == "HF_HUB_OFFLINE is set"
+
+
+def test_owner_and_name_make_a_hub_id() -> None:
+    assert is_hub_id("google/ddpm-cifar10-32")
+    for text in ("digits", "./folder/x", "a/b/c", "/a", "a/", "~/x", "a b/c"):
+        assert not is_hub_id(text)
+
+
+def test_the_caches_are_looked_into(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "prepared"))
+    assert not is_model_cached("some/model")
+    assert not is_dataset_cached("some/images")
+    (tmp_path / "models--some--model").mkdir()
+    (tmp_path / "prepared" / "some___images").mkdir(parents=True)
+    assert is_model_cached("some/model")
+    assert is_dataset_cached("some/images")
