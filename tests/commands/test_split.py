@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -53,12 +52,15 @@ def test_split_writes_the_base_and_the_run_file(deme: Deme, source: Path) -> Non
     assert "predicts epsilon, images 1 x 8 x 8" in result.stderr
 
 
-def test_ranges_need_not_divide_the_timesteps(deme: Deme, source: Path) -> None:
-    document = json.loads(deme("split", source, "-n", 3, "--json", "--data", "digits").stdout)
-    assert document["schema_version"] == 1
-    assert document["ranges"] == ["0:34", "34:67", "67:100"]
-    assert document["parameters"] == 44_969
+def test_a_dry_run_tells_all_and_writes_nothing(deme: Deme, source: Path) -> None:
+    arguments = ("split", source, "-n", 3, "--json", "--data", "digits")
+    dry = json.loads(deme(*arguments, "--dry-run").stdout)
+    assert list(Path().iterdir()) == []
+    document = json.loads(deme(*arguments).stdout)
+    assert document["ranges"] == ["0:34", "34:67", "67:100"]  # they need not divide T
+    assert (document["schema_version"], document["parameters"]) == (1, 44_969)
     assert document["fingerprint"] == fingerprint_file(Path("base.safetensors"))
+    assert dry == {**document, "paths": [], "dry_run": True}
 
 
 def test_a_diffusers_folder_becomes_a_base(deme: Deme, source: Path, tmp_path: Path) -> None:
@@ -92,16 +94,6 @@ def test_the_embedded_digits_are_the_default(
     assert run.settings(DataConfig).source == "digits"
     for table, values in DIGITS_SETTINGS.items():
         assert values.items() <= run.tables.get(table, {}).items()
-
-
-@pytest.mark.parametrize("options", [["--data", "photos"], ["--pipeline", "sd"]])
-def test_images_of_ones_own_do_not_go_with_the_embedded_model(
-    deme: Deme, source: Path, options: list[str]
-) -> None:
-    result = deme("split", *options)
-    assert isinstance(result.exception, ConfigError)
-    assert "without MODEL" in str(result.exception)
-    assert list(Path().iterdir()) == []
 
 
 def test_a_base_that_lies_there_is_split_in_place(deme: Deme, source: Path) -> None:
@@ -154,15 +146,6 @@ def test_a_run_goes_to_the_folder_that_is_named(
     assert Path(written).samefile(image_folder)
 
 
-def test_a_dry_run_shows_the_ranges_and_writes_nothing(deme: Deme, source: Path) -> None:
-    result = deme("split", source, "-n", 4, "--dry-run", "--json", "--data", "digits")
-    document = json.loads(result.stdout)
-    assert document["dry_run"] is True
-    assert document["paths"] == []
-    assert document["ranges"] == ["0:25", "25:50", "50:75", "75:100"]
-    assert list(Path().iterdir()) == []
-
-
 @pytest.mark.parametrize("by", ["snr", "log-snr"])
 def test_ranges_may_follow_the_signal_to_noise_ratio(deme: Deme, source: Path, by: str) -> None:
     result = deme("split", source, "-n", 4, "--by", by, "--data", "digits", "--json")
@@ -177,58 +160,52 @@ def test_ranges_may_follow_the_signal_to_noise_ratio(deme: Deme, source: Path, b
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["-n", 0], ConfigError, "n = 0: expected a number above 0"),
-        (["-n", 101], ConfigError, "cannot divide 100 timesteps into 101 ranges"),
-        (["--by", "magic"], ConfigError, "'magic': expected one of uniform"),
+        (["SOURCE", "-n", 0], ConfigError, "n = 0: expected a number above 0"),
+        (["SOURCE", "-n", 101], ConfigError, "cannot divide 100 timesteps into 101 ranges"),
+        (["SOURCE", "--by", "magic"], ConfigError, "'magic': expected one of uniform"),
+        (["SOURCE", "--gradients", "g.json"], ConfigError, "is read by --by gradient alone"),
+        (["SOURCE", "--by", "gradient"], MissingError, "no gradients were measured; do so with"),
+        (["--data", "photos"], ConfigError, "without MODEL"),
+        (["--pipeline", "sd"], ConfigError, "without MODEL"),
+        (["nowhere"], MissingError, "nowhere: no such file or folder"),
+        (["../x.safetensors"], ArtifactError, "not a whole safetensors file"),
     ],
 )
-def test_wrong_settings_say_what_was_expected(
+def test_what_cannot_be_split_is_told(
     deme: Deme, source: Path, arguments: list, error: type, message: str
 ) -> None:
-    result = deme("split", source, *arguments)
+    Path("../x.safetensors").write_bytes(b"broken")
+    result = deme("split", *(source if word == "SOURCE" else word for word in arguments))
     assert isinstance(result.exception, error)
     assert message in str(result.exception)
     assert list(Path().iterdir()) == []
 
 
-def test_a_model_that_is_no_model_is_refused(deme: Deme, source: Path, tmp_path: Path) -> None:
-    assert isinstance(deme("split", "nowhere").exception, MissingError)
-    (tmp_path / "x.safetensors").write_bytes(b"broken")
-    result = deme("split", tmp_path / "x.safetensors")
-    assert isinstance(result.exception, ArtifactError)
-    assert "not a whole safetensors file" in str(result.exception)
-
-
 def test_wrong_arguments_fail_before_torch_is_imported(source: Path) -> None:
+    wrong = [["nowhere"], ["a/b"], [str(source), "-n", "0"], [str(source), "-n", "101"]]
     lines = [
         "import sys",
         "from deme_cli.__main__ import main",
-        "try:",
-        "    main()",
-        "except SystemExit as stop:",
-        "    print(stop.code, [n for n in ('torch', 'diffusers', 'numpy') if n in sys.modules])",
+        f"for words in {wrong}:",
+        "    sys.argv = ['deme', 'split', *words]",
+        "    try:",
+        "        main()",
+        "    except SystemExit as stop:",
+        "        print(stop.code)",
+        "print([name for name in ('torch', 'diffusers', 'numpy') if name in sys.modules])",
     ]
-    for arguments in (["nowhere"], [str(source), "-n", "0"], ["a/b"], [str(source), "-n", "101"]):
-        began = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", "\n".join(lines), "split", *arguments],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert re.fullmatch(r"[23] \[\]\n", done.stdout), (arguments, done)
-        assert time.monotonic() - began < 20
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["3", "3", "2", "2", "[]"]
 
 
-def test_every_setting_is_in_the_run_file_with_its_sentence() -> None:
+def test_every_setting_is_in_the_run_file_and_can_be_switched_on(tmp_path: Path) -> None:
     text = render_run_file({})
     for table, config in TABLES.items():
         section = text.split(f"[{table}]\n")[1]
-        for item in fields(config):
-            assert f"# {item.metadata['help']}" in section
-            assert f"# {item.name} = " in section
-
-
-def test_every_commented_setting_can_be_switched_on(tmp_path: Path) -> None:
-    text = re.sub(r"^# (\w+ = )", r"\1", render_run_file({}), flags=re.MULTILINE)
+        assert all(f"# {item.metadata['help']}" in section for item in fields(config)), table
+    text = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE)
     path = tmp_path / "deme.toml"
     text = text.replace('ranges = ""', 'ranges = ["0:50", "50:100"]')
     path.write_text(text.replace('loss_weighting = "none"', 'loss_weighting = "p2"'))
