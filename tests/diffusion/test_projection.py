@@ -129,29 +129,31 @@ def test_block_projections_have_the_sizes_of_the_paper(
     assert num_parameters(network) - plain == projected
 
 
-@pytest.mark.parametrize("placement", ["block", "fold", "none"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_identity_projections_leave_outputs_equal(name: str, placement: str) -> None:
-    network = network_of(name)
-    before = outputs(network)
-    attach_projections(network, placement)
-    torch.testing.assert_close(outputs(network), before, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("placement", ["block", "fold"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_other_matrices_change_the_outputs(name: str, placement: str) -> None:
+def test_projections_begin_as_the_identity_and_gradients_reach_each(
+    name: str, placement: str
+) -> None:
     network = network_of(name)
     before = outputs(network)
+    attach_projections(network, "none")
+    assert torch.equal(outputs(network), before)
     attach_projections(network, placement)
-    make_random(network)
-    assert (outputs(network) - before).abs().max() > 1e-3
+    torch.testing.assert_close(outputs(network), before, rtol=0, atol=1e-6)
+    twin = copy.deepcopy(network)
+    make_random(twin)  # a copy owns its projections
+    assert (outputs(twin) - before).abs().max() > 1e-3
+    network.requires_grad_(True)
+    outputs(network).square().sum().backward()
+    for path, projection in network.get_submodule(PREFIX).items():
+        assert projection.weight.grad.abs().sum() > 0, path
+    torch.testing.assert_close(outputs(network).detach(), before, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"]
+    ("name", "dtype", "tolerance"),
+    [*((name, torch.float32, 1e-5) for name in NETWORKS), ("attention", torch.float64, 1e-12)],
 )
-@pytest.mark.parametrize("name", NETWORKS)
 def test_folded_equals_unfolded(name: str, dtype: torch.dtype, tolerance: float) -> None:
     plain = network_of(name).to(dtype)
     projected = copy.deepcopy(plain)
@@ -170,23 +172,3 @@ def test_every_block_carries_a_projection_in_both_placements(name: str) -> None:
     folded = [site.path for site in sites(network, "fold")]
     for block in (site.path for site in sites(network, "block")):
         assert any(site.startswith(f"{block}.") for site in folded), block
-
-
-@pytest.mark.parametrize("placement", ["block", "fold"])
-def test_gradients_reach_every_projection(placement: str) -> None:
-    network = network_of("three levels")
-    attach_projections(network, placement)
-    network.requires_grad_(True)
-    outputs(network).square().sum().backward()
-    for name, projection in network.get_submodule(PREFIX).items():
-        assert projection.weight.grad.abs().sum() > 0, name
-
-
-def test_a_copy_owns_its_projections() -> None:
-    network = network_of("attention")
-    attach_projections(network, "block")
-    before = outputs(network)
-    twin = copy.deepcopy(network)
-    make_random(twin)
-    assert not torch.equal(outputs(twin), before)
-    assert torch.equal(outputs(network), before)
