@@ -32,7 +32,7 @@ LATENT = (4, 8, 8)
 T = 500
 
 
-@pytest.fixture(params=sorted(BUILDERS))
+@pytest.fixture(scope="module", params=sorted(BUILDERS))
 def opened(request: Any, pipelines: Callable[..., Path]) -> tuple[Denoiser, Companions, Any]:
     """A denoiser, its companions, and diffusers' pipeline from the same folder."""
     folder = pipelines(request.param)
