@@ -134,8 +134,8 @@ def read_labels(raw: RawAnnotations, source: str, name: Callable[[int], str]) ->
         known = dict(zip(numbers, raw.names, strict=True))
         values = [numbers[value] for value in values]
     else:
-        found = sorted({*values, *(value for value in classes if isinstance(value, kind))} - {""})
-        known = dict(enumerate(found)) if kind is str else {n: str(n) for n in found if n >= 0}
+        ordered = sorted({*values, *(value for value in classes if isinstance(value, kind))} - {""})
+        known = dict(enumerate(ordered)) if kind is str else {n: str(n) for n in ordered if n >= 0}
         number_of = {each: number for number, each in known.items()}
         values = [number_of[value] for value in values] if kind is str else values
     count = max(len(numbers), max(known) + 1)

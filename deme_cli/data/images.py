@@ -144,8 +144,8 @@ def open_images(
     """
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
-    found = find_image_source(source)
-    images, indices = _open_split(found, split)
+    located = find_image_source(source)
+    images, indices = _open_split(located, split)
     if not indices:
         raise ArtifactError(f"{source}: too few images for the split {split!r}")
     annotations = Annotations()
@@ -158,7 +158,7 @@ def open_images(
         indices = [index for index in indices for _ in range(annotations.repeats[index])]
     return ImageData(
         images, indices, source=source, shape=shape or _own_shape(images, indices),
-        can_flip=found.kind != "digits", annotations=annotations, keep=keep, squeeze=squeeze,
+        can_flip=located.kind != "digits", annotations=annotations, keep=keep, squeeze=squeeze,
     )  # fmt: skip
 
 

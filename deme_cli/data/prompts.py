@@ -2,14 +2,12 @@
 
 Known names: `parti` (PartiPrompts, Yu et al. 2022), `coco` (30,000 captions of MS-COCO val2014),
 `imagenet` (the 1,000 class names of Radford et al. 2021, in open_clip) and `digits`. The last two
-cycle: image i shows class i mod K. This module imports no torch.
+cycle: image i shows class i mod K. Nothing but `imagenet` needs torch here.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -146,18 +144,15 @@ def _find(asset: Asset) -> Path:
 
 
 def _imagenet_prompts() -> tuple[str, ...]:
-    """The class names in the template, read from open_clip's source: importing it loads torch."""
-    package = importlib.util.find_spec("open_clip")
-    path = package and package.origin and Path(package.origin).parent / "zero_shot_metadata.py"
-    if not path or not path.is_file():
+    """The class names in the template; importing open_clip loads torch."""
+    try:
+        from open_clip import IMAGENET_CLASSNAMES
+    except ImportError as error:
         raise MissingError(
             "the class names of imagenet come with open_clip; install it: "
             "pip install open-clip-torch"
-        )
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and "IMAGENET_CLASSNAMES" in map(ast.unparse, node.targets):
-            return tuple(IMAGENET_TEMPLATE.format(name) for name in ast.literal_eval(node.value))
-    raise MissingError(f"{path}: no IMAGENET_CLASSNAMES; install another version of open_clip")
+        ) from error
+    return tuple(map(IMAGENET_TEMPLATE.format, IMAGENET_CLASSNAMES))
 
 
 def _of_file(source: str, path: Path, column: str | None) -> PromptSet:

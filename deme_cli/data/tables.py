@@ -112,15 +112,15 @@ def _samples(shards: Sequence[str], name: str) -> Iterator[dict[str, Any]]:
 
     name: of the bytes of the shards, by which `datasets` tells samples it has kept.
     """
-    found = False
+    has_images = False
     for shard in shards:
         with tarfile.open(shard) as archive:
             for _, members in groupby(filter(_is_shown, archive), key=_key):
                 sample = _sample(archive, members)
                 if any(sample.get(field) for field in ("image", "txt", "cls")):
-                    found = True
+                    has_images = True
                     yield dict.fromkeys(("image", *_FIELDS)) | sample
-    if not found:
+    if not has_images:
         raise ValueError("no images")
 
 

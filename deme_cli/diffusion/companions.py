@@ -22,7 +22,7 @@ from deme_cli import console
 from deme_cli.artifacts import DenoiserRecord
 from deme_cli.diffusion.backbones.backbone import Config, Shape
 from deme_cli.diffusion.backbones.known import backbone_of
-from deme_cli.diffusion.conditions import Conditions, describe_cut, to
+from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, cast, choose_device
 from deme_cli.diffusion.model_files import (
     UNUSED_PARTS,
@@ -105,10 +105,27 @@ class Companions:
     def tell_cut(self, texts: Sequence[str], what: str) -> None:
         """Say once how many of `texts` have more tokens than a text encoder of the pipeline takes.
 
-        what: the texts, as in `photos: captions`.
+        what: the texts, as in `photos: captions`. The marks at the ends count. A token is a byte
+        or more, so short texts are not looked at.
         """
-        if found := describe_cut(self._tokenizers, self.backbone.max_tokens, texts):
-            console.note_once(f"{what}: {found}")
+        cut: set[int] = set()
+        encoders = []
+        for name, tokenizer in self._tokenizers.items():
+            limit = self.backbone.max_tokens.get(name, tokenizer.model_max_length)
+            long = [i for i, text in enumerate(texts) if len(text.encode()) + 2 > limit]
+            tokens = tokenizer([texts[i] for i in long]).input_ids if long else []
+            longer = [i for i, row in zip(long, tokens, strict=True) if len(row) > limit]
+            if longer:
+                kind = type(tokenizer).__name__.partition("Tokenizer")[0]
+                encoder = name.replace("tokenizer", "text_encoder")
+                encoders.append(f"{len(longer)} in {encoder} ({kind}), which takes {limit} tokens")
+            cut.update(longer)
+        if cut:
+            first = " ".join(texts[min(cut)].split())
+            console.note_once(
+                f"{what}: {len(cut)} of {len(texts)} are too long and lose their end, "
+                f"{', '.join(encoders)}; the first is number {min(cut) + 1}: {first[:50]}…"
+            )
 
     @functools.cached_property
     def _tokenizers(self) -> dict[str, Any]:
@@ -131,10 +148,10 @@ class Companions:
         if (channels := self.image_shape((0, 0, 0))[0]) not in (1, 3):
             raise ArtifactError(f"{self.folder}: a VAE of {channels} image channels, not 1 or 3")
         own = self.backbone.sample_shape(self.record.model_config)[0]
-        found = self._vae_config.get("latent_channels", own)
-        if found != own:
+        encoded = self._vae_config.get("latent_channels", own)
+        if encoded != own:
             raise ArtifactError(
-                f"{self.folder}: a VAE of {found} latent channels, this network denoises {own}; "
+                f"{self.folder}: a VAE of {encoded} latent channels, this network denoises {own}; "
                 f"give the model's own pipeline with --pipeline"
             )
 

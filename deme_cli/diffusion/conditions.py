@@ -9,7 +9,6 @@ keys (sizes, for one): those stay as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,31 +53,3 @@ def fill_null(
         )
         for name, value in conditions.items()
     }
-
-
-def describe_cut(
-    tokenizers: Mapping[str, Any], max_tokens: Mapping[str, int], texts: Sequence[str]
-) -> str:
-    """How many of `texts` have more tokens than a text encoder takes, and the first; "" if none.
-
-    The marks at the ends count. A token is a byte or more, so short texts are not looked at.
-    """
-    cut: set[int] = set()
-    encoders = []
-    for name, tokenizer in tokenizers.items():
-        limit = max_tokens.get(name, tokenizer.model_max_length)
-        long = [i for i, text in enumerate(texts) if len(text.encode()) + 2 > limit]
-        tokens = tokenizer([texts[i] for i in long]).input_ids if long else []
-        longer = [i for i, row in zip(long, tokens, strict=True) if len(row) > limit]
-        if longer:
-            kind = type(tokenizer).__name__.partition("Tokenizer")[0]
-            encoder = name.replace("tokenizer", "text_encoder")
-            encoders.append(f"{len(longer)} in {encoder} ({kind}), which takes {limit} tokens")
-        cut.update(longer)
-    if not cut:
-        return ""
-    first = " ".join(texts[min(cut)].split())
-    return (
-        f"{len(cut)} of {len(texts)} are too long and lose their end, {', '.join(encoders)}; "
-        f"the first is number {min(cut) + 1}: {first[:50]}…"
-    )

@@ -20,17 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.artifacts import (
-    BaseRecord,
-    DenoiserRecord,
-    ExpertRecord,
-    MergedRecord,
-    TaskVectorRecord,
-    record_of,
-)
+from deme_cli.artifacts import ExpertRecord, read_record
 from deme_cli.diffusion.model_files import INDEX, read_json, read_scheduler
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError, writing
-from deme_cli.files import Header, read_header, require_space
+from deme_cli.files import read_header, require_space
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +33,6 @@ if TYPE_CHECKING:
 
 LARGEST_DIFFERENCE = 1e-5
 _LATENT_SIDE = 32  # pixels of x_t for the check, at most: it is the weights that are compared
-_PROJECTIONS = "channel_projection."
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,13 @@ def export(
     artifact), ConfigError (the folder exists), MissingError, NumericsError if the denoiser, loaded
     again, does not give the same outputs; then nothing is written.
     """
-    record = _require_plain_denoiser(read_header(artifact))
+    record = read_record(artifact, "base", "expert", "merged")
+    if any(name.startswith("channel_projection.") for name in read_header(artifact).tensors):
+        raise ArtifactError(
+            f"{artifact}: carries block projections, which no diffusers network has and which "
+            f"cannot be folded into one (skips are taken before them); finetune with "
+            f"--projection fold to export, or use it with `deme sample`"
+        )
     _require_folder(folder, force=force)
     require_space(folder, artifact.stat().st_size)
 
@@ -94,23 +92,6 @@ def export(
     if isinstance(record, ExpertRecord):
         console.warn(f"{artifact} is the expert of timesteps {record.timesteps} only")
     return check
-
-
-def _require_plain_denoiser(header: Header) -> DenoiserRecord:
-    """The record of an artifact that plain diffusers can hold."""
-    record = record_of(header)
-    is_vector = isinstance(record, TaskVectorRecord)
-    if is_vector or not isinstance(record, (BaseRecord, ExpertRecord, MergedRecord)):
-        raise ArtifactError(
-            f"{header.path}: expected a base, expert or merged artifact, found {record.kind!r}"
-        )
-    if any(name.startswith(_PROJECTIONS) for name in header.tensors):
-        raise ArtifactError(
-            f"{header.path}: carries block projections, which no diffusers network has and which "
-            f"cannot be folded into one (skips are taken before them); finetune with "
-            f"--projection fold to export, or use it with `deme sample`"
-        )
-    return record
 
 
 def _require_folder(folder: Path, *, force: bool) -> None:

@@ -150,7 +150,7 @@ def test_the_check_sees_other_weights(run_folder: Path) -> None:
         (["lost.safetensors", "pipe"], MissingError, "lost.safetensors: no such file"),
         (["broken.safetensors", "pipe"], ArtifactError, "not a whole safetensors file"),
         (["samples.safetensors", "pipe"], ArtifactError,
-         "expected a base, expert or merged artifact, found 'samples'"),
+         "expected an artifact of kind 'base' or 'expert' or 'merged', found 'samples'"),
         (["block.safetensors", "pipe"], ArtifactError, "cannot be folded"),
         (["base.safetensors", "there"], ConfigError, "there exists; add --force"),
         (["base.safetensors", "there", "--force"], ConfigError,
