@@ -94,22 +94,19 @@ def bad_files(run_folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("file", ["truncated.safetensors", "text.safetensors", "empty.safetensors"])
 def test_a_file_that_is_no_whole_artifact_is_named(
-    bad_files: Path, deme: Deme, reader: str, file: str
+    bad_files: Path, deme: Deme, reader: str
 ) -> None:
-    refuse(deme, bad_files, 4, file, *READERS[reader](file))
+    refuse(deme, bad_files, 4, "truncated", *READERS[reader]("truncated.safetensors"))
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_a_name_that_is_not_utf_8_is_refused(run_folder: Path, deme: Deme, reader: str) -> None:
-    refuse(deme, run_folder, 2, "is not UTF-8", *READERS[reader](os.fsdecode(b"a\xff.safetensors")))
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_a_path_below_a_file_is_missing(run_folder: Path, deme: Deme, reader: str) -> None:
-    file = "base.safetensors/x.safetensors"
-    refuse(deme, run_folder, 3, file, *READERS[reader](file))
+@pytest.mark.parametrize("reader", ["inspect", "split"])
+def test_what_is_no_file_of_tensors_is_named(bad_files: Path, deme: Deme, reader: str) -> None:
+    for file in ("text.safetensors", "empty.safetensors"):
+        refuse(deme, bad_files, 4, file, *READERS[reader](file))
+    below, name = "base.safetensors/x.safetensors", os.fsdecode(b"a\xff.safetensors")
+    refuse(deme, bad_files, 3, below, *READERS[reader](below))
+    refuse(deme, bad_files, 2, "is not UTF-8", *READERS[reader](name))
 
 
 @pytest.mark.parametrize(
@@ -169,16 +166,6 @@ def test_a_probability_is_from_0_to_1(run_folder: Path, deme: Deme, p: str) -> N
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        (*FINETUNE, "--range", "1/2"),
-        ("sample", "base.safetensors"),
-        ("ensemble-sample", *EXPERTS),
-        ("merge", *EXPERTS),
-        ("eval", "--fid", "digits"),
-    ],
-)
-@pytest.mark.parametrize(
     ("option", "words"),
     [
         (("--dtype", "fp23"), "--dtype fp23: expected one of fp32, bf16, fp16"),
@@ -186,9 +173,9 @@ def test_a_probability_is_from_0_to_1(run_folder: Path, deme: Deme, p: str) -> N
     ],
 )
 def test_an_unknown_precision_or_device_is_refused(
-    run_folder: Path, deme: Deme, arguments: tuple, option: tuple, words: str
+    run_folder: Path, deme: Deme, option: tuple, words: str
 ) -> None:
-    refuse(deme, run_folder, 2, words, *arguments, *option)
+    refuse(deme, run_folder, 2, words, "sample", "base.safetensors", *option)
 
 
 def test_precision_and_device_are_checked_before_torch_is_loaded(run_folder: Path) -> None:
@@ -325,11 +312,11 @@ def test_a_wrong_run_file_is_named_where_it_is_wrong(
         ("stats", "digits", "-o", "x.safetensors"),
     ],
 )
-@pytest.mark.parametrize("name", ["none.toml", "."])
 def test_a_run_file_that_cannot_be_read_is_missing(
-    run_folder: Path, deme: Deme, arguments: tuple, name: str
+    run_folder: Path, deme: Deme, arguments: tuple
 ) -> None:
-    refuse(deme, run_folder, 3, name, *arguments, "--config", name)
+    for name in ("none.toml", "."):
+        refuse(deme, run_folder, 3, name, *arguments, "--config", name)
 
 
 def _fill(kind: str, folder: Path) -> int:
@@ -350,17 +337,18 @@ def _fill(kind: str, folder: Path) -> int:
     return 4
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "loop", "corrupt"])
+STATS = ("stats", "images", "-o", "ref.safetensors", "--features", "digits", *CPU)
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "kind"),
     [
-        (*FINETUNE, "--range", "1/2", "--data", "images"),
-        ("stats", "images", "-o", "ref.safetensors", "--features", "digits", *CPU),
-        ("eval", "base.safetensors", *FID, "--fid", "images", "--features", "digits"),
-        ("eval", "base.safetensors", *FID, "--kid", "images", "--features", "digits"),
-        ("eval", "images", *FID),
+        *((STATS, kind) for kind in ("missing", "empty", "loop", "corrupt")),
+        ((*FINETUNE, "--range", "1/2", "--data", "images"), "corrupt"),
+        (("eval", "base.safetensors", *FID, "--fid", "images", *EXTRACTOR), "missing"),
+        (("eval", "base.safetensors", *FID, "--kid", "images", *EXTRACTOR), "missing"),
+        (("eval", "images", *FID), "corrupt"),
     ],
-    ids=["finetune", "stats", "eval-fid", "eval-kid", "eval-row"],
 )
 def test_a_bad_folder_of_images_is_named(
     run_folder: Path, deme: Deme, arguments: tuple, kind: str
@@ -402,21 +390,16 @@ def test_existing_outputs_in_a_folder_are_kept(run_folder: Path, deme: Deme) -> 
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize(
-    ("place", "words"),
-    [
-        ("base.safetensors/out.safetensors", "part of this path is a file"),
-        ("/proc/deme/out.safetensors", "choose another"),
-        (f"{'x' * 300}.safetensors", "the name is too long"),
-    ],
-    ids=["below-a-file", "no-permission", "long-name"],
-)
-def test_a_place_that_takes_no_files_is_named(
-    run_folder: Path, deme: Deme, writer: str, place: str, words: str
-) -> None:
-    if place.startswith("/proc") and not Path("/proc/self").exists():
-        pytest.skip("no /proc here")
-    refuse(deme, run_folder, 3, words, *WRITERS[writer](place))
+def test_a_place_that_takes_no_files_is_named(run_folder: Path, deme: Deme, writer: str) -> None:
+    below = "base.safetensors/out.safetensors"
+    refuse(deme, run_folder, 3, "part of this path is a file", *WRITERS[writer](below))
+
+
+def test_a_place_without_permission_and_a_long_name_are_named(run_folder: Path, deme: Deme) -> None:
+    long = f"{'x' * 300}.safetensors"
+    refuse(deme, run_folder, 3, "the name is too long", *WRITERS["merge"](long))
+    if Path("/proc/self").exists():
+        refuse(deme, run_folder, 3, "choose another", *WRITERS["merge"]("/proc/deme/out"))
 
 
 @pytest.mark.parametrize("writer", [name for name in WRITERS if name != "eval"])
