@@ -3,7 +3,7 @@
 B batch, T timesteps, k clusters. For an image (x_0, t, c, target) the loss is ||target - e||^2 +
 lambda ||e_base - e||^2, both at the same (x_t, t, c), weighed 1 : 1 in the paper (Eq. 5). c are the
 conditions (caption, class; nothing for unconditional models). Norms are means over elements, as
-everybody trains; what becomes of the losses of a batch's images is told in reduction.py.
+everybody trains; what becomes of the losses of a batch's images is told in weighting.py.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ def refuse(deme: Callable, exit_code: int, word: str, *options: object) -> None:
 
 HALF = ["--range", "1/2", "--p", 0, "--clusters", 2]
 UW = ["--multitask", "uw"]
+BY_GRADIENT = [*UW, "--cluster-by", "gradient"]
 
 
 def test_one_range_becomes_one_expert_and_its_path_is_the_result(deme, folder: Path) -> None:
@@ -241,7 +242,8 @@ def test_a_base_of_ones_own_is_trained_from_a_description(deme, folder: Path) ->
         ([*HALF, *UW, "--p", 0.3], 2, "p = 0.3 draws outside them; use --p 0 or --range 1/1"),
         ([*HALF, *UW, "--range", "0:99", "--p", 0.3], 2, "divides range 0:99 into clusters"),
         ([*HALF, *UW, "--range", "3:6", "--clusters", 4], 2, "4 clusters of the 3 timesteps"),
-        ([*HALF, *UW, "--cluster-by", "gradient", "--dry-run"], 3, "deme analyze gradients"),
+        ([*HALF, *BY_GRADIENT, "--dry-run"], 3, "deme analyze gradients"),
+        (["--from-scratch", "tiny.json", "--clusters", 2, *BY_GRADIENT], 2, "a base from scratch"),
     ],
 )
 def test_wrong_input_is_one_clear_line_and_writes_nothing(
@@ -250,6 +252,8 @@ def test_wrong_input_is_one_clear_line_and_writes_nothing(
     write_tiny_expert(folder / "wrong.safetensors", folder / "base.safetensors", index=1, of=2)
     (folder / "half.toml").write_text("[model]\nsample_size = 8\n")
     (folder / "bad.toml").write_text("[model")
+    tiny = {"model": TINY_MODEL, "scheduler": TINY_SCHEDULER}
+    (folder / "tiny.json").write_text(json.dumps(tiny))
     slip = {"model": {**TINY_MODEL, "layers_per_blok": 2}, "scheduler": TINY_SCHEDULER}
     (folder / "slip.json").write_text(json.dumps(slip))
     own = ["-o", "own.safetensors"] if "--from-scratch" in options else []
@@ -425,12 +429,8 @@ def write_gradients(path: Path, fingerprint: str) -> None:
     path.write_text(affinity.to_json())
 
 
-BY_GRADIENT = ["--multitask", "uw", "--cluster-by", "gradient"]
-
-
 def test_clusters_by_gradient_need_the_gradients_of_this_base(deme, folder: Path) -> None:
     path, base = folder / "gradients.json", read_record(folder / "base.safetensors")
-    refuse(deme, 3, "deme analyze gradients", *HALF, *BY_GRADIENT, "--dry-run")
     write_gradients(path, "0" * 64)
     refuse(deme, 4, "measured on another model", *HALF, *BY_GRADIENT, "--dry-run")
     write_gradients(path, base.fingerprint)
@@ -444,17 +444,6 @@ def test_clusters_by_gradient_need_the_gradients_of_this_base(deme, folder: Path
     path.unlink()  # only clusters by gradient go by them
     done = deme("finetune", *QUICK, *HALF, "--multitask", "uw", "--cluster-by", "snr", "--force")
     assert done.exit_code == 0, done.exception
-
-
-def test_a_base_from_scratch_has_clusters_but_no_gradients(deme, folder: Path) -> None:
-    document = {"model": TINY_MODEL, "scheduler": TINY_SCHEDULER}
-    (folder / "tiny.json").write_text(json.dumps(document))
-    words = ["--from-scratch", "tiny.json", "-o", "own.safetensors", "--clusters", 2]
-    refuse(deme, 2, "cluster_by = 'gradient': a base from scratch", *words, *BY_GRADIENT)
-    done = deme("finetune", *QUICK, *words, "--multitask", "uw")
-    assert done.exit_code == 0, done.exception
-    training = read_record(folder / "own.safetensors", "base").training
-    assert (training["multitask"], training["clusters"]) == ("uw", 2)
 
 
 def test_the_record_of_an_expert_tells_how_timesteps_were_weighed(deme, folder: Path) -> None:

@@ -26,7 +26,6 @@ from deme_cli.training.batches import BatchSource
 from deme_cli.training.clusters import cluster_draws
 from deme_cli.training.examples import PixelExamples
 from deme_cli.training.finetune import train
-from deme_cli.training.gradients import Gradients
 from deme_cli.training.setup import Plan, Run, checkpoint_path, plan_experts, prepare, variant_path
 from deme_cli.training.state import TrainingState, learning_rate
 from deme_cli.training.weighting import Reduction
@@ -87,22 +86,6 @@ def iterates(run_of: Callable[..., Run]) -> Callable[[str], list[Tensor]]:
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:
     """All weights in one float64 row."""
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
-
-
-@pytest.mark.parametrize("branch", ["none", "nashmtl"])
-def test_the_expert_is_the_moving_average_of_the_weights(
-    run_of: Callable[..., Run], iterates: Callable[[str], list[Tensor]], branch: str
-) -> None:
-    run = run_of(**BRANCHES[branch])
-    list(train(run))
-    saved, (theta, *updated) = flat(load_tensors(run.output)), iterates(branch)
-    average = theta
-    for n, weights in enumerate(updated, start=1):  # decay 1 - n^(-3/4), far below ema_decay
-        average = average + n**-0.75 * (weights - average)
-    torch.testing.assert_close(saved, average, rtol=0, atol=1e-6)
-    moved = (updated[-1] - theta).abs().max()
-    assert (saved - theta).abs().max() > 0.1 * moved
-    assert (saved - updated[-1]).abs().max() > 0.1 * moved
 
 
 def test_every_branch_trains_to_weights_of_its_own(
@@ -211,31 +194,6 @@ def state_of(run: Run, *, scale_loss: bool = False) -> TrainingState:
     return TrainingState(network, reduction, run.config, scale_loss=scale_loss)
 
 
-def gradients(run: Run, micros: list[int]) -> list[Tensor]:
-    """What batches of the first update add up to, of the network and of what is learned."""
-    state = state_of(run)
-    source = BatchSource(
-        run.examples, run.choice.range, run.denoiser.schedule, run.config, flip=False,
-        clusters=run.clusters,
-    )  # fmt: skip
-    found, passes = [], Gradients(run, state, run.denoiser.network, source)
-    for micro in micros:
-        passes.of_batch(micro)
-        found = [p.grad for m in (state.network, state.reduction) for p in m.parameters()]
-    return found
-
-
-@pytest.mark.parametrize("branch", ["uw", "uncertainty"])
-def test_two_batches_of_an_update_count_half_each(run_of: Callable[..., Run], branch: str) -> None:
-    settings = STOPPED[branch]
-    once, twice = (run_of(**{**settings, "accumulation": n}) for n in (1, 2))
-    both, alone = gradients(twice, [0, 1]), gradients(once, [0, 1])
-    for half, whole in zip(both, alone, strict=True):
-        torch.testing.assert_close(2 * half, whole, rtol=1e-4, atol=1e-6)
-    first = gradients(once, [0])
-    assert any(not torch.allclose(a, b) for a, b in zip(first, alone, strict=True))
-
-
 def give_gradients(state: TrainingState, network: float, own: float) -> None:
     """The same number as every gradient of the network, another as that of what is learned."""
     for module, value in ((state.network, network), (state.reduction, own)):
@@ -281,15 +239,6 @@ def test_weight_decay_shrinks_the_network_and_leaves_what_is_learned(
     torch.testing.assert_close(flat(state.network.state_dict()), before * kept)
     for parameter in state.reduction.parameters():
         assert (parameter == 1.5).all()
-
-
-def test_uncertainty_learns_at_the_rate_of_the_network(run_of: Callable[..., Run]) -> None:
-    state = state_of(run_of(loss_weighting="uncertainty", **FALLING))
-    for step in range(6):
-        give_gradients(state, network=1.0, own=1.0)
-        state.update()
-        rates = [group["lr"] for group in state.optimizer.param_groups]
-        assert rates == [learning_rate(step, state.config)] * 2
 
 
 @pytest.mark.parametrize(("branch", "scale_loss"), [("uw", False), ("uncertainty", True)])

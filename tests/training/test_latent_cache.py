@@ -169,10 +169,8 @@ def test_a_shard_with_other_bytes_is_refused_by_name(cached: Callable) -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"name": "sdxl"}, "text_encoder_2|pipeline"),
         ({"captions": "other"}, "other images or captions"),
         ({"resolution": 24}, "another resolution"),
-        ({"flips": False}, "another choice of --flip"),
         ({"crop": "random"}, "another crop"),
     ],
 )
@@ -213,24 +211,6 @@ def test_a_cache_made_with_another_vae_is_refused(
     with pytest.raises(ArtifactError, match="not the vae that the base was imported with"):
         opened(record)  # a whole cache does not hide another VAE's scales
     assert shards(tmp_path / "cache" / "train")
-
-
-def test_other_precisions_have_caches_of_their_own(
-    captioned: Path, base: Callable[..., Denoiser], tmp_path: Path
-) -> None:
-    kinds = {}
-    for dtype in ("fp32", "bf16"):
-        companions = open_companions(base("sd").record, dtype=dtype)
-        examples = open_examples(
-            DataConfig(source=str(captioned)), companions, split="held-out", cache="auto",
-            beside=tmp_path,
-        )  # fmt: skip
-        filled(examples)
-        x0, conditions = examples.draw([0], flip=None, generator=None)
-        kinds[dtype] = (x0.dtype, conditions["encoder_hidden_states"].dtype)
-    assert kinds["fp32"] == (torch.float32, torch.float32)
-    assert kinds["bf16"] == (torch.float32, torch.bfloat16)
-    assert len(list((tmp_path / ".deme-cache").iterdir())) == 2
 
 
 def test_a_stranger_s_folder_is_left_alone(cached: Callable, tmp_path: Path) -> None:

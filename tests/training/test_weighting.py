@@ -131,18 +131,6 @@ def test_the_objective_of_a_flow_velocity_is_that_of_its_clean_image(name: str) 
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("name", ["none", "uncertainty"])
-def test_the_plain_loss_and_the_learned_weights_have_no_table(name: str) -> None:
-    assert loss_weights(linear(), name) is None
-
-
-@pytest.mark.parametrize("name", ["snr+1", "min-snr"])
-def test_normalised_weights_have_mean_one_and_the_old_proportions(name: str) -> None:
-    plain, scaled = (loss_weights(linear(), name, normalise=flag) for flag in (False, True))
-    assert scaled.mean().item() == pytest.approx(1)
-    torch.testing.assert_close(scaled * plain.mean(), plain)
-
-
 def with_zero_terminal_snr(prediction_type: str) -> Schedule:
     scheduler = {**LINEAR, "rescale_betas_zero_snr": True, "prediction_type": prediction_type}
     return read_schedule(scheduler)
@@ -203,19 +191,13 @@ def test_a_clean_image_cannot_be_weighed_evenly_on_its_noise_where_there_is_none
 
 
 TINY = read_schedule(TINY_SCHEDULER)  # T = 100
-LEARNED = {5: 0.003, 50: 0.2, 95: 4.0}  # of three timesteps, far apart in size
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def uncertainty() -> Uncertainty:
-    """u after full-batch descent on the constant losses above."""
+    """u with weights as training may leave them."""
     uncertainty = Uncertainty(TINY)
-    t, losses = torch.tensor(list(LEARNED)), torch.tensor(list(LEARNED.values()))
-    optimizer = torch.optim.Adam(uncertainty.parameters(), lr=0.01)
-    for _ in range(2000):
-        optimizer.zero_grad()
-        uncertainty.weigh(losses, t).backward()
-        optimizer.step()
+    uncertainty.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     return uncertainty
 
 
@@ -224,13 +206,6 @@ def test_training_begins_as_the_plain_loss() -> None:
     weighed = Uncertainty(TINY).weigh(losses, torch.arange(100))
     assert torch.equal(weighed, losses.mean())
     assert torch.equal(*torch.autograd.grad(weighed, losses), torch.full((100,), 0.01))
-
-
-def test_descent_ends_at_the_logarithm_of_the_loss_of_each_timestep(
-    uncertainty: Uncertainty,
-) -> None:
-    u = uncertainty(torch.tensor(list(LEARNED)))
-    torch.testing.assert_close(u, torch.tensor(list(LEARNED.values())).log(), rtol=0, atol=1e-3)
 
 
 def test_u_is_one_linear_layer_on_the_fourier_features_of_the_noise_level(
@@ -465,9 +440,3 @@ def test_only_what_is_learned_is_kept_with_a_run() -> None:
         "nashmtl": [],
         "uncertainty": ["uncertainty.weight", "uncertainty.bias"],
     }
-
-
-def test_a_weighting_without_a_finite_weight_is_refused_when_the_run_begins() -> None:
-    no_signal = NoiseSchedule(torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64), "epsilon")
-    with pytest.raises(ConfigError, match=r"snr\+1: no finite weight at t = 2"):
-        Reduction(FinetuneConfig(loss_weighting="snr+1"), no_signal)
