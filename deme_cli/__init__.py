@@ -30,15 +30,12 @@ if TYPE_CHECKING:
     from deme_cli.analysis.losses import analyze_losses as analyze_losses
     from deme_cli.analysis.result import Analysis as Analysis
     from deme_cli.analysis.task_vectors import analyze_task_vectors as analyze_task_vectors
-    from deme_cli.api.evaluating import Evaluation as Evaluation
-    from deme_cli.api.evaluating import evaluate as evaluate
     from deme_cli.api.merging import MergeResult as MergeResult
     from deme_cli.api.merging import ShownSearch as ShownSearch
     from deme_cli.api.merging import merge as merge
     from deme_cli.api.merging import replay as replay
     from deme_cli.api.merging import search as search
     from deme_cli.api.merging import show_search as show_search
-    from deme_cli.api.statistics import reference_statistics as reference_statistics
     from deme_cli.artifacts import Inspected as Inspected
     from deme_cli.artifacts import inspect as inspect
     from deme_cli.comparison.compare import Compared as Compared
@@ -46,8 +43,12 @@ if TYPE_CHECKING:
     from deme_cli.console import set_quiet as set_quiet
     from deme_cli.diffusion.export import ExportCheck as ExportCheck
     from deme_cli.diffusion.export import export as export
+    from deme_cli.evaluation.evaluate import Evaluation as Evaluation
+    from deme_cli.evaluation.evaluate import evaluate as evaluate
     from deme_cli.evaluation.inventory import Inventory as Inventory
     from deme_cli.evaluation.inventory import take_inventory as take_inventory
+    from deme_cli.evaluation.measure import Figure as Figure
+    from deme_cli.evaluation.references import reference_statistics as reference_statistics
     from deme_cli.html_report import WrittenReport as WrittenReport
     from deme_cli.html_report import report as report
     from deme_cli.merging.task_vectors import TaskVectors as TaskVectors
@@ -72,8 +73,9 @@ _PLACES = {
     "replay": "api.merging",
     "sample": "sampling.sample", "ensemble_sample": "sampling.sample",
     "Images": "sampling.sample",
-    "evaluate": "api.evaluating", "Evaluation": "api.evaluating",
-    "reference_statistics": "api.statistics", "export": "diffusion.export",
+    "evaluate": "evaluation.evaluate", "Evaluation": "evaluation.evaluate",
+    "Figure": "evaluation.measure",
+    "reference_statistics": "evaluation.references", "export": "diffusion.export",
     "ExportCheck": "diffusion.export",
     **{
         f"analyze_{name}": f"analysis.{name}"

@@ -447,9 +447,6 @@ class EvalConfig(Settings):
     clip_weights: str = setting(
         "laion2b_s34b_b88k", "weights of the CLIP score: a tag of open_clip, a file or local-dir:"
     )
-    accuracy: str | None = setting(
-        None, "classifier that should recognise the prompted class: digits or a TorchScript file"
-    )
     features: str | None = setting(
         None,
         "what a distance is taken on: inception, clip, digits or a TorchScript file; unset: digits "

@@ -30,7 +30,7 @@ from deme_cli.artifacts import (
 )
 from deme_cli.console import decimals, fixed, plain, signed, size_of
 from deme_cli.errors import ArtifactError, ConfigError, DemeError
-from deme_cli.evaluation.comparable import WHO_AND_WHENCE
+from deme_cli.evaluation.protocols import WHO_AND_WHENCE
 from deme_cli.files import require_output, write_whole
 from deme_cli.run_folder import (
     CARD_NAME,

@@ -164,7 +164,6 @@ _EXAMPLES: dict[str, Any] = {
     "prompts": "prompts.txt",
     "prompt_column": "prompt",
     "classes": "0-9",
-    "accuracy": "digits",
 }
 
 

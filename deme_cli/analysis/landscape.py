@@ -140,7 +140,7 @@ def _ranges(
     reaches past T.
     """
     from deme_cli.artifacts import ExpertRecord
-    from deme_cli.evaluation.row_plans import record_of_file
+    from deme_cli.evaluation.rows import record_of_file
 
     if n is not None:
         return split_uniform(n, num_train_timesteps)

@@ -14,7 +14,7 @@ from deme_cli.artifacts import DenoiserRecord, ExpertRecord
 from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.schedule import complete_config
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.evaluation.row_plans import ENSEMBLE, plan_rows
+from deme_cli.evaluation.rows import ENSEMBLE, plan_rows
 from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble, open_single, read_ensemble
 from deme_cli.timesteps import TimestepRange
 
@@ -70,7 +70,7 @@ def open_models(
     Raises what `plan_rows` raises, ArtifactError where two cannot be asked the same.
     """
     models: list[Model] = []
-    for plan in plan_rows(arguments).plans:
+    for plan in plan_rows(arguments)[0]:
         if plan.kind == "samples":
             raise ArtifactError(f"{plan.arguments[0]}: images, not a model; give models")
         names = [(plan.name, plan.arguments[0])]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deme_cli import console
-from deme_cli.api.eval_request import resolve_order
-from deme_cli.api.evaluating import Evaluation, EvaluationJob
-from deme_cli.commands.eval_table import show
 from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     Compile,
@@ -30,7 +28,11 @@ from deme_cli.commands.options import (
 )
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import ConfigError
+from deme_cli.evaluation.protocols import settings_under_protocol
 from deme_cli.files import require_output, write_whole
+
+if TYPE_CHECKING:
+    from deme_cli import Evaluation, Figure
 
 
 @takes_settings
@@ -80,7 +82,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure images of models: distances to reference images, CLIP score, accuracy.
+    """Measure images of models: distances to reference images, CLIP score.
 
     Rows of one repeat start from the same noise; differences to the first row
     are paired. Processes of one launch (torchrun, accelerate launch, srun)
@@ -88,27 +90,28 @@ def evaluate(
 
     Example: deme eval base.safetensors merged.safetensors --fid digits -n 2000 --repeats 3
     """
+    import deme_cli
+
     console.set_quiet(quiet)
     world = meet(device)
     run = begin(config, quiet=quiet)
     size = {"batch_size": batch_size}
-    order = resolve_order(run, {**given, **size}, {**of_sampling, **size}, weights)
-    if max_fid is not None and not order.settings.fid:
+    settings, sampling = settings_under_protocol(run, {**given, **size}, {**of_sampling, **size})
+    if max_fid is not None and not settings.fid:
         raise ConfigError("--max-fid needs --fid")
     if output is not None and world.is_first:
         require_output(output, force=force)
-    job = EvaluationJob(
-        order, models or [], run.pipeline(pipeline), world.device or device, dtype, compile, world
-    )
-    request = job.open()
-    if dry_run:
-        request.say_what_would_run()
-        if as_json:
-            rows = [{"name": plan.name} for plan in request.rows.plans]
-            told = request.means.protocol
-            console.result_json({"dry_run": True, "rows": rows, "protocol": told})
-        return
-    if measured := job.run(request):
+    with console.showing() as progress:
+        measured = deme_cli.evaluate(
+            models or (), settings, sampling=sampling, weights=weights, run=run, pipeline=pipeline,
+            device=device, dtype=dtype, compile=compile, dry_run=dry_run, world=world,
+            progress=progress,
+        )  # fmt: skip
+    if dry_run and measured is not None and as_json:
+        rows = [{"name": name} for name in measured.kinds]
+        console.result_json({"dry_run": True, "rows": rows, "protocol": settings.protocol})
+    elif not dry_run and measured is not None:
+        _show(measured)
         _tell(measured, output, as_json=as_json)
         if max_fid is not None:
             measured.require_at_most(max_fid)
@@ -116,8 +119,7 @@ def evaluate(
 
 
 def _tell(measured: Evaluation, output: Path | None, *, as_json: bool) -> None:
-    """The table on stderr, the document to stdout, to `output`, or both."""
-    show(measured)
+    """The document to stdout, to `output`, or both."""
     document = measured.document
     if output is not None:
         text = json.dumps({"schema_version": console.SCHEMA_VERSION, **document}, indent=2)
@@ -126,3 +128,59 @@ def _tell(measured: Evaluation, output: Path | None, *, as_json: bool) -> None:
         console.result_json(document)
     elif output is not None:
         console.result_paths([output], as_json=False)
+
+
+def _show(measured: Evaluation) -> None:
+    """The table on stderr, and under it what its figures depend on."""
+    figures = measured.figures
+    first = next(iter(figures))
+    paired = any(figure.difference for row in figures.values() for figure in row.values())
+    has_room = len(figures[first]) == 1
+    columns = [("row", list(figures))]
+    for metric in figures[first]:
+        column = [row[metric] for row in figures.values()]
+        columns.append((metric, _values(column)))
+        if paired:
+            columns.append((f"minus {first}", _differences(column, has_room=has_room)))
+    any_figures = [next(iter(row.values())) for row in figures.values()]
+    times = [f" x {len(figure.values)}" if len(figure.values) > 1 else "" for figure in any_figures]
+    counts = [f"{figure.n}{text}" for figure, text in zip(any_figures, times, strict=True)]
+    columns.append(("images", counts))
+    names, cells = zip(*columns, strict=True)
+    console.table("", names, list(zip(*cells, strict=True)))
+    for line in measured.remarks():
+        console.note(line)
+    for name, row in figures.items():
+        for figure in row.values():
+            if count := figure.details.get("truncated"):
+                console.note(f"{name}: CLIP reads {count} of {figure.n} prompts without their end")
+    if paired:
+        where = "in brackets" if has_room else "in --json"
+        console.note(
+            f"± is the standard deviation over repeats; differences are paired by repeat, "
+            f"{where} the 95 % interval of their mean"
+        )
+
+
+def _values(figures: Sequence[Figure]) -> list[str]:
+    """A column of figures with their standard deviation over repeats."""
+    known = [figure.sd for figure in figures if figure.sd]
+    digits = console.decimals(known or [figure.value for figure in figures], 2 if known else 4)
+    return [
+        f"{figure.value:.{digits}f}" + ("" if figure.sd is None else f" ± {figure.sd:.{digits}f}")
+        for figure in figures
+    ]
+
+
+def _differences(figures: Sequence[Figure], *, has_room: bool) -> list[str]:
+    """A column of differences to the first row; their interval where the terminal has room."""
+    differences = [figure.difference for figure in figures]
+    digits = console.decimals([one.sd for one in differences if one], 2)
+    cells = []
+    for one in differences:
+        told = "" if one is None else f"{one.mean:+.{digits}f} ± {one.sd:.{digits}f}"
+        if one and has_room:
+            low, high = one.interval
+            told += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+        cells.append(told)
+    return cells

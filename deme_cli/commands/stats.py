@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.api.statistics import reference_statistics
 from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     ConfigPath,
@@ -78,14 +77,17 @@ def stats(
 
     Example: deme stats digits -o digits-train.safetensors --split train
     """
+    import deme_cli
+
     console.set_quiet(quiet)
     world = meet(device)
     run = begin(config, quiet=quiet)
     settings = run.settings(EvalConfig, **given)
-    made = reference_statistics(
-        data, output, settings, split=split, size=size, squeeze=squeeze, weights=weights,
-        device=device, force=force, world=world,
-    )  # fmt: skip
+    with console.showing() as progress:
+        made = deme_cli.reference_statistics(
+            data, output, settings, split=split, size=size, squeeze=squeeze, weights=weights,
+            device=device, force=force, world=world, progress=progress,
+        )  # fmt: skip
     if made is not None:
         num_features = read_header(output).tensors["mu"].num_elements
         console.result_paths(

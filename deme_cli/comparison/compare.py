@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from deme_cli import console
 from deme_cli.artifacts import read_record
 from deme_cli.comparison.plan import Plan, read_plan
-from deme_cli.config import CONFIG_NAME, EvalConfig, FinetuneConfig, SplitConfig
+from deme_cli.config import CONFIG_NAME, FinetuneConfig, SplitConfig
 from deme_cli.errors import ArtifactError, ConfigError, DemeError
-from deme_cli.evaluation.comparable import compare as differences
+from deme_cli.evaluation.protocols import compare as differences
 from deme_cli.files import write_whole
 from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile, read_run_file
@@ -185,8 +185,7 @@ def _check_measures(
     stage: Stage, rows: Sequence[RowJobs], asked: Sequence[RowJobs], scratch: Path
 ) -> None:
     """What an evaluation checks of every measure, before hours of training."""
-    from deme_cli.api.eval_request import resolve_order
-    from deme_cli.api.evaluating import EvaluationJob
+    from deme_cli.evaluation.evaluate import evaluate
 
     if all(job.is_done for row in asked for job in row.results.values()):
         return
@@ -198,10 +197,7 @@ def _check_measures(
             path.write_text(one.files[path.name], encoding="utf-8")
             run = read_run_file(path)
             try:
-                nothing = dict.fromkeys(item.name for item in fields(EvalConfig))
-                order = resolve_order(run, nothing, {}, None)
-                models = [str(stage.base)]
-                EvaluationJob(order, models, run.pipeline(), stage.device, "fp32", "auto").open()
+                evaluate([stage.base], run=run, device=stage.device, dry_run=True)
             except DemeError as error:
                 where = f"measure {measure.name!r}" if measure.name else "[eval]"
                 raise type(error)(f"{where}: {error}") from error
@@ -408,7 +404,7 @@ def _require_same_images(rows: Sequence[RowJobs]) -> None:
 
 def _protocol(plan: Plan, cards: Mapping[str, Any]) -> list[str]:
     """What the figures depend on, as sentences."""
-    from deme_cli.evaluation.protocol import describe_cards
+    from deme_cli.evaluation.protocols import describe_cards
 
     equal = "as many updates" if plan.budget == "updates" else "as many training FLOPs"
     lines = [

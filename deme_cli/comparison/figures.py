@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from deme_cli.comparison.plan import Published
-from deme_cli.evaluation.summary import Difference, interval_of
+from deme_cli.evaluation.measure import Difference, interval_of
 
 DAGGER = "\N{DAGGER}"  # marks a spread over evaluation seeds, where one training seed has none
 OVER_TRAINING, OVER_EVALUATION = "training seeds", "evaluation seeds"

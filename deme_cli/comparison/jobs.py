@@ -273,7 +273,7 @@ _PLACES: dict[str, dict[str, tuple[str, ...]]] = {  # settings that may name a p
     "sample": {"prompts": KNOWN_PROMPTS},
     "eval": {
         "fid": _IMAGES, "kid": _IMAGES, "features": ("inception", "clip", "digits"),
-        "accuracy": ("digits",), "clip_weights": (),
+        "clip_weights": (),
     },
 }  # fmt: skip
 _OF_ROWS = (  # settings of [finetune] that are what rows differ in, or follow from the plan

@@ -1,57 +1,53 @@
-"""From images to features, through a loaded network, whatever it is.
+"""From images to features: Inception as clean-fid runs it, CLIP's visual tower, any TorchScript.
 
 B batch, C channels (1 or 3), H x W pixels, d features. Images come as uint8 (B, H, W, C); grey
-ones are repeated to three channels. Features go out as float64 (B, d), computed in float32. On CUDA
-devices no image passes Pillow.
+ones are repeated to three channels, and clean-fid's own resizers bring each to the network's size.
+Features go out as float64 (B, d), computed in float32. clean-fid prints, downloads and warns on its
+own: here it is kept from all three, and its networks read the files that we chose. Nothing is
+unpickled but tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import io
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
+from deme_cli.artifacts import load_tensors
 from deme_cli.data.images import ImageData
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.distributed import ALONE, World
-from deme_cli.evaluation.networks import (
-    Network,
-    load_clip,
-    load_inception,
-    load_script,
-    run_network,
-    to_input,
-)
-from deme_cli.evaluation.resizing import (
-    BatchResizer,
-    Resizer,
-    clip_batch_resizer,
-    clip_resizer,
-    in_colour,
-    inception_batch_resizer,
-    inception_resizer,
-    resize_all,
-)
+from deme_cli.errors import ArtifactError, is_out_of_memory
 from deme_cli.evaluation.weights import FeatureWeights, find_weights
 from deme_cli.sampling.shares import Shares
+
+CLIP_MODEL = "ViT-B-32-quickgelu"  # OpenAI trained with QuickGELU
+CLIP_SIZE = 224
+Network = Callable[[Tensor], Tensor]  # float32 (B, 3, H, W) in [0, 255] -> (B, d)
+Resizer = Callable[[np.ndarray], np.ndarray]  # one image (H, W, 3) -> (H', W', 3)
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A loaded feature network, and what brings images to its size: None where they go in as is.
-
-    `resize_batch` works on the device and comes first.
-    """
+    """A loaded feature network, and what brings an image to its size: None where it goes as is."""
 
     weights: FeatureWeights
     network: Network
     resize_image: Resizer | None
     device: torch.device
     batch_size: int = 128
-    resize_batch: BatchResizer | None = None
 
     @property
     def name(self) -> str:
@@ -70,53 +66,35 @@ class Extractor:
 
         Raises ArtifactError where the network does not take images of this size.
         """
-        parts = [
-            self._forward(images[start : start + self.batch_size])
-            for start in range(0, len(images), self.batch_size)
-        ]
-        return np.concatenate(parts)
+        starts = range(0, len(images), self.batch_size)
+        return np.concatenate([self._forward(images[s : s + self.batch_size]) for s in starts])
 
     def num_features(self, shape: tuple[int, int, int]) -> int:
         """d for images of `shape` (C, H, W), found by trying a black one."""
         channels, height, width = shape
         return self.features(np.zeros((1, height, width, channels), np.uint8)).shape[1]
 
+    @torch.inference_mode()
     def _forward(self, images: np.ndarray) -> np.ndarray:
-        if self.resize_batch is None and self.resize_image is not None:
-            images = resize_all(in_colour(images), self.resize_image)
-        x = to_input(images, self.device)
-        if self.resize_batch is not None:
-            x = self.resize_batch(x)
-        features = run_network(self.network, x, where=self.weights.path, option="--features")
+        if self.resize_image is not None:
+            coloured = np.broadcast_to(images, (*images.shape[:3], 3))
+            images = map_images(self.resize_image, coloured)
+        x = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2)
+        x = x.float().expand(-1, 3, -1, -1).contiguous()
+        try:
+            with full_float32(self.device):
+                features = self.network(x)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            height, width = x.shape[2:]
+            raise ArtifactError(
+                f"{self.weights.path}: the network fails on {width}x{height} images "
+                f"({last_line(error)}); choose another --features"
+            ) from error
+        if not isinstance(features, Tensor) or len(features) != len(x):
+            raise ArtifactError(f"{self.weights.path}: expected one row per image")
         return features.flatten(1).cpu().double().numpy()
-
-
-def load_extractor(
-    name: str, *, resize: str = "clean", weights: Path | None = None, device: str = "cpu"
-) -> Extractor:
-    """The feature network called inception, clip or digits, or in the TorchScript file `name`.
-
-    Raises what `find_weights` raises, and ArtifactError for a file that holds no such network.
-    """
-    return open_extractor(find_weights(name, resize, weights), device=device)
-
-
-def open_extractor(
-    weights: FeatureWeights, *, device: str = "cpu", batch_size: int = 128
-) -> Extractor:
-    """The network behind weights that have been found."""
-    place = choose_device(device)
-    resize_image = resize_batch = None
-    if weights.family == "inception":
-        network = load_inception(weights, place)
-        resize_image = inception_resizer(weights.resize)
-        resize_batch = inception_batch_resizer(weights.resize, place)
-    elif weights.family == "clip":
-        network = load_clip(weights.path, place)
-        resize_image, resize_batch = clip_resizer(), clip_batch_resizer(place)
-    else:
-        network = load_script(weights.path, place)
-    return Extractor(weights, network, resize_image, place, batch_size, resize_batch)
 
 
 def image_features(
@@ -137,3 +115,180 @@ def image_features(
         if span is not None:
             features = extractor.features(data.batch(span).permute(0, 2, 3, 1).numpy())
         yield from shares.gather(features)
+
+
+def load_extractor(
+    name: str, *, resize: str = "clean", weights: Path | None = None, device: str = "cpu"
+) -> Extractor:
+    """The feature network called inception, clip or digits, or in the TorchScript file `name`.
+
+    Raises what `find_weights` raises, and ArtifactError for a file that holds no such network.
+    """
+    return open_extractor(find_weights(name, resize, weights), device=device)
+
+
+def open_extractor(
+    weights: FeatureWeights, *, device: str = "cpu", batch_size: int = 128
+) -> Extractor:
+    """The network behind weights that have been found."""
+    place, resize_image = choose_device(device), None
+    if weights.family == "inception":
+        network = _load_inception(weights, place)
+        if weights.resize != "legacy_tensorflow":  # whose network resizes
+            with quiet_clean_fid():
+                from cleanfid.resize import build_resizer
+
+                resize_image = build_resizer(weights.resize)
+    elif weights.family == "clip":
+        network, resize_image = _load_clip(weights.path, place), clip_resizer()
+    else:
+        network = load_script(weights.path, place)
+    return Extractor(weights, network, resize_image, place, batch_size)
+
+
+def _load_inception(weights: FeatureWeights, device: torch.device) -> Network:
+    """Inception at its last pooling, with the normalisation of clean-fid's resize mode."""
+    if weights.resize == "legacy_pytorch":
+        network = _load_pytorch_inception(weights.path).to(device)
+        return lambda x: network(x / 255)[0]
+    script = load_script(weights.path, device)
+    if weights.resize == "legacy_tensorflow":  # resizes and normalises within
+        return lambda x: script(x, return_features=True)
+    if not hasattr(script, "layers"):
+        raise ArtifactError(
+            f"{weights.path}: not of Inception's interface (no submodule `layers`); a TorchScript "
+            f"of images to features goes with --features FILE"
+        )
+    return lambda x: script.layers((x - 128) / 128)
+
+
+def _load_pytorch_inception(path: Path) -> nn.Module:
+    """clean-fid's port of pytorch-fid's Inception, with a state dict from a file we chose."""
+    state = read_state_dict(path)
+    with quiet_clean_fid():
+        from cleanfid import inception_pytorch
+
+        fetch = inception_pytorch.load_state_dict_from_url
+        inception_pytorch.load_state_dict_from_url = lambda *args, **options: state
+        try:
+            return inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False).eval()
+        except (RuntimeError, AttributeError) as error:
+            raise ArtifactError(
+                f"{path}: not the weights of pytorch-fid's Inception ({last_line(error)})"
+            ) from error
+        finally:
+            inception_pytorch.load_state_dict_from_url = fetch
+
+
+def _load_clip(path: Path, device: torch.device) -> Network:
+    """The visual tower of CLIP ViT-B/32 from OpenAI's file or an open_clip state dict."""
+    import open_clip
+
+    from deme_cli.evaluation.clip_score import quick_gelu_of
+
+    if quick_gelu_of(path, CLIP_MODEL.removesuffix("-quickgelu")) is False:
+        raise ArtifactError(
+            f"{path}: trained with another activation than OpenAI's CLIP ViT-B/32, whose features "
+            f"are asked for; give OpenAI's file"
+        )
+    tower = open_clip.create_model(CLIP_MODEL, pretrained=None).visual
+    visual = {
+        name.removeprefix("visual."): tensor.float()
+        for name, tensor in read_state_dict(path).items()
+        if name.startswith("visual.")
+    }
+    try:
+        tower.load_state_dict(visual)
+    except RuntimeError as error:
+        raise ArtifactError(f"{path}: not the weights of CLIP {CLIP_MODEL}") from error
+    tower.to(device).eval().requires_grad_(False)
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD, device=device).view(3, 1, 1)
+    return lambda x: tower((x / 255 - mean) / std)
+
+
+def clip_resizer() -> Resizer:
+    """Short side to 224 (bicubic) and centre crop, as in clean-fid's `clip_features`."""
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    steps = Compose([Resize(CLIP_SIZE, InterpolationMode.BICUBIC), CenterCrop(CLIP_SIZE)])
+    return lambda image: np.asarray(steps(Image.fromarray(image)))
+
+
+def map_images(change: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
+    """`change` of each image, in threads (Pillow and torch let go of the lock)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Pillow's Image.fromarray(mode=)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return np.stack(list(pool.map(change, images)))
+
+
+def load_script(path: Path, device: torch.device) -> torch.jit.ScriptModule:
+    """A TorchScript module in evaluation mode."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.jit is on its way out
+            return torch.jit.load(str(path), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ArtifactError(
+            f"{path}: not a readable TorchScript file ({last_line(error)}); fetch it again"
+        ) from error
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors, TorchScript or torch file; of the last nothing else is read."""
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    if script_code(path):
+        return load_script(path, torch.device("cpu")).state_dict()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ArtifactError(f"{path}: not a readable file of weights; fetch it again") from error
+    if not isinstance(state, dict):
+        raise ArtifactError(f"{path}: expected a table of weights, found {type(state).__name__}")
+    return state
+
+
+def script_code(path: Path) -> bytes:
+    """The source in a TorchScript archive; nothing for any other file."""
+    if not zipfile.is_zipfile(path):
+        return b""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".py")]
+        return b"".join(map(archive.read, names))
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """While entered, float32 on `device` is float32: no autocast, and no TF32.
+
+    Convolutions on GPUs take TF32 by default, which keeps 10 of 23 bits; a distance is a small
+    difference of large sums.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = cudnn.allow_tf32, matmul.allow_tf32
+        cudnn.allow_tf32 = matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def quiet_clean_fid() -> Iterator[None]:
+    """Swallow what clean-fid prints, and undo what it does to the warning filters."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -9,7 +9,6 @@ import importlib.util
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,9 @@ from deme_cli.data.digits import BASE_PATH
 from deme_cli.data.prompts import KNOWN_PROMPTS, prompt_assets
 from deme_cli.diffusion.model_files import require_parts
 from deme_cli.errors import ArtifactError, MissingError
-from deme_cli.evaluation.assets import (
-    PUBLISHED_STATISTICS,
-    clip_asset,
-    inception_asset,
-    statistics_asset,
-)
-from deme_cli.evaluation.weights import DIGITS_PATH
+from deme_cli.evaluation.protocols import library_version
+from deme_cli.evaluation.references import PUBLISHED_STATISTICS, statistics_asset
+from deme_cli.evaluation.weights import DIGITS_PATH, clip_asset, inception_asset
 from deme_cli.fetch import Asset, cache_folder, is_hub_id, is_model_cached, sha256_of
 from deme_cli.run_file import RunFile
 
@@ -74,14 +69,6 @@ def take_inventory(run: RunFile | None = None) -> Inventory:
         **{name: library_version(name) for name in LIBRARIES},
     }
     return Inventory(versions, device_facts(), items, cache_folder())
-
-
-def library_version(name: str) -> str | None:
-    """The installed version of a distribution, None where it is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def device_facts() -> dict[str, Any]:
@@ -164,7 +151,7 @@ def _has_part(folder: Path, part: str) -> bool:
 
 def _clip_score(config: EvalConfig) -> Item:
     """The default weights of the CLIP score; what they are called is open_clip's to say."""
-    from deme_cli.evaluation.clip_weights import published_clip
+    from deme_cli.evaluation.clip_score import published_clip
 
     tag = published_clip(config.clip_model, config.clip_weights)
     name = f"{tag.architecture}/{tag.tag}"

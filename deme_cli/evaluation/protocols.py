@@ -1,18 +1,38 @@
-"""Protocols by name: what published figures were measured with, each with its source.
+"""Under which protocol a figure was made: those with a name, and the card of a measured row.
 
-A protocol fixes settings of [sample] and [eval]. A value in deme.toml yields to it; an option on
-the command line that says otherwise is an error. Nothing here imports torch.
+A published protocol fixes settings of [sample] and [eval]. A value in deme.toml yields to it; an
+option on the command line that says otherwise is an error.
+
+The card of a row takes up that of its images (which model, sampler, steps, seed) and adds what
+measured them. A figure without its card is not comparable, so the cards of a table are compared
+field by field. Who drew (model, source, fingerprints) may differ and is what a table is about; so
+may the seed, but then rows are not paired. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import importlib.metadata
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from deme_cli import __version__
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.errors import ConfigError
+from deme_cli.run_file import AnySettings, RunFile
 from deme_cli.settings import Settings
+
+Card = Mapping[str, Any]
+LIBRARIES = ("torch", "diffusers", "clean-fid", "open-clip-torch")
+# Fields that say who drew, from which noise, how many in all, and from where files were read.
+WHO_AND_WHENCE = frozenset(
+    (
+        "model", "source", "fingerprints", "ranges", "num_train_timesteps", "prediction_type",
+        "seed", "seeds", "num", "companions", "pipeline", "images", "protocol", "prompts",
+    )
+)  # fmt: skip
+_HOW = ("sampler", "steps", "spacing", "dtype", "seed")  # without which a card tells too little
+_SHOWN = 40  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -155,6 +175,33 @@ def apply_protocol(
     return {**options, **fixed}
 
 
+def settings_under_protocol(
+    run: RunFile, evaluation: Mapping[str, Any], sampling: Mapping[str, Any]
+) -> tuple[EvalConfig, SampleConfig]:
+    """The settings that options (None if not given) make of those of `run` and of its protocol.
+
+    Raises ConfigError for an option that says something else than the protocol.
+    """
+    named = find_protocol(run.settings(EvalConfig, protocol=evaluation["protocol"]).protocol)
+    settings = run.settings(EvalConfig, **apply_protocol(named, EvalConfig, evaluation))
+    counts = {"num": settings.num, "seed": settings.seed}
+    given = apply_protocol(named, SampleConfig, {**sampling, **counts})
+    return settings, run.settings(SampleConfig, **given)
+
+
+def under_protocol(protocol: Protocol | None, settings: AnySettings, run: RunFile) -> AnySettings:
+    """The settings with what the protocol fixes. Raises ConfigError where they say otherwise, and
+    neither the run's file nor the defaults do."""
+    kind = type(settings)
+    usual = asdict(kind()), asdict(run.settings(kind))
+    given = {
+        name: value
+        for name, value in asdict(settings).items()
+        if all(value != values[name] for values in usual)
+    }
+    return replace(settings, **apply_protocol(protocol, kind, given))
+
+
 def require_reference(protocol: Protocol | None, fid: str | None) -> None:
     """Check that the images are given that a protocol leaves to the user. Raises ConfigError."""
     if protocol is not None and protocol.reference and not fid:
@@ -165,5 +212,117 @@ def require_reference(protocol: Protocol | None, fid: str | None) -> None:
         )
 
 
+def evaluation_card(
+    card: Card, measured: Mapping[str, Any], *, protocol: str | None, seeds: list[int]
+) -> dict[str, Any]:
+    """The card of one row, from that of its images and of what measured them.
+
+    seeds: one per repeat, none of finished images, which a named protocol may not have drawn.
+    """
+    named = find_protocol(protocol)
+    if not seeds and named is not None and not named.drew(card):
+        protocol = None
+    return {
+        **card,
+        **({"seeds": seeds} if seeds else {}),
+        "protocol": protocol,
+        **measured,
+        "versions": {"deme": __version__, **{name: library_version(name) for name in LIBRARIES}},
+    }
+
+
+def library_version(name: str) -> str | None:
+    """The installed version of a distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def require_one_protocol(
+    cards: Mapping[str, Card], counts: Mapping[str, int], *, mixed: bool
+) -> list[str]:
+    """What a reader should know of rows that differ, by their cards and their numbers of images.
+
+    Raises ConfigError, unless `mixed`, naming the first two rows that differ and every field.
+    """
+    first, *others = cards
+    remarks = []
+    for name in others:
+        found = compare(cards[first], cards[name], counts[first], counts[name])
+        if found is None:
+            what = "nobody noted how the images of one of them were drawn: it has no protocol card"
+        else:
+            what = "; ".join(f"{field} {_shown(a)} and {_shown(b)}" for field, a, b in found)
+        if what:
+            remarks.append(f"{first} and {name} are of different protocols: {what}")
+    if remarks and not mixed:
+        raise ConfigError(f"{remarks[0]}; measure them in separate runs, or add --mixed")
+    seeds = {name: card.get("seed") for name, card in cards.items() if is_known(card)}
+    if len(set(seeds.values())) > 1:
+        listed = ", ".join(f"{name} {seed}" for name, seed in seeds.items())
+        remarks.append(
+            f"seeds differ ({listed}): these rows do not share their noise and are not paired"
+        )
+    return remarks
+
+
+def compare(
+    card: Card, other: Card, count: int, other_count: int
+) -> list[tuple[str, Any, Any]] | None:
+    """(field, value, other value) of all that differs; None where one of the two has no card."""
+    if is_known(card) != is_known(other):
+        return None
+    fields = [field for field in dict.fromkeys([*card, *other]) if field not in WHO_AND_WHENCE]
+    pairs = [("n", count, other_count), *((f, card.get(f), other.get(f)) for f in fields)]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def is_known(card: Card) -> bool:
+    """Whether a card tells how images were drawn."""
+    return all(name in card for name in _HOW)
+
+
+def describe_cards(cards: Mapping[str, Card]) -> list[str]:
+    """Lines for the terminal: what all rows share once, then what tells them apart."""
+    groups: dict[str, list[str]] = {}
+    for name, card in cards.items():
+        groups.setdefault(_drawn(card), []).append(name)
+    drawn = [f"{', '.join(names)}: {text}" for text, names in groups.items()]
+    return [*_measured_with(next(iter(cards.values()))), *drawn]
+
+
+def _measured_with(card: Card) -> Iterator[str]:
+    if "features" in card:
+        remark = " (NOT the published weights)" if card["weights_published"] is False else ""
+        yield (
+            f"features {card['features']}, resize {card['resize']}, "
+            f"weights sha256 {card['weights_sha256'][:12]}{remark}"
+        )
+    for metric, reference in card.get("references", {}).items():
+        parts = [reference["file"], reference["split"]]
+        parts = [part for part in parts if part and part != reference["source"]]
+        count = f"{reference['n']} images" if reference["n"] else "images not counted"
+        yield f"{metric} against {', '.join([reference['source'], *parts, count])}"
+    if clip := card.get("clip_score"):
+        yield f"clip_score by {clip['model']}, {clip['weights']}, sha256 {clip['sha256'][:12]}"
+
+
+def _drawn(card: Card) -> str:
+    if not is_known(card):
+        return "finished images of unknown protocol"
+    seeds = card.get("seeds") or [card["seed"]]
+    span = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    eta = f", eta {card['eta']:g}" if card.get("eta") else ""
+    spacing = f", {card['spacing']} spacing" if card["spacing"] else ""
+    guidance = f", guidance {card['guidance']:g}" if card.get("guidance") else ""
+    return (
+        f"{card['sampler']} {card['steps']} steps{spacing}{eta}{guidance}, {card['dtype']}, {span}"
+    )
+
+
 def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = "none" if value is None else str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -1,42 +1,172 @@
-"""A row of the table, opened: experts to sample from, or finished images, with their card.
+"""The rows of a table of figures: models, ensembles, and images that somebody has drawn.
 
-Images of a row have prompts or classes where they were drawn for them: as drawn, for
-models; for finished images those that came with them, else the ones given.
+Experts of one base whose ranges together cover [0, T) once are one row, the ensemble; an expert of
+all of [0, T) is a row of its own. `plan_rows` reads headers alone; `open_rows` opens experts to
+sample from, or finished images, each with its card. Images have prompts where they were drawn for
+some: as drawn for models; for finished images those that came with them, else the ones given.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.artifacts import DenoiserRecord, SamplesRecord
-from deme_cli.config import EvalConfig, SampleConfig
-from deme_cli.data.captions import NoAnnotations
-from deme_cli.data.images import ImageData, open_images
+from deme_cli.artifacts import DenoiserRecord, ExpertRecord, Record, SamplesRecord, read_record
+from deme_cli.config import SampleConfig
+from deme_cli.data.image_source import find_files, image_suffixes
 from deme_cli.data.prompts import PromptSet
-from deme_cli.diffusion.model_files import read_json
-from deme_cli.errors import ArtifactError, ConfigError
-from deme_cli.evaluation.row_plans import ENSEMBLE, RowPlan, record_of_file
+from deme_cli.diffusion.model_files import locate_model, read_json
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 from deme_cli.run_folder import CARD_NAME
-from deme_cli.sampling.conditioning import (
-    Conditioning,
-    open_conditioning,
-    prompts_in_turn,
-    protocol_card,
-)
-from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble, open_single, read_ensemble
+from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
+
+if TYPE_CHECKING:
+    from deme_cli.data.images import ImageData
+    from deme_cli.sampling.conditioning import Conditioning
+    from deme_cli.sampling.sampler import SamplingExpert
+
+ENSEMBLE = "ensemble"
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """A row to be measured. kind: base, expert, merged, ensemble, samples, or model if unread."""
+
+    name: str
+    kind: str
+    arguments: tuple[str, ...]
+
+
+def plan_rows(arguments: Sequence[str]) -> tuple[list[RowPlan], list[str]]:
+    """One row per argument, experts that make an ensemble in place of the first; and warnings.
+
+    Raises MissingError for an argument that is not there, ArtifactError for one that cannot be
+    measured, ConfigError for one given twice.
+    """
+    records = {argument: record_of_file(argument) for argument in arguments}
+    experts = {
+        argument: record
+        for argument, record in records.items()
+        if isinstance(record, ExpertRecord) and not _covers_all(record)
+    }
+    ensembles = {group[0]: group for group in _ensembles(experts)}
+    grouped = {argument for group in ensembles.values() for argument in group}
+    plans, warnings = [], []
+    for argument in arguments:
+        if group := ensembles.get(argument):
+            name = f"{ENSEMBLE}-{len(group)}" if len(ensembles) > 1 else ENSEMBLE
+            plans.append(RowPlan(name, ENSEMBLE, group))
+        elif argument not in grouped:
+            plans.append(_plan(argument, records[argument]))
+            if record := experts.get(argument):
+                warnings.append(
+                    f"{argument}: the expert of timesteps {record.timesteps} will denoise all "
+                    f"{record.num_train_timesteps}: it makes no ensemble with the others given"
+                )
+    names = [plan.name for plan in plans]
+    plans = [
+        plan if names.count(plan.name) == 1 else replace(plan, name=", ".join(plan.arguments))
+        for plan in plans
+    ]
+    names = [plan.name for plan in plans]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"{twice} is given twice")
+    return plans, warnings
+
+
+def folder_rows(base: Path) -> tuple[list[RowPlan], list[str]]:
+    """The rows of a run's folder: base, experts and merged model, whichever are there.
+
+    Experts that do not make an ensemble yet are left out, with a warning.
+    """
+    folder = base.parent
+    found = [base, *sorted(folder.glob("ft_*.safetensors")), folder / "merged.safetensors"]
+    plans, warnings = plan_rows([str(path) for path in found if path.exists()])
+    if warnings:
+        lone = [
+            plan
+            for plan in plans
+            if plan.kind == "expert"
+            and not _covers_all(read_record(Path(plan.arguments[0]), "expert"))
+        ]
+        warnings = [
+            f"no row for the ensemble: {', '.join(plan.name for plan in lone)} do not cover all "
+            f"timesteps once; name a file to measure it alone"
+        ]
+        plans = [plan for plan in plans if plan not in lone]
+    if not plans:
+        raise MissingError(
+            f"nothing to measure: no {base.name}, no experts that cover all timesteps, no "
+            f"merged.safetensors in {folder.resolve()}; name models or samples, or run `deme split`"
+        )
+    return plans, warnings
+
+
+def record_of_file(argument: str) -> Record | None:
+    """The record of an artifact; None for what is no file."""
+    path = Path(argument).expanduser()
+    return read_record(path) if path.is_file() and path.suffix == ".safetensors" else None
+
+
+def _plan(argument: str, record: Record | None) -> RowPlan:
+    path = Path(argument).expanduser()
+    if record is None:
+        if path.is_dir() and _is_image_folder(path):
+            return RowPlan(path.resolve().name, "samples", (argument,))
+        locate_model(argument)
+        return RowPlan(path.name, "model", (argument,))
+    if record.kind not in ("base", "expert", "merged", "samples"):
+        raise ArtifactError(
+            f"{argument}: an artifact of kind {record.kind!r} cannot be measured; "
+            f"expected a base, expert or merged model, or samples"
+        )
+    return RowPlan(path.stem, record.kind, (argument,))
+
+
+def _is_image_folder(path: Path) -> bool:
+    parts = ("model_index.json", "config.json", "unet")
+    return not any((path / part).exists() for part in parts) and any(
+        file.suffix.lower() in image_suffixes() for file in find_files(path)
+    )
+
+
+def _covers_all(record: ExpertRecord) -> bool:
+    return len(record.timesteps) == record.num_train_timesteps
+
+
+def _ensembles(experts: dict[str, ExpertRecord]) -> Iterator[tuple[str, ...]]:
+    """Groups of arguments whose experts cover [0, T) once: of one base, then of one N."""
+    by_base: dict[str, list[str]] = {}
+    for argument, record in experts.items():
+        by_base.setdefault(record.base, []).append(argument)
+    for group in by_base.values():
+        if _cover(group):
+            yield tuple(group)
+            continue
+        by_count: dict[int | None, list[str]] = {}
+        for argument in group:
+            by_count.setdefault(experts[argument].of, []).append(argument)
+        yield from (tuple(part) for part in by_count.values() if _cover(part))
+
+
+def _cover(arguments: Sequence[str]) -> bool:
+    try:
+        read_ensemble([Path(argument).expanduser() for argument in arguments])
+    except DemeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
 class Row:
     """A row that can be measured: `experts` to sample from, or `finished` images.
 
-    `card` tells how the images are, or were, drawn; `prompts` and `classes` hold one per image.
+    `card` tells how the images are, or were, drawn; `prompts` holds one per image.
     """
 
     name: str
@@ -47,155 +177,118 @@ class Row:
     conditioning: Conditioning | None = None
     finished: ImageData | None = None
     prompts: Sequence[str] | None = None
-    classes: Sequence[int] | None = None
 
 
-@dataclass
-class RowOpener:
-    """Opens rows. Models of one base share a conditioning, its text encoders loaded once.
+def open_rows(
+    plans: Sequence[RowPlan],
+    sample: SampleConfig,
+    *,
+    prompts: PromptSet | None = None,
+    needs_prompts: bool = False,
+    pipeline: str | None = None,
+    device: str = "cpu",
+    dtype: str = "fp32",
+) -> list[Row]:
+    """What the plans need to be measured. Models in artifacts are loaded when sampled.
 
-    wants: what of finished images is to be known, `text` or `class`.
+    Models of one base share a conditioning, so that its text encoders are loaded once. Raises
+    ArtifactError where images differ in size, ConfigError where a row lacks prompts it needs.
     """
-
-    sample: SampleConfig
-    prompts: PromptSet | None = None
-    wants: Sequence[str] = ()
-    pipeline: str | None = None
-    device: str = "cpu"
-    dtype: str = "fp32"
-    _conditionings: dict[str, Conditioning] = field(default_factory=dict, init=False)
-
-    def open(self, plan: RowPlan) -> Row:
-        """What a plan needs to be measured. Models in artifacts are loaded when sampled."""
-        return self._samples(plan) if plan.kind == "samples" else self._model(plan)
-
-    def _model(self, plan: RowPlan) -> Row:
-        if plan.kind == ENSEMBLE:
-            paths = [Path(argument).expanduser() for argument in plan.arguments]
-            records: list[DenoiserRecord] = [member.record for member in read_ensemble(paths)]
-            experts = open_ensemble(paths, device=self.device, dtype=self.dtype)
+    conditionings: dict[str, Conditioning] = {}
+    rows: list[Row] = []
+    for plan in plans:
+        if plan.kind == "samples":
+            row = _open_samples(plan, prompts if needs_prompts else None, sample, needs_prompts)
         else:
-            experts, record = open_single(
-                plan.arguments[0], pipeline=self.pipeline, device=self.device, dtype=self.dtype
-            )
-            records = [record]
-        conditioning = self._conditioning(records)
-        card = protocol_card(records, self.sample, conditioning=conditioning, dtype=self.dtype)
-        kind = card["model"] if plan.kind == "model" else plan.kind
-        return Row(
-            plan.name, kind, conditioning.image_shape, card, experts, conditioning,
-            prompts=conditioning.prompts, classes=conditioning.classes,
-        )  # fmt: skip
-
-    def _conditioning(self, records: Sequence[DenoiserRecord]) -> Conditioning:
-        first = records[0]
-        key = json.dumps([first.source, first.model_config, first.companions], sort_keys=True)
-        if key not in self._conditionings:
-            self._conditionings[key] = open_conditioning(
-                first, self.sample, pipeline=self.pipeline, device=self.device, dtype=self.dtype
-            )
-        return self._conditionings[key]
-
-    def _samples(self, plan: RowPlan) -> Row:
-        """Finished images: a samples artifact, or a folder of image files."""
-        argument = plan.arguments[0]
-        data = open_images(argument, shape=None, split="all")
-        record = record_of_file(argument)
-        prompts: Sequence[str] | None = None
-        classes: Sequence[int] | None = None
-        if isinstance(record, SamplesRecord):
-            card, prompts, classes = record.protocol, record.prompts, record.classes
-            _require_one_each(argument, "prompts", prompts, str, len(data))
-            _require_one_each(argument, "classes", classes, int, len(data))
-        else:
-            card = _card_of(Path(argument).expanduser())
-            if "text" in self.wants and (told := _told(argument, "text")):
-                prompts = told.captions(range(len(told)))
-        if self.wants and self.prompts is not None and prompts is None and classes is None:
-            data, prompts, classes = pair(data, self.prompts, per_prompt=self.sample.per_prompt)
-            card = {**card, "prompts_sha256": self.prompts.sha256}
-        elif "class" in self.wants and classes is None and (told := _told(argument, "class")):
-            classes = told.labels(range(len(told)))
-        card = {**card, "images": data.fingerprint}
-        return Row(
-            plan.name, plan.kind, data.shape, card, finished=data, prompts=prompts, classes=classes
-        )
-
-
-def _told(argument: str, wants: str) -> ImageData | None:
-    """The images of a folder with what lies beside them tells of them, if anything does."""
-    try:
-        return open_images(argument, shape=None, split="all", wants=wants, keep=False)
-    except NoAnnotations:
-        return None
-
-
-def pair(
-    data: ImageData, found: PromptSet, *, per_prompt: int
-) -> tuple[ImageData, list[str], list[int] | None]:
-    """The images that prompts are for, and the prompt and class of each.
-
-    By the names of files, where the prompts have any, else in order: of images the first ones.
-    Raises ArtifactError where names do not fit, ConfigError for fewer images than prompts.
-    """
-    names = data.file_names()
-    if found.files is not None and names is not None:
-        chosen, rows = _by_name(data.source, found, names)
-        classes = None if found.classes is None else [found.classes[row] for row in rows]
-        data = data if len(chosen) == len(data) else data.select(chosen)
-        return data, [found.prompts[row] for row in rows], classes
-    total = len(data) if found.cycles else len(found) * per_prompt
-    if len(data) < total:
-        raise ConfigError(
-            f"{data.source} has {len(data)} images, {found.source} prompts for {total}, and "
-            f"nothing tells which belong together; give the prompts of these images, or a table "
-            f"with a column file_name"
-        )
-    return data, *prompts_in_turn(found, num=total, per_prompt=per_prompt)
-
-
-def _by_name(source: str, found: PromptSet, names: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The numbers of the images that rows name, and those of their rows."""
-    assert found.files is not None
-    rows: dict[str, int] = {}
-    for row, file in enumerate(found.files):
-        if file is None:
-            raise ArtifactError(f"{found.source}: row {row + 1} has no file_name")
-        first = rows.setdefault(os.path.normpath(file.replace("\\", "/")), row)
-        if found.prompts[first] != found.prompts[row]:
+            row = _open_model(plan, sample, conditionings, pipeline, device, dtype)
+        rows.append(row)
+        if row.shape[1:] != rows[0].shape[1:]:
+            own, first = (f"{r.shape[2]}x{r.shape[1]}" for r in (row, rows[0]))
             raise ArtifactError(
-                f"{found.source}: rows {first + 1} and {row + 1} name {file} with two prompts; "
-                f"keep one"
+                f"{row.name} has {own} images, {rows[0].name} {first}; "
+                f"measure them in separate runs"
             )
-    if not rows.keys() & set(names):  # names as seen from another folder
-        rows = {PurePosixPath(file).name: row for file, row in rows.items()}
-        names = [PurePosixPath(name).name for name in names]
-        if len(rows) < len(set(found.files)) or len(set(names)) < len(names):
-            rows = {}
-    chosen = [number for number, name in enumerate(names) if name in rows]
-    if not chosen:
-        raise ArtifactError(
-            f"{found.source}: its column file_name names none of the images of {source}, as "
-            f"{found.files[0]} and {names[0]}"
-        )
-    if len(chosen) < max(len(names), len(rows)):
-        console.note(
-            f"{source}: {len(chosen)} of its {len(names)} images are taken, which "
-            f"{found.source} names in {len(rows)} rows"
-        )
-    return chosen, [rows[names[number]] for number in chosen]
+        if needs_prompts and row.prompts is None:
+            raise ConfigError(
+                f"{row.name}: the prompts of its images are not known, --clip-score needs them; "
+                f"give them with --prompts FILE"
+            )
+    return rows
 
 
-def _require_one_each(
-    where: str, name: str, subjects: Sequence[Any] | None, kind: type, count: int
-) -> None:
-    """Check that there is one prompt or class for every image. Raises ArtifactError."""
-    if subjects is None:
-        return
-    if len(subjects) != count or not all(type(subject) is kind for subject in subjects):
-        raise ArtifactError(
-            f"{where}: expected {count} {name}, one for each image, found {len(subjects)}"
+def _open_model(
+    plan: RowPlan,
+    sample: SampleConfig,
+    conditionings: dict[str, Conditioning],
+    pipeline: str | None,
+    device: str,
+    dtype: str,
+) -> Row:
+    from deme_cli.sampling.conditioning import open_conditioning, protocol_card
+    from deme_cli.sampling.ensemble import open_single
+
+    if plan.kind == ENSEMBLE:
+        paths = [Path(argument).expanduser() for argument in plan.arguments]
+        records: list[DenoiserRecord] = [member.record for member in read_ensemble(paths)]
+        experts = open_ensemble(paths, device=device, dtype=dtype)
+    else:
+        experts, record = open_single(
+            plan.arguments[0], pipeline=pipeline, device=device, dtype=dtype
         )
+        records = [record]
+    first = records[0]
+    key = json.dumps([first.source, first.model_config, first.companions], sort_keys=True)
+    if key not in conditionings:
+        conditionings[key] = open_conditioning(
+            first, sample, pipeline=pipeline, device=device, dtype=dtype
+        )
+    conditioning = conditionings[key]
+    card = protocol_card(records, sample, conditioning=conditioning, dtype=dtype)
+    kind = card["model"] if plan.kind == "model" else plan.kind
+    return Row(
+        plan.name,
+        kind,
+        conditioning.image_shape,
+        card,
+        experts,
+        conditioning,
+        prompts=conditioning.prompts,
+    )
+
+
+def _open_samples(
+    plan: RowPlan, given: PromptSet | None, sample: SampleConfig, needs_prompts: bool
+) -> Row:
+    """Finished images: a samples artifact, or a folder of image files."""
+    from deme_cli.data.captions import NoAnnotations
+    from deme_cli.data.images import open_images
+
+    argument = plan.arguments[0]
+    data = open_images(argument, shape=None, split="all")
+    record = record_of_file(argument)
+    prompts: Sequence[str] | None = None
+    if isinstance(record, SamplesRecord):
+        card, prompts = record.protocol, record.prompts
+        if prompts is not None and not (
+            len(prompts) == len(data) and all(type(prompt) is str for prompt in prompts)
+        ):
+            raise ArtifactError(
+                f"{argument}: expected {len(data)} prompts, one for each image, "
+                f"found {len(prompts)}"
+            )
+    else:
+        card = _card_of(Path(argument).expanduser())
+        if needs_prompts:
+            try:
+                told = open_images(argument, shape=None, split="all", wants="text", keep=False)
+                prompts = told.captions(range(len(told)))
+            except NoAnnotations:
+                pass
+    if given is not None and prompts is None:
+        data, prompts = pair(data, given, per_prompt=sample.per_prompt)
+        card = {**card, "prompts_sha256": given.sha256}
+    card = {**card, "images": data.fingerprint}
+    return Row(plan.name, plan.kind, data.shape, card, finished=data, prompts=prompts)
 
 
 def _card_of(folder: Path) -> dict[str, Any]:
@@ -207,30 +300,56 @@ def _card_of(folder: Path) -> dict[str, Any]:
     return card
 
 
-def open_rows(plans: Sequence[RowPlan], opener: RowOpener, config: EvalConfig) -> list[Row]:
-    """All rows. Raises ArtifactError where their images differ in size, ConfigError where one lacks
-    the prompts or classes that it is to be measured by."""
-    rows = [opener.open(plan) for plan in plans]
-    first = rows[0]
-    for row in rows:
-        if row.shape[1:] != first.shape[1:]:
+def pair(data: ImageData, given: PromptSet, *, per_prompt: int) -> tuple[ImageData, list[str]]:
+    """The images that prompts are for, and the prompt of each.
+
+    By the names of files, where the prompts have any, else in order: of images the first ones.
+    Raises ArtifactError where names do not fit, ConfigError for fewer images than prompts.
+    """
+    from deme_cli.sampling.conditioning import prompts_in_turn
+
+    names = data.file_names()
+    if given.files is not None and names is not None:
+        chosen, rows = _by_name(data.source, given, names)
+        data = data if len(chosen) == len(data) else data.select(chosen)
+        return data, [given.prompts[row] for row in rows]
+    total = len(data) if given.cycles else len(given) * per_prompt
+    if len(data) < total:
+        raise ConfigError(
+            f"{data.source} has {len(data)} images, {given.source} prompts for {total}, and "
+            f"nothing tells which belong together; give the prompts of these images, or a table "
+            f"with a column file_name"
+        )
+    return data, prompts_in_turn(given, num=total, per_prompt=per_prompt)[0]
+
+
+def _by_name(source: str, given: PromptSet, names: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The numbers of the images that rows name, and those of their rows."""
+    assert given.files is not None
+    rows: dict[str, int] = {}
+    for row, file in enumerate(given.files):
+        if file is None:
+            raise ArtifactError(f"{given.source}: row {row + 1} has no file_name")
+        first = rows.setdefault(os.path.normpath(file.replace("\\", "/")), row)
+        if given.prompts[first] != given.prompts[row]:
             raise ArtifactError(
-                f"{row.name} has {_size(row)} images, {first.name} {_size(first)}; "
-                f"measure them in separate runs"
+                f"{given.source}: rows {first + 1} and {row + 1} name {file} with two prompts; "
+                f"keep one"
             )
-        if config.clip_score and row.prompts is None:
-            raise ConfigError(
-                f"{row.name}: the prompts of its images are not known, --clip-score needs them; "
-                f"give them with --prompts FILE"
-            )
-        if config.accuracy and row.classes is None:
-            raise ConfigError(
-                f"{row.name}: the classes of its images are not known, --accuracy needs them; "
-                f"give prompts that have classes, as --prompts digits or imagenet, or a table "
-                f"with a column class"
-            )
-    return rows
-
-
-def _size(row: Row) -> str:
-    return f"{row.shape[2]}x{row.shape[1]}"
+    if not rows.keys() & set(names):  # names as seen from another folder
+        rows = {PurePosixPath(file).name: row for file, row in rows.items()}
+        names = [PurePosixPath(name).name for name in names]
+        if len(rows) < len(set(given.files)) or len(set(names)) < len(names):
+            rows = {}
+    chosen = [number for number, name in enumerate(names) if name in rows]
+    if not chosen:
+        raise ArtifactError(
+            f"{given.source}: its column file_name names none of the images of {source}, as "
+            f"{given.files[0]} and {names[0]}"
+        )
+    if len(chosen) < max(len(names), len(rows)):
+        console.note(
+            f"{source}: {len(chosen)} of its {len(names)} images are taken, which "
+            f"{given.source} names in {len(rows)} rows"
+        )
+    return chosen, [rows[names[number]] for number in chosen]

@@ -36,9 +36,8 @@ from PIL import Image
 from rounds import machine, ratios, skip, spread, timed_rounds, verdict
 
 from deme_cli.diffusion.denoiser import choose_device
-from deme_cli.evaluation.features import load_extractor
+from deme_cli.evaluation.features import load_extractor, quiet_clean_fid
 from deme_cli.evaluation.frechet import frechet_distance
-from deme_cli.evaluation.networks import quiet_clean_fid
 
 Way = Callable[[], np.ndarray]  # -> features (n, d)
 ONE_IN = {"clean-fid": "deme", "torch-fidelity": "deme legacy"}  # who is compared with whom

@@ -18,5 +18,10 @@ deme finetune --range 1/1 --p 0 --projection none --steps 8000 \
      -o control.safetensors                             # plain finetuning, the same total updates
 deme merge ft_*.safetensors --search grid               # merged.safetensors, by distance
 deme eval base.safetensors control.safetensors ft_*.safetensors merged.safetensors
-deme sample merged.safetensors -n 100                   # a grid of prompted digits
+for model in base control merged; do                    # base-samples.safetensors, ...
+  deme sample $model.safetensors -n 2000
+done
+deme ensemble-sample ft_*.safetensors -n 2000 -o ensemble-samples.safetensors
+python "$here/accuracy.py" ./*-samples.safetensors      # how many show the digit asked for
+deme sample merged.safetensors -n 100 -o grid.safetensors  # a grid of prompted digits
 deme export merged.safetensors merged-pipeline          # StableDiffusionPipeline.from_pretrained

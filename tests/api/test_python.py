@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import deme_cli
-from deme_cli.api.eval_request import find_prompts
 from deme_cli.config import (
     DataConfig,
     EvalConfig,
@@ -21,6 +20,7 @@ from deme_cli.config import (
     SplitConfig,
 )
 from deme_cli.errors import ConfigError, DemeError, MissingError
+from deme_cli.evaluation.evaluate import find_prompts
 from deme_cli.run_file import RunFile
 
 

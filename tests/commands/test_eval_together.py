@@ -47,12 +47,12 @@ def test_scores_of_two_processes_are_those_of_one(
     Path("prompts.csv").write_text(f"prompt,class\n{lines}")
     words = [
         "eval", pipeline, "--clip-score", "--clip-weights", f"local-dir:{write_clip(Path('clip'))}",
-        "--accuracy", "digits", "--prompts", "prompts.csv", "--steps", 2, "-b", 2, "--device",
+        "--prompts", "prompts.csv", "--steps", 2, "-b", 2, "--device",
         "cpu", "--json",
     ]  # fmt: skip
     found = figures(succeed(launch(tmp_path, *words)))
     assert found == figures(deme(*words).stdout)
-    assert set(found["rows"][0]["metrics"]) == {"clip_score", "accuracy"}
+    assert set(found["rows"][0]["metrics"]) == {"clip_score"}
 
 
 def test_the_gate_ends_all_processes_with_6(run_folder: Path) -> None:

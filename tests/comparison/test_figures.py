@@ -20,7 +20,7 @@ from deme_cli.comparison.figures import (
     status_of,
     winner,
 )
-from deme_cli.evaluation.summary import interval_of
+from deme_cli.evaluation.measure import interval_of
 
 FID = Column("fid")
 ACCURACY = Column("accuracy", lower_is_better=False)

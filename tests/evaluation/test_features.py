@@ -1,7 +1,9 @@
-"""Features: clean-fid as the oracle, and whatever else is a TorchScript."""
+"""Features: clean-fid and open_clip as oracles, and whatever else is a TorchScript."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,25 @@ from PIL import Image
 from stand_ins import save_script
 from torch import Tensor, nn
 
+from deme_cli.artifacts import StatisticsRecord, write_artifact
 from deme_cli.data.images import open_images
-from deme_cli.errors import ArtifactError
-from deme_cli.evaluation.features import image_features, load_extractor
-from deme_cli.evaluation.networks import quiet_clean_fid, run_network
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
+from deme_cli.evaluation.features import (
+    full_float32,
+    image_features,
+    load_extractor,
+    quiet_clean_fid,
+)
+from deme_cli.evaluation.references import statistics_asset
+from deme_cli.evaluation.weights import (
+    DIGITS_PATH,
+    choose_features,
+    clip_asset,
+    find_weights,
+    inception_asset,
+    require_same_extractor,
+)
+from deme_cli.fetch import require_assets
 
 
 @pytest.fixture
@@ -83,90 +100,6 @@ def test_legacy_pytorch_features_equal_those_of_clean_fid(
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
-def test_clean_fid_prints_nothing_and_does_not_touch_the_network(
-    stand_in: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    extractor = load_extractor("inception", resize="legacy_tensorflow", weights=stand_in)
-    extractor.features(np.zeros((1, 8, 8, 3), np.uint8))
-    assert capfd.readouterr() == ("", "")
-
-
-def test_grey_images_count_as_three_equal_channels(stand_in: Path) -> None:
-    extractor = load_extractor("inception", weights=stand_in)
-    grey = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
-    np.testing.assert_array_equal(
-        extractor.features(grey), extractor.features(np.repeat(grey, 3, axis=3))
-    )
-
-
-def test_features_do_not_depend_on_the_batch_size() -> None:
-    from dataclasses import replace
-
-    extractor = load_extractor("digits")
-    images = np.random.default_rng(2).integers(0, 256, (50, 8, 8, 1), dtype=np.uint8)
-    one_by_one = replace(extractor, batch_size=1).features(images)
-    np.testing.assert_allclose(extractor.features(images), one_by_one, atol=1e-5)
-
-
-def test_any_torchscript_of_images_to_features_will_do(tmp_path: Path) -> None:
-    class Mean(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.mean(dim=[2, 3])
-
-    extractor = load_extractor(str(save_script(Mean(), tmp_path / "my mean.pt")))
-    images = np.full((2, 4, 6, 3), (10, 20, 250), np.uint8)
-    np.testing.assert_allclose(extractor.features(images), [[10, 20, 250]] * 2, rtol=1e-6)
-    assert extractor.metric_name == "frechet_my_mean"
-    assert extractor.num_features((3, 4, 6)) == 3
-
-
-def test_images_of_a_size_the_network_cannot_take_are_refused() -> None:
-    with pytest.raises(ArtifactError, match="fails on 32x32 images"):
-        load_extractor("digits").num_features((3, 32, 32))
-
-
-NO_MEMORY = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
-
-
-def refuse(*args: object, **options: object) -> Tensor:
-    raise RuntimeError(NO_MEMORY)
-
-
-def test_a_lack_of_memory_is_no_fault_of_the_images_or_the_file(
-    tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
-        run_network(refuse, torch.zeros(2, 3, 8, 8), where=tmp_path, option="--features")
-    monkeypatch.setattr(torch.jit, "load", refuse)
-    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
-        load_extractor("inception", weights=stand_in)
-
-
-def test_a_broken_torchscript_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "broken.pt"
-    path.write_bytes(b"PK broken")
-    with pytest.raises(ArtifactError, match="not a readable TorchScript"):
-        load_extractor("inception", weights=path)
-
-
-def test_a_torchscript_without_layers_is_no_inception(tmp_path: Path) -> None:
-    path = save_script(nn.Identity(), tmp_path / "identity.pt")
-    with pytest.raises(ArtifactError, match="not of Inception's interface"):
-        load_extractor("inception", weights=path)
-
-
-def test_wrong_files_for_the_pytorch_inception_are_refused(tmp_path: Path, stand_in: Path) -> None:
-    with pytest.raises(ArtifactError, match="takes the state dict"):
-        load_extractor("inception", resize="legacy_pytorch", weights=stand_in)
-    strange = tmp_path / "strange.pth"
-    torch.save({"weight": torch.zeros(2)}, strange)
-    with pytest.raises(ArtifactError, match="not the weights of pytorch-fid"):
-        load_extractor("inception", resize="legacy_pytorch", weights=strange)
-    strange.write_bytes(b"nothing")
-    with pytest.raises(ArtifactError, match="not a readable file of weights"):
-        load_extractor("inception", resize="legacy_pytorch", weights=strange)
-
-
 @pytest.mark.slow
 def test_clip_features_are_those_of_open_clip(tmp_path: Path) -> None:
     import open_clip
@@ -190,3 +123,154 @@ def test_clip_features_are_those_of_open_clip(tmp_path: Path) -> None:
     save_file({"visual.proj": state["visual.proj"]}, path)
     with pytest.raises(ArtifactError, match="not the weights of CLIP"):
         load_extractor("clip", weights=path)
+    assert clip_asset().url == open_clip.get_pretrained_cfg("ViT-B-32", "openai")["url"]
+
+
+def test_any_torchscript_of_images_to_features_will_do(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(dim=[2, 3])
+
+    extractor = load_extractor(str(save_script(Mean(), tmp_path / "my mean.pt")))
+    images = np.full((2, 4, 6, 3), (10, 20, 250), np.uint8)
+    np.testing.assert_allclose(extractor.features(images), [[10, 20, 250]] * 2, rtol=1e-6)
+    assert extractor.metric_name == "frechet_my_mean"
+    assert extractor.num_features((3, 4, 6)) == 3
+    assert capfd.readouterr() == ("", "")
+
+
+def test_features_depend_on_the_image_alone(stand_in: Path) -> None:
+    extractor = load_extractor("digits")
+    images = np.random.default_rng(2).integers(0, 256, (50, 8, 8, 1), dtype=np.uint8)
+    one_by_one = replace(extractor, batch_size=1).features(images)
+    np.testing.assert_allclose(extractor.features(images), one_by_one, atol=1e-5)
+    inception = load_extractor("inception", weights=stand_in)
+    features = inception.features(images[:3])
+    np.testing.assert_array_equal(features, inception.features(images[:3].repeat(3, axis=3)))
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(features, inception.features(images[:3]))
+
+
+@pytest.mark.gpu
+def test_a_gpu_sees_as_the_cpu_does(stand_in: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    with full_float32(torch.device("cuda")):
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+    on_cpu, on_gpu = (
+        load_extractor("inception", weights=stand_in, device=name).features(images)
+        for name in ("cpu", "cuda")
+    )
+    np.testing.assert_allclose(on_gpu, on_cpu, rtol=0, atol=1e-4)
+
+
+def refuse(*args: object, **options: object) -> Tensor:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_images_or_the_file(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        replace(load_extractor("digits"), network=refuse).num_features((1, 8, 8))
+    monkeypatch.setattr(torch.jit, "load", refuse)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        load_extractor("inception", weights=stand_in)
+
+
+@pytest.mark.parametrize(
+    ("name", "resize", "write", "kind", "words"),
+    [
+        ("inception", "clean", lambda p: p.write_bytes(b"PK"), ArtifactError, "readable TorchScr"),
+        ("inception", "clean", lambda p: save_script(nn.Identity(), p), ArtifactError, "interface"),
+        ("inception", "legacy_pytorch", lambda p: save_script(nn.Linear(2, 2), p), ArtifactError,
+         "not the weights of pytorch-fid"),
+        ("inception", "legacy_pytorch", lambda p: torch.save({"weight": torch.zeros(2)}, p),
+         ArtifactError, "not the weights of pytorch-fid"),
+        ("inception", "legacy_pytorch", lambda p: p.write_bytes(b"nothing"), ArtifactError,
+         "not a readable file of weights"),
+        ("inception", "clean", lambda p: None, MissingError, "given.pt: no such file"),
+        ("digits", "clean", lambda p: None, ConfigError, "--weights goes with"),
+    ],
+)  # fmt: skip
+def test_wrong_files_of_weights_are_refused(
+    tmp_path: Path, name: str, resize: str, write: Callable[[Path], object],
+    kind: type[DemeError], words: str,
+) -> None:  # fmt: skip
+    path = tmp_path / "given.pt"
+    write(path)
+    with pytest.raises(kind, match=words):
+        load_extractor(name, resize=resize, weights=path)
+
+
+def test_what_cannot_be_had_or_does_not_go_together_is_refused(cache: Path) -> None:
+    with pytest.raises(ArtifactError, match="fails on 32x32 images"):
+        load_extractor("digits").num_features((3, 32, 32))
+    with pytest.raises(ConfigError, match="--resize legacy_pytorch goes with"):
+        find_weights("digits", "legacy_pytorch")
+    with pytest.raises(MissingError, match=r"ViT-B-32\.pt"):
+        find_weights("clip")
+    with pytest.raises(MissingError, match="expected inception, clip, digits"):
+        find_weights("incepton")
+
+
+def test_only_inception_features_give_a_distance_called_fid(stand_in: Path) -> None:
+    weights = find_weights("inception", weights=stand_in)
+    assert (weights.metric_name, weights.kernel_name) == ("fid", "kid")
+    assert find_weights("digits").metric_name == "frechet_digits"
+    named = find_weights(str(stand_in.rename(stand_in.with_name("inception.pt"))))
+    assert (named.metric_name, named.kernel_name) == ("frechet_inception", "kernel_inception")
+
+
+def test_weights_of_another_checksum_are_known_as_such(cache: Path, stand_in: Path) -> None:
+    given = find_weights("inception", weights=stand_in)
+    assert given.published is False
+    stand_in.rename(cache / "inception-2015-12-05.pt")
+    found = find_weights("inception")
+    assert found.sha256 == given.sha256
+    assert found.path.parent == cache
+    assert DIGITS_PATH.stat().st_size < 300_000
+
+
+def statistics_record(**changes: object) -> StatisticsRecord:
+    weights = find_weights("digits")
+    values = {"n": 2, "extractor": weights.extractor, "resize": weights.resize, "source": "x"}
+    return StatisticsRecord(**{**values, **changes})
+
+
+def test_features_follow_the_reference_unless_they_are_given(tmp_path: Path) -> None:
+    made = tmp_path / "ref.safetensors"
+    write_artifact(made, {"mu": np.zeros(2)}, statistics_record())
+    assert choose_features(None, ["digits"]) == "digits"
+    assert choose_features(None, ["cifar10"]) == "inception"
+    assert choose_features(None, [str(made)]) == "digits"
+    assert choose_features("clip", ["digits"]) == "clip"
+
+
+def test_statistics_of_another_network_or_resize_are_refused() -> None:
+    weights = find_weights("digits")
+    require_same_extractor(statistics_record(), weights, "ref")
+    with pytest.raises(ArtifactError, match="resize clean"):
+        require_same_extractor(statistics_record(resize="clean"), weights, "ref")
+    other = {"name": "digits", "sha256": "f" * 64}
+    with pytest.raises(ArtifactError, match="sha256 ffffffffffff"):
+        require_same_extractor(statistics_record(extractor=other), weights, "ref")
+
+
+def test_files_are_named_as_clean_fid_names_them_and_each_that_lacks_is_told(cache: Path) -> None:
+    import cleanfid
+    from cleanfid import downloads_helper, inception_pytorch
+
+    assert inception_asset("clean").url == downloads_helper.inception_url
+    pytorch = inception_asset("legacy_pytorch")
+    assert pytorch.url == inception_pytorch.FID_WEIGHTS_URL
+    assert statistics_asset("cifar10", "clean").name == "cifar10_clean_train_32.npz"
+    church = statistics_asset("lsun-church", "legacy_pytorch")
+    assert church.name == "lsun_church_legacy_pytorch_train_256.npz"
+    assert church.places == (Path(cleanfid.__path__[0]) / "stats" / church.name,)
+    with pytest.raises(MissingError) as raised:
+        require_assets([pytorch, church])
+    for words in (pytorch.name, pytorch.url, pytorch.sha256, church.name, church.url, str(cache)):
+        assert words in str(raised.value)

@@ -7,9 +7,16 @@ import warnings
 import numpy as np
 import pytest
 import scipy.linalg
+from threadpoolctl import threadpool_info
 
-from deme_cli.errors import ArtifactError, ConfigError, NumericsError
-from deme_cli.evaluation.frechet import RunningStatistics, frechet_distance, trace_of_root
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, NumericsError
+from deme_cli.evaluation.frechet import (
+    TRIAL_SIZE,
+    RunningStatistics,
+    fitting_threads,
+    frechet_distance,
+    trace_of_root,
+)
 
 
 def draw_features(n: int, d: int, seed: int) -> np.ndarray:
@@ -102,20 +109,19 @@ def test_float32_statistics_are_accepted() -> None:
     )
 
 
-def test_a_number_that_is_not_finite_is_refused() -> None:
-    mu, sigma = gaussian(20, 4, seed=10)
-    with pytest.raises(NumericsError, match="not finite"):
-        frechet_distance(mu, sigma, np.full(4, np.nan), sigma)
-
-
-def test_a_matrix_that_is_no_covariance_is_refused() -> None:
-    with pytest.raises(NumericsError, match="positive semi-definite"):
-        frechet_distance(np.zeros(2), np.array([[0.0, 1.0], [1.0, 0.0]]), np.zeros(2), np.eye(2))
-
-
-def test_statistics_of_different_sizes_are_refused() -> None:
-    with pytest.raises(ArtifactError, match="3 and of 4 features"):
-        frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
+@pytest.mark.parametrize(
+    ("mu", "sigma", "kind", "words"),
+    [
+        ([np.nan] * 2, np.eye(2), NumericsError, "not finite"),
+        ([0, 0], [[0, 1], [1, 0]], NumericsError, "positive semi-definite"),
+        ([0] * 4, np.eye(4), ArtifactError, "2 and of 4 features"),
+    ],
+)
+def test_what_has_no_distance_is_refused(
+    mu: list, sigma: object, kind: type[DemeError], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        frechet_distance(np.zeros(2), np.eye(2), np.array(mu), np.array(sigma))
 
 
 @pytest.mark.parametrize("sizes", [[100], [1] * 100, [99, 1], [3, 50, 47]])
@@ -130,17 +136,6 @@ def test_running_statistics_equal_those_of_all_features_at_once(sizes: list[int]
     np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), rtol=1e-8, atol=1e-12)
 
 
-def test_merged_running_statistics_equal_one() -> None:
-    features = draw_features(60, 5, seed=12)
-    parts = [RunningStatistics() for _ in range(3)]
-    for part, rows in zip(parts, np.split(features, [10, 11]), strict=True):
-        part.add(rows)
-    parts[0].merge(parts[1])
-    parts[0].merge(parts[2])
-    parts[0].merge(RunningStatistics())
-    np.testing.assert_allclose(parts[0].statistics().sigma, np.cov(features, rowvar=False))
-
-
 @pytest.mark.parametrize("num_shares", [2, 3, 7])
 def test_shares_of_batches_merge_to_the_statistics_of_one_pass(num_shares: int) -> None:
     features = draw_features(1000, 32, seed=13) + 1e3
@@ -149,7 +144,7 @@ def test_shares_of_batches_merge_to_the_statistics_of_one_pass(num_shares: int) 
     for k, batch in enumerate(batches):
         whole.add(batch)
         shares[k % num_shares].add(batch)
-    for share in shares[1:]:
+    for share in [*shares[1:], RunningStatistics()]:
         shares[0].merge(share)
     found, wanted = shares[0].statistics(), whole.statistics()
     assert found.n == 1000
@@ -157,13 +152,22 @@ def test_shares_of_batches_merge_to_the_statistics_of_one_pass(num_shares: int) 
     np.testing.assert_allclose(found.sigma, wanted.sigma, rtol=0, atol=1e-10)
 
 
-def test_one_image_has_no_covariance() -> None:
+def test_features_of_one_image_or_not_finite_are_refused() -> None:
     running = RunningStatistics()
     running.add(np.ones((1, 3)))
     with pytest.raises(ConfigError, match="at least 2 images"):
         running.statistics()
-
-
-def test_features_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NumericsError, match="not finite"):
-        RunningStatistics().add(np.array([[1.0, np.inf]]))
+        running.add(np.array([[1.0, np.inf, 0]]))
+
+
+def blas_threads() -> list[int]:
+    return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+
+@pytest.mark.parametrize("size", [TRIAL_SIZE, 4 * TRIAL_SIZE])
+def test_problems_take_one_thread_or_all_and_give_the_others_back(size: int) -> None:
+    before, one = blas_threads(), [1] * len(blas_threads())
+    with fitting_threads(size):
+        assert blas_threads() in ([one] if size == TRIAL_SIZE else [one, before])
+    assert blas_threads() == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deme_cli.errors import ArtifactError, ConfigError, NumericsError
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, NumericsError
 from deme_cli.evaluation.kid import kernel_distance
 
 
@@ -47,16 +47,16 @@ def test_the_same_seed_gives_the_same_kernel_distance() -> None:
     assert first != kernel_distance(x, y, num_subsets=5, subset_size=50, seed=8)
 
 
-def test_one_image_has_no_kernel_distance() -> None:
-    with pytest.raises(ConfigError, match="at least 2 images"):
-        kernel_distance(draw(1, 0, seed=0), draw(9, 0, seed=0))
-
-
-def test_features_of_two_extractors_are_refused() -> None:
-    with pytest.raises(ArtifactError, match="16 and 8 features"):
-        kernel_distance(draw(9, 0, seed=0), draw(9, 0, seed=0, d=8))
-
-
-def test_features_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(NumericsError, match="not finite"):
-        kernel_distance(draw(9, np.nan, seed=0), draw(9, 0, seed=0))
+@pytest.mark.parametrize(
+    ("features", "kind", "words"),
+    [
+        (draw(1, 0, seed=0), ConfigError, "at least 2 images"),
+        (draw(9, 0, seed=0, d=8), ArtifactError, "8 and 16 features"),
+        (draw(9, np.nan, seed=0), NumericsError, "not finite"),
+    ],
+)
+def test_what_has_no_kernel_distance_is_refused(
+    features: np.ndarray, kind: type[DemeError], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        kernel_distance(features, draw(9, 0, seed=0))

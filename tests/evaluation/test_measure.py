@@ -12,52 +12,52 @@ import pytest
 
 from deme_cli.artifacts import SamplesRecord, load_tensors, read_record, write_artifact
 from deme_cli.config import EvalConfig, SampleConfig
-from deme_cli.errors import ArtifactError, NumericsError, Stopped
-from deme_cli.evaluation.evaluate import evaluate_rows, total_images
+from deme_cli.errors import NumericsError, Stopped
 from deme_cli.evaluation.features import load_extractor
 from deme_cli.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
-from deme_cli.evaluation.ledger import Ledger
-from deme_cli.evaluation.measure import Measured, MeasureProgress
-from deme_cli.evaluation.meters import Instruments
+from deme_cli.evaluation.measure import (
+    Measured,
+    MeasureProgress,
+    Metrics,
+    Unfinished,
+    measure_rows,
+    summarise,
+    total_images,
+)
 from deme_cli.evaluation.references import Reference
-from deme_cli.evaluation.row_plans import plan_rows
-from deme_cli.evaluation.rows import Row, RowOpener, open_rows
-from deme_cli.evaluation.summary import summarise
-from deme_cli.evaluation.targets import Target
+from deme_cli.evaluation.rows import Row, open_rows, plan_rows
 from deme_cli.sampling.sampler import collect_images
 
 SAMPLE = SampleConfig(num=12, steps=3, batch_size=5)
 CONFIG = EvalConfig(num=12, repeats=2, seed=7)
-REFERENCE = Reference("digits", "images")
 
 
 @pytest.fixture(scope="module")
-def instruments() -> Instruments:
+def metrics() -> Metrics:
     generator = np.random.default_rng(0)
     features = generator.standard_normal((500, 64))
     statistics = Statistics(features.mean(axis=0), np.cov(features, rowvar=False), 500)
-    target = Target("frechet_digits", REFERENCE, statistics)
-    return Instruments(load_extractor("digits"), [target])
+    reference = Reference("digits", "images", statistics=statistics)
+    return Metrics(load_extractor("digits"), {"frechet_digits": reference})
 
 
 def open_these(*arguments: str) -> list[Row]:
-    return open_rows(plan_rows(arguments).plans, RowOpener(SAMPLE), CONFIG)
+    return open_rows(plan_rows(arguments)[0], SAMPLE)
 
 
-def run(rows: list[Row], instruments: Instruments, config: EvalConfig = CONFIG) -> list[Measured]:
-    records = evaluate_rows(
-        rows, instruments, sample=SAMPLE, config=config, ledger=Ledger(Path("."), "x")
-    )
+def run(rows: list[Row], metrics: Metrics, config: EvalConfig = CONFIG) -> list[Measured]:
+    unfinished = Unfinished(Path("."), "x")
+    records = measure_rows(rows, metrics, sample=SAMPLE, config=config, unfinished=unfinished)
     return [record for record in records if isinstance(record, Measured)]
 
 
 def test_a_figure_is_the_distance_of_the_images_of_its_seed(
-    run_folder: Path, instruments: Instruments
+    run_folder: Path, metrics: Metrics
 ) -> None:
     rows = open_these("base.safetensors")
-    measured = run(rows, instruments)
+    measured = run(rows, metrics)
     assert [(m.repeat, m.n) for m in measured] == [(0, 12), (1, 12)]
-    extractor, reference = instruments.extractor, instruments.targets[0].statistics
+    extractor, reference = metrics.extractor, metrics.references["frechet_digits"].statistics
     assert extractor is not None
     assert reference is not None
     for repeat, record in enumerate(measured):
@@ -71,10 +71,10 @@ def test_a_figure_is_the_distance_of_the_images_of_its_seed(
 
 
 def test_equal_models_share_their_noise_and_differ_by_nothing(
-    run_folder: Path, instruments: Instruments
+    run_folder: Path, metrics: Metrics
 ) -> None:
     Path("same.safetensors").write_bytes(Path("base.safetensors").read_bytes())
-    figures = summarise(run(open_these("base.safetensors", "same.safetensors"), instruments))
+    figures = summarise(run(open_these("base.safetensors", "same.safetensors"), metrics))
     difference = figures["same"]["frechet_digits"].difference
     assert difference is not None
     assert (difference.mean, difference.sd) == (0, 0)
@@ -83,35 +83,29 @@ def test_equal_models_share_their_noise_and_differ_by_nothing(
 
 
 def test_finished_images_are_measured_once_and_as_they_are(
-    run_folder: Path, instruments: Instruments
+    run_folder: Path, metrics: Metrics
 ) -> None:
     rows = open_these("base.safetensors")
-    drawing = replace(SAMPLE, seed=7)
-    images = collect_images(rows[0].experts, drawing, conditioning=rows[0].conditioning)
+    images = collect_images(
+        rows[0].experts, replace(SAMPLE, seed=7), conditioning=rows[0].conditioning
+    )
     write_artifact(
         Path("drawn.safetensors"), {"images": images}, SamplesRecord(protocol=rows[0].card)
     )
     rows = open_these("base.safetensors", "drawn.safetensors")
     assert total_images(rows, CONFIG) == 36
-    figures = summarise(run(rows, instruments))
+    figures = summarise(run(rows, metrics))
     drawn, base = figures["drawn"]["frechet_digits"], figures["base"]["frechet_digits"]
     assert len(drawn.values) == 1
     assert drawn.difference is None
     assert drawn.value == pytest.approx(base.values[0], rel=1e-6)
 
 
-def test_an_ensemble_is_one_row_and_carries_all_fingerprints(run_folder: Path) -> None:
-    paths = [f"ft_{index}of4.safetensors" for index in range(1, 5)]
-    (row,) = open_these(*paths)
-    assert row.card["model"] == "ensemble"
-    assert row.card["fingerprints"] == [read_record(Path(path)).fingerprint for path in paths]
-
-
-def test_progress_reaches_the_number_of_images(run_folder: Path, instruments: Instruments) -> None:
+def test_progress_reaches_the_number_of_images(run_folder: Path, metrics: Metrics) -> None:
     records = list(
-        evaluate_rows(
-            open_these("base.safetensors"), instruments, sample=SAMPLE,
-            config=replace(CONFIG, repeats=1), ledger=Ledger(Path("."), "x"),
+        measure_rows(
+            open_these("base.safetensors"), metrics, sample=SAMPLE,
+            config=replace(CONFIG, repeats=1), unfinished=Unfinished(Path("."), "x"),
         )
     )  # fmt: skip
     done = [record.done for record in records if isinstance(record, MeasureProgress)]
@@ -119,11 +113,11 @@ def test_progress_reaches_the_number_of_images(run_folder: Path, instruments: In
     assert done[-1] == 12
 
 
-def test_a_stopped_run_goes_on_where_it_was(run_folder: Path, instruments: Instruments) -> None:
+def test_a_stopped_run_goes_on_where_it_was(run_folder: Path, metrics: Metrics) -> None:
     rows = open_these("base.safetensors", "ft_1of4.safetensors")
-    whole = run(rows, instruments)
+    whole = run(rows, metrics)
     arguments = {"sample": SAMPLE, "config": CONFIG}
-    records = evaluate_rows(rows, instruments, ledger=Ledger(Path("."), "y"), **arguments)
+    records = measure_rows(rows, metrics, unfinished=Unfinished(Path("."), "y"), **arguments)
     kept = 0
     with pytest.raises(Stopped, match="2 measurements are kept") as raised:  # noqa: PT012
         for record in records:
@@ -131,37 +125,23 @@ def test_a_stopped_run_goes_on_where_it_was(run_folder: Path, instruments: Instr
             if kept == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
     assert raised.value.exit_code == 75
-    ledger = Ledger(Path("."), "y")
-    assert [ledger.find("base", 0), ledger.find("ft_1of4", 0)] == whole[:2]
-    assert ledger.find("base", 1) is None
-    assert Ledger(Path("."), "another run").find("base", 0) is None
-    records = evaluate_rows(rows, instruments, ledger=ledger, **arguments)
+    unfinished = Unfinished(Path("."), "y")
+    assert [unfinished.find("base", 0), unfinished.find("ft_1of4", 0)] == whole[:2]
+    assert unfinished.find("base", 1) is None
+    assert Unfinished(Path("."), "another run").find("base", 0) is None
+    records = measure_rows(rows, metrics, unfinished=unfinished, **arguments)
     assert [record for record in records if isinstance(record, Measured)] == whole
-    assert not ledger.path.exists()
+    assert not unfinished.path.exists()
+    unfinished.path.write_text("[{")  # as a run that was killed leaves it
+    assert Unfinished(Path("."), "y").find("base", 0) is None
 
 
-def test_a_broken_ledger_is_measured_again(run_folder: Path) -> None:
-    ledger = Ledger(Path("."), "x")
-    ledger.path.write_text("[{")
-    assert Ledger(Path("."), "x").find("base", 0) is None
-
-
-def test_rows_of_different_sizes_are_refused(run_folder: Path) -> None:
-    from conftest import write_tiny_base
-
-    write_tiny_base(Path("large.safetensors"), sample_size=16)
-    with pytest.raises(ArtifactError, match="large has 16x16 images, base 8x8"):
-        open_these("base.safetensors", "large.safetensors")
-
-
-def test_weights_that_are_not_finite_end_the_run(
-    run_folder: Path, instruments: Instruments
-) -> None:
+def test_weights_that_are_not_finite_end_the_run(run_folder: Path, metrics: Metrics) -> None:
     weights = load_tensors(Path("base.safetensors"))
     broken = {name: tensor * float("nan") for name, tensor in weights.items()}
     write_artifact(Path("broken.safetensors"), broken, read_record(Path("base.safetensors")))
     with pytest.raises(NumericsError, match="not finite"):
-        run(open_these("broken.safetensors"), instruments)
+        run(open_these("broken.safetensors"), metrics)
 
 
 def test_differences_are_taken_within_each_repeat() -> None:
@@ -176,39 +156,6 @@ def test_differences_are_taken_within_each_repeat() -> None:
     assert difference.sd == pytest.approx(0.1)
     half = 4.302653 * 0.1 / 3**0.5  # Student's t with 2 degrees of freedom
     assert difference.interval == pytest.approx((-0.5 - half, -0.5 + half), rel=1e-6)
-
-
-def test_samples_need_a_prompt_and_a_class_for_every_image(run_folder: Path) -> None:
-    images = np.zeros((3, 8, 8, 1), np.uint8)
-    for changes, words in (({"prompts": ["a"]}, "3 prompts"), ({"classes": [1, 2]}, "3 cl")):
-        record = SamplesRecord(protocol={}, **changes)
-        write_artifact(Path("drawn.safetensors"), {"images": images}, record)
-        with pytest.raises(ArtifactError, match=f"expected {words}"):
-            open_these("drawn.safetensors")
-
-
-def test_a_folder_whose_card_is_no_table_is_refused(
-    image_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(image_folder.parent)
-    (image_folder / "samples.json").write_text('{"protocol": null}')
-    with pytest.raises(ArtifactError, match="expected a table under protocol, found None"):
-        open_these(image_folder.name)
-
-
-def test_models_of_one_base_share_their_scene(run_folder: Path) -> None:
-    rows = open_these("base.safetensors", "ft_1of4.safetensors")
-    assert rows[0].conditioning is rows[1].conditioning
-
-
-def test_a_standard_error_over_repeats_is_that_of_all_their_images() -> None:
-    records = [
-        Measured("a", r, 100, {"accuracy": value}, {"accuracy": {"standard_error": error}})
-        for r, (value, error) in enumerate([(90.0, 3.0), (80.0, 4.0)])
-    ]
-    figure = summarise(records)["a"]["accuracy"]
-    assert figure.details["standard_error"] == pytest.approx(2.5)  # sqrt(3^2 + 4^2) / 2
-    assert figure.document["standard_error"] == pytest.approx(2.5)
 
 
 def test_what_else_a_figure_tells_is_that_of_the_first_repeat() -> None:

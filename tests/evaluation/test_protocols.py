@@ -1,9 +1,10 @@
-"""Protocols by name: what each fixes, whose it is, and what contradicts it."""
+"""Protocols by name: what each fixes, and what contradicts it; which rows one table may have."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,9 @@ from deme_cli.evaluation.protocols import (
     PROTOCOLS,
     Protocol,
     apply_protocol,
+    describe_cards,
     find_protocol,
+    require_one_protocol,
     require_reference,
 )
 
@@ -49,20 +52,12 @@ def test_a_protocol_fixes_what_its_source_says(protocol: Protocol) -> None:
 
 
 @every
-def test_what_it_fixes_are_settings_that_can_run(protocol: Protocol) -> None:
+def test_what_it_fixes_can_run_and_its_source_is_told(protocol: Protocol) -> None:
     for config in (SampleConfig, EvalConfig):
         assert set(protocol.settings(config)) <= {item.name for item in fields(config)}
         config(**protocol.settings(config))
-
-
-@every
-def test_its_source_and_what_it_leaves_open_are_told(protocol: Protocol) -> None:
     assert re.search(r"DeMe|BK-SDM", protocol.source)
     assert protocol.open
-
-
-@every
-def test_options_that_agree_pass_and_the_others_are_filled_in(protocol: Protocol) -> None:
     fixed = protocol.settings(SampleConfig)
     options = {"steps": fixed["steps"], "sampler": None, "batch_size": 7}
     assert apply_protocol(protocol, SampleConfig, options) == {**fixed, "batch_size": 7}
@@ -81,9 +76,6 @@ def test_an_option_that_contradicts_is_refused_with_both_values() -> None:
 def test_without_a_protocol_options_stay_as_they_are() -> None:
     assert find_protocol(None) is None
     assert apply_protocol(None, SampleConfig, {"steps": 3}) == {"steps": 3}
-
-
-def test_an_unknown_protocol_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="expected one of ddim-cifar10"):
         find_protocol("coco")
 
@@ -98,3 +90,78 @@ def test_the_reference_that_is_left_to_the_user_is_asked_for(name: str) -> None:
 @pytest.mark.parametrize("name", ["ddim-cifar10", "lsun-church-50k", "parti", None])
 def test_other_protocols_name_their_reference_or_need_none(name: str | None) -> None:
     require_reference(find_protocol(name), None)
+
+
+CARD: dict[str, Any] = {
+    "model": "base", "source": "digits", "fingerprints": ["a"], "ranges": [[0, 1000]],
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "sampler": "ddim", "steps": 50,
+    "spacing": "leading", "eta": 0.0, "clip_sample": True, "dtype": "fp32", "seed": 0, "num": 9,
+}  # fmt: skip
+
+
+def remarks(*cards: dict[str, Any], mixed: bool = False, counts: list[int] | None = None) -> list:
+    names = [f"row{index}" for index in range(len(cards))]
+    numbers = dict(zip(names, counts or [9] * len(cards), strict=True))
+    return require_one_protocol(dict(zip(names, cards, strict=True)), numbers, mixed=mixed)
+
+
+def test_who_drew_may_differ() -> None:
+    other = {
+        **CARD, "model": "ensemble", "source": "x", "fingerprints": ["b", "c"], "num": 50,
+        "ranges": [[0, 500], [500, 1000]], "prediction_type": "sample", "images": "f",
+        "prompts": {"source": "x"}, "companions": {"vae": "f"},
+    }  # fmt: skip
+    assert remarks(CARD, other) == []
+    assert remarks(CARD, {**CARD, "guidance": None}) == []  # which an older card does not know
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sampler", "pndm"), ("eta", 1.0), ("guidance", 7.5), ("prompts_sha256", "f" * 64)],
+)
+def test_how_images_were_drawn_may_not(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"row0 and row1 are of different protocols: {field} "):
+        remarks(CARD, {**CARD, field: value})
+
+
+def test_every_field_that_differs_is_named_with_both_values() -> None:
+    other = {**CARD, "steps": 20, "guidance": 7.5}
+    with pytest.raises(ConfigError) as raised:
+        remarks(CARD, CARD, other, counts=[9, 9, 5])
+    message = str(raised.value)
+    assert "row0 and row2 are of different protocols" in message
+    for words in ("steps 50 and 20", "guidance none and 7.5", "n 9 and 5", "add --mixed"):
+        assert words in message
+
+
+def test_images_without_a_card_beside_some_with_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no protocol card.*--mixed"):
+        remarks(CARD, {"images": "f"})
+    assert remarks({"images": "f"}, {"images": "g"}) == []
+
+
+@pytest.mark.parametrize("field", ["sampler", "seed"])
+def test_a_card_without_its_essentials_counts_as_none(field: str) -> None:
+    rest = {name: value for name, value in CARD.items() if name != field}
+    assert describe_cards({"drawn": rest}) == ["drawn: finished images of unknown protocol"]
+    with pytest.raises(ConfigError, match="no protocol card"):
+        remarks(CARD, rest)
+
+
+def test_mixed_rows_are_allowed_and_told() -> None:
+    (told,) = remarks(CARD, {**CARD, "steps": 20}, mixed=True)
+    assert "steps 50 and 20" in told
+    (told,) = remarks(CARD, {"images": "f"}, mixed=True)
+    assert "no protocol card" in told
+
+
+def test_other_seeds_are_told_and_not_refused() -> None:
+    (told,) = remarks(CARD, {**CARD, "seed": 5})
+    assert "row0 0, row1 5" in told
+    assert "not paired" in told
+
+
+def test_long_values_are_shortened() -> None:
+    with pytest.raises(ConfigError) as raised:
+        remarks({**CARD, "classes": "1," * 500}, {**CARD, "classes": "1"})
+    assert len(str(raised.value)) < 300

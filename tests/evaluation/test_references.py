@@ -8,23 +8,19 @@ import numpy as np
 import pytest
 from stand_ins import write_statistics_npz
 
-from deme_cli.artifacts import write_artifact
+import deme_cli
+from deme_cli.console import Step
 from deme_cli.data.digits import load_digits_images
-from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.data.images import open_images
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 from deme_cli.evaluation.features import load_extractor
 from deme_cli.evaluation.frechet import frechet_distance
-from deme_cli.evaluation.references import find_images, find_reference, reference_assets
-from deme_cli.evaluation.statistics import (
-    SetProgress,
-    measure_statistics,
-    statistics_artifact,
-)
-from deme_cli.evaluation.targets import (
-    Target,
-    open_target,
-    read_statistics,
-    reference_digest,
-    reference_statistics,
+from deme_cli.evaluation.references import (
+    Reference,
+    find_images,
+    find_reference,
+    open_reference,
+    reference_assets,
 )
 from deme_cli.evaluation.weights import find_weights
 
@@ -32,23 +28,22 @@ from deme_cli.evaluation.weights import find_weights
 @pytest.fixture
 def digits_statistics(tmp_path: Path) -> Path:
     """A statistics artifact of the digits' train split."""
-    from deme_cli.data.images import open_images
-
-    extractor, data = load_extractor("digits"), open_images("digits", shape=None, split="train")
-    *_, statistics = measure_statistics(data, extractor)
     path = tmp_path / "ref.safetensors"
-    write_artifact(path, *statistics_artifact(statistics, data, extractor, split="train"))
+    assert deme_cli.reference_statistics("digits", path, split="train").n == 1438
     return path
 
 
+def opened(source: str | Path, **options: object) -> Reference:
+    reference = find_reference(str(source), "digits")
+    return open_reference(reference, load_extractor("digits"), **options)
+
+
 def test_the_reference_of_the_digits_is_their_test_split() -> None:
-    extractor = load_extractor("digits")
-    expected = extractor.features(load_digits_images("test"))
-    found = reference_statistics("digits", extractor, batch_size=100)
-    assert found.n == 359
-    np.testing.assert_allclose(found.mu, expected.mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(found.sigma, np.cov(expected, rowvar=False), atol=1e-6)
-    assert reference_statistics("digits", extractor, split="train").n == 1438
+    expected = load_extractor("digits").features(load_digits_images("test"))
+    statistics = opened("digits").statistics
+    assert statistics.n == 359
+    np.testing.assert_allclose(statistics.mu, expected.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(statistics.sigma, np.cov(expected, rowvar=False), atol=1e-6)
 
 
 def test_the_reference_of_cifar10_is_its_train_split() -> None:
@@ -61,39 +56,41 @@ def test_published_statistics_are_read_from_the_cache(cache: Path) -> None:
     write_statistics_npz(cache / "cifar10_clean_train_32.npz", num_features=5)
     reference = find_reference("cifar10", "inception")
     assert (reference.kind, reference.n) == ("published", 50_000)
-    statistics = read_statistics(reference)
-    assert statistics is not None
-    assert statistics.mu.shape == (5,)
+    assert open_reference(reference, load_extractor("digits")).statistics.mu.shape == (5,)
 
 
-def test_missing_published_statistics_are_named(cache: Path) -> None:
-    with pytest.raises(MissingError, match=r"lsun_church_clean_train_256\.npz"):
-        find_reference("lsun-church", "inception")
+@pytest.mark.parametrize(
+    ("source", "kind", "words"),
+    [
+        ("lsun-church", MissingError, r"lsun_church_clean_train_256\.npz"),
+        ("parti", MissingError, r"prompts without images.*--clip-score"),
+        *((n, MissingError, f"deme stats FOLDER -o {n}") for n in ("coco", "imagenet")),
+        ("nowhere", MissingError, "nowhere"),
+        ("nowhere.npz", MissingError, "no such file"),
+    ],
+)
+def test_a_reference_that_is_not_there_is_named(
+    cache: Path, source: str, kind: type[DemeError], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        find_reference(source, "inception")
 
 
-def test_prompts_without_images_are_no_reference() -> None:
-    with pytest.raises(MissingError, match=r"prompts without images.*--clip-score"):
-        find_reference("parti", "inception")
-
-
-@pytest.mark.parametrize("name", ["lsun-bedroom", "coco", "imagenet"])
-def test_where_no_statistics_are_published_deme_stats_is_named(name: str) -> None:
-    with pytest.raises(MissingError, match=f"deme stats FOLDER -o {name}"):
-        find_reference(name, "inception")
-
-
-def test_a_statistics_artifact_stands_for_its_images(digits_statistics: Path) -> None:
+def test_a_statistics_artifact_stands_for_its_images(
+    digits_statistics: Path, stand_in: Path
+) -> None:
     extractor = load_extractor("digits")
-    made = reference_statistics(str(digits_statistics), extractor)
-    seen = reference_statistics("digits", extractor, split="train")
+    made = opened(digits_statistics).statistics
+    images = find_reference("digits", "digits", split="train")
+    seen = open_reference(images, extractor).statistics
     assert made.n == seen.n
     assert frechet_distance(made.mu, made.sigma, seen.mu, seen.sigma) == pytest.approx(0, abs=1e-9)
-
-
-def test_statistics_of_other_features_are_refused(digits_statistics: Path, stand_in: Path) -> None:
-    weights = find_weights(str(stand_in))
     with pytest.raises(ArtifactError, match="made with digits"):
-        find_reference(str(digits_statistics), "file", weights=weights)
+        find_reference(str(digits_statistics), "file", weights=find_weights(str(stand_in)))
+    with pytest.raises(ConfigError, match="a kernel distance needs images"):
+        find_reference(str(digits_statistics), "digits", kernel=True)
+    with pytest.raises(ConfigError, match="split 'dev'"):
+        find_images("digits", "dev")
 
 
 def test_an_npz_needs_mu_and_sigma_that_fit(tmp_path: Path) -> None:
@@ -103,56 +100,28 @@ def test_an_npz_needs_mu_and_sigma_that_fit(tmp_path: Path) -> None:
         find_reference(str(path), "digits")
     np.savez(path, mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(ArtifactError, match=r"found \(3,\), \(4, 4\)"):
-        read_statistics(find_reference(str(path), "digits"))
+        opened(path)
     np.savez(path, mu=np.array([{}]), sigma=np.eye(4))
     with pytest.raises(ArtifactError, match="cannot be read"):
-        read_statistics(find_reference(str(path), "digits"))
+        opened(path)
     path.write_bytes(b"no zip")
     with pytest.raises(ArtifactError, match=r"not a whole \.npz"):
         find_reference(str(path), "digits")
-    with pytest.raises(MissingError, match="no such file"):
-        find_reference(str(tmp_path / "nowhere.npz"), "digits")
-
-
-def test_a_kernel_distance_needs_images(digits_statistics: Path) -> None:
-    with pytest.raises(ConfigError, match="a kernel distance needs images"):
-        find_reference(str(digits_statistics), "digits", kernel=True)
-
-
-def test_a_reference_that_is_nowhere_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="nowhere"):
-        find_reference(str(tmp_path / "nowhere"), "digits")
-
-
-def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(ConfigError, match="split 'dev'"):
-        find_images("digits", "dev")
+    write_statistics_npz(path, num_features=7)
+    with pytest.raises(ArtifactError, match="statistics of 7 features, digits has 64"):
+        opened(path, shape=(1, 8, 8))
 
 
 def test_reference_images_come_at_the_size_of_the_rows(image_folder: Path) -> None:
-    extractor = load_extractor("digits")
-    reference = find_reference(str(image_folder), "digits")
-    *progress, target = open_target("frechet_digits", reference, extractor, (1, 8, 8))
-    assert progress == [SetProgress(10, 10)]
-    assert isinstance(target, Target)
-    assert target.reference.n == 10
-    assert target.reference.sha256 == reference_digest(reference)
-    assert target.features is None
+    told: list[Step] = []
+    reference = opened(image_folder, shape=(1, 8, 8), progress=told.append)
+    assert [(step.done, step.total) for step in told] == [(10, 10)]
+    assert reference.n == 10
+    data = open_images(str(image_folder), shape=(3, 8, 8), split="all", keep=False)
+    assert reference.sha256 == data.fingerprint
+    assert reference.features is None
+    kernel = opened(image_folder, shape=(1, 8, 8), kernel=True)
+    assert kernel.statistics is None
+    assert kernel.features.shape == (10, 64)
     with pytest.raises(ArtifactError, match="fails on 16x16"):
-        list(open_target("frechet_digits", reference, extractor, (1, 16, 16)))
-
-
-def test_the_target_of_a_kernel_distance_keeps_features(image_folder: Path) -> None:
-    reference = find_reference(str(image_folder), "digits", kernel=True)
-    *_, target = open_target("kernel_digits", reference, load_extractor("digits"), (1, 8, 8))
-    assert isinstance(target, Target)
-    assert target.statistics is None
-    assert target.features is not None
-    assert target.features.shape == (10, 64)
-
-
-def test_statistics_of_another_number_of_features_are_refused_at_once(tmp_path: Path) -> None:
-    path = write_statistics_npz(tmp_path / "ref.npz", num_features=7)
-    reference = find_reference(str(path), "digits")
-    with pytest.raises(ArtifactError, match="statistics of 7 features, digits has 64"):
-        list(open_target("frechet_digits", reference, load_extractor("digits"), (1, 8, 8)))
+        opened(image_folder, shape=(1, 16, 16))

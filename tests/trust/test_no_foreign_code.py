@@ -23,7 +23,7 @@ FORBIDDEN_CALLS = {
     "dill.load", "dill.loads", "cloudpickle.loads", "shelve.open", "runpy.run_path",
     "shutil.unpack_archive",
 }  # fmt: skip
-READS_ERRORS_OF_PICKLE = {"evaluation/networks.py", "evaluation/clip_score.py"}
+READS_ERRORS_OF_PICKLE = {"evaluation/features.py", "evaluation/clip_score.py"}
 FORBIDDEN_IMPORTS = {
     "pickle": READS_ERRORS_OF_PICKLE, "marshal": set(), "shelve": set(), "dill": set(),
     "cloudpickle": set(), "joblib": set(), "yaml": set(), "pty": set(), "runpy": set(),
@@ -31,7 +31,7 @@ FORBIDDEN_IMPORTS = {
 # A process is only ever another deme: a list of words, no shell.
 STARTS_PROCESSES = {"jobs.py"}
 # Files of code by their nature, which the user names: examples/security.md says what they run.
-LOADS_TORCHSCRIPT = {"evaluation/networks.py"}
+LOADS_TORCHSCRIPT = {"evaluation/features.py"}
 
 
 Finding = tuple[str, str]

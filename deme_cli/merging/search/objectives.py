@@ -23,8 +23,7 @@ from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.evaluation.features import Extractor, load_extractor
 from deme_cli.evaluation.frechet import Statistics
-from deme_cli.evaluation.references import Reference, find_reference
-from deme_cli.evaluation.targets import Target, open_target, reference_digest, reference_statistics
+from deme_cli.evaluation.references import Reference, find_reference, open_reference
 from deme_cli.ladder import Rung
 from deme_cli.merging.search.distances import FeatureStore, GeneratedDistance
 from deme_cli.merging.search.losses import ExpertsLoss, HeldOutLoss
@@ -119,20 +118,12 @@ class Workbench:
         drawn.
         """
         found = self._find_reference(is_kernel, part)
-        if is_kernel or conditioning.has_latents:
-            metric = self.extractor.weights.kernel_name if is_kernel else self.extractor.metric_name
-            *_, target = open_target(metric, found, self.extractor, conditioning.image_shape)
-            assert isinstance(target, Target)
-            reference = target.features if is_kernel else target.statistics
-            assert reference is not None, "a process alone has looked at all images itself"
-            n, digest = target.reference.n, target.reference.sha256
-        else:
-            reference = reference_statistics(
-                found.source, self.extractor, split=found.split and _SPLIT_WORDS[found.split]
-            )
-            n, digest = reference.n, reference_digest(found)
+        shape = conditioning.image_shape if is_kernel or conditioning.has_latents else None
+        opened = open_reference(found, self.extractor, shape, kernel=is_kernel)
+        reference = opened.features if is_kernel else opened.statistics
+        assert reference is not None, "a process alone has looked at all images itself"
         card = {
-            "reference": found.source, "reference_n": n, "reference_sha256": digest,
+            "reference": found.source, "reference_n": opened.n, "reference_sha256": opened.sha256,
             "split": found.split or found.kind,
         }  # fmt: skip
         return reference, card
@@ -160,9 +151,6 @@ class Workbench:
             self.record, sample, prompts=prompts, pipeline=measure.pipeline,
             device=measure.device, dtype=measure.dtype,
         )  # fmt: skip
-
-
-_SPLIT_WORDS = {"train": "train", "held-out": "test", "all": "all"}
 
 
 def _prompts(images: DataConfig, sample: SampleConfig) -> PromptSet:

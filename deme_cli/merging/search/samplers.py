@@ -186,7 +186,7 @@ def descend(space: Space, evaluations: int, trials: Sequence[Trial]) -> Step:
     """
     from scipy.optimize import minimize
 
-    from deme_cli.evaluation.threads import fitting_threads
+    from deme_cli.evaluation.frechet import fitting_threads
 
     known = {trial.point: trial for trial in trials}
 

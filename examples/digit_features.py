@@ -8,7 +8,7 @@ are 1.05 times as far from the test split as they are unblurred, with the second
 features pass a tanh, so that they are bounded and smooth. The shipped file is TorchScript of the
 interface float32 images (B, 3, H, W) in [0, 255] -> (B, d); make it with
 
-    python -m deme_cli.evaluation.digit_features OUTPUT
+    python examples/digit_features.py OUTPUT
 """
 
 from __future__ import annotations
@@ -149,5 +149,5 @@ def main(path: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m deme_cli.evaluation.digit_features OUTPUT")
+        sys.exit("usage: python examples/digit_features.py OUTPUT")
     main(Path(sys.argv[1]))
