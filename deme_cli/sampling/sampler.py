@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -46,6 +46,7 @@ from deme_cli.sampling.scheduler import (
 from deme_cli.sampling.shares import Shares
 from deme_cli.timesteps import TimestepRange, route
 
+Timestep = tuple[float, Tensor]  # t for the scheduler, and () on the device for the network
 CHUNK_BYTES = 1 << 30  # state of the images that pass through the experts together
 DECODED_PIXELS = 1 << 20  # images decoded together: a VAE takes some GiB for this many pixels
 _STATE_TENSORS = 6  # x_t, and at most five more that a multistep scheduler remembers
@@ -85,22 +86,6 @@ class StepProgress:
 
 
 @dataclass(frozen=True)
-class Forward:
-    """What was asked of expert `expert` at step `step` of the step list, and what it said.
-
-    Of images start .. start + B - 1, at time t. x_t is on the network's scale, before it is
-    narrowed to the network's dtype; the output is guided where there is a scale.
-    """
-
-    start: int
-    step: int
-    t: float
-    expert: int
-    x_t: Tensor  # (B, C, h, w) float32
-    output: Tensor  # (B, C, h, w) float32
-
-
-@dataclass(frozen=True)
 class ImageBatch:
     """Finished images start .. start + B - 1."""
 
@@ -127,7 +112,6 @@ def sample_images(
     conditioning: Conditioning | None = None,
     hold_one: bool = False,
     first: int = 0,
-    watch: Callable[[Forward], None] | None = None,
     world: World = ALONE,
     compiled: CompiledSteps = UNCOMPILED,
 ) -> Iterator[StepProgress | ImageBatch]:
@@ -135,10 +119,9 @@ def sample_images(
 
     Yields a StepProgress after every forward and an ImageBatch for every finished batch. The
     experts' ranges must cover [0, T) once; `hold_one` frees each expert before the next is loaded.
-    Without a conditioning, `config` and the model's own record make it. `watch` is shown every
-    forward. A process of `world` draws its share of the batches, talking to nobody, and counts no
-    others. `compiled`: what steps go through; where it is on, in batches of one size, and images
-    change by rounding.
+    Without a conditioning, `config` and the model's own record make it. A process of `world` draws
+    its share of the batches, talking to nobody, and counts no others. `compiled`: what steps go
+    through; where it is on, in batches of one size, and images change by rounding.
     Raises ConfigError if the sampler does not fit the model, ArtifactError if the frozen parts
     around it are others than its base's, NumericsError on non-finite images.
     """
@@ -172,9 +155,7 @@ def sample_images(
             for batch in batches:
                 for at in steps:
                     with using_threads(threads):
-                        seen = denoise(batch, held.take(expert), at, config)
-                    if watch is not None:
-                        watch(Forward(batch.start, at.index, at.t, expert, *seen))
+                        denoise(batch, held.take(expert), at, config)
                     done += batch.num
                     yield StepProgress(done, total)
                 if run is runs[-1]:
@@ -183,22 +164,12 @@ def sample_images(
                     yield ImageBatch(batch.start, images)
 
 
-@dataclass(frozen=True)
-class Timestep:
-    """A timestep of the step list: t for the scheduler, and on the device for the network."""
-
-    index: int
-    t: float
-    on_device: Tensor  # ()
-
-
 def _plan_runs(
     timesteps: Tensor, ranges: Sequence[TimestepRange], device: torch.device
 ) -> list[tuple[int, list[Timestep]]]:
     """The steps in the scheduler's order, cut where another expert takes over, with its index."""
     times = zip(timesteps.tolist(), timesteps.to(device), strict=True)
-    steps = [Timestep(index, *time) for index, time in enumerate(times)]
-    grouped = groupby(steps, key=lambda step: route(step.t, ranges))
+    grouped = groupby(times, key=lambda at: route(at[0], ranges))
     return [(expert, list(group)) for expert, group in grouped]
 
 
@@ -265,17 +236,14 @@ def draw_batch(
 
 
 @torch.inference_mode()
-def denoise(batch: Batch, step: Step, at: Timestep, config: SampleConfig) -> tuple[Tensor, Tensor]:
-    """Advance `batch` by one step; returns x_t on the network's scale and what the network said.
-
-    The network works in its own dtype, the sampler in float32.  -> two of (num, C, h, w) float32
-    """
-    x_t = scale_input(batch.scheduler, batch.x_t, at.t)
-    output = step(x_t, at.on_device, batch.conditions, scale=batch.guidance)
-    batch.x_t, *_ = take_step(
-        batch.scheduler, output, at.t, batch.x_t, config=config, generators=batch.generators
+def denoise(batch: Batch, step: Step, at: Timestep, config: SampleConfig) -> None:
+    """Advance `batch` by one step. The network works in its own dtype, the sampler in float32."""
+    t, on_device = at
+    x_t = scale_input(batch.scheduler, batch.x_t, t)
+    output = step(x_t, on_device, batch.conditions, scale=batch.guidance)
+    batch.x_t = take_step(
+        batch.scheduler, output, t, batch.x_t, config=config, generators=batch.generators
     )
-    return x_t[: batch.num], output[: batch.num]
 
 
 @torch.inference_mode()

@@ -186,17 +186,14 @@ def take_step(
     *,
     config: SampleConfig,
     generators: list[torch.Generator] | None,
-) -> tuple[Tensor, ...]:
-    """x_{t'} by one step of the sampler, and, with most samplers, the x_0 that it implies.
-
-    output, x_t: (B, C, H, W) float32   ->   one or two such tensors
-    """
+) -> Tensor:
+    """x_{t'} by one step of the sampler.  output, x_t: (B, C, H, W) float32   ->   such a tensor"""
     options: dict[str, Any] = {}
     if config.sampler in ("ddim", "ddpm", "dpm++"):
         options["generator"] = generators
     if config.sampler == "ddim":
         options["eta"] = config.eta
-    return scheduler.step(output, t, x_t, return_dict=False, **options)
+    return scheduler.step(output, t, x_t, return_dict=False, **options)[0]
 
 
 def _flow_scheduler(

@@ -48,7 +48,7 @@ def follow(velocity: Any, config: SampleConfig, schedule: dict[str, Any]) -> tup
     x_t = noise
     for t in scheduler.timesteps.tolist():
         output = velocity(x_t, t / T)
-        x_t, *_ = take_step(scheduler, output, t, x_t, config=config, generators=None)
+        x_t = take_step(scheduler, output, t, x_t, config=config, generators=None)
     return noise, x_t
 
 

@@ -111,8 +111,6 @@ def require_same(found: Ours, pipeline: Any, **options: Any) -> None:
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "sd": ("sd", {}, {"sampler": "pndm"}, {"guidance_scale": 7.5}),
-    "sd unguided": ("sd", {}, {"sampler": "pndm", "guidance": 1.0}, {"guidance_scale": 1.0}),
-    "sd v-prediction": ("sd", {"prediction_type": "v_prediction"}, {"sampler": "pndm"}, {}),
     "sdxl": ("sdxl", {}, {}, {"guidance_scale": 5.0}),
     "sdxl larger": ("sdxl", {}, {"resolution": 24, "guidance": 9.0}, {"guidance_scale": 9.0}),
     "sd3": ("sd3", {}, {}, {"guidance_scale": 7.0}),
@@ -127,10 +125,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"true_cfg_scale": 2.0, "negative_prompt": ""},
     ),
     "wan": ("wan", {}, {"sampler": "unipc", "resolution": SIZE}, {"guidance_scale": 5.0}),
-    "wan unguided": (
-        "wan", {}, {"sampler": "unipc", "resolution": 2 * SIZE, "guidance": 1.0},
-        {"guidance_scale": 1.0},
-    ),
     "wan euler": ("wan", {"scheduler": "euler"}, {"resolution": SIZE}, {"guidance_scale": 5.0}),
 }  # fmt: skip
 
@@ -164,15 +158,12 @@ def test_every_flow_sampler_draws_what_the_pipeline_draws_with_that_scheduler(
     require_same(found, pipeline, guidance_scale=7.0)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_images_of_classes_are_those_of_the_dit_pipeline(
-    guidance: float, ours: Draw, their_pipeline: Any
-) -> None:
+def test_images_of_classes_are_those_of_the_dit_pipeline(ours: Draw, their_pipeline: Any) -> None:
     # diffusers' null class is 1000, whatever the number of classes
-    found = ours("dit", {"num_classes": 1000}, num=3, classes="207,360", guidance=guidance)
+    found = ours("dit", {"num_classes": 1000}, num=3, classes="207,360", guidance=4.0)
     assert found.conditioning.classes == [207, 360, 207]
     images = their_pipeline(found.denoiser)(
-        class_labels=[207, 360, 207], guidance_scale=guidance, generator=found.generators,
+        class_labels=[207, 360, 207], guidance_scale=4.0, generator=found.generators,
         num_inference_steps=found.config.steps,
     ).images  # fmt: skip
     images = np.stack([np.asarray(image) for image in images])
@@ -193,11 +184,6 @@ def test_guidance_with_ten_classes_is_the_formula_with_null_class_ten(ours: Draw
         x_t = scheduler.step(silent + 20.0 * (given - silent), t, x_t).prev_sample
     assert torch.allclose(found.latents, x_t, rtol=1e-4, atol=1e-4)  # latents of 50 and more
     assert (found.latents - ours("dit", num=3, guidance=1.0).latents).abs().max() > 1e-2
-
-
-def test_guidance_moves_the_images(ours: Draw, prompts: str) -> None:
-    plain, guided = (ours("sd", prompts=prompts, guidance=scale) for scale in (1.0, 30.0))
-    assert (plain.latents - guided.latents).abs().max() > 1e-2
 
 
 def test_images_are_resized_as_pillow_does(ours: Draw, prompts: str) -> None:

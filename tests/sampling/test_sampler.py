@@ -14,10 +14,9 @@ from conftest import TINY_MODEL, TINY_SCHEDULER
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor, nn
 
-from deme_cli.artifacts import BaseRecord, load_tensors, read_record, write_artifact
+from deme_cli.artifacts import BaseRecord
 from deme_cli.config import SAMPLERS, SPACINGS, SampleConfig
 from deme_cli.diffusion.denoiser import Denoiser, build_network
-from deme_cli.diffusion.projection import attach_projections, has_projections
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import NumericsError
 from deme_cli.sampling import sampler as sampler_module
@@ -57,8 +56,7 @@ def generators(config: SampleConfig) -> list[torch.Generator]:
     ]
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("spacing", "eta"), zip(SPACINGS, (0.0, 0.5, 1.0), strict=True))
 def test_ddim_draws_the_images_of_diffusers_pipeline(
     denoiser: Denoiser, spacing: str, eta: float
 ) -> None:
@@ -104,8 +102,7 @@ def test_another_seed_draws_other_images(denoiser: Denoiser) -> None:
     assert largest_difference(images, others) > 10
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("sampler", "spacing"), zip(SAMPLERS, 3 * SPACINGS, strict=True))
 def test_identical_experts_draw_the_images_of_one_model(
     denoiser: Denoiser, sampler: str, spacing: str
 ) -> None:
@@ -128,9 +125,11 @@ class RecordingNetwork(nn.Module):
         return (torch.zeros_like(x_t),)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("sampler", ["ddim", "pndm", "euler", "heun"])
-@pytest.mark.parametrize("num_experts", [3, 4, 7])
+@pytest.mark.parametrize(
+    ("num_experts", "sampler", "spacing"),
+    [(3, "ddim", "leading"), (4, "pndm", "linspace"), (7, "heun", "trailing"),
+     (4, "euler", "linspace")],
+)  # fmt: skip
 def test_each_timestep_goes_to_expert_floor_t_n_over_t(
     denoiser: Denoiser, num_experts: int, sampler: str, spacing: str
 ) -> None:
@@ -170,25 +169,6 @@ def test_experts_are_held_one_at_a_time_and_loaded_once_per_chunk(
     ]
     assert np.array_equal(collect_images(experts, config, hold_one=True), together)
     assert loads == [3, 2, 1, 0, 3, 2, 1, 0]
-
-
-def test_experts_with_projections_after_each_block_draw(run_folder: Path) -> None:
-    record = read_record(run_folder / "ft_2of4.safetensors", "expert")
-    weights = load_tensors(run_folder / "ft_2of4.safetensors")
-    network = build_network(record.model_config)
-    attach_projections(network, "block")
-    projections = {name: w for name, w in network.state_dict().items() if has_projections([name])}
-    assert projections
-    path = run_folder / "ft_2of4_block.safetensors"
-    write_artifact(path, {**weights, **projections}, replace(record, projection="block"))
-    paths = [run_folder / f"ft_{index}of4.safetensors" for index in (1, 3, 4)]
-    config = SampleConfig(num=2, steps=8)
-    plain = collect_images(open_ensemble([*paths, run_folder / "ft_2of4.safetensors"]), config)
-    assert largest_difference(collect_images(open_ensemble([*paths, path]), config), plain) <= 1
-
-    matrices = {name: 1.5 * w for name, w in projections.items()}
-    write_artifact(path, {**weights, **matrices}, replace(record, projection="block"))
-    assert largest_difference(collect_images(open_ensemble([*paths, path]), config), plain) > 1
 
 
 def test_progress_counts_every_forward_of_every_image(denoiser: Denoiser) -> None:

@@ -173,7 +173,7 @@ def test_a_learned_variance_is_left_alone(sampler: str) -> None:
     x_t = torch.zeros(1, 4, 8, 8)
     generators = [torch.Generator()]
     for t in scheduler.timesteps.tolist():
-        x_t, *_ = take_step(scheduler, x_t, t, x_t, config=config, generators=generators)
+        x_t = take_step(scheduler, x_t, t, x_t, config=config, generators=generators)
     assert x_t.shape == (1, 4, 8, 8)
 
 

@@ -1,0 +1,461 @@
+"""`sample` and `ensemble-sample`: what they write, refuse, keep and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_tiny_base
+from diffusers import DDPMPipeline, DDPMScheduler
+from PIL import Image
+from safetensors.numpy import load_file
+from typer.testing import Result
+
+import deme_cli
+from deme_cli.artifacts import (
+    BaseRecord,
+    ExpertRecord,
+    fingerprint_file,
+    load_tensors,
+    read_record,
+    write_artifact,
+)
+from deme_cli.config import SampleConfig
+from deme_cli.data.images import open_images
+from deme_cli.diffusion.checkpoints import open_denoiser
+from deme_cli.diffusion.denoiser import load_denoiser
+from deme_cli.errors import Stopped
+from deme_cli.files import read_header
+from deme_cli.jobs import claim
+from deme_cli.progress import Step
+from deme_cli.sampling.sampler import image_seed
+from deme_cli.sampling.store import grid
+from deme_cli.timesteps import split_uniform
+
+Deme = Callable[..., Result]
+BASE, OUTPUT = Path("base.safetensors"), Path("out.safetensors")
+FEW = ("--steps", 4, "-b", 2)
+PROMPTS = ["a red fox", "a cat\u2028and a dog", "Zürich by night"]
+
+
+def succeed(result: Result) -> Result:
+    assert result.exception is None, result.exception
+    assert result.exit_code == 0
+    return result
+
+
+def refuse(result: Result, exit_code: int, *words: str) -> None:
+    assert getattr(result.exception, "exit_code", None) == exit_code, result.exception
+    for word in words:
+        assert word in str(result.exception)
+
+
+def document_of(result: Result) -> dict:
+    return json.loads(succeed(result).stdout)
+
+
+def images_of(path: Path) -> np.ndarray:
+    return load_file(path)["images"]
+
+
+def pixels_of(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+def experts() -> list[Path]:
+    return sorted(Path(".").glob("ft_*.safetensors"))
+
+
+def test_sample_writes_exactly_n_images_with_seeds_and_protocol(
+    run_folder: Path, deme: Deme
+) -> None:
+    """Into an artifact, and into a folder of PNG files."""
+    command = ["sample", BASE, "-n", 7, "--steps", 4, "-b", 3, "--seed", 5]
+    result = succeed(deme(*command))
+    assert result.stdout.split() == ["base-samples.safetensors", "base-samples.png"]
+    path = Path("base-samples.safetensors")
+    tensors = load_file(path)
+    assert (tensors["images"].shape, tensors["images"].dtype) == ((7, 8, 8, 1), np.uint8)
+    assert tensors["seeds"].tolist() == [image_seed(5, index) for index in range(7)]
+    record = read_record(path, "samples")
+    assert record.fingerprint == fingerprint_file(path)
+    assert record.protocol["fingerprints"] == [read_record(BASE).fingerprint]
+    assert (record.protocol["num"], record.protocol["seed"]) == (7, 5)
+    assert list(read_header(path).tensors) == ["seeds", "images"]
+    assert not list(Path(".").glob(".*"))
+    assert succeed(deme(*command, "-o", "drawn")).stdout.split() == ["drawn", "drawn.png"]
+    assert sorted(os.listdir("drawn")) == [*(f"{i:06d}.png" for i in range(7)), "samples.json"]
+    assert np.array_equal(pixels_of(Path("drawn")), tensors["images"][..., 0])
+    assert json.loads(Path("drawn/samples.json").read_text())["protocol"] == record.protocol
+    assert Path("drawn.png").read_bytes() == Path("base-samples.png").read_bytes()
+
+
+def test_a_diffusers_folder_draws_what_its_artifact_draws(run_folder: Path, deme: Deme) -> None:
+    record = read_record(BASE, "base")
+    network = load_denoiser(BASE).network
+    scheduler = DDPMScheduler.from_config(record.scheduler_config)
+    DDPMPipeline(network, scheduler).save_pretrained("pipeline")
+    succeed(deme("sample", "pipeline", "-n", 2, "--steps", 4))
+    succeed(deme("sample", BASE, "-n", 2, "--steps", 4, "-o", OUTPUT))
+    drawn = Path("pipeline-samples.safetensors")
+    assert np.array_equal(images_of(drawn), images_of(OUTPUT))
+    assert read_record(drawn).protocol["fingerprints"] == [record.fingerprint]
+
+
+def test_holding_one_expert_draws_the_same_images(run_folder: Path, deme: Deme) -> None:
+    command = ["ensemble-sample", *experts(), "-n", 4, "--steps", 8, "-b", 2]
+    document = document_of(deme(*command, "--json"))
+    assert document["schema_version"] == 1
+    assert document["paths"] == ["ensemble.safetensors", "ensemble.png"]
+    assert (document["protocol"]["model"], document["num"]) == ("ensemble", 4)
+    succeed(deme(*command, "--hold-one", "-o", OUTPUT))
+    assert np.array_equal(images_of(OUTPUT), images_of(Path("ensemble.safetensors")))
+
+
+def sheet_of(images: np.ndarray) -> np.ndarray:
+    return np.asarray(grid([Image.fromarray(image) for image in images]))
+
+
+def test_a_grid_holds_every_image_with_a_gap_of_two_pixels() -> None:
+    """Small ones enlarged, large ones reduced to the means of squares."""
+    images = np.random.default_rng(0).integers(0, 200, (6, 100, 100, 3), dtype=np.uint8)
+    sheet = sheet_of(images)
+    assert sheet.shape == (2 * 102 + 2, 3 * 102 + 2, 3)
+    assert np.array_equal(sheet[104:204, 206:306], images[5])
+    assert (sheet[102:104] == 255).all()
+    small = sheet_of(images[:5, :8, :8, 0])
+    scale = (small.shape[1] - 4 * 2) // (3 * 8)
+    assert small.shape[1] >= 256
+    assert np.array_equal(small[2 : 2 + 8 * scale : scale, 2 : 2 + 8 * scale : scale],
+                          images[0, :8, :8, 0])  # fmt: skip
+    large = images[:, :1, :1].repeat(1001, axis=1).repeat(1000, axis=2)
+    large[0, :2, :2] = 7
+    sheet = sheet_of(np.concatenate([large, large[:3]]))
+    assert sheet.shape == (3 * 502 + 2, 3 * 502 + 2, 3)
+    assert (sheet[2, 2] == 7).all()
+
+
+def test_three_channels_become_colour_files(run_folder: Path, deme: Deme) -> None:
+    write_tiny_base(run_folder / "colour.safetensors", in_channels=3, out_channels=3)
+    succeed(deme("sample", "colour.safetensors", "-n", 2, "--steps", 2, "-o", "drawn"))
+    assert pixels_of(Path("drawn")).shape == (2, 8, 8, 3)
+
+
+def test_an_existing_output_is_replaced_only_by_force(run_folder: Path, deme: Deme) -> None:
+    for output in ("out.safetensors", "drawn"):
+        command = ["sample", BASE, "-n", 2, "--steps", 2, "-o", output]
+        succeed(deme(*command))
+        refuse(deme(*command), 2, "exists", "--force")
+        succeed(deme(*command, "--seed", 1, "--force"))
+    assert np.array_equal(pixels_of(Path("drawn")), images_of(OUTPUT)[..., 0])
+    assert read_record(OUTPUT).protocol["seed"] == 1
+    Path("drawn/cat.jpg").write_bytes(b"")
+    refuse(deme(*command, "--force"), 2, "cat.jpg")
+    Path("new.png").write_bytes(b"mine")
+    refuse(deme(*command[:-1], "new"), 2, "new.png exists")
+    assert Path("new.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("card", [None, "{", "[]", '{"protocol": []}', "[" * 100_000])
+def test_numbered_images_without_a_card_are_refused(
+    run_folder: Path, deme: Deme, card: str | None
+) -> None:
+    Path("drawn").mkdir()
+    Path("drawn/000000.png").write_bytes(b"")
+    if card is not None:
+        Path("drawn/samples.json").write_text(card)
+    refuse(deme("sample", BASE, "-n", 2, "--steps", 2, "-o", "drawn"), 2, "without samples.json")
+
+
+def test_a_folder_is_extended_and_what_is_broken_or_missing_is_drawn_again(
+    run_folder: Path, deme: Deme
+) -> None:
+    options = [*FEW, "-o", "drawn"]
+    succeed(deme("sample", BASE, "-n", 3, *options))
+    succeed(deme("sample", BASE, "-n", 6, *options))
+    succeed(deme("sample", BASE, "-n", 6, *FEW, "-o", OUTPUT))
+    pixels = pixels_of(Path("drawn"))
+    assert np.array_equal(pixels, images_of(OUTPUT)[..., 0])
+    refuse(deme("sample", BASE, "-n", 4, *options), 2, "6 images")
+    refuse(deme("sample", BASE, "-n", 9, *options, "--seed", 1), 2, "seed = 0")
+    Path("drawn/000003.png").write_bytes(Path("drawn/000003.png").read_bytes()[:30])
+    Path("drawn/000004.png").unlink()
+    assert document_of(deme("sample", BASE, "-n", 6, *options, "--json"))["kept"] == 2
+    assert np.array_equal(pixels_of(Path("drawn")), pixels)
+
+
+def test_an_unfinished_artifact_is_resumed_at_a_whole_batch_and_never_mixed(
+    run_folder: Path, deme: Deme
+) -> None:
+    """What a crash leaves: the card, and images cut anywhere."""
+    command = ["sample", BASE, "-n", 7, *FEW, "-o", OUTPUT]
+    succeed(deme(*command, "--json"))
+    whole, images = OUTPUT.read_bytes(), images_of(OUTPUT).tobytes()
+    line = json.dumps({"protocol": read_record(OUTPUT).protocol}).encode() + b"\n"
+    unfinished = Path(".out.safetensors.unfinished")
+    halves = b'{"protocol": {"mod', b'{"protocol": []}\n'
+    cases = [(line + images[: 5 * 64 + 17], 4), (line + images, 7), *((half, 0) for half in halves)]
+    for left, kept in cases:
+        OUTPUT.unlink()
+        Path("out.png").unlink()
+        unfinished.write_bytes(left)
+        assert document_of(deme(*command, "--json"))["kept"] == kept
+        assert OUTPUT.read_bytes() == whole
+        assert not list(Path(".").glob(".*"))
+    OUTPUT.unlink()
+    unfinished.write_bytes(line + images[: 4 * 64])
+    refuse(deme(*command, "--steps", 5), 2, "steps = 4", "this run has 5")
+    succeed(deme(*command, "--steps", 5, "--force"))
+    assert read_record(OUTPUT).protocol["steps"] == 5
+
+
+def test_two_runs_do_not_write_one_output(run_folder: Path, deme: Deme) -> None:
+    for held, output in ((".out.safetensors.unfinished", OUTPUT), ("drawn/samples.json", "drawn")):
+        with claim(Path(held)):
+            refuse(deme("sample", BASE, "-n", 2, "--steps", 2, "-o", output), 2, "another deme")
+
+
+@pytest.fixture
+def as_in_a_terminal() -> Iterator[None]:
+    """A SIGHUP that is heard, also where pytest itself runs under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "exit_code", "output"),
+    [("SIGTERM", 75, "out.safetensors"), ("SIGUSR1", 75, "drawn"), ("SIGHUP", 75, "drawn"),
+     ("SIGINT", 130, "out.safetensors")],
+)  # fmt: skip
+def test_a_signal_keeps_what_is_finished_and_the_same_call_goes_on(
+    run_folder: Path, deme: Deme, output: str, name: str, exit_code: int, as_in_a_terminal: None
+) -> None:
+    config, steps = SampleConfig(num=7, steps=4, batch_size=2), []
+
+    def watch(step: Step) -> None:
+        steps.extend([step] if step.label == "sampling" else [])
+        if len(steps) == 11:  # in the middle of the third batch
+            signal.raise_signal(getattr(signal, name))
+
+    with pytest.raises(Stopped, match=r"4 of 7 images .* run the same command again") as caught:
+        deme_cli.sample(BASE, config, output=Path(output), progress=watch)
+    assert len(steps) == 11
+    assert caught.value.exit_code == exit_code
+    command = ["sample", BASE, "-n", 7, *FEW]
+    assert document_of(deme(*command, "-o", output, "--json"))["kept"] == 4
+    succeed(deme(*command))
+    images = pixels_of(Path(output)) if output == "drawn" else images_of(Path(output))[..., 0]
+    assert np.array_equal(images, images_of(Path("base-samples.safetensors"))[..., 0])
+
+
+@pytest.mark.slow
+def test_the_command_itself_ends_with_75_when_terminated(run_folder: Path) -> None:
+    options = ["sample", "base.safetensors", "-n", "4000", "-b", "4", "-o", "out.safetensors"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deme_cli", *options], stderr=subprocess.PIPE, text=True
+    )
+    unfinished = Path(".out.safetensors.unfinished")
+    deadline = time.monotonic() + 120
+    while not (unfinished.exists() and unfinished.stat().st_size > 1200):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "of 4000 images for out.safetensors are kept, run the same command again" in message
+    assert unfinished.exists()
+    assert not OUTPUT.exists()
+
+
+def test_weights_that_are_not_finite_exit_with_5(run_folder: Path, deme: Deme) -> None:
+    weights = load_tensors(BASE)
+    weights["conv_out.bias"][0] = float("nan")
+    write_artifact(Path("nan.safetensors"), weights, read_record(BASE))
+    refuse(deme("sample", "nan.safetensors", "-n", 2, "--steps", 2), 5, "not finite")
+    assert not Path("nan-samples.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "fault"),
+    [
+        ("sample base.safetensors --dtype fp8", 2, "--dtype fp8"),
+        ("sample base.safetensors --device warp", 2, "--device warp"),
+        ("sample base.safetensors --sampler magic", 2, "magic"),
+        ("sample base.safetensors -n 0", 2, "num"),
+        ("sample base.safetensors --steps 101 --dry-run", 2, "1 to 100"),
+        ("sample base.safetensors --sampler ddpm --eta 1", 2, "eta"),
+        ("sample base.safetensors -o base.safetensors", 2, "exists"),
+        ("sample base.safetensors --protocol none", 2, "--protocol none"),
+        ("sample base.safetensors --classes 1", 2, "classes"),
+        ("sample base.safetensors --guidance 3", 2, "guidance"),
+        ("sample nowhere.safetensors", 3, "nowhere.safetensors"),
+        ("ensemble-sample ft_2of4.safetensors", 4, "no expert covers timesteps 0:25"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_by_name(
+    run_folder: Path, deme: Deme, words: str, exit_code: int, fault: str
+) -> None:
+    refuse(deme(*words.split()), exit_code, fault)
+    assert not list(Path(".").glob("*samples*"))
+
+
+def test_a_lone_expert_draws_with_a_warning(run_folder: Path, deme: Deme) -> None:
+    result = succeed(deme("sample", "ft_2of4.safetensors", "-n", 1, "--steps", 2))
+    assert "expert of timesteps 25:50" in result.stderr
+    assert read_record(Path("ft_2of4-samples.safetensors")).protocol["ranges"] == [[0, 100]]
+
+
+def test_a_dry_run_checks_and_writes_nothing(run_folder: Path, deme: Deme) -> None:
+    """Settings come from deme.toml unless they are given."""
+    Path("deme.toml").write_text("[sample]\nnum = 3\nsteps = 4\n")
+    result = succeed(deme("ensemble-sample", *experts(), "--steps", 5, "--dry-run"))
+    assert result.stdout == ""
+    assert "would draw 3 images (8 x 8, 1 channels) to ensemble.safetensors" in result.stderr
+    assert not Path("ensemble.safetensors").exists()
+    document = document_of(deme("sample", BASE, "--steps", 5, "--dry-run", "--json"))
+    assert document["dry_run"] is True
+    assert (document["protocol"]["num"], document["protocol"]["steps"]) == (3, 5)
+
+
+@pytest.fixture
+def sd(pipelines: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny Stable Diffusion; the current folder is empty but for prompts.json."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.json").write_text(json.dumps(PROMPTS))
+    return pipelines("sd")
+
+
+def write_experts(folder: Path) -> list[str]:
+    """The denoiser of a pipeline as base.safetensors, and three times as an expert of it."""
+    denoiser = open_denoiser(str(folder))
+    weights = denoiser.network.state_dict()
+    base = write_artifact(Path("base.safetensors"), weights, denoiser.record)
+    assert isinstance(base, BaseRecord)
+    fields = {name: value for name, value in asdict(base).items() if name not in ("training",)}
+    paths = []
+    for index, span in enumerate(split_uniform(3, 1000), 1):
+        expert = ExpertRecord(
+            **fields, range=[span.start, span.stop], index=index, of=3, base=base.fingerprint,
+            p=0.3, steps=0, seed=0, projection="none", data={}, training={},
+        )  # fmt: skip
+        paths.append(f"ft_{index}of3.safetensors")
+        write_artifact(Path(paths[-1]), weights, expert)
+    return paths
+
+
+def test_identical_experts_draw_with_prompts_what_their_base_draws(sd: Path, deme: Deme) -> None:
+    names = write_experts(sd)
+    options = ["--prompts", "prompts.json", "--resize-to", 12, "--sampler", "pndm", *FEW]
+    succeed(deme("sample", "base.safetensors", *options, "-o", "one.safetensors"))
+    succeed(deme("ensemble-sample", *names, *options, "--hold-one"))
+    ensemble = Path("ensemble.safetensors")
+    record = read_record(ensemble)
+    assert record.prompts == PROMPTS
+    assert (record.protocol["num"], record.protocol["guidance"]) == (3, 7.5)
+    images = images_of(ensemble)
+    assert images.shape == (3, 12, 12, 3)
+    assert np.array_equal(images, images_of(Path("one.safetensors")))
+
+
+def test_a_folder_of_images_can_be_trained_on(sd: Path, deme: Deme) -> None:
+    command = ["sample", sd, "--prompts", "prompts.json", *FEW, "--seed", 5, "-o", "drawn"]
+    succeed(deme(*command))
+    lines = Path("drawn/metadata.jsonl").read_text("utf-8").split("\n")
+    assert json.loads(lines[1]) == {
+        "file_name": "000001.png", "text": PROMPTS[1], "seed": image_seed(5, 1),
+    }  # fmt: skip
+    data = open_images("drawn", shape=(3, 16, 16), split="all", wants="text")
+    assert list(data.captions(range(3))) == PROMPTS
+    succeed(deme(*command, "--force", "--prompts", "text:a fox", "-n", 2))
+    data = open_images("drawn", shape=(3, 16, 16), split="all", wants="text")
+    assert data.captions(range(2)) == ["a fox"] * 2
+
+
+def test_classes_are_kept_and_a_folder_of_them_is_extended(
+    pipelines: Callable[..., Path], deme: Deme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["sample", pipelines("dit"), "--classes", "3,7", *FEW, "-o", "drawn"]
+    succeed(deme(*command, "-n", 3))
+    succeed(deme(*command, "-n", 5))
+    data = open_images("drawn", shape=None, split="all", wants="class")
+    assert data.labels(range(5)) == [3, 7, 3, 7, 3]
+    document = document_of(deme(*command, "-n", 5, "-o", "out.safetensors", "--json"))
+    assert document["protocol"]["classes"] == "3,7"
+    assert read_record(OUTPUT).classes == [3, 7, 3, 7, 3]
+    assert np.array_equal(pixels_of(Path("drawn")), images_of(OUTPUT))
+    refuse(deme(*command, "--classes", "3", "-n", 9), 2, "classes = 3,7")
+
+
+def test_settings_and_pipeline_of_deme_toml_are_seen_from_its_folder(
+    sd: Path, deme: Deme, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    denoiser = open_denoiser(str(sd))
+    moved = replace(denoiser.record, source="elsewhere")
+    write_artifact(run / "base.safetensors", denoiser.network.state_dict(), moved)
+    Path("prompts.json").rename(run / "prompts.json")
+    (run / "deme.toml").write_text('[sample]\nprompts = "prompts.json"\nguidance = 2.0\n')
+    command = ["sample", run / "base.safetensors", "--config", run / "deme.toml", *FEW]
+    refuse(deme(*command), 3, "elsewhere", "--pipeline")
+    refuse(deme(*command, "--pipeline", tmp_path), 3, "whole pipeline")
+    assert document_of(deme(*command, "--pipeline", sd, "--json"))["protocol"]["guidance"] == 2
+    (run / "pipeline").symlink_to(sd)
+    with (run / "deme.toml").open("a") as file:
+        file.write('[model]\npipeline = "pipeline"\n')
+    shown = succeed(deme(*command, "--force", "--dry-run")).stderr
+    assert "run/prompts.json, guidance 2" in shown
+    document = document_of(deme(*command, "--prompt", "a fox", "-n", 2, "--force", "--json"))
+    assert document["protocol"]["prompts"]["source"] == "text:a fox"
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "words"),
+    [
+        ([], 2, ["--prompts FILE"]),
+        (["--prompt", "a", "--prompts", "prompts.json"], 2, ["one of the two"]),
+        (["--prompt", "a", "--classes", "1"], 2, ["classes = '1'"]),
+        (["--prompts", "prompts.json", "-n", 4], 2, ["3 prompts"]),
+        (["--prompts", "nowhere.txt"], 3, ["nowhere.txt"]),
+        (["--prompts", "prompts.json", "--prompt-column", "text"], 2, ["column"]),
+        (["--prompt", "a", "--resolution", "13"], 2, ["resolution = 13"]),
+        (["--prompt", "a", "--guidance", "-1"], 2, ["guidance"]),
+        (["--prompt", "a", "--resize-to", "0"], 2, ["resize"]),
+        (["--prompts", "parti"], 3, ["PartiPrompts"]),
+        (["--protocol", "imagenet", "--steps", 5], 2, ["--steps 5", "imagenet", "25"]),
+        (["--protocol", "imagenet", "--resize-to", 4], 2, ["--resize-to 4"]),
+        (["--protocol", "imagenet", "--prompt", "a fox"], 2, ["--prompts text:a fox"]),
+    ],
+)
+def test_what_does_not_fit_prompts_is_refused_by_name(
+    sd: Path, deme: Deme, cache: Path, options: list[object], exit_code: int, words: list[str]
+) -> None:
+    refuse(deme("sample", sd, *options, "--dry-run"), exit_code, *words)
+
+
+def test_a_protocol_fixes_what_is_drawn(sd: Path, deme: Deme) -> None:
+    document = document_of(deme("sample", sd, "--protocol", "imagenet", "--dry-run", "--json"))
+    card = document["protocol"]
+    assert (card["num"], card["sampler"], card["steps"]) == (50_000, "pndm", 25)
+    assert (card["guidance"], card["resolution"], card["resize_to"]) == (7.5, 512, 256)
+    assert card["prompts"]["template"] == "a photo of a {}"
+
+
+def test_flow_models_refuse_other_samplers_and_spacings(
+    pipelines: Callable[..., Path], deme: Deme
+) -> None:
+    command = ["sample", pipelines("sd3"), "--prompt", "a fox", "--dry-run"]
+    refuse(deme(*command, "--sampler", "ddim"), 2, "ddim does not fit", "euler, heun")
+    refuse(deme(*command, "--spacing", "leading"), 2, "spacing")
+    assert "euler, 50 steps, prompts of" in succeed(deme(*command)).stderr
