@@ -6,8 +6,8 @@ import os
 import sys
 
 from deme_cli import console, distributed
-from deme_cli.errors import DemeError, memory_told
-from deme_cli.jobs import stops_told
+from deme_cli.errors import DemeError, out_of_memory_as
+from deme_cli.jobs import signals_end_the_command
 
 TOO_MUCH_AT_ONCE = (
     "this does not fit into the memory of the device; use a smaller --batch-size, --dtype bf16, or "
@@ -27,7 +27,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     has_failed = True
     try:
-        with stops_told(), memory_told(TOO_MUCH_AT_ONCE):
+        with signals_end_the_command(), out_of_memory_as(TOO_MUCH_AT_ONCE):
             from deme_cli.app import app
 
             app(prog_name="deme")

@@ -115,7 +115,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_told(message: str) -> Iterator[None]:
+def out_of_memory_as(message: str) -> Iterator[None]:
     """Translate a lack of memory into a `MissingError` that says `message`."""
     try:
         yield

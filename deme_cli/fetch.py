@@ -16,7 +16,6 @@ import re
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,22 +27,22 @@ from deme_cli.progress import Progress, Step, silent
 
 _ANSWER_SECONDS = 1.0
 _READ_SECONDS = 30.0
-_PIECE_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A file by the name its publisher gave it. `places` are full paths of copies others keep."""
+    """A file by the name its publisher gave it. `copies`: full paths that others keep it at."""
 
     name: str
     what: str
     url: str
     sha256: str | None = None
-    places: tuple[Path, ...] = ()
+    copies: tuple[Path, ...] = ()
 
     def find(self) -> Path | None:
         """The first copy, DEME_CACHE before the library's own."""
-        for path in (cache_folder() / self.name, *self.places):
+        for path in (cache_folder() / self.name, *self.copies):
             if path.is_file():
                 return path
         return None
@@ -62,11 +61,11 @@ def user_cache() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, read in pieces. Raises MissingError if it cannot be read."""
+    """The SHA-256 of a file, read in chunks. Raises MissingError if it cannot be read."""
     digest = hashlib.sha256()
     with reading(path), path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -135,39 +134,31 @@ def fetch(assets: Sequence[Asset], progress: Progress = silent) -> None:
     Raises MissingError within two seconds where one is neither here nor within reach.
     """
     for asset in require_assets(assets):
-
-        def advance(done: int, total: int, label: str = f"fetching {asset.name}") -> None:
-            progress(Step(done // 1_000_000, -(-total // 1_000_000), label, "MB"))
-
-        download(asset, advance)
+        download(asset, progress)
 
 
-def download(asset: Asset, on_progress: Callable[[int, int], None]) -> Path:
-    """Fetch a file into the cache folder, whole or not at all; `on_progress(bytes done, bytes)`.
+def download(asset: Asset, progress: Progress = silent) -> Path:
+    """Fetch a file into the cache folder, whole or not at all.
 
     Raises MissingError if the connection fails, ArtifactError if the checksum is another.
     """
     path = cache_folder() / asset.name
-    write_whole(path, _checked_pieces(asset, on_progress))
+    write_whole(path, _checked(asset, progress))
     return path
 
 
-def _checked_pieces(asset: Asset, on_progress: Callable[[int, int], None]) -> Iterator[bytes]:
+def _checked(asset: Asset, progress: Progress) -> Iterator[bytes]:
     digest, done = hashlib.sha256(), 0
     try:
         with urllib.request.urlopen(asset.url, timeout=_READ_SECONDS) as response:
             total = int(response.headers.get("Content-Length") or 0)
-            while piece := response.read(_PIECE_BYTES):
-                digest.update(piece)
-                done += len(piece)
-                on_progress(done, max(total, done))
-                yield piece
-    except (
-        urllib.error.URLError,
-        http.client.HTTPException,
-        TimeoutError,
-        ConnectionError,
-    ) as error:
+            while chunk := response.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                done += len(chunk)
+                whole = -(-max(total, done) // 1_000_000)
+                progress(Step(done // 1_000_000, whole, f"fetching {asset.name}", "MB"))
+                yield chunk
+    except (OSError, http.client.HTTPException) as error:
         raise MissingError(
             f"{asset.name}: the download from {asset.url} failed: {error}"
         ) from error

@@ -48,7 +48,7 @@ class _Asked(BaseException):
 
 
 @contextmanager
-def stops_told() -> Iterator[None]:
+def signals_end_the_command() -> Iterator[None]:
     """While entered, a signal that no `StopRequests` hears raises Stopped, exit code 75 or 130.
 
     Only Python's own handlers are replaced: what is ignored stays so, as SIGHUP under nohup.

@@ -24,6 +24,7 @@ from deme_cli.fetch import (
     offline_reason,
     require_assets,
 )
+from deme_cli.progress import Step
 
 CONTENT = bytes(range(256)) * 20
 
@@ -57,7 +58,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_the_cache_folder_wins_over_the_librarys_own_place(cache: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.pt"
-    asset = Asset("weights.pt", "weights", "http://nowhere", places=(own,))
+    asset = Asset("weights.pt", "weights", "http://nowhere", copies=(own,))
     assert asset.find() is None
     own.touch()
     assert asset.find() == own
@@ -90,23 +91,23 @@ def test_a_missing_file_is_fetched_where_its_host_answers(cache: Path, server: s
     digest = hashlib.sha256(CONTENT).hexdigest()
     asset = Asset("a.pt", "weights", f"{server}/whole", digest)
     assert require_assets([asset]) == [asset]
-    seen: list[tuple[int, int]] = []
-    path = download(asset, lambda done, total: seen.append((done, total)))
+    steps: list[Step] = []
+    path = download(asset, steps.append)
     assert path == cache / "a.pt" == asset.find()
     assert path.read_bytes() == CONTENT
-    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    assert (steps[-1].label, steps[-1].total) == ("fetching a.pt", 1)
 
 
 def test_a_file_of_another_checksum_is_not_kept(cache: Path, server: str) -> None:
     asset = Asset("a.pt", "weights", f"{server}/whole", "0" * 64)
     with pytest.raises(ArtifactError, match="expected 0000"):
-        download(asset, lambda done, total: None)
+        download(asset)
     assert list(cache.iterdir()) == []
 
 
 def test_a_download_that_breaks_off_leaves_nothing(cache: Path, server: str) -> None:
     with pytest.raises(MissingError, match=r"a\.pt"):
-        download(Asset("a.pt", "weights", f"{server}/broken"), lambda done, total: None)
+        download(Asset("a.pt", "weights", f"{server}/broken"))
     assert list(cache.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deme_cli.errors import Stopped
-from deme_cli.jobs import StopRequests, stops_told
+from deme_cli.jobs import StopRequests, signals_end_the_command
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"]
@@ -80,7 +80,7 @@ def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
 
 
 def test_a_signal_whose_exception_is_lost_stops_the_work_that_follows() -> None:
-    with stops_told():
+    with signals_end_the_command():
         with contextlib.suppress(BaseException):  # as torch's own import of numpy does
             signal.raise_signal(signal.SIGTERM)
         with StopRequests() as stop:
@@ -92,7 +92,7 @@ def test_a_signal_whose_exception_is_lost_stops_the_work_that_follows() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_after_a_stop_request_the_next_signal_kills(name: str) -> None:
     number = getattr(signal, name)
-    with stops_told():
+    with signals_end_the_command():
         with StopRequests() as stop:
             signal.raise_signal(number)
             assert stop.asked == number
@@ -104,7 +104,7 @@ def test_after_a_stop_request_the_next_signal_kills(name: str) -> None:
 
 def test_work_that_was_not_asked_to_stop_leaves_the_handlers_as_they_were() -> None:
     def work() -> None:
-        with stops_told():
+        with signals_end_the_command():
             with StopRequests() as stop:
                 pass
             assert stop.asked is None

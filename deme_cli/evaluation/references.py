@@ -90,7 +90,7 @@ def statistics_asset(dataset: str, resize: str) -> Asset:
         file_name,
         f"statistics of {num} images of {dataset} ({split})",
         f"https://www.cs.cmu.edu/~clean-fid/stats/{file_name}",
-        places=tuple(Path(folder) / "stats" / file_name for folder in folders or ()),
+        copies=tuple(Path(folder) / "stats" / file_name for folder in folders or ()),
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from deme_cli import console
 from deme_cli.config import CONFIG_NAME, DataConfig, FinetuneConfig, ModelConfig, SplitConfig
 from deme_cli.distributed import ALONE, JointStopRequests, World
-from deme_cli.errors import ConfigError, MissingError, memory_told
+from deme_cli.errors import ConfigError, MissingError, out_of_memory_as
 from deme_cli.jobs import RangeProcess, claim, run_jobs
 from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile, render_run_file
@@ -208,7 +208,7 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
         requests = stack.enter_context(JointStopRequests(world))
         world.wait()  # the output is ours, and what --force drops is gone
         stack.enter_context(using_threads(fitting_threads(run)))
-        with memory_told(too_many_weights(run)):
+        with out_of_memory_as(too_many_weights(run)):
             state, base = open_state(run, world)
         world.require_same({"updates done": state.step})
         files = stack.enter_context(RunFiles(run, state.step, world))
@@ -222,7 +222,7 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
             for losses in gradients.of_update():
                 window.add(losses)
             requests.exchange()
-            with memory_told(too_many_weights(run)):
+            with out_of_memory_as(too_many_weights(run)):
                 add_up_gradients([parameter for _, parameter in state.trained()], world)
                 state.update()
             at_checkpoint = is_checkpoint(state.step, config)

@@ -37,7 +37,7 @@ VERBS = {
     "inspect": "inspect base.safetensors",
     "take_inventory": "doctor",
 }
-MOVING = {"merge", "search", "sample", "ensemble_sample", "evaluate"}  # their verbs, for a while
+MOVING = {"merge", "search"}  # their verbs, for a while
 SETTINGS = {"set_quiet", "read_run_file"}  # of those who call verbs from Python
 
 

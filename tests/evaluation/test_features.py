@@ -269,7 +269,7 @@ def test_files_are_named_as_clean_fid_names_them_and_each_that_lacks_is_told(cac
     assert statistics_asset("cifar10", "clean").name == "cifar10_clean_train_32.npz"
     church = statistics_asset("lsun-church", "legacy_pytorch")
     assert church.name == "lsun_church_legacy_pytorch_train_256.npz"
-    assert church.places == (Path(cleanfid.__path__[0]) / "stats" / church.name,)
+    assert church.copies == (Path(cleanfid.__path__[0]) / "stats" / church.name,)
     with pytest.raises(MissingError) as raised:
         require_assets([pytorch, church])
     for words in (pytorch.name, pytorch.url, pytorch.sha256, church.name, church.url, str(cache)):
