@@ -15,20 +15,30 @@ from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 FEW = ("--steps", 1, "--batch-size", 2, "--accumulation", 1, "--held-out", 0)
 
 
+@pytest.fixture(scope="module")
+def bases(pipelines: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with bases sd, dit and sd3 and the deme.toml of the first."""
+    from deme_cli import split
+    from deme_cli.config import SplitConfig
+
+    folder = tmp_path_factory.mktemp("bases")
+    for name in ("sd3", "dit", "sd"):
+        made = split(
+            str(pipelines(name)), SplitConfig(n=2), data="images",
+            output=folder, force=True,
+        )  # fmt: skip
+        shutil.move(made.run.base, folder / f"{name}.safetensors")
+    return folder
+
+
 @pytest.fixture
 def refused(
-    deme: Callable[..., Result],
-    pipelines: Callable[..., Path],
-    image_folder: Path,
-    tmp_path: Path,
+    deme: Callable[..., Result], bases: Path, image_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., str]:
+) -> Callable[..., str]:  # fmt: skip
     """Run a command line beside bases sd, dit, sd3 and `images`; it must fail in one line."""
     monkeypatch.chdir(tmp_path)
-    for name in ("sd", "dit", "sd3"):
-        deme("split", pipelines(name), "-n", 2, "--data", "images", "-o", name)
-        shutil.move(f"{name}/base.safetensors", f"{name}.safetensors")
-    shutil.move("sd/deme.toml", "deme.toml")
+    shutil.copytree(bases, tmp_path, dirs_exist_ok=True)
 
     def run(error: type[DemeError], *words: object) -> str:
         before = set(tmp_path.rglob("*.safetensors"))
