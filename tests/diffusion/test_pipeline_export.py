@@ -24,6 +24,14 @@ from deme_cli.diffusion.denoiser import build_network, load_denoiser, predict
 from deme_cli.diffusion.model_files import digests_of
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 
+Deme = Callable[..., Result]
+Pipelines = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
 
 def draw(folder: Path, wants: str) -> np.ndarray:
     """Two images by diffusers' own pipeline."""
@@ -41,13 +49,8 @@ def draw(folder: Path, wants: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))
 def test_split_and_export_give_back_the_pipeline(
-    name: str,
-    pipelines: Callable[..., Path],
-    deme: Callable[..., Result],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, pipelines: Pipelines, deme: Deme
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     source = pipelines(name)
     assert deme("split", source, "-n", 2, "--data", "digits").exit_code == 0
     record = read_record(Path("base.safetensors"), "base")
@@ -79,10 +82,7 @@ def test_split_and_export_give_back_the_pipeline(
     assert digests_of(Path("other")) == record.companions
 
 
-def test_a_missing_part_is_named(
-    pipelines: Callable[..., Path], deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_missing_part_is_named(pipelines: Pipelines, deme: Deme, tmp_path: Path) -> None:
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(pipelines("sd"), part)
         shutil.rmtree(Path(part, part))
@@ -110,10 +110,7 @@ def test_a_missing_part_is_named(
     assert "pipeline = " in Path("whole/deme.toml").read_text()
 
 
-def test_a_part_that_was_exchanged_is_named(
-    pipelines: Callable[..., Path], deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_part_that_was_exchanged_is_named(pipelines: Pipelines, deme: Deme) -> None:
     shutil.copytree(pipelines("sd"), "pipe")
     deme("split", "pipe")
     record = read_record(Path("base.safetensors"), "base")
@@ -130,7 +127,7 @@ def test_a_part_that_was_exchanged_is_named(
         open_companions(record)
 
 
-def test_a_resolution_that_latents_cannot_have_is_refused(pipelines: Callable[..., Path]) -> None:
+def test_a_resolution_that_latents_cannot_have_is_refused(pipelines: Pipelines) -> None:
     companions = open_companions(open_denoiser(str(pipelines("sd"))).record)
     with pytest.raises(ConfigError, match="multiples of 2 pixels"):
         companions.latent_shape((4, 8, 8), 19)
@@ -144,9 +141,8 @@ def test_a_resolution_that_latents_cannot_have_is_refused(pipelines: Callable[..
 
 
 def test_a_safety_checker_that_was_not_fetched_is_left_out_of_the_export(
-    pipelines: Callable[..., Path], deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
+    pipelines: Pipelines, deme: Deme
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     shutil.copytree(pipelines("sd"), "pipe")
     index = json.loads(Path("pipe/model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -157,9 +153,7 @@ def test_a_safety_checker_that_was_not_fetched_is_left_out_of_the_export(
     assert diffusers.DiffusionPipeline.from_pretrained("out").safety_checker is None
 
 
-def test_parts_of_another_model_are_refused_by_what_does_not_fit(
-    pipelines: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_parts_of_another_model_are_refused_by_what_does_not_fit(pipelines: Pipelines) -> None:
     record = open_denoiser(str(pipelines("sd"))).record
     wide = {**record.model_config, "cross_attention_dim": 24}
     parts = {"model_config": wide, "companions": {}}
@@ -176,13 +170,8 @@ def test_parts_of_another_model_are_refused_by_what_does_not_fit(
     ids=str,
 )
 def test_a_pipeline_of_a_variant_or_of_pickled_shards_comes_out_plain(
-    pipelines: Callable[..., Path],
-    deme: Callable[..., Result],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    written: dict[str, Any],
+    pipelines: Pipelines, deme: Deme, written: dict[str, Any]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     whole = diffusers.DiffusionPipeline.from_pretrained(pipelines("sd"))
     whole.save_pretrained("source", **written)
     assert deme("split", "source", "-n", 2, "--data", "digits").exit_code == 0
@@ -192,9 +181,8 @@ def test_a_pipeline_of_a_variant_or_of_pickled_shards_comes_out_plain(
 
 
 def test_a_scheduler_file_is_exported_as_it_came_and_old_records_find_it_again(
-    pipelines: Callable[..., Path], deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
+    pipelines: Pipelines, deme: Deme
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     shutil.copytree(pipelines("sd"), "pipe")
     stated = '{"_class_name": "PNDMScheduler",\n  "beta_end": 0.012, "skip_prk_steps": true}\n'
     Path("pipe/scheduler/scheduler_config.json").write_text(stated)
@@ -218,7 +206,7 @@ def test_a_scheduler_file_is_exported_as_it_came_and_old_records_find_it_again(
     ("version", "size", "found"), [("0.6.0", 8, 64), ("0.10.2", 8, 8), ("0.8.1", 96, 96)]
 )
 def test_the_size_of_a_unet_of_2022_is_corrected_as_by_its_pipeline(
-    pipelines: Callable[..., Path], tmp_path: Path, version: str, size: int, found: int
+    pipelines: Pipelines, tmp_path: Path, version: str, size: int, found: int
 ) -> None:
     folder = Path(shutil.copytree(pipelines("sd"), tmp_path / "pipe"))
     config = json.loads((folder / "unet/config.json").read_text())
@@ -230,9 +218,8 @@ def test_the_size_of_a_unet_of_2022_is_corrected_as_by_its_pipeline(
 
 
 def test_a_checkpoint_of_a_training_script_has_the_scheduler_of_its_pipeline_or_run(
-    pipelines: Callable[..., Path], deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
+    pipelines: Pipelines, deme: Deme
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     for part in ("unet", "unet_ema"):
         shutil.copytree(pipelines("sd") / "unet", Path("out/checkpoint-5", part))
     pipeline = pipelines("sd", prediction_type="v_prediction")
@@ -246,10 +233,7 @@ def test_a_checkpoint_of_a_training_script_has_the_scheduler_of_its_pipeline_or_
     assert "predicts v_prediction" in result.stderr
 
 
-def test_what_was_guessed_is_told_by_every_command(
-    deme: Callable[..., Result], tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_was_guessed_is_told_by_every_command(deme: Deme) -> None:
     build_network(TINY_MODEL).save_pretrained("bare")
     for words in (
         ["split", "bare"],

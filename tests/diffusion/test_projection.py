@@ -166,6 +166,31 @@ def test_folded_equals_unfolded(name: str, dtype: torch.dtype, tolerance: float)
     torch.testing.assert_close(outputs(plain), outputs(projected), rtol=0, atol=tolerance)
 
 
+def test_projections_follow_blocks_and_the_linear_ends_within_them() -> None:
+    unet = build_network({**TINY_MODEL, "layers_per_block": 1})
+    blocks = [(site.path, site.width, site.output) for site in sites(unet, "block")]
+    names = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
+    assert blocks == list(zip(names, (8, 16, 16, 16, 8), (0,) * 5, strict=True))
+    ends = [(site.path, site.width) for site in sites(unet, "fold")]
+    assert ends[0] == ("down_blocks.0.downsamplers.0.conv", 8)  # instead of its branches
+    assert [path for path, _ in ends if path.startswith("down_blocks.1")] == [
+        "down_blocks.1.attentions.0.to_out.0", "down_blocks.1.resnets.0.conv2",
+    ]  # fmt: skip
+    dit = build_network({
+        "_class_name": "DiTTransformer2DModel", "num_attention_heads": 2, "attention_head_dim": 4,
+        "in_channels": 4, "out_channels": 8, "num_layers": 2, "sample_size": 8,
+        "num_embeds_ada_norm": 10,
+    })  # fmt: skip
+    assert [(site.path, site.width) for site in sites(dit, "block")] == [
+        ("transformer_blocks.0", 8), ("transformer_blocks.1", 8),
+    ]  # fmt: skip
+    assert [(site.path, site.width) for site in sites(dit, "fold")] == [
+        (f"transformer_blocks.{n}.{end}", 8)
+        for n in range(2)
+        for end in ("attn1.to_out.0", "ff.net.2")
+    ]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_block_carries_a_projection_in_both_placements(name: str) -> None:
     network = network_of(name)
