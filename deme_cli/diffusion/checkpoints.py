@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from deme_cli.diffusion.model_files import (
     read_json,
     read_scheduler,
     require_same_weights,
+    silence_libraries,
     weight_sets,
     weights_of,
 )
@@ -200,13 +200,10 @@ def _load_network(
     folder: Path, backbone: Backbone, chosen: WeightSet
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and complete config through diffusers; all parameters must be there, and no other."""
-    from diffusers.utils import logging as remarks
-
     is_safe = chosen.ending == "safetensors"
     for name in chosen.files if is_safe else ():
         read_header(folder / name)
-    remarks.set_verbosity(logging.CRITICAL)
-    remarks.disable_progress_bar()
+    silence_libraries()
     kind = backbone.network_class
     try:
         network, report = kind.from_pretrained(

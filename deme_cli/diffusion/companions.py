@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from deme_cli.diffusion.model_files import (
     read_index,
     read_json,
     sets_of_variant,
+    silence_libraries,
 )
 from deme_cli.errors import ArtifactError, ConfigError
 
@@ -76,7 +76,7 @@ class Companions:
         import diffusers
 
         self.require_same()
-        _silence()
+        silence_libraries()
         kind = getattr(diffusers, self.backbone.pipeline)
         index = read_index(self._whole)
         unused = [self.backbone.part, *(name for name in UNUSED_PARTS if name in index)]
@@ -132,7 +132,7 @@ class Companions:
         """The pipeline's tokenizers by name, without its other parts."""
         import transformers
 
-        _silence()
+        silence_libraries()
         return {
             name: getattr(transformers, value[1]).from_pretrained(
                 self._whole / name, local_files_only=True
@@ -303,13 +303,3 @@ def _kept_in_float32(part: torch.nn.Module, dtype: torch.dtype) -> set[str]:
     names = ["_keep_in_fp32_modules_strict"]
     names += ["_keep_in_fp32_modules"] if dtype == torch.float16 else []
     return {layer for name in names for layer in getattr(part, name, None) or ()}
-
-
-def _silence() -> None:
-    """Keep the libraries' bars and remarks off the terminal."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    for remarks in (of_diffusers, of_transformers):
-        remarks.set_verbosity(logging.CRITICAL)
-        remarks.disable_progress_bar()

@@ -10,7 +10,6 @@ exported without them. Torch is imported when the arguments are known to be good
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.artifacts import ExpertRecord, read_record
-from deme_cli.diffusion.model_files import INDEX, read_json, read_scheduler
+from deme_cli.diffusion.model_files import INDEX, read_json, read_scheduler, silence_libraries
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError, writing
 from deme_cli.files import read_header, require_space
 
@@ -63,14 +62,11 @@ def export(
     _require_folder(folder, force=force)
     require_space(folder, artifact.stat().st_size)
 
-    from diffusers.utils import logging as remarks
-
     from deme_cli.diffusion.companions import open_companions
     from deme_cli.diffusion.denoiser import load_denoiser
     from deme_cli.diffusion.model_card import model_card
 
-    remarks.set_verbosity(logging.CRITICAL)
-    remarks.disable_progress_bar()
+    silence_libraries()
     companions, denoiser = open_companions(record, pipeline=pipeline), load_denoiser(artifact)
     backbone = denoiser.backbone
     with writing(folder), _whole_folder(folder, force=force) as partial:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -448,3 +449,13 @@ def _download(hub_id: str, variant: str | None) -> Path:
         ) from error
     except OSError as error:
         raise MissingError(f"{hub_id}: could not be fetched from the hub: {error}") from error
+
+
+def silence_libraries() -> None:
+    """Keep the libraries' bars and remarks off the terminal."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for remarks in (of_diffusers, of_transformers):
+        remarks.set_verbosity(logging.CRITICAL)
+        remarks.disable_progress_bar()
