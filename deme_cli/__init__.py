@@ -14,8 +14,9 @@
 
 Settings are the tables of deme.toml (`deme_cli.config`): `run.settings(FinetuneConfig, p=0.1)` is
 the file's table with another p, `FinetuneConfig(p=0.1)` the defaults with it. Artifacts are paths;
-failures that a user can mend are `DemeError`s (`deme_cli.errors`). Progress, notes and warnings go
-to stderr; `set_quiet(True)` silences them. Each name is imported when it is first used.
+failures that a user can mend are `DemeError`s (`deme_cli.errors`). Notes and warnings go to stderr;
+`set_quiet(True)` silences them, and `progress` is told how far a verb is. Each name is imported
+when it is first used.
 """
 
 from __future__ import annotations

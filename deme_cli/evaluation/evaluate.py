@@ -146,6 +146,8 @@ def evaluate(
         return Evaluation({plan.name: plan.kind for plan in plans})
 
     progress(Step(label="loading the libraries and the models"))
+    from deme_cli.evaluation.measure import seeds_of
+
     place = world.device or device
     rows = open_rows(
         plans, sampling, prompts=prompts, needs_prompts=settings.clip_score,
@@ -156,7 +158,10 @@ def evaluate(
     metrics = _open_metrics(
         features, references, clip, rows[0].shape, settings, place, world, progress
     )
-    cards = _cards(rows, settings, features, metrics, named)
+    cards = {
+        row.name: evaluation_card(row.card, metrics.card, named, seeds=seeds_of(row, settings))
+        for row in rows
+    }
     figures = _measure(rows, metrics, cards, settings, sampling, compile, world, progress)
     if not world.is_first:
         return None
@@ -293,32 +298,6 @@ def _open_metrics(
 
         scorer = open_clip_scorer(clip, device=device, batch_size=config.batch_size)
     return Metrics(extractor, opened, scorer)
-
-
-def _cards(
-    rows: Sequence[Row],
-    config: EvalConfig,
-    features: FeatureWeights | None,
-    metrics: Metrics,
-    named: Protocol | None,
-) -> dict[str, dict[str, Any]]:
-    """The protocol card of each row; features have no part where no distance is measured."""
-    from deme_cli.evaluation.measure import seeds_of
-
-    measured: dict[str, Any] = {}
-    if features is not None:
-        measured["features"] = features.name
-        measured["weights_sha256"] = features.sha256
-        measured["weights_published"] = features.published
-        measured["resize"] = features.resize
-        measured["references"] = {name: ref.card for name, ref in metrics.references.items()}
-    if metrics.clip is not None:
-        measured["clip_score"] = metrics.clip.weights.card
-    name = named.name if named else None
-    return {
-        row.name: evaluation_card(row.card, measured, protocol=name, seeds=seeds_of(row, config))
-        for row in rows
-    }
 
 
 def _measure(

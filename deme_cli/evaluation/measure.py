@@ -50,6 +50,21 @@ class Metrics:
     references: Mapping[str, Reference] = field(default_factory=dict)
     clip: ClipScorer | None = None
 
+    @property
+    def card(self) -> dict[str, Any]:
+        """Their part of every row's card; features have none where no distance is measured."""
+        told: dict[str, Any] = {}
+        if self.extractor is not None:
+            weights = self.extractor.weights
+            told["features"] = weights.name
+            told["weights_sha256"] = weights.sha256
+            told["weights_published"] = weights.published
+            told["resize"] = weights.resize
+            told["references"] = {name: one.card for name, one in self.references.items()}
+        if self.clip is not None:
+            told["clip_score"] = self.clip.weights.card
+        return told
+
 
 @dataclass(frozen=True, slots=True)
 class MeasureProgress:

@@ -213,19 +213,18 @@ def require_reference(protocol: Protocol | None, fid: str | None) -> None:
 
 
 def evaluation_card(
-    card: Card, measured: Mapping[str, Any], *, protocol: str | None, seeds: list[int]
+    card: Card, measured: Card, protocol: Protocol | None, *, seeds: list[int]
 ) -> dict[str, Any]:
     """The card of one row, from that of its images and of what measured them.
 
     seeds: one per repeat, none of finished images, which a named protocol may not have drawn.
     """
-    named = find_protocol(protocol)
-    if not seeds and named is not None and not named.drew(card):
+    if not seeds and protocol is not None and not protocol.drew(card):
         protocol = None
     return {
         **card,
         **({"seeds": seeds} if seeds else {}),
-        "protocol": protocol,
+        "protocol": protocol.name if protocol else None,
         **measured,
         "versions": {"deme": __version__, **{name: library_version(name) for name in LIBRARIES}},
     }
