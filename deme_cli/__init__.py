@@ -31,12 +31,6 @@ if TYPE_CHECKING:
     from deme_cli.analysis.losses import analyze_losses as analyze_losses
     from deme_cli.analysis.result import Analysis as Analysis
     from deme_cli.analysis.task_vectors import analyze_task_vectors as analyze_task_vectors
-    from deme_cli.api.merging import MergeResult as MergeResult
-    from deme_cli.api.merging import ShownSearch as ShownSearch
-    from deme_cli.api.merging import merge as merge
-    from deme_cli.api.merging import replay as replay
-    from deme_cli.api.merging import search as search
-    from deme_cli.api.merging import show_search as show_search
     from deme_cli.artifacts import Inspected as Inspected
     from deme_cli.artifacts import inspect as inspect
     from deme_cli.comparison.compare import Compared as Compared
@@ -52,6 +46,12 @@ if TYPE_CHECKING:
     from deme_cli.evaluation.references import reference_statistics as reference_statistics
     from deme_cli.html_report import WrittenReport as WrittenReport
     from deme_cli.html_report import report as report
+    from deme_cli.merging.merge import MergeResult as MergeResult
+    from deme_cli.merging.merge import merge as merge
+    from deme_cli.merging.merge import search as search
+    from deme_cli.merging.replay import replay as replay
+    from deme_cli.merging.show_search import ShownSearch as ShownSearch
+    from deme_cli.merging.show_search import show_search as show_search
     from deme_cli.merging.task_vectors import TaskVectors as TaskVectors
     from deme_cli.merging.task_vectors import task_vector as task_vector
     from deme_cli.run_file import RunFile as RunFile
@@ -70,8 +70,8 @@ _PLACES = {
     "split": "training.split", "SplitResult": "training.split",
     "finetune": "training.finetune", "train_base": "training.finetune",
     "task_vector": "merging.task_vectors", "TaskVectors": "merging.task_vectors",
-    "merge": "api.merging", "search": "api.merging", "MergeResult": "api.merging",
-    "replay": "api.merging",
+    "merge": "merging.merge", "search": "merging.merge", "MergeResult": "merging.merge",
+    "replay": "merging.replay",
     "sample": "sampling.sample", "ensemble_sample": "sampling.sample",
     "Images": "sampling.sample",
     "evaluate": "evaluation.evaluate", "Evaluation": "evaluation.evaluate",
@@ -86,7 +86,7 @@ _PLACES = {
     "compare": "comparison.compare", "Compared": "comparison.compare",
     "report": "html_report", "WrittenReport": "html_report",
     "inspect": "artifacts", "Inspected": "artifacts",
-    "show_search": "api.merging", "ShownSearch": "api.merging",
+    "show_search": "merging.show_search", "ShownSearch": "merging.show_search",
     "take_inventory": "evaluation.inventory", "Inventory": "evaluation.inventory",
     "RunFile": "run_file", "read_run_file": "run_file", "set_quiet": "console",
 }  # fmt: skip

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deme_cli.errors import ConfigError
-from deme_cli.ladder import parse_ladder
 from deme_cli.settings import Settings, parse_lists, parse_numbers, setting
+from deme_cli.successive_halving import parse_stages
 from deme_cli.timesteps import TimestepRange, parse_span
 
 AFFINITY_NAME = "gradients.json"  # what gradients are written to, by which a split may cluster
@@ -296,7 +296,7 @@ class MergeConfig(Settings):
         self._not_negative("seed", "mask_seed", "report_seed")
         if not 0 < self.density <= 1:
             raise ConfigError(f"density = {self.density}: expected a share above 0, at most 1")
-        parse_ladder(self.objective, num=self.num)
+        parse_stages(self.objective, num=self.num)
         if self.loss_range is not None:
             parse_span(self.loss_range, "loss_range")
 

@@ -22,7 +22,7 @@ HEAVY = {
 }  # fmt: skip
 FLOORS = {
     "diffusion": 1, "data": 1, "training": 2, "sampling": 2, "evaluation": 3, "merging": 4,
-    "analysis": 4, "html_report": 4, "comparison": 5, "api": 5, "commands": 6, "app": 7,
+    "analysis": 4, "html_report": 4, "comparison": 5, "commands": 6, "app": 7,
     "__main__": 8,
 }  # fmt: skip
 

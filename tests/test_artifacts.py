@@ -27,7 +27,7 @@ from deme_cli.artifacts import (
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.files import layout_of, require_output, require_space, write_whole
 from deme_cli.jobs import claim
-from deme_cli.merging.search.journal import Journal, read_journal
+from deme_cli.merging.journal import Journal, read_journal
 
 TENSORS = {
     "half": torch.randn(5, 3).half(),

@@ -131,13 +131,13 @@ def analyze_activations(
 
 def _find_base(run: RunFile, model: str) -> tuple[str, str]:
     """The base of a single expert, and it."""
-    from deme_cli.merging.lineage import find_base, open_parents
+    from deme_cli.merging.inputs import find_base, open_experts
 
     expert = Path(model).expanduser()
     if not expert.is_file():
         raise MissingError(f"{expert}: no such file; name BASE and EXPERT")
     try:
-        base = find_base(open_parents([expert], "expert"), run, None)
+        base = find_base(open_experts([expert], "expert"), run, None)
     except (ArtifactError, MissingError) as error:
         advice = f"name both: deme analyze activations BASE {expert}"
         raise type(error)(f"{str(error).rpartition(';')[0] or error}; {advice}") from error

@@ -40,7 +40,7 @@ from deme_cli.timesteps import TimestepRange, split_uniform
 if TYPE_CHECKING:
     from deme_cli.analysis.plane import Basis, Plane, WeightsOf
     from deme_cli.diffusion.schedule import Schedule
-    from deme_cli.merging.search.losses import HeldOutLoss
+    from deme_cli.merging.objectives import HeldOutLoss
     from deme_cli.training.examples import Examples
 
 Spans = Sequence[TimestepRange]
@@ -188,7 +188,7 @@ def held_out_loss(
     The fresh ones are those of seed + 1.
     """
     from deme_cli.config import MergeConfig
-    from deme_cli.merging.search.losses import HeldOutLoss
+    from deme_cli.merging.objectives import HeldOutLoss
     from deme_cli.sampling.sampler import seeded_noise
 
     num, seed = settings.num, settings.seed

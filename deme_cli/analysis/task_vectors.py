@@ -31,10 +31,17 @@ from deme_cli.analysis.settings import TaskVectorConfig
 from deme_cli.errors import ArtifactError, MissingError, NumericsError
 from deme_cli.files import TensorSpec
 from deme_cli.merging.coefficients import network_order
-from deme_cli.merging.differences import Differences, float_runs, float_specs
-from deme_cli.merging.lineage import Family, find_base, is_projection, open_family, open_parents
-from deme_cli.merging.pieces import COMPUTED_IN, PIECE, Run, Sources, plan_runs
+from deme_cli.merging.inputs import Inputs, find_base, is_projection, open_experts, open_inputs
 from deme_cli.merging.task_vectors import block_of
+from deme_cli.merging.tensor_stream import (
+    COMPUTED_IN,
+    PIECE,
+    Run,
+    TensorStream,
+    float_runs,
+    float_specs,
+    plan_runs,
+)
 from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 
@@ -68,11 +75,11 @@ def analyze_task_vectors(
     """
     run, settings = run or RunFile(), settings or TaskVectorConfig()
     check_output(output, force=force)
-    parents = open_parents(
+    parents = open_experts(
         [Path(expert) for expert in experts] or _own_experts(run), "expert", "task-vector"
     )
-    family = open_family(find_base(parents, run, base), parents)
-    family = replace(family, parents=tuple(family.parents[i] for i in family.by_range))
+    family = open_inputs(find_base(parents, run, base), parents)
+    family = replace(family, experts=tuple(family.experts[i] for i in family.by_range))
     specs = layers_of(family)
     size = sum(spec.num_elements for spec in specs)
     count = f"{len(parents)} experts" if len(parents) > 1 else "1 expert"
@@ -85,7 +92,7 @@ def analyze_task_vectors(
 
     identity = {
         "base": family.base_record.fingerprint,
-        "experts": [parent.record.fingerprint for parent in family.parents],
+        "experts": [parent.record.fingerprint for parent in family.experts],
         "ranks": settings.ranks,
     }
     with Unfinished(output, identity, force=force) as kept:
@@ -119,7 +126,7 @@ def _own_experts(run: RunFile) -> list[Path]:
     return paths
 
 
-def layers_of(family: Family) -> list[TensorSpec]:
+def layers_of(family: Inputs) -> list[TensorSpec]:
     """The tensors that are looked at, in the network's order: floating point, not empty.
 
     Raises ArtifactError on a dtype that cannot be subtracted.
@@ -135,7 +142,7 @@ def layers_of(family: Family) -> list[TensorSpec]:
 
 
 def measure(
-    family: Family, specs: Sequence[TensorSpec], kept: Unfinished, progress: Progress,
+    family: Inputs, specs: Sequence[TensorSpec], kept: Unfinished, progress: Progress,
     *, ranks: bool,
 ) -> None:  # fmt: skip
     """Add what is missing of the sums over every tensor: (T, N, N) by name of PAIRWISE, (T,) by
@@ -144,7 +151,7 @@ def measure(
 
     Raises NumericsError naming a file and a tensor that is not finite.
     """
-    num, count = len(specs), len(family.parents)
+    num, count = len(specs), len(family.experts)
     runs = {run.specs[0].name: run for run in float_runs(family)}
     sums = kept.arrays
     if not sums:
@@ -157,11 +164,10 @@ def measure(
     done = sum(spec.num_elements for spec, one in zip(specs, known, strict=True) if one)
     note = f"continuing after {known.sum()} of {num} tensors" if done else kept.note
     progress(Step(done, total, "task vectors", "parameter", note))
-    with Sources(family.headers) as sources:
-        differences = Differences(sources, family)
+    with TensorStream(family) as stream:
         for index in np.flatnonzero(~known).tolist():
             check, run = kept.checker(f"{index} of {num} tensors"), runs[specs[index].name]
-            added = _add_up(differences, run, count, check)
+            added = _add_up(stream, run, count, check)
             _require_finite(family, run, added)
             if ranks and min(matrix_shape(specs[index].shape)) > 1:
                 matrices = [(0, True), *((i, False) for i in range(count))]  # one at a time
@@ -175,14 +181,14 @@ def measure(
             progress(Step(done, total, "task vectors", "parameter"))
 
 
-def _add_up(differences: Differences, run: Run, count: int, check: Check) -> Sums:
+def _add_up(stream: TensorStream, run: Run, count: int, check: Check) -> Sums:
     """The sums over one tensor: (N, N) by name of PAIRWISE, () by name of ONCE."""
     lower = {name: np.zeros((count, count)) for name in PAIRWISE}
     once = {name: np.zeros(()) for name in ONCE}
     with np.errstate(over="ignore", invalid="ignore"):
         for start, stop in run.spans(PIECE):
             check()
-            theta, taus = differences.read(run, start, stop, _WIDE)
+            theta, taus = stream.vectors(run, start, stop, _WIDE)
             sizes = np.abs(taus)
             once["squares"] += (theta * theta).sum()
             once["moved"] += np.count_nonzero((taus != 0).all(axis=0))
@@ -200,7 +206,7 @@ def _add_up(differences: Differences, run: Run, count: int, check: Check) -> Sum
     return {name: np.tril(one) + np.tril(one, -1).T for name, one in lower.items()} | once
 
 
-def _require_finite(family: Family, run: Run, sums: Sums) -> None:
+def _require_finite(family: Inputs, run: Run, sums: Sums) -> None:
     squares = [sums["squares"], *np.diag(sums["products"])]
     for header, square in zip(family.headers, squares, strict=True):
         if not np.isfinite(square):
@@ -208,18 +214,17 @@ def _require_finite(family: Family, run: Run, sums: Sums) -> None:
 
 
 def _singular_values(
-    family: Family, expert: int, spec: TensorSpec, check: Check, *, of_base: bool
+    family: Inputs, expert: int, spec: TensorSpec, check: Check, *, of_base: bool
 ) -> np.ndarray:
     """Those of theta or tau (m,); none where theta is the identity that the base lacks."""
     if of_base and is_projection(spec.name):
         return np.zeros(0)
-    alone = replace(family, parents=(family.parents[expert],))
+    alone = replace(family, experts=(family.experts[expert],))
     (run,) = plan_runs([spec], alone.headers)
-    with Sources(alone.headers) as sources:
-        differences = Differences(sources, alone)
+    with TensorStream(alone) as stream:
 
         def read(start: int, stop: int) -> np.ndarray:
-            theta, taus = differences.read(run, start, stop, _WIDE)
+            theta, taus = stream.vectors(run, start, stop, _WIDE)
             return theta if of_base else taus[0]
 
         return singular_values(gram(read, spec.shape, check))
@@ -278,19 +283,19 @@ def effective_rank(values: np.ndarray) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def names_of(family: Family) -> list[str]:
+def names_of(family: Inputs) -> list[str]:
     """What the experts are called: their ranges, with their files where ranges repeat."""
-    ranges = [str(parent.record.timesteps) for parent in family.parents]
+    ranges = [str(parent.record.timesteps) for parent in family.experts]
     if len(set(ranges)) == len(ranges):
         return ranges
-    folders = [parent.path.parent.name for parent in family.parents]
-    places = folders if len(set(folders)) > 1 else [parent.path.stem for parent in family.parents]
+    folders = [parent.path.parent.name for parent in family.experts]
+    places = folders if len(set(folders)) > 1 else [parent.path.stem for parent in family.experts]
     return [f"{span} {place}".strip() for span, place in zip(ranges, places, strict=True)]
 
 
-def describe(family: Family, specs: Sequence[TensorSpec], sums: Sums) -> dict[str, Any]:
+def describe(family: Inputs, specs: Sequence[TensorSpec], sums: Sums) -> dict[str, Any]:
     """The document: rows by expert, block and tensor; lists in the order of `experts`."""
-    names, count = names_of(family), len(family.parents)
+    names, count = names_of(family), len(family.experts)
     norms = np.sqrt(np.diagonal(sums["products"], axis1=1, axis2=2))  # (T, N)
     relative = _ratio(norms, np.sqrt(sums["squares"])[:, None])
     own = np.array([not is_projection(spec.name) for spec in specs])
@@ -310,7 +315,7 @@ def describe(family: Family, specs: Sequence[TensorSpec], sums: Sums) -> dict[st
             "median_relative_rank": ranks[1 + i],
         }
         for i, (name, parent, middle) in enumerate(
-            zip(names, family.parents, medians(relative).tolist(), strict=True)
+            zip(names, family.experts, medians(relative).tolist(), strict=True)
         )
     ]  # fmt: skip
     pairs = None
@@ -342,26 +347,26 @@ def describe(family: Family, specs: Sequence[TensorSpec], sums: Sums) -> dict[st
     }  # fmt: skip
 
 
-def _protocol(family: Family) -> dict[str, Any]:
+def _protocol(family: Inputs) -> dict[str, Any]:
     return {
         "base": {"source": str(family.base.path), "fingerprint": family.base_record.fingerprint},
         "experts": [
             {"source": str(one.path), "kind": one.record.kind,
              "fingerprint": one.record.fingerprint, "range": str(one.record.timesteps),
              "steps": one.record.steps, "p": one.record.p, "projection": one.record.projection}
-            for one in family.parents
+            for one in family.experts
         ],
         "num_train_timesteps": family.base_record.num_train_timesteps,
     }  # fmt: skip
 
 
-def _halves(family: Family, relative: np.ndarray) -> tuple[float, float]:
+def _halves(family: Inputs, relative: np.ndarray) -> tuple[float, float]:
     """Mean relative norm of the experts within [0, T/2), and of those within [T/2, T).
 
     (The paper's figure 6(b): slight in the first, notable in the second.) nan without such.
     """
     middle = family.base_record.num_train_timesteps / 2
-    spans = [parent.record.timesteps for parent in family.parents]
+    spans = [parent.record.timesteps for parent in family.experts]
     low = [r for r, span in zip(relative, spans, strict=True) if span.stop <= middle]
     high = [r for r, span in zip(relative, spans, strict=True) if span.start >= middle]
     means = [float(np.mean(some)) if some else math.nan for some in (low, high)]

@@ -69,9 +69,9 @@ def task_vector(
 
 def _show(made: TaskVectors) -> None:
     """The norms, and the cosines where there is more than one expert, sorted by range."""
-    family, measured = made.family, made.measured
-    order = family.by_range
-    labels = [family.parents[index].record.label for index in order]
+    inputs, measured = made.inputs, made.measured
+    order = inputs.by_range
+    labels = [inputs.experts[index].record.label for index in order]
     names = list(measured.norms[0])
     digits = console.decimals((norms[name] for norms in measured.norms for name in names), 3)
     console.table(

@@ -1,15 +1,19 @@
-"""Candidate weights in memory: one network, set to theta + sum_i w_i tau_i again and again.
+"""Candidates in memory: one network, set to theta + sum_i w_i tau_i again and again, and measured.
 
-With `hold` base and parents are kept in float32 on the device, so a candidate costs a few passes
+With `hold` base and experts are kept in float32 on the device, so a candidate costs a few passes
 over the weights and no allocation. Without, they are read from their files piece by piece each
 time, which takes the memory of one network whatever their number. tau_i are as the method makes
 them, by the functions that write the merged file; `slopes` are the derivatives along them.
-N parents.
+N experts.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,34 +21,34 @@ from torch import Tensor
 
 from deme_cli.artifacts import load_tensors
 from deme_cli.diffusion.denoiser import Denoiser, assemble, choose_device
-from deme_cli.errors import ConfigError
+from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.merging.coefficients import Coefficients
-from deme_cli.merging.differences import Differences, float_runs
-from deme_cli.merging.lineage import Family
-from deme_cli.merging.methods.known import LINEAR, MethodSettings, fit_coefficients, open_method
-from deme_cli.merging.pieces import COMPUTED_IN, PIECE, Run, Sources
-from deme_cli.merging.sums import Sums
+from deme_cli.merging.inputs import Inputs
+from deme_cli.merging.methods import LINEAR, MethodSettings, fit_coefficients, open_method
+from deme_cli.merging.objectives import HeldOutLoss, Objective
+from deme_cli.merging.space import BY_RANGE, SLOPES, SOUP_NAME, Point, Space
+from deme_cli.merging.tensor_stream import COMPUTED_IN, PIECE, Run, TensorStream, float_runs
+from deme_cli.sampling.ensemble import SamplingExpert, single
+from deme_cli.timesteps import TimestepRange, require_cover
+from deme_cli.training.held_out import Check
+
+HELD_BYTES = 8 << 30  # float32 weights of base and experts: up to four experts of 400 M parameters
 
 
 class CandidateNetwork:
     """A denoiser whose weights are those of the coefficients it was last given."""
 
     def __init__(
-        self,
-        family: Family,
-        *,
-        device: str,
-        dtype: str,
-        method: MethodSettings = LINEAR,
+        self, inputs: Inputs, *, device: str, dtype: str, method: MethodSettings = LINEAR,
         hold: bool = True,
-    ) -> None:
-        self._family, self._settings = family, method
-        self._method = open_method(family, method)
-        theta = load_tensors(family.base.path)
-        for spec in family.projections:
+    ) -> None:  # fmt: skip
+        self._inputs, self._settings = inputs, method
+        self._method = open_method(inputs, method)
+        theta = load_tensors(inputs.base.path)
+        for spec in inputs.projections:
             theta[spec.name] = torch.eye(spec.shape[0])
-        where = str(family.base.path)
-        self._denoiser = assemble(family.base_record, theta, where, device=device, dtype=dtype)
+        where = str(inputs.base.path)
+        self._denoiser = assemble(inputs.base_record, theta, where, device=device, dtype=dtype)
         del theta
         self._held = self._read_all(choose_device(device)) if hold else None
 
@@ -55,10 +59,10 @@ class CandidateNetwork:
         None: 1/N each, or what the method finds itself. Integers stay the base's. Raises
         ConfigError where the coefficients do not fit.
         """
-        fitted = fit_coefficients(self._family, coefficients, self._settings)
+        fitted = fit_coefficients(self._inputs, coefficients, self._settings)
         weights = self._denoiser.network.state_dict()
         if self._held is None:
-            self._stream(fitted, weights)
+            self._stream_into(weights, fitted)
             return self._denoiser
         for name, sources in self._held.items():
             parameter = weights[name]
@@ -80,56 +84,166 @@ class CandidateNetwork:
             raise ConfigError(f"method {self._settings.name} has no slopes; use another --search")
         parameters = dict(self._denoiser.network.named_parameters())
         slopes = {}
-        with Sources(self._family.headers) as sources:
-            differences = Differences(sources, self._family)
-            for run in float_runs(self._family):
-                name = run.specs[0].name
-                grad = parameters[name].grad if name in parameters else None
-                if grad is not None:
-                    slopes[name] = self._slope(differences, run, grad.reshape(-1))
+        for stream, run in self._runs():
+            name = run.specs[0].name
+            grad = parameters[name].grad if name in parameters else None
+            if grad is not None:
+                slopes[name] = self._slope(stream, run, grad.reshape(-1))
         return slopes
 
-    def _slope(self, differences: Differences, run: Run, grad: Tensor) -> tuple[float, ...]:
-        """<grad, tau_i> for the parents of one tensor."""
-        transform, total = self._method.transform, np.zeros(len(self._family.parents))
-        wide = None if transform else np.dtype(np.float64)
+    def _slope(self, stream: TensorStream, run: Run, grad: Tensor) -> tuple[float, ...]:
+        """<grad, tau_i> for the experts of one tensor."""
+        total = np.zeros(len(self._inputs.experts))
         for start, stop in run.spans(PIECE):
-            _, taus = differences.read(run, start, stop, wide)
-            if transform:
-                transform(run.specs[0].name, start, taus)
+            if self._method.transform:
+                _, taus = stream.counted(run, start, stop)
+            else:
+                _, taus = stream.vectors(run, start, stop, np.dtype(np.float64))
             piece = grad[start:stop].to("cpu", torch.float64).numpy()
             total += [float((tau * piece).sum()) for tau in taus]
         return tuple(total.tolist())
 
-    def _stream(self, coefficients: Coefficients, weights: dict[str, Tensor]) -> None:
+    def _stream_into(self, weights: dict[str, Tensor], coefficients: Coefficients) -> None:
         """Put the sums into the network's tensors, piece by piece from the files."""
         totals = {dtype: np.empty(PIECE, dtype) for dtype in set(COMPUTED_IN.values())}
-        for sums, run in self._runs():
+        for stream, run in self._runs():
             name = run.specs[0].name
             flat = weights[name].view(-1)
             terms = self._method.terms(name, coefficients.of(name))
             for start, stop in run.spans(PIECE):
                 total = totals[COMPUTED_IN[run.dtype]][: stop - start]
-                sums.add_up(run, start, terms, total)
+                stream.add_up(run, start, terms, total)
                 flat[start:stop].copy_(torch.from_numpy(total))
 
     def _read_all(self, place: torch.device) -> dict[str, Tensor]:
-        """theta and what the terms count of every parent, (N + 1, *shape) in float32 by name."""
+        """theta and what the terms count of every expert, (N + 1, *shape) in float32 by name."""
         held = {}
-        for sums, run in self._runs():
-            count, (spec,) = len(self._family.parents) + 1, run.specs
+        for stream, run in self._runs():
+            count, (spec,) = len(self._inputs.experts) + 1, run.specs
             rows = np.empty((count, spec.num_elements), np.float32)
             for start, stop in run.spans(PIECE):
-                sums.each(run, start, rows[:, start:stop])
+                stream.each(run, start, rows[:, start:stop])
             held[spec.name] = torch.from_numpy(rows).view(count, *spec.shape).to(place)
         return held
 
-    def _runs(self) -> Iterator[tuple[Sums, Run]]:
-        """The floating-point tensors one by one, with the open files to add them up from."""
+    def _runs(self) -> Iterator[tuple[TensorStream, Run]]:
+        """The floating-point tensors one by one, with the open files."""
         with (
-            Sources(self._family.headers) as sources,
+            TensorStream(self._inputs, self._method.transform) as stream,
             np.errstate(over="ignore", invalid="ignore"),  # the objective will not be finite
         ):
-            sums = Sums(sources, self._family, self._method)
-            for run in float_runs(self._family):
-                yield sums, run
+            for run in float_runs(self._inputs):
+                yield stream, run
+
+
+class Evaluator:
+    """Objectives of candidates, by stage; `with_slopes`: stage 0 gives the gradient as well.
+
+    Then, or where they are large, base and experts are read from their files again for each
+    candidate, and memory holds one network (and one gradient) whatever N; else they stay in memory.
+    """
+
+    def __init__(
+        self, inputs: Inputs, space: Space, *, method: MethodSettings, device: str, dtype: str,
+        with_slopes: bool = False,
+    ) -> None:  # fmt: skip
+        self.inputs, self.space, self.with_slopes = inputs, space, with_slopes
+        self._method, self._device, self._dtype = method, device, dtype
+        self.objectives: Sequence[Objective] = ()
+        self.check: Check = lambda *progress: None
+
+    @cached_property
+    def network(self) -> CandidateNetwork:
+        """Loaded when the first candidate comes."""
+        return self._open(self._method)
+
+    @cached_property
+    def _linear(self) -> CandidateNetwork:
+        """The network of linear combinations, whatever the method."""
+        return self.network if self._method.name == "linear" else self._open(LINEAR)
+
+    def _open(self, method: MethodSettings) -> CandidateNetwork:
+        """Base and experts stay in memory, but for slopes or beyond HELD_BYTES: a rule of sizes
+        alone, so that a search goes on elsewhere as it began."""
+        num_bytes = 4 * (len(self.inputs.experts) + 1) * self.inputs.base.num_parameters
+        hold = not self.with_slopes and num_bytes <= HELD_BYTES
+        return CandidateNetwork(
+            self.inputs, method=method, hold=hold, device=self._device, dtype=self._dtype
+        )
+
+    def __call__(self, stage: int, point: Point, name: str = "") -> tuple[float, dict[str, Any]]:
+        """The objective of a stage at `point`, where the reference `name` lies, if any; and what
+        else came with it."""
+        objective = self.objectives[stage]
+        denoiser = self.network.at(self.space.coefficients(point))
+        if stage == 0 and self.with_slopes and name != SOUP_NAME:
+            assert isinstance(objective, HeldOutLoss)
+            value = objective.value_and_gradient(denoiser, self.check)
+            if not math.isfinite(value):
+                return value, {}
+            return value, {SLOPES: self.space.slopes(self.network.slopes())}
+        if isinstance(objective, HeldOutLoss):
+            errors = objective.errors(single(denoiser), self.check)
+            by_range = objective.by_range(errors, self.ranges)
+            return errors.mean().item(), {BY_RANGE: by_range}
+        return objective(single(denoiser), self.check, self._key(point)), {}
+
+    def _key(self, point: Point) -> str:
+        """Everything that makes the candidate's weights: what is kept under it may outlive a search
+        that was given up, and the next one has other experts."""
+        experts = [expert.record.fingerprint for expert in self.inputs.experts]
+        space, method = self.space, [self._method.name, self._method.used]
+        return json.dumps(
+            [self.inputs.base_record.fingerprint, experts, method, self._dtype,
+             space.all_groups, dict(space.fixed), point]
+        )  # fmt: skip
+
+    @property
+    def ranges(self) -> list[TimestepRange]:
+        """Those of the experts, from low timesteps to high."""
+        return sorted({expert.record.timesteps for expert in self.inputs.experts})
+
+    def at(self, coefficients: Coefficients | None) -> list[SamplingExpert]:
+        """The method's network for these coefficients, None for those it finds itself or 1/N; valid
+        until the next one is asked for."""
+        return single(self.network.at(coefficients))
+
+    def linear(self, coefficients: Sequence[float]) -> list[SamplingExpert]:
+        """theta + sum_i w_i tau_i with the same N coefficients everywhere; valid until the next."""
+        return single(self._linear.at(coefficients))
+
+    def ensemble(self) -> list[SamplingExpert]:
+        """The experts, each in its range, taking turns in the one network (Eq. 7).
+
+        Of several experts of one range the first counts. Raises ArtifactError where they do not
+        cover [0, T) once.
+        """
+        experts = self.inputs.experts
+        return [
+            SamplingExpert(experts[index].record.timesteps, partial(self._expert, index))
+            for index in first_of_each_range(self.inputs)
+        ]
+
+    def _expert(self, index: int) -> Denoiser:
+        return self._linear.at([float(i == index) for i in range(self.space.num_experts)])
+
+
+def first_of_each_range(inputs: Inputs) -> list[int]:
+    """Numbers of the experts that make the ensemble, in the order of their ranges.
+
+    Raises ArtifactError where these do not cover [0, T) once.
+    """
+    first: dict[TimestepRange, int] = {}
+    for index in inputs.by_range:
+        first.setdefault(inputs.experts[index].record.timesteps, index)
+    require_cover(list(first), inputs.base_record.num_train_timesteps)
+    return list(first.values())
+
+
+def has_ensemble(inputs: Inputs) -> bool:
+    """Whether the experts cover [0, T) once."""
+    try:
+        first_of_each_range(inputs)
+    except ArtifactError:
+        return False
+    return True

@@ -1,9 +1,9 @@
-"""The coefficients w_i of Eq. 8: one per parent, the same for all tensors or, by glob, for some.
+"""The coefficients w_i of Eq. 8: one per expert, the same for all tensors or, by glob, for some.
 
 A group of tensors is a glob over their names, as `mid_block.*`; the first glob that matches a name
 decides, and tensors that none matches take the coefficients for all. `groups_of` gives the globs of
 the network's blocks or layers. No torch.
-N parents (experts or task vectors).
+N experts (experts or task vectors).
 """
 
 from __future__ import annotations

@@ -19,39 +19,40 @@ from deme_cli.artifacts import ArtifactWriter, MergedRecord
 from deme_cli.errors import ArtifactError, NumericsError
 from deme_cli.files import DTYPE_BYTES, TensorSpec
 from deme_cli.merging.coefficients import Coefficients
-from deme_cli.merging.lineage import Family, is_projection, open_family, open_parents
-from deme_cli.merging.merged_record import merged_record
-from deme_cli.merging.methods.known import LINEAR, MethodSettings, fit_coefficients, open_method
-from deme_cli.merging.methods.method import BASE, Method, Terms
-from deme_cli.merging.pieces import (
+from deme_cli.merging.inputs import Inputs, is_projection, open_experts, open_inputs
+from deme_cli.merging.methods import LINEAR, MethodSettings, fit_coefficients, open_method
+from deme_cli.merging.methods.linear import BASE, Method
+from deme_cli.merging.tensor_stream import (
     BLOCK,
     COMPUTED_IN,
     INTEGERS,
     PIECE,
     Run,
-    Sources,
+    TensorStream,
+    Terms,
     WriteBehind,
+    in_file_order,
+    plan_runs,
     to_bytes,
     to_numbers,
 )
-from deme_cli.merging.sums import Sums, terms_of
 
 Advance = Callable[[int], None]
 
 
 def merge_artifacts(
-    base: Path, parents: Sequence[Path], coefficients: Sequence[float], output: Path
+    base: Path, experts: Sequence[Path], coefficients: Sequence[float], output: Path
 ) -> MergedRecord:
     """Merge experts or task vectors with their base into `output` (Eq. 8).
 
     Raises ArtifactError, ConfigError or NumericsError; then no output appears.
     """
-    family = open_family(base, open_parents(parents, "expert", "task-vector"))
-    return merge_family(family, coefficients, output)
+    inputs = open_inputs(base, open_experts(experts, "expert", "task-vector"))
+    return merge_inputs(inputs, coefficients, output)
 
 
-def merge_family(
-    family: Family,
+def merge_inputs(
+    inputs: Inputs,
     coefficients: Coefficients | Sequence[float] | None,
     output: Path,
     *,
@@ -65,51 +66,103 @@ def merge_family(
     coefficients: None for 1/N each, and for a method that finds its own.   `search` and `report` go
     into the record; `advance` is told the number of bytes written so far.
     """
-    plan = plan_merge(family, coefficients, method)
-    return write_merge(plan, _record_of(plan, method, search, report), output, advance)
+    merge = plan_merge(inputs, coefficients, method)
+    record = merge.record(method, search=search, report=report)
+    return write_merge(merge, record, output, advance)
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedMerge:
     """A merge that is ready to be written: the terms of each tensor, and the order of the file."""
 
-    family: Family
+    inputs: Inputs
     coefficients: Coefficients
     method: Method
     terms: dict[str, Terms]
     layout: list[TensorSpec]
 
+    def record(
+        self, method: MethodSettings, *, search: dict[str, Any] | None,
+        report: dict[str, Any] | None,
+    ) -> MergedRecord:  # fmt: skip
+        """Where the merged file comes from; `parents` in the order of `coefficients`."""
+        base, experts = self.inputs.base_record, self.inputs.experts
+        placements = {expert.record.projection for expert in experts}
+        if not any(is_projection(spec.name) for spec in self.layout) and "block" in placements:
+            placements = {"none"}  # nothing has moved them: the base has none
+        values = self.method.own_coefficients or self.coefficients.values
+        return MergedRecord(
+            source=base.source,
+            model_config=base.model_config,
+            scheduler_config=base.scheduler_config,
+            num_train_timesteps=base.num_train_timesteps,
+            companions=base.companions or experts[0].record.companions,
+            base=base.fingerprint,
+            parents=[
+                {
+                    "path": str(expert.path),
+                    "kind": expert.record.kind,
+                    "fingerprint": expert.record.fingerprint,
+                    "range": expert.record.range,
+                }
+                for expert in experts
+            ],
+            coefficients=[float(w) for w in values],
+            coefficients_for={
+                glob: [float(w) for w in ws] for glob, ws in self.coefficients.finer.items()
+            },
+            method=method.name,
+            settings=method.used,
+            projection=placements.pop() if len(placements) == 1 else "mixed",
+            search=search,
+            report=report,
+        )
+
 
 def plan_merge(
-    family: Family,
+    inputs: Inputs,
     coefficients: Coefficients | Sequence[float] | None,
     method: MethodSettings = LINEAR,
-) -> Plan:
+) -> PlannedMerge:
     """Everything that is known before the first byte is written.
 
     Raises ConfigError where the coefficients do not fit, ArtifactError naming a tensor whose dtype
     has no arithmetic here.
     """
-    given = fit_coefficients(family, coefficients, method)
-    _require_arithmetic(family)
-    opened = open_method(family, method)
-    terms = terms_of(family, opened, given)
-    return Plan(family, given, opened, terms, _layout(family, terms))
+    given = fit_coefficients(inputs, coefficients, method)
+    for spec in inputs.specs:
+        is_copied = spec.dtype in INTEGERS and not is_projection(spec.name)
+        if spec.dtype not in COMPUTED_IN and not is_copied:
+            raise ArtifactError(
+                f"{inputs.base.path}: {spec.name!r} of {spec.dtype} cannot be merged"
+            )
+    opened = open_method(inputs, method)
+    terms = {spec.name: opened.terms(spec.name, given.of(spec.name)) for spec in inputs.specs}
+    moved = any(terms[spec.name] != BASE for spec in inputs.projections)
+    layout = [*inputs.base.tensors.values(), *(inputs.projections if moved else [])]
+    return PlannedMerge(inputs, given, opened, terms, in_file_order(layout))
 
 
 def write_merge(
-    plan: Plan, record: MergedRecord, output: Path, advance: Advance = lambda num_bytes: None
+    merge: PlannedMerge,
+    record: MergedRecord,
+    output: Path,
+    advance: Advance = lambda num_bytes: None,
 ) -> MergedRecord:
     """Write the merged tensors under `record`; returns it with the fingerprint they have."""
-    written = 0
+    written, by_tensor = 0, merge.method.transform is not None
+    runs = plan_runs(
+        merge.layout, merge.inputs.headers,
+        lambda spec: spec.name if by_tensor else merge.terms[spec.name],
+    )  # fmt: skip
     with (
-        Sources(plan.family.headers) as sources,
-        ArtifactWriter(output, plan.layout, record) as writer,
+        TensorStream(merge.inputs, merge.method.transform) as stream,
+        ArtifactWriter(output, merge.layout, record) as writer,
         WriteBehind(writer.write, BLOCK * max(DTYPE_BYTES.values())) as behind,
         np.errstate(over="ignore", invalid="ignore"),  # looked for in the result
     ):
-        engine = _Engine(sources, plan, output)
-        for run in engine.runs():
+        engine = _Engine(stream, merge, output)
+        for run in runs:
             for start, stop in run.spans(BLOCK):
                 block = behind.block()
                 num_bytes = (stop - start) * DTYPE_BYTES[run.dtype]
@@ -121,44 +174,22 @@ def write_merge(
     return writer.record
 
 
-def _require_arithmetic(family: Family) -> None:
-    """Check that every tensor can be added up, or is of integers, which are copied."""
-    for spec in family.specs:
-        if spec.dtype not in COMPUTED_IN and (
-            spec.dtype not in INTEGERS or is_projection(spec.name)
-        ):
-            raise ArtifactError(
-                f"{family.base.path}: {spec.name!r} of {spec.dtype} cannot be merged"
-            )
-
-
-def _layout(family: Family, terms: dict[str, Terms]) -> list[TensorSpec]:
-    """The tensors of the merged file: the base's, and the projections unless nothing moves them."""
-    moved = any(terms[spec.name] != BASE for spec in family.projections)
-    specs = [*family.base.tensors.values(), *(family.projections if moved else [])]
-    return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
-
-
 class _Engine:
     """The bytes of merged runs."""
 
-    def __init__(self, sources: Sources, plan: Plan, output: Path) -> None:
-        self._sources, self._plan, self._output = sources, plan, output
-        self._sums = Sums(sources, plan.family, plan.method)
+    def __init__(self, stream: TensorStream, merge: PlannedMerge, output: Path) -> None:
+        self._stream, self._merge, self._output = stream, merge, output
         self._numbers = np.empty(PIECE, np.float32)
         self._total = np.empty(PIECE, np.float32)
 
-    def runs(self) -> list[Run]:
-        return self._sums.runs(self._plan.family, self._plan.layout, self._plan.terms)
-
     def fill(self, run: Run, start: int, out: np.ndarray) -> None:
         """Put the merged elements of `run` from `start` on into the bytes `out`."""
-        terms = self._plan.terms[run.specs[0].name]
-        is_file = terms == BASE or (self._plan.method.transform is None and len(terms) == 1)
+        terms = self._merge.terms[run.specs[0].name]
+        is_file = terms == BASE or (self._merge.method.transform is None and len(terms) == 1)
         if run.dtype in INTEGERS:
             self._copy_equal(run, start, out)
         elif is_file and terms[0][1] == 1:
-            self._sources.read(terms[0][0], run, start, out)
+            self._stream.read(terms[0][0], run, start, out)
             self._require_finite(run, start, out)
         else:
             size = PIECE * DTYPE_BYTES[run.dtype]
@@ -170,7 +201,7 @@ class _Engine:
         """sum_k c_k y_k for at most PIECE elements."""
         in_place = run.dtype in ("F32", "F64")
         total = out.view(COMPUTED_IN[run.dtype]) if in_place else self._total[: out.size // 2]
-        self._sums.add_up(run, start, terms, total)
+        self._stream.add_up(run, start, terms, total)
         if not in_place:
             to_bytes(total, run.dtype, out)
         self._require_finite(run, start, out)
@@ -191,31 +222,12 @@ class _Engine:
 
     def _copy_equal(self, run: Run, start: int, out: np.ndarray) -> None:
         """The base's integers, after a check that no expert has changed them."""
-        self._sources.read(0, run, start, out)
+        self._stream.read(0, run, start, out)
         other = np.empty_like(out)
-        for source, parent in enumerate(self._plan.family.parents, start=1):
-            self._sources.read(source, run, start, other)
-            if other.any() if parent.is_vector else not np.array_equal(other, out):
+        for source, expert in enumerate(self._merge.inputs.experts, start=1):
+            self._stream.read(source, run, start, other)
+            if other.any() if expert.is_vector else not np.array_equal(other, out):
                 raise ArtifactError(
-                    f"{parent.path}: {run.name_at(start)!r} of integers ({run.dtype}) differs from "
-                    f"{self._plan.family.base.path}; integers cannot be averaged"
+                    f"{expert.path}: {run.name_at(start)!r} of integers ({run.dtype}) differs from "
+                    f"{self._merge.inputs.base.path}; integers cannot be averaged"
                 )
-
-
-def _record_of(
-    plan: Plan,
-    method: MethodSettings,
-    search: dict[str, Any] | None,
-    report: dict[str, Any] | None,
-) -> MergedRecord:
-    """The record of a planned merge."""
-    return merged_record(
-        plan.family,
-        coefficients=plan.method.found or plan.coefficients.values,
-        coefficients_for=plan.coefficients.finer,
-        method=method.name,
-        settings=method.used,
-        has_projections=any(is_projection(spec.name) for spec in plan.layout),
-        search=search,
-        report=report,
-    )

@@ -1,4 +1,4 @@
-"""Replay: a merged artifact made again from its base and parents, bit for bit, and checked.
+"""Replay: a merged artifact made again from its base and experts, bit for bit, and checked.
 
 The record says what was merged and how; files are found by name and known by their fingerprint. The
 new file takes the header of the old one as it stands (who made it, its search, its report), and
@@ -21,11 +21,12 @@ from deme_cli.errors import (
     NumericsError,
     writing,
 )
-from deme_cli.files import Header, read_header
+from deme_cli.files import Header, read_header, require_output
 from deme_cli.merging.coefficients import Coefficients
-from deme_cli.merging.combine import Plan, plan_merge, write_merge
-from deme_cli.merging.lineage import BASE_NAME, Family, find_base, open_family, open_parents
-from deme_cli.merging.methods.known import METHODS, USES, MethodSettings
+from deme_cli.merging.combine import PlannedMerge, plan_merge, write_merge
+from deme_cli.merging.inputs import BASE_NAME, Inputs, find_base, open_experts, open_inputs
+from deme_cli.merging.merge import MergeResult
+from deme_cli.merging.methods import METHODS, USES, MethodSettings
 from deme_cli.run_file import RunFile
 
 FINDS_ITS_OWN = ("model-stock",)  # methods that take no coefficients
@@ -33,19 +34,24 @@ FINDS_ITS_OWN = ("model-stock",)  # methods that take no coefficients
 
 def replay(
     merged: Path,
-    output: Path,
+    output: Path | None = None,
     *,
-    parents: Sequence[Path] = (),
+    experts: Sequence[Path] = (),
     base: Path | None = None,
-    run: RunFile,
-) -> MergedRecord:
-    """Make the merged artifact `merged` again as `output`, from files found or given.
+    run: RunFile | None = None,
+    force: bool = False,
+) -> MergeResult:
+    """Make the merged artifact `merged` again as its record tells it, bit for bit.
 
-    run: names the base, if not beside the merged file.
+    output: None for {merged}.replayed.safetensors.   experts, base: where they are now, if not
+    where they were.   run: names the base, if not beside the merged file.
+
     Raises MissingError naming what is not found, ArtifactError naming a file that differs or a
-    method that this deme has not, NumericsError where the result differs although base and parents
+    method that this deme has not, NumericsError where the result differs although base and experts
     do not. Then no output appears.
     """
+    output = output or merged.with_name(f"{merged.stem}.replayed.safetensors")
+    require_output(output, force=force)
     header = read_header(merged)
     record = record_of(header)
     if not isinstance(record, MergedRecord):
@@ -58,38 +64,38 @@ def replay(
             f"({', '.join(METHODS)}); use the file as it is, or the deme that wrote it "
             f"({record.created_by})"
         )
-    family = _find_family(header, record, parents, base, run)
+    inputs = _find_inputs(header, record, experts, base, run or RunFile())
     partial = output.with_name(f".{output.name}.replay")
     try:
-        made = write_merge(_plan(family, header, record), record, partial)
+        made = write_merge(_plan(inputs, header, record), record, partial)
         if made.fingerprint != record.fingerprint:
-            raise _culprit(family, merged, record, made.fingerprint)
+            raise _culprit(inputs, merged, record, made.fingerprint)
         _put_header(header, partial)
         with writing(output):
             os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
-    return made
+    return MergeResult(output)
 
 
-def _find_family(
+def _find_inputs(
     header: Header, record: MergedRecord, given: Sequence[Path], base: Path | None, run: RunFile
-) -> Family:
-    """The recorded parents in their order, with their base."""
+) -> Inputs:
+    """The recorded experts in their order, with their base."""
     beside = header.path.parent
-    found = [_find(header.path, parent, given) for parent in record.parents]
-    opened = open_parents(found, "expert", "task-vector")
+    found = [_find(header.path, expert, given) for expert in record.parents]
+    opened = open_experts(found, "expert", "task-vector")
     if base is None:
         for place in (beside / BASE_NAME, *sorted(beside.glob("*base*.safetensors"))):
             own = record_of(read_header(place)) if place.is_file() else None
             if isinstance(own, BaseRecord) and own.fingerprint == record.base:
-                return open_family(place, opened)
-    return open_family(find_base(opened, run, base), opened)
+                return open_inputs(place, opened)
+    return open_inputs(find_base(opened, run, base), opened)
 
 
-def _find(merged: Path, parent: dict[str, Any], given: Sequence[Path]) -> Path:
-    """The file of a recorded parent: given, at its recorded path, or beside the merged file."""
-    path, wanted, others = Path(parent["path"]), parent["fingerprint"], []
+def _find(merged: Path, expert: dict[str, Any], given: Sequence[Path]) -> Path:
+    """The file of a recorded expert: given, at its recorded path, or beside the merged file."""
+    path, wanted, others = Path(expert["path"]), expert["fingerprint"], []
     for place in (*given, path, merged.parent / path, merged.parent / path.name):
         if place.is_file():
             fingerprint = record_of(read_header(place)).fingerprint
@@ -103,19 +109,19 @@ def _find(merged: Path, parent: dict[str, Any], given: Sequence[Path]) -> Path:
             f"{wanted[:12]}; give the right file"
         )
     raise MissingError(
-        f"{parent['path']}: not found; {merged} was made from it (fingerprint {wanted[:12]}); "
+        f"{expert['path']}: not found; {merged} was made from it (fingerprint {wanted[:12]}); "
         f"give its file"
     )
 
 
-def _plan(family: Family, header: Header, record: MergedRecord) -> Plan:
+def _plan(inputs: Inputs, header: Header, record: MergedRecord) -> PlannedMerge:
     """The merge that the record tells, its tensors in the order of the old file."""
     used = {name: record.settings[name] for name in USES.get(record.method, ())
             if name in record.settings}  # fmt: skip
     finer = {glob: tuple(values) for glob, values in record.coefficients_for.items()}
     given = Coefficients(tuple(record.coefficients), finer)
     plan = plan_merge(
-        family,
+        inputs,
         None if record.method in FINDS_ITS_OWN else given,
         MethodSettings(record.method, **used),
     )
@@ -126,11 +132,11 @@ def _plan(family: Family, header: Header, record: MergedRecord) -> Plan:
     return replace(plan, layout=[by_name[name] for name in names])
 
 
-def _culprit(family: Family, merged: Path, record: MergedRecord, made: str) -> DemeError:
+def _culprit(inputs: Inputs, merged: Path, record: MergedRecord, made: str) -> DemeError:
     """Why the result differs: a file whose weights are not those of its record, or the numbers."""
     for path, fingerprint in (
-        (family.base.path, family.base_record.fingerprint),
-        *((parent.path, parent.record.fingerprint) for parent in family.parents),
+        (inputs.base.path, inputs.base_record.fingerprint),
+        *((expert.path, expert.record.fingerprint) for expert in inputs.experts),
     ):
         if (found := fingerprint_file(path)) != fingerprint:
             return ArtifactError(

@@ -17,22 +17,22 @@ from deme_cli.artifacts import ArtifactWriter, TaskVectorRecord
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.files import DTYPE_BYTES, TensorSpec, require_output, require_space
 from deme_cli.merging.coefficients import block_name
-from deme_cli.merging.differences import Differences
-from deme_cli.merging.lineage import (
+from deme_cli.merging.inputs import (
     PROJECTION,
-    Family,
-    Parent,
+    Expert,
+    Inputs,
     find_base,
     is_projection,
-    open_family,
-    open_parents,
+    open_experts,
+    open_inputs,
 )
-from deme_cli.merging.pieces import (
+from deme_cli.merging.tensor_stream import (
     COMPUTED_IN,
     INTEGERS,
     PIECE,
     Run,
-    Sources,
+    TensorStream,
+    in_file_order,
     plan_runs,
     to_bytes,
 )
@@ -59,7 +59,7 @@ class TaskVectors:
     """The files, in the order of the experts, and how long and how alike the vectors are."""
 
     paths: list[Path]
-    family: Family
+    inputs: Inputs
     measured: Measurements
 
 
@@ -74,14 +74,14 @@ def task_vector(
 
     Raises MissingError, ArtifactError (experts of another base), ConfigError (an output exists).
     """
-    parents = open_parents(experts, "expert")
-    family = open_family(find_base(parents, run or RunFile(), base), parents)
-    size = family.base.num_parameters
+    opened = open_experts(experts, "expert")
+    inputs = open_inputs(find_base(opened, run or RunFile(), base), opened)
+    size = inputs.base.num_parameters
     paths = [
-        (output or parent.path.parent) / f"tv_{parent.record.label}.safetensors"
-        for parent in parents
+        (output or expert.path.parent) / f"tv_{expert.record.label}.safetensors"
+        for expert in opened
     ]
-    num_bytes = sum(spec.num_bytes for spec in family.base.tensors.values())
+    num_bytes = sum(spec.num_bytes for spec in inputs.base.tensors.values())
     for index, path in enumerate(paths):
         if path in paths[:index]:
             raise ConfigError(f"two experts would both be written to {path}; choose other folders")
@@ -91,10 +91,10 @@ def task_vector(
     def told(label: str) -> Callable[[int], None]:
         return lambda done: progress(Step(done, size, label, "parameter"))
 
-    measured = measure(family, told("measuring"))
+    measured = measure(inputs, told("measuring"))
     for index, path in enumerate(paths):
-        write_task_vector(family, index, measured.norms[index], path, told(path.name))
-    return TaskVectors(paths, family, measured)
+        write_task_vector(inputs, index, measured.norms[index], path, told(path.name))
+    return TaskVectors(paths, inputs, measured)
 
 
 def block_of(name: str) -> str:
@@ -107,57 +107,55 @@ def block_of(name: str) -> str:
     return block_name(name) or "other"
 
 
-def measure(family: Family, advance: Callable[[int], None] = lambda n: None) -> Measurements:
+def measure(inputs: Inputs, advance: Callable[[int], None] = lambda n: None) -> Measurements:
     """Norms and pairwise cosines of the experts' task vectors, in one pass over the files.
 
     advance: told the number of parameters passed so far.
     Raises NumericsError naming an expert whose difference is not finite.
     """
-    count = len(family.parents)
+    count = len(inputs.experts)
     base_square, done = 0.0, 0
     grams: dict[str, np.ndarray] = {}  # (N, N) inner products per block
-    with Sources(family.headers) as sources:
-        differences = Differences(sources, family)
-        for run in plan_runs(_layout(family), family.headers, lambda spec: block_of(spec.name)):
+    with TensorStream(inputs) as stream:
+        for run in plan_runs(_layout(inputs), inputs.headers, lambda spec: block_of(spec.name)):
             gram = grams.setdefault(block_of(run.specs[0].name), np.zeros((count, count)))
             for start, stop in run.spans(PIECE):
                 if run.dtype not in INTEGERS:
-                    theta, taus = differences.read(run, start, stop, _WIDE)
+                    theta, taus = stream.vectors(run, start, stop, _WIDE)
                     gram += taus @ taus.T
                     if run.begins[0] is not None:
                         base_square += float(theta @ theta)
                 done += stop - start
                 advance(done)
-    return _measurements(family, grams, base_square)
+    return _measurements(inputs, grams, base_square)
 
 
 def write_task_vector(
-    family: Family,
+    inputs: Inputs,
     index: int,
     norms: dict[str, float],
     output: Path,
     advance: Callable[[int], None] = lambda n: None,
 ) -> TaskVectorRecord:
-    """Write tau of the family's expert `index` into `output`, in the dtypes of the base.
+    """Write tau of the expert number `index` into `output`, in the dtypes of the base.
 
     Integers must be those of the base; their difference is zero. Raises ArtifactError if not.
     """
-    parent = family.parents[index]
-    alone = Family(family.base, family.base_record, (parent,))
+    expert = inputs.experts[index]
+    alone = Inputs(inputs.base, inputs.base_record, (expert,))
     layout, done = _layout(alone), 0
     with (
-        Sources(alone.headers) as sources,
-        ArtifactWriter(output, layout, _record(parent, norms)) as writer,
+        TensorStream(alone) as stream,
+        ArtifactWriter(output, layout, _record(expert, norms)) as writer,
     ):
-        differences = Differences(sources, alone)
         for run in plan_runs(layout, alone.headers):
             out = np.empty(PIECE * DTYPE_BYTES[run.dtype], np.uint8)
             for start, stop in run.spans(PIECE):
                 piece = out[: (stop - start) * DTYPE_BYTES[run.dtype]]
                 if run.dtype in INTEGERS:
-                    _zeros_if_equal(sources, alone, run, start, piece)
+                    _zeros_if_equal(stream, alone, run, start, piece)
                 else:
-                    difference = differences.read(run, start, stop, _WIDE)[1][0]
+                    difference = stream.vectors(run, start, stop, _WIDE)[1][0]
                     to_bytes(difference.astype(COMPUTED_IN[run.dtype]), run.dtype, piece)
                 writer.write(piece)
                 done += stop - start
@@ -165,40 +163,40 @@ def write_task_vector(
     return writer.record
 
 
-def _layout(family: Family) -> list[TensorSpec]:
+def _layout(inputs: Inputs) -> list[TensorSpec]:
     """The base's tensors and the experts' projections, in the order of files."""
-    for spec in family.specs:
+    for spec in inputs.specs:
         integer = spec.dtype in INTEGERS and not is_projection(spec.name)
         if spec.dtype not in COMPUTED_IN and not integer:
             raise ArtifactError(
-                f"{family.base.path}: {spec.name!r} of {spec.dtype} cannot be subtracted"
+                f"{inputs.base.path}: {spec.name!r} of {spec.dtype} cannot be subtracted"
             )
-    return sorted(family.specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
+    return in_file_order(inputs.specs)
 
 
 def _zeros_if_equal(
-    sources: Sources, family: Family, run: Run, start: int, out: np.ndarray
+    stream: TensorStream, inputs: Inputs, run: Run, start: int, out: np.ndarray
 ) -> None:
     """Fill `out` with zeros, after a check that the expert's integers are the base's."""
     theirs = np.empty_like(out)
-    sources.read(0, run, start, out)
-    sources.read(1, run, start, theirs)
+    stream.read(0, run, start, out)
+    stream.read(1, run, start, theirs)
     if not np.array_equal(out, theirs):
         raise ArtifactError(
-            f"{family.parents[0].path}: {run.name_at(start)!r} of integers ({run.dtype}) differs "
-            f"from {family.base.path}; integers have no task vector"
+            f"{inputs.experts[0].path}: {run.name_at(start)!r} of integers ({run.dtype}) differs "
+            f"from {inputs.base.path}; integers have no task vector"
         )
     out[:] = 0
 
 
-def _measurements(family: Family, grams: dict[str, np.ndarray], base_square: float) -> Measurements:
+def _measurements(inputs: Inputs, grams: dict[str, np.ndarray], base_square: float) -> Measurements:
     """Norms and cosines from the inner products of each block and the base's squared norm."""
     if not 0 < base_square < np.inf:
-        raise NumericsError(f"{family.base.path}: its weights are all zero or not finite")
-    gram = sum(grams.values(), np.zeros((len(family.parents),) * 2))
-    for index, parent in enumerate(family.parents):
+        raise NumericsError(f"{inputs.base.path}: its weights are all zero or not finite")
+    gram = sum(grams.values(), np.zeros((len(inputs.experts),) * 2))
+    for index, expert in enumerate(inputs.experts):
         if not np.isfinite(gram[index, index]):
-            raise NumericsError(f"{parent.path}: holds weights that are not finite")
+            raise NumericsError(f"{expert.path}: holds weights that are not finite")
     totals = np.sqrt(np.diag(gram))
     norms = []
     for index, total in enumerate(totals):
@@ -213,9 +211,9 @@ def _measurements(family: Family, grams: dict[str, np.ndarray], base_square: flo
     return Measurements(norms, cosines)
 
 
-def _record(parent: Parent, norms: dict[str, float]) -> TaskVectorRecord:
+def _record(expert: Expert, norms: dict[str, float]) -> TaskVectorRecord:
     """The expert's record with `expert` and `norms`."""
-    fields = asdict(parent.record)
+    fields = asdict(expert.record)
     fields.pop("created_by")
-    expert = fields.pop("fingerprint")
-    return TaskVectorRecord(**fields, expert=expert, norms=norms)
+    fingerprint = fields.pop("fingerprint")
+    return TaskVectorRecord(**fields, expert=fingerprint, norms=norms)

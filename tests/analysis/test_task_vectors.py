@@ -26,7 +26,7 @@ from deme_cli.analysis.task_vectors import (
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.errors import ArtifactError, NumericsError
 from deme_cli.files import read_header
-from deme_cli.merging.lineage import is_projection, open_family, open_parents
+from deme_cli.merging.inputs import is_projection, open_experts, open_inputs
 from deme_cli.merging.task_vectors import block_of, measure, write_task_vector
 
 PROJECTION = "channel_projection.mid_block.weight"
@@ -106,7 +106,7 @@ def test_norms_are_those_of_whole_tensors_relative_to_the_base_or_the_identity(
         assert known(row["relative_norms"]) == pytest.approx(expected, rel=1e-12, nan_ok=True)
     assert not theta["conv_in.bias"].any()
     paths = sorted(folder.glob("ft_*.safetensors"), reverse=True)
-    shown = measure(open_family(folder / "base.safetensors", open_parents(paths, "expert")))
+    shown = measure(open_inputs(folder / "base.safetensors", open_experts(paths, "expert")))
     relative = [row["relative_norm"] for row in found["experts"]]
     assert relative == pytest.approx([norms["relative"] for norms in shown.norms])
     assert np.array(found["pairs"]["cosines"]) == pytest.approx(np.array(shown.cosines))
@@ -183,8 +183,8 @@ def test_small_pieces_stored_vectors_and_a_stop_give_the_same(
     folder: Path, found: dict[str, Any], resumed: Any, monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    parents = open_parents(sorted(folder.glob("ft_*.safetensors")), "expert")
-    family = open_family(folder / "base.safetensors", parents)
+    parents = open_experts(sorted(folder.glob("ft_*.safetensors")), "expert")
+    family = open_inputs(folder / "base.safetensors", parents)
     for index in range(3):
         write_task_vector(family, index, {}, tmp_path / f"tv_{index}.safetensors")
     experts = sorted(folder.glob("ft_*.safetensors"))

@@ -39,7 +39,7 @@ def test_what_cannot_be_done_is_said_before_torch_is_loaded(run_folder: Path) ->
         from deme_cli.comparison.compare import compare
         from deme_cli.html_report import report
         from deme_cli.artifacts import inspect
-        from deme_cli.api.merging import show_search
+        from deme_cli.merging.show_search import show_search
         from deme_cli.errors import DemeError
 
         for call in (

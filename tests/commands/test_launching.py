@@ -22,7 +22,7 @@ from launched import ends, launch
 from deme_cli.app import COMMANDS, JOINT
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.commands.launching import only_first
-from deme_cli.merging.search.journal import read_journal
+from deme_cli.merging.journal import read_journal
 
 SECOND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 EXPERTS = ["ft_1of4.safetensors", "ft_3of4.safetensors"]
@@ -108,7 +108,7 @@ def workers_of(journal: str) -> set[str]:
 
 def points_of(journal: Path) -> dict[tuple, float]:
     """The objective of each point that was tried, each tried once."""
-    return {(trial.rung, *trial.point): trial.value for trial in read_journal(journal)[2]}
+    return {(trial.stage, *trial.point): trial.value for trial in read_journal(journal)[2]}
 
 
 def require_same(found: Path, wanted: Path) -> None:

@@ -75,7 +75,7 @@ def test_given_coefficients_follow_the_arguments(run_folder: Path, deme: Callabl
     assert document["fingerprint"] == fingerprint_file(run_folder / "merged.safetensors")
     deme("merge", *reversed(PAIR), "-w", "0.5,0.25", "-o", "same.safetensors")
     record = read_record(run_folder / "same.safetensors", "merged")
-    assert [parent["range"] for parent in record.parents] == [[50, 75], [0, 25]]
+    assert [expert["range"] for expert in record.parents] == [[50, 75], [0, 25]]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1)])

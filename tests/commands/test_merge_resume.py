@@ -18,7 +18,7 @@ from typer.testing import Result
 
 from deme_cli.artifacts import MergedRecord, read_record
 from deme_cli.errors import ConfigError, Stopped
-from deme_cli.merging.search.journal import read_journal
+from deme_cli.merging.journal import read_journal
 
 PAIR = ("ft_1of4.safetensors", "ft_3of4.safetensors")
 GRID = ("--search", "grid", "--grid", "0,0.2,0.4,0.6,0.8,1", "--num", "64", "--no-report")

@@ -14,9 +14,8 @@ from deme_cli.config import MergeConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.merging.combine import merge_artifacts
-from deme_cli.merging.search.journal import read_journal
-from deme_cli.merging.search.losses import HeldOutLoss
-from deme_cli.merging.search.objectives import SEARCH
+from deme_cli.merging.journal import read_journal
+from deme_cli.merging.objectives import SEARCH, HeldOutLoss
 from deme_cli.sampling.ensemble import single
 from deme_cli.training.examples import PixelExamples
 
@@ -39,7 +38,7 @@ def run_file(merge: str) -> None:
 def tried(journal: Path) -> list[dict]:
     """Name, coefficients by expert and objective of each trial, as `--show --json` tells them."""
     return [
-        {"name": t.name, "rung": t.rung, "value": t.value, "point": t.point}
+        {"name": t.name, "rung": t.stage, "value": t.value, "point": t.point}
         for t in read_journal(journal)[2]
     ]
 
@@ -97,9 +96,9 @@ def test_a_search_finds_what_brute_force_finds(run_folder: Path, deme: Callable)
     assert document["objective"] == search["best"] == pytest.approx(values[winner], rel=1e-5)
     assert search["values"]["base"] == pytest.approx(values[0, 0], rel=1e-5)
     assert search["values"]["mean"] == pytest.approx(values[0.5, 0.5], rel=1e-5)
-    (rung,) = search["rungs"]
-    assert (rung["objective"], rung["num"], rung["evaluations"]) == ("loss", 16, 5)
-    assert rung["rho_to_next"] is None
+    (stage,) = search["rungs"]
+    assert (stage["objective"], stage["num"], stage["evaluations"]) == ("loss", 16, 5)
+    assert stage["rho_to_next"] is None
     assert search["protocol"]["split"] == "held-out, part 1 of 2"
 
 
@@ -112,7 +111,7 @@ def test_the_best_are_shown_and_the_document_has_nothing_beside_it(
     assert {"schema_version", "path", "fingerprint", "parents", "method", "coefficients",
             "coefficients_for", "objective", "evaluations", "search", "report",
             "paths"} == set(document)  # fmt: skip
-    assert "The best of 4 candidates" in result.stderr
+    assert "held-out loss: the best of 4" in result.stderr
     assert "trial 4" in result.stderr
     quiet = deme(
         "merge", *PAIR, "--search", "grid", "--grid", "0,1", *FAST, "--quiet", "-o", "q.safetensors"
@@ -138,15 +137,15 @@ def test_a_ladder_judges_fewer_and_fewer(run_folder: Path, deme: Callable) -> No
         "--steps", "2", *FAST,
     )["search"]  # fmt: skip
     assert search["objective"] == "frechet_digits"
-    rungs = search["rungs"]
-    assert [rung["objective"] for rung in rungs] == ["loss", "kernel_digits", "frechet_digits"]
-    assert [rung["num"] for rung in rungs] == [16, 8, 12]
-    assert [rung["keep"] for rung in rungs] == [3, 2, 10]
-    assert rungs[0]["evaluations"] >= 7
-    assert [rung["evaluations"] for rung in rungs[1:]] == [3 + 2, 2 + 2], "base and mean pass"
-    assert all(-1 <= rung["rho_to_next"] <= 1 for rung in rungs[:2])
+    stages = search["rungs"]
+    assert [stage["objective"] for stage in stages] == ["loss", "kernel_digits", "frechet_digits"]
+    assert [stage["num"] for stage in stages] == [16, 8, 12]
+    assert [stage["keep"] for stage in stages] == [3, 2, 10]
+    assert stages[0]["evaluations"] >= 7
+    assert [stage["evaluations"] for stage in stages[1:]] == [3 + 2, 2 + 2], "base and mean pass"
+    assert all(-1 <= stage["rho_to_next"] <= 1 for stage in stages[:2])
     trials = tried(run_folder / JOURNAL)
-    points = [{t["point"] for t in trials if t["rung"] == rung} for rung in range(3)]
+    points = [{t["point"] for t in trials if t["rung"] == stage} for stage in range(3)]
     assert points[0] > points[1] > points[2]
     by_loss = sorted(
         (t for t in trials if t["rung"] == 0 and not t["name"]), key=lambda t: t["value"]

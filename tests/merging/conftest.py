@@ -13,7 +13,7 @@ from deme_cli.artifacts import BaseRecord, ExpertRecord, write_artifact
 from deme_cli.timesteps import split_uniform
 
 Weights = Mapping[str, Tensor]
-WriteFamily = Callable[..., tuple[Path, list[Path]]]
+WriteInputs = Callable[..., tuple[Path, list[Path]]]
 SHARED = {
     "source": "test",
     "model_config": {"_class_name": "UNet2DModel"},
@@ -23,7 +23,7 @@ SHARED = {
 
 
 @pytest.fixture
-def write_family(tmp_path: Path) -> WriteFamily:
+def write_inputs(tmp_path: Path) -> WriteInputs:
     """Write base and experts; returns their paths. The experts' records say `projection`."""
 
     def write(

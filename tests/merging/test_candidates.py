@@ -17,9 +17,9 @@ from deme_cli.errors import ConfigError
 from deme_cli.merging import candidates
 from deme_cli.merging.candidates import CandidateNetwork
 from deme_cli.merging.coefficients import Coefficients
-from deme_cli.merging.combine import merge_family
-from deme_cli.merging.lineage import Family, open_family, open_parents
-from deme_cli.merging.methods.known import MethodSettings
+from deme_cli.merging.combine import merge_inputs
+from deme_cli.merging.inputs import Inputs, open_experts, open_inputs
+from deme_cli.merging.methods import MethodSettings
 
 LINEAR, TIES, DARE = (MethodSettings(name, density=0.4) for name in ("linear", "ties", "dare"))
 W = Coefficients((0.3, -0.7), {"mid_block.*": (1.0, 0.5), f"{PREFIX}.*": (0.5, 0.25)})
@@ -28,7 +28,7 @@ WIDTHS = {"down_blocks_0": 8, "down_blocks_1": 16, "mid_block": 16, "up_blocks_0
 
 
 @pytest.fixture
-def family(tmp_path: Path) -> Family:
+def inputs(tmp_path: Path) -> Inputs:
     """Two experts with block projections."""
     base = tmp_path / "base.safetensors"
     write_tiny_base(base)
@@ -42,20 +42,20 @@ def family(tmp_path: Path) -> Family:
             noise = 0.05 * torch.randn(width, width, generator=generator)
             weights[f"{PREFIX}.{block}.weight"] = torch.eye(width) + noise
         write_artifact(paths[-1], weights, replace(record, projection="block"))
-    return open_family(base, open_parents(paths, "expert"))
+    return open_inputs(base, open_experts(paths, "expert"))
 
 
 @pytest.mark.parametrize("hold", [True, False])
 @pytest.mark.parametrize("method", [LINEAR, TIES, DARE], ids=lambda m: m.name)
 def test_a_candidate_has_the_weights_of_the_merged_file(
-    family: Family, tmp_path: Path, method: MethodSettings, hold: bool
+    inputs: Inputs, tmp_path: Path, method: MethodSettings, hold: bool
 ) -> None:
-    network = CandidateNetwork(family, device="cpu", dtype="fp32", method=method, hold=hold)
+    network = CandidateNetwork(inputs, device="cpu", dtype="fp32", method=method, hold=hold)
     network.at((9.0, -3.0))  # nothing of an earlier candidate stays
     output = tmp_path / "merged.safetensors"
     for coefficients in (W, (0.0, 0.0), (1.0, 0.0), (0.5, 0.5)):
         weights = network.at(coefficients).network.state_dict()
-        merge_family(family, coefficients, output, method=method)
+        merge_inputs(inputs, coefficients, output, method=method)
         for name, expected in load_tensors(output).items():
             if hold:
                 torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-6)
@@ -63,11 +63,11 @@ def test_a_candidate_has_the_weights_of_the_merged_file(
                 assert torch.equal(weights[name], expected), name
 
 
-def test_a_streamed_slerp_candidate_is_the_merged_file(family: Family, tmp_path: Path) -> None:
+def test_a_streamed_slerp_candidate_is_the_merged_file(inputs: Inputs, tmp_path: Path) -> None:
     slerp, output = MethodSettings("slerp"), tmp_path / "merged.safetensors"
-    network = CandidateNetwork(family, device="cpu", dtype="fp32", method=slerp, hold=False)
+    network = CandidateNetwork(inputs, device="cpu", dtype="fp32", method=slerp, hold=False)
     weights = network.at((0.25, 0.75)).network.state_dict()
-    merge_family(family, (0.25, 0.75), output, method=slerp)
+    merge_inputs(inputs, (0.25, 0.75), output, method=slerp)
     assert all(torch.equal(weights[name], t) for name, t in load_tensors(output).items())
     with pytest.raises(ConfigError, match="w_1 \\+ w_2 = 1"):
         network.at((0.5, 0.6))
@@ -76,17 +76,17 @@ def test_a_streamed_slerp_candidate_is_the_merged_file(family: Family, tmp_path:
 
 
 @pytest.mark.parametrize("hold", [True, False])
-def test_candidates_of_other_dtypes_are_rounded_once(family: Family, hold: bool) -> None:
-    wide = CandidateNetwork(family, device="cpu", dtype="fp32", method=DARE, hold=hold).at(W)
-    narrow = CandidateNetwork(family, device="cpu", dtype="bf16", method=DARE, hold=hold).at(W)
+def test_candidates_of_other_dtypes_are_rounded_once(inputs: Inputs, hold: bool) -> None:
+    wide = CandidateNetwork(inputs, device="cpu", dtype="fp32", method=DARE, hold=hold).at(W)
+    narrow = CandidateNetwork(inputs, device="cpu", dtype="bf16", method=DARE, hold=hold).at(W)
     expected = wide.network.state_dict()
     for name, tensor in narrow.network.state_dict().items():
         assert torch.equal(tensor, expected[name].to(tensor.dtype))
 
 
 @pytest.mark.parametrize("hold", [True, False])
-def test_parameters_that_ask_for_gradients_are_set_in_place(family: Family, hold: bool) -> None:
-    network = CandidateNetwork(family, device="cpu", dtype="fp32", hold=hold)
+def test_parameters_that_ask_for_gradients_are_set_in_place(inputs: Inputs, hold: bool) -> None:
+    network = CandidateNetwork(inputs, device="cpu", dtype="fp32", hold=hold)
     module = network.at((0.0, 0.0)).network.requires_grad_(True)
     before = {name: (p, p.detach().clone()) for name, p in module.named_parameters()}
     after = network.at((0.5, 0.5)).network
@@ -99,11 +99,11 @@ def test_parameters_that_ask_for_gradients_are_set_in_place(family: Family, hold
 
 @pytest.mark.parametrize("method", [LINEAR, TIES, DARE], ids=lambda m: m.name)
 def test_slopes_are_the_derivatives_of_a_loss(
-    family: Family, monkeypatch: pytest.MonkeyPatch, method: MethodSettings
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, method: MethodSettings
 ) -> None:
     """L = sum sin(theta(w)) c: autograd through w in float64."""
     monkeypatch.setattr(candidates, "PIECE", 999)
-    network = CandidateNetwork(family, device="cpu", dtype="fp32", method=method, hold=False)
+    network = CandidateNetwork(inputs, device="cpu", dtype="fp32", method=method, hold=False)
     names = [name for name, _ in network.at((0.0, 0.0)).network.named_parameters()]
     points = []
     for w in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
@@ -131,8 +131,8 @@ def test_slopes_are_the_derivatives_of_a_loss(
         assert found == pytest.approx(w.grad.tolist(), rel=1e-4, abs=1e-6 * size), name
 
 
-def test_coefficients_that_do_not_fit_are_refused(family: Family) -> None:
-    network = CandidateNetwork(family, device="cpu", dtype="fp32", hold=False)
+def test_coefficients_that_do_not_fit_are_refused(inputs: Inputs) -> None:
+    network = CandidateNetwork(inputs, device="cpu", dtype="fp32", hold=False)
     with pytest.raises(ConfigError, match="1 coefficients for 2 experts"):
         network.at((0.5,))
     with pytest.raises(ConfigError, match="matches no tensor"):
@@ -140,19 +140,19 @@ def test_coefficients_that_do_not_fit_are_refused(family: Family) -> None:
 
 
 @pytest.fixture
-def halves(family: Family, tmp_path: Path) -> Callable[[torch.dtype], Family]:
-    """The same family stored in another dtype."""
+def halves(inputs: Inputs, tmp_path: Path) -> Callable[[torch.dtype], Inputs]:
+    """The same inputs stored in another dtype."""
 
-    def write(dtype: torch.dtype) -> Family:
+    def write(dtype: torch.dtype) -> Inputs:
         folder = tmp_path / str(dtype)
-        base = {name: t.to(dtype) for name, t in load_tensors(family.base.path).items()}
-        record = write_artifact(folder / "base.safetensors", base, family.base_record)
+        base = {name: t.to(dtype) for name, t in load_tensors(inputs.base.path).items()}
+        record = write_artifact(folder / "base.safetensors", base, inputs.base_record)
         paths = []
-        for parent in family.parents:
-            paths.append(folder / parent.path.name)
-            weights = {name: t.to(dtype) for name, t in load_tensors(parent.path).items()}
-            write_artifact(paths[-1], weights, replace(parent.record, base=record.fingerprint))
-        return open_family(folder / "base.safetensors", open_parents(paths, "expert"))
+        for expert in inputs.experts:
+            paths.append(folder / expert.path.name)
+            weights = {name: t.to(dtype) for name, t in load_tensors(expert.path).items()}
+            write_artifact(paths[-1], weights, replace(expert.record, base=record.fingerprint))
+        return open_inputs(folder / "base.safetensors", open_experts(paths, "expert"))
 
     return write
 
@@ -162,10 +162,10 @@ def halves(family: Family, tmp_path: Path) -> Callable[[torch.dtype], Family]:
 def test_files_of_other_dtypes_give_the_unrounded_merge(
     halves: Callable, tmp_path: Path, dtype: torch.dtype, hold: bool
 ) -> None:
-    family, output = halves(dtype), tmp_path / "merged.safetensors"
-    network = CandidateNetwork(family, device="cpu", dtype="fp32", method=DARE, hold=hold)
+    inputs, output = halves(dtype), tmp_path / "merged.safetensors"
+    network = CandidateNetwork(inputs, device="cpu", dtype="fp32", method=DARE, hold=hold)
     weights = network.at(W).network.state_dict()
-    merge_family(family, W, output, method=DARE)
+    merge_inputs(inputs, W, output, method=DARE)
     for name, expected in load_tensors(output).items():
         found = weights[name].to(dtype) if dtype != torch.float64 else weights[name].double()
         wide = 1e-6 if dtype == torch.float64 else torch.finfo(dtype).eps

@@ -17,8 +17,8 @@ from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.diffusion.projection import PREFIX
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
 from deme_cli.merging.coefficients import Coefficients
-from deme_cli.merging.combine import merge_artifacts, merge_family
-from deme_cli.merging.lineage import PROJECTION, open_family, open_parents
+from deme_cli.merging.combine import merge_artifacts, merge_inputs
+from deme_cli.merging.inputs import PROJECTION, open_experts, open_inputs
 from deme_cli.merging.task_vectors import measure, write_task_vector
 
 # unit roundoff of what is stored, and the largest absolute error of its smallest numbers
@@ -32,10 +32,10 @@ W = [0.1, -0.35, 1.7]
 
 
 def write_vectors(base: Path, experts: list[Path]) -> list[Path]:
-    family = open_family(base, open_parents(experts, "expert"))
+    inputs = open_inputs(base, open_experts(experts, "expert"))
     paths = [path.with_name(path.name.replace("ft_", "tv_")) for path in experts]
-    for index, norms in enumerate(measure(family).norms):
-        write_task_vector(family, index, norms, paths[index])
+    for index, norms in enumerate(measure(inputs).norms):
+        write_task_vector(inputs, index, norms, paths[index])
     return paths
 
 
@@ -68,7 +68,7 @@ def require_eq8(merged: Path, base: Path, experts: list[Path], *, as_vectors: bo
 
 @pytest.mark.parametrize("dtype", list(ROUNDOFF), ids=str)
 def test_a_merge_is_eq_8_within_rounding_and_vectors_give_the_same(
-    write_family: Callable, weights: Callable, tmp_path: Path, dtype: torch.dtype
+    write_inputs: Callable, weights: Callable, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     theta = weights(0, dtype)
     thetas = [
@@ -76,7 +76,7 @@ def test_a_merge_is_eq_8_within_rounding_and_vectors_give_the_same(
          for name, tensor in theta.items()}
         for seed in (1, 2, 3)
     ]  # fmt: skip
-    base, experts = write_family(theta, thetas)
+    base, experts = write_inputs(theta, thetas)
     vectors = write_vectors(base, experts)
     record = merge_artifacts(base, experts, W, tmp_path / "merged.safetensors")
     require_eq8(tmp_path / "merged.safetensors", base, experts, as_vectors=False)
@@ -84,16 +84,16 @@ def test_a_merge_is_eq_8_within_rounding_and_vectors_give_the_same(
     require_eq8(tmp_path / "from-vectors.safetensors", base, experts, as_vectors=True)
     assert record.fingerprint == fingerprint_file(tmp_path / "merged.safetensors")
     assert record.coefficients == W
-    assert [parent["range"] for parent in record.parents] == [[0, 34], [34, 67], [67, 100]]
+    assert [expert["range"] for expert in record.parents] == [[0, 34], [34, 67], [67, 100]]
     assert record.base == read_record(base).fingerprint
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDOFF), ids=str)
 def test_coefficients_0_give_back_the_base_and_1_the_expert_bit_for_bit(
-    write_family: Callable, weights: Callable, tmp_path: Path, dtype: torch.dtype
+    write_inputs: Callable, weights: Callable, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     extra = {"steps": torch.tensor([3, 4])}
-    base, experts = write_family(
+    base, experts = write_inputs(
         {**weights(0, dtype), **extra}, [{**weights(seed, dtype), **extra} for seed in (1, 2, 3)]
     )
     output = tmp_path / "merged.safetensors"
@@ -107,21 +107,21 @@ def test_coefficients_0_give_back_the_base_and_1_the_expert_bit_for_bit(
 
 
 def test_experts_equal_to_the_base_give_the_base_whatever_the_coefficients(
-    write_family: Callable, weights: Callable, tmp_path: Path
+    write_inputs: Callable, weights: Callable, tmp_path: Path
 ) -> None:
-    base, experts = write_family(weights(0), [weights(0)] * 3)
+    base, experts = write_inputs(weights(0), [weights(0)] * 3)
     merge_artifacts(base, experts, [1 / 3] * 3, tmp_path / "merged.safetensors")
     merged = load_tensors(tmp_path / "merged.safetensors")
     for name, theta in load_tensors(base).items():
         torch.testing.assert_close(merged[name], theta, rtol=1e-6, atol=0)
 
 
-def test_tensors_longer_than_a_block_are_whole(write_family: Callable, tmp_path: Path) -> None:
+def test_tensors_longer_than_a_block_are_whole(write_inputs: Callable, tmp_path: Path) -> None:
     size = 1_300_001  # two blocks and a piece that ends in the middle
     theta, other = torch.randn(size), torch.randn(size)
-    base, experts = write_family({"a": theta, "b": other}, [{"a": other, "b": theta}])
-    family, written = open_family(base, open_parents(experts, "expert")), []
-    merge_family(family, [0.25], tmp_path / "merged.safetensors", advance=written.append)
+    base, experts = write_inputs({"a": theta, "b": other}, [{"a": other, "b": theta}])
+    inputs, written = open_inputs(base, open_experts(experts, "expert")), []
+    merge_inputs(inputs, [0.25], tmp_path / "merged.safetensors", advance=written.append)
     merged = load_tensors(tmp_path / "merged.safetensors")
     torch.testing.assert_close(merged["a"], 0.75 * theta + 0.25 * other)
     torch.testing.assert_close(merged["b"], 0.75 * other + 0.25 * theta)
@@ -130,13 +130,13 @@ def test_tensors_longer_than_a_block_are_whole(write_family: Callable, tmp_path:
 
 
 def test_files_of_another_order_merge_by_name(
-    write_family: Callable, weights: Callable, tmp_path: Path
+    write_inputs: Callable, weights: Callable, tmp_path: Path
 ) -> None:
     """A base written by another tool may hold its tensors in any order."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    base, experts = write_family(weights(0), [weights(1)])
+    base, experts = write_inputs(weights(0), [weights(1)])
     expected = merge_artifacts(base, experts, [0.3], tmp_path / "a.safetensors").fingerprint
     with safe_open(base, "pt") as file:
         metadata = file.metadata()
@@ -152,11 +152,11 @@ def projected(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 
 def test_block_projections_merge_around_the_identity(
-    write_family: Callable, weights: Callable, tmp_path: Path
+    write_inputs: Callable, weights: Callable, tmp_path: Path
 ) -> None:
     assert f"{PREFIX}." == PROJECTION
     thetas = [projected(weights(seed), seed) for seed in (1, 2)]
-    base, experts = write_family(weights(0), thetas, projection="block")
+    base, experts = write_inputs(weights(0), thetas, projection="block")
     output, name = tmp_path / "merged.safetensors", f"{PREFIX}.mid_block.weight"
     w = [0.3, 0.5]
     expected = torch.eye(6) + sum(
@@ -177,16 +177,16 @@ def test_block_projections_merge_around_the_identity(
 
 
 def test_tensors_side_by_side_take_their_own_coefficients(
-    write_family: Callable, weights: Callable, tmp_path: Path
+    write_inputs: Callable, weights: Callable, tmp_path: Path
 ) -> None:
     """Neighbours with equal coefficients are one run, others are not; each is Eq. 8 by itself."""
     names = [f"layer.{index}.weight" for index in range(6)]
     thetas = [{name: torch.randn(5, 3) for name in names} for _ in range(3)]
-    base, experts = write_family(thetas[0], thetas[1:])
-    family = open_family(base, open_parents(experts, "expert"))
+    base, experts = write_inputs(thetas[0], thetas[1:])
+    inputs = open_inputs(base, open_experts(experts, "expert"))
     finer = {"layer.[12].*": (1.0, 0.0), "layer.4.*": (0.0, 0.0), "layer.?.*": (-0.5, 0.25)}
     output = tmp_path / "merged.safetensors"
-    record = merge_family(family, Coefficients((0.5, 0.5), finer), output)
+    record = merge_inputs(inputs, Coefficients((0.5, 0.5), finer), output)
     for name, merged in load_tensors(output).items():
         theta, *others = (weights[name] for weights in thetas)
         w = Coefficients((0.5, 0.5), finer).of(name)
@@ -197,19 +197,19 @@ def test_tensors_side_by_side_take_their_own_coefficients(
     assert (record.coefficients, record.method, record.settings) == ([0.5, 0.5], "linear", {})
     assert record.coefficients_for == {glob: list(w) for glob, w in finer.items()}
     with pytest.raises(ConfigError, match=r"'layers\.\*' matches no tensor"):
-        merge_family(family, Coefficients((0.5, 0.5), {"layers.*": (1.0, 1.0)}), output)
+        merge_inputs(inputs, Coefficients((0.5, 0.5), {"layers.*": (1.0, 1.0)}), output)
 
 
 def test_projections_that_nothing_moves_are_left_out(
-    write_family: Callable, weights: Callable, tmp_path: Path
+    write_inputs: Callable, weights: Callable, tmp_path: Path
 ) -> None:
     thetas = [projected(weights(seed), seed) for seed in (1, 2)]
-    base, experts = write_family(weights(0), thetas, projection="block")
-    family = open_family(base, open_parents(experts, "expert"))
+    base, experts = write_inputs(weights(0), thetas, projection="block")
+    inputs = open_inputs(base, open_experts(experts, "expert"))
     output, name = tmp_path / "merged.safetensors", f"{PREFIX}.mid_block.weight"
-    plain = merge_family(family, Coefficients((0.5, 0.5), {f"{PREFIX}.*": (0.0, 0.0)}), output)
+    plain = merge_inputs(inputs, Coefficients((0.5, 0.5), {f"{PREFIX}.*": (0.0, 0.0)}), output)
     assert (plain.projection, name in load_tensors(output)) == ("none", False)
-    kept = merge_family(family, Coefficients((0.0, 0.0), {f"{PREFIX}.*": (1.0, 0.0)}), output)
+    kept = merge_inputs(inputs, Coefficients((0.0, 0.0), {f"{PREFIX}.*": (1.0, 0.0)}), output)
     assert kept.projection == "block"
     assert torch.equal(load_tensors(output)[name], thetas[0][name])
 
@@ -227,7 +227,7 @@ def test_a_merged_artifact_is_a_denoiser(tmp_path: Path) -> None:
 
 
 def test_what_does_not_belong_together_is_named(
-    write_family: Callable, weights: Callable, tmp_path: Path
+    write_inputs: Callable, weights: Callable, tmp_path: Path
 ) -> None:
     output = tmp_path / "merged.safetensors"
     good, cut = weights(0), weights(1)
@@ -245,11 +245,11 @@ def test_what_does_not_belong_together_is_named(
         "has .*a.weight', which .* lacks": [projected(cut, 1), {**cut, square: torch.eye(2)}],
     }
     for number, (message, thetas) in enumerate(cases.items()):
-        base, experts = write_family(good, thetas, folder=str(number))
+        base, experts = write_inputs(good, thetas, folder=str(number))
         with pytest.raises(ArtifactError, match=message):
             merge_artifacts(base, experts, [0.5] * len(experts), output)
-    other, strangers = write_family(weights(7), [weights(8)], folder="other")
-    base, experts = write_family(good, [cut], folder="right")
+    other, strangers = write_inputs(weights(7), [weights(8)], folder="other")
+    base, experts = write_inputs(good, [cut], folder="right")
     with pytest.raises(ArtifactError, match="merge experts of one base"):
         merge_artifacts(base, [*experts, *strangers], [0.5, 0.5], output)
     with pytest.raises(ArtifactError, match="kind 'expert' or 'task-vector', found 'base'"):
@@ -271,11 +271,11 @@ def test_what_does_not_belong_together_is_named(
 
 
 def test_integers_are_kept_and_never_averaged(
-    write_family: Callable, weights: Callable, tmp_path: Path
+    write_inputs: Callable, weights: Callable, tmp_path: Path
 ) -> None:
     output, count = tmp_path / "merged.safetensors", {"count": torch.tensor([1, 2])}
     flags = {"flags": torch.tensor([True, False])}
-    base, experts = write_family(
+    base, experts = write_inputs(
         {**weights(0), **count, **flags}, [{**weights(1), **count, **flags}]
     )
     merge_artifacts(base, experts, [0.5], output)
@@ -287,7 +287,7 @@ def test_integers_are_kept_and_never_averaged(
     output.unlink()
 
     changed = {**weights(1), "count": torch.tensor([1, 3]), **flags}
-    base, experts = write_family({**weights(0), **count, **flags}, [changed])
+    base, experts = write_inputs({**weights(0), **count, **flags}, [changed])
     with pytest.raises(ArtifactError, match=r"'count' of integers \(I64\) differs"):
         merge_artifacts(base, experts, [0.5], output)
     with pytest.raises(ArtifactError, match="integers have no task vector"):
@@ -296,19 +296,19 @@ def test_integers_are_kept_and_never_averaged(
 
 
 def test_numbers_that_fail_are_named_and_nothing_is_written(
-    write_family: Callable, weights: Callable, tmp_path: Path
+    write_inputs: Callable, weights: Callable, tmp_path: Path
 ) -> None:
     output = tmp_path / "merged.safetensors"
     broken = {**weights(1), "conv.bias": torch.full((17,), float("nan"))}
-    base, experts = write_family(weights(0), [broken])
+    base, experts = write_inputs(weights(0), [broken])
     with pytest.raises(NumericsError, match=r"'conv.bias' would not be finite"):
         merge_artifacts(base, experts, [0.5], output)
     half = weights(0, torch.float16)
-    base, experts = write_family(half, [{**half, "scale": torch.tensor(60000.0).half()}])
+    base, experts = write_inputs(half, [{**half, "scale": torch.tensor(60000.0).half()}])
     with pytest.raises(NumericsError, match="'scale' would not be finite in F16"):
         merge_artifacts(base, experts, [2.0], output)
     eighth = {"a": torch.zeros(4).to(torch.float8_e4m3fn)}
-    base, experts = write_family(eighth, [eighth])
+    base, experts = write_inputs(eighth, [eighth])
     with pytest.raises(ArtifactError, match="'a' of F8_E4M3 cannot be merged"):
         merge_artifacts(base, experts, [0.5], output)
     assert [path.name for path in tmp_path.glob("*merged*")] == []

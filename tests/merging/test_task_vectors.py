@@ -10,7 +10,7 @@ import torch
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.diffusion.projection import PREFIX
 from deme_cli.errors import ArtifactError, MissingError, NumericsError
-from deme_cli.merging.lineage import find_base, open_family, open_parents
+from deme_cli.merging.inputs import find_base, open_experts, open_inputs
 from deme_cli.merging.task_vectors import block_of, measure, write_task_vector
 from deme_cli.run_file import read_run_file
 
@@ -40,11 +40,11 @@ def test_a_parameter_belongs_to_its_top_level_block() -> None:
     assert block_of(PROJECTION) == "channel_projection"
 
 
-def test_norms_and_cosines_are_those_of_the_flattened_differences(write_family: Callable) -> None:
+def test_norms_and_cosines_are_those_of_the_flattened_differences(write_inputs: Callable) -> None:
     theta = network(0, projected=False)
     thetas = [network(seed, projected=True) for seed in (1, 2, 3)]
-    base, experts = write_family(theta, thetas, projection="block")
-    measured = measure(open_family(base, open_parents(experts, "expert")))
+    base, experts = write_inputs(theta, thetas, projection="block")
+    measured = measure(open_inputs(base, open_experts(experts, "expert")))
 
     identity = {**theta, PROJECTION: torch.eye(5)}
     taus = [{n: (w[n].double() - identity[n].double()).flatten() for n in w} for w in thetas]
@@ -64,22 +64,22 @@ def test_norms_and_cosines_are_those_of_the_flattened_differences(write_family: 
             assert measured.cosines[index][other] == pytest.approx(cosine, abs=1e-12)
 
 
-def test_an_expert_that_did_not_move_has_norm_0_and_no_cosine(write_family: Callable) -> None:
+def test_an_expert_that_did_not_move_has_norm_0_and_no_cosine(write_inputs: Callable) -> None:
     theta = network(0, projected=False)
-    base, experts = write_family(theta, [theta, network(1, projected=False)])
-    measured = measure(open_family(base, open_parents(experts, "expert")))
+    base, experts = write_inputs(theta, [theta, network(1, projected=False)])
+    measured = measure(open_inputs(base, open_experts(experts, "expert")))
     assert measured.norms[0]["total"] == 0
     assert measured.cosines == [[None, None], [None, pytest.approx(1)]]
 
 
 def test_a_task_vector_is_the_difference_with_the_record_of_its_expert(
-    write_family: Callable, tmp_path: Path
+    write_inputs: Callable, tmp_path: Path
 ) -> None:
     theta, other = network(0, projected=False), network(1, projected=False)
-    base, experts = write_family(theta, [other])
-    family = open_family(base, open_parents(experts, "expert"))
-    norms = measure(family).norms[0]
-    record = write_task_vector(family, 0, norms, tmp_path / "tv.safetensors")
+    base, experts = write_inputs(theta, [other])
+    inputs = open_inputs(base, open_experts(experts, "expert"))
+    norms = measure(inputs).norms[0]
+    record = write_task_vector(inputs, 0, norms, tmp_path / "tv.safetensors")
     stored = load_tensors(tmp_path / "tv.safetensors")
     assert all(torch.equal(stored[name], other[name] - theta[name]) for name in theta)
     expert = read_record(experts[0])
@@ -90,46 +90,46 @@ def test_a_task_vector_is_the_difference_with_the_record_of_its_expert(
     assert record.norms == norms
 
 
-def test_weights_that_are_not_finite_are_named(write_family: Callable) -> None:
+def test_weights_that_are_not_finite_are_named(write_inputs: Callable) -> None:
     theta, broken = network(0, projected=False), network(1, projected=False)
     broken["conv_in.weight"][3] = math.inf
-    base, experts = write_family(theta, [broken])
+    base, experts = write_inputs(theta, [broken])
     with pytest.raises(NumericsError, match=r"ft_1of1.*not finite"):
-        measure(open_family(base, open_parents(experts, "expert")))
+        measure(open_inputs(base, open_experts(experts, "expert")))
     zeros = {name: torch.zeros_like(tensor) for name, tensor in theta.items()}
-    base, experts = write_family(zeros, [theta])
+    base, experts = write_inputs(zeros, [theta])
     with pytest.raises(NumericsError, match="all zero"):
-        measure(open_family(base, open_parents(experts, "expert")))
+        measure(open_inputs(base, open_experts(experts, "expert")))
 
 
-def test_what_cannot_be_subtracted_is_named(write_family: Callable, tmp_path: Path) -> None:
+def test_what_cannot_be_subtracted_is_named(write_inputs: Callable, tmp_path: Path) -> None:
     theta = {"a": torch.zeros(4).to(torch.float8_e5m2)}
-    base, experts = write_family(theta, [theta])
+    base, experts = write_inputs(theta, [theta])
     with pytest.raises(ArtifactError, match="'a' of F8_E5M2 cannot be subtracted"):
-        measure(open_family(base, open_parents(experts, "expert")))
+        measure(open_inputs(base, open_experts(experts, "expert")))
 
 
 def test_the_base_is_the_one_named_the_runs_own_or_one_beside_the_experts(
-    write_family: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_inputs: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theta = network(0, projected=False)
-    base, experts = write_family(theta, [network(1, projected=False)], folder="run")
-    stranger, _ = write_family(network(5, projected=False), [theta], folder="other")
-    parents = open_parents(experts, "expert")
+    base, experts = write_inputs(theta, [network(1, projected=False)], folder="run")
+    stranger, _ = write_inputs(network(5, projected=False), [theta], folder="other")
+    experts = open_experts(experts, "expert")
     monkeypatch.chdir(tmp_path)
     run = read_run_file(None)
-    assert find_base(parents, run, base) == base
-    assert find_base(parents, run, None) == base
+    assert find_base(experts, run, base) == base
+    assert find_base(experts, run, None) == base
     with pytest.raises(ArtifactError, match="was finetuned from base"):
-        find_base(parents, run, stranger)
+        find_base(experts, run, stranger)
     with pytest.raises(MissingError, match=r"no such file.*--base"):
-        find_base(parents, run, tmp_path / "absent.safetensors")
+        find_base(experts, run, tmp_path / "absent.safetensors")
 
     renamed = base.rename(base.with_name("my-base.safetensors"))
-    assert find_base(parents, run, None) == renamed
+    assert find_base(experts, run, None) == renamed
     renamed.unlink()
     with pytest.raises(MissingError, match="name its file with --base"):
-        find_base(parents, run, None)
+        find_base(experts, run, None)
     (tmp_path / "deme.toml").write_text('[model]\nbase = "other/base.safetensors"\n')
     with pytest.raises(ArtifactError, match="name the right one with --base"):
-        find_base(parents, read_run_file(None), None)
+        find_base(experts, read_run_file(None), None)

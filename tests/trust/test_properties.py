@@ -21,12 +21,12 @@ from deme_cli.artifacts import KINDS, ExpertRecord, Record, parse_record
 from deme_cli.commands.merge import _parse_coefficients_for as parse_coefficients_for
 from deme_cli.config import TABLES, SplitConfig
 from deme_cli.errors import ArtifactError, ConfigError, DemeError
-from deme_cli.ladder import parse_ladder
 from deme_cli.merging.coefficients import Coefficients, block_name, groups_of, require_matches
-from deme_cli.merging.request import parse_time
-from deme_cli.merging.search.space import grid_points, resolve_bounds, resolve_grid
+from deme_cli.merging.plan import parse_time
+from deme_cli.merging.space import grid_points, resolve_bounds, resolve_grid
 from deme_cli.run_file import read_run_file, render_run_file
 from deme_cli.settings import parse_lists, parse_numbers
+from deme_cli.successive_halving import parse_stages
 from deme_cli.timesteps import (
     TimestepRange,
     parse_range,
@@ -291,8 +291,8 @@ def text_that_is_no_coefficient_gives_a_config_error(text: str, num: int) -> Non
 
 @law(text=SCRAWL)
 def text_that_is_no_ladder_gives_a_config_error(text: str) -> None:
-    if rungs := only(ConfigError, lambda one: parse_ladder(one, num=100), text):
-        assert all(rung.keep >= 1 and rung.num >= 1 for rung in rungs)
+    if stages := only(ConfigError, lambda one: parse_stages(one, num=100), text):
+        assert all(stage.keep >= 1 and stage.num >= 1 for stage in stages)
 
 
 @law(

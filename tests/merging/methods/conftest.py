@@ -13,9 +13,9 @@ from torch import Tensor
 
 from deme_cli.artifacts import MergedRecord, load_tensors
 from deme_cli.diffusion.projection import PREFIX
-from deme_cli.merging.combine import merge_family
-from deme_cli.merging.lineage import Family, open_family, open_parents
-from deme_cli.merging.methods.known import MethodSettings
+from deme_cli.merging.combine import merge_inputs
+from deme_cli.merging.inputs import Inputs, open_experts, open_inputs
+from deme_cli.merging.methods import MethodSettings
 
 PROJECTION = f"{PREFIX}.mid_block.weight"
 ROUNDOFF = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -23,9 +23,9 @@ ROUNDOFF = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torc
 
 @dataclass(frozen=True)
 class Known:
-    """A family in files and in memory; `theta` has the identity where the experts project."""
+    """A inputs in files and in memory; `theta` has the identity where the experts project."""
 
-    family: Family
+    inputs: Inputs
     theta: dict[str, Tensor]
     thetas: list[dict[str, Tensor]]
     output: Path
@@ -37,7 +37,7 @@ class Known:
     def merge(
         self, coefficients: object, method: MethodSettings
     ) -> tuple[MergedRecord, dict[str, Tensor]]:
-        record = merge_family(self.family, coefficients, self.output, method=method)
+        record = merge_inputs(self.inputs, coefficients, self.output, method=method)
         return record, load_tensors(self.output)
 
     def require_close(self, found: dict[str, Tensor], expected: dict[str, Sequence[float]]) -> None:
@@ -55,7 +55,7 @@ MakeFamily = Callable[..., Known]
 
 
 @pytest.fixture
-def make_family(write_family: Callable, weights: Callable, tmp_path: Path) -> MakeFamily:
+def make_family(write_inputs: Callable, weights: Callable, tmp_path: Path) -> MakeFamily:
     """A base and `count` experts that moved by `scale`, partly together; some elements not."""
 
     def make(count: int = 3, dtype: torch.dtype = torch.float32, scale: float = 0.3) -> Known:
@@ -73,12 +73,12 @@ def make_family(write_family: Callable, weights: Callable, tmp_path: Path) -> Ma
             noise = scale * (1 + torch.randn(4, 4, generator=generator))
             thetas[-1][PROJECTION] = (torch.eye(4) + noise).to(dtype)
         whole = {"count": torch.tensor([3, 4])}
-        base, experts = write_family(
+        base, experts = write_inputs(
             {**theta, **whole}, [{**t, **whole} for t in thetas], projection="block"
         )
-        family = open_family(base, open_parents(experts, "expert"))
+        inputs = open_inputs(base, open_experts(experts, "expert"))
         theta = {**theta, **whole, PROJECTION: torch.eye(4, dtype=dtype)}
-        return Known(family, theta, thetas, tmp_path / "merged.safetensors")
+        return Known(inputs, theta, thetas, tmp_path / "merged.safetensors")
 
     return make
 
@@ -101,15 +101,15 @@ def taus_of() -> Callable[[Known], list[dict[str, list[float]]]]:
 
 
 def stored_vectors(known: Known) -> Known:
-    """The same family with task vectors in place of its experts."""
+    """The same inputs with task vectors in place of its experts."""
     from deme_cli.merging.task_vectors import measure, write_task_vector
 
     paths = []
-    for index, norms in enumerate(measure(known.family).norms):
+    for index, norms in enumerate(measure(known.inputs).norms):
         paths.append(known.output.with_name(f"tv_{index + 1}.safetensors"))
-        write_task_vector(known.family, index, norms, paths[-1])
-    family = open_family(known.family.base.path, open_parents(paths, "task-vector"))
-    return Known(family, known.theta, known.thetas, known.output)
+        write_task_vector(known.inputs, index, norms, paths[-1])
+    inputs = open_inputs(known.inputs.base.path, open_experts(paths, "task-vector"))
+    return Known(inputs, known.theta, known.thetas, known.output)
 
 
 @pytest.fixture
@@ -118,11 +118,11 @@ def as_vectors() -> Callable[[Known], Known]:
 
 
 @pytest.fixture
-def family(tmp_path: Path) -> Family:
+def inputs(tmp_path: Path) -> Inputs:
     """A tiny network and two experts of it, ft_1of2 and ft_2of2."""
     base = tmp_path / "base.safetensors"
     write_tiny_base(base)
     paths = [tmp_path / f"ft_{index}of2.safetensors" for index in (1, 2)]
     for index, path in enumerate(paths, start=1):
         write_tiny_expert(path, base, index=index, of=2, scale=0.05)
-    return open_family(base, open_parents(paths, "expert"))
+    return open_inputs(base, open_experts(paths, "expert"))

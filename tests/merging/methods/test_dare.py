@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from deme_cli.merging.methods.dare import keeps
-from deme_cli.merging.methods.known import MethodSettings
+from deme_cli.merging.methods import MethodSettings
+from deme_cli.merging.methods.sparsify import keeps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -21,9 +21,14 @@ def test_a_merge_drops_and_rescales_element_by_element(
     taus, expected = taus_of(known), {}
     for name in known.names:
         expected[name] = known.theta[name].double().flatten().tolist()
-        for c, tau, parent in zip(w, taus, known.family.parents, strict=True):
+        for c, tau, expert in zip(w, taus, known.inputs.experts, strict=True):
             mask = keeps(
-                0, len(tau[name]), seed=4, expert=parent.expert, name=name, density=density
+                0,
+                len(tau[name]),
+                seed=4,
+                expert=expert.expert_fingerprint,
+                name=name,
+                density=density,
             )
             for place, x in enumerate(tau[name]):
                 expected[name][place] += c * (x / density if mask[place] else 0.0)

@@ -8,7 +8,7 @@ import pytest
 
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.merging.coefficients import Coefficients
-from deme_cli.merging.methods.known import METHODS, MethodSettings, fit_coefficients
+from deme_cli.merging.methods import METHODS, MethodSettings, fit_coefficients
 
 
 def test_settings_that_there_are_not_are_refused() -> None:
@@ -27,37 +27,37 @@ def test_settings_that_there_are_not_are_refused() -> None:
 
 
 def test_coefficients_that_do_not_fit_are_refused(make_family: Callable) -> None:
-    two, three = make_family(2).family, make_family(3).family
+    two, three = make_family(2).inputs, make_family(3).inputs
     slerp, stock = MethodSettings("slerp"), MethodSettings("model-stock")
-    for family, coefficients, settings, message in (
+    for inputs, coefficients, settings, message in (
         (three, None, slerp, "slerp merges 2 experts, found 3"),
         (two, [0.5, 0.6], slerp, "expected w_1 \\+ w_2 = 1, found 1.1"),
         (two, Coefficients((0.5, 0.5), {"conv.*": (1.0, 1.0)}), slerp, "w_1 \\+ w_2 = 1"),
         (two, [0.5, 0.5], stock, "finds the coefficients itself"),
-        (make_family(1).family, None, stock, "give 2 or more"),
+        (make_family(1).inputs, None, stock, "give 2 or more"),
         (two, [0.5], MethodSettings(), "1 coefficients for 2 experts"),
         (two, [0.5, float("inf")], MethodSettings("ties"), "expected finite numbers"),
         (two, Coefficients((0, 0), {"conf.*": (1, 1)}), MethodSettings(), "'conf.*' matches no"),
     ):
         with pytest.raises(ConfigError, match=message):
-            fit_coefficients(family, coefficients, settings)
+            fit_coefficients(inputs, coefficients, settings)
     assert fit_coefficients(two, None).values == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_integers_of_every_method_are_the_bases_and_checked(
-    write_family: Callable, make_family: Callable, name: str
+    write_inputs: Callable, make_family: Callable, name: str
 ) -> None:
-    from deme_cli.merging.combine import merge_family
-    from deme_cli.merging.lineage import open_family, open_parents
+    from deme_cli.merging.combine import merge_inputs
+    from deme_cli.merging.inputs import open_experts, open_inputs
 
     known = make_family(2)
-    base = {n: known.theta[n] for n in known.family.base.tensors}
+    base = {n: known.theta[n] for n in known.inputs.base.tensors}
     experts = [{**weights, "count": known.theta["count"] + 1} for weights in known.thetas]
-    base_path, paths = write_family(base, experts, projection="block")
-    family = open_family(base_path, open_parents(paths, "expert"))
+    base_path, paths = write_inputs(base, experts, projection="block")
+    inputs = open_inputs(base_path, open_experts(paths, "expert"))
     with pytest.raises(ArtifactError, match="'count' of integers"):
-        merge_family(family, None, known.output, method=MethodSettings(name))
+        merge_inputs(inputs, None, known.output, method=MethodSettings(name))
     assert not known.output.exists()
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from deme_cli.merging.combine import merge_artifacts, merge_family
-from deme_cli.merging.lineage import open_family, open_parents
-from deme_cli.merging.methods.known import MethodSettings
-from deme_cli.merging.methods.model_stock import ratio
+from deme_cli.merging.combine import merge_artifacts, merge_inputs
+from deme_cli.merging.inputs import open_experts, open_inputs
+from deme_cli.merging.methods import MethodSettings
+from deme_cli.merging.methods.angles import ratio
 
 STOCK = MethodSettings("model-stock")
 
@@ -52,13 +52,13 @@ def test_each_tensor_follows_its_own_angle(
 
 
 def test_equal_experts_are_kept_and_experts_that_did_not_move_give_the_base(
-    write_family: Callable, weights: Callable, tmp_path
+    write_inputs: Callable, weights: Callable, tmp_path
 ) -> None:
     output = tmp_path / "merged.safetensors"
     for experts, expected in ((weights(1), weights(1)), (weights(0), weights(0))):
-        base, paths = write_family(weights(0), [experts] * 2)
-        family = open_family(base, open_parents(paths, "expert"))
-        record = merge_family(family, None, output, method=STOCK)
+        base, paths = write_inputs(weights(0), [experts] * 2)
+        inputs = open_inputs(base, open_experts(paths, "expert"))
+        record = merge_inputs(inputs, None, output, method=STOCK)
         wanted = merge_artifacts(base, paths[:1], [1.0], tmp_path / "one.safetensors")
         assert record.fingerprint == wanted.fingerprint
         assert expected.keys() == experts.keys()

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from deme_cli.merging import combine, differences, sums
-from deme_cli.merging.methods.known import METHODS, MethodSettings
+from deme_cli.merging import combine, tensor_stream
+from deme_cli.merging.methods import METHODS, MethodSettings, sparsify
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -17,7 +17,7 @@ def test_small_pieces_give_the_same_merge(
     known, method = make_family(2), MethodSettings(name, density=0.4)
     w = None if name == "model-stock" else [0.25, 0.75]
     _, whole = known.merge(w, method)
-    for module in (combine, differences, sums):
+    for module in (combine, sparsify, tensor_stream):
         monkeypatch.setattr(module, "PIECE", 7)
     monkeypatch.setattr(combine, "BLOCK", 21)
     _, cut = known.merge(w, method)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from deme_cli.merging.methods.known import MethodSettings
-from deme_cli.merging.methods.slerp import arc
+from deme_cli.merging.methods import MethodSettings
+from deme_cli.merging.methods.angles import arc
 
 SLERP = MethodSettings("slerp")
 
@@ -42,7 +42,7 @@ def test_weights_move_on_the_arc(make_family: Callable, dtype: torch.dtype, scal
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 def test_the_ends_are_the_experts_bit_for_bit(make_family: Callable, scale: float) -> None:
     known = make_family(2, scale=scale)
-    fingerprints = [parent.record.fingerprint for parent in known.family.parents]
+    fingerprints = [expert.record.fingerprint for expert in known.inputs.experts]
     assert known.merge([1, 0], SLERP)[0].fingerprint == fingerprints[0]
     assert known.merge([0, 1], SLERP)[0].fingerprint == fingerprints[1]
 

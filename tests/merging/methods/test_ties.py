@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from deme_cli.errors import NumericsError
-from deme_cli.merging.combine import merge_family
-from deme_cli.merging.lineage import open_family, open_parents
-from deme_cli.merging.methods.known import MethodSettings
-from deme_cli.merging.methods.thresholds import kth_largest
+from deme_cli.merging.combine import merge_inputs
+from deme_cli.merging.inputs import open_experts, open_inputs
+from deme_cli.merging.methods import MethodSettings
+from deme_cli.merging.methods.sparsify import kth_largest
 
 
 def sign(x: float) -> int:
@@ -86,9 +86,9 @@ def test_other_coefficients_scale_what_each_expert_adds(
 def test_one_expert_whole_is_that_expert_bit_for_bit(make_family: Callable) -> None:
     known = make_family(1)
     record, _ = known.merge([1.0], MethodSettings("ties", density=1.0))
-    assert record.fingerprint == known.family.parents[0].record.fingerprint
+    assert record.fingerprint == known.inputs.experts[0].record.fingerprint
     record, _ = make_family(3).merge([0, 0, 0], MethodSettings("ties"))
-    assert record.fingerprint == known.family.base_record.fingerprint
+    assert record.fingerprint == known.inputs.base_record.fingerprint
 
 
 def test_stored_vectors_change_nothing(make_family: Callable, as_vectors: Callable) -> None:
@@ -115,15 +115,15 @@ def test_thresholds_are_the_sorted_ones(share: float) -> None:
 
 
 def test_an_expert_that_is_not_finite_is_named(
-    write_family: Callable, make_family: Callable
+    write_inputs: Callable, make_family: Callable
 ) -> None:
     known = make_family(2)
     whole = {"count": known.theta["count"]}
-    base = {name: known.theta[name] for name in known.family.base.tensors}
+    base = {name: known.theta[name] for name in known.inputs.base.tensors}
     experts = [{**weights, **whole} for weights in known.thetas]
     experts[1]["conv.bias"] = torch.full((17,), float("nan"))
-    base_path, paths = write_family(base, experts, projection="block")
-    family = open_family(base_path, open_parents(paths, "expert"))
+    base_path, paths = write_inputs(base, experts, projection="block")
+    inputs = open_inputs(base_path, open_experts(paths, "expert"))
     with pytest.raises(NumericsError, match=r"ft_2of2.*not finite"):
-        merge_family(family, [0.5, 0.5], known.output, method=MethodSettings("ties"))
+        merge_inputs(inputs, [0.5, 0.5], known.output, method=MethodSettings("ties"))
     assert not known.output.exists()

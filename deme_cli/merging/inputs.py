@@ -1,0 +1,189 @@
+"""Which files belong together: the experts or task vectors of one merge, and the base they share.
+
+Everything here reads headers only: kinds, base fingerprints, names, shapes, dtypes. What passes can
+be combined; what does not is told with the first name that disagrees. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deme_cli.artifacts import BaseRecord, ExpertRecord, TaskVectorRecord, record_of
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.files import Header, TensorSpec, read_header
+from deme_cli.run_file import RunFile
+
+BASE_NAME = "base.safetensors"
+PROJECTION = "channel_projection."  # diffusion.projection.PREFIX, which lies behind torch
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert or a task vector: its header and its record."""
+
+    header: Header
+    record: ExpertRecord
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    @property
+    def is_vector(self) -> bool:
+        return isinstance(self.record, TaskVectorRecord)
+
+    @property
+    def expert_fingerprint(self) -> str:
+        """Fingerprint of the expert, also where only its task vector is at hand."""
+        record = self.record
+        return record.expert if isinstance(record, TaskVectorRecord) else record.fingerprint
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A base and the experts finetuned from it, checked to agree.
+
+    `projections` are the block projections that every expert has and the base has not.
+    """
+
+    base: Header
+    base_record: BaseRecord
+    experts: tuple[Expert, ...]
+
+    @property
+    def projections(self) -> list[TensorSpec]:
+        return [
+            spec for spec in self.experts[0].header.tensors.values() if is_projection(spec.name)
+        ]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The tensors of a merge: those of the base, and the projections."""
+        return [*self.base.tensors.values(), *self.projections]
+
+    @property
+    def headers(self) -> list[Header]:
+        """The base's header, then those of the experts'."""
+        return [self.base, *(expert.header for expert in self.experts)]
+
+    @property
+    def by_range(self) -> list[int]:
+        """Numbers of the experts, sorted by their ranges of timesteps."""
+        return sorted(range(len(self.experts)), key=lambda i: self.experts[i].record.range)
+
+
+def is_projection(name: str) -> bool:
+    return name.startswith(PROJECTION)
+
+
+def open_experts(paths: Sequence[Path], *kinds: str) -> list[Expert]:
+    """The headers and records of experts (and task vectors), in the order given.
+
+    Raises ArtifactError on another kind, ConfigError where one expert is given twice.
+    """
+    experts: list[Expert] = []
+    for path in paths:
+        header = read_header(path)
+        record = record_of(header)
+        if record.kind not in kinds:
+            expected = " or ".join(repr(kind) for kind in kinds)
+            raise ArtifactError(
+                f"{path}: expected an artifact of kind {expected}, found {record.kind!r}"
+            )
+        assert isinstance(record, ExpertRecord)
+        for other in experts:
+            same = Expert(header, record).expert_fingerprint == other.expert_fingerprint
+            if same and record.range == other.record.range:
+                raise ConfigError(f"{other.path} and {path} are the same expert; give it once")
+        experts.append(Expert(header, record))
+    return experts
+
+
+def find_base(experts: Sequence[Expert], run: RunFile, given: Path | None) -> Path:
+    """The base the experts were finetuned from: `given`, else the run's, else one beside them.
+
+    Raises ArtifactError if what is found is another base, MissingError if nothing is found.
+    """
+    wanted = experts[0].record.base
+    beside = experts[0].path.parent
+    places = [given] if given else [run.base, beside / BASE_NAME, *sorted(beside.glob("*base*"))]
+    found = []
+    for place in places:
+        if not place.is_file() or place.suffix != ".safetensors":
+            continue
+        record = record_of(read_header(place))
+        if isinstance(record, BaseRecord) and record.fingerprint == wanted:
+            return place
+        found.append(f"{place} ({record.kind} {record.fingerprint[:12]})")
+    if found:
+        raise ArtifactError(
+            f"{experts[0].path}: was finetuned from base {wanted[:12]}, found "
+            f"{', '.join(dict.fromkeys(found))}; name the right one with --base"
+        )
+    raise MissingError(
+        f"{given or run.base}: no such file; {experts[0].path} was finetuned from base "
+        f"{wanted[:12]}; name its file with --base"
+    )
+
+
+def open_inputs(base: Path, experts: Sequence[Expert]) -> Inputs:
+    """The experts with their base, after every check that headers allow.
+
+    Raises ArtifactError naming the file and the first tensor, or the fingerprints, that disagree.
+    """
+    header = read_header(base)
+    record = record_of(header)
+    if not isinstance(record, BaseRecord):
+        raise ArtifactError(f"{base}: expected an artifact of kind 'base', found {record.kind!r}")
+    inputs = Inputs(header, record, tuple(experts))
+    for expert in experts:
+        if expert.record.base != record.fingerprint:
+            raise ArtifactError(
+                f"{expert.path}: was finetuned from base {expert.record.base[:12]}, "
+                f"{base} is {record.fingerprint[:12]}; merge experts of one base"
+            )
+        own = {n: spec for n, spec in expert.header.tensors.items() if not is_projection(n)}
+        _require_equal(header, header.tensors, expert.header, own)
+    for expert in experts[1:]:
+        _require_same_projections(experts[0].header, expert.header)
+    for spec in inputs.projections:
+        if len(spec.shape) != 2 or spec.shape[0] != spec.shape[1]:
+            raise ArtifactError(
+                f"{experts[0].path}: {spec.name!r} has shape {list(spec.shape)}; "
+                f"a channel projection is a square matrix"
+            )
+    return inputs
+
+
+def _require_same_projections(first: Header, other: Header) -> None:
+    """Check that two experts have the same block projections, or both none."""
+    left, right = (
+        {name: spec for name, spec in header.tensors.items() if is_projection(name)}
+        for header in (first, other)
+    )
+    if bool(left) != bool(right):
+        has, lacks = (first, other) if left else (other, first)
+        raise ArtifactError(
+            f"{has.path} has channel projections, {lacks.path} has none; "
+            f"merge experts trained with the same --projection"
+        )
+    _require_equal(first, left, other, right)
+
+
+def _require_equal(
+    first: Header, left: dict[str, TensorSpec], other: Header, right: dict[str, TensorSpec]
+) -> None:
+    """Check names, dtypes and shapes; raises ArtifactError with the first name that disagrees."""
+    for name in sorted(left.keys() | right.keys()):
+        if name not in right:
+            raise ArtifactError(f"{other.path}: lacks {name!r}, which {first.path} has")
+        if name not in left:
+            raise ArtifactError(f"{other.path}: has {name!r}, which {first.path} lacks")
+        expected, found = left[name], right[name]
+        if (expected.dtype, expected.shape) != (found.dtype, found.shape):
+            raise ArtifactError(
+                f"{other.path}: {name!r} is {found.dtype} {list(found.shape)}, "
+                f"{first.path} has {expected.dtype} {list(expected.shape)}"
+            )

@@ -1,1 +1,0 @@
-"""Finding the coefficients: plans that propose points, objectives, and trials kept on disk."""
