@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from deme_cli.errors import MissingError
 from deme_cli.files import write_whole
 from deme_cli.merging.journal import read_journal
@@ -91,6 +89,7 @@ def draw_search(trials: Sequence[Trial], labels: Sequence[str], objectives: Sequ
     Raises NumericsError where nothing was finite.
     """
     import matplotlib
+    import numpy as np
     from matplotlib.figure import Figure
 
     first, last = ([t for t in trials if t.stage == stage] for stage in (0, best_of(trials).stage))
@@ -130,6 +129,8 @@ def best_of(trials: Sequence[Trial]) -> Trial:
 
 def highest_shown(values: Sequence[float]) -> float:
     """The largest finite value that is not far above the others."""
+    import numpy as np
+
     finite = np.array([value for value in values if math.isfinite(value)])
     first, third = np.quantile(finite, [0.25, 0.75])
     return float(finite[finite <= third + WHISKER * (third - first)].max())

@@ -37,7 +37,7 @@ VERBS = {
     "inspect": "inspect base.safetensors",
     "take_inventory": "doctor",
 }
-MOVING = {"merge", "search"}  # their verbs, for a while
+MOVING = {"search"}  # to be one with merge
 SETTINGS = {"set_quiet", "read_run_file"}  # of those who call verbs from Python
 
 
