@@ -9,7 +9,7 @@ draws pixels has images for latents.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -75,14 +75,16 @@ class Conditioning:
         """Whether a VAE turns what is denoised into images."""
         return "vae" in self.companions.backbone.parts
 
-    @property
-    def scheduler_changes(self) -> Mapping[str, Any]:
-        """What the model's pipeline changes in every scheduler that it is given."""
-        return self.companions.backbone.scheduler_changes
+    def scheduler(self, record: DenoiserRecord, config: SampleConfig) -> Any:
+        """The sampler of a model of this base, laid out as the model's own pipeline does.
 
-    def lay_out(self, scheduler: Any, steps: int) -> None:
-        """Set the scheduler's timesteps as the model's own pipeline does."""
-        self.companions.backbone.lay_out(scheduler, steps, self.latent_shape)
+        Raises ConfigError if it does not fit the model.
+        """
+        backbone = self.companions.backbone
+        return build_scheduler(
+            record.scheduler_config, config, changes=backbone.scheduler_changes,
+            lay_out=lambda own, steps: backbone.lay_out(own, steps, self.latent_shape),
+        )  # fmt: skip
 
     @property
     def embedded_guidance(self) -> float | None:
@@ -281,9 +283,7 @@ def protocol_card(
     first = records[0]
     about = conditioning or open_conditioning(first, config)
     config = name_sampler(first, config)
-    scheduler = build_scheduler(
-        first.scheduler_config, config, lay_out=about.lay_out, changes=about.scheduler_changes
-    )
+    scheduler = about.scheduler(first, config)
     flow = flow_config(first.scheduler_config)
     horizon = first.num_train_timesteps
     spans = [[0, horizon]]

@@ -36,7 +36,6 @@ from deme_cli.sampling.compiled import UNCOMPILED, CompiledSteps, HeldExperts, S
 from deme_cli.sampling.conditioning import Conditioning, conditioning_of
 from deme_cli.sampling.ensemble import SamplingExpert
 from deme_cli.sampling.scheduler import (
-    build_scheduler,
     first_scale,
     name_sampler,
     scale_input,
@@ -131,10 +130,7 @@ def sample_images(
     about = conditioning or conditioning_of(model, config)
     assert config.num in (None, about.num), "the conditioning is of another number of images"
     config = name_sampler(model.record, config)
-    scheduler = build_scheduler(
-        model.record.scheduler_config, config, lay_out=about.lay_out,
-        changes=about.scheduler_changes,
-    )  # fmt: skip
+    scheduler = about.scheduler(model.record, config)
     about.load()
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     threads, is_compiled = _fitting_threads(model, about, config), compiled.is_on(model.device)

@@ -40,12 +40,6 @@ class Shares:
         starts = range(self.first + self.world.rank * step, self.num, self.world.size * step)
         return [range(start, min(start + step, self.num)) for start in starts]
 
-    @property
-    def is_idle_at_last(self) -> bool:
-        """Whether this process has no batch in the last round."""
-        num_batches = math.ceil((self.num - self.first) / self.batch_size)
-        return 0 < num_batches % self.world.size <= self.world.rank
-
     def num_done(self, num_rounds: int) -> int:
         """Images that are there after so many rounds, those before `first` included."""
         return min(self.first + num_rounds * self.world.size * self.batch_size, self.num)
@@ -56,7 +50,9 @@ class Shares:
 
     def rounds(self, own: Iterable[T]) -> Iterator[T | None]:
         """What this process makes of its batches, then None if the last round has none for it."""
-        return chain(own, [None] if self.is_idle_at_last else [])
+        num_batches = math.ceil((self.num - self.first) / self.batch_size)
+        is_idle_at_last = 0 < num_batches % self.world.size <= self.world.rank
+        return chain(own, [None] if is_idle_at_last else [])
 
     def gather(self, rows: np.ndarray | None) -> list[np.ndarray]:
         """On the first process, a round's rows (B, ...) of each batch, in order; elsewhere nothing.

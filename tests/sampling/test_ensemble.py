@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import write_tiny_base, write_tiny_expert
@@ -50,21 +51,23 @@ def test_an_expert_of_another_base_is_refused(run_folder: Path) -> None:
         read_ensemble(expert_paths(run_folder))
 
 
-def test_an_expert_of_another_architecture_is_refused(run_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"model_config": {"dropout": 0.5}}, "model config"),
+        ({"companions": {"vae": "0" * 64}}, "set of frozen parts"),
+        ({"scheduler_config": {"beta_end": 0.1}}, "scheduler config"),
+    ],
+)
+def test_an_expert_with_other_surroundings_is_refused(
+    run_folder: Path, changes: dict[str, dict[str, Any]], fault: str
+) -> None:
     path = run_folder / "ft_2of4.safetensors"
     record = read_record(path, "expert")
-    changed = replace(record, model_config={**record.model_config, "dropout": 0.5})
-    write_artifact(path, load_tensors(path), changed)
-    with pytest.raises(ArtifactError, match="another model config than"):
+    changed = {name: {**getattr(record, name), **value} for name, value in changes.items()}
+    write_artifact(path, load_tensors(path), replace(record, **changed))
+    with pytest.raises(ArtifactError, match=f"another {fault} than"):
         open_ensemble(expert_paths(run_folder))
-
-
-def test_an_expert_with_other_frozen_parts_is_refused(run_folder: Path) -> None:
-    path = run_folder / "ft_3of4.safetensors"
-    record = read_record(path, "expert")
-    write_artifact(path, load_tensors(path), replace(record, companions={"vae": "0" * 64}))
-    with pytest.raises(ArtifactError, match="another set of frozen parts than"):
-        read_ensemble(expert_paths(run_folder))
 
 
 def test_a_file_that_is_no_expert_is_refused(run_folder: Path) -> None:

@@ -52,15 +52,13 @@ def follow(velocity: Any, config: SampleConfig, schedule: dict[str, Any]) -> tup
     return noise, x_t
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
 @pytest.mark.parametrize("sampler", FLOW_SCHEDULERS)
-def test_a_straight_line_is_followed_to_its_end_in_any_number_of_steps(
-    sampler: str, steps: int
-) -> None:
-    _, found = follow(point_velocity, SampleConfig(sampler=sampler, steps=steps), STATIC)
-    # DPM-Solver++ and UniPC tell the network whole timesteps
-    within = 1e-5 if sampler in ("euler", "heun") else 5e-3
-    assert torch.allclose(found, torch.full_like(found, MEAN), rtol=0, atol=within)
+def test_a_straight_line_is_followed_to_its_end_in_any_number_of_steps(sampler: str) -> None:
+    for steps in (1, 2, 7, 50):
+        _, end = follow(point_velocity, SampleConfig(sampler=sampler, steps=steps), STATIC)
+        # DPM-Solver++ and UniPC tell the network whole timesteps
+        within = 1e-5 if sampler in ("euler", "heun") else 5e-3
+        assert torch.allclose(end, torch.full_like(end, MEAN), rtol=0, atol=within)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +105,10 @@ def test_every_flow_sampler_shifts_by_the_size_of_the_image_as_the_checkpoint_sa
     assert half == pytest.approx(euler.sigmas[0].item(), abs=2e-3)
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in FLOW_SCHEDULERS])
-def test_samplers_that_do_not_fit_are_refused_and_those_that_do_are_named(sampler: str) -> None:
-    with pytest.raises(ConfigError, match=f"{sampler} does not fit.*euler, heun, dpm.*, unipc"):
-        build_scheduler(STATIC, SampleConfig(sampler=sampler))
+def test_samplers_that_do_not_fit_are_refused_and_those_that_do_are_named() -> None:
+    for sampler in set(SAMPLERS) - set(FLOW_SCHEDULERS):
+        with pytest.raises(ConfigError, match=f"{sampler} does not fit.*euler, heun, dpm.*, unipc"):
+            build_scheduler(STATIC, SampleConfig(sampler=sampler))
 
 
 @pytest.mark.parametrize(
