@@ -7,7 +7,7 @@
     experts = deme.finetune("all", run.settings(FinetuneConfig, p=0.1), run=run)
     vectors = deme.task_vector(experts)                  # their norms, and the cosines between them
     merged = deme.merge(experts, MergeConfig(coefficients=[0.1, 0.1, 0.2, 0.5]))
-    found = deme.search(experts, output=Path("found.safetensors"), run=run)
+    found = deme.merge(experts, run.settings(MergeConfig, search="grid"), run=run, force=True)
     images = deme.sample(found.path, run.settings(SampleConfig, num=64))
     table = deme.evaluate([run.base, found.path], run.settings(EvalConfig, fid="digits", num=2000))
     losses = deme.analyze_losses([run.base, *experts], run=run)    # losses.reading, .document
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from deme_cli.html_report import report as report
     from deme_cli.merging.merge import MergeResult as MergeResult
     from deme_cli.merging.merge import merge as merge
-    from deme_cli.merging.merge import search as search
     from deme_cli.merging.replay import replay as replay
     from deme_cli.merging.show_search import ShownSearch as ShownSearch
     from deme_cli.merging.show_search import show_search as show_search
@@ -70,7 +69,7 @@ _PLACES = {
     "split": "training.split", "SplitResult": "training.split",
     "finetune": "training.finetune", "train_base": "training.finetune",
     "task_vector": "merging.task_vectors", "TaskVectors": "merging.task_vectors",
-    "merge": "merging.merge", "search": "merging.merge", "MergeResult": "merging.merge",
+    "merge": "merging.merge", "MergeResult": "merging.merge",
     "replay": "merging.replay",
     "sample": "sampling.sample", "ensemble_sample": "sampling.sample",
     "Images": "sampling.sample",

@@ -1,4 +1,4 @@
-"""`merge` and `search`: one network of the base's size from the experts of its ranges (Eq. 8).
+"""`merge`: one network of the base's size from the experts of its ranges (Eq. 8).
 
 A merge by known coefficients loads no torch. A search evaluates trials, which its journal keeps
 (search.py, journal.py), takes the best, and reports on it with other seeds and images (report.py).
@@ -18,7 +18,6 @@ from deme_cli import console
 from deme_cli.artifacts import MergedRecord, read_record
 from deme_cli.config import MergeConfig
 from deme_cli.distributed import ALONE, Lost, World
-from deme_cli.errors import ConfigError
 from deme_cli.jobs import StopRequests
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.show_search import ShownSearch, journal_path, show_search
@@ -87,6 +86,9 @@ def merge(
     of which a search reads images and sampling; the defaults without.   dry_run: check, and say
     what would be done.   world: processes that share the trials of a search.
 
+    A search chooses the coefficients on one set of seeds and images and, unless `settings.report`
+    is False, reports them on another: `record.search`, `record.report`.
+
     Raises ConfigError, MissingError, ArtifactError, NumericsError; then no output appears. Raises
     Stopped after a signal; a search then goes on when it is called again.
     """
@@ -102,27 +104,6 @@ def merge(
         progress(Step(note=f"would merge {len(experts)} artifacts into {output}: {_told(plan)}"))
         return MergeResult(output, is_written=False)
     return _search(plan, world, progress) if plan.searches else _merge(plan, progress)
-
-
-def search(
-    experts: Sequence[Path], settings: MergeConfig | None = None, *,
-    coefficients_for: Mapping[str, Sequence[float]] | None = None, base: Path | None = None,
-    output: Path = Path(MERGED_NAME), run: RunFile | None = None, pipeline: str | None = None,
-    device: str = "auto", dtype: str = "fp32", force: bool = False, progress: Progress = silent,
-) -> MergeResult:  # fmt: skip
-    """Merge with the coefficients that a search finds; a stopped one goes on when called again.
-
-    settings: None for a grid by held-out loss.   coefficients_for: kept as they are given, by glob.
-    The coefficients are chosen on one set of seeds and images and, unless `settings.report` is
-    False, reported on another: `record.search`, `record.report`. The rest is as for `merge`.
-    """
-    settings = settings or MergeConfig(search="grid")
-    if settings.search == "none":
-        raise ConfigError("search = 'none' looks for nothing; name one, as in search = 'grid'")
-    return merge(
-        experts, settings, coefficients_for=coefficients_for, base=base, output=output, run=run,
-        pipeline=pipeline, device=device, dtype=dtype, force=force, progress=progress,
-    )  # fmt: skip
 
 
 def _told(plan: MergePlan) -> str:

@@ -19,7 +19,6 @@ VERBS = {
     "train_base": "finetune --from-scratch unet.toml --data digits",
     "task_vector": f"task-vector {TWO}",
     "merge": f"merge {TWO} -w 0.5,0.5",
-    "search": f"merge {TWO} --search grid --data digits -n 2 --no-report",
     "replay": "merge --replay ft_1of4.safetensors",
     "show_search": "merge --show ft_1of4.safetensors",
     "sample": "sample base.safetensors -n 1 --steps 1",
@@ -37,7 +36,6 @@ VERBS = {
     "inspect": "inspect base.safetensors",
     "take_inventory": "doctor",
 }
-MOVING = {"search"}  # to be one with merge
 SETTINGS = {"set_quiet", "read_run_file"}  # of those who call verbs from Python
 
 
@@ -61,8 +59,6 @@ def test_a_command_calls_the_function_of_the_package(
         called.append(verb)
         raise Called
 
-    if verb in MOVING:
-        pytest.xfail("its verb is on its way to the folder of its idea")
     function = getattr(deme_cli, verb)
     for name, module in list(sys.modules.items()):  # where a command has imported it already, too
         if name.startswith("deme_cli.") and vars(module).get(verb) is function:

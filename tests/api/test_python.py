@@ -49,8 +49,6 @@ def test_a_merged_file_is_built_again(run_folder: Path) -> None:
 
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(run_folder: Path) -> None:
     parents = sorted(run_folder.glob("ft_*.safetensors"))
-    with pytest.raises(ConfigError, match="looks for nothing"):
-        deme_cli.search(parents, MergeConfig())
     with pytest.raises(ConfigError, match="3 coefficients for 4 experts"):
         deme_cli.merge(parents, MergeConfig(coefficients=[1, 1, 1]))
     with pytest.raises(ConfigError, match="closed form"):
