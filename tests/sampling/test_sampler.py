@@ -56,7 +56,7 @@ def generators(config: SampleConfig) -> list[torch.Generator]:
     ]
 
 
-@pytest.mark.parametrize(("spacing", "eta"), zip(SPACINGS, (0.0, 0.5, 1.0), strict=True))
+@pytest.mark.parametrize(("spacing", "eta"), list(zip(SPACINGS, (0.0, 0.5, 1.0), strict=True)))
 def test_ddim_draws_the_images_of_diffusers_pipeline(
     denoiser: Denoiser, spacing: str, eta: float
 ) -> None:
@@ -95,7 +95,7 @@ def test_images_depend_on_neither_batch_size_nor_count(denoiser: Denoiser, sampl
     assert largest_difference(images[0], images[1]) > 10
 
 
-@pytest.mark.parametrize(("sampler", "spacing"), zip(SAMPLERS, 3 * SPACINGS, strict=True))
+@pytest.mark.parametrize(("sampler", "spacing"), list(zip(SAMPLERS, 3 * SPACINGS, strict=True)))
 def test_identical_experts_draw_the_images_of_one_model(
     denoiser: Denoiser, sampler: str, spacing: str
 ) -> None:

@@ -63,7 +63,7 @@ def test_every_sampler_of_the_settings_has_a_scheduler() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "prediction_type"), zip(SAMPLERS, 3 * PREDICTIONS, strict=True)
+    ("sampler", "prediction_type"), list(zip(SAMPLERS, 3 * PREDICTIONS, strict=True))
 )
 def test_every_sampler_draws_the_distribution_of_an_ideal_denoiser(
     sampler: str, prediction_type: str
