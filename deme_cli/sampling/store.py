@@ -312,7 +312,7 @@ class SamplesFolder:
 
 def preview_path(output: Path) -> Path:
     """`ensemble.png` for `ensemble.safetensors`, `images.png` beside the folder `images`."""
-    stem = output.stem if output.suffix == ".safetensors" else output.resolve().name
+    stem = output.stem if output.suffix == ".safetensors" else Path(os.path.realpath(output)).name
     return output.parent / f"{stem}.png"
 
 
