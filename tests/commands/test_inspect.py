@@ -43,8 +43,8 @@ def test_a_searched_merge_is_shown_in_lines_that_can_be_read(
     run_folder: Path, deme: Callable
 ) -> None:
     found = deme(
-        "merge", *sorted(run_folder.glob("ft_*")), "--search", "random", "--per", "layer",
-        "--evaluations", 2, "-n", 8, "--no-report",
+        "merge", *sorted(path.name for path in run_folder.glob("ft_*")), "--search", "random",
+        "--per", "layer", "--evaluations", 2, "-n", 8, "--no-report",
     )  # fmt: skip
     assert found.exit_code == 0, found.exception
     lines = deme("inspect", "merged.safetensors").stdout.splitlines()
