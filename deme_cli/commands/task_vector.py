@@ -62,26 +62,25 @@ def task_vector(
         made.paths,
         as_json=as_json,
         experts=[str(path) for path in experts],
-        norms=made.measured.norms,
-        cosines=made.measured.cosines,
+        norms=made.norms,
+        cosines=made.cosines,
     )
 
 
 def _show(made: TaskVectors) -> None:
     """The norms, and the cosines where there is more than one expert, sorted by range."""
-    inputs, measured = made.inputs, made.measured
-    order = inputs.by_range
-    labels = [inputs.experts[index].record.label for index in order]
-    names = list(measured.norms[0])
-    digits = console.decimals((norms[name] for norms in measured.norms for name in names), 3)
+    order = made.inputs.by_range
+    labels = [made.inputs.experts[index].record.label for index in order]
+    names = list(made.norms[0])
+    digits = console.decimals((norms[name] for norms in made.norms for name in names), 3)
     console.table(
         "Norms of the task vectors (relative: to the norm of the base)",
         ["", *labels],
-        [[name, *(f"{measured.norms[i][name]:.{digits}f}" for i in order)] for name in names],
+        [[name, *(f"{made.norms[i][name]:.{digits}f}" for i in order)] for name in names],
     )
     if len(order) > 1:
         cosines = [
-            ["-" if (value := measured.cosines[i][j]) is None else f"{value:.3f}" for j in order]
+            ["-" if (value := made.cosines[i][j]) is None else f"{value:.3f}" for j in order]
             for i in order
         ]
         console.table(

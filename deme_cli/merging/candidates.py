@@ -1,9 +1,8 @@
 """Candidates in memory: one network, set to theta + sum_i w_i tau_i again and again, and measured.
 
-With `hold` base and experts are kept in float32 on the device, so a candidate costs a few passes
-over the weights and no allocation. Without, they are read from their files piece by piece each
-time, which takes the memory of one network whatever their number. tau_i are as the method makes
-them, by the functions that write the merged file; `slopes` are the derivatives along them.
+Base and experts are read from their files piece by piece each time, by the functions that write the
+merged file, which takes the memory of one network whatever their number; a candidate is the merged
+file bit for bit. `slopes` are the derivatives along the tau_i as the method makes them.
 N experts.
 """
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deme_cli.artifacts import load_tensors
-from deme_cli.diffusion.denoiser import Denoiser, assemble, choose_device
+from deme_cli.diffusion.denoiser import Denoiser, assemble
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.inputs import Inputs
@@ -32,16 +31,13 @@ from deme_cli.sampling.ensemble import SamplingExpert, single
 from deme_cli.timesteps import TimestepRange, require_cover
 from deme_cli.training.held_out import Check
 
-HELD_BYTES = 8 << 30  # float32 weights of base and experts: up to four experts of 400 M parameters
-
 
 class CandidateNetwork:
     """A denoiser whose weights are those of the coefficients it was last given."""
 
     def __init__(
-        self, inputs: Inputs, *, device: str, dtype: str, method: MethodSettings = LINEAR,
-        hold: bool = True,
-    ) -> None:  # fmt: skip
+        self, inputs: Inputs, *, device: str, dtype: str, method: MethodSettings = LINEAR
+    ) -> None:
         self._inputs, self._settings = inputs, method
         self._method = open_method(inputs, method)
         theta = load_tensors(inputs.base.path)
@@ -49,8 +45,6 @@ class CandidateNetwork:
             theta[spec.name] = torch.eye(spec.shape[0])
         where = str(inputs.base.path)
         self._denoiser = assemble(inputs.base_record, theta, where, device=device, dtype=dtype)
-        del theta
-        self._held = self._read_all(choose_device(device)) if hold else None
 
     @torch.no_grad()
     def at(self, coefficients: Coefficients | Sequence[float] | None) -> Denoiser:
@@ -61,17 +55,15 @@ class CandidateNetwork:
         """
         fitted = fit_coefficients(self._inputs, coefficients, self._settings)
         weights = self._denoiser.network.state_dict()
-        if self._held is None:
-            self._stream_into(weights, fitted)
-            return self._denoiser
-        for name, sources in self._held.items():
-            parameter = weights[name]
-            total = parameter if parameter.dtype == torch.float32 else parameter.float()
-            total.zero_()
-            for source, c in self._method.terms(name, fitted.of(name)):
-                total.add_(sources[source], alpha=c)
-            if total is not parameter:
-                parameter.copy_(total)
+        totals = {dtype: np.empty(PIECE, dtype) for dtype in set(COMPUTED_IN.values())}
+        for stream, run in self._runs():
+            name = run.specs[0].name
+            flat = weights[name].view(-1)
+            terms = self._method.terms(name, fitted.of(name))
+            for start, stop in run.spans(PIECE):
+                total = totals[COMPUTED_IN[run.dtype]][: stop - start]
+                stream.add_up(run, start, terms, total)
+                flat[start:stop].copy_(torch.from_numpy(total))
         return self._denoiser
 
     def slopes(self) -> dict[str, tuple[float, ...]]:
@@ -103,29 +95,6 @@ class CandidateNetwork:
             total += [float((tau * piece).sum()) for tau in taus]
         return tuple(total.tolist())
 
-    def _stream_into(self, weights: dict[str, Tensor], coefficients: Coefficients) -> None:
-        """Put the sums into the network's tensors, piece by piece from the files."""
-        totals = {dtype: np.empty(PIECE, dtype) for dtype in set(COMPUTED_IN.values())}
-        for stream, run in self._runs():
-            name = run.specs[0].name
-            flat = weights[name].view(-1)
-            terms = self._method.terms(name, coefficients.of(name))
-            for start, stop in run.spans(PIECE):
-                total = totals[COMPUTED_IN[run.dtype]][: stop - start]
-                stream.add_up(run, start, terms, total)
-                flat[start:stop].copy_(torch.from_numpy(total))
-
-    def _read_all(self, place: torch.device) -> dict[str, Tensor]:
-        """theta and what the terms count of every expert, (N + 1, *shape) in float32 by name."""
-        held = {}
-        for stream, run in self._runs():
-            count, (spec,) = len(self._inputs.experts) + 1, run.specs
-            rows = np.empty((count, spec.num_elements), np.float32)
-            for start, stop in run.spans(PIECE):
-                stream.each(run, start, rows[:, start:stop])
-            held[spec.name] = torch.from_numpy(rows).view(count, *spec.shape).to(place)
-        return held
-
     def _runs(self) -> Iterator[tuple[TensorStream, Run]]:
         """The floating-point tensors one by one, with the open files."""
         with (
@@ -137,11 +106,7 @@ class CandidateNetwork:
 
 
 class Evaluator:
-    """Objectives of candidates, by stage; `with_slopes`: stage 0 gives the gradient as well.
-
-    Then, or where they are large, base and experts are read from their files again for each
-    candidate, and memory holds one network (and one gradient) whatever N; else they stay in memory.
-    """
+    """Objectives of candidates, by stage; `with_slopes`: stage 0 gives the gradient as well."""
 
     def __init__(
         self, inputs: Inputs, space: Space, *, method: MethodSettings, device: str, dtype: str,
@@ -163,13 +128,7 @@ class Evaluator:
         return self.network if self._method.name == "linear" else self._open(LINEAR)
 
     def _open(self, method: MethodSettings) -> CandidateNetwork:
-        """Base and experts stay in memory, but for slopes or beyond HELD_BYTES: a rule of sizes
-        alone, so that a search goes on elsewhere as it began."""
-        num_bytes = 4 * (len(self.inputs.experts) + 1) * self.inputs.base.num_parameters
-        hold = not self.with_slopes and num_bytes <= HELD_BYTES
-        return CandidateNetwork(
-            self.inputs, method=method, hold=hold, device=self._device, dtype=self._dtype
-        )
+        return CandidateNetwork(self.inputs, method=method, device=self._device, dtype=self._dtype)
 
     def __call__(self, stage: int, point: Point, name: str = "") -> tuple[float, dict[str, Any]]:
         """The objective of a stage at `point`, where the reference `name` lies, if any; and what

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from deme_cli.artifacts import BaseRecord, ExpertRecord, TaskVectorRecord, record_of
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
@@ -17,6 +20,10 @@ from deme_cli.run_file import RunFile
 
 BASE_NAME = "base.safetensors"
 PROJECTION = "channel_projection."  # diffusion.projection.PREFIX, which lies behind torch
+COMPUTED_IN: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f4"), "BF16": np.dtype("<f4"),
+}  # fmt: skip
+INTEGERS = frozenset({"I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL"})
 
 
 @dataclass(frozen=True)
@@ -101,26 +108,29 @@ def open_experts(paths: Sequence[Path], *kinds: str) -> list[Expert]:
     return experts
 
 
-def find_base(experts: Sequence[Expert], run: RunFile, given: Path | None) -> Path:
+def find_base(
+    experts: Sequence[Expert], run: RunFile, given: Path | None, beside: Path | None = None
+) -> Path:
     """The base the experts were finetuned from: `given`, else the run's, else one beside them.
 
-    Raises ArtifactError if what is found is another base, MissingError if nothing is found.
+    beside: another folder to look in.   Raises ArtifactError if what is found is another base,
+    MissingError if nothing is found.
     """
     wanted = experts[0].record.base
-    beside = experts[0].path.parent
-    places = [given] if given else [run.base, beside / BASE_NAME, *sorted(beside.glob("*base*"))]
-    found = []
-    for place in places:
-        if not place.is_file() or place.suffix != ".safetensors":
-            continue
+    places = [given] if given else [run.base]
+    for folder in () if given else dict.fromkeys((beside, experts[0].path.parent)):
+        if folder is not None:
+            places += [folder / BASE_NAME, *sorted(folder.glob("*base*.safetensors"))]
+    others = []
+    for place in filter(Path.is_file, places):
         record = record_of(read_header(place))
         if isinstance(record, BaseRecord) and record.fingerprint == wanted:
             return place
-        found.append(f"{place} ({record.kind} {record.fingerprint[:12]})")
-    if found:
+        others.append(f"{place} ({record.kind} {record.fingerprint[:12]})")
+    if others:
         raise ArtifactError(
             f"{experts[0].path}: was finetuned from base {wanted[:12]}, found "
-            f"{', '.join(dict.fromkeys(found))}; name the right one with --base"
+            f"{', '.join(dict.fromkeys(others))}; name the right one with --base"
         )
     raise MissingError(
         f"{given or run.base}: no such file; {experts[0].path} was finetuned from base "
@@ -144,10 +154,16 @@ def open_inputs(base: Path, experts: Sequence[Expert]) -> Inputs:
                 f"{expert.path}: was finetuned from base {expert.record.base[:12]}, "
                 f"{base} is {record.fingerprint[:12]}; merge experts of one base"
             )
-        own = {n: spec for n, spec in expert.header.tensors.items() if not is_projection(n)}
-        _require_equal(header, header.tensors, expert.header, own)
-    for expert in experts[1:]:
-        _require_same_projections(experts[0].header, expert.header)
+        _require_same_tensors(header, expert.header, projections=False)
+        _require_same_tensors(experts[0].header, expert.header, projections=True)
+    for spec in inputs.specs:
+        if spec.dtype not in COMPUTED_IN and (
+            spec.dtype not in INTEGERS or is_projection(spec.name)
+        ):
+            raise ArtifactError(
+                f"{base}: {spec.name!r} of {spec.dtype} cannot be subtracted or merged; expected "
+                f"{', '.join(COMPUTED_IN)} or integers"
+            )
     for spec in inputs.projections:
         if len(spec.shape) != 2 or spec.shape[0] != spec.shape[1]:
             raise ArtifactError(
@@ -157,30 +173,18 @@ def open_inputs(base: Path, experts: Sequence[Expert]) -> Inputs:
     return inputs
 
 
-def _require_same_projections(first: Header, other: Header) -> None:
-    """Check that two experts have the same block projections, or both none."""
+def _require_same_tensors(first: Header, other: Header, *, projections: bool) -> None:
+    """Check names, dtypes and shapes of the projections, or of all but these."""
     left, right = (
-        {name: spec for name, spec in header.tensors.items() if is_projection(name)}
+        {name: spec for name, spec in header.tensors.items() if is_projection(name) == projections}
         for header in (first, other)
     )
-    if bool(left) != bool(right):
-        has, lacks = (first, other) if left else (other, first)
-        raise ArtifactError(
-            f"{has.path} has channel projections, {lacks.path} has none; "
-            f"merge experts trained with the same --projection"
-        )
-    _require_equal(first, left, other, right)
-
-
-def _require_equal(
-    first: Header, left: dict[str, TensorSpec], other: Header, right: dict[str, TensorSpec]
-) -> None:
-    """Check names, dtypes and shapes; raises ArtifactError with the first name that disagrees."""
     for name in sorted(left.keys() | right.keys()):
+        hint = "; merge experts trained with the same --projection" if projections else ""
         if name not in right:
-            raise ArtifactError(f"{other.path}: lacks {name!r}, which {first.path} has")
+            raise ArtifactError(f"{other.path}: lacks {name!r}, which {first.path} has{hint}")
         if name not in left:
-            raise ArtifactError(f"{other.path}: has {name!r}, which {first.path} lacks")
+            raise ArtifactError(f"{other.path}: has {name!r}, which {first.path} lacks{hint}")
         expected, found = left[name], right[name]
         if (expected.dtype, expected.shape) != (found.dtype, found.shape):
             raise ArtifactError(

@@ -7,40 +7,28 @@ appears only if the weights under it have the fingerprint that the header tells.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from deme_cli.artifacts import BaseRecord, MergedRecord, fingerprint_file, record_of
-from deme_cli.errors import (
-    ArtifactError,
-    DemeError,
-    MissingError,
-    NumericsError,
-    writing,
-)
-from deme_cli.files import Header, read_header, require_output
+from deme_cli.artifacts import MergedRecord, fingerprint_file, record_of
+from deme_cli.errors import ArtifactError, DemeError, MissingError, NumericsError
+from deme_cli.files import read_header, require_output, write_whole
 from deme_cli.merging.coefficients import Coefficients
-from deme_cli.merging.combine import PlannedMerge, plan_merge, write_merge
-from deme_cli.merging.inputs import BASE_NAME, Inputs, find_base, open_experts, open_inputs
+from deme_cli.merging.combine import plan_merge, write_sums
+from deme_cli.merging.inputs import Inputs, find_base, open_experts, open_inputs
 from deme_cli.merging.merge import MergeResult
 from deme_cli.merging.methods import METHODS, USES, MethodSettings
 from deme_cli.run_file import RunFile
 
-FINDS_ITS_OWN = ("model-stock",)  # methods that take no coefficients
+_CHUNK = 1 << 22  # bytes
 
 
 def replay(
-    merged: Path,
-    output: Path | None = None,
-    *,
-    experts: Sequence[Path] = (),
-    base: Path | None = None,
-    run: RunFile | None = None,
-    force: bool = False,
-) -> MergeResult:
+    merged: Path, output: Path | None = None, *, experts: Sequence[Path] = (),
+    base: Path | None = None, run: RunFile | None = None, force: bool = False,
+) -> MergeResult:  # fmt: skip
     """Make the merged artifact `merged` again as its record tells it, bit for bit.
 
     output: None for {merged}.replayed.safetensors.   experts, base: where they are now, if not
@@ -64,33 +52,31 @@ def replay(
             f"({', '.join(METHODS)}); use the file as it is, or the deme that wrote it "
             f"({record.created_by})"
         )
-    inputs = _find_inputs(header, record, experts, base, run or RunFile())
+    opened = open_experts(
+        [_find(merged, expert, experts) for expert in record.parents], "expert", "task-vector"
+    )
+    inputs = open_inputs(find_base(opened, run or RunFile(), base, merged.parent), opened)
+    used = {k: v for k, v in record.settings.items() if k in USES.get(record.method, ())}
+    finer = {glob: tuple(values) for glob, values in record.coefficients_for.items()}
+    given = Coefficients(tuple(record.coefficients), finer)
+    plan = plan_merge(
+        inputs, None if record.method == "model-stock" else given,
+        MethodSettings(record.method, **used),
+    )  # fmt: skip
+    layout = sorted(header.tensors.values(), key=lambda spec: spec.begin)
+    if {spec.name for spec in layout} != {spec.name for spec in plan.layout}:
+        raise ArtifactError(f"{merged}: does not have the tensors of its base and parents")
     partial = output.with_name(f".{output.name}.replay")
     try:
-        made = write_merge(_plan(inputs, header, record), record, partial)
-        if made.fingerprint != record.fingerprint:
-            raise _culprit(inputs, merged, record, made.fingerprint)
-        _put_header(header, partial)
-        with writing(output):
-            os.replace(partial, output)
+        made = write_sums(
+            inputs, plan.terms, layout, record, partial, transform=plan.method.transform
+        ).fingerprint
+        if made != record.fingerprint:
+            raise _culprit(inputs, merged, record, made)
+        write_whole(output, chain([_header_bytes(merged)], _tensors(partial)))
     finally:
         partial.unlink(missing_ok=True)
     return MergeResult(output)
-
-
-def _find_inputs(
-    header: Header, record: MergedRecord, given: Sequence[Path], base: Path | None, run: RunFile
-) -> Inputs:
-    """The recorded experts in their order, with their base."""
-    beside = header.path.parent
-    found = [_find(header.path, expert, given) for expert in record.parents]
-    opened = open_experts(found, "expert", "task-vector")
-    if base is None:
-        for place in (beside / BASE_NAME, *sorted(beside.glob("*base*.safetensors"))):
-            own = record_of(read_header(place)) if place.is_file() else None
-            if isinstance(own, BaseRecord) and own.fingerprint == record.base:
-                return open_inputs(place, opened)
-    return open_inputs(find_base(opened, run, base), opened)
 
 
 def _find(merged: Path, expert: dict[str, Any], given: Sequence[Path]) -> Path:
@@ -114,34 +100,14 @@ def _find(merged: Path, expert: dict[str, Any], given: Sequence[Path]) -> Path:
     )
 
 
-def _plan(inputs: Inputs, header: Header, record: MergedRecord) -> PlannedMerge:
-    """The merge that the record tells, its tensors in the order of the old file."""
-    used = {name: record.settings[name] for name in USES.get(record.method, ())
-            if name in record.settings}  # fmt: skip
-    finer = {glob: tuple(values) for glob, values in record.coefficients_for.items()}
-    given = Coefficients(tuple(record.coefficients), finer)
-    plan = plan_merge(
-        inputs,
-        None if record.method in FINDS_ITS_OWN else given,
-        MethodSettings(record.method, **used),
-    )
-    names = sorted(header.tensors, key=lambda name: header.tensors[name].begin)
-    if set(names) != {spec.name for spec in plan.layout}:
-        raise ArtifactError(f"{header.path}: does not have the tensors of its base and parents")
-    by_name = {spec.name: spec for spec in plan.layout}
-    return replace(plan, layout=[by_name[name] for name in names])
-
-
 def _culprit(inputs: Inputs, merged: Path, record: MergedRecord, made: str) -> DemeError:
     """Why the result differs: a file whose weights are not those of its record, or the numbers."""
-    for path, fingerprint in (
-        (inputs.base.path, inputs.base_record.fingerprint),
-        *((expert.path, expert.record.fingerprint) for expert in inputs.experts),
-    ):
-        if (found := fingerprint_file(path)) != fingerprint:
+    for header in inputs.headers:
+        found, told = fingerprint_file(header.path), record_of(header).fingerprint
+        if found != told:
             return ArtifactError(
-                f"{path}: its weights have the fingerprint {found[:12]}, its record says "
-                f"{fingerprint[:12]}; copy or make the file again"
+                f"{header.path}: its weights have the fingerprint {found[:12]}, its record says "
+                f"{told[:12]}; copy or make the file again"
             )
     return NumericsError(
         f"{merged}: made again from the same files its weights have the fingerprint {made[:12]}, "
@@ -149,27 +115,15 @@ def _culprit(inputs: Inputs, merged: Path, record: MergedRecord, made: str) -> D
     )
 
 
-def _put_header(header: Header, partial: Path) -> None:
-    """Give `partial`, which has the same tensors in the same order, the old file's header."""
-    old, new = _header_bytes(header.path), _header_bytes(partial)
-    if old == new:
-        return
-    whole = partial.with_name(f"{partial.name}.whole")  # an older deme wrote fewer fields
-    try:
-        with writing(partial), partial.open("rb") as source, whole.open("wb") as file:
-            file.write(old)
-            source.seek(len(new))
-            while piece := source.read(1 << 22):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(whole, partial)
-    finally:
-        whole.unlink(missing_ok=True)
-
-
 def _header_bytes(path: Path) -> bytes:
     """The length and the JSON before the tensors."""
     with path.open("rb") as file:
         prefix = file.read(8)
         return prefix + file.read(int.from_bytes(prefix, "little"))
+
+
+def _tensors(path: Path) -> Iterator[bytes]:
+    """What is behind the header, in pieces."""
+    with path.open("rb") as file:
+        file.seek(len(_header_bytes(path)))
+        yield from iter(lambda: file.read(_CHUNK), b"")

@@ -9,27 +9,21 @@ N experts or task vectors, n elements of a piece, at most PIECE.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from deme_cli.errors import ArtifactError, MissingError, NumericsError
 from deme_cli.files import DTYPE_BYTES, Header, TensorSpec
-from deme_cli.merging.inputs import Inputs
+from deme_cli.merging.inputs import COMPUTED_IN, INTEGERS, Inputs
 
 Terms = tuple[tuple[int, float], ...]  # (k: 0 the base, then the experts; c_k), no c_k of 0
 Transform = Callable[[str, int, np.ndarray], None]  # of a tensor's tau_i from an element on
 PIECE = 1 << 16  # elements: 256 KiB of float32, so that two operands stay in the cache
 BLOCK = 8 * PIECE  # elements handed over to be written at once
-COMPUTED_IN: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f4"), "BF16": np.dtype("<f4"),
-}  # fmt: skip
-INTEGERS = frozenset({"I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL"})
 
 
 @dataclass(frozen=True)
@@ -102,12 +96,13 @@ class TensorStream:
     """
 
     def __init__(self, inputs: Inputs, transform: Transform | None = None) -> None:
-        self._inputs, self._transform = inputs, transform
+        self._inputs, self.transform = inputs, transform
         self._are_vectors = [expert.is_vector for expert in inputs.experts]
         self._files: list[FileIO] = []
         self._raw = np.empty(PIECE * max(DTYPE_BYTES.values()), np.uint8)
         self._scratch = np.empty(PIECE, np.float32)
         self._buffers: dict[np.dtype, np.ndarray] = {}
+        self.total = np.empty(PIECE, np.float32)  # for a sum that is not taken where it is stored
 
     def __enter__(self) -> Self:
         try:
@@ -169,8 +164,8 @@ class TensorStream:
     def counted(self, run: Run, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """theta (n,) and the transformed tau_i (N, n) of a run of one tensor."""
         theta, taus = self.vectors(run, start, stop)
-        if self._transform is not None:
-            self._transform(run.specs[0].name, start, taus)
+        if self.transform is not None:
+            self.transform(run.specs[0].name, start, taus)
         return theta, taus
 
     def add_up(self, run: Run, start: int, terms: Terms, total: np.ndarray) -> None:
@@ -179,10 +174,10 @@ class TensorStream:
         y_0 is the base, y_i what file i holds or, with a transform, the transformed tau_i.
         total: float32, float64 for F64. Without a transform the files are read one after another.
         """
-        if self._transform is not None:
+        if self.transform is not None:
             theta, taus = self.counted(run, start, start + len(total))
         for place, (source, c) in enumerate(terms):
-            if self._transform is not None:
+            if self.transform is not None:
                 numbers = taus[source - 1] if source else theta
             else:
                 numbers = self.numbers(source, run, start, len(total))
@@ -191,14 +186,6 @@ class TensorStream:
             else:
                 np.multiply(numbers, c, out=numbers)
                 np.add(total, numbers, out=total)
-
-    def each(self, run: Run, start: int, out: np.ndarray) -> None:
-        """Put every y_k into a row of `out` (N + 1, n)."""
-        if self._transform is not None:
-            out[0], out[1:] = self.counted(run, start, start + out.shape[1])
-        else:
-            for source, row in enumerate(out):
-                row[:] = self.numbers(source, run, start, len(row))
 
 
 def float_specs(inputs: Inputs) -> list[TensorSpec]:
@@ -209,9 +196,7 @@ def float_specs(inputs: Inputs) -> list[TensorSpec]:
 def float_runs(inputs: Inputs, *, by_tensor: bool = True) -> list[Run]:
     """Runs over `float_specs`, one per tensor or as long as the files allow."""
     specs = in_file_order(float_specs(inputs))
-    if not by_tensor:
-        return plan_runs(specs, inputs.headers)
-    return plan_runs(specs, inputs.headers, lambda spec: spec.name)
+    return plan_runs(specs, inputs.headers, lambda spec: spec.name if by_tensor else None)
 
 
 def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
@@ -219,28 +204,31 @@ def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
 
 
-def inner_products(inputs: Inputs, *, of_weights: bool = False) -> dict[str, np.ndarray]:
-    """For each tensor the (N, N) inner products of the tau_i, or of the theta_i, in float64.
+def inner_products(
+    inputs: Inputs, advance: Callable[[int], None] = lambda done: None
+) -> dict[str, np.ndarray]:
+    """For each tensor the (N + 1, N + 1) inner products of theta and the tau_i, in float64.
 
     Pairwise sums of float64 products, which come out the same on every machine (a matrix product
-    would not). Raises NumericsError naming an expert and a tensor that is not finite.
+    would not).   advance: told the number of elements passed so far.
+    Raises NumericsError naming a file and a tensor of it that is not finite.
     """
-    count = len(inputs.experts)
     products: dict[str, np.ndarray] = {}
+    done, wide = 0, np.dtype(np.float64)
     with TensorStream(inputs) as stream, np.errstate(over="ignore", invalid="ignore"):
         for run in float_runs(inputs):
-            gram = np.zeros((count, count))
+            gram = np.zeros((len(inputs.headers),) * 2)
             for start, stop in run.spans(PIECE):
-                theta, vectors = stream.vectors(run, start, stop, np.dtype(np.float64))
-                if of_weights:
-                    vectors += theta
-                for i in range(count):
-                    for j in range(i + 1):
-                        gram[i, j] += (vectors[i] * vectors[j]).sum()
+                theta, taus = stream.vectors(run, start, stop, wide)
+                rows = [theta, *taus]
+                for i, j in zip(*np.tril_indices(len(rows)), strict=True):
+                    gram[i, j] += (rows[i] * rows[j]).sum()
+                done += stop - start
+                advance(done)
             name = run.specs[0].name
-            for expert, square in zip(inputs.experts, np.diag(gram), strict=True):
+            for header, square in zip(inputs.headers, np.diag(gram), strict=True):
                 if not np.isfinite(square):
-                    raise NumericsError(f"{expert.path}: {name!r} is not finite")
+                    raise NumericsError(f"{header.path}: {name!r} is not finite")
             products[name] = np.tril(gram) + np.tril(gram, -1).T
     return products
 
@@ -278,42 +266,3 @@ def to_bytes(numbers: np.ndarray, dtype: str, out: np.ndarray) -> None:
         out.view("<u2")[:] = (bits + (odd + 0x7FFF)) >> 16
     else:
         out.view("<f2" if dtype == "F16" else COMPUTED_IN[dtype])[:] = numbers
-
-
-class WriteBehind:
-    """Hands blocks to `write` on a thread of its own while the next block is computed.
-
-    `block()` gives a uint8 buffer to fill, `put` hands it over; `depth` buffers go round. Leaving
-    waits for what is under way; an error of `write` is raised by the next call.
-    """
-
-    def __init__(self, write: Callable[[np.ndarray], None], num_bytes: int, depth: int = 3) -> None:
-        self._write = write
-        self._free = [np.empty(num_bytes, np.uint8) for _ in range(depth)]
-        self._pending: deque[tuple[Future[None], np.ndarray]] = deque()
-
-    def __enter__(self) -> WriteBehind:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deme-write")
-        return self
-
-    def block(self) -> np.ndarray:
-        """A buffer that nobody reads any more."""
-        if not self._free:
-            self._finish_one()
-        return self._free.pop()
-
-    def put(self, block: np.ndarray, num_bytes: int) -> None:
-        """Write the first `num_bytes` of a buffer got from `block()`."""
-        self._pending.append((self._pool.submit(self._write, block[:num_bytes]), block))
-
-    def _finish_one(self) -> None:
-        future, block = self._pending.popleft()
-        future.result()
-        self._free.append(block)
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            while kind is None and self._pending:
-                self._finish_one()
-        finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)

@@ -106,10 +106,12 @@ def test_norms_are_those_of_whole_tensors_relative_to_the_base_or_the_identity(
         assert known(row["relative_norms"]) == pytest.approx(expected, rel=1e-12, nan_ok=True)
     assert not theta["conv_in.bias"].any()
     paths = sorted(folder.glob("ft_*.safetensors"), reverse=True)
-    shown = measure(open_inputs(folder / "base.safetensors", open_experts(paths, "expert")))
+    norms, cosines = measure(
+        open_inputs(folder / "base.safetensors", open_experts(paths, "expert"))
+    )
     relative = [row["relative_norm"] for row in found["experts"]]
-    assert relative == pytest.approx([norms["relative"] for norms in shown.norms])
-    assert np.array(found["pairs"]["cosines"]) == pytest.approx(np.array(shown.cosines))
+    assert relative == pytest.approx([one["relative"] for one in norms])
+    assert np.array(found["pairs"]["cosines"]) == pytest.approx(np.array(cosines))
     unmoved = [np.mean(flat(tau) == 0) for tau in taus]
     assert [row["unmoved_share"] for row in found["experts"]] == pytest.approx(unmoved)
     halves = found["relative_norm"]  # 34:67 crosses half the horizon

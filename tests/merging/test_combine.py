@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_base, write_tiny_expert
 from torch import Tensor
 
 from deme_cli.artifacts import fingerprint_file, load_tensors, read_record
-from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.diffusion.projection import PREFIX
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
 from deme_cli.merging.coefficients import Coefficients
@@ -34,7 +30,7 @@ W = [0.1, -0.35, 1.7]
 def write_vectors(base: Path, experts: list[Path]) -> list[Path]:
     inputs = open_inputs(base, open_experts(experts, "expert"))
     paths = [path.with_name(path.name.replace("ft_", "tv_")) for path in experts]
-    for index, norms in enumerate(measure(inputs).norms):
+    for index, norms in enumerate(measure(inputs)[0]):
         write_task_vector(inputs, index, norms, paths[index])
     return paths
 
@@ -214,18 +210,6 @@ def test_projections_that_nothing_moves_are_left_out(
     assert torch.equal(load_tensors(output)[name], thetas[0][name])
 
 
-def test_a_merged_artifact_is_a_denoiser(tmp_path: Path) -> None:
-    base = tmp_path / "base.safetensors"
-    write_tiny_base(base)
-    experts = [tmp_path / f"ft_{index}of2.safetensors" for index in (1, 2)]
-    for index, path in enumerate(experts, start=1):
-        write_tiny_expert(path, base, index=index, of=2)
-    merge_artifacts(base, experts, [0.5, 0.5], tmp_path / "merged.safetensors")
-    denoiser = load_denoiser(tmp_path / "merged.safetensors")
-    assert denoiser.record.kind == "merged"
-    assert denoiser.schedule.num_train_timesteps == 100
-
-
 def test_what_does_not_belong_together_is_named(
     write_inputs: Callable, weights: Callable, tmp_path: Path
 ) -> None:
@@ -240,7 +224,7 @@ def test_what_does_not_belong_together_is_named(
             {**cut, "conv.bias": torch.zeros(3)}
         ],
         "'scale' is F16": [{**cut, "scale": cut["scale"].half()}],
-        "the same --projection": [projected(cut, 1), cut],
+        "lacks 'chan.* the same --projection": [projected(cut, 1), cut],
         f"'{square}' has shape": [{**cut, **wide}],
         "has .*a.weight', which .* lacks": [projected(cut, 1), {**cut, square: torch.eye(2)}],
     }
@@ -290,7 +274,7 @@ def test_integers_are_kept_and_never_averaged(
     base, experts = write_inputs({**weights(0), **count, **flags}, [changed])
     with pytest.raises(ArtifactError, match=r"'count' of integers \(I64\) differs"):
         merge_artifacts(base, experts, [0.5], output)
-    with pytest.raises(ArtifactError, match="integers have no task vector"):
+    with pytest.raises(ArtifactError, match="no average and no difference"):
         write_vectors(base, experts)
     assert not output.exists()
 
@@ -309,18 +293,6 @@ def test_numbers_that_fail_are_named_and_nothing_is_written(
         merge_artifacts(base, experts, [2.0], output)
     eighth = {"a": torch.zeros(4).to(torch.float8_e4m3fn)}
     base, experts = write_inputs(eighth, [eighth])
-    with pytest.raises(ArtifactError, match="'a' of F8_E4M3 cannot be merged"):
+    with pytest.raises(ArtifactError, match="'a' of F8_E4M3 cannot be subtracted or merged"):
         merge_artifacts(base, experts, [0.5], output)
     assert [path.name for path in tmp_path.glob("*merged*")] == []
-
-
-def test_merging_with_given_coefficients_loads_no_torch(run_folder: Path) -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from deme_cli.app import app\n"
-        "words = ['merge', 'ft_1of4.safetensors', 'ft_2of4.safetensors', '-w', '0.5,0.5']\n"
-        "assert CliRunner().invoke(app, words).exit_code == 0\n"
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-    assert (run_folder / "merged.safetensors").exists()

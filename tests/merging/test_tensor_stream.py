@@ -12,7 +12,6 @@ from deme_cli.files import read_header, tensor_bytes
 from deme_cli.merging.inputs import Inputs
 from deme_cli.merging.tensor_stream import (
     TensorStream,
-    WriteBehind,
     plan_runs,
     to_bytes,
     to_numbers,
@@ -74,19 +73,3 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(MissingError, match="cannot be read"), TensorStream(inputs):
         pass
-
-
-def test_blocks_are_written_in_order_and_an_error_comes_through() -> None:
-    written: list[bytes] = []
-    with WriteBehind(lambda block: written.append(block.tobytes()), 4) as behind:
-        for value in range(50):
-            block = behind.block()
-            block[:] = value
-            behind.put(block, 1 + value % 4)
-    assert written == [bytes([value]) * (1 + value % 4) for value in range(50)]
-
-    def refuse(block: np.ndarray) -> None:
-        raise OSError("full")
-
-    with pytest.raises(OSError, match="full"), WriteBehind(refuse, 4) as behind:
-        behind.put(behind.block(), 4)

@@ -15,27 +15,19 @@ from deme_cli.merging.coefficients import Coefficients, require_matches
 from deme_cli.merging.inputs import Inputs
 from deme_cli.merging.methods.angles import model_stock, slerp
 from deme_cli.merging.methods.linear import Method, linear
-from deme_cli.merging.methods.sparsify import TRIMS, dare, ties
+from deme_cli.merging.methods.sparsify import dare, ties
 
 SUM_TOLERANCE = 1e-9  # of slerp's w_1 + w_2 = 1
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """A method and its settings. Raises ConfigError on a name or a value that there is not."""
+    """A method and its settings, checked where they come from: [merge], or a merged record."""
 
     name: str = "linear"
     density: float = 0.5  # share of each task vector that ties and dare keep
     trim: str = "model"  # what ties trims by magnitude: the whole vector, or tensor by tensor
     seed: int = 0  # of what dare drops
-
-    def __post_init__(self) -> None:
-        if self.name not in METHODS:
-            raise ConfigError(f"method {self.name!r}: expected one of {', '.join(METHODS)}")
-        if not 0 < self.density <= 1:
-            raise ConfigError(f"density = {self.density}: expected a share above 0, at most 1")
-        if self.trim not in TRIMS:
-            raise ConfigError(f"trim {self.trim!r}: expected one of {', '.join(TRIMS)}")
 
     @property
     def used(self) -> dict[str, Any]:

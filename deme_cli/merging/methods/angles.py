@@ -32,8 +32,7 @@ COLINEAR = 0.9995  # mergekit's DOT_THRESHOLD
 
 def slerp(inputs: Inputs) -> Method:
     """Weights of two experts on the arc between them; opening it reads the files once."""
-    grams = inner_products(inputs, of_weights=True)
-    cosines = {name: _cosine(gram) for name, gram in grams.items()}
+    cosines = {name: _cosine(gram) for name, gram in inner_products(inputs).items()}
     vectors = [expert.is_vector for expert in inputs.experts]
 
     def terms(name: str, coefficients: Sequence[float]) -> Terms:
@@ -55,15 +54,18 @@ def arc(t: float, cosine: float) -> tuple[float, float]:
 
 
 def _cosine(gram: np.ndarray) -> float | None:
-    """The cosine between two vectors with these inner products; None where one is zero."""
-    size = math.sqrt(gram[0, 0]) * math.sqrt(gram[1, 1])
-    return float(np.clip(gram[0, 1] / size, -1, 1)) if size else None
+    """The cosine between theta + tau_1 and theta + tau_2, from the inner products of theta and the
+    tau_i (3, 3); None where one of the two is zero."""
+    ends = np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    (square_1, product), (_, square_2) = ends @ gram @ ends.T
+    size = math.sqrt(max(square_1, 0.0)) * math.sqrt(max(square_2, 0.0))
+    return float(np.clip(product / size, -1, 1)) if size else None
 
 
 def model_stock(inputs: Inputs) -> Method:
     """Coefficients from the angles between experts; opening it reads the files once."""
     count = len(inputs.experts)
-    ratios = {name: ratio(gram) for name, gram in inner_products(inputs).items()}
+    ratios = {name: ratio(gram[1:, 1:]) for name, gram in inner_products(inputs).items()}
 
     def terms(name: str, coefficients: Sequence[float]) -> Terms:
         if name not in ratios:

@@ -32,7 +32,6 @@ LOW_BITS = 15  # of the 31 without sign
 NUM_HIGH, NUM_LOW = 1 << (31 - LOW_BITS), 1 << LOW_BITS
 NOT_FINITE = 0x7F800000 >> LOW_BITS  # first bin of infinities and NaN
 WORDS = 8  # 32-bit words that one step of the counter makes (Philox 4x64)
-TRIMS = ("model", "tensor")
 
 
 def ties(inputs: Inputs, *, density: float, trim: str) -> Method:
@@ -136,13 +135,9 @@ def dare(inputs: Inputs, *, density: float, seed: int) -> Method:
     def drop_and_rescale(name: str, start: int, taus: np.ndarray) -> None:
         for expert, tau in zip(inputs.experts, taus, strict=True):
             tau *= keeps(
-                start,
-                len(tau),
-                seed=seed,
-                expert=expert.expert_fingerprint,
-                name=name,
+                start, len(tau), seed=seed, expert=expert.expert_fingerprint, name=name,
                 density=density,
-            )
+            )  # fmt: skip
             tau *= 1 / density
 
     return Method(vector_terms, drop_and_rescale)

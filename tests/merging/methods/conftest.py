@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_base, write_tiny_expert
 from torch import Tensor
 
 from deme_cli.artifacts import MergedRecord, load_tensors
@@ -105,7 +104,7 @@ def stored_vectors(known: Known) -> Known:
     from deme_cli.merging.task_vectors import measure, write_task_vector
 
     paths = []
-    for index, norms in enumerate(measure(known.inputs).norms):
+    for index, norms in enumerate(measure(known.inputs)[0]):
         paths.append(known.output.with_name(f"tv_{index + 1}.safetensors"))
         write_task_vector(known.inputs, index, norms, paths[-1])
     inputs = open_inputs(known.inputs.base.path, open_experts(paths, "task-vector"))
@@ -115,14 +114,3 @@ def stored_vectors(known: Known) -> Known:
 @pytest.fixture
 def as_vectors() -> Callable[[Known], Known]:
     return stored_vectors
-
-
-@pytest.fixture
-def inputs(tmp_path: Path) -> Inputs:
-    """A tiny network and two experts of it, ft_1of2 and ft_2of2."""
-    base = tmp_path / "base.safetensors"
-    write_tiny_base(base)
-    paths = [tmp_path / f"ft_{index}of2.safetensors" for index in (1, 2)]
-    for index, path in enumerate(paths, start=1):
-        write_tiny_expert(path, base, index=index, of=2, scale=0.05)
-    return open_inputs(base, open_experts(paths, "expert"))

@@ -23,8 +23,10 @@ def cosine(a: list[float], b: list[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True)) / size if size else 0.0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "count"),
+    [(torch.float32, 2), (torch.float32, 4), (torch.float64, 2), (torch.bfloat16, 2)],
+)
 def test_each_tensor_follows_its_own_angle(
     make_family: Callable, taus_of: Callable, dtype: torch.dtype, count: int
 ) -> None:

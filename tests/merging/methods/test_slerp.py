@@ -27,8 +27,10 @@ def shoemake(a: list[float], b: list[float], t: float) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale", [1.0, 0.01])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, 1.0), (torch.float32, 0.01), (torch.float64, 1.0), (torch.bfloat16, 1.0)],
+)
 def test_weights_move_on_the_arc(make_family: Callable, dtype: torch.dtype, scale: float) -> None:
     known, t = make_family(2, dtype, scale=scale), 0.3
     _, found = known.merge([1 - t, t], SLERP)
