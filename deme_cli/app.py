@@ -17,25 +17,76 @@ import typer
 import typer.core
 import typer.main
 
-from deme_cli.analysis.settings import ANALYSES
-from deme_cli.commands.launching import only_first
 from deme_cli.commands.version import show_version
-from deme_cli.config import TABLES
-from deme_cli.errors import ConfigError
-from deme_cli.settings import Settings, closest, nearest
+from deme_cli.config import TABLES, Settings
+from deme_cli.distributed import only_first
+from deme_cli.errors import ConfigError, closest, nearest
 
 SETTINGS: dict[str, Any] = {
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
     "rich_markup_mode": "rich",
 }
-_PLAIN_WORDS = {  # pydantic's and ours
-    "Input should be a valid integer": "expected a whole number",
-    "Input should be a valid": "expected a",
-    "Input should be": "expected a number",
-}
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__base__)  # Typer has no public name for it
 PIPELINE, MEASURE, LOOK = "Pipeline", "Sample and measure", "Look and share"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A subcommand: its panel, its line in `deme --help`; and for a group, its subcommands.
+
+    Its function has its name, or `function`, and lies in the file of its name in commands/; a
+    group's is its help alone. is_joint: the processes of a launch run it together, and meet there;
+    else the first one runs it alone.
+    """
+
+    panel: str
+    summary: str
+    function: str = ""
+    parts: Collection[str] = ()
+    is_joint: bool = False
+
+    def build(self, name: str) -> Any:
+        """Import the command and make its options."""
+        plain = name.replace("-", "_")
+        module = import_module(f"deme_cli.commands.{plain}")
+        function = getattr(module, self.function or plain)
+        one = typer.Typer(**SETTINGS, cls=Group, add_completion=False, no_args_is_help=True)
+        if not self.parts:
+            kind = Command if self.is_joint else FirstOnly
+            one.command(name, cls=kind, rich_help_panel=self.panel)(function)
+            return typer.main.get_command(one)
+        one.callback()(function)
+        for part in self.parts:
+            one.command(part, cls=FirstOnly)(getattr(module, part.replace("-", "_")))
+        return typer.main.get_command(one)
+
+
+COMMANDS: dict[str, Entry] = {
+    "split": Entry(PIPELINE, "Import a model, divide its timesteps into ranges."),
+    "finetune": Entry(PIPELINE, "Train the expert of one range (Eq. 3-6).", is_joint=True),
+    "task-vector": Entry(PIPELINE, "Subtract the base from experts; norms, cosines."),
+    "merge": Entry(PIPELINE, "Merge experts into one model (Eq. 8).", is_joint=True),
+    "sample": Entry(MEASURE, "Draw images from one model.", is_joint=True),
+    "ensemble-sample": Entry(
+        MEASURE, "Draw images, each expert in its range (Eq. 7).", is_joint=True
+    ),
+    "eval": Entry(
+        MEASURE, "Measure the distance to reference images.", function="evaluate", is_joint=True
+    ),
+    "stats": Entry(MEASURE, "Make reference statistics of images.", is_joint=True),
+    "compare": Entry(MEASURE, "Train and measure a table of methods."),
+    "demo": Entry(LOOK, "Run the whole pipeline on the embedded digits."),
+    "analyze": Entry(
+        LOOK,
+        "Draw the paper's figures: why it works.",
+        parts=("losses", "gradients", "activations", "landscape", "task-vectors"),
+    ),
+    "report": Entry(LOOK, "Put a run folder on one HTML page."),
+    "inspect": Entry(LOOK, "Show what is in an artifact, and where it is from."),
+    "export": Entry(LOOK, "Write a diffusers pipeline folder."),
+    "doctor": Entry(LOOK, "List what runs need, and what of it is missing."),
+}
 
 
 class Command(typer.core.TyperCommand):
@@ -83,98 +134,8 @@ class Group(typer.core.TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-def _usage_told(context: Any, error: Any) -> str:
-    """A usage error of Typer's on one line: the command, what is wrong, what to do."""
-    command = context.command_path.partition(" ")[2]
-    where = f"{command}: " if command else ""
-    text = error.format_message().rstrip(".")
-    text = text[0].lower() + text[1:]
-    if hasattr(error, "possibilities"):
-        items = context.command.params
-        flags = [flag for item in items for flag in (*item.opts, *item.secondary_opts)]
-        text = f"no option {error.option_name}"
-        name = error.option_name.lstrip("-").replace("-", "_")
-        table = TABLES.get({"ensemble-sample": "sample"}.get(command, command))
-        if name in [item.name for item in fields(table or Settings) if not item.metadata["option"]]:
-            return f"{where}{text}; set {name} under [{command}] in deme.toml"
-        if close := closest(error.option_name, [flag for flag in flags if flag.startswith("--")]):
-            return f"{where}{text}; did you mean {close}?"
-    elif hasattr(error.__cause__, "errors"):  # pydantic's, which converts the values
-        (first, *_) = error.__cause__.errors()
-        expected = first["msg"].partition(",")[0]
-        for theirs, ours in _PLAIN_WORDS.items():
-            expected = expected.replace(theirs, ours)
-        text = f"{error.param.opts[0]} {first['input']}: {expected}"
-    return f"{where}{text}; see {' '.join(['deme', *command.split(), '--help'])}"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A subcommand: its panel, its line in `deme --help`, and its function in commands/.
-
-    A group's function is its help alone; each of its `parts` is a subcommand, the
-    function of its name beside it.
-    """
-
-    panel: str
-    summary: str
-    function: str
-    module: str = ""
-    parts: Collection[str] = ()
-
-    def build(self, name: str) -> Any:
-        """Import the command and make its options."""
-        module = import_module(f"deme_cli.commands.{self.module or self.function}")
-        one = typer.Typer(
-            **SETTINGS, cls=Group, add_completion=False, no_args_is_help=bool(self.parts)
-        )
-        function = getattr(module, self.function)
-        if not self.parts:
-            one.command(name, cls=_kind(self.function), rich_help_panel=self.panel)(function)
-            return typer.main.get_command(one)
-        one.callback()(function)
-        for part in self.parts:
-            one.command(part, cls=_kind(part))(getattr(module, part.replace("-", "_")))
-        return typer.main.get_command(one)
-
-    def line(self, name: str) -> typer.core.TyperCommand:
-        """What stands in the list of commands, without the command."""
-        return typer.core.TyperCommand(name, help=self.summary, rich_help_panel=self.panel)
-
-
-def _kind(function: str) -> type[Command]:
-    return Command if function in JOINT else FirstOnly
-
-
-# What the processes of a launch do together, by function: each of these meets the others itself.
-JOINT = frozenset({
-    "finetune", "merge", "sample", "ensemble_sample", "evaluate", "stats",
-})  # fmt: skip
-COMMANDS: dict[str, Entry] = {
-    "split": Entry(PIPELINE, "Import a model, divide its timesteps into ranges.", "split"),
-    "finetune": Entry(PIPELINE, "Train the expert of one range (Eq. 3-6).", "finetune"),
-    "task-vector": Entry(
-        PIPELINE, "Subtract the base from experts; norms, cosines.", "task_vector"
-    ),
-    "merge": Entry(PIPELINE, "Merge experts into one model (Eq. 8).", "merge"),
-    "sample": Entry(MEASURE, "Draw images from one model.", "sample"),
-    "ensemble-sample": Entry(
-        MEASURE, "Draw images, each expert in its range (Eq. 7).", "ensemble_sample"
-    ),
-    "eval": Entry(MEASURE, "Measure the distance to reference images.", "evaluate", "eval"),
-    "stats": Entry(MEASURE, "Make reference statistics of images.", "stats"),
-    "compare": Entry(MEASURE, "Train and measure a table of methods.", "compare"),
-    "demo": Entry(LOOK, "Run the whole pipeline on the embedded digits.", "demo"),
-    "analyze": Entry(LOOK, "Draw the paper's figures: why it works.", "analyze", parts=ANALYSES),
-    "report": Entry(LOOK, "Put a run folder on one HTML page.", "report"),
-    "inspect": Entry(LOOK, "Show what is in an artifact, and where it is from.", "inspect"),
-    "export": Entry(LOOK, "Write a diffusers pipeline folder.", "export"),
-    "doctor": Entry(LOOK, "List what runs need, and what of it is missing.", "doctor"),
-}
-
-
 class LazyGroup(Group):
-    """A group that knows its commands by the table above and builds the one that is called."""
+    """The commands of `COMMANDS`; for the list of them none is built."""
 
     _lists_commands = False
 
@@ -182,15 +143,43 @@ class LazyGroup(Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        entry = COMMANDS.get(cmd_name)
-        if entry is None:
-            return None
-        return entry.line(cmd_name) if self._lists_commands else entry.build(cmd_name)
+        entry = COMMANDS[cmd_name]
+        if not self._lists_commands:
+            return entry.build(cmd_name)
+        return typer.core.TyperCommand(cmd_name, help=entry.summary, rich_help_panel=entry.panel)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._lists_commands = True
         super().format_help(ctx, formatter)
         self._lists_commands = False
+
+
+def _usage_told(context: Any, error: Any) -> str:
+    """A usage error of Typer's on one line: the command, what is wrong, what to do."""
+    command = context.command_path.partition(" ")[2]
+    where = f"{command}: " if command else ""
+    text = error.format_message().rstrip(".")
+    text = text[0].lower() + text[1:]
+    if hasattr(error, "possibilities"):
+        text = f"no option {error.option_name}"
+        name = error.option_name.lstrip("-").replace("-", "_")
+        table = TABLES.get({"ensemble-sample": "sample"}.get(command, command), Settings)
+        if name in [item.name for item in fields(table) if not item.metadata["option"]]:
+            return f"{where}{text}; set {name} under [{command}] in deme.toml"
+        flags = [flag for item in context.command.params for flag in item.opts]
+        if close := closest(error.option_name, [flag for flag in flags if flag[:2] == "--"]):
+            return f"{where}{text}; did you mean {close}?"
+    elif hasattr(error.__cause__, "errors"):  # pydantic's, which converts the values
+        (first, *_) = error.__cause__.errors()
+        expected = first["msg"].partition(",")[0].replace("Input should be", "expected")
+        for theirs, ours in {
+            "valid integer": "whole number",
+            "valid ": "",
+            "expected g": "expected a number g",
+        }.items():
+            expected = expected.replace(theirs, ours)
+        text = f"{error.param.opts[0]} {first['input']}: {expected}"
+    return f"{where}{text}; see {' '.join(['deme', *command.split(), '--help'])}"
 
 
 app = typer.Typer(

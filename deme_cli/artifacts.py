@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, overload
 
 from deme_cli import __version__
+from deme_cli.console import Progress, Step, silent
 from deme_cli.errors import ArtifactError, writing
 from deme_cli.files import (
     Header,
@@ -38,7 +39,6 @@ from deme_cli.files import (
     with_checksum,
 )
 from deme_cli.jobs import claim
-from deme_cli.progress import Progress, Step, silent
 from deme_cli.timesteps import TimestepRange
 
 if TYPE_CHECKING:

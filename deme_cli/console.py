@@ -1,8 +1,9 @@
 """The one place that writes to the terminal: results to stdout, everything else to stderr; and how
 a number is written.
 
-On a terminal, progress is a bar with rate and time left; without one, a plain line now and then.
-Of several processes of one launch the first speaks for all; the others are muted.
+A verb shows nothing: it tells how far it is as a `Step`, to whoever watches. On a terminal that is
+a bar with rate and time left; without one, a plain line now and then. Of several processes of one
+launch the first speaks for all; the others are muted.
 """
 
 from __future__ import annotations
@@ -16,21 +17,38 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from deme_cli.progress import Step
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
+from typing import Any
 
 SCHEMA_VERSION = 1
 MINUS = "\N{MINUS SIGN}"
-_LARGE = 1e9
 _PLAIN_SECONDS = 10.0
 _LEAST_BAR = 10  # columns
 _quiet = False
 _said: dict[str, object] = {}  # what `note_once` has told
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a verb is: `done` of `total` units of what is called `label`; or a note.
+
+    detail: what else is known of it, as the loss of this update.
+    """
+
+    done: int = 0
+    total: int = 0
+    label: str = ""
+    unit: str = ""
+    note: str = ""
+    detail: str = ""
+
+
+Progress = Callable[[Step], None]
+
+
+def silent(step: Step) -> None:
+    """Progress that nobody watches."""
 
 
 def set_quiet(quiet: bool) -> None:
@@ -53,7 +71,7 @@ def unmute() -> None:
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
-def stderr_console() -> Any:
+def _stderr() -> Any:
     """A rich console on stderr; it honours NO_COLOR and what the terminal can show."""
     from rich.console import Console
 
@@ -84,7 +102,7 @@ def warn(text: str) -> None:
     if not _quiet:
         from rich.text import Text
 
-        stderr_console().print(Text.assemble(("warning: ", "yellow"), text))
+        _stderr().print(Text.assemble(("warning: ", "yellow"), text))
 
 
 def error(text: str) -> None:
@@ -106,16 +124,6 @@ def result_json(document: dict[str, Any]) -> None:
     print(json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=2), flush=True)
 
 
-def decimals(values: Iterable[float], figures: int) -> int:
-    """Digits after the point for all numbers of a column: `figures` of the smallest of them, of
-    those that are not a thousand times smaller than the largest."""
-    sizes = [abs(value) for value in values if value and math.isfinite(value)]
-    if not sizes:
-        return figures
-    least = max(min(sizes), max(sizes) / 1000)
-    return min(max(figures - 1 - math.floor(math.log10(least)), 0), 9)
-
-
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stderr: first column left-aligned, the others right-aligned."""
     from rich import box
@@ -129,84 +137,56 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         sheet.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         sheet.add_row(*row)
-    stderr_console().print(sheet)
+    _stderr().print(sheet)
 
 
-@contextlib.contextmanager
-def waiting(text: str) -> Iterator[None]:
-    """On a terminal, a line that says what takes its time, gone when it is over."""
-    if _quiet or not sys.stderr.isatty():
-        yield
-        return
-    with stderr_console().status(text, spinner_style=""):
-        yield
+class _Display:
+    """Steps of one label as they come: a bar on a terminal, else a plain line now and then."""
 
+    def __init__(self, step: Step) -> None:
+        self.label = step.label
+        self._bar: Any = None
+        self._began, self._first = time.monotonic(), step.done  # a resumed run starts above 0
+        self._shown, self._last = self._began, -1  # when a plain line was printed, and of what
+        if not _quiet and sys.stderr.isatty():
+            from rich import progress as rich
 
-class Progress:
-    """How far a procedure is: `advance(done, note)` with `done` out of `total` units."""
+            self._bar = rich.Progress(
+                rich.TextColumn("{task.description}"), rich.BarColumn(bar_width=None),
+                rich.MofNCompleteColumn(), rich.TextColumn("{task.fields[rate]}"),
+                rich.TextColumn("{task.fields[note]}"), rich.TimeRemainingColumn(),
+                console=_stderr(),
+            )  # fmt: skip
+            self._bar.start()
+            self._bar.add_task(step.label, total=step.total, rate="", note="")
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
-        self.label, self.total, self.unit = label, total, unit
-        self._start: tuple[float, int] | None = None
-        self._shown, self._last = time.monotonic(), -1  # when a plain line was printed, and of what
-        self._bar = self._open_bar() if not _quiet and sys.stderr.isatty() else None
-
-    def _open_bar(self) -> Bar:
-        """A bar on the terminal, with one task."""
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        bar = Bar(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(), console=stderr_console(),
-        )  # fmt: skip
-        bar.start()
-        bar.add_task(self.label, total=self.total, rate="", note="")
-        return bar
-
-    def advance(self, done: int, note: str = "", *, total: int | None = None) -> None:
-        """Show that `done` units are finished (a resumed run starts above 0).
-
-        total: of units, where it is known only now.
-        """
+    def show(self, step: Step) -> None:
         now = time.monotonic()
-        self.total = self.total if total is None else total
-        if self._start is None:
-            self._start = (now, done)
-        elapsed, moved = now - self._start[0], done - self._start[1]
+        elapsed, moved = now - self._began, step.done - self._first
         speed = moved / elapsed if moved and elapsed > 0 else 0.0
-        shown = f"{speed:.3g}" if speed < 1000 else f"{speed:.0f}"  # no 1.36e+03
+        number = f"{speed:.3g}" if speed < 1000 else f"{speed:.0f}"  # no 1.36e+03
         if speed >= 1e6:
-            shown = f"{speed / 1e6:.0f} million"
-        rate = f"{shown} {self.unit}/s" if speed else ""
-        if self._bar is not None:
-            note = self._fitting(note, rate)
+            number = f"{speed / 1e6:.0f} million"
+        rate = f"{number} {step.unit}/s" if speed else ""
+        if self._bar is not None:  # label, counts, rate and time left are shown whole
+            whole = f"{self.label}  {step.total}/{step.total} {rate}  0:00:00"
+            room = max(self._bar.console.width - len(whole) - _LEAST_BAR, 0)
+            detail = step.detail
+            if len(detail) > room:
+                detail = f"{detail[: max(room - 1, 0)]}…"
             self._bar.update(
-                self._bar.task_ids[0], completed=done, total=self.total, rate=rate, note=note
+                self._bar.task_ids[0], completed=step.done, total=step.total, rate=rate, note=detail
             )
-        elif (
-            not _quiet
-            and done != self._last
-            and (now - self._shown >= _PLAIN_SECONDS or done >= self.total)
-        ):
-            self._shown, self._last = now, done
-            parts = [f"{self.label}: {done}/{self.total}", rate, note]
-            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
-
-    def _fitting(self, note: str, rate: str) -> str:
-        """What of a note there is room for: label, counts, rate and time left are shown whole."""
-        assert self._bar is not None
-        rest = f"{self.label}  {self.total}/{self.total} {rate}  0:00:00"
-        room = self._bar.console.width - len(rest) - _LEAST_BAR
-        return note if len(note) <= room else f"{note[: max(room - 1, 0)]}…"
+            return
+        is_time = now - self._shown >= _PLAIN_SECONDS or step.done >= step.total
+        if is_time and step.done != self._last and not _quiet:
+            self._shown, self._last = now, step.done
+            parts = [f"{self.label}: {step.done}/{step.total}", rate, step.detail]
+            print("  ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text)
-        else:
-            note(text)
+        note(text) if self._bar is None else self._bar.console.print(text)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -214,46 +194,49 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int, unit: str = "it") -> Iterator[Progress]:
-    """A progress display that is closed whatever happens."""
-    display = Progress(label, total, unit)
-    try:
-        yield display
-    finally:
-        display.close()
-
-
-@contextlib.contextmanager
-def showing() -> Iterator[Callable[[Step], None]]:
+def showing() -> Iterator[Progress]:
     """Show the steps that a verb tells: a bar for each label, notes as lines.
 
     What has a label and cannot be counted is a line on a terminal, while it lasts.
     """
-    bar: Progress | None = None
+    display: _Display | None = None
     with contextlib.ExitStack() as stack:
 
         def show(step: Step) -> None:
-            nonlocal bar
+            nonlocal display
             if step.note:
-                (note if bar is None else bar.say)(step.note)
-            if step.label and not step.total:
+                (note if display is None else display.say)(step.note)
+            if not step.label:
+                return
+            if display is None or display.label != step.label or not step.total:
                 stack.close()
-                bar = None
-                stack.enter_context(waiting(step.label))
-            elif step.label:
-                if bar is None or bar.label != step.label:
-                    stack.close()
-                    bar = stack.enter_context(progress(step.label, step.total, step.unit))
-                bar.advance(step.done, step.detail, total=step.total)
+                display = None
+            if step.total:
+                if display is None:
+                    display = _Display(step)
+                    stack.callback(display.close)
+                display.show(step)
+            elif sys.stderr.isatty() and not _quiet:
+                stack.enter_context(_stderr().status(step.label, spinner_style=""))
 
         yield show
+
+
+def decimals(values: Iterable[float], figures: int) -> int:
+    """Digits after the point for all numbers of a column: `figures` of the smallest of them, of
+    those that are not a thousand times smaller than the largest."""
+    sizes = [abs(value) for value in values if value and math.isfinite(value)]
+    if not sizes:
+        return figures
+    least = max(min(sizes), max(sizes) / 1000)
+    return min(max(figures - 1 - math.floor(math.log10(least)), 0), 9)
 
 
 def fixed(value: float, digits: int, sign: str = "") -> str:
     """With `digits` after the point and a true minus; a word where it is not finite."""
     if not math.isfinite(value):
         return "not finite"
-    form = f",.{digits}f" if abs(value) < _LARGE else ".4g"
+    form = f",.{digits}f" if abs(value) < 1e9 else ".4g"
     return f"{value:{sign}{form}}".replace("-", MINUS)
 
 

@@ -24,6 +24,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from deme_cli import console
 from deme_cli.errors import ConfigError, DemeError, MissingError, is_out_of_memory
 from deme_cli.jobs import StopRequests
 
@@ -69,7 +70,10 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
             )
     local = _number(variables, "LOCAL_RANK", 0), _number(variables, "LOCAL_WORLD_SIZE", 1)
     variables["LOCAL_RANK"] = str(local[0])  # accelerate asks for it
-    variables.setdefault("OMP_NUM_THREADS", str(_num_threads(environ, local[1])))
+    has_mask = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count() or 1
+    threads = _number(environ, "SLURM_CPUS_PER_TASK", max(1, cores // max(local[1], 1)))
+    variables.setdefault("OMP_NUM_THREADS", str(threads))
     variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stack trace where a peer has gone
     changed = {name: text for name, text in variables.items() if environ.get(name) != text}
     return Launch(rank, size, *local, variables=changed, binds_gpus=is_step)
@@ -78,41 +82,23 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
 def _torch_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """A SLURM job step in torch's words. The port is the same in all tasks of the step."""
     job, step = _number(environ, "SLURM_JOB_ID", 0), _number(environ, "SLURM_STEP_ID", 0)
+    hosts = environ.get("SLURM_STEP_NODELIST", "localhost")  # as node[03-07,9],other
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", hosts)
+    counts: list[int] = []  # of tasks on each node, written 2(x3),1
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
+            counts += [int(match[1])] * int(match[2] or 1)
+    node = _number(environ, "SLURM_NODEID", 0)
     found = {
         "RANK": environ.get("SLURM_PROCID", ""),
         "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
-        "LOCAL_WORLD_SIZE": str(_tasks_here(environ)),
-        "MASTER_ADDR": first_host(environ.get("SLURM_STEP_NODELIST", "localhost")),
+        "LOCAL_WORLD_SIZE": str(counts[node] if node < len(counts) else 1),
+        "MASTER_ADDR": re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0] if first else hosts),
         "MASTER_PORT": str(15000 + (job * 31 + step) % 15000),  # below the ports given to clients
     }
     given = ("MASTER_ADDR", "MASTER_PORT")
     return found | {name: environ[name] for name in given if environ.get(name)}
-
-
-def first_host(hosts: str) -> str:
-    """The first of SLURM's `node[03-07,9],other`: `node03`."""
-    whole = re.match(r"(?:\[[^\]]*\]|[^,\[])*", hosts)
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", whole.group() if whole else hosts)
-
-
-def _tasks_here(environ: Mapping[str, str]) -> int:
-    """Tasks of the step on this node, of `2(x3),1` by the node's number."""
-    counts: list[int] = []
-    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
-        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
-            counts += [int(found[1])] * int(found[2] or 1)
-    node = _number(environ, "SLURM_NODEID", 0)
-    return counts[node] if node < len(counts) else 1
-
-
-def _num_threads(environ: Mapping[str, str], local_world_size: int) -> int:
-    """Threads for each process: what SLURM gives a task, else this machine's cores divided."""
-    if threads := _number(environ, "SLURM_CPUS_PER_TASK", 0):
-        return threads
-    has_mask = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count() or 1
-    return max(1, cores // max(local_world_size, 1))
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -298,7 +284,6 @@ def join(launch: Launch, device: str) -> World:
     if launch.world_size == 1:
         return ALONE
     os.environ.update(launch.variables)  # before torch reads how many threads it may have
-    import torch
     import torch.distributed as dist
     from accelerate import PartialState
 
@@ -324,10 +309,34 @@ def join(launch: Launch, device: str) -> World:
             f"process {launch.rank} of {launch.world_size} did not meet the others at {meeting}: "
             f"{reason}; check that all were started, and MASTER_ADDR and MASTER_PORT"
         ) from error
-    own = torch.device(state.device)
     store = dist.PrefixStore("deme", store)
-    _joined = World(launch, store=store, control=control, device=str(own))
+    _joined = World(launch, store=store, control=control, device=str(state.device))
     return _joined
+
+
+def meet(device: str) -> World:
+    """Join the other processes of this launch, if there are any; the first speaks for all.
+
+    Raises what `read_launch` and `join` raise.
+    """
+    launch = read_launch(os.environ)
+    if launch.rank > 0:
+        console.mute()
+    elif launch.world_size > 1:
+        console.note(f"{launch.world_size} processes work together; waiting for all to come")
+    return join(launch, device)
+
+
+def only_first() -> None:
+    """Go on in the first process of this launch, which is alone from here on; end the others.
+
+    They end well and without a word. Raises what `read_launch` raises.
+    """
+    launch = read_launch(os.environ)
+    if launch.rank > 0:
+        raise SystemExit(0)
+    if launch.world_size > 1:
+        os.environ["WORLD_SIZE"] = "1"  # nor does a command that this one runs look for the others
 
 
 def _has_gpu(launch: Launch, device: str) -> bool:

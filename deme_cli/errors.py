@@ -6,8 +6,9 @@ Anything that is not a `DemeError` is a bug and keeps its traceback (exit code 1
 
 from __future__ import annotations
 
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,10 @@ class DemeError(Exception):
     """Something the user can mend; `exit_code` is what the process ends with."""
 
     exit_code = 1
+
+    def __init__(self, message: str, *, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code or self.exit_code
 
 
 class ConfigError(DemeError):
@@ -51,26 +56,30 @@ class GateError(DemeError):
 class Stopped(DemeError):
     """A signal ended the run, its state saved: 75 for SIGTERM and SIGUSR1, 130 for Ctrl-C."""
 
-    def __init__(self, message: str, *, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = 75
 
 
-_STORAGE_ADVICE = {
-    errno.ENOSPC: "no space left on the disk; free some or choose another place with --output",
-    errno.EDQUOT: "the disk quota is used up; free some or choose another place with --output",
-    errno.EACCES: "no permission to write there; choose another place with --output",
-    errno.EPERM: "no permission to write there; choose another place with --output",
-    errno.EROFS: "the file system is read-only; choose another place with --output",
-    errno.EFBIG: "the file system takes no file this large; choose another place with --output",
-    errno.EEXIST: "part of this path is a file, not a folder; choose another place with --output",
-    errno.ENOTDIR: "part of this path is a file, not a folder; choose another place with --output",
-    errno.EISDIR: "a folder of this name exists; choose another place with --output",
-    errno.ENOTEMPTY: "a folder of this name exists; choose another place with --output",
-    errno.ENOENT: "this place takes no files; choose another place with --output",
-    errno.EINVAL: "this place takes no files; choose another place with --output",
-    errno.ELOOP: "links in this path go in a circle; choose another place with --output",
-    errno.ENAMETOOLONG: "the name is too long for the disk; choose a shorter one with --output",
+def shown(value: object) -> str:
+    """A value from outside as a message shows it: on one line of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+_STORAGE = {
+    errno.ENOSPC: "no space left on the disk; free some",
+    errno.EDQUOT: "the disk quota is used up; free some",
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "no permission to write there",
+    errno.EROFS: "the file system is read-only",
+    errno.EFBIG: "the file system takes no file this large",
+    errno.EEXIST: "part of this path is a file, not a folder",
+    errno.ENOTDIR: "part of this path is a file, not a folder",
+    errno.EISDIR: "a folder of this name exists",
+    errno.ENOTEMPTY: "a folder of this name exists",
+    errno.ENOENT: "this place takes no files",
+    errno.EINVAL: "this place takes no files",
+    errno.ELOOP: "links in this path go in a circle",
+    errno.ENAMETOOLONG: "the name is too long for the disk",
 }
 
 
@@ -80,10 +89,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = _STORAGE_ADVICE.get(error.errno or 0)
-        if advice is None:
+        if (what := _STORAGE.get(error.errno or 0)) is None:
             raise
-        raise MissingError(f"{path}: {advice}") from error
+        raise MissingError(f"{path}: {what}; choose another --output") from error
 
 
 @contextmanager
@@ -93,8 +101,6 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise MissingError(f"{path}: no such file") from error
-    except PermissionError as error:
-        raise MissingError(f"{path}: no permission to read it") from error
     except OSError as error:
         raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -123,3 +129,82 @@ def out_of_memory_as(message: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise MissingError(message) from error
+
+
+# What the training scripts of diffusers, kohya, mergekit and clean-fid call our options, settings
+# and commands, where it does not resemble our word.
+OTHER_WORDS = {
+    "base": "base_model pretrained_model_name_or_path model",
+    "batch_size": "per_device_train_batch_size bs",
+    "cache": "cache_latents cache_latents_to_disk",
+    "caption_dropout": "proportion_empty_prompts",
+    "captions": "caption_column text_column",
+    "checkpoint_every": "save_steps",
+    "coefficients": "weights weight alpha ratio",
+    "crop": "center_crop random_crop",
+    "data": "train_data_dir instance_data_dir dataset_name dataset_config image_dir",
+    "device": "gpu cuda no_cuda",
+    "doctor": "check env",
+    "dtype": "mixed_precision precision save_precision fp16 bf16",
+    "ema_decay": "use_ema ema",
+    "eval": "evaluate fid metrics",
+    "evaluations": "trials n_trials max_evals",
+    "export": "save_pretrained convert_to_diffusers",
+    "fid": "reference dataset_name compute_fid",
+    "finetune": "train training",
+    "flip": "random_flip horizontal_flip",
+    "force": "overwrite overwrite_output_dir",
+    "grad_clip": "max_grad_norm",
+    "guidance": "cfg cfg_scale",
+    "horizontal_flip": "random_flip flip_aug flip",
+    "inspect": "show info",
+    "jobs": "num_processes num_workers dataloader_num_workers",
+    "kid": "compute_kid",
+    "loss_weighting": "weighting_scheme",
+    "lr": "learning_rate unet_lr",
+    "merge": "search",
+    "model": "pretrained_model_name_or_path base",
+    "n": "num_ranges num_experts experts",
+    "num": "num_images num_samples num_validation_images num_gen",
+    "num_ranges": "num_experts experts",
+    "output": "outdir save_dir logging_dir",
+    "pipeline": "vae pretrained_vae_model_name_or_path",
+    "prompt": "validation_prompt caption",
+    "prompts": "prompt_file validation_prompts",
+    "range": "timestep_range min_timestep max_timestep",
+    "resolution": "image_size height width",
+    "resume": "resume_from_checkpoint",
+    "sample": "generate inference",
+    "sampler": "scheduler noise_scheduler",
+    "seed": "random_seed manual_seed",
+    "snapshot_every": "save_every_n_steps",
+    "source": "data train_data_dir dataset_name",
+    "spacing": "timestep_spacing",
+    "split": "import init convert",
+    "steps": "max_train_steps train_steps training_steps updates iterations num_inference_steps "
+    "inference_steps sampling_steps",
+    "warmup": "lr_warmup_steps num_warmup_steps",
+    "weighting_gamma": "snr_gamma min_snr_gamma",
+}
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """What of `known` somebody meant who wrote `word`: a slip, or the word of another tool for it.
+
+    Dashes, underscores and capitals are all one.
+    """
+    own = {name.lower().lstrip("-").replace("-", "_"): name for name in known}
+    meant = dict(own)
+    for name, others in OTHER_WORDS.items():
+        if (name := name.replace("-", "_")) in own:
+            meant |= {other: own[name] for other in others.split() if other not in own}
+    plain = word.lower().lstrip("-").replace("-", "_")
+    found = difflib.get_close_matches(plain, meant, n=1, cutoff=0.6)
+    return meant[found[0]] if found else None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown `word`: what of `known` may be meant, or all of it."""
+    known = list(known)
+    close = closest(word, known)
+    return f"; did you mean {close!r}?" if close else f"; known: {', '.join(known)}"

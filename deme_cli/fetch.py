@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deme_cli.console import Progress, Step, silent
 from deme_cli.errors import ArtifactError, MissingError, reading
 from deme_cli.files import write_whole
-from deme_cli.progress import Progress, Step, silent
 
 _ANSWER_SECONDS = 1.0
 _READ_SECONDS = 30.0

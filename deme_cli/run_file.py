@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deme_cli.config import CONFIG_NAME, TABLES, ModelConfig
-from deme_cli.errors import ConfigError, MissingError, reading
-from deme_cli.settings import FromFile, Settings, nearest
+from deme_cli.config import CONFIG_NAME, TABLES, FromFile, ModelConfig, Settings
+from deme_cli.errors import ConfigError, MissingError, nearest, reading, shown
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
+# What a declared type is called, and what an unset setting of it may look like.
+_TYPES: dict[str, tuple[str, Any]] = {
+    "bool": ("true or false", True),
+    "float": ("a number", 1.0),
+    "int": ("a whole number", 1),
+    "list[Any]": ("a list", [0.0, 1.0]),
+    "list[float]": ("a list of numbers", [0.1, 0.2]),
+    "list[str]": ("a list of texts in quotes", ["0:500", "500:1000"]),
+    "str": ("a text in quotes", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +39,6 @@ class RunFile:
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     path: Path | None = None
 
-    def __post_init__(self) -> None:
-        tables = {
-            table: {k: FromFile(v) if isinstance(v, list) else v for k, v in values.items()}
-            for table, values in self.tables.items()
-        }
-        object.__setattr__(self, "tables", tables)
-
     def settings(self, config: type[AnySettings], **options: Any) -> AnySettings:
         """The config of one procedure; `options` are from the command line, None if not given.
 
@@ -44,8 +46,15 @@ class RunFile:
         """
         table = next((name for name, kind in TABLES.items() if kind is config), "")
         given = {name: value for name, value in options.items() if value is not None}
+        known = {item.name: item for item in fields(config)}
+        replaced = {
+            known[name].metadata["instead_of"]
+            for name, value in given.items()
+            if value != known[name].default
+        }
+        kept = {k: v for k, v in self.tables.get(table, {}).items() if k not in replaced}
         try:
-            return config(**config.combine(self.tables.get(table, {}), given))
+            return config(**{**kept, **given})
         except ConfigError as error:
             raise ConfigError(f"[{table}] {error}" if table else str(error)) from error
 
@@ -83,13 +92,8 @@ def read_run_file(path: Path | None) -> RunFile:
     try:
         with reading(chosen):
             document = tomli.loads(chosen.read_text(encoding="utf-8"))
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of tomli, of UTF-8, and Python's limits
         raise ConfigError(f"{chosen}: not valid TOML: {error}") from error
-    except (ValueError, RecursionError) as error:  # Python's limits, of digits and of nesting
-        raise ConfigError(
-            f"{chosen}: a number of thousands of digits, or values nested as deeply; expected the "
-            f"settings that `deme split` writes"
-        ) from error
     for table, values in document.items():
         if table not in TABLES:
             raise ConfigError(f"{chosen}: unknown table [{table}]{nearest(table, TABLES)}")
@@ -101,7 +105,7 @@ def checked_table(table: str, values: Any, where: str) -> dict[str, Any]:
     """The values of one table of settings; raises ConfigError on unknown keys and wrong types."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {table} should be a table, as in [{table}]")
-    known = {item.name: str(item.type) for item in fields(TABLES[table])}
+    known = {item.name: str(item.type).removesuffix(" | None") for item in fields(TABLES[table])}
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r} in [{table}]{nearest(key, known)}")
@@ -110,25 +114,17 @@ def checked_table(table: str, values: Any, where: str) -> dict[str, Any]:
     }
 
 
-def _is_huge(value: Any) -> bool:
-    """Whether a value has an integer that TOML's 64 bits do not hold."""
-    if isinstance(value, (list, dict)):
-        return any(map(_is_huge, value.values() if isinstance(value, dict) else value))
-    return type(value) is int and not -(1 << 63) <= value < 1 << 63
-
-
 def _typed(value: Any, declared: str, where: str) -> Any:
     """A TOML value as the declared type; integers may stand for floats, nothing else converts."""
-    names = {part.split("[")[0].strip() for part in declared.split("|")}
-    if _is_huge(value):
-        raise ConfigError(f"{where}: a number of more than 64 bits: expected {declared}")
-    if type(value) is int and "float" in names and "int" not in names:
+    if type(value) is int and not -(1 << 63) <= value < 1 << 63:
+        raise ConfigError(f"{where}: a number of more than 64 bits")
+    if type(value) is int and declared == "float":
         return float(value)
-    if type(value).__name__ not in names:
-        raise ConfigError(f"{where} = {value!r}: expected {declared}")
-    entry = declared.partition("list[")[2].partition("]")[0]
-    if type(value) is list and entry != "Any":
-        return [_typed(one, entry, where) for one in value]
+    name, _, entry = declared.removesuffix("]").partition("[")
+    if declared != "Any" and type(value).__name__ != name:
+        raise ConfigError(f"{where} = {shown(value)}: expected {_TYPES[declared][0]}")
+    if isinstance(value, list):
+        return FromFile(_typed(one, entry or "Any", where) for one in value)
     return value
 
 
@@ -136,35 +132,6 @@ _HEADER = """\
 # Settings of a deme run, written by `deme split`, read by every command in this folder.
 # The command line wins over this file, this file over the defaults (shown after `# `).
 """
-# What an unset setting may look like, shown in its comment.
-_EXAMPLES: dict[str, Any] = {
-    "horizontal_flip": True,
-    "coefficients": [0.25, 0.25, 0.25, 0.25],
-    "grid": [0.0, 0.5, 1.0],
-    "bounds": [-0.5, 1.5],
-    "start": [0.25, 0.25, 0.25, 0.25],
-    "evaluations": 100,
-    "loss_range": "250:500",
-    "time": "30m",
-    "report": True,
-    "report_num": 2048,
-    "fid": "cifar10",
-    "kid": "cifar10",
-    "features": "inception",
-    "pipeline": "path/to/pipeline",
-    "captions": "text",
-    "resolution": 512,
-    "ema_lengths": [0.05, 0.1],
-    "snapshot_every": 1000,
-    "micro_batch": 16,
-    "weighting_gamma": 5.0,
-    "num": 1000,
-    "resize": 256,
-    "guidance": 7.5,
-    "prompts": "prompts.txt",
-    "prompt_column": "prompt",
-    "classes": "0-9",
-}
 
 
 def render_run_file(
@@ -179,29 +146,23 @@ def render_run_file(
         title = (config.__doc__ or "").splitlines()[0].removeprefix(f"[{table}]: ")
         lines = [f"{(remarks or {}).get(table, '')}# {title}", f"[{table}]"]
         for item in fields(config):
-            lines += _setting(item, live.get(table, {}))
+            choices, values = item.metadata["choices"], live.get(table, {})
+            lines.append(
+                f"# {item.metadata['help']}" + (f" ({', '.join(choices)})" * bool(choices))
+            )
+            is_live = item.name in values
+            value = values[item.name] if is_live else _shown_default(item)
+            text = json.dumps(value, ensure_ascii=False).replace(
+                "\x7f", "\\u007f"
+            )  # as TOML has it
+            lines.append(f"{'' if is_live else '# '}{item.name} = {text}")
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
 
 
-def _setting(item: Field, values: Mapping[str, Any]) -> Iterator[str]:
-    """A setting's sentence and its line: live if `values` has it, else its default in a comment."""
-    choices = item.metadata["choices"]
-    yield f"# {item.metadata['help']}" + (f" ({', '.join(choices)})" if choices else "")
-    if item.name in values:
-        yield f"{item.name} = {_toml(values[item.name])}"
-    else:
-        yield f"# {item.name} = {_toml(_shown_default(item))}"
-
-
 def _shown_default(item: Field) -> Any:
+    """The default; where there is none, the first word that may be chosen, or a value like one."""
     if item.default not in (None, MISSING):
         return item.default
-    if item.metadata["choices"]:
-        return item.metadata["choices"][0]
-    return _EXAMPLES.get(item.name, "")
-
-
-def _toml(value: Any) -> str:
-    """A value in TOML; its strings, numbers and arrays are written as in JSON."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    choices = item.metadata["choices"]
+    return choices[0] if choices else _TYPES[str(item.type).removesuffix(" | None")][1]

@@ -4,10 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from deme_cli.config import EvalConfig, FinetuneConfig, MergeConfig, SampleConfig, SplitConfig
+from deme_cli.config import (
+    EvalConfig,
+    FinetuneConfig,
+    MergeConfig,
+    SampleConfig,
+    SplitConfig,
+    parse_numbers,
+)
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.run_file import read_run_file
-from deme_cli.settings import parse_numbers
 
 
 def write(folder: Path, text: str) -> Path:
@@ -42,13 +48,13 @@ def test_no_file_means_defaults_and_a_named_file_must_exist(
         ("[split]\nnum_ranges = 4", "unknown key 'num_ranges' in [split]; did you mean 'n'?"),
         ("[data]\ntrain_data_dir = 'x'", "did you mean 'source'?"),
         ("[finetunes]\n", "did you mean 'finetune'"),
-        ("[finetune]\nsteps = 'many'", "expected int"),
-        ("[finetune]\nsteps = true", "expected int"),
-        ("[finetune]\np = [1]", "expected float"),
+        ("[finetune]\nsteps = 'many'", "expected a whole number"),
+        ("[finetune]\nsteps = true", "expected a whole number"),
+        ("[finetune]\np = [1]", "expected a number"),
         ("finetune = 3", "should be a table"),
         ("[finetune", "not valid TOML"),
-        ("[finetune]\nsteps = " + "9" * 5000, "thousands of digits"),
-        ("[finetune]\ngrid = " + "[" * 9000 + "]" * 9000, "thousands of digits, or values nested"),
+        ("[finetune]\nsteps = " + "9" * 5000, "not valid TOML"),
+        ("[finetune]\ngrid = " + "[" * 9000 + "]" * 9000, "not valid TOML"),
         ("[finetune]\nsteps = 0x" + "f" * 5000, "more than 64 bits"),
         ("[finetune]\nlr = " + "9" * 400, "[finetune] lr: a number of more than 64 bits"),
         ("[merge]\ngrid = [0.5, 1" + "0" * 400 + "]", "more than 64 bits"),
@@ -74,7 +80,7 @@ def test_a_wrong_file_is_refused_where_it_is_wrong(tmp_path: Path, text: str, wo
         (FinetuneConfig, {"lr_schedule": "step"}, "constant, linear, cosine"),
         (SplitConfig, {"n": 0}, "above 0"),
         (SplitConfig, {"by": "magic"}, "uniform"),
-        (MergeConfig, {"objective": "beauty"}, "loss, experts, kid, fid"),
+        (MergeConfig, {"search": "magic"}, "grid"),
         (SampleConfig, {"sampler": "magic"}, "ddim"),
         (SampleConfig, {"eta": -0.5}, "0 or more"),
         (EvalConfig, {"repeats": 0}, "above 0"),
@@ -92,7 +98,7 @@ def test_ranges_in_the_file_are_parsed(tmp_path: Path) -> None:
         "0:100",
         "100:1000",
     ]
-    with pytest.raises(ConfigError, match="not start:stop"):
+    with pytest.raises(ConfigError, match="expected start:stop"):
         _ = SplitConfig(ranges=["low"]).timestep_ranges
 
 

@@ -52,20 +52,15 @@ def test_a_long_note_beside_a_bar_leaves_counts_and_time_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = use_terminal(monkeypatch)
-    with console.progress("4 experts", 1200, "update") as bar:
-        bar.advance(1110, "  ".join(f"{i}/4: 300" for i in range(1, 9)))
-    last = plain(terminal.getvalue()).splitlines()[-1]
+    detail = "  ".join(f"{i}/4: 300" for i in range(1, 9))
+    with console.showing() as show:
+        show(console.Step(label="loading the libraries"))
+        show(console.Step(1110, 1200, "4 experts", "update", detail=detail))
+    first, *_, last = plain(terminal.getvalue()).splitlines()
+    assert "loading the libraries" in first
     assert "4 experts" in last
     assert "1110/1200" in last
     assert last.rstrip().endswith("… -:--:--")  # its time is not known yet
-
-
-def test_what_takes_its_time_is_told_and_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = use_terminal(monkeypatch)
-    with console.waiting("loading the libraries"):
-        pass
-    assert "loading the libraries" in plain(terminal.getvalue())
-    assert terminal.getvalue().rstrip().endswith("\x1b[2K")
 
 
 def test_the_numbers_of_a_column_share_their_digits_after_the_point() -> None:
@@ -77,7 +72,7 @@ def test_the_numbers_of_a_column_share_their_digits_after_the_point() -> None:
 
 
 def test_without_a_terminal_what_is_done_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.progress("drawing", 4, "image") as bar:
+    with console.showing() as show:
         for done in (0, 2, 4, 4, 4):
-            bar.advance(done)
+            show(console.Step(done, 4, "drawing", "image"))
     assert capsys.readouterr().err.count("drawing: 4/4") == 1

@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from deme_cli import fetch
+from deme_cli.console import Step
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.fetch import (
     Asset,
@@ -24,7 +25,6 @@ from deme_cli.fetch import (
     offline_reason,
     require_assets,
 )
-from deme_cli.progress import Step
 
 CONTENT = bytes(range(256)) * 20
 

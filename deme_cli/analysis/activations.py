@@ -30,10 +30,9 @@ from deme_cli.analysis.result import (
 from deme_cli.analysis.settings import ActivationConfig
 from deme_cli.artifacts import DenoiserRecord, ExpertRecord
 from deme_cli.config import DataConfig, SplitConfig
-from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
-from deme_cli.progress import Progress, Step, silent
+from deme_cli.console import Progress, Step, silent
+from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError, nearest
 from deme_cli.run_file import RunFile
-from deme_cli.settings import nearest
 from deme_cli.timesteps import TimestepRange, parse_range
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.console import Progress, Step
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.diffusion.schedule import Schedule
-from deme_cli.progress import Progress, Step
 from deme_cli.run_file import RunFile
 from deme_cli.sampling.sampler import seeded_noise
 from deme_cli.timesteps import TimestepRange

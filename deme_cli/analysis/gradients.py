@@ -30,9 +30,8 @@ from deme_cli.analysis.result import (
 )
 from deme_cli.analysis.settings import GradientConfig, bucket_ranges
 from deme_cli.config import AFFINITY_NAME, DataConfig, SplitConfig
-from deme_cli.console import plain
+from deme_cli.console import Progress, Step, plain, silent
 from deme_cli.errors import ConfigError, NumericsError
-from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, route, split_uniform
 from deme_cli.training.clusters import Affinity

@@ -38,9 +38,8 @@ from deme_cli.analysis.result import (
 )
 from deme_cli.analysis.settings import LossConfig, bucket_ranges
 from deme_cli.config import DataConfig, SplitConfig
-from deme_cli.console import plain, signed
+from deme_cli.console import Progress, Step, plain, signed, silent
 from deme_cli.errors import ConfigError, NumericsError
-from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, require_cover, route, split_uniform
 

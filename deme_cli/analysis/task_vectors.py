@@ -28,6 +28,7 @@ from deme_cli.analysis.result import (
     write_analysis,
 )
 from deme_cli.analysis.settings import TaskVectorConfig
+from deme_cli.console import Progress, Step, silent
 from deme_cli.errors import ArtifactError, MissingError, NumericsError
 from deme_cli.files import TensorSpec
 from deme_cli.merging.coefficients import network_order
@@ -42,7 +43,6 @@ from deme_cli.merging.tensor_stream import (
     float_specs,
     plan_runs,
 )
-from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 
 UNRELATED = 0.5  # sign conflict of vectors that have nothing to do with each other

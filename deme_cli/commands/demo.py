@@ -17,6 +17,7 @@ import typer
 from deme_cli import console
 from deme_cli.commands.options import Json, Quiet
 from deme_cli.config import FinetuneConfig, SampleConfig
+from deme_cli.console import Step
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.run_file import read_run_file
 
@@ -151,9 +152,11 @@ def _train_experts_beside_control(size: Size) -> None:
     ]
     for curve in (curve for process in processes for curve in process.metrics):
         curve.unlink(missing_ok=True)
-    with console.progress("finetune", 2 * NUM_RANGES * size.steps, "update") as bar:
+    total = 2 * NUM_RANGES * size.steps
+    with console.showing() as progress:
         for steps in run_jobs(processes, at_once=len(processes)):
-            bar.advance(sum(steps.values()), "  ".join(f"{k} {v}" for k, v in steps.items()))
+            detail = "  ".join(f"{label} {step}" for label, step in steps.items())
+            progress(Step(sum(steps.values()), total, "finetune", "update", detail=detail))
 
 
 def _draw(rows: list[dict[str, Any]], size: Size) -> None:

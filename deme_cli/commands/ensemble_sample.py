@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     Compile,
     ConfigPath,
@@ -26,6 +25,7 @@ from deme_cli.commands.options import (
 )
 from deme_cli.commands.sample import OUTPUT_HELP, Prompt, Protocol, sample_settings, tell
 from deme_cli.config import SampleConfig
+from deme_cli.distributed import meet
 from deme_cli.sampling.sample import ENSEMBLE_NAME
 
 

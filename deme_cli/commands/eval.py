@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     Compile,
     ConfigPath,
@@ -27,6 +26,7 @@ from deme_cli.commands.options import (
     takes_settings,
 )
 from deme_cli.config import EvalConfig, SampleConfig
+from deme_cli.distributed import meet
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.protocols import settings_under_protocol
 from deme_cli.files import require_output, write_whole

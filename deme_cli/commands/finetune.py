@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     Compile,
     ConfigPath,
@@ -25,6 +24,7 @@ from deme_cli.commands.options import (
     takes_settings,
 )
 from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.distributed import meet
 from deme_cli.errors import ConfigError
 
 LISTED = (  # of the settings; the others are options as well, and have their sentence in deme.toml

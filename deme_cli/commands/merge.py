@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.commands.launching import meet, only_first
 from deme_cli.commands.merge_show import tell_merged, tell_search
 from deme_cli.commands.options import (
     ConfigPath,
@@ -23,13 +22,13 @@ from deme_cli.commands.options import (
     OptionsOf,
     Quiet,
     begin,
+    flags_of,
     takes_settings,
 )
-from deme_cli.config import MergeConfig
-from deme_cli.distributed import ALONE
+from deme_cli.config import MergeConfig, parse_numbers
+from deme_cli.distributed import ALONE, meet, only_first
 from deme_cli.errors import ConfigError
-from deme_cli.settings import flags_of, parse_numbers
-from deme_cli.successive_halving import parse_stages
+from deme_cli.merging.successive_halving import parse_stages
 
 _OF_SEARCH = ("objective", "grid", "num", "steps", "seed", "evaluations")
 _OF_ROWS = ("objective", "num", "steps")  # what a report alone reads as well

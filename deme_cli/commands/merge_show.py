@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.successive_halving import label_of
+from deme_cli.merging.successive_halving import label_of
 
 if TYPE_CHECKING:
     from deme_cli.merging.merge import MergeResult

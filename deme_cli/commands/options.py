@@ -9,21 +9,18 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import Field, dataclass, fields
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from deme_cli import console
-from deme_cli.config import COMPILE, DTYPES, ModelConfig
+from deme_cli.config import COMPILE, DTYPES, ModelConfig, Settings
 from deme_cli.errors import ConfigError
 from deme_cli.run_file import RunFile, read_run_file
-from deme_cli.settings import Settings, flags_of, help_of
 
-COMMON = "Common"
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 Given = dict[str, Any]  # values of settings, by name; None where an option was not given
 
 
@@ -37,33 +34,22 @@ class OptionsOf:
     without: tuple[str, ...] = ()
     listed: tuple[str, ...] = ()
 
-    @property
-    def settings(self) -> Iterator[Field[Any]]:
+    def parameters(self) -> dict[Field[Any], inspect.Parameter]:
+        """One for each setting, called as its flag is (`--flip/--no-flip` is flip), None where it
+        is absent."""
+        kinds, found = get_type_hints(self.config), {}
         for item in fields(self.config):
             is_named = item.name in (self.named or (item.name,)) and item.name not in self.without
             if is_named and item.metadata["option"]:
-                yield item
-
-    def parameters(self) -> Iterator[inspect.Parameter]:
-        """One for each setting, called as its flag is, None where it is absent."""
-        kinds = get_type_hints(self.config)
-        for item in self.settings:
-            kind: Any = str if item.metadata["parse"] else kinds[item.name]
-            listed = not self.listed or item.name in self.listed
-            yield inspect.Parameter(
-                _parameter_name(item), inspect.Parameter.KEYWORD_ONLY, default=None,
-                annotation=Annotated[kind | None, option(self.config, item.name, listed=listed)],
-            )  # fmt: skip
-
-    def collect(self, values: dict[str, Any]) -> Given:
-        """Take the values of these settings out of those of all parameters."""
-        given: Given = {}
-        for item in self.settings:
-            value, parse = values.pop(_parameter_name(item)), item.metadata["parse"]
-            given[item.name] = (
-                value if value is None or not parse else parse(value, flags_of(item)[0])
-            )
-        return given
+                kind: Any = str if item.metadata["parse"] else kinds[item.name]
+                is_listed = not self.listed or item.name in self.listed
+                one = option(self.config, item.name, listed=is_listed)
+                flag = flags_of(item)[0].partition("/")[0].removeprefix("--").replace("-", "_")
+                found[item] = inspect.Parameter(
+                    flag, inspect.Parameter.KEYWORD_ONLY, default=None,
+                    annotation=Annotated[kind | None, one],
+                )  # fmt: skip
+        return found
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,96 +59,109 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     text that cannot be read.
     """
     hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, OptionsOf] = {}
-    shown: list[inspect.Parameter] = []
+    groups: dict[str, dict[Field[Any], inspect.Parameter]] = {}
+    taken: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         if group := [extra for extra in get_args(hints[name]) if isinstance(extra, OptionsOf)]:
-            (groups[name],) = group
-            shown += groups[name].parameters()
+            groups[name] = group[0].parameters()
+            taken += groups[name].values()
         else:
-            shown.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
+            taken.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        given = {name: group.collect(values) for name, group in groups.items()}
-        command(**values, **given)
+        for name, group in groups.items():
+            given = {item: values.pop(parameter.name) for item, parameter in group.items()}
+            values[name] = {
+                item.name: parse(value, flags_of(item)[0])
+                if value is not None and (parse := item.metadata["parse"])
+                else value
+                for item, value in given.items()
+            }
+        command(**values)
 
-    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]  # what Typer reads
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]  # what Typer reads
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
     return run
 
 
-def _parameter_name(item: Field[Any]) -> str:
-    """`--resize-to` and `--flip/--no-flip` as resize_to and flip."""
-    return flags_of(item)[0].partition("/")[0].removeprefix("--").replace("-", "_")
+def flags_of(item: Field[Any]) -> list[str]:
+    """The flags of the option of a setting, the long one first, as `--flip/--no-flip`."""
+    flags = item.metadata["flags"].split() or [f"--{item.name.replace('_', '-')}"]
+    return sorted(flags, key=lambda flag: not flag.startswith("--"))
 
 
 def option(config: type[Settings], name: str, *, listed: bool = True) -> Any:
-    """A Typer option for one setting; its help is the setting's own sentence, if it is `listed`."""
+    """A Typer option for one setting; its help is the setting's own sentence, its choices and its
+    default, if it is `listed`."""
     (item,) = (item for item in fields(config) if item.name == name)
-    text = help_of(item).replace("[", r"\[")  # else rich takes [default: 4] for markup
+    text: str = item.metadata["help"]
+    if item.metadata["choices"]:
+        text += f" ({', '.join(item.metadata['choices'])})"
+    if item.default not in (None, MISSING, "") and not isinstance(item.default, bool):
+        text += f" [default: {item.default}]"
+    text = text.replace("[", r"\[")  # else rich takes [default: 4] for markup
+    panels = [title for title, names in config.PANELS.items() if name in names.split()]
     return typer.Option(
-        *flags_of(item), help=f"{text[0].upper()}{text[1:]}.",
-        rich_help_panel=item.metadata["panel"], show_default=False, hidden=not listed,
+        *flags_of(item), help=f"{text[0].upper()}{text[1:]}.", show_default=False,
+        rich_help_panel=panels[0] if panels else None, hidden=not listed,
     )  # fmt: skip
 
 
-def _known_device(name: str) -> str:
-    """--device, checked before any command loads torch."""
-    if not _DEVICE.fullmatch(name):
-        raise ConfigError(f"--device {name}: expected auto, cpu, cuda, cuda:i or mps")
-    return name
+def common(
+    *flags: str, help: str, takes: str = "", expected: str = "", default: bool = True
+) -> Any:
+    """An option that commands have in common; `takes` is a pattern, checked before torch loads."""
+
+    def check(value: Any) -> Any:
+        if takes and not re.fullmatch(takes, value):
+            raise ConfigError(f"{flags[0]} {value}: expected {expected}")
+        return value
+
+    return typer.Option(
+        *flags, help=help, callback=check, rich_help_panel="Common", show_default=default
+    )
 
 
-def _known_dtype(name: str) -> str:
-    """--dtype, checked before any command loads torch."""
-    if name not in DTYPES:
-        raise ConfigError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
-    return name
-
-
-def _known_compile(how: str) -> str:
-    """--compile, checked before any command loads torch."""
-    if how not in COMPILE:
-        raise ConfigError(f"--compile {how}: expected one of {', '.join(COMPILE)}")
-    return how
-
-
+_DTYPES, _COMPILE = ", ".join(DTYPES), ", ".join(COMPILE)
 ConfigPath = Annotated[
     Path | None,
-    typer.Option("--config", help=r"The deme.toml to read \[default: ./deme.toml].",
-                 rich_help_panel=COMMON, show_default=False),
-]  # fmt: skip
+    common("--config", help=r"The deme.toml to read \[default: ./deme.toml].", default=False),
+]
 Device = Annotated[
     str,
-    typer.Option("--device", help="auto, cpu, cuda, cuda:i or mps.", callback=_known_device,
-                 rich_help_panel=COMMON),
-]  # fmt: skip
+    common(
+        "--device",
+        help="auto, cpu, cuda, cuda:i or mps.",
+        takes=r"auto|cpu|mps|cuda(:\d+)?",
+        expected="auto, cpu, cuda, cuda:i or mps",
+    ),
+]
 Dtype = Annotated[
     str,
-    typer.Option("--dtype", help=f"Precision: {', '.join(DTYPES)}.", callback=_known_dtype,
-                 rich_help_panel=COMMON),
-]  # fmt: skip
+    common(
+        "--dtype",
+        help=f"Precision: {_DTYPES}.",
+        takes="|".join(DTYPES),
+        expected=f"one of {_DTYPES}",
+    ),
+]
 Compile = Annotated[
     str,
-    typer.Option("--compile", callback=_known_compile, rich_help_panel=COMMON,
-                 help="torch.compile: on, off, or auto (on GPUs, for long work)."),
-]  # fmt: skip
+    common(
+        "--compile",
+        help="torch.compile: on, off, or auto (on GPUs, for long work).",
+        takes="|".join(COMPILE),
+        expected=f"one of {_COMPILE}",
+    ),
+]
 Pipeline = Annotated[str | None, option(ModelConfig, "pipeline")]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=COMMON)
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=COMMON)
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Only results and errors.", rich_help_panel=COMMON)
-]
+Force = Annotated[bool, common("--force", help="Replace an existing output.")]
+Json = Annotated[bool, common("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, common("--quiet", "-q", help="Only results and errors.")]
 DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Check everything, say what would run, and stop.",
-                 rich_help_panel=COMMON),
-]  # fmt: skip
+    bool, common("--dry-run", help="Check everything, say what would run, and stop.")
+]
 
 
 def begin(config: Path | None, *, quiet: bool) -> RunFile:

@@ -87,7 +87,8 @@ def split(
 
     console.set_quiet(quiet)
     settings = RunFile().settings(SplitConfig, **given)
-    with console.waiting("loading the libraries and the model"):
+    with console.showing() as progress:
+        progress(console.Step(label="loading the libraries and the model"))
         done = deme.split(
             model, settings, data=data, gradients=gradients, pipeline=pipeline, variant=variant,
             output=output, force=force, dry_run=dry_run,

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.commands.launching import meet
 from deme_cli.commands.options import (
     ConfigPath,
     Device,
@@ -21,6 +20,7 @@ from deme_cli.commands.options import (
     takes_settings,
 )
 from deme_cli.config import EvalConfig
+from deme_cli.distributed import meet
 from deme_cli.files import read_header
 
 

@@ -14,10 +14,10 @@ from deme_cli import console
 from deme_cli.artifacts import read_record
 from deme_cli.comparison.plan import Plan, read_plan
 from deme_cli.config import CONFIG_NAME, FinetuneConfig, SplitConfig
+from deme_cli.console import Progress, Step, silent
 from deme_cli.errors import ArtifactError, ConfigError, DemeError
 from deme_cli.evaluation.protocols import compare as differences
 from deme_cli.files import write_whole
-from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile, read_run_file
 
 if TYPE_CHECKING:

@@ -26,9 +26,8 @@ from deme_cli.config import (
     MergeConfig,
     SampleConfig,
 )
-from deme_cli.errors import ConfigError, MissingError, reading
+from deme_cli.errors import ConfigError, MissingError, nearest, reading
 from deme_cli.run_file import checked_table
-from deme_cli.settings import nearest
 
 SHIPPED = Path(__file__).parent / "plans"
 KINDS = ("base", "finetune", "ensemble", "merged")

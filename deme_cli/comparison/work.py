@@ -27,10 +27,10 @@ from deme_cli.comparison.jobs import (
     RowJobs,
     slug,
 )
+from deme_cli.console import Progress, Step
 from deme_cli.errors import ConfigError
 from deme_cli.files import write_whole
 from deme_cli.jobs import StopRequests, claim, last_step, reason_of, start_deme
-from deme_cli.progress import Progress, Step
 
 _POLL_SECONDS = 0.2
 _SHOWN = 3  # settings that are named where a row has changed

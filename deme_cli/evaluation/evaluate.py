@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.config import EVAL_NUM, EvalConfig, SampleConfig
+from deme_cli.console import Progress, Step, silent
 from deme_cli.data.prompts import PromptSet, prompt_assets, read_prompts, select_prompts
 from deme_cli.distributed import ALONE, World
 from deme_cli.errors import ConfigError, GateError
@@ -37,7 +38,6 @@ from deme_cli.evaluation.weights import (
     weights_assets,
 )
 from deme_cli.fetch import fetch
-from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:

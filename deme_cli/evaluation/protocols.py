@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deme_cli import __version__
-from deme_cli.config import EvalConfig, SampleConfig
+from deme_cli.config import EvalConfig, SampleConfig, Settings
 from deme_cli.errors import ConfigError
 from deme_cli.run_file import AnySettings, RunFile
-from deme_cli.settings import Settings
 
 Card = Mapping[str, Any]
 LIBRARIES = ("torch", "diffusers", "clean-fid", "open-clip-torch")

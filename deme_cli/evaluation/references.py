@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli.artifacts import StatisticsRecord, record_of, write_artifact
 from deme_cli.config import EvalConfig
+from deme_cli.console import Progress, Step, silent
 from deme_cli.data.image_source import FOLDERS_ONLY, find_image_source
 from deme_cli.distributed import ALONE, World
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
@@ -29,7 +30,6 @@ from deme_cli.evaluation.weights import (
 )
 from deme_cli.fetch import Asset, fetch, sha256_of
 from deme_cli.files import read_header, require_output
-from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from deme_cli import console
 from deme_cli.artifacts import MergedRecord, read_record
 from deme_cli.config import MergeConfig
+from deme_cli.console import Progress, Step, silent
 from deme_cli.distributed import ALONE, Lost, World
 from deme_cli.jobs import StopRequests
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.show_search import ShownSearch, journal_path, show_search
-from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:

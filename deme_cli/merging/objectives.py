@@ -40,11 +40,11 @@ from deme_cli.evaluation.frechet import RunningStatistics, Statistics, frechet_d
 from deme_cli.evaluation.kid import kernel_distance
 from deme_cli.evaluation.references import Reference, find_reference, open_reference
 from deme_cli.files import write_whole
+from deme_cli.merging.successive_halving import Stage, label_of
 from deme_cli.sampling.conditioning import Conditioning, open_conditioning
 from deme_cli.sampling.ensemble import SamplingExpert
 from deme_cli.sampling.sampler import ImageBatch, StepProgress, sample_images, seeded_noise
 from deme_cli.sampling.scheduler import name_sampler
-from deme_cli.successive_halving import Stage, label_of
 from deme_cli.timesteps import TimestepRange, parse_span, route
 from deme_cli.training.examples import Examples, name_companions, open_examples
 from deme_cli.training.held_out import Check, FixedDraws

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli import console
-from deme_cli.config import DataConfig, EvalConfig, FinetuneConfig, MergeConfig, SampleConfig
+from deme_cli.config import (
+    DataConfig,
+    EvalConfig,
+    FinetuneConfig,
+    FromFile,
+    MergeConfig,
+    SampleConfig,
+)
 from deme_cli.data.image_source import find_image_source
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.references import find_reference
@@ -28,9 +35,8 @@ from deme_cli.merging.methods import MethodSettings, fit_coefficients
 from deme_cli.merging.power_ema import coefficients_for_length
 from deme_cli.merging.search import Search, open_search
 from deme_cli.merging.space import Grid, Space, resolve_bounds, resolve_grid
+from deme_cli.merging.successive_halving import Stage, parse_stages
 from deme_cli.run_file import RunFile
-from deme_cli.settings import FromFile
-from deme_cli.successive_halving import Stage, parse_stages
 from deme_cli.training.setup import require_companions
 
 CLOSED_FORMS = ("slerp", "model-stock")  # nothing to search for

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deme_cli import console
+from deme_cli.console import Progress, Step
 from deme_cli.errors import NumericsError
 from deme_cli.jobs import StopRequests
 from deme_cli.merging.candidates import Evaluator, has_ensemble
@@ -31,9 +32,8 @@ from deme_cli.merging.objectives import (
     Workbench,
 )
 from deme_cli.merging.space import Point
-from deme_cli.progress import Progress, Step
+from deme_cli.merging.successive_halving import Stage
 from deme_cli.sampling.ensemble import SamplingExpert
-from deme_cli.successive_halving import Stage
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.held_out import Check
 

@@ -40,7 +40,7 @@ from deme_cli.merging.space import (
     resolve_grid,
     seconds_spent,
 )
-from deme_cli.successive_halving import Stage
+from deme_cli.merging.successive_halving import Stage
 from deme_cli.timesteps import TimestepRange
 
 if TYPE_CHECKING:

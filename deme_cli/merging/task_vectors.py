@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from deme_cli.artifacts import TaskVectorRecord
+from deme_cli.console import Progress, Step, silent
 from deme_cli.errors import ConfigError, NumericsError
 from deme_cli.files import require_output, require_space
 from deme_cli.merging.coefficients import block_name
@@ -27,7 +28,6 @@ from deme_cli.merging.inputs import (
     open_inputs,
 )
 from deme_cli.merging.tensor_stream import in_file_order, inner_products
-from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 
 Norms = list[dict[str, float]]

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from deme_cli import console
 from deme_cli.artifacts import DenoiserRecord, ExpertRecord
 from deme_cli.config import SampleConfig
+from deme_cli.console import Progress, Step, silent
 from deme_cli.data.prompts import prompt_assets
 from deme_cli.distributed import joined
 from deme_cli.fetch import fetch
 from deme_cli.files import require_output
-from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from deme_cli import console
 from deme_cli.config import CONFIG_NAME, DataConfig, FinetuneConfig, ModelConfig, SplitConfig
+from deme_cli.console import Progress, Step, silent
 from deme_cli.distributed import ALONE, JointStopRequests, World
 from deme_cli.errors import ConfigError, MissingError, out_of_memory_as
 from deme_cli.jobs import RangeProcess, claim, run_jobs
-from deme_cli.progress import Progress, Step, silent
 from deme_cli.run_file import RunFile, render_run_file
 from deme_cli.training.setup import (
     Plan,

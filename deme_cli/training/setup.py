@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli.artifacts import BaseRecord, DenoiserRecord, fingerprint, read_record
 from deme_cli.config import AFFINITY_NAME, NOT_RESULT, DataConfig, FinetuneConfig, SplitConfig
-from deme_cli.errors import ConfigError, MissingError, reading
+from deme_cli.errors import ConfigError, MissingError, nearest, reading
 from deme_cli.files import require_output, require_space
-from deme_cli.settings import nearest
 from deme_cli.timesteps import RangeChoice, TimestepRange, parse_range
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from deme_cli.analysis.result import Analysis
+from deme_cli.console import Step
 from deme_cli.errors import Stopped
-from deme_cli.progress import Step
 
 
 @pytest.fixture

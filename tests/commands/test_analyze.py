@@ -25,9 +25,9 @@ from deme_cli.analysis.settings import (
 )
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
+from deme_cli.console import Step
 from deme_cli.diffusion.checkpoints import import_model
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
-from deme_cli.progress import Step
 
 Deme = Callable[..., Result]
 DIGITS = {"images": DataConfig(source="digits")}
@@ -138,13 +138,13 @@ REFUSALS = [
     ("losses", f"{BASE} other.safetensors", ArtifactError, "another shape of x_t"),
     ("losses", "none.safetensors", MissingError, "no such file"),
     ("losses", f"{BASE} --config bad.toml", ConfigError, "ranges: they end at 200, but this model"),
-    ("gradients", "--buckets 1", ConfigError, "needs at least 2 buckets"),
-    ("gradients", "--num 1", ConfigError, "needs at least 2 draws"),
+    ("gradients", "--buckets 1", ConfigError, "expected at least 2"),
+    ("gradients", "--num 1", ConfigError, "expected at least 2"),
     ("gradients", "--buckets 3 -n 4", ConfigError, "4 ranges of 3 buckets"),
     ("gradients", "-o x.png", ConfigError, "ends in .json"),
     ("gradients", "--data nowhere", MissingError, "nowhere"),
     ("gradients", "--config none.toml", MissingError, "none.toml"),
-    ("activations", f"{FIRST} --num 1", ConfigError, "needs at least 2 draws"),
+    ("activations", f"{FIRST} --num 1", ConfigError, "expected at least 2"),
     ("activations", f"{FIRST} --controls -1", ConfigError, "controls = -1: expected 0 or"),
     ("activations", f"{FIRST} --range 50:200", ConfigError, "stop <= 100"),
     ("activations", f"{FIRST} --block midblock", ConfigError, "did you mean 'mid_block'"),
@@ -158,7 +158,7 @@ REFUSALS = [
      "ft_1of4.safetensors: sample_size of its model_config is 8, other.safetensors has 16"),
     ("landscape", f"{BASE} {FIRST}", ConfigError, "2 models given: expected one"),
     ("landscape", f"--mark {BASE}", ConfigError, "--mark: models are marked on the plane"),
-    ("landscape", "--points 2", ConfigError, "points = 2: needs at least 3"),
+    ("landscape", "--points 2", ConfigError, "points = 2: expected at least 3"),
     ("landscape", "--span 0", ConfigError, "span = 0"),
     ("landscape", "-n 101", ConfigError, "cannot divide 100 timesteps into 101 ranges"),
     ("landscape", f"{BASE} {FIRST} {FIRST}", ArtifactError, "no plane: their cosine is 1.000000"),

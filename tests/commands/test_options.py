@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 from deme_cli.app import COMMANDS
 from deme_cli.commands.options import Given, OptionsOf, takes_settings
 from deme_cli.config import TABLES, EvalConfig, MergeConfig, SampleConfig
-from deme_cli.errors import ConfigError
-from deme_cli.settings import OTHER_WORDS, closest
+from deme_cli.errors import OTHER_WORDS, ConfigError, closest
 
 seen: dict[str, Any] = {}
 

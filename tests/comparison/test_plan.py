@@ -210,7 +210,7 @@ PUBLISHED = '[published]\nsource = "them"\ncolumns = ["X", "Y"]\n'
         ("finetune = 3\n" + TWO, ["finetune should be a table"]),
         ("[finetune]\nseed = 3\n" + TWO, ["[finetune] seed: training seeds are those of `seeds`"]),
         ("[merge]\nserch = 'grid'\n" + TWO, ["in [merge]", "did you mean 'search'?"]),
-        ("[eval]\nnum = 'all'\n" + TWO, ["[eval] num = 'all'", "expected int"]),
+        ("[eval]\nnum = 'all'\n" + TWO, ["[eval] num = 'all'", "expected a whole number"]),
         (row('kind = "ensemble"\nfintune = {}'), ["row 'Odd'", "did you mean 'finetune'?"]),
         (
             row('kind = "ensemble"\nfinetune = { projecton = "fold" }'),

@@ -28,7 +28,7 @@ from deme_cli.merging.methods import LINEAR, MethodSettings
 from deme_cli.merging.objectives import HeldOutLoss, Workbench
 from deme_cli.merging.plan import Measure
 from deme_cli.merging.space import SOUP_NAME, Space
-from deme_cli.successive_halving import Stage
+from deme_cli.merging.successive_halving import Stage
 
 NUM, STEP = 12, 1e-4  # draws; of the central differences
 PAIR = ("ft_1of4.safetensors", "ft_3of4.safetensors")

@@ -7,11 +7,11 @@ import math
 
 import pytest
 
+from deme_cli.config import parse_lists
 from deme_cli.errors import ConfigError, NumericsError
 from deme_cli.merging.search import open_search
 from deme_cli.merging.space import Point, Space, Trial, grid_points, ranked, resolve_grid
-from deme_cli.settings import parse_lists
-from deme_cli.successive_halving import Stage
+from deme_cli.merging.successive_halving import Stage
 
 TARGET = (0.5, 0.25, 1.0)
 GRID = ((0.0, 0.5, 1.0), (0.0, 0.25), (0.0, 1.0))

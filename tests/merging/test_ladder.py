@@ -18,7 +18,7 @@ from deme_cli.merging.journal import Journal
 from deme_cli.merging.samplers import WAIT, first_free
 from deme_cli.merging.search import Conclusion, Search, conclude, rank_correlation, shortlist
 from deme_cli.merging.space import BASE_NAME, MEAN_NAME, Point, Space, Trial
-from deme_cli.successive_halving import Stage, parse_stages
+from deme_cli.merging.successive_halving import Stage, parse_stages
 from deme_cli.timesteps import TimestepRange
 
 SPACE = Space(("1of2", "2of2"), ((-0.5, 1.5),) * 2, (0.5, 0.5))

@@ -34,9 +34,9 @@ from deme_cli.merging.objectives import (
     Workbench,
 )
 from deme_cli.merging.plan import Measure
+from deme_cli.merging.successive_halving import Stage
 from deme_cli.sampling.ensemble import SamplingExpert, single
 from deme_cli.sampling.sampler import collect_images, image_seed
-from deme_cli.successive_halving import Stage
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import PixelExamples, fill_caches
 

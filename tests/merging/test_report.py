@@ -23,8 +23,8 @@ from deme_cli.merging.objectives import REPORT, SEARCH, HeldOutLoss, Workbench
 from deme_cli.merging.plan import Measure
 from deme_cli.merging.report import Metric, ReportRow, measure_rows
 from deme_cli.merging.space import Space
+from deme_cli.merging.successive_halving import Stage
 from deme_cli.sampling.sampler import image_seed
-from deme_cli.successive_halving import Stage
 from deme_cli.timesteps import TimestepRange
 
 SEEDS = (2_000_003, 2_000_004)

@@ -28,7 +28,7 @@ from deme_cli.merging.samplers import (
 )
 from deme_cli.merging.search import Search, conclude, open_search
 from deme_cli.merging.space import MEAN_NAME, SOUP_NAME, Point, Space, Trial, resolve_grid
-from deme_cli.successive_halving import Stage
+from deme_cli.merging.successive_halving import Stage
 
 Function = Callable[[Point], float]
 LOSS = [Stage("loss", 16, 1)]

@@ -18,7 +18,7 @@ import pytest
 from deme_cli.merging.journal import Journal, read_journal
 from deme_cli.merging.search import Search, open_search, shortlist
 from deme_cli.merging.space import Point, Space, Trial, ranked
-from deme_cli.successive_halving import Stage
+from deme_cli.merging.successive_halving import Stage
 
 TARGET = (0.55, 0.2, 0.85)
 SPACE = Space(("1of3", "2of3", "3of3"), ((-0.5, 1.5),) * 3, (1 / 3,) * 3)

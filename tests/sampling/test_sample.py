@@ -29,12 +29,12 @@ from deme_cli.artifacts import (
     write_artifact,
 )
 from deme_cli.config import SampleConfig
+from deme_cli.console import Step
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import Stopped
 from deme_cli.files import read_header
-from deme_cli.progress import Step
 from deme_cli.sampling.sampler import image_seed
 from deme_cli.sampling.store import grid
 from deme_cli.timesteps import split_uniform

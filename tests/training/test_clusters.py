@@ -189,8 +189,8 @@ def test_damaged_files_of_gradients_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"buckets": 1}, "needs at least 2 buckets"),
-        ({"num": 1}, "needs at least 2 draws"),
+        ({"buckets": 1}, "expected at least 2"),
+        ({"num": 1}, "expected at least 2"),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"seed": -1}, "seed = -1"),
     ],
