@@ -49,29 +49,14 @@ DIGITS_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_digits_images(split: str) -> np.ndarray:
-    """The digits as uint8 (n, 8, 8, 1); levels 0..16 become round(v * 255 / 16).
+def load_digits(split: str) -> tuple[np.ndarray, list[int]]:
+    """The digits as uint8 (n, 8, 8, 1), levels 0..16 as round(v * 255 / 16); and which each is.
 
     split: `test` is every fifth image (index % 5 == 4), `train` the rest, `all` both in order.
     """
-    return load_digits(split)[0]
-
-
-def load_digits(split: str) -> tuple[np.ndarray, list[int]]:
-    """The images of `load_digits_images`, and which digit each shows."""
     import numpy as np
 
-    table = np.loadtxt(_digits_file(), delimiter=",")  # 64 levels and the label
-    levels, labels = table[:, :-1].reshape(-1, 8, 8, 1), table[:, -1].astype(int)
-    images = np.rint(levels * (255 / LARGEST_LEVEL)).astype(np.uint8)
-    is_test = np.arange(len(images)) % TEST_EVERY == TEST_EVERY - 1
-    chosen = {"all": is_test | ~is_test, "test": is_test, "train": ~is_test}[split]
-    return images[chosen], labels[chosen].tolist()
-
-
-def _digits_file() -> Path:
-    """The table inside scikit-learn, found without importing it (which takes seconds)."""
-    package = importlib.util.find_spec("sklearn")
+    package = importlib.util.find_spec("sklearn")  # not imported, which takes seconds
     if package is None or package.origin is None:
         raise MissingError(
             "the digits come with scikit-learn; install it: pip install scikit-learn"
@@ -79,4 +64,9 @@ def _digits_file() -> Path:
     path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if not path.exists():
         raise MissingError(f"{path}: scikit-learn's digits are missing; install scikit-learn again")
-    return path
+    table = np.loadtxt(path, delimiter=",")  # 64 levels and the label
+    levels, labels = table[:, :-1].reshape(-1, 8, 8, 1), table[:, -1].astype(int)
+    images = np.rint(levels * (255 / LARGEST_LEVEL)).astype(np.uint8)
+    is_test = np.arange(len(images)) % TEST_EVERY == TEST_EVERY - 1
+    chosen = {"all": is_test | ~is_test, "test": is_test, "train": ~is_test}[split]
+    return images[chosen], labels[chosen].tolist()

@@ -39,11 +39,12 @@ def to_srgb(
     """
     profile, told = image.info.get("icc_profile"), []
     levels, alpha = _without_alpha(image, name, file_format)
-    if profile or levels.mode == "LAB":
+    if profile:
         try:
-            converted = _apply_profile(levels, profile)
-            told += [PROFILED] if converted is not levels and profile else []
-            levels = converted
+            transform, mode = _to_srgb(profile, levels.mode)
+            if transform is not None:
+                levels = transform.apply(levels.convert(mode))
+                told.append(PROFILED)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             told.append(UNPROFILED)
     levels = levels.convert("L" if is_grey(image) else "RGB")
@@ -89,7 +90,7 @@ def crop_corner(
 def _without_alpha(
     image: Image.Image, name: str, file_format: str | None
 ) -> tuple[Image.Image, Image.Image | None]:
-    """The colours, in L, RGB, CMYK or LAB, and alpha in L where the file has any."""
+    """The colours, in L, RGB or CMYK, and alpha in L where the file has any."""
     mode = image.mode
     if mode == "F" or (mode == "I" and file_format not in _SIXTEEN_BITS):
         what = "floats" if mode == "F" else "32-bit numbers"
@@ -103,47 +104,29 @@ def _without_alpha(
         alpha = None if key is None else Image.fromarray(np.uint8(255) * (values != key))
         levels = np.rint(values.astype(np.float64) * (255 / 65535)).clip(0, 255)
         return Image.fromarray(levels.astype(np.uint8)), alpha
-    if mode in ("La", "RGBa"):  # premultiplied
-        image = image.convert(mode[:-1] + "A")
     if image.has_transparency_data:
         image = image.convert("LA" if is_grey(image) else "RGBA")
         return image.convert(image.mode[:-1]), image.getchannel("A")
-    if mode in ("L", "RGB", "CMYK", "LAB"):
-        return image, None
-    return image.convert("L" if is_grey(image) else "RGB"), None
-
-
-def _apply_profile(levels: Image.Image, profile: bytes | None) -> Image.Image:
-    """`levels` in sRGB; the very same where the profile is sRGB's.
-
-    Raises what ImageCms raises for a profile that is broken or speaks of other channels.
-    """
-    if levels.mode == "LAB":
-        profile = None
-    transform, mode = _transform(profile, levels.mode)
-    return levels if transform is None else transform.apply(levels.convert(mode))
+    return image if mode == "CMYK" else image.convert("L" if is_grey(image) else "RGB"), None
 
 
 @lru_cache(64)
-def _transform(profile: bytes | None, mode: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
-    """From a profile (None: CIELAB's) to sRGB, and the mode it takes; None where nothing changes.
+def _to_srgb(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
+    """From a profile to sRGB, and the mode that it takes; None where nothing changes.
 
-    A profile of RGB serves grey levels, too, as three equal channels.
+    A profile of RGB serves grey levels, too, as three equal channels. Raises what ImageCms raises
+    for a profile that is broken, and ValueError for one that speaks of other channels.
     """
-    if profile is None:
-        source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-    else:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        taken = _PROFILE_MODES.get(source.profile.xcolor_space.strip())
-        if taken is None or (taken != mode and (mode, taken) != ("L", "RGB")):
-            raise ValueError(f"a profile of {source.profile.xcolor_space} for {mode}")
-        mode = taken
-    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    if mode in ("L", "RGB"):
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    taken = _PROFILE_MODES.get(source.profile.xcolor_space.strip())
+    if taken is None or (taken != mode and (mode, taken) != ("L", "RGB")):
+        raise ValueError(f"a profile of {source.profile.xcolor_space} for {mode}")
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), taken, "RGB")
+    if taken != "CMYK":
         ramp = np.arange(0, 256, 15, dtype=np.uint8)
         cube = np.stack(np.meshgrid(ramp, ramp, ramp), axis=-1).reshape(1, -1, 3)
-        probe = Image.fromarray(cube).convert(mode)
+        probe = Image.fromarray(cube).convert(taken)
         found = np.asarray(transform.apply(probe), dtype=int)
         if abs(found - np.asarray(probe.convert("RGB"))).max() <= 1:
-            return None, mode
-    return transform, mode
+            return None, taken
+    return transform, taken

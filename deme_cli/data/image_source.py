@@ -1,4 +1,4 @@
-"""What an image argument names, found cheaply, and which of its images are held out.
+"""What an image argument names, found cheaply: its files, their digests, and which are held out.
 
 A command calls `find_image_source` first, so that a missing folder or dataset is told at once:
 nothing here imports torch, or looks into an image. Held out are images as names of folders and
@@ -7,18 +7,24 @@ files say, in the words that `datasets` knows splits by.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from deme_cli import console
 from deme_cli.artifacts import read_record
-from deme_cli.errors import ConfigError, MissingError
-from deme_cli.fetch import is_dataset_cached, is_hub_id, offline_reason
+from deme_cli.errors import ConfigError, MissingError, reading
+from deme_cli.fetch import cache_folder, is_dataset_cached, is_hub_id, offline_reason, sha256_of
+from deme_cli.files import write_whole
 
 KNOWN_DATASETS = {"cifar10": "uoft-cs/cifar10"}
 FOLDERS_ONLY = {
@@ -27,12 +33,13 @@ FOLDERS_ONLY = {
 }  # fmt: skip
 HELD_OUT_WORDS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
 _TRAIN_WORDS = ("train", "training")
-_BETWEEN = "[-._ 0-9]"
+_KINDS = {".parquet": "parquet", ".tar": "webdataset", ".safetensors": "samples"}
 _NO_PIXELS = {"BUFR", "GRIB", "HDF5", "WMF", "MPEG"}  # which Pillow knows by name alone
 _BESIDE_IMAGES = (
     ".txt", ".caption", ".cls", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".toml",
     ".yaml", ".yml",
 )  # fmt: skip
+_SETTLED_NS = 2 * 10**9  # of younger files a second change could bear the very times of the first
 
 
 @dataclass(frozen=True)
@@ -60,18 +67,26 @@ def find_image_source(name: str) -> ImageSource:
     Raises MissingError where nothing is there, or the hub is out of reach and its cache empty;
     ArtifactError for an artifact of another kind; ConfigError for what no images can be read from.
     """
+    path, hub_id = Path(name).expanduser(), KNOWN_DATASETS.get(name, name)
     if name == "digits":
         return ImageSource(name, "digits")
-    path = Path(name).expanduser()
-    if name in FOLDERS_ONLY and not path.is_dir():
+    if name not in KNOWN_DATASETS and path.is_dir():
+        return _in_folder(name, path)
+    if name in FOLDERS_ONLY:
         raise MissingError(
             f"{name}: deme has no download for {FOLDERS_ONLY[name]}; get the images from their "
             f"publisher, unpack them, and give the folder instead"
         )
-    if name not in KNOWN_DATASETS and os.path.lexists(path):
-        return _in_folder(name, path) if path.is_dir() else _of_file(name, path)
-    hub_id = KNOWN_DATASETS.get(name, name)
-    if not is_hub_id(hub_id) or path.suffix in (".safetensors", ".parquet", ".tar"):
+    if name not in KNOWN_DATASETS and path.exists():
+        if path.suffix not in _KINDS:
+            raise ConfigError(
+                f"{name}: expected a folder of images, a .parquet file, a .tar of webdataset or a "
+                f"samples artifact"
+            )
+        if path.suffix == ".safetensors":
+            read_record(path, "samples")
+        return ImageSource(name, _KINDS[path.suffix], path, (path,))
+    if not is_hub_id(hub_id) or path.suffix in _KINDS:
         raise MissingError(
             f"{name}: no such file or folder; images are a folder, a parquet file, webdataset "
             f"shards (.tar), a samples artifact, a hub dataset (owner/name), digits or cifar10"
@@ -84,67 +99,43 @@ def find_image_source(name: str) -> ImageSource:
     return ImageSource(name, "hub", hub_id=hub_id)
 
 
-def _of_file(name: str, path: Path) -> ImageSource:
-    if not path.exists():
-        raise MissingError(f"{name}: a link to nothing")
-    if path.suffix == ".safetensors":
-        read_record(path, "samples")
-    kinds = {".parquet": "parquet", ".tar": "webdataset", ".safetensors": "samples"}
-    if path.suffix not in kinds:
-        raise ConfigError(
-            f"{name}: expected a folder of images, a .parquet file, a .tar of webdataset or a "
-            f"samples artifact"
-        )
-    return ImageSource(name, kinds[path.suffix], path, (path,))
-
-
 def _in_folder(name: str, path: Path) -> ImageSource:
     """A folder's images go before its tables, shards before tables of their names."""
     files = find_files(path)
-    images, tables, shards = (
-        tuple(file for file in files if file.suffix.lower() in suffixes)
-        for suffixes in (image_suffixes(), (".parquet",), (".tar",))
+    images = [file for file in files if file.suffix.lower() in image_suffixes()]
+    others = [file for file in files if file.suffix.lower() not in image_suffixes()]
+    tables, shards = (
+        [f for f in others if f.suffix.lower() == kind] for kind in (".parquet", ".tar")
     )
-    beside = {file.with_suffix("") for file in shards}
     if images:  # img2dataset writes tables of the names of its folders
+        kind = "folder"
         used = {t for t in tables if t.name == "metadata.parquet" or t.with_suffix("").is_dir()}
-    elif shards and all(file.with_suffix("") in beside for file in tables):
+    elif shards and {t.with_suffix("") for t in tables} <= {s.with_suffix("") for s in shards}:
         kind, used, tables = "webdataset", {*shards, *tables}, shards
-    elif tables:
-        kind, used = "parquet", set(tables)
     else:
-        told = f"; its files: {_count_suffixes(files)}" if files else ""
+        kind, used = "parquet", set(tables)
+    left_out = [f for f in others if f not in used and f.suffix.lower() not in _BESIDE_IMAGES]
+    counts = Counter(file.suffix.lower() or "without a suffix" for file in left_out or others)
+    listed = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(8))
+    if not images and not tables:
         raise MissingError(
             f"{name}: the folder holds no images that Pillow can open, no parquet files and no "
-            f"shards (tar){told}"
+            f"shards (tar){f'; its files: {listed}' if others else ''}"
         )
-    left_out = [
-        file for file in files
-        if file not in used and file.suffix.lower() not in (*_BESIDE_IMAGES, *image_suffixes())
-    ]  # fmt: skip
     if left_out:
-        console.note_once(f"{name}: left out are files of other kinds: {_count_suffixes(left_out)}")
+        console.note_once(f"{name}: left out are files of other kinds: {listed}")
     if not images:
-        return ImageSource(name, kind, path, tables)
+        return ImageSource(name, kind, path, tuple(tables))
     chosen, held_out, folders = find_splits(path, images)
     if held_out:
-        _describe_splits(name, path, len(images), chosen, held_out, folders)
-    others = tuple(file for file in files if file.suffix.lower() not in image_suffixes())
-    return ImageSource(name, "folder", path, chosen, others, held_out, folders)
-
-
-def _describe_splits(
-    name: str, path: Path, num: int, chosen: Sequence[Path], held_out: Collection[Path],
-    folders: Collection[Path],
-) -> None:  # fmt: skip
-    test = [folder.relative_to(path) for folder in folders]
-    listed = ", ".join(sorted(f"{folder}/" for folder in test if is_held_out(folder))[:4])
-    rest = num - len(chosen)
-    console.note_once(
-        f"{name}: held out are {len(held_out)} images"
-        f"{f' in {listed}' if listed else ', by their names'}; {len(chosen) - len(held_out)} to "
-        f"train on{f'; {rest} in neither are left out' if rest else ''}"
-    )
+        rest, test = len(images) - len(chosen), [folder.relative_to(path) for folder in folders]
+        listed = ", ".join(sorted(f"{folder}/" for folder in test if is_held_out(folder))[:4])
+        console.note_once(
+            f"{name}: held out are {len(held_out)} images "
+            f"{f'in {listed}' if listed else 'by their names'}; {len(chosen) - len(held_out)} to "
+            f"train on{f'; {rest} in neither are left out' if rest else ''}"
+        )
+    return ImageSource(name, kind, path, tuple(chosen), tuple(others), held_out, folders)
 
 
 @cache
@@ -155,12 +146,6 @@ def image_suffixes() -> frozenset[str]:
     known = Image.registered_extensions()
     readable = {*Image.OPEN, "MPO"} - _NO_PIXELS  # MPO: JPEG's reader takes it
     return frozenset(suffix for suffix, kind in known.items() if kind in readable)
-
-
-def _count_suffixes(files: Iterable[Path]) -> str:
-    counts = Counter(file.suffix.lower() or "without a suffix" for file in files).most_common()
-    more = f" and {len(counts) - 8} other kinds" if len(counts) > 8 else ""
-    return ", ".join(f"{count} {suffix}" for suffix, count in counts[:8]) + more
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -178,13 +163,13 @@ def find_files(folder: Path) -> list[Path]:
     for start in starts:  # it grows by the links that are met
         for root, folders, files in os.walk(start, onerror=refuse):
             real = os.path.realpath(root)
-            known = real in seen
+            if real in seen:
+                folders.clear()
+                continue
             seen.add(real)
-            folders[:] = (
-                [] if known else sorted(n for n in folders if not n.startswith((".", "__")))
-            )
+            folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
             starts += filter(os.path.islink, (os.path.join(root, name) for name in folders))
-            names += [os.path.join(root, n) for n in files if not n.startswith(".") and not known]
+            names += [os.path.join(root, name) for name in files if not name.startswith(".")]
     return [Path(name) for name in sorted(names, key=natural_order)]
 
 
@@ -202,64 +187,101 @@ def natural_order(name: str) -> tuple[str, str]:
 
 def find_splits(
     root: Path, images: Sequence[Path]
-) -> tuple[tuple[Path, ...], frozenset[Path], frozenset[Path]]:
+) -> tuple[Sequence[Path], frozenset[Path], frozenset[Path]]:
     """The images in a split, those of them held out, and the folders below `root` that say so.
 
-    Where no folder does, names may, if all say one. Where folders to train on lie beside those
-    held out, images in neither are in no split. Without any split the last two are empty.
+    A folder named `test2017` is held out. One named `test_set` is where `training_set` lies beside
+    it, or `train` and no folder that says neither; else it may be a class, as `test tube` is. Where
+    folders to train on lie beside those held out, images in neither are in no split. Where no
+    folder says so, names may, if all say one. Without any split the last two are empty.
     """
-    parents = {image.parent for image in images}
-    held, train = _split_folders(root, parents)
-    inside = {
-        parent: [folders for folders in (held, train) if not folders.isdisjoint(_up(parent))]
-        for parent in parents
-    }
-    held_out = {image for image in images if held and held in inside[image.parent]}
-    kept = [image for image in images if inside[image.parent]] if train else images
-    if not held and all(_speaks_of(image.name, HELD_OUT_WORDS + _TRAIN_WORDS) for image in images):
-        held_out = {image for image in images if not _speaks_of(image.name, _TRAIN_WORDS)}
-    if not held_out or len(held_out) == len(kept):
-        return tuple(images), frozenset(), frozenset()
-    return tuple(kept), frozenset(held_out), frozenset(held | train)
-
-
-def _split_folders(root: Path, parents: Collection[Path]) -> tuple[set[Path], set[Path]]:
-    """Of the folders that hold images: those held out, and those to train on beside them.
-
-    One named `test2017` is held out. One named `test_set` is where `training_set` lies beside it,
-    or no folder that says neither; else it may be a class, as `test tube` is.
-    """
-    siblings: dict[Path, set[Path]] = {}
-    for folder in {folder for parent in parents for folder in _up(parent)}:
-        if root in folder.parents:
-            siblings.setdefault(folder.parent, set()).add(folder)
-    held_out, to_train = set(), set()
+    siblings: dict[Path, set[Path]] = defaultdict(set)
+    for parent in {image.parent for image in images}:
+        for folder in (parent, *parent.parents):
+            if root in folder.parents:
+                siblings[folder.parent].add(folder)
+    held: set[Path] = set()
+    train: set[Path] = set()
     for folders in siblings.values():
-        train = {folder for folder in folders if _speaks_of(folder.name, _TRAIN_WORDS)}
-        test = {f for f in folders - train if _speaks_of(f.name, HELD_OUT_WORDS)}
-        if not train or folders - train - test:
-            rests = {"", *(_rest(folder.name, _TRAIN_WORDS) for folder in train)}
-            test = {folder for folder in test if _rest(folder.name, HELD_OUT_WORDS) in rests}
-        if test:
-            held_out |= test
-            to_train |= train
-    return held_out, to_train
+        to_train = {
+            f: rest for f in folders if (rest := _without(f.name, _TRAIN_WORDS)) is not None
+        }
+        test = {f: _without(f.name, HELD_OUT_WORDS) for f in folders - to_train.keys()}
+        rests, is_class = {"", *to_train.values()}, not to_train or None in test.values()
+        chosen = {f for f, rest in test.items() if rest in rests or (rest and not is_class)}
+        if chosen:
+            held |= chosen
+            train |= to_train.keys()
+    above = {parent: {parent, *parent.parents} for parent in {image.parent for image in images}}
+    held_out = {image for image in images if above[image.parent] & held}
+    kept = [i for i in images if not train or above[i.parent] & (held | train)]
+    if not held:
+        training = {i for i in images if _without(i.name, _TRAIN_WORDS) is not None}
+        if all(image in training or is_held_out(Path(image.name)) for image in images):
+            held_out = {*images} - training
+    if not held_out or len(held_out) == len(kept):
+        return images, frozenset(), frozenset()
+    return kept, frozenset(held_out), frozenset(held | train)
 
 
-def _up(folder: Path) -> tuple[Path, ...]:
-    return (folder, *folder.parents)
-
-
-def _speaks_of(name: str, words: Sequence[str]) -> bool:
-    """Whether one of `words` stands in a name by itself, between anything but letters."""
-    return not set(words).isdisjoint(re.split(_BETWEEN, name.lower()))
-
-
-def _rest(name: str, words: Sequence[str]) -> str:
-    """A name without `words` and all that is not a letter."""
-    return "".join(part for part in re.split(_BETWEEN, name.lower()) if part not in words)
+def _without(name: str, words: Sequence[str]) -> str | None:
+    """The letters of a name but `words`; None where none of these stands in it by itself."""
+    parts = re.split("[-._ 0-9]", name.lower())
+    left = [part for part in parts if part not in words]
+    return "".join(left) if len(left) < len(parts) else None
 
 
 def is_held_out(path: Path) -> bool:
     """Whether a folder or the file in a relative path says test or validation."""
-    return any(_speaks_of(part, HELD_OUT_WORDS) for part in path.with_suffix("").parts)
+    names = path.with_suffix("").parts
+    return any(_without(name, HELD_OUT_WORDS) is not None for name in names)
+
+
+# digests
+
+
+def file_digests(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files by their name below `folder`. Raises MissingError for one that is not read.
+
+    On two cores 1.4 GB/s the first time; later 0.1 s for 10,000 files.
+    """
+    files = {path.relative_to(folder).as_posix(): [path] for path in paths}
+    return remembered(folder, files, lambda name: sha256_of(folder / name))
+
+
+def remembered(
+    folder: Path, files: Mapping[str, Sequence[Path]], make: Callable[[str], str]
+) -> dict[str, str]:
+    """make(name) for each name, or what it gave before where its files have not changed since.
+
+    That they have not is seen by inode, size and both times. What was made is kept in the cache
+    folder, in a JSON file per folder; losing it costs time alone, so one that cannot be read or
+    written is passed over. make: called in threads.
+    """
+    keys, young = {}, set()
+    for name, paths in files.items():
+        keys[name] = name
+        for path in paths:
+            with reading(path):
+                stat = os.stat(path)
+            keys[name] += f"\0{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+            if max(stat.st_mtime_ns, stat.st_ctime_ns) > time.time_ns() - _SETTLED_NS:
+                young.add(name)
+    place = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
+    memory, known = None, {}
+    try:
+        memory = cache_folder() / "digests" / f"{place}.json"
+        known = {k: v for k, v in json.loads(memory.read_bytes()).items() if isinstance(v, str)}
+    except (OSError, ValueError, AttributeError, RuntimeError):  # also: no home folder is known
+        pass
+    values = {name: known[key] for name, key in keys.items() if key in known}
+    absent = [name for name in keys if name not in values]
+    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+        made = dict(zip(absent, pool.map(make, absent, chunksize=64), strict=True))
+    learned = {keys[name]: value for name, value in made.items() if name not in young}
+    if memory and learned:
+        kept = {key: value for key, value in known.items() if key.split("\0")[0] not in keys}
+        kept |= {keys[name]: value for name, value in values.items()} | learned
+        with contextlib.suppress(OSError, MissingError):  # where no file goes, all is made anew
+            write_whole(memory, [json.dumps(kept).encode()])
+    return {name: (values | made)[name] for name in keys}

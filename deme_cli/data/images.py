@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,16 +20,12 @@ from torch import Tensor
 
 from deme_cli import console
 from deme_cli.artifacts import load_tensors, read_record
-from deme_cli.data.captions import Annotations, describe_classes, read_captions, read_labels
+from deme_cli.data.captions import Annotations, read_captions, read_labels
 from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
 from deme_cli.data.fitting import CENTRE, Shape, fit
-from deme_cli.data.image_source import ImageSource, find_image_source
-from deme_cli.data.sources import ArrayImages, FolderImages, Images, TableImages
-from deme_cli.data.tables import held_out_tables, read_tables
+from deme_cli.data.image_source import HELD_OUT_WORDS, ImageSource, find_image_source
+from deme_cli.data.sources import ArrayImages, FolderImages, Images, TableImages, read_tables
 from deme_cli.errors import ArtifactError, ConfigError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 SPLITS = ("train", "held-out", "all")
 HELD_OUT_EVERY = 50
@@ -81,10 +76,8 @@ class ImageData:
 
     def file_names(self) -> list[str] | None:
         """The names of images below their folder; None of images that are no files."""
-        if not isinstance(self._images, FolderImages):
-            return None
-        names = self._images.file_names()
-        return [names[index] for index in self._indices]
+        names = self._images.file_names if isinstance(self._images, FolderImages) else None
+        return names and [names[index] for index in self._indices]
 
     def select(self, numbers: Sequence[int]) -> ImageData:
         """Some of these images, as data of its own."""
@@ -118,13 +111,10 @@ class ImageData:
             out[place] = fit(self._images.decode(chosen[place]), self.shape, crops[place])
 
         _, height, width = self._images.size(chosen[0]) if chosen else self.shape
-        if height * width < _THREADED_PIXELS:
-            for place in range(len(chosen)):
-                fill(place)
-        else:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                for _ in pool.map(fill, range(len(chosen))):
-                    pass
+        is_small = height * width < _THREADED_PIXELS
+        with ThreadPoolExecutor(1 if is_small else min(8, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(fill, range(len(chosen))):
+                pass
         return torch.from_numpy(out)
 
 
@@ -149,11 +139,16 @@ def open_images(
     if not indices:
         raise ArtifactError(f"{source}: too few images for the split {split!r}")
     annotations = Annotations()
-    if wants != "nothing":
+    if wants == "text":
+        annotations = read_captions(images.annotations(wants, captions), source, images.name)
+    elif wants == "class":
         raw = images.annotations(wants, captions)
-        annotations = (read_captions if wants == "text" else read_labels)(raw, source, images.name)
-        if wants == "class":
-            console.note_once(f"{source}: {describe_classes(annotations.classes, raw.where)}")
+        annotations = read_labels(raw, source, images.name)
+        shown = [name if name == str(number) else f"{number} {name}"
+                 for number, name in sorted(annotations.classes.items())]  # fmt: skip
+        listed = ", ".join(shown if len(shown) <= 12 else [*shown[:8], "…", *shown[-2:]])
+        many = "es" * (len(shown) > 1)
+        console.note_once(f"{source}: {len(shown)} class{many} by {raw.where}: {listed}")
     if annotations.repeats and split == "train":
         indices = [index for index in indices for _ in range(annotations.repeats[index])]
     return ImageData(
@@ -173,37 +168,32 @@ def _open_split(source: ImageSource, split: str) -> tuple[Images, Sequence[int]]
     Of a source without a split for testing, every 50th image is held out, or the last.
     """
     images: Images
+    has_split = True
     if source.kind == "digits":
         digits, labels = load_digits({"held-out": "test"}.get(split, split))
         named = [DIGIT_CAPTIONS[label] for label in labels]
         images = ArrayImages("digits", digits, captions=named, labels=labels, num_classes=10)
-        return images, range(len(images))
-    if source.kind == "folder":
-        if source.held_out:
-            kept = {"train": (False,), "held-out": (True,), "all": (False, True)}[split]
-            files = [file for file in source.files if (file in source.held_out) in kept]
-            return FolderImages(source, files), range(len(files))
-        images = FolderImages(source, source.files)
+    elif source.kind == "folder":
+        has_split = bool(source.held_out)
+        wanted = {"train": (False,), "held-out": (True,), "all": (False, True)}[split]
+        files = [f for f in source.files if not has_split or (f in source.held_out) in wanted]
+        images = FolderImages(source, files)
     elif source.kind == "samples":
-        images = _samples(source)
+        has_split, images = False, _samples(source)
     else:
+        from datasets import concatenate_datasets
+
         tables = read_tables(source)
-        if test := held_out_tables(tables):
-            names = {"train": tables.keys() - test, "held-out": test, "all": tables.keys()}[split]
-            rows = _join(table for name, table in tables.items() if name in names)
-            return TableImages(source.name, rows, list(tables.values())), range(len(rows))
-        images = TableImages(source.name, _join(tables.values()))
+        test = tables.keys() & set(HELD_OUT_WORDS)
+        has_split = 0 < len(test) < len(tables)
+        names = {"train": tables.keys() - test, "held-out": test}.get(split) if has_split else None
+        rows = [table for name, table in tables.items() if names is None or name in names]
+        images = TableImages(source.name, concatenate_datasets(rows), list(tables.values()))
     count = len(images)
-    held_out = list(range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)) or [count - 1]
-    if split == "all":
+    held_out = range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY) or [count - 1]
+    if has_split or split == "all":
         return images, range(count)
-    return images, held_out if split == "held-out" else sorted(set(range(count)) - set(held_out))
-
-
-def _join(tables: Iterable[Dataset]) -> Dataset:
-    from datasets import concatenate_datasets
-
-    return concatenate_datasets(list(tables))
+    return images, held_out if split == "held-out" else sorted({*range(count)} - {*held_out})
 
 
 def _samples(source: ImageSource) -> ArrayImages:

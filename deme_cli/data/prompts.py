@@ -1,29 +1,26 @@
-"""Prompts to draw images for: from a file, or from a set known by its name. Nothing here downloads.
+"""Texts from files: rows of tables, and the prompts that an argument names. Nothing downloads.
 
-Known names: `parti` (PartiPrompts, Yu et al. 2022), `coco` (30,000 captions of MS-COCO val2014),
+Known prompts: `parti` (PartiPrompts, Yu et al. 2022), `coco` (30,000 captions of MS-COCO val2014),
 `imagenet` (the 1,000 class names of Radford et al. 2021, in open_clip) and `digits`. The last two
 cycle: image i shows class i mod K. Nothing but `imagenet` needs torch here.
+
+A TSV takes quotation marks as they are: a tab never stands inside a field, and prompts are full of
+unpaired quotes. A CSV follows RFC 4180. Files are UTF-8, with or without a byte order mark.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deme_cli.data.digits import DIGIT_CAPTIONS
-from deme_cli.data.text_tables import (
-    TextTable,
-    lines_of,
-    parse_json,
-    read_text,
-    read_text_table,
-    table_of,
-)
-from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError, MissingError, reading
 from deme_cli.fetch import Asset, missing, sha256_of
 
 KNOWN_PROMPTS = ("parti", "coco", "imagenet", "digits")
@@ -31,9 +28,6 @@ TEXT = "text:"  # before a prompt that is given itself
 PROMPT_SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 IMAGENET_TEMPLATE = "a photo of a {}"
 _COLUMNS = ("prompt", "caption", "text")
-_CLASS_COLUMNS = ("class", "label")
-_FILE_COLUMNS = ("file_name", "filename")
-_SEED_COLUMNS = ("evaluation_seed",)  # of the COCO table: the seed of each prompt's image
 _RAW = "https://raw.githubusercontent.com/"
 _ASSETS = {
     "parti": Asset(
@@ -52,8 +46,84 @@ _ASSETS = {
 
 
 @dataclass(frozen=True)
+class TextTable:
+    """The rows of a file, each a dict by column."""
+
+    path: Path
+    rows: list[dict[str, Any]]
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+    def column(self, names: Sequence[str]) -> str | None:
+        """The first of `names` that is a column, in whatever case it is written."""
+        written = {column.lower(): column for column in reversed(self.columns)}
+        return next((written[name.lower()] for name in names if name.lower() in written), None)
+
+
+def read_text_table(path: Path) -> TextTable:
+    """The rows of a .csv, .tsv or .jsonl file.
+
+    Raises MissingError if it cannot be read, ArtifactError naming the row or line that is wrong.
+    """
+    text, suffix = read_text(path), path.suffix.lower()
+    rows: list[dict[str, Any]] = []
+    if suffix == ".jsonl":
+        for number, line in enumerate(lines_of(text), 1):
+            if line.strip():
+                row = parse_json(line, f"{path}: line {number} is")
+                if not isinstance(row, dict):
+                    told = f"expected a JSON object, found {line.strip()}"
+                    raise ArtifactError(f"{path}: line {number}: {told}")
+                rows.append(row)
+        return TextTable(path, rows)
+    lines = io.StringIO(text, newline="")
+    is_tsv = suffix == ".tsv"
+    reader = csv.reader(lines, "excel-tab", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(lines)
+    try:
+        header = next(reader, [])
+        for number, fields in enumerate(filter(None, reader), 1):
+            if len(fields) != len(header):
+                raise ArtifactError(
+                    f"{path}: row {number} has {len(fields)} fields, the header {len(header)}; "
+                    f"put text that holds a separator into quotation marks"
+                )
+            rows.append(dict(zip(header, fields, strict=True)))
+    except csv.Error as error:
+        raise ArtifactError(f"{path}: line {reader.line_num} cannot be read ({error})") from error
+    return TextTable(path, rows)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises MissingError or ArtifactError naming it."""
+    try:
+        with reading(path):
+            return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 at byte {error.start}; save it as UTF-8 text"
+        raise ArtifactError(f"{path}: {what}") from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A document of JSON. Raises ArtifactError beginning with `where`, as in `x.json:`."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{where} not JSON ({error})") from error
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines ended by a newline of any system; the rarer separators of Unicode stay in the line."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+# prompts
+
+
+@dataclass(frozen=True)
 class PromptSet:
-    """Prompts in order. `classes` and `seeds`, where there are any, hold one number per prompt.
+    """Prompts in order. `classes`, where there are any, hold one number per prompt.
 
     `sha256` is of prompts and classes, whatever file held them. A set that `cycles` goes on from
     its beginning; `template` is what its prompts were made by. `files` are the images that show
@@ -64,7 +134,6 @@ class PromptSet:
     prompts: tuple[str, ...]
     classes: tuple[int, ...] | None = None
     cycles: bool = False
-    seeds: tuple[int, ...] | None = None
     template: str | None = None
     files: tuple[str | None, ...] | None = None
 
@@ -90,17 +159,26 @@ def read_prompts(source: str, *, column: str | None = None) -> PromptSet:
     Raises MissingError for an absent file, ArtifactError for one without prompts, ConfigError for a
     column or a kind of file that does not exist.
     """
-    if source.startswith(TEXT):
-        _refuse_column(source, column)
-        return PromptSet(source, (source.removeprefix(TEXT),), cycles=True)
-    if source in ("digits", "imagenet"):
-        _refuse_column(source, column)
-        named = DIGIT_CAPTIONS if source == "digits" else _imagenet_prompts()
-        template = None if source == "digits" else IMAGENET_TEMPLATE
-        return PromptSet(source, named, tuple(range(len(named))), cycles=True, template=template)
     if source in _ASSETS:
         return _of_file(source, _find(_ASSETS[source]), column)
-    return _of_file(source, Path(source).expanduser(), column)
+    if source.startswith(TEXT):
+        known = PromptSet(source, (source.removeprefix(TEXT),), cycles=True)
+    elif source == "digits":
+        known = PromptSet(source, DIGIT_CAPTIONS, tuple(range(10)), cycles=True)
+    elif source == "imagenet":
+        try:
+            from open_clip import IMAGENET_CLASSNAMES as NAMES  # loads torch
+        except ImportError as error:
+            raise MissingError(
+                "the class names of imagenet come with open_clip; install it: "
+                "pip install open-clip-torch"
+            ) from error
+        prompts, template = tuple(map(IMAGENET_TEMPLATE.format, NAMES)), IMAGENET_TEMPLATE
+        known = PromptSet(source, prompts, tuple(range(len(NAMES))), cycles=True, template=template)
+    else:
+        return _of_file(source, Path(source).expanduser(), column)
+    _refuse_column(source, column)
+    return known
 
 
 def select_prompts(
@@ -143,18 +221,6 @@ def _find(asset: Asset) -> Path:
     return path
 
 
-def _imagenet_prompts() -> tuple[str, ...]:
-    """The class names in the template; importing open_clip loads torch."""
-    try:
-        from open_clip import IMAGENET_CLASSNAMES
-    except ImportError as error:
-        raise MissingError(
-            "the class names of imagenet come with open_clip; install it: "
-            "pip install open-clip-torch"
-        ) from error
-    return tuple(map(IMAGENET_TEMPLATE.format, IMAGENET_CLASSNAMES))
-
-
 def _of_file(source: str, path: Path, column: str | None) -> PromptSet:
     suffix = path.suffix.lower()
     if not path.exists():
@@ -162,12 +228,25 @@ def _of_file(source: str, path: Path, column: str | None) -> PromptSet:
         raise MissingError(f"{source}: no such file; prompts are a file or one of {known}")
     if suffix not in PROMPT_SUFFIXES:
         raise ConfigError(f"{source}: prompts are a file in {', '.join(PROMPT_SUFFIXES)}")
-    if suffix == ".json":
-        return _of_json(source, path, column)
-    if suffix != ".txt":
+    if suffix not in (".txt", ".json"):
         return _of_table(source, read_text_table(path), column)
+    prompts: Any = lines_of(read_text(path)) if suffix == ".txt" else None
+    if suffix == ".json":
+        prompts = parse_json(read_text(path), f"{source}:")
+        if isinstance(prompts, dict) and isinstance(prompts.get("annotations"), list):
+            return _of_coco(source, path, prompts, column)
+        if isinstance(prompts, list) and all(isinstance(entry, dict) for entry in prompts):
+            return _of_table(source, TextTable(path, prompts), column)
+        if not isinstance(prompts, list) or not all(isinstance(entry, str) for entry in prompts):
+            raise ArtifactError(
+                f"{source}: expected COCO captions (an object with `annotations`), or a list of "
+                f"strings or of objects"
+            )
     _refuse_column(source, column)
-    return _nonempty(source, [line.strip() for line in lines_of(read_text(path)) if line.strip()])
+    prompts = tuple(prompt.strip() for prompt in prompts if prompt.strip())
+    if not prompts:
+        raise ArtifactError(f"{source}: the file holds no prompts")
+    return PromptSet(source, prompts)
 
 
 def _refuse_column(source: str, column: str | None) -> None:
@@ -175,41 +254,34 @@ def _refuse_column(source: str, column: str | None) -> None:
         raise ConfigError(f"{source} has no columns; leave the prompt column {column!r} out")
 
 
-def _nonempty(source: str, prompts: Sequence[Any]) -> PromptSet:
-    if not prompts:
-        raise ArtifactError(f"{source}: the file holds no prompts")
-    return PromptSet(source, tuple(prompts))
-
-
 def _of_table(source: str, table: TextTable, column: str | None) -> PromptSet:
-    _nonempty(source, table.rows)
+    if not table.rows:
+        raise ArtifactError(f"{source}: the file holds no prompts")
     chosen = table.column(_COLUMNS) if column is None else column
-    if chosen is None:
-        raise ArtifactError(
-            f"{source}: no column {', '.join(_COLUMNS)}; columns: {', '.join(table.columns)}; "
-            f"name the one of the prompts with --prompt-column"
-        )
     if chosen not in table.columns:
-        raise ConfigError(f"{source}: no column {column!r}; columns: {', '.join(table.columns)}")
+        there = f"columns: {', '.join(table.columns)}"
+        if column is not None:
+            raise ConfigError(f"{source}: no column {column!r}; {there}")
+        raise ArtifactError(
+            f"{source}: no column {', '.join(_COLUMNS)}; {there}; name the one of the prompts with "
+            f"--prompt-column"
+        )
     prompts = []
     for number, row in enumerate(table.rows, 1):
         prompt = row.get(chosen)
         if not isinstance(prompt, str) or not prompt.strip():
             raise ArtifactError(f"{source}: row {number} has no prompt in column {chosen!r}")
         prompts.append(prompt.strip())
-    classes, seeds = _numbers(source, table, _CLASS_COLUMNS), _numbers(source, table, _SEED_COLUMNS)
-    files, column = None, table.column(_FILE_COLUMNS)
+    files, column = None, table.column(("file_name", "filename"))
     if column is not None:
         files = tuple(str(row[column]) if row.get(column) else None for row in table.rows)
-    return PromptSet(source, tuple(prompts), classes, seeds=seeds, files=files)
+    return PromptSet(source, tuple(prompts), _classes(source, table), files=files)
 
 
-def _numbers(source: str, table: TextTable, names: Sequence[str]) -> tuple[int, ...] | None:
+def _classes(source: str, table: TextTable) -> tuple[int, ...] | None:
     """A column of whole numbers, one per row; None if there is none, or if it holds words."""
-    column = table.column(names)
-    if column is None:
-        return None
-    values = [str(row.get(column)).strip() for row in table.rows]
+    column = table.column(("class", "label"))
+    values = [str(row.get(column)).strip() for row in table.rows if column]
     whole = [value.isascii() and value.isdigit() for value in values]
     if not any(whole):
         return None
@@ -222,42 +294,29 @@ def _numbers(source: str, table: TextTable, names: Sequence[str]) -> tuple[int, 
     return tuple(int(value) for value in values)
 
 
-def _of_json(source: str, path: Path, column: str | None) -> PromptSet:
-    """Captions of COCO, a list of prompts, or a list of objects."""
-    document = parse_json(read_text(path), f"{source}:")
-    if isinstance(document, dict) and isinstance(document.get("annotations"), list):
-        captions = _coco_captions(source, document["annotations"], column)
-        images = [one for one in document.get("images") or () if isinstance(one, dict)]
-        names = {image.get("id"): image.get("file_name") for image in images}
-        files = tuple(map(names.get, captions)) if names else None
-        return replace(_nonempty(source, list(captions.values())), files=files)
-    if isinstance(document, list) and all(isinstance(entry, dict) for entry in document):
-        return _of_table(source, table_of(path, document), column)
-    if isinstance(document, list) and all(isinstance(entry, str) for entry in document):
-        _refuse_column(source, column)
-        return _nonempty(source, [entry.strip() for entry in document if entry.strip()])
-    raise ArtifactError(
-        f"{source}: expected COCO captions (an object with `annotations`), or a list of strings or "
-        f"of objects"
-    )
-
-
-def _coco_captions(source: str, annotations: Sequence[Any], column: str | None) -> dict[int, str]:
-    """By image id in its order, the caption of the lowest annotation id."""
+def _of_coco(source: str, path: Path, document: dict[str, Any], column: str | None) -> PromptSet:
+    """Of each image, in the order of their ids, the caption of the lowest annotation id."""
     field = column or "caption"
-    first: dict[int, tuple[int, str]] = {}
-    for number, entry in enumerate(annotations, 1):
+    first: dict[int, dict[str, Any]] = {}
+    for number, entry in enumerate(document["annotations"], 1):
         entry = entry if isinstance(entry, dict) else {}
-        if column and column not in entry:
-            raise ConfigError(
-                f"{source}: annotation {number} has no {column!r}; fields: {', '.join(entry)}"
-            )
-        image, own, caption = entry.get("image_id"), entry.get("id"), entry.get(field)
-        if type(image) is not int or type(own) is not int or not str(caption or "").strip():
-            raise ArtifactError(
+        image, own = entry.get("image_id"), entry.get("id")
+        if (
+            type(image) is not int
+            or type(own) is not int
+            or not str(entry.get(field) or "").strip()
+        ):
+            kind = ConfigError if column else ArtifactError
+            raise kind(
                 f"{source}: annotation {number} is no caption: expected image_id, id and {field}, "
                 f"found {', '.join(entry) or 'none of them'}; take the file of captions"
             )
-        if image not in first or own < first[image][0]:
-            first[image] = (own, str(caption).strip())
-    return {image: caption for image, (_, caption) in sorted(first.items())}
+        if image not in first or own < first[image]["id"]:
+            first[image] = entry
+    images = [image for image in document.get("images") or () if isinstance(image, dict)]
+    names = {image.get("id"): image.get("file_name") for image in images}
+    rows = [
+        {"prompt": str(first[image][field]), **({"file_name": names.get(image)} if names else {})}
+        for image in sorted(first)
+    ]
+    return _of_table(source, TextTable(path, rows), None)

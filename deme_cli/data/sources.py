@@ -2,43 +2,60 @@
 
 A source has images by number, a name for each (for messages), a fingerprint, and the captions or
 classes that lie with them. EXIF orientation is applied here; levels and shape are fitting.py's.
+Tables are parquet files, shards of webdataset and datasets of the hub, read by `datasets`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+import logging
 import os
+import sys
+import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deme_cli import console
 from deme_cli.data.captions import (
+    COLUMNS,
+    JSON_FIELDS,
     NoAnnotations,
     RawAnnotations,
     folder_annotations,
 )
-from deme_cli.data.digests import file_digests, remembered, stamp
 from deme_cli.data.fitting import is_grey, to_srgb
-from deme_cli.data.image_source import ImageSource
-from deme_cli.data.tables import table_annotations
+from deme_cli.data.image_source import (
+    ImageSource,
+    file_digests,
+    image_suffixes,
+    is_held_out,
+    remembered,
+)
 from deme_cli.errors import ArtifactError, MissingError
-from deme_cli.fetch import sha256_of
+from deme_cli.fetch import offline_reason, sha256_of, stay_offline
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the image by a quarter
+_FIELDS = ("txt", "json", "cls")  # of a sample in a shard
 
 
 class Images(ABC):
-    """Numbered images that are decoded one at a time. label: what messages call them all."""
+    """Numbered images that are decoded one at a time: of a file, or of bytes (`encoded`).
+
+    label: what messages call them all, and `name` one of them. annotations: captions (wants `text`)
+    or classes (wants `class`), of a column where one is named; raises ArtifactError without any.
+    """
 
     label: str
     fingerprint: str
@@ -47,16 +64,13 @@ class Images(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def name(self, index: int) -> str:
-        """The image as messages call it."""
+    def name(self, index: int) -> str: ...
 
     @abstractmethod
+    def annotations(self, wants: str, column: str | None) -> RawAnnotations: ...
+
     def encoded(self, index: int) -> Path | io.BytesIO:
-        """The file of the image, or its bytes."""
-
-    @abstractmethod
-    def annotations(self, wants: str, column: str | None) -> RawAnnotations:
-        """Captions (wants `text`) or classes (wants `class`). Raises ArtifactError without any."""
+        raise NotImplementedError
 
     def decode(self, index: int) -> Image.Image:
         """The image in L or RGB, upright. Raises ArtifactError naming it if it is broken."""
@@ -115,9 +129,6 @@ class ArrayImages(Images):
     def name(self, index: int) -> str:
         return f"{self.label}: image {index}"
 
-    def encoded(self, index: int) -> io.BytesIO:
-        raise NotImplementedError("an array is not encoded")
-
     def decode(self, index: int) -> Image.Image:
         image = self.images[index]
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
@@ -143,6 +154,7 @@ class FolderImages(Images):
     def __init__(self, source: ImageSource, paths: Sequence[Path]) -> None:
         self.label, self._source, self.paths = source.name, source, paths
         digests = file_digests(source.path, self.paths)
+        self.file_names = list(digests)  # below the folder
         self.fingerprint = _fingerprint(map("\0".join, digests.items()))
 
     def __len__(self) -> int:
@@ -157,26 +169,45 @@ class FolderImages(Images):
     def annotations(self, wants: str, column: str | None) -> RawAnnotations:
         return folder_annotations(self._source, self.paths, wants=wants, column=column)
 
-    def file_names(self) -> list[str]:
-        """Below the folder."""
-        return [path.relative_to(self._source.path).as_posix() for path in self.paths]
+
+def _fingerprint(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode(errors="surrogateescape"))  # of names of files, too
+    return digest.hexdigest()
+
+
+# tables
 
 
 class TableImages(Images):
     """The image column of a table; the fingerprint is of the bytes of its encoded images.
 
-    splits: the tables of all splits, where `rows` are some of them.
+    splits: the tables of all splits, where `rows` are some of them: their classes count, too.
     """
 
-    def __init__(self, label: str, rows: Dataset, splits: Sequence[Dataset] = ()) -> None:
+    def __init__(self, label: str, rows: Dataset, splits: Iterable[Dataset] = ()) -> None:
         from datasets import Image as ImageFeature
 
-        self.label, self.column = label, _image_column(label, rows)
-        self._table, self._splits = rows, splits
+        declared = [name for name, kind in rows.features.items() if isinstance(kind, ImageFeature)]
+        usable = declared or [n for n, kind in rows.features.items() if _holds_bytes(kind)]
+        self.column = next((n for n in ("image", "img", *usable) if n in usable), "")
+        if not self.column:
+            columns = ", ".join(rows.features)
+            raise ArtifactError(f"{label}: no column holds images; columns: {columns}")
+        self.label, self._table, self._splits = label, rows, splits
         self.rows = rows.select_columns([self.column]).cast_column(
             self.column, ImageFeature(decode=False)
         )
-        self.fingerprint = self._fingerprint()
+        files = [Path(file["filename"]) for file in self.rows.cache_files]
+        if files:  # of all rows, remembered for the files that `datasets` keeps them in
+            name = f"{files[0].name} {self.column} {len(self)}"
+            made = remembered(
+                files[0].parent, {name: files}, lambda _: _fingerprint(self._digests())
+            )
+            self.fingerprint = made[name]
+        else:
+            self.fingerprint = _fingerprint(self._digests())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -189,18 +220,6 @@ class TableImages(Images):
         if value is None or (value["bytes"] is None and value["path"] is None):
             raise ArtifactError(f"{self.name(index)} holds no image; leave such rows out")
         return Path(value["path"]) if value["bytes"] is None else io.BytesIO(value["bytes"])
-
-    def annotations(self, wants: str, column: str | None) -> RawAnnotations:
-        return table_annotations(self.label, self._table, self._splits, wants=wants, column=column)
-
-    def _fingerprint(self) -> str:
-        """Of all rows, remembered for the files that `datasets` keeps them in."""
-        files = [Path(file["filename"]) for file in self.rows.cache_files]
-        if not files:
-            return _fingerprint(self._digests())
-        name = "\0".join([files[0].name, self.column, str(len(self))])
-        stamps = {name: stamp(files)}
-        return remembered(files[0].parent, stamps, lambda _: _fingerprint(self._digests()))[0]
 
     def _digests(self) -> Iterator[str]:
         """SHA-256 of each row's encoded image; none is decoded.
@@ -228,6 +247,62 @@ class TableImages(Images):
                     )
                 index += 1
 
+    def annotations(self, wants: str, column: str | None) -> RawAnnotations:
+        """Of a column, or a field of the column `json` that shards have; no other is read."""
+        from datasets import Image as ImageFeature
+
+        features, key = self._table.features, None
+        names = [column] if column else [*COLUMNS[wants], *(["txt"] if wants == "text" else [])]
+        told = (n for n in names if n in features and not isinstance(features[n], ImageFeature))
+        name = next(told, "json")
+        if name not in names:
+            fields = self._json_fields()
+            wanted = [column] if column else JSON_FIELDS[wants]
+            key = next((field for field in wanted if field in fields), None)
+            if key is None:
+                within = f"; fields of json: {', '.join(fields)}" if fields else ""
+                raise NoAnnotations(
+                    f"{self.label}: no column {' or '.join(names)}; "
+                    f"columns: {', '.join(features)}{within}"
+                )
+
+        def values(table: Dataset) -> list[Any]:
+            column = table.select_columns([name])[:][name]
+            return [_json_object(one).get(key) for one in column] if key else list(column)
+
+        where = f"field {key!r} of column {name!r}" if key else f"column {name!r}"
+        if wants == "text":
+            return RawAnnotations(values(self._table), where)
+        declared = getattr(features[name], "names", None) or ()  # of a ClassLabel
+        others = [table for table in self._splits if name in table.features and not declared]
+        classes = [value for table in others for value in values(table)]
+        return RawAnnotations(values(self._table), where, classes, declared)
+
+    def _json_fields(self) -> Sequence[str]:
+        """The fields of the `json` column: declared, or those of its first rows."""
+        kind = self._table.features.get("json")
+        if kind is None or isinstance(kind, Mapping):
+            return tuple(kind or ())
+        rows = map(_json_object, self._table.select_columns(["json"])[:5]["json"])
+        return tuple(dict.fromkeys(key for row in rows for key in row))
+
+
+def _json_object(value: Any) -> dict[str, Any]:
+    """An object of JSON, read or still text; empty where it is none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            value = None
+    return value if isinstance(value, dict) else {}
+
+
+def _holds_bytes(kind: object) -> bool:
+    """Whether `datasets` can read a column as images."""
+    if isinstance(kind, dict):
+        return set(kind) == {"bytes", "path"}
+    return getattr(kind, "dtype", None) in ("binary", "large_binary")
+
 
 def _is_fetched(path: str) -> bool:
     """Whether a file lies where `datasets` puts what it fetches: the images of a hub's folder."""
@@ -240,26 +315,115 @@ def _is_fetched(path: str) -> bool:
     return any(Path(real).is_relative_to(os.path.realpath(cache)) for cache in caches)
 
 
-def _image_column(label: str, rows: Dataset) -> str:
-    """The column that holds images: declared so, or bytes that `datasets` can read as images."""
-    from datasets import Image as ImageFeature
+def read_tables(source: ImageSource) -> Mapping[str, Dataset]:
+    """The tables of a parquet file or shard, a folder of them, or a hub dataset, by split name.
 
-    declared = [name for name, kind in rows.features.items() if isinstance(kind, ImageFeature)]
-    candidates = declared or [n for n, kind in rows.features.items() if _holds_bytes(kind)]
-    for name in ("image", "img", *candidates):
-        if name in candidates:
-            return name
-    raise ArtifactError(f"{label}: no column holds images; columns: {', '.join(rows.features)}")
+    Files whose name or folder says test or validation are `test`. Raises ArtifactError for files
+    that are not what they say, MissingError for what cannot be had.
+    """
+    if source.kind == "hub" and offline_reason():
+        stay_offline()
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    if source.kind == "hub":
+        try:
+            return datasets.load_dataset(source.hub_id)
+        except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+            raise MissingError(
+                f"{source.name}: {source.hub_id} cannot be had from the hub: {error}; "
+                f"give a folder of images or a parquet file instead"
+            ) from error
+    root = source.path if source.path.is_dir() else source.path.parent
+    files: dict[str, list[str]] = {"train": [], "test": []}
+    for path in source.files:
+        held_out = len(source.files) > 1 and is_held_out(path.relative_to(root))
+        files["test" if held_out else "train"].append(str(path))
+    if not files["train"]:
+        files = {"train": files["test"]}
+    splits = {split: paths for split, paths in files.items() if paths}
+    # `datasets` keeps tables it has read by the times of their files; this name is of their bytes
+    digests = "".join(file_digests(root, source.files).values())
+    name = hashlib.sha256(digests.encode()).hexdigest()[:16]
+    broken = (datasets.exceptions.DatasetGenerationError, tarfile.TarError, ValueError)
+    try:
+        if source.kind == "webdataset":
+            return _read_shards(splits, name)
+        tables = datasets.load_dataset(source.kind, name, data_files=splits)
+    except broken as error:
+        cause = str(error.__cause__ or error).strip().split("\n")[0]
+        raise ArtifactError(f"{source.name}: broken or not {source.kind}: {cause}") from error
+    except OSError as error:
+        raise MissingError(f"{source.name}: cannot be read: {error}") from error
+    return {name: _downloaded(source.name, table) for name, table in tables.items()}
 
 
-def _holds_bytes(kind: object) -> bool:
-    if isinstance(kind, dict):
-        return set(kind) == {"bytes", "path"}
-    return getattr(kind, "dtype", None) in ("binary", "large_binary")
+def _downloaded(source: str, table: Dataset) -> Dataset:
+    """The rows without those that img2dataset could not download, which it keeps in its tables."""
+    if not {"key", "status", "url"} <= set(table.column_names):
+        return table
+    kept = [index for index, status in enumerate(table["status"]) if status == "success"]
+    if kept and len(kept) < len(table):
+        failed = len(table) - len(kept)
+        console.note_once(f"{source}: left out are {failed} images that were not downloaded")
+    return table.select(kept) if kept else table
 
 
-def _fingerprint(lines: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(f"{line}\n".encode(errors="surrogateescape"))  # of names of files, too
-    return digest.hexdigest()
+def _read_shards(files: Mapping[str, list[str]], name: str) -> Mapping[str, Dataset]:
+    """Shards of webdataset, by split: columns image, and of txt, json and cls what there is.
+
+    `datasets` itself takes the first samples for all: it refuses a field that is null there and
+    text later, and shards whose samples lack a field.
+    """
+    import datasets
+
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), **dict.fromkeys(_FIELDS, text)})
+    tables = {
+        split: datasets.Dataset.from_generator(
+            _samples, features, gen_kwargs={"shards": shards, "name": name}
+        )
+        for split, shards in files.items()
+    }
+    absent = [
+        field for field in _FIELDS
+        if all(table.data.column(field).null_count == len(table) for table in tables.values())
+    ]  # fmt: skip
+    return {split: table.remove_columns(absent) for split, table in tables.items()}
+
+
+def _samples(shards: Sequence[str], name: str) -> Iterator[dict[str, Any]]:
+    """Samples of shards: files that follow each other and agree up to the first dot.
+
+    Of several images of a sample it is the one of fewest dots. name: of the bytes of the shards, by
+    which `datasets` tells samples it has kept.
+    """
+    has_images = False
+    for shard in shards:
+        with tarfile.open(shard) as archive:
+            shown = (m for m in archive if m.isfile() and not _path(m).name.startswith("."))
+            for _, members in groupby(
+                shown, lambda m: (_path(m).parent, _path(m).name.split(".")[0])
+            ):
+                sample: dict[str, Any] = dict.fromkeys(("image", *_FIELDS))
+                fewest = sys.maxsize
+                for member in members:
+                    kind, dots = _path(member).suffix.lower(), member.name.count(".")
+                    field = "txt" if kind in (".text", ".caption") else kind[1:]
+                    file = archive.extractfile(member)
+                    assert file is not None, "a plain file"
+                    if kind in image_suffixes() and dots < fewest:
+                        fewest = dots
+                        sample["image"] = {"bytes": file.read(), "path": None}
+                    elif field in _FIELDS and sample[field] is None:
+                        sample[field] = file.read().decode("utf-8-sig")
+                if any(sample[field] for field in ("image", "txt", "cls")):
+                    has_images = True
+                    yield sample
+    if not has_images:
+        raise ValueError("no images")
+
+
+def _path(member: tarfile.TarInfo) -> PurePosixPath:
+    return PurePosixPath(member.name)

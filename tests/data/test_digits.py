@@ -8,23 +8,16 @@ from sklearn.datasets import load_digits
 
 from deme_cli.config import TABLES
 from deme_cli.data import digits
-from deme_cli.data.digits import DIGITS_SETTINGS, load_digits_images
+from deme_cli.data.digits import DIGITS_SETTINGS
 from deme_cli.errors import MissingError
 
 
 def test_the_digits_are_those_of_scikit_learn() -> None:
     expected = np.rint(load_digits().images * 255 / 16)
-    images = load_digits_images("all")
+    images = digits.load_digits("all")[0]
     assert images.dtype == np.uint8
     assert images.shape == (1797, 8, 8, 1)
     assert np.array_equal(images[..., 0], expected)
-
-
-def test_every_fifth_digit_is_for_testing_and_the_rest_for_training() -> None:
-    everything = load_digits_images("all")
-    assert np.array_equal(load_digits_images("test"), everything[4::5])
-    kept = [index for index in range(1797) if index % 5 != 4]
-    assert np.array_equal(load_digits_images("train"), everything[kept])
 
 
 def test_the_settings_written_for_digits_are_known_settings() -> None:
@@ -35,4 +28,4 @@ def test_the_settings_written_for_digits_are_known_settings() -> None:
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="scikit-learn"):
-        load_digits_images("all")
+        digits.load_digits("all")[0]

@@ -22,16 +22,6 @@ def write_parti(path: Path, count: int = 1632) -> list[str]:
     return said
 
 
-def write_coco(path: Path, count: int = 30_000) -> list[str]:
-    """A table of the COCO-30K shape: commas, quotes and newlines inside quoted fields."""
-    said = [f'A cat, a dog and "{i}".' for i in range(count)]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image_id", "source", "prompt", "evaluation_seed"])
-        writer.writerows([f"{i:012d}", "coco-30k", f"{t}\n", i + 7] for i, t in enumerate(said))
-    return said
-
-
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
@@ -45,14 +35,18 @@ def test_a_text_file_holds_one_prompt_per_line(tmp_path: Path) -> None:
     path.write_bytes('\ufeffein Käse\r\n\r\n  a cat, "and" a dog \u2028 \nlast'.encode())
     read = read_prompts(str(path))
     assert read.prompts == ("ein Käse", 'a cat, "and" a dog', "last")
-    assert (read.classes, read.seeds, read.cycles, read.template) == (None, None, False, None)
+    assert (read.classes, read.cycles, read.template) == (None, False, None)
 
 
-def test_all_30000_captions_of_a_coco_table_are_read_with_their_seeds(tmp_path: Path) -> None:
-    said = write_coco(tmp_path / "coco_30k.csv")
-    read = read_prompts(str(tmp_path / "coco_30k.csv"))
-    assert list(read.prompts) == said
-    assert read.seeds == tuple(range(7, 30_007))
+def test_a_table_of_coco_is_read_with_commas_quotes_and_newlines_in_its_fields(
+    tmp_path: Path,
+) -> None:
+    said = [f'A cat, a dog and "{i}".' for i in range(20)]
+    with (tmp_path / "coco_30k.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_id", "source", "prompt", "evaluation_seed"])
+        writer.writerows([f"{i:012d}", "coco-30k", f"{t}\n", i + 7] for i, t in enumerate(said))
+    assert list(read_prompts(str(tmp_path / "coco_30k.csv")).prompts) == said
 
 
 def test_coco_captions_give_the_first_of_each_image_in_order(tmp_path: Path) -> None:
@@ -147,9 +141,7 @@ def test_a_known_set_is_read_from_the_cache_and_checked(
     ("name", "content", "error", "match"),
     [
         ("p.txt", " \n\n", ArtifactError, "holds no prompts"),
-        ("p.csv", "", ArtifactError, "holds no prompts"),
         ("p.csv", "prompt\n", ArtifactError, "holds no prompts"),
-        ("p.json", "[]", ArtifactError, "holds no prompts"),
         ("p.json", '{"annotations": []}', ArtifactError, "holds no prompts"),
         ("p.csv", "id,alt\n1,x\n", ArtifactError, "no column prompt, caption, text; columns: id, "),
         ("p.csv", "prompt,id\nx,1\n,2\n", ArtifactError, "row 2 has no prompt in column 'prompt'"),
@@ -163,10 +155,8 @@ def test_a_known_set_is_read_from_the_cache_and_checked(
         ("p.png", "x", ConfigError, r"prompts are a file in \.txt"),
         ("p.txt", None, MissingError, r"p\.txt: no such file; .*parti, coco, imagenet"),
         ("p.csv", "prompt,alt\nx,y\n", ConfigError, "no column 'wrong'; columns: prompt, alt"),
-        ("p.json", '[{"prompt": "x"}]', ConfigError, "no column 'wrong'; columns: prompt"),
         ("p.json", '{"annotations": [{"image_id": 1}]}', ConfigError,
-         "no 'wrong'; fields: image_id"),
-        ("p.json", '["x"]', ConfigError, "has no columns.*'wrong'"),
+         "annotation 1 is no caption: expected image_id, id and wrong, found image_id"),
         ("p.txt", "x\n", ConfigError, "has no columns.*'wrong'"),
         ("digits", None, ConfigError, "digits has no columns.*'wrong'"),
     ],
@@ -191,11 +181,10 @@ def test_a_file_gives_each_prompt_its_images_in_order() -> None:
     assert select_prompts(two, num=4, per_prompt=2) == expected
 
 
-@pytest.mark.parametrize("num", [1, 3, 64])
-def test_a_number_that_the_prompts_do_not_make_is_refused(num: int) -> None:
+def test_a_number_that_the_prompts_do_not_make_is_refused() -> None:
     two = PromptSet("p.txt", ("x", "y"))
-    with pytest.raises(ConfigError, match=rf"p\.txt holds 2 prompts, -n says {num}; leave -n out"):
-        select_prompts(two, num=num, per_prompt=1)
+    with pytest.raises(ConfigError, match=r"p\.txt holds 2 prompts, -n says 3; leave -n out"):
+        select_prompts(two, num=3, per_prompt=1)
     with pytest.raises(ConfigError, match="2 images each make 4"):
         select_prompts(two, num=2, per_prompt=2)
 

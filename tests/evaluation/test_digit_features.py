@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deme_cli.data.digits import load_digits, load_digits_images
+from deme_cli.data.digits import load_digits
 from deme_cli.evaluation.features import load_extractor
 from deme_cli.evaluation.frechet import RunningStatistics, frechet_distance
 
@@ -30,13 +30,13 @@ def distance(images: np.ndarray) -> float:
     extractor = load_extractor("digits")
     found, reference = RunningStatistics(), RunningStatistics()
     found.add(extractor.features(images))
-    reference.add(extractor.features(load_digits_images("test")))
+    reference.add(extractor.features(load_digits("test")[0]))
     first, second = found.statistics(), reference.statistics()
     return frechet_distance(first.mu, first.sigma, second.mu, second.sigma)
 
 
 def test_blurred_and_noisy_digits_are_farther_from_the_test_split_than_real_ones() -> None:
-    real = load_digits_images("train").astype(np.float64)
+    real = load_digits("train")[0].astype(np.float64)
     noise = np.random.default_rng(0).standard_normal(real.shape)
     blurred = 0.8 * real + 0.2 * np.roll(real, 1, axis=1)
     degraded = [real + 24 * noise, blurred, 0.7 * real, np.roll(real, 2, axis=2)]

@@ -10,7 +10,7 @@ from stand_ins import write_statistics_npz
 
 import deme_cli
 from deme_cli.console import Step
-from deme_cli.data.digits import load_digits_images
+from deme_cli.data.digits import load_digits
 from deme_cli.data.images import open_images
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 from deme_cli.evaluation.features import load_extractor
@@ -39,7 +39,7 @@ def opened(source: str | Path, **options: object) -> Reference:
 
 
 def test_the_reference_of_the_digits_is_their_test_split() -> None:
-    expected = load_extractor("digits").features(load_digits_images("test"))
+    expected = load_extractor("digits").features(load_digits("test")[0])
     statistics = opened("digits").statistics
     assert statistics.n == 359
     np.testing.assert_allclose(statistics.mu, expected.mean(axis=0), atol=1e-6)
