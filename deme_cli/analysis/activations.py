@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from deme_cli.diffusion.projection import Site
-    from deme_cli.training.held_out import FixedDraws
+    from deme_cli.training.batches import FixedDraws
 
 Row = dict[str, Any]
 _LEVEL = 0.95  # of the interval in which chance puts one more share

@@ -20,22 +20,15 @@ from torch import Tensor
 
 from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import DataConfig, FinetuneConfig
-from deme_cli.console import Progress, Step
+from deme_cli.console import Progress
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.run_file import RunFile
 from deme_cli.sampling.sampler import seeded_noise
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.batches import derived_generator
-from deme_cli.training.examples import (
-    Examples,
-    cache_size,
-    fill_caches,
-    name_companions,
-    open_examples,
-)
-from deme_cli.training.held_out import FixedDraws
+from deme_cli.training.batches import FixedDraws, derived_generator
+from deme_cli.training.examples import Examples, fill_caches, name_companions, open_examples
 
 INTERVALS = "95 %, over images (draws of one image are a cluster)"
 
@@ -56,9 +49,7 @@ def open_images(
         images, companions, split=split, cache=run.settings(FinetuneConfig).cache,
         beside=Path(model).parent if Path(model).is_file() else output.parent,
     )  # fmt: skip
-    if total := cache_size(examples):
-        for done in fill_caches(examples):
-            progress(Step(done, total, "caching latents", "image"))
+    fill_caches(examples, progress=progress)
     return record, examples
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
     from deme_cli.diffusion.denoiser import Denoiser
-    from deme_cli.training.held_out import FixedDraws
+    from deme_cli.training.batches import FixedDraws
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 SKETCH_SIZE = 65_536

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from deme_cli.analysis.models import Model
-    from deme_cli.training.held_out import FixedDraws
+    from deme_cli.training.batches import FixedDraws
 
 _BATCHES = 8  # between two looks at the clock
 _NAME = 18  # characters of a model's name in the picture

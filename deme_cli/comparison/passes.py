@@ -74,7 +74,7 @@ def _count(stage: Stage, projections: Sequence[str]) -> dict[str, PassCost]:
     whole = parse_span(f"0:{ranges[-1].split(':')[1]}", "range")
     plan = Plan(
         stage.base, DataConfig(**stage.tables.get("data", {})), settings,
-        Path("unused.safetensors"), "1/1", RangeChoice(whole, 1, 1), device="cpu",
+        Path("unused.safetensors"), RangeChoice(whole, 1, 1), device="cpu",
         pipeline=stage.tables.get("model", {}).get("pipeline"),
     )  # fmt: skip
     run = prepare(plan)

@@ -29,7 +29,7 @@ from deme_cli.merging.space import BY_RANGE, SLOPES, SOUP_NAME, Point, Space
 from deme_cli.merging.tensor_stream import COMPUTED_IN, PIECE, Run, TensorStream, float_runs
 from deme_cli.sampling.ensemble import SamplingExpert, single
 from deme_cli.timesteps import TimestepRange, require_cover
-from deme_cli.training.held_out import Check
+from deme_cli.training.batches import Check
 
 
 class CandidateNetwork:

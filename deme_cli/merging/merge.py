@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from deme_cli.merging.plan import MergePlan
     from deme_cli.merging.search import Conclusion, Search
     from deme_cli.merging.space import Trial
-    from deme_cli.training.examples import Examples
 
 MERGED_NAME = "merged.safetensors"
 MOST_SHOWN = 8  # coefficients named in a line about one trial
@@ -129,9 +128,10 @@ def _merge(plan: MergePlan, progress: Progress) -> MergeResult:
         )  # fmt: skip
     if plan.reports:
         from deme_cli.merging.report import MERGED, make_report
+        from deme_cli.training.examples import fill_caches
 
         bench, evaluator = _open_bench(plan)
-        fill_examples(bench.examples, progress=progress)
+        fill_caches(bench.examples, progress=progress)
         values = None if given is None else given.values
         merged = (MERGED, values, lambda: evaluator.at(given))
         document = make_report(plan, bench, evaluator, None, merged, progress)
@@ -187,20 +187,12 @@ def _open_bench(plan: MergePlan, store: Path | None = None) -> tuple[Workbench, 
     return bench, evaluator
 
 
-def fill_examples(examples: Examples, *, progress: Progress, world: World = ALONE) -> None:
-    """Make what the cache of latents behind the held-out images lacks, if there is one."""
-    from deme_cli.training.examples import cache_size, fill_caches
-
-    if total := cache_size(examples):
-        for done in fill_caches(examples, world=world):
-            progress(Step(done, total, "caching latents", "image"))
-
-
 def _search(plan: MergePlan, world: World, progress: Progress) -> MergeResult:
     """Run the trials that are left, and write the best; only one process of many does the end."""
     from deme_cli.merging.journal import Journal
     from deme_cli.merging.plan import find_measure
     from deme_cli.merging.search import conclude
+    from deme_cli.training.examples import fill_caches
 
     search, path = plan.search(), journal_path(plan.output)
     progress(Step(note=_intention(plan, search, find_measure(plan).source)))
@@ -208,7 +200,7 @@ def _search(plan: MergePlan, world: World, progress: Progress) -> MergeResult:
     store = path.with_name(f".{path.name}.features") if len(plan.stages) > 1 else None
     bench, evaluator = _open_bench(plan, store)
     if not all(stage.is_distance for stage in plan.stages):
-        fill_examples(bench.examples, world=world, progress=progress)
+        fill_caches(bench.examples, world=world, progress=progress)
     objectives = [
         bench.open(stage, plan.settings, experts=evaluator.ensemble) for stage in plan.stages
     ]
@@ -246,10 +238,11 @@ def _write_best(
 ) -> MergedRecord:  # fmt: skip
     """The best candidate as a file, after its report."""
     from deme_cli.merging.report import MERGED, make_report
+    from deme_cli.training.examples import fill_caches
 
     given, document = search.space.coefficients(end.best.point), None
     if plan.reports:
-        fill_examples(bench.examples, progress=progress)
+        fill_caches(bench.examples, progress=progress)
         merged = (MERGED, given.values, lambda: evaluator.at(given))
         soup = search.soup(journal.trials())
         document = make_report(plan, bench, evaluator, soup, merged, progress)

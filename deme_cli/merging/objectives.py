@@ -46,8 +46,8 @@ from deme_cli.sampling.ensemble import SamplingExpert
 from deme_cli.sampling.sampler import ImageBatch, StepProgress, sample_images, seeded_noise
 from deme_cli.sampling.scheduler import name_sampler
 from deme_cli.timesteps import TimestepRange, parse_span, route
+from deme_cli.training.batches import Check, FixedDraws
 from deme_cli.training.examples import Examples, name_companions, open_examples
-from deme_cli.training.held_out import Check, FixedDraws
 
 if TYPE_CHECKING:
     from deme_cli.merging.plan import Measure

@@ -35,7 +35,7 @@ from deme_cli.merging.space import Point
 from deme_cli.merging.successive_halving import Stage
 from deme_cli.sampling.ensemble import SamplingExpert
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.held_out import Check
+from deme_cli.training.batches import Check
 
 if TYPE_CHECKING:
     from deme_cli.merging.plan import MergePlan

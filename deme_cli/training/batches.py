@@ -1,4 +1,4 @@
-"""The random draws of training: which images, which timesteps, which noise, which are mirrored.
+"""The draws of training: which images, which timesteps, which noise, which are mirrored.
 
 Every draw is a function of (seed, range, update) alone, so that a resumed run needs no generator
 state and continues bit for bit. Images are visited in epochs, each a permutation of all of them.
@@ -9,24 +9,27 @@ batch draws all of it, and decodes the images of its share.
 On a GPU eps comes from a generator there, which the batch's own seeds: other noise than on a
 processor, of the same seed the same on every GPU of one kind. There batches are made ready by
 another thread while the one before is used; on processors it would take its time from the training.
+
+`FixedDraws` are the same on every look: the denoising loss on images that training never sees.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.images import KEEP_BYTES
-from deme_cli.diffusion.conditions import Conditions, fill_null
+from deme_cli.diffusion.conditions import Conditions, fill_null, to
+from deme_cli.diffusion.denoiser import predict
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.distributed import World
 from deme_cli.timesteps import TimestepRange
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from deme_cli.training.setup import Run
 
 _SHARE = 0.2  # of the memory that is free before the first update, for images
+_BATCH = 256  # fixed draws at a time
+Check = Callable[..., None]  # called between batches, with (done, total) if known; raises to stop
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,6 @@ class Batch:
         x0, eps, t = (send(tensor, device) for tensor in (self.x0, self.eps, self.t))
         conditions = {name: send(value, device) for name, value in self.conditions.items()}
         return Batch(x0, eps, t, conditions)
-
-
-class Batches(Protocol):
-    """Where batches come from."""
-
-    def batch(self, step: int, micro: int) -> Batch:
-        """The batch of update `step` (from 0), accumulation part `micro`."""
-        ...
 
 
 def derived_generator(*parts: object) -> torch.Generator:
@@ -91,48 +88,34 @@ class BatchSource:
         self.clusters, self.share, self.device = clusters, share, device
         self.draws, self.num_train_timesteps = schedule.indices(span), schedule.num_train_timesteps
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-        self._null: Conditions | None = None
 
     def batch(self, step: int, micro: int) -> Batch:
         """The batch of update `step` (from 0), accumulation part `micro`; of it, the share."""
-        config, share = self.config, self.share
+        config, share, device, num = self.config, self.share, self.device, self.config.batch_size
         generator = derived_generator(config.seed, self.span, step, micro)
-        count = step * config.accumulation + micro
-        t = self._timesteps(generator)
-        flip = torch.rand(config.batch_size, generator=generator) < 0.5 if self.flip else None
-        indices = self._indices(count * config.batch_size, config.batch_size)
-        x0, conditions = self.examples.draw(indices, flip=flip, generator=generator, share=share)
-        eps = self._noise((config.batch_size, *x0.shape[1:]), generator)[share]
-        batch = Batch(x0, eps, t[share], self._leave_out(conditions, generator))
-        return batch if self.device is None else batch.on(self.device)
-
-    def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        if self.device is None:
-            return torch.randn(shape, generator=generator)
-        seed = int(torch.randint(1 << 62, (), generator=generator))
-        there = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(shape, generator=there, device=self.device)
-
-    def _timesteps(self, generator: torch.Generator) -> Tensor:
-        config = self.config
         if self.clusters:
-            return draw_by_cluster(config.batch_size, self.clusters, generator=generator)
-        return draw_timesteps(
-            config.batch_size, self.draws, self.num_train_timesteps, p=config.p,
-            per_batch=config.timesteps == "per-batch", antithetic=config.antithetic,
-            generator=generator,
-        )  # fmt: skip
+            t = draw_by_cluster(num, self.clusters, generator=generator)
+        else:
+            t = draw_timesteps(
+                num, self.draws, self.num_train_timesteps, p=config.p,
+                per_batch=config.timesteps == "per-batch", antithetic=config.antithetic,
+                generator=generator,
+            )  # fmt: skip
+        flip = torch.rand(num, generator=generator) < 0.5 if self.flip else None
+        indices = self.indices((step * config.accumulation + micro) * num, num)
+        x0, conditions = self.examples.draw(indices, flip=flip, generator=generator, share=share)
+        there = generator
+        if device is not None:
+            seed = int(torch.randint(1 << 62, (), generator=generator))
+            there = torch.Generator(device).manual_seed(seed)
+        eps = torch.randn((num, *x0.shape[1:]), generator=there, device=device)[share]
+        if conditions and config.caption_dropout:
+            dropped = torch.rand(num, generator=generator)[share] < config.caption_dropout
+            conditions = fill_null(conditions, self.examples.null(), dropped)
+        batch = Batch(x0, eps, t[share], conditions)
+        return batch if device is None else batch.on(device)
 
-    def _leave_out(self, conditions: Conditions, generator: torch.Generator) -> Conditions:
-        """Replace what is said of some images by nothing, each with the caption dropout."""
-        if not conditions or not self.config.caption_dropout:
-            return conditions
-        dropped = torch.rand(self.config.batch_size, generator=generator)
-        if self._null is None:
-            self._null = self.examples.null()
-        return fill_null(conditions, self._null, dropped[self.share] < self.config.caption_dropout)
-
-    def _indices(self, start: int, num: int) -> list[int]:
+    def indices(self, start: int, num: int) -> list[int]:
         """Images start .. start + num - 1 of the endless sequence of epochs."""
         chosen: list[int] = []
         while len(chosen) < num:
@@ -153,12 +136,14 @@ def share_of(num: int, world: World) -> slice:
 
 
 @contextmanager
-def open_batches(run: Run, world: World, device: torch.device) -> Iterator[Batches]:
+def open_batches(run: Run, world: World, device: torch.device) -> Iterator[BatchSource | Ahead]:
     """The batches of `run`, as far as this process shares in them, for a network on `device`."""
     gpu = device if device.type == "cuda" else None
     if gpu is not None and isinstance(run.examples, PixelExamples):
         size = len(run.examples) * math.prod(run.examples.shape)  # a byte for each value
-        if run.examples.crop == "centre" and _has_room(size, gpu):
+        cached = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+        free = torch.cuda.mem_get_info(gpu)[0] + cached  # of the range trained before, for one
+        if run.examples.crop == "centre" and size <= min(KEEP_BYTES, _SHARE * free):
             run.examples.keep_on(gpu)
     source = BatchSource(
         run.examples, run.choice.range, run.denoiser.schedule, run.config, flip=run.flip,
@@ -171,13 +156,6 @@ def open_batches(run: Run, world: World, device: torch.device) -> Iterator[Batch
         yield ahead
 
 
-def _has_room(num_bytes: int, device: torch.device) -> bool:
-    """Whether images of this size may lie on a GPU for as long as a run takes."""
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + cached  # of the range trained before, for one
-    return num_bytes <= min(KEEP_BYTES, _SHARE * free)
-
-
 class Ahead:
     """The batches of `source`, each made by a thread while the one before it is used.
 
@@ -185,13 +163,13 @@ class Ahead:
     """
 
     def __init__(
-        self, source: Batches, steps: int, accumulation: int, device: torch.device
+        self, source: BatchSource, steps: int, accumulation: int, device: torch.device
     ) -> None:
         self._source, self._steps, self._accumulation = source, steps, accumulation
         # a thread begins on the first GPU, where pinning would open a context for nothing
         first = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._pool = ThreadPoolExecutor(1, "deme-batch", *first)
-        self._next: tuple[tuple[int, int], Future[Batch]] | None = None
+        self._ready: dict[tuple[int, int], Future[Batch]] = {}
 
     def __enter__(self) -> Ahead:
         return self
@@ -201,12 +179,101 @@ class Ahead:
 
     def batch(self, step: int, micro: int) -> Batch:
         """The batch of update `step` (from 0), accumulation part `micro`."""
-        place, ready = self._next or (None, None)
-        if ready is None or place != (step, micro):  # the first one, or an update begins anew
-            ready = self._pool.submit(self._source.batch, step, micro)
-        batch = ready.result()
+        ready = self._ready.pop((step, micro), None)  # none at first, or where an update is redone
+        batch = (ready or self._pool.submit(self._source.batch, step, micro)).result()
         following = (step, micro + 1) if micro + 1 < self._accumulation else (step + 1, 0)
-        self._next = None
+        self._ready.clear()
         if following[0] < self._steps:
-            self._next = (following, self._pool.submit(self._source.batch, *following))
+            self._ready[following] = self._pool.submit(self._source.batch, *following)
         return batch
+
+
+@dataclass(frozen=True)
+class FixedDraws:
+    """What networks are measured on.  images, t: (n,)   noise(draws (B,)) -> eps (B, C, H, W)
+
+    x_0 and the conditions come from the examples batch by batch, the mean of the posterior where
+    there is a VAE; captions are never left out. targets: (n, C, H, W), what networks should say,
+    where that is not the schedule's own target.
+    """
+
+    examples: Examples
+    schedule: Schedule
+    images: Tensor
+    t: Tensor
+    noise: Callable[[Tensor], Tensor]
+    batch_size: int = _BATCH
+    targets: Tensor | None = None
+
+    @torch.no_grad()
+    def errors(
+        self, network: nn.Module, *, check: Check | None = None, chosen: Tensor | None = None
+    ) -> Tensor:
+        """Squared error of each draw, its mean over elements: (n,) float64.
+
+        On the draws `chosen` (all by default). The network is run in its own dtype, the rest in
+        float32, the sums in float64.
+        """
+        chosen = torch.arange(len(self.t)) if chosen is None else chosen
+        errors = torch.zeros(len(chosen), dtype=torch.float64)
+        for place in torch.arange(len(chosen)).split(self.batch_size):
+            if check:
+                check()
+            inputs, target = self._batch(chosen[place], network)
+            error = predict(network, *inputs).float().cpu() - target
+            errors[place] = error.square().flatten(1).mean(dim=1, dtype=torch.float64)
+        return errors
+
+    def loss(self, network: nn.Module, *, check: Check | None = None) -> float:
+        """Mean squared error over draws and elements; see `errors`."""
+        return self.errors(network, check=check).mean().item()
+
+    def loss_and_gradient(self, network: nn.Module, check: Check) -> float:
+        """The loss, and its gradient in `.grad` of every parameter of `network`."""
+        network.requires_grad_(True)
+        network.zero_grad(set_to_none=True)
+        total, size = 0.0, len(self.t) * math.prod(self.examples.shape)
+        for chosen in torch.arange(len(self.t)).split(self.batch_size):
+            check()
+            inputs, target = self._batch(chosen, network)
+            output = predict(network, *inputs).float()
+            loss = (output - target.to(output.device)).square().sum() / size
+            loss.backward()
+            total += loss.item()
+        network.requires_grad_(False)
+        return total
+
+    @torch.no_grad()
+    def outputs(self, network: nn.Module, chosen: Tensor) -> Tensor:
+        """What `network` says at the draws `chosen`: (len(chosen), C, H, W) float32."""
+        parts = chosen.split(self.batch_size)
+        inputs = (self._batch(part, network)[0] for part in parts)
+        return torch.cat([predict(network, *one).float().cpu() for one in inputs])
+
+    def _batch(
+        self, chosen: Tensor, network: nn.Module
+    ) -> tuple[tuple[Tensor, Tensor, Conditions], Tensor]:
+        """The inputs of these draws on the network's device, and what it should say, on the CPU."""
+        first = next(network.parameters())
+        x0, conditions = self.examples.draw(self.images[chosen].tolist(), flip=None, generator=None)
+        x0, eps, t = x0.cpu(), self.noise(chosen), self.t[chosen]
+        inputs = (
+            self.schedule.add_noise(x0, eps, t).to(first.device, first.dtype),
+            self.schedule.times(t).to(first.device),
+            to(conditions, first.device, first.dtype),
+        )
+        target = self.schedule.target(x0, eps, t) if self.targets is None else self.targets[chosen]
+        return inputs, target
+
+
+def draws_of_range(
+    examples: Examples, span: TimestepRange, schedule: Schedule, num: int
+) -> FixedDraws:
+    """`num` draws with timesteps spread evenly over the range."""
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn((num, *examples.shape), generator=generator)
+    span = schedule.indices(span)
+    t = span.start + torch.arange(num) * len(span) // num
+    t = t[torch.randperm(num, generator=generator)]
+    images = torch.arange(num) % len(examples)
+    return FixedDraws(examples, schedule, images, t, eps.__getitem__)

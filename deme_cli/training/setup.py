@@ -37,15 +37,18 @@ def metrics_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.metrics.jsonl")
 
 
+def affinity_path(base: Path) -> Path:
+    """Where the gradients of `base` are looked for, by which its timesteps may be clustered."""
+    return base.with_name(AFFINITY_NAME)
+
+
 def variant_path(output: Path, *, step: int | None = None, length: float | None = None) -> Path:
     """The result after `step` updates (the last if None), under an EMA of `length` (or the usual).
 
     In a folder beside the output, so that `ft_*.safetensors` names the experts alone:
     `ft_2of4.snapshots/step-000400.ema-0.050.safetensors`; the usual one at the end is the output.
     """
-    words = []
-    if step is not None:
-        words.append(f"step-{step:06d}")
+    words = [] if step is None else [f"step-{step:06d}"]
     if length is not None:
         short = f"{length:.3f}"
         words.append(f"ema-{short if float(short) == length else length}")
@@ -55,20 +58,19 @@ def variant_path(output: Path, *, step: int | None = None, length: float | None 
 
 
 def variant_paths(output: Path, config: FinetuneConfig) -> list[Path]:
-    """Every file that a run writes besides `output`, in the order in which they appear."""
-    every, lengths = config.snapshot_every, config.ema_lengths or []
-    steps = range(every, config.steps, every) if every else ()
-    paths = [
-        variant_path(output, step=step, length=length)
-        for step in steps
-        for length in (None, *lengths)
-    ]
-    return paths + [variant_path(output, length=length) for length in lengths]
+    """Every file that a run writes besides `output`."""
+    paths, every, lengths = [], config.snapshot_every, config.ema_lengths or []
+    for step in range(every, config.steps, every) if every else ():
+        paths += [variant_path(output, step=step, length=length) for length in (None, *lengths)]
+    for length in lengths:
+        paths.append(variant_path(output, length=length))
+    return paths
 
 
-def affinity_path(base: Path) -> Path:
-    """Where the gradients of `base` are looked for, by which its timesteps may be clustered."""
-    return base.with_name(AFFINITY_NAME)
+def is_snapshot(step: int, config: FinetuneConfig) -> bool:
+    """Whether `step` updates make a snapshot; the end does not, for it is the result."""
+    every = config.snapshot_every
+    return every is not None and 0 < step < config.steps and step % every == 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,6 @@ class Plan:
     images: DataConfig
     config: FinetuneConfig
     output: Path = Path()
-    range_text: str = "base"
     choice: RangeChoice | None = None
     description: Mapping[str, Any] = field(default_factory=dict)
     device: str = "auto"
@@ -92,7 +93,13 @@ class Plan:
     pipeline: str | None = None
     force: bool = False
     is_done: bool = False
-    has_companions: bool = False
+
+    @property
+    def range_text(self) -> str:
+        """The range as --range takes it."""
+        assert self.choice is not None
+        index, of = self.choice.index, self.choice.of
+        return f"{index}/{of}" if of else str(self.choice.range)
 
     @property
     def outputs(self) -> list[Path]:
@@ -139,12 +146,9 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result: a kept run continues only if all of it agrees."""
-        settings = asdict(self.config)
-        for name in NOT_RESULT:
-            settings.pop(name)
         return {
             "range": str(self.choice.range),
-            "cluster_ranges": [str(cluster) for cluster in self.clusters],
+            "cluster_ranges": list(map(str, self.clusters)),
             "base": self.denoiser.record.fingerprint,
             "data": self.examples.fingerprint,
             "resolution": list(self.examples.image_shape[1:]),
@@ -152,8 +156,13 @@ class Run:
             "companions": self.denoiser.record.companions,
             "flip": self.flip,
             "dtype": self.dtype,
-            **settings,
+            **_results_of(self.config),
         }
+
+
+def _results_of(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings that decide the result."""
+    return {name: value for name, value in asdict(config).items() if name not in NOT_RESULT}
 
 
 def plan_experts(
@@ -166,41 +175,35 @@ def plan_experts(
     """
     if not plan.base.exists():
         raise MissingError(f"{plan.base}: no base there; make one with `deme split`, or use --base")
-    record = read_record(plan.base, "base")
-    num_ranges = len(split.timestep_ranges) or split.n
-    if range_text == "all" and output is not None:
-        raise ConfigError("--output names one file, but --range all writes one for each range")
-    texts = [range_text]
+    record, texts = read_record(plan.base, "base"), [range_text]
     if range_text == "all":
+        if output is not None:
+            raise ConfigError("--output names one file, but --range all writes one for each range")
+        num_ranges = len(split.timestep_ranges) or split.n
         texts = [f"{index}/{num_ranges}" for index in range(1, num_ranges + 1)]
     plans = []
     for text in texts:
         choice = parse_range(text, record.num_train_timesteps, split.timestep_ranges)
         path = output or Path(f"ft_{choice.label}.safetensors")
-        one = replace(
-            plan, output=path, range_text=text, choice=choice,
-            is_done=range_text == "all" and not plan.force and path.exists(),
-            has_companions=bool(record.companions),
-        )  # fmt: skip
-        if one.is_done:
+        is_done = range_text == "all" and not plan.force and path.exists()
+        plans.append(one := replace(plan, output=path, choice=choice, is_done=is_done))
+        if is_done:
             _require_same_settings(one, record)
-        else:
-            _require_tasks(one, record, choice)
-            _require_free(one)
-            require_space(path, _files_beside(one) * plan.base.stat().st_size)
-        plans.append(one)
-    if not all(one.is_done for one in plans):
+            continue
+        if plan.config.multitask != "none":
+            _require_tasks(one, record, choice.range)
+        _require_free(one)
+    if record.companions and not all(one.is_done for one in plans):
         require_companions(record, plan.pipeline)
     return plans
 
 
 def plan_base(plan: Plan, description: Path, output: Path) -> Plan:
     """`plan` for a base of the [model] and [scheduler] in a TOML or JSON file."""
-    document = read_description(description)
     config = replace(plan.config, p=0.0, consistency=0.0, projection="none")
+    document = read_description(description)
     plan = replace(plan, config=config, output=output, description=document)
     _require_free(plan)
-    require_known_keys(document, description)
     if config.multitask != "none" and config.cluster_by == "gradient":
         raise ConfigError("cluster_by = 'gradient': a base from scratch has no gradients to go by")
     return plan
@@ -238,14 +241,12 @@ def require_companions(record: DenoiserRecord, pipeline: str | None) -> None:
         locate_parts(pipeline or record.source, list(record.companions))
 
 
-def _require_tasks(plan: Plan, record: BaseRecord, choice: RangeChoice) -> None:
+def _require_tasks(plan: Plan, record: BaseRecord, span: TimestepRange) -> None:
     """What clusters of timesteps need: draws from the range alone, and gradients to go by."""
     config = plan.config
-    if config.multitask == "none":
-        return
-    if config.p > 0 and len(choice.range) < record.num_train_timesteps:
+    if config.p > 0 and len(span) < record.num_train_timesteps:
         raise ConfigError(
-            f"multitask = {config.multitask!r} divides range {choice.range} into clusters, and "
+            f"multitask = {config.multitask!r} divides range {span} into clusters, and "
             f"p = {config.p} draws outside them; use --p 0 or --range 1/1"
         )
     if config.cluster_by == "gradient":
@@ -255,67 +256,56 @@ def _require_tasks(plan: Plan, record: BaseRecord, choice: RangeChoice) -> None:
 
 
 def _require_free(plan: Plan) -> None:
+    """Check that there are images, that every output may be written, and room for an expert's."""
     if not plan.images.source:
         raise ConfigError("no training images: set [data] source in deme.toml, or use --data")
     require_output(plan.output, force=plan.force)
     is_kept = checkpoint_path(plan.output).exists()  # then its snapshots so far are its own
+    num_files = _FILES_BESIDE + len(plan.config.ema_lengths or [])
     for path in variant_paths(plan.output, plan.config):
         if path.parent.exists():  # else nothing is there, and a dry run leaves it so
             require_output(path, force=plan.force or is_kept)
-
-
-def _files_beside(plan: Plan) -> int:
-    """How many times the base's size a run still takes up on disk."""
-    more = [path for path in variant_paths(plan.output, plan.config) if not path.exists()]
-    return _FILES_BESIDE + len(plan.config.ema_lengths or []) + len(more)
+        num_files += not path.exists()
+    if plan.choice is not None:
+        require_space(plan.output, num_files * plan.base.stat().st_size)
 
 
 def _require_same_settings(plan: Plan, base: BaseRecord) -> None:
     """Check that the finished expert at `plan.output` is what the plan would make again."""
-    output, images = plan.output, plan.images
-    record = read_record(output, "expert")
-    if images.source != record.data.get("source"):
-        raise ConfigError(
-            f"{output} exists, trained on {record.data.get('source')!r} and not "
-            f"{images.source!r}; add --force to train all ranges anew, or move it away"
-        )
-    if _fingerprint_of(images, base) != record.data.get("fingerprint"):
-        raise ConfigError(
-            f"{output} exists, trained on other images or captions than those in "
-            f"{images.source} now (or by an earlier deme, which did not compare every byte); "
-            f"add --force to train all ranges anew, or move it away"
-        )
-    wanted = {n: v for n, v in asdict(plan.config).items() if n not in NOT_RESULT}
-    wanted |= {"base": base.fingerprint, "crop": images.crop, "dtype": plan.dtype}
-    if images.horizontal_flip is not None:
-        wanted["flip"] = images.horizontal_flip
-    if images.resolution:
-        wanted["resolution"] = [images.resolution] * 2
-    unset = asdict(FinetuneConfig())  # records leave out what is unset, old ones what was not there
-    kept = {**unset, **record.training, "base": record.base}
-    for name, value in wanted.items():
-        if name in kept and kept[name] != value:
-            raise ConfigError(
-                f"{output} exists with another {name}, {kept[name]!r} and not {value!r}; "
-                f"add --force to train all ranges anew, or move it away"
-            )
-
-
-def _fingerprint_of(images: DataConfig, base: BaseRecord) -> str:
-    """That of the training images and of what they show, as an expert of `base` records it."""
     from deme_cli.data.images import open_images
     from deme_cli.diffusion.backbones.known import backbone_of
 
-    return open_images(
+    record, images = read_record(plan.output, "expert"), plan.images
+    data = open_images(
         images.source, shape=(3, 8, 8), split="train", wants=backbone_of(base.model_config).wants,
         captions=images.captions, keep=False,
-    ).fingerprint  # fmt: skip
+    )  # fmt: skip
+    anew = "add --force to train all ranges anew, or move it away"
+    if data.fingerprint != record.data.get("fingerprint"):
+        raise ConfigError(
+            f"{plan.output} exists, trained on other images or captions ({record.data['source']}) "
+            f"than those in {images.source} now (or by an earlier deme, which did not compare "
+            f"every byte); {anew}"
+        )
+    wanted = {**_results_of(plan.config), "base": base.fingerprint, "crop": images.crop}
+    wanted |= {"dtype": plan.dtype, "flip": images.horizontal_flip}
+    wanted["resolution"] = images.resolution and [images.resolution] * 2
+    unset = asdict(FinetuneConfig())  # records leave out what is unset, old ones what was not there
+    kept = {**unset, **record.training, "base": record.base}
+    for name, value in wanted.items():
+        is_free = name in ("flip", "resolution") and value is None  # as the images have it
+        if name in kept and kept[name] != value and not is_free:
+            raise ConfigError(
+                f"{plan.output} exists with another {name}, {kept[name]!r} and not {value!r}; "
+                f"{anew}"
+            )
 
 
 def read_description(path: Path) -> dict[str, Any]:
     """{model, scheduler}: two diffusers configs from a TOML or JSON file.
 
-    Raises MissingError if there is no such file, ConfigError if it lacks either table or has more.
+    Raises MissingError if there is no such file, ConfigError if it lacks either table or has more,
+    or for a key that its class does not take, which diffusers would drop.
     """
     try:
         with reading(path):
@@ -328,36 +318,26 @@ def read_description(path: Path) -> dict[str, Any]:
             document = tomli.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path}: neither valid TOML nor JSON: {error}") from error
-    for name in ("model", "scheduler"):
+    for name in {**_CLASSES, **document}:
+        if name not in _CLASSES:
+            raise ConfigError(f"{path}: unknown table [{name}]; expected [model] and [scheduler]")
         if not isinstance(document.get(name), dict):
             raise ConfigError(f"{path}: lacks the table [{name}], a diffusers config")
-    for name in document:
-        if name not in ("model", "scheduler"):
-            raise ConfigError(f"{path}: unknown table [{name}]; expected [model] and [scheduler]")
-    return document
-
-
-def require_known_keys(description: Mapping[str, Any], where: Path) -> None:
-    """Check that the classes take every key of {model, scheduler}: diffusers drops the others.
-
-    Raises ConfigError that offers the nearest known key.
-    """
     import diffusers
 
     for table, default in _CLASSES.items():
-        config = {"_class_name": default, **description[table]}
+        config = {"_class_name": default, **document[table]}
         kind: Any = getattr(diffusers, str(config["_class_name"]), None)
         if not hasattr(kind, "from_config"):
-            raise ConfigError(
-                f"{where}: [{table}] diffusers has no class {config['_class_name']!r}"
-            )
+            raise ConfigError(f"{path}: [{table}] diffusers has no class {config['_class_name']!r}")
         known = set(inspect.signature(kind).parameters) - {"kwargs"}
         for key in config:
             if not key.startswith("_") and key not in known:
                 raise ConfigError(
-                    f"{where}: unknown key {key!r} in [{table}] of {kind.__name__}"
+                    f"{path}: unknown key {key!r} in [{table}] of {kind.__name__}"
                     f"{nearest(key, sorted(known))}"
                 )
+    return document
 
 
 def prepare(plan: Plan) -> Run:
@@ -374,64 +354,52 @@ def prepare(plan: Plan) -> Run:
             plan.description, plan.config.seed, device=device, pipeline=plan.pipeline
         )
         choice = RangeChoice(TimestepRange(0, denoiser.schedule.num_train_timesteps), 1, 1)
-        examples, held_out = open_plan_examples(plan, denoiser.record)
+        record, examples, held_out = open_plan_examples(plan, denoiser.record)
     else:
-        record, choice = _base_record(plan), plan.choice
-        examples, held_out = open_plan_examples(plan, record)
+        choice = plan.choice
+        record, examples, held_out = open_plan_examples(plan)
         denoiser = replace(load_denoiser(plan.base, device=device), record=record)
-    flip = plan.images.horizontal_flip
+    schedule, config, clusters = denoiser.schedule, plan.config, list[TimestepRange]()
+    if config.multitask != "none":
+        from deme_cli.training.clusters import cluster_draws, read_affinity
+
+        affinity = None
+        if config.cluster_by == "gradient":
+            affinity = read_affinity(affinity_path(plan.base), record.fingerprint)
+        draws = schedule.indices(choice.range)
+        clusters = cluster_draws(draws, config.clusters, config.cluster_by, schedule, affinity)
     if plan.force:
         checkpoint_path(plan.output).unlink(missing_ok=True)
+    flip = plan.images.horizontal_flip
     return Run(
         denoiser, choice, examples, held_out, examples.can_flip if flip is None else flip,
         plan.config, plan.output, dtype=plan.dtype, from_scratch=plan.choice is None,
-        clusters=_clusters(plan, denoiser, choice.range), compile=plan.compile, shard=plan.shard,
+        clusters=clusters, compile=plan.compile, shard=plan.shard,
     )  # fmt: skip
-
-
-def _clusters(plan: Plan, denoiser: Denoiser, span: TimestepRange) -> list[TimestepRange]:
-    """The draws of `span` in clusters, where the losses of clusters are balanced."""
-    config, schedule, affinity = plan.config, denoiser.schedule, None
-    if config.multitask == "none":
-        return []
-    from deme_cli.training.clusters import cluster_draws, read_affinity
-
-    if config.cluster_by == "gradient":
-        affinity = read_affinity(affinity_path(plan.base), denoiser.record.fingerprint)
-    return cluster_draws(
-        schedule.indices(span), config.clusters, config.cluster_by, schedule, affinity
-    )
-
-
-def _base_record(plan: Plan) -> DenoiserRecord:
-    """The base's record, its frozen parts named."""
-    from deme_cli.training.examples import name_companions
-
-    return name_companions(read_record(plan.base, "base"), plan.pipeline)
 
 
 def open_plan_examples(
     plan: Plan, record: DenoiserRecord | None = None
-) -> tuple[Examples, Examples | None]:
-    """The training and the held-out examples for a denoiser with `record`, that of the base."""
+) -> tuple[DenoiserRecord, Examples, Examples | None]:
+    """The denoiser's record, that of the base with its frozen parts named; training and held-out
+    examples for it."""
     from deme_cli.diffusion.companions import open_companions
-    from deme_cli.training.examples import open_examples
+    from deme_cli.training.examples import name_companions, open_examples
 
-    config, images = plan.config, plan.images
-    companions = open_companions(
-        record or _base_record(plan), pipeline=plan.pipeline, device=plan.device, dtype=plan.dtype
-    )
+    images, pipeline, num, held_out = plan.images, plan.pipeline, plan.config.held_out, None
+    record = record or name_companions(read_record(plan.base, "base"), pipeline)
+    companions = open_companions(record, pipeline=pipeline, device=plan.device, dtype=plan.dtype)
     beside = (plan.output if plan.choice is None else plan.base).parent
     train = open_examples(
-        images, companions, split="train", flips=images.horizontal_flip, cache=config.cache,
+        images, companions, split="train", flips=images.horizontal_flip, cache=plan.config.cache,
         beside=beside,
     )  # fmt: skip
-    if not config.held_out:
-        return train, None
-    return train, open_examples(
-        images, companions, split="held-out", cache=config.cache, beside=beside,
-        num_needed=config.held_out,
-    )  # fmt: skip
+    if num:
+        held_out = open_examples(
+            images, companions, split="held-out", cache=plan.config.cache, beside=beside,
+            num_needed=num,
+        )  # fmt: skip
+    return record, train, held_out
 
 
 def random_denoiser(

@@ -20,7 +20,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +48,13 @@ def add_up_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     Each one's has to be weighed by its share before. Raises Lost where a process has ended. Of a
     network that is divided, the backward pass has left the mean.
     """
-    if world.is_alone:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if means := [own_part(gradient) for gradient in gradients if is_divided(gradient)]:
-        torch._foreach_mul_(means, world.size)
-    for bucket in buckets(gradient for gradient in gradients if not is_divided(gradient)):
+    whole: list[Tensor] = []
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        if isinstance(gradient, DTensor):
+            gradient.to_local().mul_(world.size)
+        else:
+            whole.append(gradient)
+    for bucket in buckets(whole):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         world.add_up(flat)
         parts = flat.split([gradient.numel() for gradient in bucket])
@@ -86,45 +86,33 @@ def shard(network: nn.Module, world: World) -> None:
     the backward pass is over. Every process has to make the same calls.
     """
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
-    for block in _blocks(network):
-        fully_shard(block, mesh=mesh)
+    blocks = [name for name, one in network.named_modules() if type(one).__name__ in _BLOCKS]
+    for name in blocks:
+        if not any(name.startswith(f"{outer}.") for outer in blocks):
+            fully_shard(network.get_submodule(name), mesh=mesh)
     fully_shard(network, mesh=mesh)
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if type(child).__name__ in _BLOCKS:
-            yield child
-        else:
-            yield from _blocks(child)
-
-
-def is_divided(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether this process holds but a slice of it."""
-    return isinstance(tensor, DTensor)
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
-    return tensor.to_local() if is_divided(tensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor, world: World) -> Tensor:
     """`tensor` with the slices of all processes, which all have to ask. Raises Lost."""
-    if is_divided(tensor):
-        world.wait()  # where one that has gone is noticed, which the gathering itself may not
-        return tensor.full_tensor()
-    return tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    world.wait()  # where one that has gone is noticed, which the gathering itself may not
+    return tensor.full_tensor()
 
 
 @torch.no_grad()
 def put(own: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one of which this process may hold a slice."""
-    if is_divided(own):
+    if isinstance(own, DTensor):
         mesh, places = own.device_mesh, own.placements
         value = distribute_tensor(value.to(own.device), mesh, places, src_data_rank=None)
-        own, value = own_part(own), own_part(value)
-    own.copy_(value)
+    own_part(own).copy_(own_part(value))
 
 
 def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
@@ -176,28 +164,26 @@ def joint_passes(world: World) -> Iterator[None]:
     A pass ends only when that process has, and with the first one the store goes that knows its
     exit code: so it is listened for meanwhile.
     """
-    is_over, code = threading.Event(), 0
+    is_over, codes = threading.Event(), [0]
 
     def listen() -> None:
-        nonlocal code
-        while not code and not is_over.wait(_LISTEN_SECONDS):
-            code = world.failure()
+        while not codes[-1] and not is_over.wait(_LISTEN_SECONDS):
+            codes.append(world.failure())
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        is_of_launch = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if is_out_of_memory(error) or not is_of_launch:
             raise
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            lost = Lost(
-                "another process of this launch ended without a word (killed, or out of memory?); "
-                "run the same command again to continue from the last checkpoint"
-            )
-            lost.exit_code = code or lost.exit_code
-            raise lost from error
-        raise
+        lost = Lost(
+            "another process of this launch ended without a word (killed, or out of memory?); "
+            "run the same command again to continue from the last checkpoint"
+        )
+        lost.exit_code = codes[-1] or lost.exit_code
+        raise lost from error
     finally:
         is_over.set()
         listener.join()

@@ -15,9 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,7 +25,6 @@ from torch import Tensor, nn
 
 from deme_cli.artifacts import Record, fingerprint_file
 from deme_cli.config import FinetuneConfig
-from deme_cli.diffusion.compiling import compile_network
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, kept_in_float32
 from deme_cli.diffusion.projection import attach_projections
 from deme_cli.distributed import ALONE, World
@@ -42,21 +39,57 @@ if TYPE_CHECKING:
     from deme_cli.training.setup import Run
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_ADAM = (*_MOMENTS, "step")
 _CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by autocast, on every device
 
 
 def open_state(run: Run, world: World) -> tuple[TrainingState, nn.Module | None]:
     """What is trained, as it is at the start or in the checkpoint that is kept; the frozen base."""
-    network, base = for_precision(run, *open_networks(run))
+    network, base = open_networks(run)
     if run.shard:
-        for one in (network, base) if base is not None else (network,):
-            shard(one, world)
+        shard(network, world)
+        if base is not None:
+            shard(base, world)
     reduction = Reduction(run.config, run.denoiser.schedule, run.clusters)
     state = TrainingState(network, reduction, run.config, scale_loss=run.dtype == "fp16")
     if (checkpoint := checkpoint_path(run.output)).exists():
         state.restore(checkpoint, run.identity, run.output)
     return state, base
+
+
+def open_networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
+    """The network to train, with projections, and the frozen base (None where no loss asks it).
+
+    As they run fastest: in half precision the base that is run becomes a copy (unless it is to be
+    divided), and on a GPU the denoiser's own network moves to the processor; convolutions there
+    keep their channels last, the order in which tensor cores take them (files are the same).
+    Raises ConfigError where gradient checkpointing is asked of a network that has none.
+    """
+    original, half, device = run.denoiser.network, TORCH_DTYPES[run.dtype], run.denoiser.device
+    if half != torch.float32:
+        keep_in_float32(original)
+    network: Any = copy.deepcopy(original).train().requires_grad_(True)
+    if run.config.gradient_checkpointing:
+        try:
+            network.enable_gradient_checkpointing()
+        except ValueError as error:
+            raise ConfigError(
+                f"gradient_checkpointing: {type(network).__name__} does not support it; leave it "
+                f"out, and use --micro-batch or --dtype bf16 for less memory"
+            ) from error
+    attach_projections(network, run.config.projection)
+    network.to(device)
+    base = original if run.config.consistency else None
+    if half == torch.float32:
+        return network, base
+    if base is not None:
+        base = hold_in(base if run.shard else copy.deepcopy(base), half)
+        if device.type == "cuda":
+            original.cpu()
+    for one in (network, base) if device.type == "cuda" else ():
+        # a transformer has one convolution at most, which cuts patches
+        if one is not None and sum(isinstance(m, nn.Conv2d) for m in one.modules()) > 1:
+            one.to(memory_format=torch.channels_last)
+    return network, base
 
 
 class _Float32Linear(nn.Linear):
@@ -67,58 +100,6 @@ class _Float32Linear(nn.Linear):
             return super().forward(input.float())
 
 
-def open_networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
-    """The network to train, with projections, and the frozen base (None where no loss asks it).
-
-    Raises ConfigError where gradient checkpointing is asked of a network that has none.
-    """
-    network: Any = copy.deepcopy(run.denoiser.network).train().requires_grad_(True)
-    if run.config.gradient_checkpointing:
-        try:
-            network.enable_gradient_checkpointing()
-        except ValueError as error:
-            raise ConfigError(
-                f"gradient_checkpointing: {type(network).__name__} does not support it; leave it "
-                f"out, and use --micro-batch or --dtype bf16 for less memory"
-            ) from error
-    attach_projections(network, run.config.projection)
-    network.to(run.denoiser.device)
-    return network, run.denoiser.network if run.config.consistency else None
-
-
-def for_precision(
-    run: Run, network: nn.Module, base: nn.Module | None
-) -> tuple[nn.Module, nn.Module | None]:
-    """The networks as they run fastest in the run's precision.
-
-    In half precision the base that is run becomes a copy (unless it is to be divided), and on a GPU
-    the denoiser's own network moves to the processor; convolutions there keep their channels last,
-    the order in which tensor cores take them (weights on disk are the same).
-    """
-    half, device = TORCH_DTYPES[run.dtype], run.denoiser.device
-    if half == torch.float32:
-        return network, base
-    for one in (network, base):
-        if one is not None:
-            keep_in_float32(one)
-    if base is not None:
-        original, base = base, hold_in(base if run.shard else copy.deepcopy(base), half)
-        if device.type == "cuda":
-            original.cpu()
-    for one in (network, base) if device.type == "cuda" else ():
-        if one is not None and is_convolutional(one):
-            one.to(memory_format=torch.channels_last)
-    return network, base
-
-
-def hold_in(network: nn.Module, half: torch.dtype) -> nn.Module:
-    """`network` with the weights that autocast casts held in `half`; norms stay as they are."""
-    for module in network.modules():
-        if isinstance(module, _CAST) and not isinstance(module, _Float32Linear):
-            module.to(half)
-    return network
-
-
 def keep_in_float32(network: nn.Module) -> None:
     """Let the linear layers that diffusers keeps in float32 compute so within autocast."""
     kept = kept_in_float32(network)
@@ -127,19 +108,12 @@ def keep_in_float32(network: nn.Module) -> None:
             module.__class__ = _Float32Linear
 
 
-def is_convolutional(network: nn.Module) -> bool:
-    """Whether it works on maps: a transformer has one convolution at most, which cuts patches."""
-    return sum(isinstance(module, nn.Conv2d) for module in network.modules()) > 1
-
-
-def compile_networks(run: Run, networks: Sequence[nn.Module | None], step: int) -> None:
-    """Compile what the updates from `step` on will run, where `run.compile` asks for it."""
-    if run.shard:  # gathering its blocks would break what is compiled into pieces
-        return
-    num_forwards = (run.config.steps - step) * run.config.accumulation
-    for network in networks:
-        if network is not None:
-            compile_network(network, run.compile, num_forwards=num_forwards)
+def hold_in(network: nn.Module, half: torch.dtype) -> nn.Module:
+    """`network` with the weights that autocast casts held in `half`; norms stay as they are."""
+    for module in network.modules():
+        if isinstance(module, _CAST) and not isinstance(module, _Float32Linear):
+            module.to(half)
+    return network
 
 
 def learning_rate(step: int, config: FinetuneConfig) -> float:
@@ -154,41 +128,8 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class Average:
-    """theta_hat(t) = beta_t theta_hat(t - 1) + (1 - beta_t) theta(t) after update t = 1, 2, ...
-
-    A moving average of the weights, which forgets where the run started: beta_1 = 0. `tensors` are
-    in the order of the parameters, in float32 whatever those are: 4 bytes more per parameter.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: Callable[[int], float]) -> None:
-        self.decay = decay
-        self.tensors: list[Tensor] = [p.detach().float().clone() for p in parameters]
-
-    @torch.no_grad()
-    def step(self, parameters: Sequence[nn.Parameter], t: int) -> None:
-        """Take in the weights after update t, in one pass over them (EMAModel.step makes three)."""
-        weights = [p.detach().float() for p in parameters]
-        torch._foreach_lerp_(self.tensors, weights, 1 - self.decay(t))
-
-
-def open_averages(
-    parameters: Sequence[nn.Parameter], ema_decay: float, lengths: Sequence[float]
-) -> dict[float | None, Average]:
-    """The power-function averages by their length; under None the usual one, if it is wanted.
-
-    The usual one's decay is that of diffusers' EMAModel with its warm-up.
-    """
-    decays: dict[float | None, Callable[[int], float]] = {
-        length: partial(beta, gamma=gamma_of(length)) for length in lengths
-    }
-    if ema_decay:
-        decays[None] = partial(warmed_up, ema_decay)
-    return {length: Average(parameters, decay) for length, decay in decays.items()}
-
-
 def warmed_up(decay: float, t: int) -> float:
-    """`decay`, approached as 1 - t^(-3/4) (the recipe of unconditional training in diffusers)."""
+    """`decay`, approached as 1 - t^(-3/4): diffusers' EMAModel with the warm-up of its recipe."""
     return min(decay, 1 - t**-0.75)
 
 
@@ -203,7 +144,12 @@ class CheckpointRecord(Record):
 
 
 class TrainingState:
-    """The network under training with everything that `step` updates change."""
+    """The network under training with everything that `step` updates change.
+
+    `averages` of the weights, theta_hat(t) = beta_t theta_hat(t - 1) + (1 - beta_t) theta(t), by
+    the length of their power function, under None the usual one: beta_1 = 0 forgets where the run
+    started. In float32 whatever the weights are: 4 bytes more per parameter and average.
+    """
 
     def __init__(
         self, network: nn.Module, reduction: Reduction, config: FinetuneConfig, *, scale_loss: bool
@@ -211,20 +157,24 @@ class TrainingState:
         self.device = next(network.parameters()).device
         self.network, self.reduction = network, reduction.to(self.device)
         self.config, self.step = config, 0
-        groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+        parameters = list(network.parameters())
+        groups: list[dict[str, Any]] = [{"params": parameters}]
         if own := list(reduction.parameters()):
             groups.append({"params": own, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
-            eps=1e-8,  # the released recipe (REFERENCE 1.1)
+            eps=1e-8,  # the released recipe of the paper
             weight_decay=config.weight_decay,
             fused=True,  # on processors 4 to 6 times as fast as foreach
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
-        parameters = list(network.parameters())
-        self.averages = open_averages(parameters, config.ema_decay, config.ema_lengths or [])
+        lengths: list[float | None] = [*(config.ema_lengths or [])]
+        lengths += [None] if config.ema_decay else []
+        self.averages: dict[float | None, list[Tensor]] = {
+            length: [p.detach().float().clone() for p in parameters] for length in lengths
+        }
 
     def update(self) -> None:
         """One optimizer update from the gradients at hand, then the moving averages."""
@@ -232,17 +182,21 @@ class TrainingState:
         if self.config.grad_clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
-        rate = learning_rate(self.step, self.config)
         network, *learned = self.optimizer.param_groups
-        network["lr"] = rate
+        network["lr"] = learning_rate(self.step, self.config)
         for group in learned:
-            group["lr"] = self.reduction.own_lr or rate
+            group["lr"] = self.reduction.own_lr or network["lr"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        for average in self.averages.values():
-            average.step(parameters, self.step)
+        for length, average in self.averages.items():
+            if length is None:
+                decay = warmed_up(self.config.ema_decay, self.step)
+            else:
+                decay = beta(self.step, gamma_of(length))
+            # one pass over the weights, where EMAModel.step makes three
+            torch._foreach_lerp_(average, [p.detach().float() for p in parameters], 1 - decay)
 
     def averaged_weights(self, length: float | None = None) -> dict[str, Tensor]:
         """The weights under the power-function average of `length`; None for the usual weights.
@@ -252,7 +206,7 @@ class TrainingState:
         weights = {name: tensor.detach() for name, tensor in self.network.state_dict().items()}
         if average := self.averages.get(length):
             names = [name for name, _ in self.network.named_parameters()]
-            weights.update(zip(names, average.tensors, strict=True))
+            weights |= zip(names, average, strict=True)
         return weights
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -265,13 +219,12 @@ class TrainingState:
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"reduction.{name}": v for name, v in self.reduction.state_dict().items()}
         for name, parameter in self.trained():
-            for key in _ADAM:
-                if parameter in self.optimizer.state:
+            if parameter in self.optimizer.state:
+                for key in (*_MOMENTS, "step"):
                     tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
-        names = [name for name, _ in self.network.named_parameters()]
         for length, average in self.averages.items():
             prefix = "ema" if length is None else f"power_ema_{length}"
-            for name, tensor in zip(names, average.tensors, strict=True):
+            for (name, _), tensor in zip(self.network.named_parameters(), average, strict=True):
                 tensors[f"{prefix}.{name}"] = tensor
         return tensors
 
@@ -313,16 +266,17 @@ class TrainingState:
 
 def require_same_run(kept: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
     """Check that a kept run is the one asked for; raises ConfigError naming what differs."""
-    if kept.get("data") != wanted.get("data"):
-        raise ConfigError(
-            f"{output}: an unfinished run is kept here that began on other images or captions (or "
-            f"with an earlier deme, which did not compare every byte); give the same data, --force "
-            f"to start anew, or another --output"
-        )
-    for name in wanted:
-        if kept.get(name) != wanted[name]:
-            raise ConfigError(
-                f"{output}: an unfinished run with {name} = {kept.get(name)!r} is kept here, not "
-                f"{wanted[name]!r}; use the same settings to continue, --force to start anew, "
-                f"or another --output"
+    for name in ("data", *wanted):
+        if kept.get(name) == wanted[name]:
+            continue
+        if name == "data":
+            what = (
+                "that began on other images or captions (or with an earlier deme, which did not "
+                "compare every byte) is kept here; give the same data"
             )
+        else:
+            what = f"with {name} = {kept.get(name)!r} is kept here, not {wanted[name]!r}; use the "
+            what += "same settings to continue"
+        raise ConfigError(
+            f"{output}: an unfinished run {what}, --force to start anew, or another --output"
+        )

@@ -45,8 +45,8 @@ from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.timesteps import parse_range
 from deme_cli.training.examples import Examples, fill_caches, open_examples
-from deme_cli.training.finetune import train
 from deme_cli.training.setup import Run
+from deme_cli.training.train import train
 
 _UNET = {"sample_size": 64, "attention_head_dim": 8, "layers_per_block": 2}  # diffusers' blocks
 _VAE = {
@@ -207,8 +207,7 @@ def prepare(folder: Path, config: FinetuneConfig) -> tuple[Denoiser, dict[str, E
     cached = open_examples(
         images, companions, split="train", flips=True, cache="auto", beside=folder
     )
-    for _ in fill_caches(cached):
-        pass
+    fill_caches(cached)
     uncached = open_examples(images, companions, split="train", flips=True)
     uncached.draw([0], flip=None, generator=None)  # loads the frozen parts
     return denoiser, {"cached": cached, "uncached": uncached}

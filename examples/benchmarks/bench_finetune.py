@@ -27,8 +27,8 @@ from deme_cli.data.images import open_images, to_unit
 from deme_cli.diffusion.denoiser import Denoiser, build_network, load_denoiser
 from deme_cli.timesteps import parse_range
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.finetune import train
 from deme_cli.training.setup import Run
+from deme_cli.training.train import train
 
 WIDE = {"block_out_channels": [16, 32], "norm_num_groups": 8}
 
@@ -60,7 +60,7 @@ def hand_written(denoiser: Denoiser, images: torch.Tensor, config: FinetuneConfi
 
 
 def deme(denoiser: Denoiser, config: FinetuneConfig, folder: Path) -> float:
-    """Seconds for the same updates by `deme_cli.training.finetune.train`."""
+    """Seconds for the same updates by `deme_cli.training.train.train`."""
     shape = denoiser.sample_shape
     run = Run(
         denoiser=denoiser,

@@ -39,8 +39,8 @@ from deme_cli.sampling.ensemble import single
 from deme_cli.sampling.sampler import sample_images
 from deme_cli.timesteps import parse_range
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.finetune import train
 from deme_cli.training.setup import Run
+from deme_cli.training.train import train
 
 WINDOW = 10  # updates between two records of `train`
 

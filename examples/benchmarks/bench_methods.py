@@ -27,8 +27,8 @@ from deme_cli.diffusion.denoiser import Denoiser, load_denoiser
 from deme_cli.timesteps import TimestepRange, parse_range
 from deme_cli.training.clusters import cluster_draws
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.finetune import train
 from deme_cli.training.setup import Run
+from deme_cli.training.train import train
 
 PLAIN = FinetuneConfig(
     p=0.0, consistency=0.0, projection="none", batch_size=128, lr=1e-4, held_out=0

@@ -20,9 +20,9 @@ from deme_cli.distributed import ALONE
 from deme_cli.timesteps import TimestepRange, parse_range
 from deme_cli.training.batches import open_batches
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.gradients import Gradients
 from deme_cli.training.setup import Run
 from deme_cli.training.state import open_state
+from deme_cli.training.train import Gradients
 
 CLUSTERS = [TimestepRange(0, 30), TimestepRange(30, 60), TimestepRange(60, 100)]
 PLAIN = FinetuneConfig(

@@ -402,7 +402,7 @@ def test_the_loss_of_a_latent_model_is_told_what_its_images_show(
         denoiser, images=DataConfig(source=str(captioned)), cache="auto", beside=tmp_path
     )
     objective = bench.open(Stage("loss", 5, 1), MergeConfig(batch_size=2, seed=3))
-    list(fill_caches(objective.examples))
+    fill_caches(objective.examples)
     companions = open_companions(denoiser.record)
     data = open_images(
         str(captioned), shape=(3, 16, 16), split="held-out", wants=companions.wants

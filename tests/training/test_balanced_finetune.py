@@ -25,9 +25,9 @@ from deme_cli.timesteps import TimestepRange, parse_range
 from deme_cli.training.batches import BatchSource
 from deme_cli.training.clusters import cluster_draws
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.finetune import train
 from deme_cli.training.setup import Plan, Run, checkpoint_path, plan_experts, prepare, variant_path
 from deme_cli.training.state import TrainingState, learning_rate
+from deme_cli.training.train import train
 from deme_cli.training.weighting import Reduction
 
 CLUSTERS = [TimestepRange(0, 20), TimestepRange(20, 50)]

@@ -186,7 +186,7 @@ def test_latents_take_their_noise_before_eps_and_captions_are_left_out_after_it(
     generator = derived_generator(0, QUARTER, 0, 0)
     torch.rand(8, generator=generator)
     torch.rand(8, generator=generator, dtype=torch.float64)
-    indices = source._indices(0, 8)
+    indices = source.indices(0, 8)
     x0, conditions = own.draw(indices, flip=None, generator=generator)
     assert torch.equal(batch.x0, x0)
     assert torch.equal(batch.eps, torch.randn(x0.shape, generator=generator))
@@ -274,7 +274,7 @@ def test_shares_of_latents_are_those_of_the_whole_batch(
         DataConfig(source=str(captioned), crop=crop), open_companions(base("sdxl").record),
         split="train", flips=True, cache=str(tmp_path / "cache"),
     )  # fmt: skip
-    list(fill_caches(examples))
+    fill_caches(examples)
     config = FinetuneConfig(batch_size=7, accumulation=2, caption_dropout=0.5)
     # random crops go through the VAE, whose convolutions round by the size of a batch
     atol = 0.0 if crop == "centre" else 1e-5
@@ -293,4 +293,4 @@ def test_images_of_other_shares_are_not_decoded(
         share=share_of(5, member(1, 2)),
     )  # fmt: skip
     source.batch(0, 0)
-    assert seen == source._indices(0, 5)[3:]
+    assert seen == source.indices(0, 5)[3:]

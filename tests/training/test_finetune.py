@@ -19,8 +19,8 @@ from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.timesteps import parse_range
-from deme_cli.training.finetune import train
 from deme_cli.training.setup import Run, checkpoint_path, metrics_path
+from deme_cli.training.train import train
 
 SHORT = FinetuneConfig(steps=12, batch_size=8, lr=1e-3, checkpoint_every=5, held_out=16)
 

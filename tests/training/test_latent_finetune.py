@@ -18,8 +18,8 @@ from deme_cli.diffusion.projection import has_projections
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.timesteps import parse_range
 from deme_cli.training.examples import LatentExamples, open_examples
-from deme_cli.training.finetune import train
 from deme_cli.training.setup import Run, metrics_path, random_denoiser
+from deme_cli.training.train import train
 
 SHORT = FinetuneConfig(
     steps=2, batch_size=3, lr=1e-3, checkpoint_every=2, held_out=3, caption_dropout=0.3
@@ -126,7 +126,7 @@ def test_posterior_noise_and_dropout_differ_between_updates_and_seeds(
             run.examples, run.choice.range, run.denoiser.schedule, config, flip=False
         )
         batch = source.batch(step, 0)
-        return batch.x0[torch.tensor(source._indices(step * 19, 19)).argsort()]
+        return batch.x0[torch.tensor(source.indices(step * 19, 19)).argsort()]
 
     assert torch.equal(x0(0, 0), x0(0, 0))
     assert not torch.allclose(x0(0, 0), x0(0, 1), atol=1e-3)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from tiny_runs import digits_run
 from torch import Tensor, nn
 
@@ -18,11 +19,11 @@ from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.distributed import ALONE, Launch, World
 from deme_cli.errors import ConfigError, MissingError
+from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import open_batches
-from deme_cli.training.finetune import train
-from deme_cli.training.gradients import Gradients, too_many_weights
 from deme_cli.training.setup import Run
-from deme_cli.training.state import Average, open_networks, open_state
+from deme_cli.training.state import open_networks, open_state
+from deme_cli.training.train import Gradients, train
 
 CONFIG = FinetuneConfig(
     steps=3, batch_size=10, accumulation=2, lr=1e-3, checkpoint_every=100, held_out=0
@@ -35,62 +36,61 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return digits_run(tmp_path_factory.mktemp("micro"), CONFIG)
 
 
-def update_of(run: Run, world: World = ALONE) -> tuple[list[Tensor], Tensor]:
-    """The gradients of the first update, and the mean losses of its batches."""
+def update_of(run: Run, world: World = ALONE, **settings: object) -> tuple[list[Tensor], Tensor]:
+    """The gradients of the first update of a run with other settings, and its batches' losses."""
+    run = replace(run, config=replace(run.config, **settings))
     state, base = open_state(run, world)
     with open_batches(run, world, state.device) as source:
         losses = Gradients(run, state, base, source, world).of_update()
     return [p.grad for _, p in state.trained()], torch.stack(losses)
 
 
+def require_same(found: tuple[list[Tensor], Tensor], wanted: tuple[list[Tensor], Tensor]) -> None:
+    scale = max(float(gradient.abs().max()) for gradient in wanted[0])
+    for one, two in zip(found[0], wanted[0], strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6 * scale)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"micro_batch": 3, "loss_weighting": "p2", "consistency": 0.0},
-        {"micro_batch": 4, "loss_weighting": "uncertainty"},
-    ],
+    ("micro_batch", "settings"),
+    [(3, {"loss_weighting": "p2", "consistency": 0.0}), (4, {"loss_weighting": "uncertainty"})],
 )
 def test_parts_of_a_batch_have_the_gradient_and_the_losses_of_the_whole(
-    run: Run, settings: dict
+    run: Run, micro_batch: int, settings: dict
 ) -> None:
-    config = replace(CONFIG, **settings)
-    whole = replace(config, micro_batch=None)
-    (found, losses), (wanted, other) = (update_of(replace(run, config=c)) for c in (config, whole))
-    scale = max(gradient.abs().max() for gradient in wanted)
-    for one, two in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-6 * float(scale))
-    torch.testing.assert_close(losses, other, rtol=1e-6, atol=1e-7)
+    found = update_of(run, micro_batch=micro_batch, **settings)
+    require_same(found, update_of(run, **settings))
 
 
 def test_unequal_shares_in_parts_add_up_to_the_whole(
     run: Run, most: Callable[[int], list[int]]
 ) -> None:
-    whole = replace(run, config=replace(CONFIG, batch_size=5, accumulation=1))
-    parts = replace(run, config=replace(whole.config, micro_batch=1))
-    wanted, losses = update_of(whole)
+    settings = {"batch_size": 5, "accumulation": 1}
+    wanted = update_of(run, **settings)
     tried = most(1)
-    found = [update_of(parts, World(Launch(rank=rank, world_size=2))) for rank in (0, 1)]
+    parts = [
+        update_of(run, World(Launch(rank=rank, world_size=2)), micro_batch=1, **settings)
+        for rank in (0, 1)
+    ]
     assert tried == [1] * 5
-    scale = max(gradient.abs().max() for gradient in wanted)
-    for one, other, total in zip(found[0][0], found[1][0], wanted, strict=True):
-        torch.testing.assert_close(one + other, total, rtol=0, atol=1e-6 * float(scale))
-    torch.testing.assert_close(found[0][1] + found[1][1], losses, rtol=1e-6, atol=1e-7)
+    summed = [one + other for one, other in zip(parts[0][0], parts[1][0], strict=True)]
+    require_same((summed, parts[0][1] + parts[1][1]), wanted)
 
 
 def test_activations_computed_again_are_the_same_bit_for_bit(run: Run) -> None:
-    again = replace(run, config=replace(CONFIG, gradient_checkpointing=True))
-    for one, two in zip(update_of(again)[0], update_of(run)[0], strict=True):
+    found = update_of(run, gradient_checkpointing=True)[0]
+    for one, two in zip(found, update_of(run)[0], strict=True):
         assert torch.equal(one, two)
 
 
 @pytest.fixture
 def most(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Let UNets that get gradients take so many images at most; the numbers that were tried."""
-    from diffusers import UNet2DModel
+    forward = UNet2DModel.forward
 
     def limit(num: int, text: str = OUT_OF_MEMORY) -> list[int]:
         tried: list[int] = []
-        forward = UNet2DModel.forward
 
         def with_limit(self: nn.Module, sample: Tensor, *args: object, **kwargs: object) -> object:
             output = forward(self, sample, *args, **kwargs)
@@ -121,15 +121,6 @@ def test_where_memory_runs_out_parts_are_halved_and_the_expert_is_the_same(
             torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=2e-5)
 
 
-def test_what_is_no_lack_of_memory_is_told_as_it_is(
-    run: Run, most: Callable[..., list[int]]
-) -> None:
-    tried = most(3, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")
-    with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
-        update_of(run)
-    assert tried == [10]
-
-
 @pytest.fixture
 def little_memory() -> Iterator[None]:
     """A quarter of a GiB on a GPU, beside what is taken."""
@@ -147,45 +138,27 @@ def test_a_batch_that_a_gpu_has_no_memory_for_goes_in_parts(run: Run, little_mem
     assert 1 < record.halved_to < 1 << 14
 
 
-def test_one_image_that_does_not_fit_is_told_with_what_helps(
-    run: Run, most: Callable[[int], list[int]]
+def test_a_lack_of_memory_that_parts_do_not_help_is_told_and_other_errors_are_as_they_are(
+    run: Run, most: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tried = most(3, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")
+    with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
+        update_of(run)
+    assert tried == [10]
     most(0)
-    with pytest.raises(MissingError, match=r"one image at a time; use --gradient-checkp.*--dtype"):
-        list(train(run))
-    spared = replace(run, config=replace(CONFIG, gradient_checkpointing=True), dtype="bf16")
-    with pytest.raises(MissingError, match="use a smaller --resolution, or a device"):
-        list(train(spared))
+    with pytest.raises(MissingError, match="with 1 images at a time; use --gradient-checkp"):
+        update_of(run)
+    clusters = [TimestepRange(25, 40), TimestepRange(40, 50)]  # whole batches are balanced
+    with pytest.raises(MissingError, match=r"with 10 images .*--multitask: --batch-size"):
+        update_of(replace(run, clusters=clusters), multitask="uw", clusters=2, p=0.0)
 
-
-@pytest.mark.parametrize(("place", "method"), [(Average, "__init__"), (torch.optim.AdamW, "step")])
-def test_weights_that_do_not_fit_are_told_with_what_helps(
-    run: Run, monkeypatch: pytest.MonkeyPatch, place: type, method: str
-) -> None:
     def refuse(self: object, *args: object, **kwargs: object) -> None:
         raise RuntimeError("MPS backend out of memory (MPS allocated: 7.23 GB, max allowed: 9 GB)")
 
-    monkeypatch.setattr(place, method, refuse)
-    with pytest.raises(MissingError, match=r"moments and averages .*memory; divide the netw"):
+    most(10)
+    monkeypatch.setattr(torch.optim.AdamW, "step", refuse)
+    with pytest.raises(MissingError, match=r"moments and averages .*memory; use fewer --ema"):
         list(train(run))
-    longer = replace(run, config=replace(CONFIG, ema_lengths=[0.1]))
-    with pytest.raises(MissingError, match="leave out --ema-lengths, divide"):
-        list(train(longer))
-    divided = too_many_weights(replace(run, shard=True))
-    assert "use more processes" in divided
-    assert "--shard" not in divided
-
-
-def test_losses_that_are_balanced_need_whole_batches(
-    run: Run, most: Callable[[int], list[int]]
-) -> None:
-    from deme_cli.training.clusters import cluster_draws
-
-    config = replace(CONFIG, multitask="uw", clusters=2, p=0.0)
-    clusters = cluster_draws(run.choice.range, 2, "uniform", run.denoiser.schedule, None)
-    most(3)
-    with pytest.raises(MissingError, match=r"10 images \(whole batches, for --multitask\)"):
-        list(train(replace(run, config=config, clusters=clusters)))
 
 
 def test_a_network_without_gradient_checkpointing_is_named(
@@ -196,8 +169,6 @@ def test_a_network_without_gradient_checkpointing_is_named(
         open_networks(replace(run, config=replace(CONFIG, gradient_checkpointing=True)))
 
 
-def test_what_leaves_the_result_alone_is_no_part_of_a_run(
-    run: Run,
-) -> None:
+def test_what_leaves_the_result_alone_is_no_part_of_a_run(run: Run) -> None:
     spared = replace(CONFIG, gradient_checkpointing=True, micro_batch=2)
     assert replace(run, config=spared, compile="on").identity == run.identity

@@ -16,10 +16,10 @@ from deme_cli.errors import ConfigError
 from deme_cli.merging.power_ema import coefficients_for_length
 from deme_cli.timesteps import parse_range
 from deme_cli.training.examples import PixelExamples
-from deme_cli.training.finetune import train
 from deme_cli.training.power_profile import beta, gamma_of
 from deme_cli.training.setup import Run, checkpoint_path, variant_path, variant_paths
 from deme_cli.training.state import require_same_run
+from deme_cli.training.train import train
 
 PLAIN = FinetuneConfig(steps=12, batch_size=4, lr=1e-3, checkpoint_every=100, held_out=0)
 SAVING = replace(PLAIN, ema_lengths=[0.05, 0.1], snapshot_every=4)

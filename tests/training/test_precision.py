@@ -23,21 +23,19 @@ from deme_cli.timesteps import parse_range
 from deme_cli.training.batches import Batch, BatchSource, open_batches
 from deme_cli.training.clusters import cluster_draws
 from deme_cli.training.examples import Examples, PixelExamples
-from deme_cli.training.finetune import train
-from deme_cli.training.gradients import Gradients
 from deme_cli.training.setup import Run
 from deme_cli.training.state import (
     TrainingState,
-    for_precision,
     hold_in,
-    is_convolutional,
     keep_in_float32,
     open_networks,
     open_state,
 )
+from deme_cli.training.train import Gradients, train
 from deme_cli.training.weighting import Reduction
 
 SHORT = FinetuneConfig(steps=4, batch_size=6, lr=1e-3, checkpoint_every=2, held_out=0)
+BACKBONES = ["sd", "sdxl", "sd3", "dit", "flux", "wan"]
 
 
 @pytest.fixture
@@ -46,7 +44,7 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux", "wan"])
+@pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_a_base_held_in_half_says_what_autocast_makes_of_it(
     base: Callable[..., Denoiser], examples: Callable[..., Examples], name: str, half: torch.dtype
@@ -59,7 +57,6 @@ def test_a_base_held_in_half_says_what_autocast_makes_of_it(
     with torch.no_grad(), torch.autocast("cpu", half):
         outputs = [predict(n, x0.float(), t, conditions) for n in (denoiser.network, held)]
     assert torch.equal(*outputs)
-    assert is_convolutional(held) == (name in ("sd", "sdxl"))
 
 
 def test_what_diffusers_keeps_in_float32_is_computed_so_in_training(
@@ -83,12 +80,13 @@ def test_half_precision_leaves_the_base_and_asks_one_of_the_same_outputs(run: Ru
     list(train(half))
     assert fingerprint(network.state_dict()) == run.denoiser.record.fingerprint
     assert load_tensors(half.output)["conv_in.weight"].dtype == torch.float32
-    _, base = for_precision(half, *open_networks(half))
+    base = open_networks(half)[1]
+    assert base.conv_in.weight.dtype == torch.bfloat16
     x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 80])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(predict(network, x_t, t), predict(base, x_t, t))
     alone = replace(half, config=replace(SHORT, consistency=0.0))  # which never runs the base
-    assert for_precision(alone, *open_networks(alone))[1] is None
+    assert open_networks(alone)[1] is None
 
 
 @pytest.mark.gpu
@@ -105,13 +103,16 @@ def test_a_gpu_trains_in_half_precision_about_as_in_float32(run: Run, dtype: str
     assert load_tensors(run.output)["conv_in.weight"].dtype == torch.float32
 
 
+def plain_state(network: nn.Module, run: Run, config: FinetuneConfig) -> TrainingState:
+    reduction = Reduction(config, run.denoiser.schedule)
+    return TrainingState(network, reduction, config, scale_loss=False)
+
+
 def test_channels_last_changes_no_file(run: Run, tmp_path: Path) -> None:
     def state_of(layout: torch.memory_format) -> TrainingState:
         torch.manual_seed(0)
         network = open_networks(run)[0].to(memory_format=layout)
-        config = replace(SHORT, ema_lengths=[0.1])
-        state = TrainingState(network, Reduction(config, run.denoiser.schedule), config,
-                              scale_loss=False)  # fmt: skip
+        state = plain_state(network, run, replace(SHORT, ema_lengths=[0.1]))
         for _ in range(2):
             for parameter in network.parameters():
                 drawn = torch.randn(parameter.shape)
@@ -134,9 +135,7 @@ def test_channels_last_changes_no_file(run: Run, tmp_path: Path) -> None:
 
 def test_the_moving_average_is_that_of_diffusers(run: Run) -> None:
     network = nn.Linear(30, 40)
-    config = replace(SHORT, ema_decay=0.99, steps=300)
-    state = TrainingState(network, Reduction(config, run.denoiser.schedule), config,
-                          scale_loss=False)  # fmt: skip
+    state = plain_state(network, run, replace(SHORT, ema_decay=0.99, steps=300))
     theirs = EMAModel(network.parameters(), decay=0.99, use_ema_warmup=True, power=0.75)
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
@@ -144,12 +143,12 @@ def test_the_moving_average_is_that_of_diffusers(run: Run) -> None:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         state.update()
         theirs.step(network.parameters())
-    for one, other in zip(state.averages[None].tensors, theirs.shadow_params, strict=True):
+    for one, other in zip(state.averages[None], theirs.shadow_params, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux", "wan"])
+@pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_can_compute_its_activations_again(
     run: Run, base: Callable[..., Denoiser], examples: Callable[..., Examples], name: str
 ) -> None:
