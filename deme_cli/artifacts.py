@@ -17,7 +17,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, over
 
 from deme_cli import __version__
 from deme_cli.console import Progress, Step, silent
-from deme_cli.errors import ArtifactError, writing
+from deme_cli.errors import ArtifactError, shown, writing
 from deme_cli.files import (
     Header,
     TensorSpec,
     foreign_message,
     layout_of,
     read_header,
-    read_pieces,
     require_intact,
     require_space,
     tensor_bytes,
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 FORMAT = "pt"  # by which other readers of safetensors know the layout of weights
-_SHOWN = 80  # characters of a foreign value that a message shows
+_CHUNK_BYTES = 1 << 22
 _WRITEBACK_BYTES = 1 << 23
 _THREADED_BYTES = 1 << 18  # below this, handing bytes to a thread costs more than hashing them
 _DenoiserKind = Literal["base", "expert", "task-vector", "merged"]
@@ -190,11 +189,11 @@ def parse_record(text: str, where: str) -> Record:
     found = document.get("kind") if isinstance(document, dict) else document
     if not isinstance(document, dict) or not isinstance(found, str) or found not in KINDS:
         raise ArtifactError(
-            f"{where}: unknown kind of artifact {_short(found)}; known: {', '.join(KINDS)}"
+            f"{where}: unknown kind of artifact {shown(found)}; known: {', '.join(KINDS)}"
         )
     if document.get("version") != VERSION:
         raise ArtifactError(
-            f"{where}: record version {document.get('version')!r}, this deme reads {VERSION}; "
+            f"{where}: record version {shown(document.get('version'))}, this deme reads {VERSION}; "
             f"update deme or write the file again"
         )
     kind, values = KINDS[found], {}
@@ -205,12 +204,15 @@ def parse_record(text: str, where: str) -> Record:
             if not _fits(values[name], str(declared.type)):
                 raise ArtifactError(
                     f"{where}: {name!r} in the record should be {declared.type}, found "
-                    f"{_short(values[name])}"
+                    f"{shown(values[name])}"
                 )
         elif declared.default is MISSING and declared.default_factory is MISSING:
             raise ArtifactError(f"{where}: the {found} record lacks {name!r}")
-    if "range" in values:
-        _require_range(values["range"], values["num_train_timesteps"], where)
+    span, total = values.get("range"), values.get("num_train_timesteps", 0)
+    if span is not None and not (len(span) == 2 and 0 <= span[0] < span[1] <= total):
+        raise ArtifactError(
+            f"{where}: 'range' in the record should be [start, stop] within 0:{total}, found {span}"
+        )
     require_intact(text, where, has_checksum="digest" in document)
     return kind(**values)
 
@@ -222,21 +224,6 @@ def _fits(value: Any, declared: str) -> bool:
         if type(value) in _JSON_TYPES[name]:  # no bool passes for an int
             return name != "list" or all(_fits(each, entry) for each in value)
     return False
-
-
-def _require_range(span: list[int], num_train_timesteps: int, where: str) -> None:
-    """Check that `span` is [start, stop] within [0, T)."""
-    if not (len(span) == 2 and 0 <= span[0] < span[1] <= num_train_timesteps):
-        raise ArtifactError(
-            f"{where}: 'range' in the record should be [start, stop] within "
-            f"0:{num_train_timesteps}, found {span}"
-        )
-
-
-def _short(value: Any) -> str:
-    """A value as a message shows it, on one line of bounded length."""
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 
 def record_of(header: Header) -> Record:
@@ -308,9 +295,11 @@ def fingerprint_file(path: Path) -> str:
     digests = {}
     with Path(path).open("rb") as file:
         for spec in read_header(path).tensors.values():
-            digest = hashlib.sha256()
-            for piece in read_pieces(file, spec):
+            digest, left = hashlib.sha256(), spec.num_bytes
+            file.seek(spec.begin)
+            while piece := file.read(min(left, _CHUNK_BYTES)):
                 digest.update(piece)
+                left -= len(piece)
             digests[spec] = digest.hexdigest()
     return combine_digests(digests)
 
@@ -327,7 +316,6 @@ class ArtifactWriter(Generic[_Written]):
 
     def __init__(self, path: Path, layout: Sequence[TensorSpec], record: _Written) -> None:
         self.path, self.layout, self.record = Path(path), list(layout), record
-        self._partial = self.path.parent / f".{self.path.name}.partial"
         self._digests: dict[TensorSpec, str] = {}
         self._current = hashlib.sha256()
         self._filled = self._handed_over = 0
@@ -336,59 +324,49 @@ class ArtifactWriter(Generic[_Written]):
         from concurrent.futures import ThreadPoolExecutor
 
         require_space(self.path, sum(spec.num_bytes for spec in self.layout))
+        self._partial = self.path.parent / f".{self.path.name}.partial"
         with ExitStack() as undo:
             undo.enter_context(claim(self.path))
             undo.callback(self._partial.unlink, missing_ok=True)
             self._hasher = undo.enter_context(ThreadPoolExecutor(1, "deme-hash"))
             with writing(self.path):
-                self._file = self._partial.open("wb")
-                undo.callback(self._close)
-                self._file.write(self._header("0" * 64))
+                self._file = undo.enter_context(self._partial.open("wb", buffering=0))
+            self._put(memoryview(self._header()))
             self._undo = undo.pop_all()
-        self._close_tensors()
+        self._hash(memoryview(b""))  # of tensors without elements, that come first
         return self
 
     def write(self, data: Any) -> None:
         """Append bytes of the next tensors of the layout; `data` is free again on return."""
         view = memoryview(data).cast("B")
-        if len(view) < _THREADED_BYTES:
-            with writing(self.path):
-                self._file.write(view)
-            self._hash(view)
-            return
-        hashing = self._hasher.submit(self._hash, view)
+        is_large = len(view) >= _THREADED_BYTES
+        hashing = self._hasher.submit(self._hash, view) if is_large else None
         try:
-            with writing(self.path):
-                self._file.write(view)
+            self._put(view)
         finally:
-            hashing.result()
-        self._begin_writeback()
-
-    def _begin_writeback(self) -> None:
-        """Have the kernel put what is written on the disk already, for a short sync at the end.
-
-        POSIX_FADV_DONTNEED starts that without waiting; only bytes the disk has leave the cache.
-        """
+            hashing.result() if hashing else self._hash(view)
+        # Have the kernel put what is written on the disk already, for a short sync at the end.
+        # DONTNEED starts that without waiting; only bytes the disk has leave the cache.
         end = self._file.tell()
         if end - self._handed_over >= _WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
             begin, self._handed_over = self._handed_over, end
             os.posix_fadvise(self._file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
+    def _put(self, view: memoryview) -> None:
+        """Write all bytes: on a disk that is nearly full, the system takes some of them."""
+        with writing(self.path):
+            while len(view):
+                view = view[self._file.write(view) :]
+
     def _hash(self, view: memoryview) -> None:
-        while len(view):
+        """Add bytes to the digest of the tensor they belong to, and close those that are whole."""
+        while len(self._digests) < len(self.layout):
             spec = self.layout[len(self._digests)]
             taken = view[: spec.num_bytes - self._filled]
             self._current.update(taken)
-            self._filled += len(taken)
-            view = view[len(taken) :]
-            self._close_tensors()
-
-    def _close_tensors(self) -> None:
-        """Close every tensor of the layout that has all its bytes."""
-        while len(self._digests) < len(self.layout):
-            spec = self.layout[len(self._digests)]
+            self._filled, view = self._filled + len(taken), view[len(taken) :]
             if self._filled < spec.num_bytes:
-                return
+                break
             self._digests[spec] = self._current.hexdigest()
             self._current, self._filled = hashlib.sha256(), 0
 
@@ -402,29 +380,23 @@ class ArtifactWriter(Generic[_Written]):
             if kind is not None:
                 return
             assert len(self._digests) == len(self.layout), "the artifact lacks tensors"
+            self.record = replace(self.record, fingerprint=combine_digests(self._digests))
+            self._file.seek(0)
+            self._put(memoryview(self._header()))
             with writing(self.path):
-                self.record = replace(self.record, fingerprint=combine_digests(self._digests))
-                self._file.seek(0)
-                self._file.write(self._header(self.record.fingerprint))
-                self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
                 os.replace(self._partial, self.path)
 
-    def _close(self) -> None:
-        with suppress(OSError):  # a full disk: the partial file goes anyway
-            self._file.close()
-
-    def _header(self, fingerprint: str) -> bytes:
-        position, entries = 0, {}
+    def _header(self) -> bytes:
+        record = replace(self.record, fingerprint=self.record.fingerprint or "0" * 64)
+        document: dict[str, Any] = {"__metadata__": {"format": FORMAT, "deme": record.to_json()}}
+        end = 0
         for spec in self.layout:
-            end = position + spec.num_bytes
-            entries[spec.name] = {
-                "dtype": spec.dtype, "shape": spec.shape, "data_offsets": [position, end],
+            begin, end = end, end + spec.num_bytes
+            document[spec.name] = {
+                "dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end],
             }  # fmt: skip
-            position = end
-        record = replace(self.record, fingerprint=fingerprint)
-        document = {"__metadata__": {"format": FORMAT, "deme": record.to_json()}, **entries}
         text = json.dumps(document, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text

@@ -1,8 +1,8 @@
 """Files: places for outputs, safetensors files seen from outside, and what foreign weights are.
 
-A place is checked before work and filled whole or not at all. A reader trusts nothing: lengths,
-offsets and shapes are checked against the file before a tensor is touched. Nothing is unpickled:
-of a pickle the words in it are listed. Nothing here imports torch.
+A place is checked before work and filled whole or not at all. A reader trusts nothing: the library
+checks lengths, names, offsets and shapes against the file before a tensor is touched. Nothing is
+unpickled: of a pickle the words in it are listed. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import pickletools
 import re
+import shutil
 import stat
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deme_cli.errors import ArtifactError, ConfigError, MissingError, reading, writing
+from deme_cli.errors import ArtifactError, ConfigError, MissingError, reading, shown, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,8 +51,6 @@ def require_output(path: Path, *, force: bool) -> None:
 
 def require_space(path: Path, num_bytes: int) -> None:
     """Check that the disk of `path` has room for `num_bytes`; raises MissingError if not."""
-    import shutil
-
     folder = Path(os.path.realpath(path)).parent  # unlike `resolve`, content with a link to itself
     while not folder.exists():
         folder = folder.parent
@@ -62,16 +62,17 @@ def require_space(path: Path, num_bytes: int) -> None:
         )
 
 
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+def write_whole(path: Path, content: str | bytes | Iterable[bytes]) -> None:
     """Write a plain file (PNG, TOML, JSON) so that it appears whole or not at all."""
     path = Path(path)
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+    content = content.encode() if isinstance(content, str) else content
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
-                for piece in pieces:
-                    file.write(piece)
+                for part in [content] if isinstance(content, bytes) else content:
+                    file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -90,33 +91,140 @@ _LENGTH = len(_BEFORE) + 64 + len(_AFTER)
 
 
 def with_checksum(text: str) -> str:
-    """A JSON table with the digest as its last entry."""
-    return text[:-1] + _checksum_entry(text)
+    """A JSON table with the SHA-256 of its text as its last entry."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{text[:-1]}{_BEFORE}{digest}{_AFTER}"
 
 
 def require_intact(text: str, where: str, *, has_checksum: bool = False) -> None:
-    """Check the checksum of `text`; raises ArtifactError if they disagree.
+    """Check the checksum of a record; raises ArtifactError if it is not that of the text.
 
-    has_checksum: known to have one; otherwise a text without anything like a entry is left alone.
+    has_checksum: known to have one; otherwise a text is left alone that has less than half of what
+    frames one, as those of before there were any: a flipped bit may be in the frame.
     """
-    body, entry = text[:-_LENGTH] + "}", text[-_LENGTH:]
-    if (has_checksum or _resembles_a_checksum(entry)) and entry != _checksum_entry(body):
+    entry = text[-_LENGTH:]
+    frame = entry[: len(_BEFORE)] + entry[-len(_AFTER) :]
+    half = len(_BEFORE + _AFTER) // 2
+    if len(entry) == _LENGTH and sum(map(str.__eq__, frame, _BEFORE + _AFTER)) > half:
+        has_checksum = True
+    if has_checksum and text != with_checksum(text[:-_LENGTH] + "}"):
         raise ArtifactError(
             f"{where}: the record in the header was altered or damaged (its digest is another); "
             f"copy or make the file again"
         )
 
 
-def _checksum_entry(text: str) -> str:
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{_BEFORE}{digest}{_AFTER}"
+DTYPES = {  # of safetensors: bytes of an element, and what numpy and torch call it
+    "F64": (8, "float64"), "I64": (8, "int64"), "U64": (8, "uint64"), "F32": (4, "float32"),
+    "I32": (4, "int32"), "U32": (4, "uint32"), "F16": (2, "float16"), "BF16": (2, "bfloat16"),
+    "I16": (2, "int16"), "U16": (2, "uint16"), "I8": (1, "int8"), "U8": (1, "uint8"),
+    "BOOL": (1, "bool"), "F8_E4M3": (1, "float8_e4m3fn"), "F8_E5M2": (1, "float8_e5m2"),
+}  # fmt: skip
+DTYPE_BYTES = {code: num_bytes for code, (num_bytes, _) in DTYPES.items()}
 
 
-def _resembles_a_checksum(entry: str) -> bool:
-    """Whether most of what frames a digest is there: a flipped bit may have changed the rest."""
-    frame = entry[: len(_BEFORE)] + entry[-len(_AFTER) :]
-    expected = _BEFORE + _AFTER
-    return len(entry) == _LENGTH and sum(map(str.__eq__, frame, expected)) > len(expected) // 2
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor's name, safetensors dtype code, shape, and bytes `begin:end` in its file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int = 0
+    end: int = 0
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says before its tensors. `tensors` by name, offsets in the file."""
+
+    path: Path
+    tensors: dict[str, TensorSpec]
+    metadata: dict[str, str]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(spec.num_elements for spec in self.tensors.values())
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, checked against the file by the library.
+
+    Takes memory of the order of the header, and no tensor. Raises MissingError if there is no such
+    file, ArtifactError if it is not whole and valid. A pipe or a device is not opened: it may never
+    end.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with reading(path):
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode):
+                what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+                raise ArtifactError(f"{path}: expected a safetensors file, found {what}")
+            with safe_open(path, "np"):
+                pass
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                document = json.loads(file.read(length), object_pairs_hook=_each_once)
+    except SafetensorError as error:
+        if names := pickled_names(path):
+            raise ArtifactError(foreign_message(path, names)) from error
+        raise ArtifactError(
+            f"{path}: not a whole safetensors file ({shown(str(error))}); copy or make it again"
+        ) from error
+    except LookupError as error:
+        raise ArtifactError(f"{path}: the header has the same name twice") from error
+    except ValueError as error:  # a zero byte in the name
+        raise MissingError(f"{str(path)!r}: no such file") from error
+    metadata = document.pop("__metadata__", None) or {}
+    if "deme" in metadata:
+        require_intact(metadata["deme"], str(path))
+    specs = {}
+    for name, entry in document.items():
+        if entry["dtype"] not in DTYPES:
+            raise ArtifactError(f"{path}: tensor {shown(name)} has the dtype {entry['dtype']}")
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        specs[name] = TensorSpec(name, entry["dtype"], tuple(entry["shape"]), begin, end)
+    return Header(path, specs, metadata)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON table in which every name stands once; the library takes the last of several."""
+    if len(table := dict(pairs)) < len(pairs):
+        raise LookupError
+    return table
+
+
+def layout_of(tensors: Mapping[str, Any]) -> list[TensorSpec]:
+    """Specs of torch or numpy tensors, largest element first so that every tensor is aligned."""
+    codes, specs = {name: code for code, (_, name) in DTYPES.items()}, []
+    for name, tensor in tensors.items():
+        code = codes.get(str(tensor.dtype).removeprefix("torch."))
+        if code is None:
+            raise ArtifactError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be stored")
+        specs.append(TensorSpec(name, code, tuple(tensor.shape)))
+    return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
+
+
+def tensor_bytes(tensor: torch.Tensor | np.ndarray) -> memoryview:
+    """The little-endian bytes of a tensor, without a copy where it is contiguous on the CPU."""
+    import numpy as np
+
+    if isinstance(tensor, np.ndarray):
+        return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 _PICKLED_BYTES = 1 << 24  # read of a pickle that is no zip: its names come before its numbers
@@ -162,14 +270,13 @@ _KINDS = (
 def foreign_message(path: Path, names: Iterable[str]) -> str:
     """The message that refuses a file with tensors of these names."""
     text = "\n".join(names)
-    found = next(((what, todo) for part, what, todo in _KINDS if re.search(part, text)), None)
-    if found is None:
-        return (
-            f"{path}: not written by deme, and no model that it knows; a model is an artifact, a "
-            f"hub id, or a diffusers folder: weights alone do not tell their network, "
-            f"{_FOLDER}"
-        )
-    return f"{path}: {found[0]}, not written by deme; {found[1]}"
+    for part, what, todo in _KINDS:
+        if re.search(part, text):
+            return f"{path}: {what}, not written by deme; {todo}"
+    return (
+        f"{path}: not written by deme, and no model that it knows; a model is an artifact, a hub "
+        f"id, or a diffusers folder: weights alone do not tell their network, {_FOLDER}"
+    )
 
 
 def pickled_names(path: Path) -> list[str]:
@@ -191,192 +298,3 @@ def pickled_names(path: Path) -> list[str]:
                 if isinstance(arg, str):
                     words.append(arg)
     return words
-
-
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_DIMENSIONS = 64  # what numpy and torch can hold; keeps the product of a shape cheap
-MAX_INTEGER = 1 << 63  # no file is that long
-DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
-    "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
-_DTYPE_CODES = {
-    "float64": "F64", "int64": "I64", "uint64": "U64", "float32": "F32", "int32": "I32",
-    "uint32": "U32", "float16": "F16", "bfloat16": "BF16", "int16": "I16", "uint16": "U16",
-    "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
-_CHUNK_BYTES = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor's name, safetensors dtype code, shape, and bytes `begin:end` in its file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int = 0
-    end: int = 0
-
-    @property
-    def num_elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_elements * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says before its tensors. `tensors` by name, offsets in the file."""
-
-    path: Path
-    tensors: dict[str, TensorSpec]
-    metadata: dict[str, str]
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(spec.num_elements for spec in self.tensors.values())
-
-
-def read_header(path: Path) -> Header:
-    """The checked header of a safetensors file.
-
-    Takes memory of the order of the header, which is never longer than the file, and no tensor.
-    Raises MissingError if there is no such file, ArtifactError if it is not whole and valid, or
-    the record that deme wrote into it was altered.
-    """
-    path = Path(path)
-    text, size = _header_text(path)
-    document = _parse_header(path, text)
-    metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ArtifactError(f"{path}: the header's __metadata__ is not a table of strings")
-    if "deme" in metadata:
-        require_intact(metadata["deme"], str(path))
-    start = 8 + len(text)
-    specs = [_parse_spec(path, name, entry, start) for name, entry in document.items()]
-    position = start
-    for spec in sorted(specs, key=lambda s: (s.begin, s.end)):
-        if spec.begin != position:
-            raise ArtifactError(
-                f"{path}: tensor {_shown(spec.name)} does not follow the one before it"
-            )
-        position = spec.end
-    if position != size:
-        raise ArtifactError(
-            f"{path}: truncated or padded: expected {position} bytes, found {size}; "
-            f"copy or make the file again"
-        )
-    return Header(path, {spec.name: spec for spec in specs}, metadata)
-
-
-def _header_text(path: Path) -> tuple[bytes, int]:
-    """The bytes between the header's length and the tensors, and the size of the file.
-
-    A pipe or a device, which may never end, is not opened.
-    """
-    try:
-        with reading(path):
-            status = path.stat()
-            if stat.S_ISDIR(status.st_mode):
-                raise ArtifactError(f"{path}: expected a safetensors file, found a folder")
-            if not stat.S_ISREG(status.st_mode):
-                what = "a pipe or a device"
-                raise ArtifactError(f"{path}: expected a safetensors file, found {what}")
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                prefix = file.read(8)
-                length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-                if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                    if names := pickled_names(path):
-                        raise ArtifactError(foreign_message(path, names))
-                    raise ArtifactError(
-                        f"{path}: not a whole safetensors file ({size} bytes, a header of {length})"
-                    )
-                return file.read(length), size
-    except ValueError as error:  # a zero byte in the name
-        raise MissingError(f"{str(path)!r}: no such file") from error
-
-
-def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
-    """The JSON table of a header, in which every name stands once."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            raise ArtifactError(f"{path}: the header has the same name twice")
-        return table
-
-    try:
-        document = json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not a safetensors file (its header is not JSON)") from error
-    if not isinstance(document, dict):
-        raise ArtifactError(f"{path}: not a safetensors file (its header is not a table)")
-    return document
-
-
-def _shown(name: str) -> str:
-    """A name from outside as a message shows it, on one line of bounded length."""
-    return f"{name!r:.80}"
-
-
-def _parse_spec(path: Path, name: str, entry: Any, start: int) -> TensorSpec:
-    try:
-        name.encode()
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        spec = TensorSpec(name, dtype, tuple(shape), start + begin, start + end)
-        sound = (
-            isinstance(shape, list)
-            and len(shape) <= MAX_DIMENSIONS
-            and all(type(n) is int and 0 <= n < MAX_INTEGER for n in (*shape, begin, end))
-            and spec.end - spec.begin == spec.num_bytes
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{path}: tensor {_shown(name)} is described wrongly in the header"
-        ) from error
-    if not sound:
-        raise ArtifactError(f"{path}: shape and bytes of tensor {_shown(name)} disagree")
-    return spec
-
-
-def layout_of(tensors: Mapping[str, Any]) -> list[TensorSpec]:
-    """Specs of torch or numpy tensors, largest element first so that every tensor is aligned."""
-    specs = []
-    for name, tensor in tensors.items():
-        code = _DTYPE_CODES.get(str(tensor.dtype).removeprefix("torch."))
-        if code is None:
-            raise ArtifactError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be stored")
-        specs.append(TensorSpec(name, code, tuple(tensor.shape)))
-    return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
-
-
-def tensor_bytes(tensor: torch.Tensor | np.ndarray) -> memoryview:
-    """The little-endian bytes of a tensor, without a copy where it is contiguous on the CPU."""
-    import numpy as np
-
-    if isinstance(tensor, np.ndarray):
-        return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
-    import torch
-
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def read_pieces(file: Any, spec: TensorSpec, num_bytes: int = _CHUNK_BYTES) -> Iterator[memoryview]:
-    """The bytes of one tensor in pieces of at most `num_bytes`, each valid until the next."""
-    buffer = memoryview(bytearray(min(num_bytes, max(spec.num_bytes, 1))))
-    file.seek(spec.begin)
-    left = spec.end - spec.begin
-    while left:
-        count = file.readinto(buffer[: min(left, len(buffer))])
-        if not count:
-            raise ArtifactError(f"{file.name}: ended while tensor {spec.name!r} was read")
-        yield buffer[:count]
-        left -= count

@@ -18,11 +18,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
 from deme_cli import console
@@ -47,52 +47,11 @@ class _Asked(BaseException):
     """A signal came. No library takes it for a failure of its own, as it would an Exception."""
 
 
-@contextmanager
-def signals_end_the_command() -> Iterator[None]:
-    """While entered, a signal that no `StopRequests` hears raises Stopped, exit code 75 or 130.
-
-    Only Python's own handlers are replaced: what is ignored stays so, as SIGHUP under nohup.
-    """
-    global _unheard
-    before = {name: signal.getsignal(name) for name in _EXIT_CODES}
-    usual = (signal.SIG_DFL, signal.default_int_handler)
-    heard = [name for name, handler in before.items() if handler in usual]
-    try:
-        for name in heard:
-            signal.signal(name, _leave)
-        yield
-    except (_Asked, KeyboardInterrupt) as error:
-        asked = _unheard or signal.SIGINT
-        raise Stopped(
-            f"stopped by {asked.name}; run the same command again: it goes on from what was kept, "
-            f"if anything was",
-            exit_code=_EXIT_CODES[asked],
-        ) from error
-    finally:
-        _unheard = None
-        for name in heard:
-            signal.signal(name, before[name])
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    global _unheard
-    _unheard = signal.Signals(number)
-    _let_the_next_kill()
-    raise _Asked
-
-
-def _let_the_next_kill() -> None:
-    for name in _EXIT_CODES:
-        if signal.getsignal(name) is _leave:
-            is_ctrl_c = name == signal.SIGINT
-            signal.signal(name, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
-
-
 class StopRequests:
     """While entered, SIGINT, SIGTERM, SIGUSR1 and SIGHUP set `asked` instead of killing.
 
-    A second signal of the same run falls through to the handler before, for those in a hurry.
-    Outside the main thread (a notebook, a test) signals stay as they are.
+    The next signal finds the handlers of before, or kills, for those in a hurry. Outside the main
+    thread (a notebook, a test) signals stay as they are.
     """
 
     def __init__(self) -> None:
@@ -113,23 +72,46 @@ class StopRequests:
 
     def _restore(self) -> None:
         for name, handler in self._before.items():
+            if self.asked and isinstance(getattr(handler, "__self__", None), _Unheard):
+                handler = signal.default_int_handler if name == signal.SIGINT else signal.SIG_DFL
             signal.signal(name, handler)
         self._before = {}
-        if self.asked is not None:
-            _let_the_next_kill()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
     def stopped(self, message: str) -> Stopped:
         """The error to raise once the state is saved; `message` says how to go on."""
         assert self.asked is not None
         return Stopped(message, exit_code=_EXIT_CODES[self.asked])
+
+
+class _Unheard(StopRequests):
+    """Requests that no procedure hears: they end the command where it stands."""
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        global _unheard
+        super()._ask(number, frame)
+        _unheard = self.asked
+        raise _Asked
+
+
+@contextmanager
+def signals_end_the_command() -> Iterator[None]:
+    """While entered, a signal that no `StopRequests` hears raises Stopped, exit code 75 or 130."""
+    global _unheard
+    requests = _Unheard()
+    try:
+        with requests:
+            yield
+    except (_Asked, KeyboardInterrupt) as error:
+        requests.asked = requests.asked or signal.SIGINT
+        raise requests.stopped(
+            f"stopped by {requests.asked.name}; run the same command again: it goes on from what "
+            f"was kept, if anything was"
+        ) from error
+    finally:
+        _unheard = None
 
 
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -143,23 +125,17 @@ def file_lock(path: Path) -> BaseFileLock:
     """
     from filelock import FileLock, SoftFileLock
 
-    kind = FileLock if _has_flock(path.parent) else SoftFileLock
-    return kind(path, thread_local=False)
+    if sys.platform != "win32":
+        import fcntl
 
-
-def _has_flock(folder: Path) -> bool:
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
-    with tempfile.TemporaryFile(dir=folder) as probe:
-        try:
-            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_FLOCK:
-                return False
-            raise
-    return True
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            try:
+                fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _NO_FLOCK:
+                    return SoftFileLock(path, thread_local=False)
+                raise
+    return FileLock(path, thread_local=False)
 
 
 def holder_of(path: Path) -> str:
@@ -174,16 +150,13 @@ def holder_of(path: Path) -> str:
 @contextmanager
 def claim(path: Path) -> Iterator[None]:
     """Hold the right to write `path`. Raises ConfigError while another process holds it."""
-    from filelock import Timeout
-
-    path = Path(path)
     lock_path = path.parent / f".{path.name}.lock"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = file_lock(lock_path)
         try:
             lock.acquire(timeout=0)
-        except Timeout as error:
+        except TimeoutError as error:
             raise ConfigError(
                 f"{path} is being written by another deme process{holder_of(lock_path)}; wait for "
                 f"it or use --output"
@@ -224,12 +197,13 @@ def reason_of(code: int, said: bytes) -> str:
     return lines[-1].removeprefix("deme: ") if lines else "no message"
 
 
-class JobFailed(DemeError):
-    """A process of `--range all` ended with an error; carries its exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+def last_step(metrics: Path) -> int:
+    """The update of the last record in a metrics file; 0 where there is none yet."""
+    try:
+        lines = metrics.read_text().splitlines()
+        return json.loads(lines[-1])["step"] if lines else 0
+    except (OSError, json.JSONDecodeError):  # not written yet, or a line half written
+        return 0
 
 
 @dataclass(frozen=True)
@@ -240,70 +214,49 @@ class RangeProcess:
     arguments: Sequence[str]
     metrics: Sequence[Path]
 
-    @property
-    def step(self) -> int:
-        """Updates done, as far as its metrics files tell."""
-        return sum(last_step(path) for path in self.metrics)
-
-
-@dataclass(frozen=True)
-class _Running:
-    """A range whose process was started; `said` is what it tells people, in a file: a pipe that
-    nobody empties would stop it."""
-
-    job: RangeProcess
-    process: subprocess.Popen[bytes]
-    said: IO[bytes]
-
 
 def run_jobs(jobs: Sequence[RangeProcess], *, at_once: int) -> Iterator[dict[str, int]]:
     """Run all jobs, at most `at_once` at a time; yields updates done per label now and then.
 
-    Raises JobFailed with the first failing process's message (the others are asked to stop and
-    save), Stopped after a signal, once every process has saved its state.
+    Raises DemeError with the message and the exit code of the first that fails (the others are
+    asked to stop and save), Stopped after a signal, once every process has saved its state.
     """
     num_threads = max(1, (os.cpu_count() or 1) // at_once)
-    waiting, running = list(jobs), list[_Running]()
+    waiting = list(jobs)
+    # What a process tells people goes to a file: a pipe that nobody empties would stop it.
+    running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
     with StopRequests() as requests:
         while waiting or running:
             while waiting and len(running) < at_once and not requests.asked:
-                running.append(_start(waiting.pop(0), num_threads))
+                job = waiting.pop(0)
+                errors = tempfile.TemporaryFile()  # noqa: SIM115  read when the process ends
+                process = start_deme(job.arguments, num_threads=num_threads, errors=errors)
+                running[job.label] = process, errors
             time.sleep(_POLL_SECONDS)
-            yield {job.label: job.step for job in jobs if job not in waiting}
+            begun = [job for job in jobs if job not in waiting]
+            yield {job.label: sum(map(last_step, job.metrics)) for job in begun}
             if requests.asked:
                 _stop(running)
                 raise requests.stopped("all ranges saved; run the same command again to continue")
-            for ended in [one for one in running if one.process.poll() is not None]:
-                running.remove(ended)
-                ended.said.seek(0)
-                said = ended.said.read()
-                if code := ended.process.returncode:
+            for label, (process, said) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[label]
+                said.seek(0)
+                told = said.read()
+                if code := process.returncode:
                     _stop(running)
-                    message = f"range {ended.job.label}: {reason_of(code, said)}"
-                    raise JobFailed(message, code if code > 0 else 1)
-                for line in said.decode(errors="replace").splitlines():
+                    message = f"range {label}: {reason_of(code, told)}"
+                    raise DemeError(message, exit_code=max(code, 1))
+                for line in told.decode(errors="replace").splitlines():
                     if not _PROGRESS.search(line):
                         console.note_once(line)  # most notes are those of every range
 
 
-def last_step(metrics: Path) -> int:
-    """The update of the last record in a metrics file; 0 where there is none yet."""
-    try:
-        lines = metrics.read_text().splitlines()
-        return json.loads(lines[-1])["step"] if lines else 0
-    except (OSError, json.JSONDecodeError):  # not written yet, or a line half written
-        return 0
-
-
-def _start(job: RangeProcess, num_threads: int) -> _Running:
-    said = tempfile.TemporaryFile()  # noqa: SIM115  read when the process ends; it has no name
-    return _Running(job, start_deme(job.arguments, num_threads=num_threads, errors=said), said)
-
-
-def _stop(running: Sequence[_Running]) -> None:
+def _stop(running: Mapping[str, tuple[subprocess.Popen[bytes], IO[bytes]]]) -> None:
     """Ask the processes to save and stop, and wait for them."""
-    for one in running:
-        if one.process.poll() is None:
-            one.process.terminate()
-    for one in running:
-        one.process.wait()
+    for process, _ in running.values():
+        if process.poll() is None:
+            process.terminate()
+    for process, _ in running.values():
+        process.wait()

@@ -11,6 +11,7 @@ from typing import IO
 import pytest
 
 from deme_cli import jobs
+from deme_cli.errors import DemeError
 
 TALKATIVE = "import sys; sys.stderr.write('x' * (1 << 20) + '\\ndeme: the reason'); sys.exit(3)"
 NOTES = "import sys; print('a note', 'expert 1/2: 3/3  9 update/s', sep='\\n', file=sys.stderr)"
@@ -25,7 +26,8 @@ def program(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return subprocess.Popen(words, stderr=errors)
 
     monkeypatch.setattr(jobs, "start_deme", start)
-    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.1)
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.05)
+    jobs.console.set_quiet(False)
     return words
 
 
@@ -43,6 +45,6 @@ def test_a_process_that_says_more_than_a_pipe_holds_ends_with_its_last_line(
 ) -> None:
     program.append(TALKATIVE)
     polls = jobs.run_jobs([jobs.RangeProcess("1/2", [], [])], at_once=1)
-    with pytest.raises(jobs.JobFailed, match="range 1/2: the reason") as error:
+    with pytest.raises(DemeError, match="range 1/2: the reason") as error:
         list(islice(polls, 100))  # ends without an error where it waits for somebody to read
     assert error.value.exit_code == 3
