@@ -4,6 +4,7 @@ They lie with the images in the layouts of other tools:
 
 - `metadata.jsonl`, `.csv` or `.parquet`, at the root or in any folder below it, with a column
   `file_name` relative to itself: imagefolder of `datasets`
+- `dataset.json` with `labels`: StyleGAN and EDM
 - `x.txt`, `x.caption`, `x.cls` or `x.json` beside `x.png`: kohya's scripts and img2dataset. Of
   kohya's folders `10_name`, training sees each image 10 times, and an image without a caption is
   called by the name.
@@ -24,6 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,8 @@ def folder_annotations(
     """
     names = (column,) if column else COLUMNS[wants]
     tables = [_read_metadata(path) for path in source.others if path.name in METADATA_NAMES]
+    if wants == "class":
+        tables += [_read_stylegan(p) for p in source.others if p.name == "dataset.json"]
     columns = [table.column(names) for table in tables]
     stems = {path.with_suffix("") for path in source.files}
     beside = [
@@ -238,6 +242,17 @@ def _read_metadata(path: Path) -> TextTable:
     return table
 
 
+def _read_stylegan(path: Path) -> TextTable:
+    """The classes in a `dataset.json` of StyleGAN or EDM: pairs of a file and a number."""
+    document = parse_json(read_text(path), f"{path}:")
+    labels = document.get("labels") if isinstance(document, dict) else None
+    if labels is None:
+        raise NoAnnotations(f"{path}: no labels in it, so its images have no classes")
+    if not isinstance(labels, list) or not all(isinstance(p, list) and len(p) == 2 for p in labels):
+        raise ArtifactError(f"{path}: expected labels as pairs of a file and a class, or null")
+    return TextTable(path, [{"file_name": name, "label": label} for name, label in labels])
+
+
 def _add_rows(
     values: dict[Path, Any], table: TextTable, column: str | None, images: set[Path]
 ) -> None:
@@ -280,6 +295,9 @@ def _read_beside(beside: Sequence[Path], wants: str, column: str | None) -> dict
         else:
             lines = [line for line in lines_of(read_text(path)) if line.strip()]
             told[stem] = lines[0] if lines else ""
+            if len(lines) > 1:
+                first = "of several lines beside an image the first is taken"
+                console.note_once(first, f", as of {path.name}")
     return told
 
 
@@ -312,7 +330,8 @@ def _folder_names(
     """The folder each image lies in, None for an image at the root: its class.
 
     Where images lie at several depths, it is the folder at the root, as torchvision has it; where
-    at one, the innermost level of more than one name, as `datasets` has it.
+    at one, the innermost level of more than one name, as `datasets` has it. Levels that only cut a
+    data set into parts are passed over.
     """
     depths = {len(branch) for branch in branches.values()}
     levels = [0] if len(depths) > 1 else range(max(depths) - 1, -1, -1)
@@ -320,7 +339,30 @@ def _folder_names(
         {folder: (*branch, None)[min(level, len(branch))] for folder, branch in branches.items()}
         for level in levels
     ]
+    named = [names for names in named if not _are_parts([(names[f.parent], f) for f in files])]
+    if not named:
+        raise NoAnnotations(
+            f"{source.name}: no classes: its sub-folders {files[0].parent.name}, … are parts of "
+            f"one data set, for the numbers of the images run on from one to the next; give "
+            f"dataset.json or metadata with a column label"
+        )
     names = next((several for several in named if len({*several.values()}) > 1), named[0])
     where = "the names of sub-folders (there is no metadata)"
     everything = [name for name in names.values() if name is not None]
     return RawAnnotations([names[file.parent] for file in files], where, everything, are_names=True)
+
+
+def _are_parts(files: Sequence[tuple[str | None, Path]]) -> bool:
+    """Whether folders such as 00000, 00001 hold one run of numbered images, cut into parts.
+
+    So do those of StyleGAN, FFHQ and img2dataset; in folders of classes the numbers start anew.
+    """
+    numbers: dict[str, list[int]] = {}
+    for folder, path in files:
+        number = re.search("[0-9]+(?=[^0-9]*$)", path.stem)
+        if not number or not re.fullmatch("[0-9]{5,}", folder or ""):
+            return False
+        numbers.setdefault(folder or "", []).append(int(number[0]))
+    ordered = [numbers[folder] for folder in sorted(numbers)]
+    follow = all(max(one) < min(next_) for one, next_ in pairwise(ordered))
+    return follow and len({len(folder) for folder in numbers}) == 1

@@ -233,6 +233,19 @@ def digit_folders(folder: Path) -> Rows:
     return [(found["2/x.png"], 2), (found["007/x.png"], 7), (found["10/x.png"], 10)]
 
 
+def wide_digit_folders(folder: Path) -> Rows:  # GTSRB
+    found = images("00003/00000_1.ppm", "00003/00000_2.ppm", "00012/00000_0.ppm", kind="PPM")
+    write(folder, found)
+    return rows(found, [3, 3, 12])
+
+
+def stylegan(folder: Path) -> Rows:
+    found = images("00000/img00000000.png", "00000/img00000001.png", "00001/img00001000.png")
+    labels = [[name, label] for label, name in zip([6, 9, 0], found, strict=True)][::-1]
+    write(folder, {**found, "dataset.json": json.dumps({"labels": labels})})
+    return rows(found, [6, 9, 0])
+
+
 def named_folders(folder: Path) -> Rows:
     found = images("train/1/x.png", "train/cat/x.png", "train/dog/y.png")
     write(folder, found)
@@ -264,6 +277,7 @@ CAPTIONED = [
 ]  # fmt: skip
 CLASSIFIED = [
     metadata_of_labels, metadata_of_names, webdataset, digit_folders, named_folders,
+    wide_digit_folders, stylegan,
     folders_within_classes, folders_at_several_depths, classes_called_like_splits,
 ]  # fmt: skip
 
@@ -434,6 +448,9 @@ def labelled(value: object) -> dict[str, bytes | str]:
          r"row 2 names x\.png again"),
         ({"a/x.png": PNG, "x.png": PNG}, "class", r"labels missing for 1 of 2.*the names of sub-"),
         ({"1_a/x.png": PNG, "1_a/x.txt": "t"}, "class", "folders of repeats"),
+        ({"00000/img0.png": PNG, "00001/img1.png": PNG}, "class", "parts of one data set"),
+        ({"0/0.png": PNG, "dataset.json": '{"labels": null}'}, "class", "no labels in it"),
+        ({"0.png": PNG, "dataset.json": '{"labels": [1]}'}, "class", "expected labels as pairs"),
         (labelled(2.5), "class", r"y\.png: 2\.5 in column 'label' .*is no class"),
         (labelled("cat"), "class", r"y\.png: 'cat'.*is no class"),
         (labelled(-7), "class", r"y\.png: -7.*is no class"),
@@ -452,7 +469,7 @@ def test_what_cannot_be_told_is_refused(
     write(tmp_path, files)
     with pytest.raises(DemeError, match=match) as refused:
         open_all(tmp_path, wants)
-    without = any(word in match for word in ("repeats", "looked for"))
+    without = any(word in match for word in ("parts of", "no labels in", "repeats", "looked for"))
     assert not without or isinstance(refused.value, NoAnnotations)
 
 
