@@ -8,7 +8,7 @@ import shutil
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -90,6 +90,18 @@ def write_tiny_expert(
         training={},
     )
     return write_artifact(path, weights, record)
+
+
+def collect_images(experts: Sequence, config: object, **options: object) -> np.ndarray:
+    """All images of a drawing as one uint8 array (n, H, W, C)."""
+    from deme_cli.sampling.sampler import ImageBatch, sample_images
+
+    records = sample_images(experts, config, **options)
+    return np.concatenate([record.images for record in records if isinstance(record, ImageBatch)])
+
+
+def largest_difference(images: np.ndarray, others: np.ndarray) -> int:
+    return int(np.abs(images.astype(int) - others.astype(int)).max())
 
 
 @pytest.fixture(scope="session", autouse=True)

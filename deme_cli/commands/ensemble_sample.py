@@ -42,13 +42,6 @@ def ensemble_sample(
     given: Annotated[Given, OptionsOf(SampleConfig)],
     prompt: Prompt = None,
     protocol: Protocol = None,
-    hold_one: Annotated[
-        bool,
-        typer.Option(
-            "--hold-one",
-            help="Keep one expert in memory at a time; a stopped run then repeats more.",
-        ),
-    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help=f"{OUTPUT_HELP}.")] = Path(
         ENSEMBLE_NAME
     ),
@@ -72,8 +65,7 @@ def ensemble_sample(
     settings = sample_settings(run, given, prompt=prompt, protocol=protocol)
     with console.showing() as progress:
         images = ensemble_sample(
-            experts, settings, output=output, run=run, hold_one=hold_one, pipeline=pipeline,
-            device=device, dtype=dtype, compile=compile, force=force, dry_run=dry_run,
-            progress=progress,
+            experts, settings, output=output, run=run, pipeline=pipeline, device=device,
+            dtype=dtype, compile=compile, force=force, dry_run=dry_run, progress=progress,
         )  # fmt: skip
     tell(images, dry_run=dry_run, as_json=as_json)

@@ -104,8 +104,7 @@ def evaluate(
     with console.showing() as progress:
         measured = deme_cli.evaluate(
             models or (), settings, sampling=sampling, weights=weights, run=run, pipeline=pipeline,
-            device=device, dtype=dtype, compile=compile, dry_run=dry_run, world=world,
-            progress=progress,
+            device=device, dtype=dtype, compile=compile, dry_run=dry_run, progress=progress,
         )  # fmt: skip
     if dry_run and measured is not None and as_json:
         rows = [{"name": name} for name in measured.kinds]

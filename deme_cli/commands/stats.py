@@ -80,13 +80,13 @@ def stats(
     import deme_cli
 
     console.set_quiet(quiet)
-    world = meet(device)
+    meet(device)
     run = begin(config, quiet=quiet)
     settings = run.settings(EvalConfig, **given)
     with console.showing() as progress:
         made = deme_cli.reference_statistics(
             data, output, settings, split=split, size=size, squeeze=squeeze, weights=weights,
-            device=device, force=force, world=world, progress=progress,
+            device=device, force=force, progress=progress,
         )  # fmt: skip
     if made is not None:
         num_features = read_header(output).tensors["mu"].num_elements

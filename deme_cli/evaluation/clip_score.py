@@ -37,7 +37,7 @@ from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.diffusion.model_files import read_json
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, is_out_of_memory
 from deme_cli.evaluation.features import full_float32, last_line, map_images, script_code
-from deme_cli.evaluation.weights import hub_cache
+from deme_cli.evaluation.references import hub_cache
 from deme_cli.fetch import cache_folder, offline_reason, sha256_of, stay_offline
 from deme_cli.files import pickled_names, read_header
 

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from deme_cli.artifacts import load_tensors
+from deme_cli.console import Progress, Step, silent
 from deme_cli.data.images import ImageData
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.distributed import ALONE, World
 from deme_cli.errors import ArtifactError, is_out_of_memory
-from deme_cli.evaluation.weights import FeatureWeights, find_weights
-from deme_cli.sampling.shares import Shares
+from deme_cli.evaluation.frechet import RunningStatistics
+from deme_cli.evaluation.references import FeatureWeights, find_weights
+from deme_cli.sampling.sampler import Shares
 
 CLIP_MODEL = "ViT-B-32-quickgelu"  # OpenAI trained with QuickGELU
 CLIP_SIZE = 224
@@ -97,24 +100,34 @@ class Extractor:
         return features.flatten(1).cpu().double().numpy()
 
 
-def image_features(
-    data: ImageData, extractor: Extractor, world: World = ALONE
-) -> Iterator[np.ndarray]:
-    """The features of all images of a set, in its order, batch by batch: float64 (B, d).
+def look_at(
+    data: ImageData,
+    extractor: Extractor,
+    label: str,
+    world: World = ALONE,
+    progress: Progress = silent,
+    *,
+    keep: bool = False,
+) -> tuple[RunningStatistics, list[np.ndarray]]:
+    """Mean and covariance of the features of a set, and, with `keep`, themselves in float32.
 
-    Processes of `world` share the batches; the first one gets all features, the others none.
+    Processes of `world` share the batches, and the first one gets all features, in the set's order.
     Raises ConfigError where they have other images.
     """
-    source = data.source
+    source, running, kept = data.source, RunningStatistics(), list[np.ndarray]()
     world.require_same(
         {f"images in {source}": len(data), f"fingerprint of {source}": data.fingerprint[:12]}
     )
     shares = Shares(len(data), extractor.batch_size, world=world)
-    for span in shares.rounds(shares.own):
-        features = None
-        if span is not None:
-            features = extractor.features(data.batch(span).permute(0, 2, 3, 1).numpy())
-        yield from shares.gather(features)
+    for done, _, parts in shares.gather(
+        shares.own, lambda span: extractor.features(data.batch(span).permute(0, 2, 3, 1).numpy())
+    ):
+        for features in parts:
+            running.add(features)
+            if keep:
+                kept.append(features.astype(np.float32))
+        progress(Step(done, len(data), label, "image"))
+    return running, kept
 
 
 def load_extractor(
@@ -130,36 +143,34 @@ def load_extractor(
 def open_extractor(
     weights: FeatureWeights, *, device: str = "cpu", batch_size: int = 128
 ) -> Extractor:
-    """The network behind weights that have been found."""
-    place, resize_image = choose_device(device), None
-    if weights.family == "inception":
-        network = _load_inception(weights, place)
-        if weights.resize != "legacy_tensorflow":  # whose network resizes
-            with quiet_clean_fid():
-                from cleanfid.resize import build_resizer
+    """The network behind weights that have been found.
 
-                resize_image = build_resizer(weights.resize)
-    elif weights.family == "clip":
-        network, resize_image = _load_clip(weights.path, place), clip_resizer()
+    Inception goes to its last pooling, with the normalisation of clean-fid's resize mode.
+    """
+    place, path, resize_image = choose_device(device), weights.path, None
+    network: Network
+    if weights.family == "inception" and weights.resize != "legacy_tensorflow":
+        with quiet_clean_fid():
+            from cleanfid.resize import build_resizer
+
+            resize_image = build_resizer(weights.resize)
+    if weights.family == "clip":
+        network, resize_image = _load_clip(path, place), clip_resizer()
+    elif weights.resize == "legacy_pytorch":
+        inception = _load_pytorch_inception(path).to(place)
+        network = lambda x: inception(x / 255)[0]  # noqa: E731
     else:
-        network = load_script(weights.path, place)
+        script = network = load_script(path, place)
+        if weights.resize == "legacy_tensorflow":  # resizes and normalises within
+            network = partial(script, return_features=True)
+        elif weights.family == "inception":
+            if not hasattr(script, "layers"):
+                raise ArtifactError(
+                    f"{path}: not of Inception's interface (no submodule `layers`); a TorchScript "
+                    f"of images to features goes with --features FILE"
+                )
+            network = lambda x: script.layers((x - 128) / 128)  # noqa: E731
     return Extractor(weights, network, resize_image, place, batch_size)
-
-
-def _load_inception(weights: FeatureWeights, device: torch.device) -> Network:
-    """Inception at its last pooling, with the normalisation of clean-fid's resize mode."""
-    if weights.resize == "legacy_pytorch":
-        network = _load_pytorch_inception(weights.path).to(device)
-        return lambda x: network(x / 255)[0]
-    script = load_script(weights.path, device)
-    if weights.resize == "legacy_tensorflow":  # resizes and normalises within
-        return lambda x: script(x, return_features=True)
-    if not hasattr(script, "layers"):
-        raise ArtifactError(
-            f"{weights.path}: not of Inception's interface (no submodule `layers`); a TorchScript "
-            f"of images to features goes with --features FILE"
-        )
-    return lambda x: script.layers((x - 128) / 128)
 
 
 def _load_pytorch_inception(path: Path) -> nn.Module:

@@ -39,7 +39,7 @@ class Statistics:
 
 
 class RunningStatistics:
-    """Mean and covariance of features that come in batches; two of them can be merged.
+    """Mean and covariance of features that come in batches.
 
     The sum of squares is kept about the running mean (Chan et al. 1983), so nothing cancels.
     """
@@ -54,31 +54,29 @@ class RunningStatistics:
         features = np.asarray(features, dtype=np.float64)
         if not np.isfinite(features).all():
             raise NumericsError("the features are not finite; the images or the extractor are bad")
-        if len(features):
-            mean = features.mean(axis=0)
-            centred = features - mean
-            self._take(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: RunningStatistics) -> None:
-        """Take in what another one has seen."""
-        if other.n:
-            self._take(other.n, other._mean, other._scatter)
-
-    def _take(self, n: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        if not self.n:
-            self.n, self._mean, self._scatter = n, mean.copy(), scatter.copy()
+        n, total = len(features), self.n + len(features)
+        if not n:
             return
-        total = self.n + n
-        shift = mean - self._mean
-        self._scatter += scatter
-        self._scatter += np.outer(shift, shift * (self.n * n / total))
-        self._mean = self._mean + shift * (n / total)
+        mean = features.mean(axis=0)
+        centred = features - mean
+        scatter = centred.T @ centred
+        if self.n:
+            shift = mean - self._mean
+            self._scatter += scatter
+            self._scatter += np.outer(shift, shift * (self.n * n / total))
+            self._mean = self._mean + shift * (n / total)
+        else:
+            self._mean, self._scatter = mean, scatter
         self.n = total
 
-    def statistics(self) -> Statistics:
-        """The mean and the unbiased covariance. Raises ConfigError for fewer than two images."""
+    def statistics(self, source: str = "") -> Statistics:
+        """The mean and the unbiased covariance. source: of the images, for the message.
+
+        Raises ConfigError for fewer than two images.
+        """
         if self.n < 2:
-            raise ConfigError(f"a covariance needs at least 2 images, there are {self.n}")
+            where = f"{source}: " if source else ""
+            raise ConfigError(f"{where}a covariance needs at least 2 images, there are {self.n}")
         return Statistics(self._mean.copy(), self._scatter / (self.n - 1), self.n)
 
 
@@ -126,7 +124,7 @@ def _eigenvalues_regular(sigma1: np.ndarray, sigma2: np.ndarray) -> np.ndarray |
     tiny = len(sigma1) * np.finfo(np.float64).eps * np.diagonal(sigma1).max(initial=0)
     if failed or (np.diagonal(factor) ** 2).min(initial=np.inf) <= tiny:
         return None
-    inner, _ = lapack.dsygst(sigma2.T, factor, itype=2, lower=0)  # L^T S_2 L, its upper half
+    inner, _ = lapack.dsygst(sigma2.T, factor, itype=3, lower=0)  # L^T S_2 L, its upper half
     eigenvalues = eigvalsh(inner, lower=False, driver="ev", overwrite_a=True, check_finite=False)
     return eigenvalues if eigenvalues[0] > 0 else None
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,12 @@ from deme_cli.data.prompts import KNOWN_PROMPTS, prompt_assets
 from deme_cli.diffusion.model_files import require_parts
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.evaluation.protocols import library_version
-from deme_cli.evaluation.references import PUBLISHED_STATISTICS, statistics_asset
-from deme_cli.evaluation.weights import DIGITS_PATH, clip_asset, inception_asset
+from deme_cli.evaluation.references import (
+    DIGITS_PATH,
+    PUBLISHED_STATISTICS,
+    published_weights,
+    statistics_asset,
+)
 from deme_cli.fetch import Asset, cache_folder, is_hub_id, is_model_cached, sha256_of
 from deme_cli.run_file import RunFile
 
@@ -91,23 +97,28 @@ def device_facts() -> dict[str, Any]:
 
 def known_files() -> Iterator[Item]:
     """Every file that commands know by name, embedded ones first."""
-    install = "deme itself: install it again"
-    yield _embedded(BASE_PATH, "the embedded model digits", install)
-    yield _embedded(DIGITS_PATH, "--features digits", install)
     package = importlib.util.find_spec("sklearn")
-    digits = None
-    if package and package.origin:
-        digits = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    yield _embedded(digits, "the embedded data digits", "pip install scikit-learn")
-    yield _outside(inception_asset("clean"), "--fid, --kid (resize clean, legacy_tensorflow)")
-    yield _outside(inception_asset("legacy_pytorch"), "--fid, --kid (resize legacy_pytorch)")
-    for dataset in PUBLISHED_STATISTICS:
-        for resize in RESIZES:
-            yield _outside(statistics_asset(dataset, resize), f"--fid {dataset} (resize {resize})")
-    yield _outside(clip_asset(), "--features clip")
+    origin = package.origin if package else None
+    digits = Path(origin or "sklearn").parent / "datasets" / "data" / "digits.csv.gz"
+    install = "deme itself: install it again"
+    for path, needed_for, whence in (
+        (BASE_PATH, "the embedded model digits", install),
+        (DIGITS_PATH, "--features digits", install),
+        (digits, "the embedded data digits", "pip install scikit-learn"),
+    ):
+        yield Item(path.name, needed_for, path if path.is_file() else None, whence)
+    assets = [
+        (published_weights("inception", "clean"), "--fid, --kid (resize clean, legacy_tensorflow)"),
+        (published_weights("inception", "legacy_pytorch"), "--fid, --kid (resize legacy_pytorch)"),
+    ]
+    for dataset, resize in product(PUBLISHED_STATISTICS, RESIZES):
+        assets.append((statistics_asset(dataset, resize), f"--fid {dataset} (resize {resize})"))
+    assets.append((published_weights("clip", "clean"), "--features clip"))
     for name in KNOWN_PROMPTS:
-        for asset in prompt_assets(name):
-            yield _outside(asset, f"--prompts {name}")
+        assets += [(asset, f"--prompts {name}") for asset in prompt_assets(name)]
+    for asset, needed_for in assets:
+        if asset is not None:
+            yield _outside(asset, needed_for)
     yield _clip_score(EvalConfig())
 
 
@@ -121,32 +132,18 @@ def companions_of(base: Path, pipeline: str | None) -> Iterator[Item]:
 
     record = read_record(base, "base")
     source = pipeline or record.source
-    folder = _pipeline_folder(source)
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and is_hub_id(source) and is_model_cached(source):
+        from huggingface_hub import snapshot_download
+
+        with suppress(OSError):  # the cache holds a part of it
+            folder = Path(snapshot_download(source, local_files_only=True))
     for part in backbone_of(record.model_config).parts:
-        path = folder / part if folder and _has_part(folder, part) else None
+        path = None
+        with suppress(MissingError, ArtifactError):  # not there, or of several variants
+            require_parts(folder, [part])
+            path = folder / part
         yield Item(part, f"{base}: sampling and finetuning", path, source)
-
-
-def _pipeline_folder(source: str) -> Path | None:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if not (is_hub_id(source) and is_model_cached(source)):
-        return None
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, local_files_only=True))
-    except OSError:  # the cache holds a part of it
-        return None
-
-
-def _has_part(folder: Path, part: str) -> bool:
-    try:
-        require_parts(folder, [part])
-    except (MissingError, ArtifactError):  # not there, or of several variants
-        return False
-    return True
 
 
 def _clip_score(config: EvalConfig) -> Item:
@@ -157,11 +154,6 @@ def _clip_score(config: EvalConfig) -> Item:
     name = f"{tag.architecture}/{tag.tag}"
     whence = f"https://huggingface.co/{tag.repository} (its files into {tag.folder})"
     return Item(name, "--clip-score", tag.find(), whence)
-
-
-def _embedded(path: Path | None, needed_for: str, whence: str) -> Item:
-    there = path is not None and path.is_file()
-    return Item(path.name if path else "digits.csv.gz", needed_for, path if there else None, whence)
 
 
 def _outside(asset: Asset, needed_for: str) -> Item:

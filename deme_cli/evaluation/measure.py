@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,20 +22,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deme_cli.config import EvalConfig, SampleConfig
-from deme_cli.distributed import ALONE, World
+from deme_cli.console import Progress, Step, silent
+from deme_cli.distributed import joined
 from deme_cli.errors import NumericsError
+from deme_cli.evaluation.features import Extractor, open_extractor
 from deme_cli.evaluation.frechet import RunningStatistics, frechet_distance
 from deme_cli.evaluation.kid import kernel_distance
-from deme_cli.evaluation.references import Reference
+from deme_cli.evaluation.references import FeatureWeights, Reference, open_reference
 from deme_cli.evaluation.rows import Row
 from deme_cli.files import write_whole
-from deme_cli.sampling.compiled import UNCOMPILED, CompiledSteps
-from deme_cli.sampling.sampler import ImageBatch, sample_images
-from deme_cli.sampling.shares import DrawingStops, Shares
+from deme_cli.sampling.sampler import (
+    CompiledSteps,
+    DrawingStops,
+    ImageBatch,
+    Shares,
+    sample_images,
+)
 
 if TYPE_CHECKING:
-    from deme_cli.evaluation.clip_score import ClipScorer
-    from deme_cli.evaluation.features import Extractor
+    from deme_cli.evaluation.clip_score import ClipScorer, ClipWeights
 
 
 @dataclass(frozen=True)
@@ -56,27 +60,50 @@ class Metrics:
         told: dict[str, Any] = {}
         if self.extractor is not None:
             weights = self.extractor.weights
-            told["features"] = weights.name
-            told["weights_sha256"] = weights.sha256
-            told["weights_published"] = weights.published
-            told["resize"] = weights.resize
-            told["references"] = {name: one.card for name, one in self.references.items()}
+            told = {
+                "features": weights.name,
+                "weights_sha256": weights.sha256,
+                "weights_published": weights.published,
+                "resize": weights.resize,
+                "references": {name: one.card for name, one in self.references.items()},
+            }
         if self.clip is not None:
             told["clip_score"] = self.clip.weights.card
         return told
 
+    def look(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """What is seen of images (B, H, W, C): features, and the cosines and cuts of CLIP (B, 2).
 
-@dataclass(frozen=True, slots=True)
-class MeasureProgress:
-    """`done` of the `total` images of this row and repeat are drawn and looked at.
+        ->  float64 (B, d + 2), less what is not measured
+        """
+        seen = [] if self.extractor is None else [self.extractor.features(images)]
+        return np.hstack(seen if self.clip is None else [*seen, self.clip.compare(images, prompts)])
 
-    Of images of other processes, those are counted that have been taken in.
-    """
 
-    row: str
-    repeat: int
-    done: int
-    total: int
+def open_metrics(
+    features: FeatureWeights | None,
+    references: Mapping[str, Reference],
+    clip: ClipWeights | None,
+    shape: tuple[int, int, int],
+    config: EvalConfig,
+    device: str,
+    progress: Progress,
+) -> Metrics:
+    """Load what measures, and look at the reference images. shape: (C, H, W) of the rows."""
+    extractor = scorer = None
+    opened = {}
+    if features is not None:
+        extractor = open_extractor(features, device=device, batch_size=config.batch_size)
+        for metric, reference in references.items():
+            kernel = metric == features.kernel_name
+            opened[metric] = open_reference(
+                reference, extractor, shape, kernel=kernel, world=joined(), progress=progress
+            )
+    if clip is not None:
+        from deme_cli.evaluation.clip_score import open_clip_scorer
+
+        scorer = open_clip_scorer(clip, device=device, batch_size=config.batch_size)
+    return Metrics(extractor, opened, scorer)
 
 
 @dataclass(frozen=True)
@@ -89,153 +116,122 @@ class Measured:
     values: dict[str, float]
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    @property
-    def done(self) -> int:
-        """All n images, as in MeasureProgress."""
-        return self.n
-
-
-class Unfinished:
-    """What an unfinished run has measured, so that the same command goes on where it stopped.
-
-    `identity` is JSON: all cards, counts and seeds of the run. Where the folder takes no files
-    nothing is kept, and a stopped run begins anew.
-    """
-
-    def __init__(self, folder: Path, identity: Any) -> None:
-        text = json.dumps(identity, sort_keys=True)
-        self.path = folder / f".deme-eval-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
-        self._writable = os.access(folder, os.W_OK)
-        try:
-            self._records = [Measured(**entry) for entry in json.loads(self.path.read_text())]
-        except (OSError, ValueError, TypeError):
-            self._records = []  # absent, or written by a run that was killed: measure again
-
-    def find(self, row: str, repeat: int) -> Measured | None:
-        """What was measured of a row in a repeat, if it was."""
-        return next((r for r in self._records if (r.row, r.repeat) == (row, repeat)), None)
-
-    def keep(self, record: Measured) -> None:
-        self._records.append(record)
-        if self._writable:
-            text = json.dumps([asdict(record) for record in self._records])
-            write_whole(self.path, [text.encode()])
-
-    def close(self) -> None:
-        """The run is finished: nothing needs to be kept."""
-        self.path.unlink(missing_ok=True)
-
-
-def seeds_of(row: Row, config: EvalConfig) -> list[int]:
-    """The seed of every repeat; none for finished images, which are measured once."""
-    return [] if row.finished is not None else [config.seed + r for r in range(config.repeats)]
-
-
-def num_images(row: Row, config: EvalConfig) -> int:
-    """Images of one repeat: as many as asked, or as there are."""
-    assert config.num is not None, "known once the prompts are"
-    return config.num if row.finished is None else min(config.num, len(row.finished))
-
-
-def total_images(rows: Sequence[Row], config: EvalConfig) -> int:
-    """Images of all rows in all repeats."""
-    return sum(max(len(seeds_of(row, config)), 1) * num_images(row, config) for row in rows)
-
 
 def measure_rows(
     rows: Sequence[Row],
     metrics: Metrics,
-    *,
-    sample: SampleConfig,
+    cards: Mapping[str, Mapping[str, Any]],
     config: EvalConfig,
-    unfinished: Unfinished | None = None,
+    sampling: SampleConfig,
+    *,
     compile: str = "off",
-    world: World = ALONE,
-) -> Iterator[MeasureProgress | Measured]:
-    """Measure every row in every repeat; in one repeat all rows start from the same noise.
+    progress: Progress = silent,
+) -> list[Measured]:
+    """The scores of every row in every repeat; the first process has them all.
 
-    Yields progress and, on the first process, one Measured per row and repeat, first those that an
-    earlier run has left unfinished, which only the first process has. compile: as
-    `compile_network` takes it. SIGINT, SIGTERM and SIGUSR1 end it with Stopped; what is measured
-    stays. Raises Lost where another process has ended.
+    In one repeat all rows start from the same noise. What an earlier, stopped run under the same
+    `cards` has left in the current folder is not measured again; where the folder takes no files
+    nothing is kept. SIGINT, SIGTERM and SIGUSR1 end it with Stopped; what is measured stays. Raises
+    NumericsError on images, features or scores that are not finite, Lost where another process has
+    ended.
     """
-    compiled, num_kept = _compiled(compile, rows, sample, config, world), 0
-    stop = DrawingStops(world)
-
-    def message() -> str:
-        return f"stopped; {num_kept} measurements are kept, run the same command again to go on"
-
-    with stop:
-        for repeat in range(config.repeats):
-            for row in rows:
-                if repeat and row.finished is not None:
-                    continue
-                known = unfinished.find(row.name, repeat) if unfinished is not None else None
-                if world.largest(int(known is not None)):
-                    num_kept += 1
-                    if known is not None:
-                        yield known
-                    continue
-                for record in measure_row(
-                    row, repeat, metrics, sample=sample, config=config, world=world,
-                    compiled=compiled,
-                ):  # fmt: skip
+    world = joined()
+    text = json.dumps([config.num, config.repeats, cards], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    world.require_same({"protocol": digest})
+    path = Path(f".deme-eval-{digest}.json")
+    known = _read_unfinished(path) if world.is_first else {}
+    turns = [
+        (row, repeat)
+        for repeat in range(config.repeats)
+        for row in rows
+        if not (repeat and row.finished is not None)
+    ]
+    drawn = [row.num_images(config) for row, _ in turns if row.finished is None]
+    num_batches = -(-max(drawn, default=0) // (sampling.batch_size * world.size))
+    compiled = CompiledSteps(
+        compile, num_forwards=len(drawn) * num_batches * sampling.steps,
+        num_loads=sum(len(row.experts) for row, _ in turns),
+    )  # fmt: skip
+    before, total = 0, sum(row.num_images(config) for row, _ in turns)
+    with DrawingStops(world) as stop:
+        for num_kept, (row, repeat) in enumerate(turns):
+            if not world.largest(int((row.name, repeat) in known)):
+                for record in _measure_row(row, repeat, metrics, config, sampling, compiled):
                     if isinstance(record, Measured):
-                        if unfinished is not None:
-                            unfinished.keep(record)
-                        num_kept += 1
-                    yield record
-                    stop.go_on(message())
+                        known[row.name, repeat] = record
+                        if os.access(".", os.W_OK):
+                            document = json.dumps([asdict(one) for one in known.values()])
+                            write_whole(path, [document.encode()])
+                    else:
+                        detail = f"{row.name}, repeat {repeat + 1}"
+                        progress(Step(before + record, total, "measuring", "image", detail=detail))
+                        stop.go_on(_stopped(num_kept))
                 world.wait()  # until the first one has kept it
-                num_kept += not world.is_first
-                stop.go_on(message())
-    if unfinished is not None:
-        unfinished.close()
+                stop.go_on(_stopped(num_kept + 1))
+            before += row.num_images(config)
+    path.unlink(missing_ok=True)
+    return [known[row.name, repeat] for row, repeat in turns] if world.is_first else []
 
 
-def measure_row(
-    row: Row,
-    repeat: int,
-    metrics: Metrics,
-    *,
-    sample: SampleConfig,
-    config: EvalConfig,
-    world: World = ALONE,
-    compiled: CompiledSteps = UNCOMPILED,
-) -> Iterator[MeasureProgress | Measured]:
+def _stopped(num_kept: int) -> str:
+    return f"stopped; {num_kept} measurements are kept, run the same command again to go on"
+
+
+def _read_unfinished(path: Path) -> dict[tuple[str, int], Measured]:
+    """What an unfinished run has measured, by row and repeat."""
+    try:
+        records = [Measured(**entry) for entry in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError):
+        return {}  # absent, or written by a run that was killed: measure again
+    return {(record.row, record.repeat): record for record in records}
+
+
+def _measure_row(
+    row: Row, repeat: int, metrics: Metrics, config: EvalConfig, sampling: SampleConfig,
+    compiled: CompiledSteps,
+) -> Iterator[int | Measured]:  # fmt: skip
     """Draw the images of a repeat (its seed is config.seed + repeat) and take their scores.
 
-    Yields progress, then, on the first process, the one Measured. Raises NumericsError on images,
-    features or scores that are not finite, Lost where another process has ended.
+    Yields images done, then, on the first process, the one Measured.
     """
-    n, seed = num_images(row, config), config.seed + repeat
-    shares = Shares(n, sample.batch_size, world=world)
+    n, seed, world = row.num_images(config), config.seed + repeat, joined()
+    shares = Shares(n, sampling.batch_size, world=world)
+    records: Iterable[int | ImageBatch]
+    if (finished := row.finished) is None:
+        records = sample_images(
+            row.experts, replace(sampling, num=n, seed=seed), conditioning=row.conditioning,
+            world=world, compiled=compiled,
+        )  # fmt: skip
+    else:
+        records = (
+            ImageBatch(span.start, finished.batch(span).permute(0, 2, 3, 1).numpy())
+            for span in shares.own
+        )
+
+    def look(batch: ImageBatch) -> np.ndarray:
+        prompts = (row.prompts or ())[batch.start : batch.start + len(batch.images)]
+        return metrics.look(batch.images, prompts)
+
     running, kept, pairs = RunningStatistics(), [], []
-    keeps = any(reference.features is not None for reference in metrics.references.values())
-    num_rounds = 0
-    for seen in shares.rounds(_images_of(row, replace(sample, num=n, seed=seed), shares, compiled)):
-        if isinstance(seen, int):
-            yield MeasureProgress(row.name, repeat, seen + shares.num_of_others(num_rounds), n)
-            continue
-        num_rounds += 1
-        if metrics.extractor is not None:
-            own = metrics.extractor.features(seen.images) if seen else None
-            for features in shares.gather(own):
-                running.add(features)
-                if keeps:
-                    kept.append(features.astype(np.float32))
-        if metrics.clip is not None:
-            assert row.prompts is not None
-            own = None
-            if seen:
-                prompts = row.prompts[seen.start : seen.start + len(seen.images)]
-                own = metrics.clip.compare(seen.images, prompts)
-            pairs += shares.gather(own)
+    has_kernel = any(one.features is not None for one in metrics.references.values())
+    for done, _, parts in shares.gather(records, look):
+        for part in parts:
+            features, pair = np.split(part, [part.shape[1] - 2 * bool(metrics.clip)], axis=1)
+            running.add(features)
+            pairs.append(pair)
+            if has_kernel:
+                kept.append(features.astype(np.float32))
+        yield done
     if not world.is_first:
         return
     values, details = {}, {}
-    if metrics.extractor is not None:
-        values = distances(metrics.references, running, kept, seed=seed)
+    for metric, reference in metrics.references.items():
+        if (other := reference.statistics) is not None:
+            own = running.statistics(row.name)
+            values[metric] = frechet_distance(own.mu, own.sigma, other.mu, other.sigma)
+        elif reference.features is not None:
+            values[metric] = kernel_distance(np.concatenate(kept), reference.features, seed=seed)
     if metrics.clip is not None:
         cosines, is_cut = np.concatenate(pairs).T
         values["clip_score"] = 100 * float(cosines.mean())
@@ -244,65 +240,6 @@ def measure_row(
         if not np.isfinite(value):
             raise NumericsError(f"{row.name}: {metric} is not finite ({value})")
     yield Measured(row.name, repeat, n, values, details)
-
-
-def distances(
-    references: Mapping[str, Reference],
-    running: RunningStatistics,
-    features: Sequence[np.ndarray],
-    *,
-    seed: int,
-) -> dict[str, float]:
-    """The distance of images to each opened reference, by metric.
-
-    running, features: of the images, these in batches (B, d), for kernel distances alone.
-    seed: of the random subsets of a kernel distance.
-    """
-    found = running.statistics()
-    values = {}
-    for metric, reference in references.items():
-        if (other := reference.statistics) is not None:
-            values[metric] = frechet_distance(found.mu, found.sigma, other.mu, other.sigma)
-        else:
-            assert reference.features is not None
-            values[metric] = kernel_distance(
-                np.concatenate(features), reference.features, seed=seed
-            )
-    return values
-
-
-def _images_of(
-    row: Row, sample: SampleConfig, shares: Shares, compiled: CompiledSteps
-) -> Iterator[ImageBatch | int]:
-    """The images of a row that this process sees, and between, how many of them are done."""
-    if row.finished is not None:
-        done = 0
-        for span in shares.own:
-            yield ImageBatch(span.start, row.finished.batch(span).permute(0, 2, 3, 1).numpy())
-            done += len(span)
-            yield done
-        return
-    for record in sample_images(
-        row.experts, sample, conditioning=row.conditioning, world=shares.world, compiled=compiled
-    ):
-        if isinstance(record, ImageBatch):
-            yield record
-        else:
-            yield record.done * shares.num // record.total
-
-
-def _compiled(
-    how: str, rows: Sequence[Row], sample: SampleConfig, config: EvalConfig, world: World
-) -> CompiledSteps:
-    """What the forwards of all rows go through."""
-    models = [row for row in rows if row.finished is None]
-    most = max((num_images(row, config) for row in models), default=0)
-    num_batches = math.ceil(most / sample.batch_size / world.size)
-    return CompiledSteps(
-        how,
-        num_forwards=len(models) * config.repeats * num_batches * sample.steps,
-        num_loads=config.repeats * sum(len(row.experts) for row in models),
-    )
 
 
 @dataclass(frozen=True)
@@ -342,9 +279,8 @@ class Figure:
             **self.details,
         }
         if self.difference is not None:
-            shown["difference"] = {
-                **asdict(self.difference), "interval": list(self.difference.interval)
-            }  # fmt: skip
+            interval = list(self.difference.interval)
+            shown["difference"] = {**asdict(self.difference), "interval": interval}
         return shown
 
 
@@ -357,38 +293,34 @@ def summarise(measured: Sequence[Measured]) -> dict[str, dict[str, Figure]]:
     rows: dict[str, list[Measured]] = {}
     for record in measured:
         rows.setdefault(record.row, []).append(record)
-    first = next(iter(rows.values()))
-    return {
-        name: {
-            metric: _figure(metric, records, first if records is not first else [])
-            for metric in records[0].values
-        }
-        for name, records in rows.items()
-    }
+    first = {record.repeat: record for record in next(iter(rows.values()))}
+    figures: dict[str, dict[str, Figure]] = {}
+    for name, records in rows.items():
+        figures[name] = {}
+        for metric in records[0].values:
+            values = tuple(record.values[metric] for record in records)
+            pairs = [
+                record.values[metric] - first[record.repeat].values[metric]
+                for record in records
+                if record.repeat in first and name != first[record.repeat].row
+            ]
+            difference = None
+            if len(pairs) > 1:
+                to, mean = first[records[0].repeat].row, float(np.mean(pairs))
+                difference = Difference(to, mean, _sd(pairs), interval_of(pairs))
+            figures[name][metric] = Figure(
+                value=float(np.mean(values)),
+                sd=_sd(values) if len(values) > 1 else None,
+                n=records[0].n,
+                values=values,
+                difference=difference,
+                details=records[0].details.get(metric, {}),
+            )
+    return figures
 
 
-def _figure(metric: str, records: Sequence[Measured], first: Sequence[Measured]) -> Figure:
-    values = [record.values[metric] for record in records]
-    return Figure(
-        value=float(np.mean(values)),
-        sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        n=records[0].n,
-        values=tuple(values),
-        difference=_difference(metric, records, first),
-        details=records[0].details.get(metric, {}),
-    )
-
-
-def _difference(
-    metric: str, records: Sequence[Measured], first: Sequence[Measured]
-) -> Difference | None:
-    """The paired difference over the repeats that both rows have; None for fewer than two."""
-    others = {record.repeat: record.values[metric] for record in first}
-    pairs = [r.values[metric] - others[r.repeat] for r in records if r.repeat in others]
-    if len(pairs) < 2:
-        return None
-    sd = float(np.std(pairs, ddof=1))
-    return Difference(first[0].row, float(np.mean(pairs)), sd, interval_of(pairs))
+def _sd(sample: Sequence[float]) -> float:
+    return float(np.std(sample, ddof=1))
 
 
 def interval_of(sample: Sequence[float]) -> tuple[float, float]:
@@ -396,5 +328,5 @@ def interval_of(sample: Sequence[float]) -> tuple[float, float]:
     from scipy.special import stdtrit
 
     count, mean = len(sample), float(np.mean(sample))
-    half = float(stdtrit(count - 1, 0.975)) * float(np.std(sample, ddof=1)) / count**0.5
+    half = float(stdtrit(count - 1, 0.975)) * _sd(sample) / count**0.5
     return mean - half, mean + half

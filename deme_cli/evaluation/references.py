@@ -1,44 +1,46 @@
-"""What images are compared with: a named dataset, images, or statistics somebody made before.
+"""What figures are taken on and against: a feature network by its file, and reference images.
 
-`find_reference` tells at once, without torch, whether a reference can be had and fits the features
-in use; `open_reference` reads it, or looks at its images; `reference_statistics` makes statistics
-to be kept. The reference of CIFAR-10 is the train split (50,000 images), that of the digits the
-test split.
+`inception`, `clip` and `digits` are networks known by name; anything else is a TorchScript file of
+float32 images (B, 3, H, W) in [0, 255] -> (B, d). Only a distance on Inception features is called
+FID. A reference is a named dataset, images, or statistics somebody made before: that of CIFAR-10 is
+the train split (50,000 images), that of the digits the test split. `find_weights` and
+`find_reference` tell at once, without torch, whether they can be had and fit each other;
+`open_reference` reads statistics, or looks at images; `reference_statistics` makes statistics to be
+kept.
 n images, d features.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import platform
+import re
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deme_cli.artifacts import StatisticsRecord, record_of, write_artifact
+from deme_cli.artifacts import StatisticsRecord, read_record, record_of, write_artifact
 from deme_cli.config import EvalConfig
-from deme_cli.console import Progress, Step, silent
+from deme_cli.console import Progress, silent
+from deme_cli.data.digits import EMBEDDED
 from deme_cli.data.image_source import FOLDERS_ONLY, find_image_source
-from deme_cli.distributed import ALONE, World
+from deme_cli.distributed import ALONE, World, joined
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.evaluation.weights import (
-    FeatureWeights,
-    choose_features,
-    find_weights,
-    require_same_extractor,
-    weights_assets,
-)
-from deme_cli.fetch import Asset, fetch, sha256_of
+from deme_cli.fetch import Asset, fetch, sha256_of, user_cache
 from deme_cli.files import read_header, require_output
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from deme_cli.data.images import ImageData
     from deme_cli.evaluation.features import Extractor
-    from deme_cli.evaluation.frechet import RunningStatistics, Statistics
+    from deme_cli.evaluation.frechet import Statistics
 
+DIGITS_PATH = EMBEDDED / "digit-features.pt"  # made by examples/digit_features.py
+NAMED = ("inception", "clip", "digits")
 SPLITS = {"train": "train", "test": "held-out", "held-out": "held-out", "all": "all"}
 _DEFAULT_SPLITS = {"digits": "held-out", "cifar10": "train"}
 # Known datasets whose Inception statistics clean-fid publishes: its name, split, size, image count.
@@ -46,6 +48,159 @@ PUBLISHED_STATISTICS = {
     "cifar10": ("cifar10", "train", 32, 50_000),
     "lsun-church": ("lsun_church", "train", 256, 50_000),
 }
+
+
+@dataclass(frozen=True)
+class FeatureWeights:
+    """A feature network by its file. `family` is one of NAMED, or `file`.
+
+    `published` says whether the checksum is the publisher's; None where nobody publishes one.
+    """
+
+    family: str
+    name: str
+    resize: str
+    path: Path
+    sha256: str
+    published: bool | None
+
+    @property
+    def metric_name(self) -> str:
+        """What a Fréchet distance on these features is called."""
+        return "fid" if self.family == "inception" else f"frechet_{self.name}"
+
+    @property
+    def kernel_name(self) -> str:
+        """What a kernel distance on these features is called."""
+        return "kid" if self.family == "inception" else f"kernel_{self.name}"
+
+    @property
+    def extractor(self) -> dict[str, str]:
+        """As a statistics record names it."""
+        return {"name": self.name, "sha256": self.sha256}
+
+
+def choose_features(features: str | None, references: Sequence[str]) -> str:
+    """The features asked for, else those that fit the references.
+
+    `digits` for digits, those of a `statistics` artifact where it was made with named ones, else
+    `inception`.
+    """
+    for reference in references if features is None else ():
+        if reference == "digits":
+            return "digits"
+        if reference.endswith(".safetensors") and Path(reference).is_file():
+            record = read_record(Path(reference))
+            if isinstance(record, StatisticsRecord) and record.extractor.get("name") in NAMED:
+                return record.extractor["name"]
+    return features or "inception"
+
+
+def weights_assets(features: str, resize: str, weights: Path | None) -> list[Asset]:
+    """The published file that `find_weights` will look for, if it does.
+
+    Raises ConfigError for settings that contradict each other, MissingError for no such features.
+    """
+    if features not in NAMED and not Path(features).expanduser().is_file():
+        raise MissingError(
+            f"--features {features}: no such file; expected {', '.join(NAMED)} or a TorchScript"
+        )
+    if weights is not None and features not in ("inception", "clip"):
+        raise ConfigError(
+            "--weights goes with --features inception or clip; others bring their own"
+        )
+    if resize != "clean" and features != "inception":
+        raise ConfigError(f"--resize {resize} goes with --features inception, not {features}")
+    asset = published_weights(features, resize)
+    return [asset] if asset is not None and weights is None else []
+
+
+def find_weights(
+    features: str, resize: str = "clean", weights: Path | None = None
+) -> FeatureWeights:
+    """The feature network that `--features`, `--resize` and `--weights` name.
+
+    resize counts for Inception alone: images reach the other networks in their own way. Raises what
+    `weights_assets` raises, MissingError for a file that is not there.
+    """
+    path = weights or (DIGITS_PATH if features == "digits" else Path(features).expanduser())
+    for asset in weights_assets(features, resize, weights):
+        if (found := asset.find()) is None:
+            raise MissingError(f"{asset.name}: the {asset.what} are missing; fetch {asset.url}")
+        path = found
+    if not path.is_file():
+        raise MissingError(f"{path}: no such file of feature network weights")
+    digest, published = sha256_of(path), published_weights(features, resize)
+    is_copy = features == "clip" and path.suffix == ".safetensors"  # open_clip's, without checksum
+    known = None if published is None or is_copy else digest == published.sha256
+    if features not in NAMED:
+        name = re.sub(r"\W+", "_", path.stem).strip("_").lower()
+        return FeatureWeights("file", name, "none", path, digest, known)
+    way = {"inception": resize, "clip": "clip", "digits": "none"}[features]
+    return FeatureWeights(features, features, way, path, digest, known)
+
+
+def require_same_extractor(record: StatisticsRecord, weights: FeatureWeights, where: str) -> None:
+    """Check that statistics were made with this network and resize mode; raises ArtifactError."""
+    made = (record.extractor.get("name"), record.extractor.get("sha256"), record.resize)
+    used = (weights.name, weights.sha256, weights.resize)
+    if made != used:
+        then, now = (
+            f"{name} (sha256 {sha!s:.12}, resize {way})" for name, sha, way in (made, used)
+        )
+        raise ArtifactError(
+            f"{where}: made with {then}, this run uses {now}; set --features, --resize and "
+            f"--weights as then, or run `deme stats` again"
+        )
+
+
+def published_weights(features: str, resize: str) -> Asset | None:
+    """The file of a network that others publish.
+
+    Of Inception as clean-fid takes it for a resize mode: the TorchScript of NVIDIA's StyleGAN2-ADA
+    for `clean` and `legacy_tensorflow`, the state dict of pytorch-fid for `legacy_pytorch`. Of
+    CLIP ViT-B/32, as in clean-fid's `clip_vit_b_32`, OpenAI's file, or the copy that open_clip has
+    fetched from the hub.
+    """
+    if features == "clip":
+        digest = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
+        copies = hub_cache().glob(
+            "models--timm--vit_base_patch32_clip_224.openai/snapshots/*/open_clip_model.safetensors"
+        )
+        return Asset(
+            "ViT-B-32.pt",
+            "CLIP ViT-B/32 weights",
+            f"https://openaipublic.azureedge.net/clip/models/{digest}/ViT-B-32.pt",
+            digest,
+            (user_cache() / "clip" / "ViT-B-32.pt", *sorted(copies)),
+        )
+    if features != "inception":
+        return None
+    if resize == "legacy_pytorch":
+        name = "pt_inception-2015-12-05-6726825d.pth"
+        torch_home = Path(os.environ.get("TORCH_HOME") or user_cache() / "torch").expanduser()
+        return Asset(
+            name,
+            "Inception weights of pytorch-fid",
+            f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{name}",
+            "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+            (torch_home / "hub" / "checkpoints" / name,),
+        )
+    name = "inception-2015-12-05.pt"
+    own = Path("." if platform.system() == "Windows" else "/tmp")  # clean-fid's fixed place
+    return Asset(
+        name,
+        "Inception weights",
+        f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{name}",
+        "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+        (own / name,),
+    )
+
+
+def hub_cache() -> Path:
+    """Where the hub's library keeps what it fetches."""
+    home = Path(os.environ.get("HF_HOME") or user_cache() / "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
 
 
 @dataclass(frozen=True)
@@ -196,7 +351,7 @@ def open_reference(
     images. Raises ArtifactError if statistics have another number of features.
     """
     if reference.path is not None:
-        statistics = _read_statistics(reference)
+        statistics = _read_statistics(reference.path, reference.n or 0)
         d = len(statistics.mu)
         if shape is not None and d != (num_features := extractor.num_features(shape)):
             raise ArtifactError(
@@ -206,66 +361,40 @@ def open_reference(
     import numpy as np
 
     from deme_cli.data.images import open_images
+    from deme_cli.evaluation.features import look_at
 
     data = open_images(reference.source, shape=shape, split=reference.split or "all")
     label = f"reference {reference.source}"
-    running, kept = _look_at(data, extractor, label, world, progress, keep=kernel)
+    running, kept = look_at(data, extractor, label, world, progress, keep=kernel)
     opened = replace(reference, n=len(data), sha256=data.fingerprint)
     if not world.is_first:
         return opened
     if kernel:
         return replace(opened, features=np.concatenate(kept))
-    return replace(opened, statistics=running.statistics())
+    return replace(opened, statistics=running.statistics(reference.source))
 
 
-def _look_at(
-    data: ImageData,
-    extractor: Extractor,
-    label: str,
-    world: World,
-    progress: Progress,
-    *,
-    keep: bool = False,
-) -> tuple[RunningStatistics, list[np.ndarray]]:
-    """Mean and covariance of the features of a set, and, with `keep`, themselves in float32."""
-    from deme_cli.evaluation.features import image_features
-    from deme_cli.evaluation.frechet import RunningStatistics
-
-    running, kept = RunningStatistics(), []
-    for features in image_features(data, extractor, world):
-        running.add(features)
-        if keep:
-            kept.append(features.astype("float32"))
-        progress(Step(running.n, len(data), label, "image"))
-    return running, kept
-
-
-def _read_statistics(reference: Reference) -> Statistics:
+def _read_statistics(path: Path, n: int) -> Statistics:
     """The mean and covariance in a file; raises ArtifactError where their shapes do not fit."""
     import numpy as np
     from safetensors.numpy import load_file
 
     from deme_cli.evaluation.frechet import Statistics
 
-    path = reference.path
-    assert path is not None
-    if reference.kind == "statistics":
-        arrays = load_file(path)
-        mu, sigma = arrays.get("mu"), arrays.get("sigma")
-    else:
-        try:
+    try:
+        if path.suffix == ".safetensors":
+            arrays = load_file(path)
+        else:
             with np.load(path, allow_pickle=False) as archive:
-                mu, sigma = archive["mu"], archive["sigma"]
-        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-            raise ArtifactError(
-                f"{path}: cannot be read: {error}; fetch or make it again"
-            ) from error
-    if mu is None or sigma is None or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        shapes = [None if part is None else tuple(part.shape) for part in (mu, sigma)]
+                arrays = {name: archive[name] for name in ("mu", "sigma")}
+        mu, sigma = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
+    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}; fetch or make it again") from error
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise ArtifactError(
-            f"{path}: expected mu (d,) and sigma (d, d), found {shapes[0]}, {shapes[1]}"
+            f"{path}: expected mu (d,) and sigma (d, d), found {mu.shape}, {sigma.shape}"
         )
-    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), reference.n or 0)
+    return Statistics(mu, sigma, n)
 
 
 def reference_statistics(
@@ -273,16 +402,10 @@ def reference_statistics(
     output: Path,
     settings: EvalConfig | None = None,
     *,
-    split: str | None = None,
-    size: int | None = None,
-    squeeze: bool = False,
-    weights: Path | None = None,
-    run: RunFile | None = None,
-    device: str = "auto",
-    force: bool = False,
-    world: World = ALONE,
-    progress: Progress = silent,
-) -> StatisticsRecord | None:
+    split: str | None = None, size: int | None = None, squeeze: bool = False,
+    weights: Path | None = None, run: RunFile | None = None, device: str = "auto",
+    force: bool = False, progress: Progress = silent,
+) -> StatisticsRecord | None:  # fmt: skip
     """Make the reference statistics that `evaluate` takes distances to.
 
     data: a folder, parquet file, hub dataset id, samples, digits or cifar10.   settings: of which
@@ -291,10 +414,11 @@ def reference_statistics(
     `squeeze` squeezed.   weights: the file of the Inception or CLIP features.   progress: is
     told how far it is.
 
-    Returns the record, None in the other processes of a launch. Raises ConfigError, MissingError,
-    ArtifactError, NumericsError; then no output appears.
+    The processes that this one has joined share the images. Returns the record, None in all but the
+    first of them. Raises ConfigError, MissingError, ArtifactError, NumericsError; then no output
+    appears.
     """
-    settings = settings or (run or RunFile()).settings(EvalConfig)
+    settings, world = settings or (run or RunFile()).settings(EvalConfig), joined()
     world.require_same({
         "data": data, "output": str(output), "split": split, "size": size, "squeeze": squeeze,
         "features": settings.features, "resize": settings.resize, "weights": str(weights),
@@ -317,15 +441,15 @@ def reference_statistics(
     import numpy as np
 
     from deme_cli.data.images import open_images
-    from deme_cli.evaluation.features import open_extractor
+    from deme_cli.evaluation.features import look_at, open_extractor
 
     extractor = open_extractor(found, device=world.device or device, batch_size=settings.batch_size)
     shape = None if size is None else (3, size, size)
     images = open_images(data, shape=shape, split=split, squeeze=squeeze)
-    running, _ = _look_at(images, extractor, f"looking at {data}", world, progress)
+    running, _ = look_at(images, extractor, f"looking at {data}", world, progress)
     made = None
     if world.is_first:
-        statistics = running.statistics()
+        statistics = running.statistics(data)
         described = {
             "fingerprint": images.fingerprint, "split": split, "shape": list(images.shape),
             "squeezed": images.squeeze,

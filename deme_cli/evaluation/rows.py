@@ -10,25 +10,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from deme_cli import console
 from deme_cli.artifacts import DenoiserRecord, ExpertRecord, Record, SamplesRecord, read_record
-from deme_cli.config import SampleConfig
+from deme_cli.config import EVAL_NUM, EvalConfig, SampleConfig
+from deme_cli.console import Progress, silent
 from deme_cli.data.image_source import find_files, image_suffixes
-from deme_cli.data.prompts import PromptSet
+from deme_cli.data.prompts import PromptSet, prompt_assets, read_prompts, select_prompts
 from deme_cli.diffusion.model_files import locate_model, read_json
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
+from deme_cli.evaluation.protocols import require_one_protocol
+from deme_cli.fetch import fetch
+from deme_cli.run_file import RunFile
 from deme_cli.run_folder import CARD_NAME
-from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
+from deme_cli.sampling.ensemble import open_ensemble, open_single, read_ensemble
 
 if TYPE_CHECKING:
     from deme_cli.data.images import ImageData
+    from deme_cli.evaluation.references import FeatureWeights
     from deme_cli.sampling.conditioning import Conditioning
-    from deme_cli.sampling.sampler import SamplingExpert
+    from deme_cli.sampling.ensemble import SamplingExpert
 
 ENSEMBLE = "ensemble"
 
@@ -49,32 +56,27 @@ def plan_rows(arguments: Sequence[str]) -> tuple[list[RowPlan], list[str]]:
     measured, ConfigError for one given twice.
     """
     records = {argument: record_of_file(argument) for argument in arguments}
-    experts = {
-        argument: record
-        for argument, record in records.items()
-        if isinstance(record, ExpertRecord) and not _covers_all(record)
-    }
-    ensembles = {group[0]: group for group in _ensembles(experts)}
+    ensembles = {group[0]: group for group in _ensembles(records)}
     grouped = {argument for group in ensembles.values() for argument in group}
     plans, warnings = [], []
     for argument in arguments:
+        record = records[argument]
         if group := ensembles.get(argument):
             name = f"{ENSEMBLE}-{len(group)}" if len(ensembles) > 1 else ENSEMBLE
             plans.append(RowPlan(name, ENSEMBLE, group))
         elif argument not in grouped:
-            plans.append(_plan(argument, records[argument]))
-            if record := experts.get(argument):
+            plans.append(_plan(argument, record))
+            if _is_partial(record):
                 warnings.append(
                     f"{argument}: the expert of timesteps {record.timesteps} will denoise all "
                     f"{record.num_train_timesteps}: it makes no ensemble with the others given"
                 )
-    names = [plan.name for plan in plans]
-    plans = [
-        plan if names.count(plan.name) == 1 else replace(plan, name=", ".join(plan.arguments))
-        for plan in plans
-    ]
-    names = [plan.name for plan in plans]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    names = Counter(plan.name for plan in plans)
+    for index, plan in enumerate(plans):
+        if names[plan.name] > 1:
+            plans[index] = replace(plan, name=", ".join(plan.arguments))
+    (twice, count), *_ = Counter(plan.name for plan in plans).most_common(1) or [("", 0)]
+    if count > 1:
         raise ConfigError(f"{twice} is given twice")
     return plans, warnings
 
@@ -88,17 +90,13 @@ def folder_rows(base: Path) -> tuple[list[RowPlan], list[str]]:
     found = [base, *sorted(folder.glob("ft_*.safetensors")), folder / "merged.safetensors"]
     plans, warnings = plan_rows([str(path) for path in found if path.exists()])
     if warnings:
-        lone = [
-            plan
-            for plan in plans
-            if plan.kind == "expert"
-            and not _covers_all(read_record(Path(plan.arguments[0]), "expert"))
-        ]
+        experts = [plan for plan in plans if plan.kind == "expert"]
+        alone = [plan for plan in experts if _is_partial(record_of_file(plan.arguments[0]))]
         warnings = [
-            f"no row for the ensemble: {', '.join(plan.name for plan in lone)} do not cover all "
+            f"no row for the ensemble: {', '.join(plan.name for plan in alone)} do not cover all "
             f"timesteps once; name a file to measure it alone"
         ]
-        plans = [plan for plan in plans if plan not in lone]
+        plans = [plan for plan in plans if plan not in alone]
     if not plans:
         raise MissingError(
             f"nothing to measure: no {base.name}, no experts that cover all timesteps, no "
@@ -135,12 +133,14 @@ def _is_image_folder(path: Path) -> bool:
     )
 
 
-def _covers_all(record: ExpertRecord) -> bool:
-    return len(record.timesteps) == record.num_train_timesteps
+def _is_partial(record: Record | None) -> TypeGuard[ExpertRecord]:
+    """Whether it is of an expert of a part of [0, T)."""
+    return isinstance(record, ExpertRecord) and len(record.timesteps) < record.num_train_timesteps
 
 
-def _ensembles(experts: dict[str, ExpertRecord]) -> Iterator[tuple[str, ...]]:
+def _ensembles(records: Mapping[str, Record | None]) -> Iterator[tuple[str, ...]]:
     """Groups of arguments whose experts cover [0, T) once: of one base, then of one N."""
+    experts = {argument: record for argument, record in records.items() if _is_partial(record)}
     by_base: dict[str, list[str]] = {}
     for argument, record in experts.items():
         by_base.setdefault(record.base, []).append(argument)
@@ -178,17 +178,42 @@ class Row:
     finished: ImageData | None = None
     prompts: Sequence[str] | None = None
 
+    def num_images(self, config: EvalConfig) -> int:
+        """Images of one repeat: as many as asked, or as there are."""
+        assert config.num is not None, "known once the prompts are"
+        return config.num if self.finished is None else min(config.num, len(self.finished))
+
+    def seeds(self, config: EvalConfig) -> list[int]:
+        """The seed of every repeat; none for finished images, which are measured once."""
+        return [] if self.finished is not None else [config.seed + r for r in range(config.repeats)]
+
+
+def find_prompts(
+    run: RunFile, config: EvalConfig, sample: SampleConfig, progress: Progress = silent
+) -> tuple[PromptSet | None, EvalConfig, SampleConfig]:
+    """The prompts that are asked for, and the settings with the number of images there will be.
+
+    Raises ConfigError where the number that is set does not match the prompts.
+    """
+    if sample.prompts is None:
+        count = EVAL_NUM if config.num is None else config.num
+        return None, replace(config, num=count), replace(sample, num=count)
+    source = run.seen(sample.prompts)
+    fetch(prompt_assets(source), progress)
+    prompts = read_prompts(source, column=sample.prompt_column)
+    asked = EVAL_NUM if config.num is None and prompts.cycles else config.num
+    count = len(select_prompts(prompts, num=asked, per_prompt=sample.per_prompt))
+    sample = replace(sample, prompts=source, num=count)
+    return prompts, replace(config, num=count), sample
+
 
 def open_rows(
     plans: Sequence[RowPlan],
     sample: SampleConfig,
     *,
-    prompts: PromptSet | None = None,
-    needs_prompts: bool = False,
-    pipeline: str | None = None,
-    device: str = "cpu",
-    dtype: str = "fp32",
-) -> list[Row]:
+    prompts: PromptSet | None = None, needs_prompts: bool = False,
+    pipeline: str | None = None, device: str = "cpu", dtype: str = "fp32",
+) -> list[Row]:  # fmt: skip
     """What the plans need to be measured. Models in artifacts are loaded when sampled.
 
     Models of one base share a conditioning, so that its text encoders are loaded once. Raises
@@ -198,7 +223,7 @@ def open_rows(
     rows: list[Row] = []
     for plan in plans:
         if plan.kind == "samples":
-            row = _open_samples(plan, prompts if needs_prompts else None, sample, needs_prompts)
+            row = _open_samples(plan, prompts, sample, needs_prompts=needs_prompts)
         else:
             row = _open_model(plan, sample, conditionings, pipeline, device, dtype)
         rows.append(row)
@@ -217,24 +242,19 @@ def open_rows(
 
 
 def _open_model(
-    plan: RowPlan,
-    sample: SampleConfig,
-    conditionings: dict[str, Conditioning],
-    pipeline: str | None,
-    device: str,
-    dtype: str,
-) -> Row:
+    plan: RowPlan, sample: SampleConfig, conditionings: dict[str, Conditioning],
+    pipeline: str | None, device: str, dtype: str,
+) -> Row:  # fmt: skip
     from deme_cli.sampling.conditioning import open_conditioning, protocol_card
-    from deme_cli.sampling.ensemble import open_single
 
+    records: list[DenoiserRecord]
     if plan.kind == ENSEMBLE:
         paths = [Path(argument).expanduser() for argument in plan.arguments]
-        records: list[DenoiserRecord] = [member.record for member in read_ensemble(paths)]
+        records = [member.record for member in read_ensemble(paths)]
         experts = open_ensemble(paths, device=device, dtype=dtype)
     else:
-        experts, record = open_single(
-            plan.arguments[0], pipeline=pipeline, device=device, dtype=dtype
-        )
+        (argument,) = plan.arguments
+        experts, record = open_single(argument, pipeline=pipeline, device=device, dtype=dtype)
         records = [record]
     first = records[0]
     key = json.dumps([first.source, first.model_config, first.companions], sort_keys=True)
@@ -242,22 +262,14 @@ def _open_model(
         conditionings[key] = open_conditioning(
             first, sample, pipeline=pipeline, device=device, dtype=dtype
         )
-    conditioning = conditionings[key]
-    card = protocol_card(records, sample, conditioning=conditioning, dtype=dtype)
+    about = conditionings[key]
+    card = protocol_card(records, sample, conditioning=about, dtype=dtype)
     kind = card["model"] if plan.kind == "model" else plan.kind
-    return Row(
-        plan.name,
-        kind,
-        conditioning.image_shape,
-        card,
-        experts,
-        conditioning,
-        prompts=conditioning.prompts,
-    )
+    return Row(plan.name, kind, about.image_shape, card, experts, about, prompts=about.prompts)
 
 
 def _open_samples(
-    plan: RowPlan, given: PromptSet | None, sample: SampleConfig, needs_prompts: bool
+    plan: RowPlan, given: PromptSet | None, sample: SampleConfig, *, needs_prompts: bool
 ) -> Row:
     """Finished images: a samples artifact, or a folder of image files."""
     from deme_cli.data.captions import NoAnnotations
@@ -269,35 +281,25 @@ def _open_samples(
     prompts: Sequence[str] | None = None
     if isinstance(record, SamplesRecord):
         card, prompts = record.protocol, record.prompts
-        if prompts is not None and not (
-            len(prompts) == len(data) and all(type(prompt) is str for prompt in prompts)
-        ):
+        if prompts is not None and list(map(type, prompts)) != [str] * len(data):
             raise ArtifactError(
                 f"{argument}: expected {len(data)} prompts, one for each image, "
                 f"found {len(prompts)}"
             )
     else:
-        card = _card_of(Path(argument).expanduser())
+        path = Path(argument).expanduser() / CARD_NAME
+        card = read_json(path).get("protocol", {}) if path.is_file() else {}
+        if not isinstance(card, dict):
+            raise ArtifactError(f"{path}: expected a table under protocol, found {card!r:.40}")
         if needs_prompts:
-            try:
+            with suppress(NoAnnotations):
                 told = open_images(argument, shape=None, split="all", wants="text", keep=False)
                 prompts = told.captions(range(len(told)))
-            except NoAnnotations:
-                pass
-    if given is not None and prompts is None:
+    if needs_prompts and given is not None and prompts is None:
         data, prompts = pair(data, given, per_prompt=sample.per_prompt)
         card = {**card, "prompts_sha256": given.sha256}
     card = {**card, "images": data.fingerprint}
     return Row(plan.name, plan.kind, data.shape, card, finished=data, prompts=prompts)
-
-
-def _card_of(folder: Path) -> dict[str, Any]:
-    """The protocol card that `deme sample` left in a folder of images; empty without one."""
-    path = folder / CARD_NAME
-    card = read_json(path).get("protocol", {}) if path.is_file() else {}
-    if not isinstance(card, dict):
-        raise ArtifactError(f"{path}: expected a table under protocol, found {card!r:.40}")
-    return card
 
 
 def pair(data: ImageData, given: PromptSet, *, per_prompt: int) -> tuple[ImageData, list[str]]:
@@ -306,8 +308,6 @@ def pair(data: ImageData, given: PromptSet, *, per_prompt: int) -> tuple[ImageDa
     By the names of files, where the prompts have any, else in order: of images the first ones.
     Raises ArtifactError where names do not fit, ConfigError for fewer images than prompts.
     """
-    from deme_cli.sampling.conditioning import prompts_in_turn
-
     names = data.file_names()
     if given.files is not None and names is not None:
         chosen, rows = _by_name(data.source, given, names)
@@ -320,7 +320,8 @@ def pair(data: ImageData, given: PromptSet, *, per_prompt: int) -> tuple[ImageDa
             f"nothing tells which belong together; give the prompts of these images, or a table "
             f"with a column file_name"
         )
-    return data, prompts_in_turn(given, num=total, per_prompt=per_prompt)[0]
+    chosen_prompts = select_prompts(given, num=total, per_prompt=per_prompt)
+    return data, [prompt for prompt, _ in chosen_prompts]
 
 
 def _by_name(source: str, given: PromptSet, names: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -353,3 +354,30 @@ def _by_name(source: str, given: PromptSet, names: Sequence[str]) -> tuple[list[
             f"{given.source} names in {len(rows)} rows"
         )
     return chosen, [rows[names[number]] for number in chosen]
+
+
+def compare_rows(
+    rows: Sequence[Row], config: EvalConfig, features: FeatureWeights | None
+) -> list[str]:
+    """What makes figures hard to compare, told before the work; raises what must not be."""
+    told = []
+    if features is not None and features.published is False:
+        told.append(
+            f"{features.path}: not the published {features.name} weights (sha256 "
+            f"{features.sha256[:12]}); figures cannot be compared with others'"
+        )
+    counts = {row.name: row.num_images(config) for row in rows}
+    for row in rows:
+        num = counts[row.name]
+        if features is not None and num != config.num:
+            told.append(
+                f"{row.name} has {num} images, not {config.num}: "
+                f"fewer images make a distance larger"
+            )
+        if row.finished is not None and num < len(row.finished):
+            told.append(
+                f"{row.name}: the first {num} of its {len(row.finished)} images are taken, "
+                f"{row.finished.name(0)} to {row.finished.name(num - 1)}"
+            )
+    cards = {row.name: row.card for row in rows}
+    return told + require_one_protocol(cards, counts, mixed=config.mixed)

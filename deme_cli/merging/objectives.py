@@ -43,7 +43,7 @@ from deme_cli.files import write_whole
 from deme_cli.merging.successive_halving import Stage, label_of
 from deme_cli.sampling.conditioning import Conditioning, open_conditioning
 from deme_cli.sampling.ensemble import SamplingExpert
-from deme_cli.sampling.sampler import ImageBatch, StepProgress, sample_images, seeded_noise
+from deme_cli.sampling.sampler import ImageBatch, sample_images, seeded_noise
 from deme_cli.sampling.scheduler import name_sampler
 from deme_cli.timesteps import TimestepRange, parse_span, route
 from deme_cli.training.batches import Check, FixedDraws
@@ -249,15 +249,12 @@ class GeneratedDistance:
         if kept is not None:
             parts.append(kept[:num])
         first = len(parts[0]) if parts else 0
-        drawing = sample_images(
-            experts, self._sample, conditioning=self._conditioning, hold_one=len(experts) > 1,
-            first=first,
-        )  # fmt: skip
+        drawing = sample_images(experts, self._sample, conditioning=self._conditioning, first=first)
         for record in drawing if first < num else ():
             if isinstance(record, ImageBatch):
                 parts.append(self._extractor.features(record.images).astype(np.float32))
-            elif isinstance(record, StepProgress):
-                check(record.done * num // record.total, num)
+            else:
+                check(record, num)
         features = np.concatenate(parts)
         if not np.isfinite(features).all():
             raise NumericsError("the features are not finite; the images or the extractor are bad")

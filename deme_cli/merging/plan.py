@@ -26,8 +26,7 @@ from deme_cli.config import (
 )
 from deme_cli.data.image_source import find_image_source
 from deme_cli.errors import ConfigError
-from deme_cli.evaluation.references import find_reference
-from deme_cli.evaluation.weights import choose_features, find_weights
+from deme_cli.evaluation.references import choose_features, find_reference, find_weights
 from deme_cli.files import require_output, require_space
 from deme_cli.merging.coefficients import Coefficients, groups_of, require_matches
 from deme_cli.merging.inputs import Inputs, find_base, open_experts, open_inputs

@@ -8,11 +8,12 @@ draws pixels has images for latents.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,12 +21,12 @@ from deme_cli.artifacts import DenoiserRecord, ExpertRecord
 from deme_cli.config import SampleConfig
 from deme_cli.data.prompts import PromptSet, read_prompts, select_prompts
 from deme_cli.diffusion.backbones.backbone import Shape
-from deme_cli.diffusion.companions import GEOMETRY, Companions, open_companions
+from deme_cli.diffusion.companions import Companions, open_companions
 from deme_cli.diffusion.conditions import Conditions, concatenate, null_like
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser
 from deme_cli.diffusion.schedule import FLOW, flow_config
 from deme_cli.errors import ConfigError
-from deme_cli.sampling.scheduler import build_scheduler, can_clip, name_sampler
+from deme_cli.sampling.scheduler import build_scheduler, name_sampler
 
 DEFAULT_NUM = 64  # images, where neither -n nor prompts say how many
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
@@ -33,16 +34,18 @@ _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Images 0 .. num - 1: their noise has `latent_shape`, they come out with `image_shape`.
+    """Images 0 .. num - 1: their noise has `latent_shape`, the model draws `drawn_shape`.
 
-    `guidance` is the scale of classifier-free guidance, None for models drawn from noise alone.
-    `prompts` and `classes` hold one per image, where images have them; `card` says where they are
-    from.
+    `guidance` is the scale of classifier-free guidance, None for models drawn from noise alone;
+    with `embeds_guidance` it is an input of the network (distilled). `prompts` and `classes` hold
+    one per image, where images have them; `card` says where they are from.
     """
 
     companions: Companions
     latent_shape: Shape
+    drawn_shape: Shape
     guidance: float | None
+    embeds_guidance: bool
     resize: int | None
     num: int
     prompts: list[str] | None
@@ -50,30 +53,20 @@ class Conditioning:
     card: dict[str, Any]
 
     @property
-    def drawn_shape(self) -> Shape:
-        """(C, H, W) of the images as the model draws them."""
-        return self.companions.image_shape(self.latent_shape)
-
-    @property
     def image_shape(self) -> Shape:
         """(C, H, W) of the finished images, after `resize`."""
-        if self.resize is None:
-            return self.drawn_shape
-        return self.drawn_shape[0], self.resize, self.resize
-
-    @property
-    def resolution(self) -> int | None:
-        """Pixels per side as drawn; None for pixels of the size the model was made for."""
-        companions = self.companions
-        own = companions.backbone.sample_shape(companions.record.model_config)
-        if not self.has_latents and self.latent_shape == own:
-            return None
-        return self.drawn_shape[1]
+        channels, height, width = self.drawn_shape
+        return channels, self.resize or height, self.resize or width
 
     @property
     def has_latents(self) -> bool:
         """Whether a VAE turns what is denoised into images."""
         return "vae" in self.companions.backbone.parts
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether every forward has the images twice: with the null, and with their conditions."""
+        return not self.embeds_guidance and self.guidance is not None and self.guidance > 1
 
     def scheduler(self, record: DenoiserRecord, config: SampleConfig) -> Any:
         """The sampler of a model of this base, laid out as the model's own pipeline does.
@@ -86,18 +79,6 @@ class Conditioning:
             lay_out=lambda own, steps: backbone.lay_out(own, steps, self.latent_shape),
         )  # fmt: skip
 
-    @property
-    def embedded_guidance(self) -> float | None:
-        """The scale where it is an input of the network (distilled)."""
-        companions = self.companions
-        is_input = companions.backbone.embeds_guidance(companions.record.model_config)
-        return self.guidance if is_input else None
-
-    @property
-    def is_paired(self) -> bool:
-        """Whether every forward has the images twice: with the null, and with their conditions."""
-        return self.embedded_guidance is None and self.guidance is not None and self.guidance > 1
-
     def conditions(self, start: int, stop: int) -> Conditions:
         """What the network is told of images start .. stop - 1, batch B.
 
@@ -109,11 +90,11 @@ class Conditioning:
             return {}
         _, height, width = self.drawn_shape
         sizes = [height, width, 0, 0, height, width]  # uncropped, as the pipeline says by default
-        assert len(sizes) == GEOMETRY
-        geometry = torch.tensor([sizes] * (stop - start))
-        conditions = self.companions.conditions(named[start:stop], geometry)
-        if self.embedded_guidance is not None:
-            scale = torch.full((stop - start,), self.embedded_guidance, dtype=torch.float32)
+        conditions = self.companions.conditions(
+            named[start:stop], torch.tensor([sizes] * (stop - start))
+        )
+        if self.embeds_guidance and self.guidance is not None:
+            scale = torch.full((stop - start,), self.guidance, dtype=torch.float32)
             conditions["guidance"] = scale.to(self.companions.device)
         if self.is_paired:
             conditions = concatenate(null_like(conditions, self.companions.null()), conditions)
@@ -135,21 +116,26 @@ def open_conditioning(
     config: SampleConfig,
     *,
     prompts: PromptSet | None = None,
-    pipeline: str | None = None,
-    device: str = "cpu",
-    dtype: str = "fp32",
-) -> Conditioning:
+    pipeline: str | None = None, device: str = "cpu", dtype: str = "fp32",
+) -> Conditioning:  # fmt: skip
     """What images of a model show, and of all models of its base.
 
     prompts: in place of those that `config` names. pipeline: folder or hub id of the frozen parts,
-    else where the base came from. Nothing is loaded yet. Raises ConfigError where the settings do
+    else where the base came from. Nothing is loaded yet. guidance: as given, else that of the
+    model's pipeline, and 1 for every scale without effect. Raises ConfigError where the settings do
     not fit the model, MissingError where prompts or frozen parts are absent.
     """
     companions = open_companions(record, pipeline=pipeline, device=device, dtype=dtype)
+    backbone, model_config = companions.backbone, record.model_config
     shown = choose_shown(companions.wants, companions.num_classes, config, prompts)
-    own = companions.backbone.sample_shape(record.model_config)
-    shape = companions.latent_shape(own, config.resolution)
-    return Conditioning(companions, shape, _guidance(companions, config), config.resize, *shown)
+    shape = companions.latent_shape(backbone.sample_shape(model_config), config.resolution)
+    embeds, guidance = backbone.embeds_guidance(model_config), None
+    if companions.wants != "nothing":
+        own = backbone.default_guidance(model_config)
+        guidance = float(own if config.guidance is None else config.guidance)
+        guidance = guidance if embeds else max(1.0, guidance)
+    drawn = companions.image_shape(shape)
+    return Conditioning(companions, shape, drawn, guidance, embeds, config.resize, *shown)
 
 
 def conditioning_of(denoiser: Denoiser, config: SampleConfig) -> Conditioning:
@@ -158,53 +144,31 @@ def conditioning_of(denoiser: Denoiser, config: SampleConfig) -> Conditioning:
     return open_conditioning(denoiser.record, config, device=str(denoiser.device), dtype=dtype)
 
 
-def _guidance(companions: Companions, config: SampleConfig) -> float | None:
-    """The scale as given, else that of the model's pipeline; 1 for every scale without effect."""
-    if companions.wants == "nothing":
-        return None
-    backbone, model_config = companions.backbone, companions.record.model_config
-    scale = config.guidance
-    if scale is None:
-        scale = backbone.default_guidance(model_config)
-    return float(scale) if backbone.embeds_guidance(model_config) else max(1.0, float(scale))
-
-
-class Shown(NamedTuple):
-    """The prompt and the class of images 0 .. num - 1, and the fields of their protocol card."""
-
-    num: int
-    prompts: list[str] | None
-    classes: list[int] | None
-    card: dict[str, Any]
-
-
 def choose_shown(
-    wants: str, num_classes: int | None, config: SampleConfig, prompts: PromptSet | None = None
-) -> Shown:
+    wants: str, num_classes: int | None, config: SampleConfig, known: PromptSet | None = None
+) -> tuple[int, list[str] | None, list[int] | None, dict[str, Any]]:
     """What `config` names, for a model that wants `nothing`, a `class` or a `text`.
 
-    prompts: in place of those that `config` names, for text models.
+    The number of images, the prompt and the class of each, and the fields of their protocol card.
+    known: prompts in place of those that `config` names, for text models.
     Raises ConfigError for settings that such a model cannot follow, and what `read_prompts` raises.
     """
     num = DEFAULT_NUM if config.num is None else config.num
-    if wants == "text":
-        return _prompted(config, prompts)
     if wants == "class":
         assert num_classes is not None
         _refuse(config, "this model draws classes, not prompts", "prompts", "prompt_column")
         turn = parse_classes(config.classes, num_classes) if config.classes else range(num_classes)
         classes = [turn[index % len(turn)] for index in range(num)]
-        return Shown(num, None, classes, {"classes": spans(turn)})
-    _refuse(config, "this model draws from noise alone", "prompts", "classes", "prompt_column")
-    if config.guidance not in (None, 1):
-        raise ConfigError(
-            f"guidance = {config.guidance:g}: this model draws from noise alone, so there is "
-            f"nothing to guide it by; leave guidance out"
-        )
-    return Shown(num, None, None, {})
-
-
-def _prompted(config: SampleConfig, known: PromptSet | None) -> Shown:
+        return num, None, classes, {"classes": spans(turn)}
+    if wants == "nothing":
+        reason = "this model draws from noise alone"
+        _refuse(config, reason, "prompts", "classes", "prompt_column")
+        if config.guidance not in (None, 1):
+            raise ConfigError(
+                f"guidance = {config.guidance:g}: {reason}, so there is nothing to guide it by; "
+                f"leave guidance out"
+            )
+        return num, None, None, {}
     _refuse(config, "this model draws prompts, not classes", "classes")
     if known is None:
         if not config.prompts:
@@ -213,22 +177,14 @@ def _prompted(config: SampleConfig, known: PromptSet | None) -> Shown:
                 "--prompts parti, coco, imagenet or digits, or one with --prompt TEXT"
             )
         known = read_prompts(config.prompts, column=config.prompt_column)
-    prompts, classes = prompts_in_turn(known, num=config.num, per_prompt=config.per_prompt)
+    chosen = select_prompts(known, num=config.num, per_prompt=config.per_prompt)
+    classes = [number for _, number in chosen if number is not None]
     source = {
         "source": known.source, "column": config.prompt_column, "n": len(known),
         "template": known.template,
     }  # fmt: skip
     card = {"prompts": source, "prompts_sha256": known.sha256, "per_prompt": config.per_prompt}
-    return Shown(len(prompts), prompts, classes, card)
-
-
-def prompts_in_turn(
-    known: PromptSet, *, num: int | None, per_prompt: int
-) -> tuple[list[str], list[int] | None]:
-    """The prompt of each image, and its class where the prompts have any, as `select_prompts`."""
-    pairs = select_prompts(known, num=num, per_prompt=per_prompt)
-    classes = [number for _, number in pairs if number is not None]
-    return [prompt for prompt, _ in pairs], classes or None
+    return len(chosen), [prompt for prompt, _ in chosen], classes or None, card
 
 
 def _refuse(config: SampleConfig, reason: str, *names: str) -> None:
@@ -285,10 +241,12 @@ def protocol_card(
     config = name_sampler(first, config)
     scheduler = about.scheduler(first, config)
     flow = flow_config(first.scheduler_config)
-    horizon = first.num_train_timesteps
+    horizon, (_, side, _) = first.num_train_timesteps, about.drawn_shape
     spans = [[0, horizon]]
     if len(records) > 1:
         spans = [list(record.range) for record in records if isinstance(record, ExpertRecord)]
+    is_usual = about.latent_shape == about.companions.backbone.sample_shape(first.model_config)
+    can_clip = "clip_sample" in inspect.signature(type(scheduler)).parameters
     return {
         "model": "ensemble" if len(records) > 1 else first.kind,
         "source": first.source,
@@ -302,11 +260,11 @@ def protocol_card(
         "forwards": len(scheduler.timesteps) * (2 if about.is_paired else 1),
         "spacing": None if flow else scheduler.config.timestep_spacing,
         "eta": config.eta if config.sampler == "ddim" else None,
-        "clip_sample": scheduler.config.clip_sample if can_clip(type(scheduler)) else None,
+        "clip_sample": scheduler.config.clip_sample if can_clip else None,
         "guidance": about.guidance,
         **dict.fromkeys(("prompts", "prompts_sha256", "per_prompt", "classes")),
         **about.card,
-        "resolution": about.resolution,
+        "resolution": side if about.has_latents or not is_usual else None,
         "resize_to": about.resize,
         "dtype": dtype,
         "seed": config.seed,

@@ -29,7 +29,7 @@ _SHARED = {
 
 @dataclass(frozen=True)
 class SamplingExpert:
-    """Who denoises `range`. `load` is called once, or once per chunk when holding one at a time."""
+    """Who denoises `range`. `load` is called once, or once per chunk where not all are held."""
 
     range: TimestepRange
     load: Callable[[], Denoiser]

@@ -24,9 +24,7 @@ from deme_cli.files import require_output
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
-    from deme_cli.sampling.conditioning import Conditioning
     from deme_cli.sampling.ensemble import SamplingExpert
-    from deme_cli.sampling.store import Samples
 
 ENSEMBLE_NAME = "ensemble.safetensors"
 
@@ -86,7 +84,7 @@ def sample(
         )
     return _draw(
         experts, [record], config, output=output, pipeline=pipeline, device=device, dtype=dtype,
-        compile=compile, force=force, dry_run=dry_run, hold_one=False, progress=progress,
+        compile=compile, force=force, dry_run=dry_run, progress=progress,
     )  # fmt: skip
 
 
@@ -95,14 +93,13 @@ def ensemble_sample(
     settings: SampleConfig | None = None,
     *,
     output: Path = Path(ENSEMBLE_NAME),
-    run: RunFile | None = None, hold_one: bool = False, pipeline: str | None = None,
-    device: str = "auto", dtype: str = "fp32", compile: str = "auto", force: bool = False,
-    dry_run: bool = False, progress: Progress = silent,
+    run: RunFile | None = None, pipeline: str | None = None, device: str = "auto",
+    dtype: str = "fp32", compile: str = "auto", force: bool = False, dry_run: bool = False,
+    progress: Progress = silent,
 ) -> Images:  # fmt: skip
     """Draw images with each expert denoising the timesteps of its own range (Eq. 7).
 
-    experts: of one base, their ranges covering all timesteps.   hold_one: keep one of them in
-    memory at a time. The rest is as for `sample`.
+    experts: of one base, their ranges covering all timesteps. The rest is as for `sample`.
     """
     run, device = run or RunFile(), joined().device or device
     config = _prepare(settings, run, output, force=force, progress=progress)
@@ -113,7 +110,7 @@ def ensemble_sample(
     return _draw(
         open_ensemble(experts, device=device, dtype=dtype), records, config, output=output,
         pipeline=run.pipeline(pipeline), device=device, dtype=dtype, compile=compile, force=force,
-        dry_run=dry_run, hold_one=hold_one, progress=progress,
+        dry_run=dry_run, progress=progress,
     )  # fmt: skip
 
 
@@ -145,86 +142,59 @@ def _draw(
     config: SampleConfig,
     *,
     output: Path, pipeline: str | None, device: str, dtype: str, compile: str, force: bool,
-    dry_run: bool, hold_one: bool, progress: Progress,
+    dry_run: bool, progress: Progress,
 ) -> Images:  # fmt: skip
-    """The images of opened experts, whose records are those of one base."""
+    """The images of opened experts, whose records are those of one base; what is missing is drawn.
+
+    Of several processes the first writes.
+    """
     from deme_cli.sampling.conditioning import open_conditioning, protocol_card
-    from deme_cli.sampling.sampler import image_seed
-    from deme_cli.sampling.store import Samples, preview_path
+    from deme_cli.sampling.sampler import (
+        CompiledSteps,
+        DrawingStops,
+        Shares,
+        image_seed,
+        sample_images,
+    )
+    from deme_cli.sampling.store import PREVIEWED, Samples, open_store, preview_path, write_preview
 
     about = open_conditioning(records[0], config, pipeline=pipeline, device=device, dtype=dtype)
     card = protocol_card(records, config, conditioning=about, dtype=dtype)
     channels, height, width = about.image_shape
-    images = Images(
-        output, preview_path(output), (height, width, channels), about.num, protocol=card
-    )
+    shape, num, preview = (height, width, channels), about.num, preview_path(output)
+    images = Images(output, preview, shape, num, protocol=card)
     if dry_run:
         return images
+    seeds = [image_seed(config.seed, index) for index in range(num)]
     samples = Samples(
-        output, card, images.shape, [image_seed(config.seed, index) for index in range(about.num)],
-        config.batch_size, force, about.prompts, about.classes,
-    )  # fmt: skip
-    began = time.monotonic()
-    num_kept = _write(
-        samples, experts, config, about=about, hold_one=hold_one, compile=compile, progress=progress
+        output, card, shape, seeds, config.batch_size, force, about.prompts, about.classes
     )
-    return replace(images, num_kept=num_kept, seconds=round(time.monotonic() - began, 3))
-
-
-def _write(
-    samples: Samples,
-    experts: Sequence[SamplingExpert],
-    config: SampleConfig,
-    *,
-    about: Conditioning,
-    hold_one: bool,
-    compile: str,
-    progress: Progress,
-) -> int:
-    """Draw what is missing of `samples`, keep it, finish; how many images an earlier run had left.
-
-    Of several processes the first writes. Of images of the others, progress counts those that are
-    here, so it falls behind rather than promises.
-    """
-    from deme_cli.sampling.compiled import CompiledSteps
-    from deme_cli.sampling.sampler import StepProgress, sample_images
-    from deme_cli.sampling.shares import DrawingStops, Shares
-    from deme_cli.sampling.store import PREVIEWED, open_store, preview_path, write_preview
-
-    world, num, preview = joined(), samples.num, preview_path(samples.path)
+    began, world = time.monotonic(), joined()
     with ExitStack() as stack:
-        world.require_same(
-            {"output": str(samples.path), "batch_size": samples.batch_size, **samples.card}
-        )
+        world.require_same({"output": str(output), "batch_size": config.batch_size, **card})
         store = stack.enter_context(open_store(samples)) if world.is_first else None
         stop = stack.enter_context(DrawingStops(world))
         if store is not None and not store.first:
-            require_output(preview, force=samples.force)
-        first = num_done = world.largest(store.first if store else 0)  # the output is ours
-        shares, num_rounds, done = Shares(num, config.batch_size, first, world), 0, first
+            require_output(preview, force=force)
+        first = world.largest(store.first if store else 0)  # the output is ours
+        shares = Shares(num, config.batch_size, first, world)
         compiled = CompiledSteps(
             compile, num_forwards=len(shares.own) * config.steps, num_loads=len(experts)
         )
         drawing = sample_images(
-            experts, config, conditioning=about, hold_one=hold_one, first=first, world=world,
-            compiled=compiled,
-        )  # fmt: skip
-        for record in shares.rounds(drawing):
-            if isinstance(record, StepProgress):
-                done = record.done * num // record.total
-            else:
-                for batch in shares.gather(None if record is None else record.images):
-                    if store is not None:
-                        store.add(batch)
-                num_rounds += 1
-                num_done = shares.num_done(num_rounds)
-            progress(Step(done + shares.num_of_others(num_rounds), num, "sampling", "image"))
+            experts, config, conditioning=about, first=first, world=world, compiled=compiled
+        )
+        for done, there, parts in shares.gather(drawing, lambda batch: batch.images):
+            for part in parts:
+                assert store is not None, "others get none"
+                store.add(part)
+            progress(Step(done, num, "sampling", "image"))
             stop.go_on(
-                f"stopped; {num_done} of {num} images for {samples.path} are kept, run the same "
-                f"command again to go on"
+                f"stopped; {there} of {num} images for {output} are kept, run the same command "
+                f"again to go on"
             )
         if store is not None:
             write_preview(preview, store.head(PREVIEWED))
             store.finish()
     world.wait()  # nobody ends well before the images are there
-    return first
+    return replace(images, num_kept=first, seconds=round(time.monotonic() - began, 3))

@@ -47,29 +47,26 @@ PNDM_WARMUP = 4  # Runge-Kutta steps before the linear multistep ones (Liu et al
 LayOut = Callable[[Any, int], None]  # sets a scheduler's timesteps for a number of steps
 
 
-def _lay_out(scheduler: Any, steps: int) -> None:
-    scheduler.set_timesteps(steps)
-
-
 def name_sampler(record: DenoiserRecord, config: SampleConfig) -> SampleConfig:
     """The settings with their sampler named: unset, the checkpoint's own, or the next that fits.
 
     One that is trained by DDPM to draw pixels has DDIM, which needs a part of the steps, unless
     all are taken.
     """
-    return config if config.sampler else replace(config, sampler=_sampler_of(record, config))
-
-
-def _sampler_of(record: DenoiserRecord, config: SampleConfig) -> str:
+    if config.sampler:
+        return config
     own = record.scheduler_config.get("_class_name")
-    if flow_config(record.scheduler_config):
-        return next((name for name, kind in FLOW_SCHEDULERS.items() if kind == own), "euler")
-    draws_pixels = not backbone_of(record.model_config).parts
     is_short = config.steps < record.num_train_timesteps
-    if config.eta or (own == "DDPMScheduler" and draws_pixels and is_short):
-        return "ddim"
-    names = sorted(SCHEDULERS, key=lambda name: SCHEDULERS[name] != own)  # its own first
-    return next(_fitting(record.scheduler_config, names), "ddim")
+    draws_pixels = not backbone_of(record.model_config).parts
+    if flow_config(record.scheduler_config):
+        named = {kind: name for name, kind in FLOW_SCHEDULERS.items()}
+        sampler = named.get(str(own), "euler")
+    elif config.eta or (own == "DDPMScheduler" and draws_pixels and is_short):
+        sampler = "ddim"
+    else:
+        names = sorted(SCHEDULERS, key=lambda name: SCHEDULERS[name] != own)  # its own first
+        sampler = next(_fitting(record.scheduler_config, names), "ddim")
+    return replace(config, sampler=sampler)
 
 
 def _fitting(scheduler_config: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
@@ -84,31 +81,47 @@ def build_scheduler(
     scheduler_config: Mapping[str, Any],
     config: SampleConfig,
     *,
-    lay_out: LayOut = _lay_out,
+    lay_out: LayOut = lambda scheduler, steps: scheduler.set_timesteps(steps),
     changes: Mapping[str, Any] | None = None,
 ) -> Any:
     """The scheduler `config.sampler` on the checkpoint's schedule, its timesteps set (on the CPU).
 
     lay_out: how the model's own pipeline sets them. changes: of the config, by that pipeline.
-    Raises ConfigError where the sampler cannot do what is asked with this checkpoint.
+    Raises ConfigError where the sampler cannot do what is asked with this checkpoint, which
+    diffusers would refuse late, or answer with noise.
     """
-    assert config.sampler, "name_sampler comes first"
-    if config.eta and config.sampler != "ddim":
+    sampler, steps = config.sampler, config.steps
+    assert sampler, "name_sampler comes first"
+    if config.eta and sampler != "ddim":
         raise ConfigError(
-            f"eta = {config.eta:g} works with the sampler ddim alone, not with {config.sampler}"
+            f"eta = {config.eta:g} works with the sampler ddim alone, not with {sampler}"
         )
-    if flow := flow_config(scheduler_config):
-        return _flow_scheduler(scheduler_config, flow, config, lay_out)
     changes = dict(changes or {})
     if config.spacing is not None:
         changes["timestep_spacing"] = config.spacing
+    flow = flow_config(scheduler_config)
     try:
-        scheduler = _build(scheduler_config, config.sampler, changes)
+        if flow:
+            scheduler = _build_flow(scheduler_config, flow, config)
+        else:
+            scheduler = _build(scheduler_config, sampler, changes)
     except ConfigError as error:
+        if flow:
+            raise
         others = ", ".join(_fitting(scheduler_config, SCHEDULERS)) or "none of the samplers does"
-        raise ConfigError(f"sampler {config.sampler}: {error}; fitting: {others}") from error
-    _require_steps(scheduler, config)
-    lay_out(scheduler, config.steps)
+        raise ConfigError(f"sampler {sampler}: {error}; fitting: {others}") from error
+    horizon = scheduler.config.num_train_timesteps
+    lowest, highest = 1, horizon
+    if sampler == "pndm" and not scheduler.config.skip_prk_steps:
+        lowest, highest = PNDM_WARMUP, horizon // 2  # its half steps would be empty beyond
+    if not lowest <= steps <= highest:
+        raise ConfigError(
+            f"steps = {steps}: the sampler {sampler} takes {lowest} to {highest} steps with this "
+            f"model's {horizon} timesteps"
+        )
+    lay_out(scheduler, steps)
+    if flow:
+        return _heun(scheduler, steps) if sampler == "heun" else scheduler
     _require_timesteps(scheduler, config)
     return scheduler
 
@@ -122,24 +135,6 @@ def _build(scheduler_config: Mapping[str, Any], sampler: str, changes: Mapping[s
     if sampler == "pndm" and scheduler.config.prediction_type == "sample":
         raise ConfigError("PNDMScheduler cannot use a model that predicts x_0")
     return scheduler
-
-
-def can_clip(kind: type) -> bool:
-    """Whether samplers of this class can clip x_0 in every step."""
-    return "clip_sample" in inspect.signature(kind).parameters
-
-
-def _require_steps(scheduler: Any, config: SampleConfig) -> None:
-    """What diffusers would refuse late, or answer with noise."""
-    horizon = scheduler.config.num_train_timesteps
-    lowest, highest = 1, horizon
-    if config.sampler == "pndm" and not scheduler.config.skip_prk_steps:
-        lowest, highest = PNDM_WARMUP, horizon // 2  # its half steps would be empty beyond
-    if not lowest <= config.steps <= highest:
-        raise ConfigError(
-            f"steps = {config.steps}: the sampler {config.sampler} takes {lowest} to {highest} "
-            f"steps with this model's {horizon} timesteps"
-        )
 
 
 def _require_timesteps(scheduler: Any, config: SampleConfig) -> None:
@@ -160,24 +155,6 @@ def _require_timesteps(scheduler: Any, config: SampleConfig) -> None:
         )
 
 
-def uses_noise(scheduler: Any, config: SampleConfig) -> bool:
-    """Whether the sampler draws fresh noise in its steps."""
-    if config.sampler == "dpm++":
-        return str(scheduler.config.algorithm_type).startswith("sde")
-    return config.sampler == "ddpm" or (config.sampler == "ddim" and config.eta > 0)
-
-
-def scale_input(scheduler: Any, x_t: Tensor, t: float) -> Tensor:
-    """x_t as the network takes it, where the sampler carries it on another scale (Euler, LMS)."""
-    scale = getattr(scheduler, "scale_model_input", None)  # flow samplers have none
-    return scale(x_t, t) if scale else x_t
-
-
-def first_scale(scheduler: Any) -> float:
-    """The standard deviation of the noise that the sampler starts from."""
-    return getattr(scheduler, "init_noise_sigma", 1.0)
-
-
 def take_step(
     scheduler: Any,
     output: Tensor,
@@ -196,15 +173,20 @@ def take_step(
     return scheduler.step(output, t, x_t, return_dict=False, **options)[0]
 
 
-def _flow_scheduler(
-    scheduler_config: Mapping[str, Any], flow: dict[str, Any], config: SampleConfig, lay_out: LayOut
+def _build_flow(
+    scheduler_config: Mapping[str, Any], flow: dict[str, Any], config: SampleConfig
 ) -> Any:
-    """As `build_scheduler`, where `flow` is the Euler config with the sigmas of a flow model."""
+    """Euler with the sigmas of a flow model, which is `flow`, or a multistep solver on them.
+
+    Raises ConfigError for what diffusers would leave out of the checkpoint's own schedule, or draw
+    without a seed.
+    """
     import diffusers
 
-    if config.sampler not in FLOW_SCHEDULERS:
+    sampler = str(config.sampler)
+    if sampler not in FLOW_SCHEDULERS:
         raise ConfigError(
-            f"the sampler {config.sampler} does not fit a flow-matching model; choose one of "
+            f"the sampler {sampler} does not fit a flow-matching model; choose one of "
             f"{', '.join(FLOW_SCHEDULERS)}"
         )
     if config.spacing is not None:
@@ -213,38 +195,24 @@ def _flow_scheduler(
             f"and have no spacing; leave spacing out"
         )
     try:
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(flow)
+        euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(flow)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ConfigError(f"this model's schedule is unusable: {error}") from error
-    _require_fit(scheduler, config)
-    if config.sampler in ("dpm++", "unipc"):
-        kind = getattr(diffusers, FLOW_SCHEDULERS[config.sampler])
-        if scheduler_config["_class_name"].startswith("FlowMatch"):
-            scheduler = _multistep(scheduler, kind, config.sampler)
-        else:  # it has all their settings
-            scheduler = kind.from_config(dict(scheduler_config))
-    lay_out(scheduler, config.steps)
-    return _heun(scheduler, config.steps) if config.sampler == "heun" else scheduler
-
-
-def _require_fit(euler: Any, config: SampleConfig) -> None:
-    """What of the checkpoint's own schedule diffusers would leave out, or draw without a seed."""
-    horizon = euler.config.num_train_timesteps
-    if not 1 <= config.steps <= horizon:
-        raise ConfigError(
-            f"steps = {config.steps}: the sampler {config.sampler} takes 1 to {horizon} steps with "
-            f"this model's {horizon} timesteps"
-        )
     if euler.config.get("stochastic_sampling"):  # not in diffusers 0.33
         raise ConfigError(
             "this model's schedule asks for stochastic sampling, whose noise knows no seed"
         )
-    shifts_by_size = euler.config.use_dynamic_shifting
-    shifts_linearly = shifts_by_size and euler.config.get("time_shift_type") == "linear"
-    if config.sampler == "dpm++" and shifts_linearly:
+    if sampler in ("euler", "heun"):
+        return euler
+    kind = getattr(diffusers, FLOW_SCHEDULERS[sampler])
+    is_linear = euler.config.get("time_shift_type") == "linear"
+    if sampler == "dpm++" and euler.config.use_dynamic_shifting and is_linear:
         raise ConfigError(
             "the sampler dpm++ cannot shift linearly, as this model's schedule asks; choose euler"
         )
+    if scheduler_config["_class_name"].startswith("FlowMatch"):
+        return _multistep(euler, kind, sampler)
+    return kind.from_config(dict(scheduler_config))  # it has all their settings
 
 
 def _multistep(euler: Any, kind: Any, sampler: str) -> Any:

@@ -131,7 +131,9 @@ def _open_file(samples: Samples) -> Iterator[SamplesFile]:
                 file.write(line)
             file.truncate(len(line) + first * samples.image_bytes)
         try:
-            yield SamplesFile(samples, first, unfinished, file, begin=len(line))
+            yield SamplesFile(samples, first, file, len(line))
+            file.close()
+            unfinished.unlink()
         finally:
             with suppress(OSError):  # a full disk: what was flushed is kept
                 file.close()
@@ -141,27 +143,22 @@ def _open_file(samples: Samples) -> Iterator[SamplesFile]:
 
 def _find_images(samples: Samples, unfinished: Path) -> tuple[bytes, int]:
     """The line that the unfinished file begins with, and how many images after it are kept."""
-    anew = json.dumps({"protocol": samples.card}).encode() + b"\n", 0
-    if not unfinished.exists():
-        return anew
-    with unfinished.open("rb") as file:
-        line = file.readline(1 << 20)
-        num_bytes = file.seek(0, 2) - len(line)
-    card = _card_in(line) if line.endswith(b"\n") else None  # else a crash cut it short
-    if card is None or (samples.force and first_difference(samples.card, card)):
-        return anew
-    samples.require_same(card, unfinished)
-    return line, samples.kept(num_bytes // samples.image_bytes)
+    if unfinished.exists():
+        with unfinished.open("rb") as file:
+            line = file.readline(1 << 20)
+            num_bytes = file.seek(0, 2) - len(line)
+        card = _card_in(line) if line.endswith(b"\n") else None  # else a crash cut it short
+        if card is not None and not (samples.force and first_difference(samples.card, card)):
+            samples.require_same(card, unfinished)
+            return line, samples.kept(num_bytes // samples.image_bytes)
+    return json.dumps({"protocol": samples.card}).encode() + b"\n", 0
 
 
 class SamplesFile:
-    """Images on their way into an artifact."""
+    """Images on their way into an artifact, in a file after `begin` bytes."""
 
-    def __init__(
-        self, samples: Samples, first: int, unfinished: Path, file: BinaryIO, *, begin: int
-    ) -> None:
-        self.samples, self.first = samples, first
-        self._unfinished, self._file, self._begin = unfinished, file, begin
+    def __init__(self, samples: Samples, first: int, file: BinaryIO, begin: int) -> None:
+        self.samples, self.first, self._file, self._begin = samples, first, file, begin
 
     def add(self, images: np.ndarray) -> None:
         """Append the next images, uint8 (B, H, W, C); they are kept from here on."""
@@ -177,7 +174,7 @@ class SamplesFile:
         return np.frombuffer(data, np.uint8).reshape(-1, *self.samples.shape)
 
     def finish(self) -> None:
-        """Write the artifact whole and let the unfinished file go."""
+        """Write the artifact whole."""
         samples = self.samples
         layout = [
             TensorSpec("seeds", "I64", (samples.num,)),
@@ -189,13 +186,8 @@ class SamplesFile:
         with ArtifactWriter(samples.path, layout, record) as writer:
             writer.write(np.array(samples.seeds, dtype="<i8").data)
             self._file.seek(self._begin)
-            left = samples.num * samples.image_bytes
-            while left:
-                piece = self._file.read(min(left, _PIECE_BYTES))
+            while piece := self._file.read(_PIECE_BYTES):
                 writer.write(piece)
-                left -= len(piece)
-        self._file.close()
-        self._unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -225,9 +217,8 @@ def _make_room(samples: Samples) -> int:
     whole = next((index for index, is_kept in enumerate(in_turn) if not is_kept), len(paths))
     is_unfinished = whole < samples.num and card and first_difference(samples.card, card) is None
     if samples.force and not is_unfinished:
-        for path in paths:
-            path.unlink()
-        (folder / METADATA_NAME).unlink(missing_ok=True)  # it spoke of them
+        for path in (*paths, folder / METADATA_NAME):  # which spoke of them
+            path.unlink(missing_ok=True)
         return 0
     if card is None:
         raise ConfigError(
@@ -266,8 +257,7 @@ class SamplesFolder:
     """Images on their way into a folder of PNG files."""
 
     def __init__(self, samples: Samples, first: int) -> None:
-        self.samples, self.first = samples, first
-        self._num = first
+        self.samples, self.first, self._num = samples, first, first
 
     def add(self, images: np.ndarray) -> None:
         """Write the next images, uint8 (B, H, W, C); they are kept from here on."""
@@ -276,7 +266,7 @@ class SamplesFolder:
             partial = path.with_suffix(".partial")
             try:
                 with writing(path):  # not synced to the disk: a broken one is drawn again
-                    partial.write_bytes(_png(_picture(image)))
+                    partial.write_bytes(_png(image))
                     os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -284,27 +274,21 @@ class SamplesFolder:
 
     def head(self, num: int) -> np.ndarray:
         """The first `num` images, uint8 (num, H, W, C)."""
-        paths = [self._path(index) for index in range(min(num, self.samples.num))]
+        paths = map(self._path, range(min(num, self.samples.num)))
         images = [np.asarray(Image.open(path)) for path in paths]
         return np.stack(images).reshape(-1, *self.samples.shape)
 
     def finish(self) -> None:
         """Every image is in its place; write down what each shows."""
         samples = self.samples
-        columns: dict[str, list[Any]] = {
-            "file_name": [self._path(index).name for index in range(samples.num)]
-        }
-        if samples.prompts is not None:
-            columns["text"] = samples.prompts
-        if samples.classes is not None:
-            columns["label"] = samples.classes
-        if len(columns) > 1:
-            columns["seed"] = samples.seeds
-            rows = (
-                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-            )
-            lines = (json.dumps(row).encode() + b"\n" for row in rows)
-            write_whole(samples.path / METADATA_NAME, lines)
+        shown = {"text": samples.prompts, "label": samples.classes}
+        shown = {name: column for name, column in shown.items() if column is not None}
+        if shown:
+            names = [self._path(index).name for index in range(samples.num)]
+            columns: dict[str, Any] = {"file_name": names, **shown, "seed": samples.seeds}
+            rows = zip(*columns.values(), strict=True)
+            lines = (json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
+            write_whole(samples.path / METADATA_NAME, map(str.encode, lines))
 
     def _path(self, index: int) -> Path:
         return self.samples.path / f"{index:06d}.png"
@@ -318,34 +302,33 @@ def preview_path(output: Path) -> Path:
 
 def write_preview(path: Path, images: np.ndarray) -> None:
     """Write images, uint8 (n, H, W, C), side by side as one PNG file."""
-    write_whole(path, [_png(grid([_picture(image) for image in images]))])
+    write_whole(path, [_png(grid(images))])
 
 
-def grid(images: list[Image.Image]) -> Image.Image:
-    """Images side by side: small ones enlarged, those too wide for the sheet reduced."""
-    columns = math.ceil(math.sqrt(len(images)))
-    width, height = images[0].size
+def grid(images: np.ndarray) -> np.ndarray:
+    """Images (n, H, W, C) side by side, (H', W', C): small ones enlarged, those too wide reduced.
+
+    A gap lies around each; what a row lacks stays white.
+    """
+    num, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(num))
+    if (side := math.ceil(columns * width / _MOST_WIDTH)) > 1:  # to the means of squares
+        height, width = height // side, width // side
+        squares = images[:, : height * side, : width * side]
+        squares = squares.reshape(num, height, side, width, side, channels)
+        images = squares.mean((2, 4)).round().astype(np.uint8)
     scale = max(1, math.ceil((_LEAST_WIDTH - _GAP * (columns + 1)) / (columns * width)))
-    if (side := math.ceil(columns * width / _MOST_WIDTH)) > 1:
-        width, height = width // side, max(1, height // side)
-        images = [image.reduce(side, (0, 0, width * side, height * side)) for image in images]
-    width, height = width * scale, height * scale
-    rows = math.ceil(len(images) / columns)
-    size = (columns * (width + _GAP) + _GAP, rows * (height + _GAP) + _GAP)
-    sheet = Image.new(images[0].mode, size, "white")
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        place = (_GAP + column * (width + _GAP), _GAP + row * (height + _GAP))
-        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
-    return sheet
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    around = [(0, -num % columns), (_GAP, 0), (_GAP, 0), (0, 0)]
+    images = np.pad(images, around, constant_values=255)
+    _, height, width, _ = images.shape
+    sheet = images.reshape(-1, columns, height, width, channels).swapaxes(1, 2)
+    sheet = sheet.reshape(-1, columns * width, channels)
+    return np.pad(sheet, [(0, _GAP), (0, _GAP), (0, 0)], constant_values=255)
 
 
-def _picture(image: np.ndarray) -> Image.Image:
-    """One image (H, W, C) uint8, C of 1 or 3."""
-    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-
-
-def _png(image: Image.Image) -> bytes:
+def _png(image: np.ndarray) -> bytes:
+    """One image (H, W, C) uint8, C of 1 or 3, as a PNG file."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
     return buffer.getvalue()

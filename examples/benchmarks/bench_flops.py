@@ -34,9 +34,8 @@ from deme_cli.comparison.passes import count_passes
 from deme_cli.config import FinetuneConfig, SampleConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser
-from deme_cli.sampling.compiled import CompiledSteps
 from deme_cli.sampling.ensemble import single
-from deme_cli.sampling.sampler import sample_images
+from deme_cli.sampling.sampler import CompiledSteps, sample_images
 from deme_cli.timesteps import parse_range
 from deme_cli.training.examples import PixelExamples
 from deme_cli.training.setup import Run

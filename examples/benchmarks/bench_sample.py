@@ -28,9 +28,8 @@ from rounds import machine, ratios, timed_rounds, verdict
 
 from deme_cli.config import SampleConfig
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.sampling.compiled import CompiledSteps
 from deme_cli.sampling.ensemble import SamplingExpert, single
-from deme_cli.sampling.sampler import image_seed, sample_images
+from deme_cli.sampling.sampler import CompiledSteps, image_seed, sample_images
 from deme_cli.timesteps import split_uniform
 
 MODELS = {  # with images and steps of a run

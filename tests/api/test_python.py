@@ -20,7 +20,7 @@ from deme_cli.config import (
     SplitConfig,
 )
 from deme_cli.errors import ConfigError, DemeError, MissingError
-from deme_cli.evaluation.evaluate import find_prompts
+from deme_cli.evaluation.rows import find_prompts
 from deme_cli.run_file import RunFile
 
 

@@ -22,7 +22,7 @@ from deme_cli.evaluation.clip_score import (
     open_clip_scorer,
     quick_gelu_of,
 )
-from deme_cli.evaluation.weights import hub_cache
+from deme_cli.evaluation.references import hub_cache
 
 OPENAI = ("input_resolution", "context_length", "vocab_size")  # beside the weights in its files
 PROMPTS = ["a seven", "a red bus in the rain", "a seven", "two dogs, one cat"]

@@ -18,18 +18,17 @@ from deme_cli.data.images import open_images
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 from deme_cli.evaluation.features import (
     full_float32,
-    image_features,
     load_extractor,
+    look_at,
     quiet_clean_fid,
 )
-from deme_cli.evaluation.references import statistics_asset
-from deme_cli.evaluation.weights import (
+from deme_cli.evaluation.references import (
     DIGITS_PATH,
     choose_features,
-    clip_asset,
     find_weights,
-    inception_asset,
+    published_weights,
     require_same_extractor,
+    statistics_asset,
 )
 from deme_cli.fetch import require_assets
 
@@ -68,8 +67,7 @@ def test_inception_features_equal_those_of_clean_fid(
     expected = clean_fid_features(colour_folder, oracle, mode)
     extractor = load_extractor("inception", resize=mode, weights=place)
     data = open_images(str(colour_folder), shape=None, split="all")
-    found = np.concatenate(list(image_features(data, extractor)))
-    assert found.dtype == np.float64
+    found = np.concatenate(look_at(data, extractor, "five", keep=True)[1])
     assert found.shape == (5, 2048)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -96,7 +94,7 @@ def test_legacy_pytorch_features_equal_those_of_clean_fid(
     )
     extractor = load_extractor("inception", resize="legacy_pytorch", weights=path)
     data = open_images(str(colour_folder), shape=None, split="all")
-    found = np.concatenate(list(image_features(data, extractor)))
+    found = np.concatenate(look_at(data, extractor, "five", keep=True)[1])
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
@@ -123,7 +121,10 @@ def test_clip_features_are_those_of_open_clip(tmp_path: Path) -> None:
     save_file({"visual.proj": state["visual.proj"]}, path)
     with pytest.raises(ArtifactError, match="not the weights of CLIP"):
         load_extractor("clip", weights=path)
-    assert clip_asset().url == open_clip.get_pretrained_cfg("ViT-B-32", "openai")["url"]
+    assert (
+        published_weights("clip", "clean").url
+        == open_clip.get_pretrained_cfg("ViT-B-32", "openai")["url"]
+    )
 
 
 def test_any_torchscript_of_images_to_features_will_do(
@@ -263,8 +264,8 @@ def test_files_are_named_as_clean_fid_names_them_and_each_that_lacks_is_told(cac
     import cleanfid
     from cleanfid import downloads_helper, inception_pytorch
 
-    assert inception_asset("clean").url == downloads_helper.inception_url
-    pytorch = inception_asset("legacy_pytorch")
+    assert published_weights("inception", "clean").url == downloads_helper.inception_url
+    pytorch = published_weights("inception", "legacy_pytorch")
     assert pytorch.url == inception_pytorch.FID_WEIGHTS_URL
     assert statistics_asset("cifar10", "clean").name == "cifar10_clean_train_32.npz"
     church = statistics_asset("lsun-church", "legacy_pytorch")

@@ -10,6 +10,7 @@ import scipy.linalg
 from threadpoolctl import threadpool_info
 
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, NumericsError
+from deme_cli.evaluation import frechet
 from deme_cli.evaluation.frechet import (
     TRIAL_SIZE,
     RunningStatistics,
@@ -96,6 +97,26 @@ def test_singular_covariances_give_the_sum_of_singular_values(n1: int, n2: int) 
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("variances", "is_singular"), [([0.5, 1, 2], False), ([0, 1, 2], True), ([0, 0, 2], True)]
+)
+def test_the_way_for_lower_ranks_is_taken_where_an_eigenvalue_is_not_positive(
+    variances: list[float], is_singular: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is slower; the other one would take the root of rounding noise."""
+    taken: list[bool] = []
+    singular = frechet._eigenvalues_singular
+
+    def watched(*sigmas: np.ndarray) -> np.ndarray:
+        taken.append(True)
+        return singular(*sigmas)
+
+    monkeypatch.setattr(frechet, "_eigenvalues_singular", watched)
+    found = trace_of_root(np.eye(3), np.diag(variances))
+    assert found == pytest.approx(np.sqrt(variances).sum(), rel=1e-12)
+    assert bool(taken) is is_singular
+
+
 def test_constant_features_leave_only_the_shift() -> None:
     nothing = np.zeros((4, 4))
     assert frechet_distance(np.zeros(4), nothing, np.full(4, 3.0), nothing) == 36
@@ -136,27 +157,11 @@ def test_running_statistics_equal_those_of_all_features_at_once(sizes: list[int]
     np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("num_shares", [2, 3, 7])
-def test_shares_of_batches_merge_to_the_statistics_of_one_pass(num_shares: int) -> None:
-    features = draw_features(1000, 32, seed=13) + 1e3
-    batches = np.split(features, range(64, 1000, 64))
-    whole, shares = RunningStatistics(), [RunningStatistics() for _ in range(num_shares)]
-    for k, batch in enumerate(batches):
-        whole.add(batch)
-        shares[k % num_shares].add(batch)
-    for share in [*shares[1:], RunningStatistics()]:
-        shares[0].merge(share)
-    found, wanted = shares[0].statistics(), whole.statistics()
-    assert found.n == 1000
-    np.testing.assert_allclose(found.mu, wanted.mu, rtol=1e-12)
-    np.testing.assert_allclose(found.sigma, wanted.sigma, rtol=0, atol=1e-10)
-
-
 def test_features_of_one_image_or_not_finite_are_refused() -> None:
     running = RunningStatistics()
     running.add(np.ones((1, 3)))
-    with pytest.raises(ConfigError, match="at least 2 images"):
-        running.statistics()
+    with pytest.raises(ConfigError, match="base: a covariance needs at least 2 images"):
+        running.statistics("base")
     with pytest.raises(NumericsError, match="not finite"):
         running.add(np.array([[1.0, np.inf, 0]]))
 

@@ -19,10 +19,10 @@ from deme_cli.evaluation.references import (
     Reference,
     find_images,
     find_reference,
+    find_weights,
     open_reference,
     reference_assets,
 )
-from deme_cli.evaluation.weights import find_weights
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny_base, write_tiny_expert
+from conftest import collect_images, write_tiny_base, write_tiny_expert
 from PIL import Image
 from stand_ins import save_script
 from torch import Tensor
@@ -36,7 +36,7 @@ from deme_cli.merging.objectives import (
 from deme_cli.merging.plan import Measure
 from deme_cli.merging.successive_halving import Stage
 from deme_cli.sampling.ensemble import SamplingExpert, single
-from deme_cli.sampling.sampler import collect_images, image_seed
+from deme_cli.sampling.sampler import image_seed
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.examples import PixelExamples, fill_caches
 

@@ -54,7 +54,7 @@ def follow(velocity: Any, config: SampleConfig, schedule: dict[str, Any]) -> tup
 
 @pytest.mark.parametrize("sampler", FLOW_SCHEDULERS)
 def test_a_straight_line_is_followed_to_its_end_in_any_number_of_steps(sampler: str) -> None:
-    for steps in (1, 2, 7, 50):
+    for steps in (1, 2, 7):
         _, end = follow(point_velocity, SampleConfig(sampler=sampler, steps=steps), STATIC)
         # DPM-Solver++ and UniPC tell the network whole timesteps
         within = 1e-5 if sampler in ("euler", "heun") else 5e-3
@@ -105,29 +105,20 @@ def test_every_flow_sampler_shifts_by_the_size_of_the_image_as_the_checkpoint_sa
     assert half == pytest.approx(euler.sigmas[0].item(), abs=2e-3)
 
 
-def test_samplers_that_do_not_fit_are_refused_and_those_that_do_are_named() -> None:
-    for sampler in set(SAMPLERS) - set(FLOW_SCHEDULERS):
-        with pytest.raises(ConfigError, match=f"{sampler} does not fit.*euler, heun, dpm.*, unipc"):
-            build_scheduler(STATIC, SampleConfig(sampler=sampler))
+LINEAR = {"use_dynamic_shifting": True, "time_shift_type": "linear"}
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    *(({}, {"sampler": sampler}, f"{sampler} does not fit.*euler, heun, dpm.*, unipc")
+      for sampler in set(SAMPLERS) - set(FLOW_SCHEDULERS)),
+    ({}, {"spacing": SPACINGS[0]}, "spacing"),
+    ({}, {"eta": 0.5}, "eta"),
+    ({}, {"steps": 1001}, "1 to 1000"),
+    ({"stochastic_sampling": True}, {}, "stochastic"),
+    (LINEAR, {"sampler": "dpm++"}, "shift"),
+    ({"time_shift_type": "sideways"}, {}, "time_shift_type"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("changes", "settings", "fault"),
-    [
-        ({}, {"spacing": SPACINGS[0]}, "spacing"),
-        ({}, {"eta": 0.5}, "eta"),
-        ({}, {"steps": 1001}, "1 to 1000"),
-        ({"stochastic_sampling": True}, {}, "stochastic"),
-        (
-            {"use_dynamic_shifting": True, "time_shift_type": "linear"},
-            {"sampler": "dpm++"},
-            "shift",
-        ),
-        ({"time_shift_type": "sideways"}, {}, "time_shift_type"),
-    ],
-)
-def test_what_a_flow_sampler_cannot_do_is_refused_by_name(
-    changes: dict[str, Any], settings: dict[str, Any], fault: str
-) -> None:
-    with pytest.raises(ConfigError, match=fault):
-        build_scheduler({**STATIC, **changes}, SampleConfig(**{"sampler": "euler", **settings}))
+def test_what_a_flow_sampler_cannot_do_is_refused_by_name() -> None:
+    for changes, settings, fault in REFUSED:
+        with pytest.raises(ConfigError, match=fault):
+            build_scheduler({**STATIC, **changes}, SampleConfig(**{"sampler": "euler", **settings}))

@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import collect_images, largest_difference
 from diffusers import DDIMScheduler, FluxPipeline
 from PIL import Image
 from tiny_pipelines import FACTOR, LATENT
@@ -21,7 +22,7 @@ from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.sampling import sampler as sampler_module
 from deme_cli.sampling.conditioning import Conditioning
 from deme_cli.sampling.ensemble import single
-from deme_cli.sampling.sampler import collect_images, finish_images, image_seed
+from deme_cli.sampling.sampler import Batch, finish_images, image_seed
 
 PROMPTS = ("a red fox", "two cats on a mat, by night")
 SIZE = LATENT * FACTOR  # pixels
@@ -67,22 +68,18 @@ def ours(opened: Any, conditioning_for: Any, monkeypatch: pytest.MonkeyPatch) ->
     def draw(name: str, build: dict[str, Any] | None = None, **settings: Any) -> Ours:
         kept: list[Tensor] = []
 
-        def keep(x0: Tensor, *arguments: Any, **options: Any) -> np.ndarray:
-            kept.append(x0)
-            return finish_images(x0, *arguments, **options)
+        def keep(batch: Batch, *arguments: Any) -> np.ndarray:
+            kept.append(batch.x_t)
+            return finish_images(batch, *arguments)
 
         monkeypatch.setattr(sampler_module, "finish_images", keep)
-        config = SampleConfig(**{"steps": 6, "seed": 3, **settings})
+        config = SampleConfig(**{"steps": 4, "seed": 3, **settings})
         denoiser = opened(name, **(build or {}))
         conditioning = conditioning_for(denoiser, config)
         images = collect_images(single(denoiser), config, conditioning=conditioning)
         return Ours(config, denoiser, conditioning, images, torch.cat(kept))
 
     return draw
-
-
-def largest_difference(images: np.ndarray, others: np.ndarray) -> int:
-    return int(np.abs(images.astype(int) - others.astype(int)).max())
 
 
 def require_same(found: Ours, pipeline: Any, **options: Any) -> None:
@@ -111,21 +108,20 @@ def require_same(found: Ours, pipeline: Any, **options: Any) -> None:
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "sd": ("sd", {}, {"sampler": "pndm"}, {"guidance_scale": 7.5}),
-    "sdxl": ("sdxl", {}, {}, {"guidance_scale": 5.0}),
     "sdxl larger": ("sdxl", {}, {"resolution": 24, "guidance": 9.0}, {"guidance_scale": 9.0}),
     "sd3": ("sd3", {}, {}, {"guidance_scale": 7.0}),
     "sd3 unguided": ("sd3", {}, {"guidance": 1.0}, {"guidance_scale": 1.0}),
-    "flux dev": ("flux", {}, {"resolution": SIZE}, {"guidance_scale": 3.5}),
-    "flux dev otherwise": (
-        "flux", {}, {"guidance": 0.5, "resolution": 24}, {"guidance_scale": 0.5},
-    ),
+    "flux dev": ("flux", {}, {"guidance": 0.5, "resolution": 24}, {"guidance_scale": 0.5}),
     "flux schnell": ("flux", {"distilled": False}, {"resolution": SIZE}, {}),
     "flux schnell guided": (
         "flux", {"distilled": False}, {"resolution": SIZE, "guidance": 2.0},
         {"true_cfg_scale": 2.0, "negative_prompt": ""},
     ),
     "wan": ("wan", {}, {"sampler": "unipc", "resolution": SIZE}, {"guidance_scale": 5.0}),
-    "wan euler": ("wan", {"scheduler": "euler"}, {"resolution": SIZE}, {"guidance_scale": 5.0}),
+    "wan unguided": (
+        "wan", {"scheduler": "euler"}, {"resolution": SIZE, "guidance": 1.0},
+        {"guidance_scale": 1.0},
+    ),
 }  # fmt: skip
 
 
@@ -158,12 +154,15 @@ def test_every_flow_sampler_draws_what_the_pipeline_draws_with_that_scheduler(
     require_same(found, pipeline, guidance_scale=7.0)
 
 
-def test_images_of_classes_are_those_of_the_dit_pipeline(ours: Draw, their_pipeline: Any) -> None:
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_images_of_classes_are_those_of_the_dit_pipeline(
+    ours: Draw, their_pipeline: Any, guidance: float
+) -> None:
     # diffusers' null class is 1000, whatever the number of classes
-    found = ours("dit", {"num_classes": 1000}, num=3, classes="207,360", guidance=4.0)
+    found = ours("dit", {"num_classes": 1000}, num=3, classes="207,360", guidance=guidance)
     assert found.conditioning.classes == [207, 360, 207]
     images = their_pipeline(found.denoiser)(
-        class_labels=[207, 360, 207], guidance_scale=4.0, generator=found.generators,
+        class_labels=[207, 360, 207], guidance_scale=guidance, generator=found.generators,
         num_inference_steps=found.config.steps,
     ).images  # fmt: skip
     images = np.stack([np.asarray(image) for image in images])
@@ -196,8 +195,6 @@ def test_images_are_resized_as_pillow_does(ours: Draw, prompts: str) -> None:
 @pytest.mark.parametrize(
     ("name", "limits"),
     [
-        ("sd", {"text_encoder (CLIP)": 77}),
-        ("sdxl", {"text_encoder (CLIP)": 77, "text_encoder_2 (CLIP)": 77}),
         (
             "sd3",
             {"text_encoder (CLIP)": 77, "text_encoder_2 (CLIP)": 77, "text_encoder_3 (T5)": 256},

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_tiny_base
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.numpy import load_file
@@ -109,43 +105,24 @@ def test_a_diffusers_folder_draws_what_its_artifact_draws(run_folder: Path, deme
     assert read_record(drawn).protocol["fingerprints"] == [record.fingerprint]
 
 
-def test_holding_one_expert_draws_the_same_images(run_folder: Path, deme: Deme) -> None:
-    command = ["ensemble-sample", *experts(), "-n", 4, "--steps", 8, "-b", 2]
-    document = document_of(deme(*command, "--json"))
-    assert document["schema_version"] == 1
-    assert document["paths"] == ["ensemble.safetensors", "ensemble.png"]
-    assert (document["protocol"]["model"], document["num"]) == ("ensemble", 4)
-    succeed(deme(*command, "--hold-one", "-o", OUTPUT))
-    assert np.array_equal(images_of(OUTPUT), images_of(Path("ensemble.safetensors")))
-
-
-def sheet_of(images: np.ndarray) -> np.ndarray:
-    return np.asarray(grid([Image.fromarray(image) for image in images]))
-
-
 def test_a_grid_holds_every_image_with_a_gap_of_two_pixels() -> None:
     """Small ones enlarged, large ones reduced to the means of squares."""
     images = np.random.default_rng(0).integers(0, 200, (6, 100, 100, 3), dtype=np.uint8)
-    sheet = sheet_of(images)
+    sheet = grid(images)
     assert sheet.shape == (2 * 102 + 2, 3 * 102 + 2, 3)
     assert np.array_equal(sheet[104:204, 206:306], images[5])
     assert (sheet[102:104] == 255).all()
-    small = sheet_of(images[:5, :8, :8, 0])
+    small = grid(images[:5, :8, :8, :1])
     scale = (small.shape[1] - 4 * 2) // (3 * 8)
     assert small.shape[1] >= 256
-    assert np.array_equal(small[2 : 2 + 8 * scale : scale, 2 : 2 + 8 * scale : scale],
-                          images[0, :8, :8, 0])  # fmt: skip
-    large = images[:, :1, :1].repeat(1001, axis=1).repeat(1000, axis=2)
-    large[0, :2, :2] = 7
-    sheet = sheet_of(np.concatenate([large, large[:3]]))
-    assert sheet.shape == (3 * 502 + 2, 3 * 502 + 2, 3)
-    assert (sheet[2, 2] == 7).all()
-
-
-def test_three_channels_become_colour_files(run_folder: Path, deme: Deme) -> None:
-    write_tiny_base(run_folder / "colour.safetensors", in_channels=3, out_channels=3)
-    succeed(deme("sample", "colour.safetensors", "-n", 2, "--steps", 2, "-o", "drawn"))
-    assert pixels_of(Path("drawn")).shape == (2, 8, 8, 3)
+    first = small[2 : 2 + 8 * scale : scale, 2 : 2 + 8 * scale : scale]
+    assert np.array_equal(first, images[0, :8, :8, :1])
+    assert (small[-8 * scale :, -8 * scale :] == 255).all()
+    large = images[:, :1, :1].repeat(5, axis=1).repeat(1000, axis=2)
+    large[0, :2, :2] = [[[7], [9]]] * 2
+    sheet = grid(np.concatenate([large, large[:3]]))
+    assert sheet.shape == (3 * 4 + 2, 3 * 502 + 2, 3)
+    assert (sheet[2, 2] == 8).all()
 
 
 def test_an_existing_output_is_replaced_only_by_force(run_folder: Path, deme: Deme) -> None:
@@ -163,15 +140,14 @@ def test_an_existing_output_is_replaced_only_by_force(run_folder: Path, deme: De
     assert Path("new.png").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("card", [None, "{", "[]", '{"protocol": []}', "[" * 100_000])
-def test_numbered_images_without_a_card_are_refused(
-    run_folder: Path, deme: Deme, card: str | None
-) -> None:
+def test_numbered_images_without_a_card_are_refused(run_folder: Path, deme: Deme) -> None:
     Path("drawn").mkdir()
     Path("drawn/000000.png").write_bytes(b"")
-    if card is not None:
-        Path("drawn/samples.json").write_text(card)
-    refuse(deme("sample", BASE, "-n", 2, "--steps", 2, "-o", "drawn"), 2, "without samples.json")
+    for card in (None, "{", "[]", '{"protocol": []}', "[" * 100_000):
+        if card is not None:
+            Path("drawn/samples.json").write_text(card)
+        drawn = deme("sample", BASE, "-n", 2, "--steps", 2, "-o", "drawn")
+        refuse(drawn, 2, "without samples.json")
 
 
 def test_a_folder_is_extended_and_what_is_broken_or_missing_is_drawn_again(
@@ -226,9 +202,8 @@ def as_in_a_terminal() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("name", "exit_code", "output"),
-    [("SIGTERM", 75, "out.safetensors"), ("SIGUSR1", 75, "drawn"), ("SIGHUP", 75, "drawn"),
-     ("SIGINT", 130, "out.safetensors")],
-)  # fmt: skip
+    [("SIGTERM", 75, "out.safetensors"), ("SIGHUP", 75, "drawn"), ("SIGINT", 130, "drawn")],
+)
 def test_a_signal_keeps_what_is_finished_and_the_same_call_goes_on(
     run_folder: Path, deme: Deme, output: str, name: str, exit_code: int, as_in_a_terminal: None
 ) -> None:
@@ -250,42 +225,21 @@ def test_a_signal_keeps_what_is_finished_and_the_same_call_goes_on(
     assert np.array_equal(images, images_of(Path("base-samples.safetensors"))[..., 0])
 
 
-@pytest.mark.slow
-def test_the_command_itself_ends_with_75_when_terminated(run_folder: Path) -> None:
-    options = ["sample", "base.safetensors", "-n", "4000", "-b", "4", "-o", "out.safetensors"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deme_cli", *options], stderr=subprocess.PIPE, text=True
-    )
-    unfinished = Path(".out.safetensors.unfinished")
-    deadline = time.monotonic() + 120
-    while not (unfinished.exists() and unfinished.stat().st_size > 1200):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.terminate()
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert "of 4000 images for out.safetensors are kept, run the same command again" in message
-    assert unfinished.exists()
-    assert not OUTPUT.exists()
+REFUSED = [
+    ("sample base.safetensors --sampler magic", 2, "magic"),
+    ("sample base.safetensors -n 0", 2, "num"),
+    ("sample base.safetensors --steps 101 --dry-run", 2, "1 to 100"),
+    ("sample base.safetensors --sampler ddpm --eta 1", 2, "eta"),
+    ("sample base.safetensors -o base.safetensors", 2, "exists"),
+    ("sample base.safetensors --protocol none", 2, "--protocol none"),
+    ("sample nowhere.safetensors", 3, "nowhere.safetensors"),
+    ("ensemble-sample ft_2of4.safetensors", 4, "no expert covers timesteps 0:25"),
+]
 
 
-@pytest.mark.parametrize(
-    ("words", "exit_code", "fault"),
-    [
-        ("sample base.safetensors --sampler magic", 2, "magic"),
-        ("sample base.safetensors -n 0", 2, "num"),
-        ("sample base.safetensors --steps 101 --dry-run", 2, "1 to 100"),
-        ("sample base.safetensors --sampler ddpm --eta 1", 2, "eta"),
-        ("sample base.safetensors -o base.safetensors", 2, "exists"),
-        ("sample base.safetensors --protocol none", 2, "--protocol none"),
-        ("sample nowhere.safetensors", 3, "nowhere.safetensors"),
-        ("ensemble-sample ft_2of4.safetensors", 4, "no expert covers timesteps 0:25"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused_by_name(
-    run_folder: Path, deme: Deme, words: str, exit_code: int, fault: str
-) -> None:
-    refuse(deme(*words.split()), exit_code, fault)
+def test_what_cannot_be_drawn_is_refused_by_name(run_folder: Path, deme: Deme) -> None:
+    for words, exit_code, fault in REFUSED:
+        refuse(deme(*words.split()), exit_code, fault)
     assert not list(Path(".").glob("*samples*"))
 
 
@@ -337,7 +291,7 @@ def test_identical_experts_draw_with_prompts_what_their_base_draws(sd: Path, dem
     names = write_experts(sd)
     options = ["--prompts", "prompts.json", "--resize-to", 12, "--sampler", "pndm", *FEW]
     succeed(deme("sample", "base.safetensors", *options, "-o", "one.safetensors"))
-    succeed(deme("ensemble-sample", *names, *options, "--hold-one"))
+    succeed(deme("ensemble-sample", *names, *options))
     ensemble = Path("ensemble.safetensors")
     record = read_record(ensemble)
     assert record.prompts == PROMPTS
@@ -400,24 +354,22 @@ def test_settings_and_pipeline_of_deme_toml_are_seen_from_its_folder(
     assert document["protocol"]["prompts"]["source"] == "text:a fox"
 
 
-@pytest.mark.parametrize(
-    ("options", "exit_code", "words"),
-    [
-        (["--prompt", "a", "--prompts", "prompts.json"], 2, ["one of the two"]),
-        (["--prompts", "nowhere.txt"], 3, ["nowhere.txt"]),
-        (["--prompt", "a", "--resolution", "13"], 2, ["resolution = 13"]),
-        (["--prompt", "a", "--guidance", "-1"], 2, ["guidance"]),
-        (["--prompt", "a", "--resize-to", "0"], 2, ["resize"]),
-        (["--prompts", "parti"], 3, ["PartiPrompts"]),
-        (["--protocol", "imagenet", "--steps", 5], 2, ["--steps 5", "imagenet", "25"]),
-        (["--protocol", "imagenet", "--resize-to", 4], 2, ["--resize-to 4"]),
-        (["--protocol", "imagenet", "--prompt", "a fox"], 2, ["--prompts text:a fox"]),
-    ],
-)
-def test_what_does_not_fit_prompts_is_refused_by_name(
-    sd: Path, deme: Deme, cache: Path, options: list[object], exit_code: int, words: list[str]
-) -> None:
-    refuse(deme("sample", sd, *options, "--dry-run"), exit_code, *words)
+REFUSED_PROMPTS: list[tuple[list[object], int, list[str]]] = [
+    (["--prompt", "a", "--prompts", "prompts.json"], 2, ["one of the two"]),
+    (["--prompts", "nowhere.txt"], 3, ["nowhere.txt"]),
+    (["--prompt", "a", "--resolution", "13"], 2, ["resolution = 13"]),
+    (["--prompt", "a", "--guidance", "-1"], 2, ["guidance"]),
+    (["--prompt", "a", "--resize-to", "0"], 2, ["resize"]),
+    (["--prompts", "parti"], 3, ["PartiPrompts"]),
+    (["--protocol", "imagenet", "--steps", 5], 2, ["--steps 5", "imagenet", "25"]),
+    (["--protocol", "imagenet", "--resize-to", 4], 2, ["--resize-to 4"]),
+    (["--protocol", "imagenet", "--prompt", "a fox"], 2, ["--prompts text:a fox"]),
+]
+
+
+def test_what_does_not_fit_prompts_is_refused_by_name(sd: Path, deme: Deme, cache: Path) -> None:
+    for options, exit_code, words in REFUSED_PROMPTS:
+        refuse(deme("sample", sd, *options, "--dry-run"), exit_code, *words)
 
 
 def test_a_protocol_fixes_what_is_drawn(sd: Path, deme: Deme) -> None:

@@ -47,11 +47,9 @@ def test_three_processes_write_the_artifact_of_one_though_two_batches_are_all(
     assert not list(run_folder.glob(".*"))
 
 
-def test_two_processes_fill_the_folder_of_one_holding_one_expert(
-    run_folder: Path, deme: Deme
-) -> None:
+def test_two_processes_fill_the_folder_of_one(run_folder: Path, deme: Deme) -> None:
     words = ["ensemble-sample", *sorted(run_folder.glob("ft_*.safetensors")), *ODD]
-    succeed(launch(run_folder, *words, "--hold-one", "-o", "two"))
+    succeed(launch(run_folder, *words, "-o", "two"))
     alone(deme, *words, "-o", "one")
     require_same_folders(Path("one"), Path("two"))
 
