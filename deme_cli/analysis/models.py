@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deme_cli.artifacts import DenoiserRecord, ExpertRecord
-from deme_cli.diffusion.backbones.known import backbone_of
+from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.schedule import complete_config
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.rows import ENSEMBLE, plan_rows

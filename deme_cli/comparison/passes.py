@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from deme_cli.config import DataConfig, FinetuneConfig
-from deme_cli.diffusion.threads import forward_flops
+from deme_cli.diffusion.execution import forward_flops
 from deme_cli.files import write_whole
 from deme_cli.timesteps import RangeChoice, parse_span
 from deme_cli.training.objective import expert_losses

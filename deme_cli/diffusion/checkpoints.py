@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from deme_cli import console
 from deme_cli.artifacts import BaseRecord, fingerprint, load_tensors, read_record
+from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.backbones.backbone import Backbone
-from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.denoiser import (
     GUESSED,
     Denoiser,
@@ -40,7 +41,6 @@ from deme_cli.diffusion.model_files import (
     locate_parts,
     read_json,
     read_scheduler,
-    require_same_weights,
     silence_libraries,
     weight_sets,
     weights_of,
@@ -103,24 +103,25 @@ def _import_artifact(path: Path, source: str) -> ImportedModel:
     load_weights_into(build_network(record.model_config, source), weights, source)
     if source != "digits" and (isinstance(record, BaseRecord) or record.companions):
         source = record.source  # where its frozen parts still are
-    return _imported(
-        weights, record.model_config, record.scheduler_config, source, record.companions,
-        training=record.training if isinstance(record, BaseRecord) else None,
-    )  # fmt: skip
+    model = _imported(
+        weights, record.model_config, record.scheduler_config, source, record.companions
+    )
+    if isinstance(record, BaseRecord):
+        model = replace(model, record=replace(model.record, training=record.training))
+    return model
 
 
 def _imported(
     weights: dict[str, Tensor], model_config: dict[str, Any], scheduler_config: dict[str, Any],
-    source: str, companions: dict[str, str], *, training: dict[str, Any] | None = None,
-    notes: tuple[str, ...] = (),
+    source: str, companions: dict[str, str], notes: Sequence[str] = (),
 ) -> ImportedModel:  # fmt: skip
     """Raises ArtifactError where the scheduler config is unusable."""
     record = BaseRecord(
         source=source, model_config=model_config, scheduler_config=scheduler_config,
         num_train_timesteps=read_schedule(scheduler_config, source).num_train_timesteps,
-        training=training, companions=companions, fingerprint=fingerprint(weights),
+        companions=companions, fingerprint=fingerprint(weights),
     )  # fmt: skip
-    return ImportedModel(weights, record, notes)
+    return ImportedModel(weights, record, tuple(notes))
 
 
 def _import_folder(
@@ -130,35 +131,23 @@ def _import_folder(
     place = denoiser_folder(folder)
     backbone = backbone_of(read_json(place / "config.json"), source)
     companions: dict[str, str] = {}
-    notes: tuple[str, ...] = ()
+    notes = []
     if backbone.parts:
-        is_whole = (folder / INDEX).exists()
-        if pipeline or is_whole:
+        if pipeline or (folder / INDEX).exists():
             companions = digests_of(locate_parts(pipeline or str(folder), backbone.parts))
         else:
-            notes = (f"{source}: a denoiser alone; give the folder of its pipeline: --pipeline",)
+            notes = [f"{source}: a denoiser alone; give the folder of its pipeline: --pipeline"]
         source = str(folder.resolve()) if Path(source).expanduser().is_dir() else source
     scheduler_config = _read_scheduler(folder, source, pipeline, backbone)
-    chosen, *others = weights_of(place, variant)
-    for other in others:
-        require_same_weights(place, chosen, other)
+    chosen = weights_of(place, variant)
     weights, model_config = _load_network(place, backbone, chosen)
-    notes += _choice_told(place, chosen, others)
+    others = [str(one) for one in weight_sets(file_names(place)) if one != chosen]
+    if others or chosen.variant:
+        beside = f"; not read: {', '.join(others)} (--variant chooses)" if others else ""
+        notes.append(f"{place}: read {chosen}{beside}")
     if not scheduler_config:
-        notes += (f"{source}: {GUESSED}",)
-    return _imported(weights, model_config, scheduler_config, source, companions, notes=notes)
-
-
-def _choice_told(place: Path, chosen: WeightSet, others: list[WeightSet]) -> tuple[str, ...]:
-    """Which weights of a folder were read, where there was a choice."""
-    sets = weight_sets(file_names(place))
-    if len(sets) == 1 and not chosen.variant:
-        return ()
-    told = [f"{place}: read {chosen}"]
-    told += [f"{other} holds the same weights" for other in others]
-    left = dict.fromkeys(one.variant or "none" for one in sets if one not in (chosen, *others))
-    told += [f"variants beside it: {', '.join(left)} (--variant)"] if left else []
-    return ("; ".join(told),)
+        notes.append(f"{source}: {GUESSED}")
+    return _imported(weights, model_config, scheduler_config, source, companions, notes)
 
 
 def _read_scheduler(
@@ -179,17 +168,15 @@ def _read_scheduler(
             )
         return config
     name = config.get("_class_name")
-    scheduler_class: Any = getattr(diffusers, str(name), None)
-    by_betas = inspect.isclass(scheduler_class) and (
-        "beta_schedule" in inspect.signature(scheduler_class).parameters
-    )
+    kind: Any = getattr(diffusers, str(name), None)
+    by_betas = inspect.isclass(kind) and "beta_schedule" in inspect.signature(kind).parameters
     if not by_betas and name != FLOW_SCHEDULER:
         raise ArtifactError(
             f"{where}: scheduler {name!r} has neither discrete betas nor a flow; deme takes the "
             f"DDPM family and FlowMatchEulerDiscreteScheduler"
         )
     try:
-        scheduler_class.from_config(config)
+        kind.from_config(config)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where}: unusable scheduler config: {error}") from error
     read_schedule(config, source)

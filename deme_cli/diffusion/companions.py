@@ -19,8 +19,8 @@ from torch import Tensor
 
 from deme_cli import console
 from deme_cli.artifacts import DenoiserRecord
+from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.backbones.backbone import Config, Shape
-from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, cast, choose_device
 from deme_cli.diffusion.model_files import (
@@ -41,6 +41,8 @@ GEOMETRY = 6  # original height, width, crop top, left, target height, width
 class Companions:
     """What turns images into latents and back, and captions or classes into conditions.
 
+    wants: what an image is drawn from, besides noise: `nothing`, `class` or `text`.   factor: image
+    pixels per latent pixel, along one side.   folder: of the pipeline, where it has frozen parts.
     Nothing is loaded before it is used, and then checked against the record's digests.
     """
 
@@ -50,21 +52,30 @@ class Companions:
         self.record, self.folder = record, folder
         self.device, self.dtype = choose_device(device), TORCH_DTYPES[dtype]
         self.backbone = backbone_of(record.model_config)
-        self.digests: dict[str, str] = dict(record.companions)
+        self.wants = self.backbone.wants
+        self.num_classes = self.backbone.num_classes(record.model_config)
+        self.factor, self._vae_config = 1, None
+        if folder is not None and "vae" in self.backbone.parts:
+            stated = read_json(folder / "vae" / "config.json")
+            self._vae_config = self.backbone.vae_config(stated)
+            self.factor = 2 ** (len(self._vae_config.get("block_out_channels", [1])) - 1)
+            self._require_channels(self._vae_config)
 
-    @property
-    def wants(self) -> str:
-        """What an image is drawn from, besides noise: `nothing`, `class` or `text`."""
-        return self.backbone.wants
-
-    @property
-    def num_classes(self) -> int | None:
-        return self.backbone.num_classes(self.record.model_config)
+    def _require_channels(self, vae: Config) -> None:
+        """Check that the VAE's latents are what the network denoises; raises ArtifactError."""
+        own = self.backbone.sample_shape(self.record.model_config)[0]
+        shown, encoded = vae.get("out_channels", 3), vae.get("latent_channels", own)
+        if shown not in (1, 3):
+            raise ArtifactError(f"{self.folder}: a VAE of {shown} image channels, not 1 or 3")
+        if encoded != own:
+            raise ArtifactError(
+                f"{self.folder}: a VAE of {encoded} latent channels, this network denoises {own}; "
+                f"give the model's own pipeline with --pipeline"
+            )
 
     @property
     def _whole(self) -> Path:
-        """The folder of a model that has frozen parts."""
-        assert self.folder is not None
+        assert self.folder is not None, "a model with frozen parts"
         return self.folder
 
     @functools.cached_property
@@ -77,22 +88,24 @@ class Companions:
 
         self.require_same()
         silence_libraries()
-        kind = getattr(diffusers, self.backbone.pipeline)
-        index = read_index(self._whole)
-        unused = [self.backbone.part, *(name for name in UNUSED_PARTS if name in index)]
-        given = {**dict.fromkeys(unused), **self.unusual_parts(index)}
+        kind, index = getattr(diffusers, self.backbone.pipeline), read_index(self._whole)
+        left_out = [self.backbone.part, *(name for name in UNUSED_PARTS if name in index)]
+        given = {**dict.fromkeys(left_out), **self.unusual_parts(index)}
         pipeline = kind.from_pretrained(self._whole, local_files_only=True, **given)
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
                 dtype = torch.float32 if name == "vae" else self.dtype
-                cast(part, dtype, _kept_in_float32(part, dtype))
+                kept = set(getattr(part, "_keep_in_fp32_modules_strict", None) or ())
+                if dtype == torch.float16:  # where these overflow: T5's
+                    kept |= set(getattr(part, "_keep_in_fp32_modules", None) or ())
+                cast(part, dtype, kept)
                 part.to(self.device).eval().requires_grad_(False)
         return pipeline
 
     def unusual_parts(self, index: Mapping[str, Any]) -> dict[str, Any]:
         """The parts whose weights no pipeline looks for: of a variant alone, or pickled shards."""
         parts = {}
-        for name in self.digests:
+        for name in self.record.companions:
             sets = sets_of_variant(file_names(self._whole / name))
             if sets and (sets[0].variant or (sets[0].ending == "bin" and sets[0].num_shards)):
                 library, kind = index[name]
@@ -101,6 +114,19 @@ class Companions:
                     use_safetensors=sets[0].ending == "safetensors",
                 )  # fmt: skip
         return parts
+
+    def require_same(self, *parts: str) -> None:
+        """Check that `parts` (or all) are those that the record names; raises ArtifactError."""
+        for part in parts or self.record.companions:
+            if digest_of_part(self._whole, part) != self.record.companions[part]:
+                raise ArtifactError(
+                    f"{self._whole / part}: not the {part} that the base was imported with; give "
+                    f"that pipeline with --pipeline, or import the model anew with `deme split`"
+                )
+
+    def release(self) -> None:
+        """Let go of the loaded parts; they are loaded again when they are needed."""
+        vars(self).pop("pipeline", None)
 
     def tell_cut(self, texts: Sequence[str], what: str) -> None:
         """Say once how many of `texts` have more tokens than a text encoder of the pipeline takes.
@@ -141,46 +167,6 @@ class Companions:
             if name.startswith("tokenizer") and value[1]
         }
 
-    def require_channels(self) -> None:
-        """Check that the VAE's latents are what the network denoises; raises ArtifactError."""
-        if self._vae_config is None:
-            return
-        if (channels := self.image_shape((0, 0, 0))[0]) not in (1, 3):
-            raise ArtifactError(f"{self.folder}: a VAE of {channels} image channels, not 1 or 3")
-        own = self.backbone.sample_shape(self.record.model_config)[0]
-        encoded = self._vae_config.get("latent_channels", own)
-        if encoded != own:
-            raise ArtifactError(
-                f"{self.folder}: a VAE of {encoded} latent channels, this network denoises {own}; "
-                f"give the model's own pipeline with --pipeline"
-            )
-
-    def release(self) -> None:
-        """Let go of the loaded parts; they are loaded again when they are needed."""
-        vars(self).pop("pipeline", None)
-
-    def require_same(self, *parts: str) -> None:
-        """Check that `parts` (or all) are those that the record names; raises ArtifactError."""
-        for part in parts or self.digests:
-            if digest_of_part(self._whole, part) != self.digests[part]:
-                raise ArtifactError(
-                    f"{self._whole / part}: not the {part} that the base was imported with; give "
-                    f"that pipeline with --pipeline, or import the model anew with `deme split`"
-                )
-
-    @functools.cached_property
-    def _vae_config(self) -> Config | None:
-        if "vae" not in self.backbone.parts:
-            return None
-        return self.backbone.vae_config(read_json(self._whole / "vae" / "config.json"))
-
-    @property
-    def factor(self) -> int:
-        """Image pixels per latent pixel, along one side."""
-        if self._vae_config is None:
-            return 1
-        return 2 ** (len(self._vae_config.get("block_out_channels", [1])) - 1)
-
     def image_shape(self, latent_shape: Shape) -> Shape:
         """(C, H, W) of the images whose latents have `latent_shape`."""
         channels, height, width = latent_shape
@@ -197,12 +183,11 @@ class Companions:
         if resolution is None:
             return own
         side, rest = divmod(resolution, self.factor)
-        if rest:
-            raise ConfigError(
-                f"resolution = {resolution}: this model takes multiples of {self.factor} pixels"
-            )
-        if reason := self.backbone.size_refusal(self.record.model_config, side):
-            at = f" (in latents of {self.factor} pixels: {side})" if self.factor > 1 else ""
+        reason = f"takes multiples of {self.factor} pixels" if rest else None
+        at = (
+            f" (in latents of {self.factor} pixels: {side})" if self.factor > 1 and not rest else ""
+        )
+        if reason := reason or self.backbone.size_refusal(self.record.model_config, side):
             raise ConfigError(f"resolution = {resolution}{at}: this model {reason}")
         return own[0], side, side
 
@@ -250,7 +235,8 @@ class Companions:
     def conditions(self, prompts: Sequence[Any], geometry: Tensor | None = None) -> Conditions:
         """What the network is told of captions (str) or class numbers (int), batch len(prompts).
 
-        geometry: (B, 6) sizes of the images, read by SDXL alone; a whole number per entry.
+        geometry: (B, 6) sizes of the images, read by SDXL alone; a whole number per entry. Raises
+        ArtifactError where the encoders do not speak as the network listens.
         """
         if self.wants == "nothing":
             return {}
@@ -258,17 +244,13 @@ class Companions:
             geometry = torch.zeros(len(prompts), GEOMETRY, dtype=torch.long)
         pipeline = self.pipeline if self.wants == "text" else None
         told = self.backbone.encode(pipeline, prompts, geometry)
-        self._require_widths(told)
-        return to(told, self.device, self.dtype)
-
-    def _require_widths(self, told: Conditions) -> None:
-        """Check that the encoders speak as the network listens; raises ArtifactError if not."""
         for name, shape in self.backbone.condition_shapes(self.record.model_config).items():
             if shape and told[name].shape[-1] != shape[-1]:
                 raise ArtifactError(
                     f"{self.folder}: {name} of width {told[name].shape[-1]}, this network takes "
                     f"{shape[-1]}: other text encoders than the model's; give its own --pipeline"
                 )
+        return to(told, self.device, self.dtype)
 
     @torch.no_grad()
     def null(self) -> Conditions:
@@ -289,17 +271,8 @@ def open_companions(
     """The frozen parts that a denoiser's record asks for.
 
     pipeline: the folder or hub id that holds them, else where the base came from. Raises
-    MissingError naming the part that is not there.
+    MissingError naming the part that is not there, ArtifactError for a VAE of another model.
     """
-    backbone = backbone_of(record.model_config)
-    folder = locate_parts(pipeline or record.source, backbone.parts) if backbone.parts else None
-    companions = Companions(record, folder, device=device, dtype=dtype)
-    companions.require_channels()
-    return companions
-
-
-def _kept_in_float32(part: torch.nn.Module, dtype: torch.dtype) -> set[str]:
-    """The layers that transformers keeps in float32: in float16 those too that overflow (T5's)."""
-    names = ["_keep_in_fp32_modules_strict"]
-    names += ["_keep_in_fp32_modules"] if dtype == torch.float16 else []
-    return {layer for name in names for layer in getattr(part, name, None) or ()}
+    parts = backbone_of(record.model_config).parts
+    folder = locate_parts(pipeline or record.source, parts) if parts else None
+    return Companions(record, folder, device=device, dtype=dtype)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from deme_cli import console
 from deme_cli.artifacts import DenoiserRecord, load_tensors, read_record
+from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.backbones.backbone import Backbone, Shape
-from deme_cli.diffusion.backbones.known import backbone_of
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.projection import attach_projections, backbone_of_network, has_projections
 from deme_cli.diffusion.schedule import Schedule, read_schedule

@@ -4,7 +4,8 @@ The folder is written beside its place and renamed when it is whole and its outp
 artifact. Frozen parts (VAE, text encoders, tokenizers) are copied byte for byte from the pipeline
 that the base came from. Block projections cannot be folded into a diffusers network (the skips are
 taken before them, and every consumer begins with a norm), so such artifacts are refused, never
-exported without them. Torch is imported when the arguments are known to be good.
+exported without them. The model card tells only what the artifact's record says; quality is for
+`deme eval` to measure. Torch is imported when the arguments are known to be good.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.artifacts import ExpertRecord, read_record
+from deme_cli.artifacts import DenoiserRecord, ExpertRecord, MergedRecord, read_record
 from deme_cli.diffusion.model_files import INDEX, read_json, read_scheduler, silence_libraries
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError, writing
+from deme_cli.fetch import is_hub_id
 from deme_cli.files import read_header, require_space
 
 if TYPE_CHECKING:
@@ -59,12 +61,18 @@ def export(
             f"cannot be folded into one (skips are taken before them); finetune with "
             f"--projection fold to export, or use it with `deme sample`"
         )
-    _require_folder(folder, force=force)
+    with writing(folder):
+        is_there = folder.exists()
+    if is_there and not force:
+        raise ConfigError(f"{folder} exists; add --force to replace it, or choose another DIR")
+    if is_there and not (folder / INDEX).exists():
+        raise ConfigError(
+            f"{folder} is no diffusers pipeline and is not replaced; choose another DIR"
+        )
     require_space(folder, artifact.stat().st_size)
 
     from deme_cli.diffusion.companions import open_companions
     from deme_cli.diffusion.denoiser import load_denoiser
-    from deme_cli.diffusion.model_card import model_card
 
     silence_libraries()
     companions, denoiser = open_companions(record, pipeline=pipeline), load_denoiser(artifact)
@@ -76,10 +84,10 @@ def export(
             companions.require_same()
             _write_parts(denoiser, companions, companions.folder, partial)
         (partial / "README.md").write_text(model_card(record, artifact), encoding="utf-8")
-        loaded = backbone.network_class.from_pretrained(
-            partial / backbone.part, local_files_only=True
+        kind = backbone.network_class
+        check = compare(
+            denoiser, kind.from_pretrained(partial / backbone.part, local_files_only=True)
         )
-        check = compare(denoiser, loaded)
         if not check.max_difference <= LARGEST_DIFFERENCE:
             raise NumericsError(
                 f"{folder}: the exported pipeline differs from the artifact by "
@@ -88,19 +96,6 @@ def export(
     if isinstance(record, ExpertRecord):
         console.warn(f"{artifact} is the expert of timesteps {record.timesteps} only")
     return check
-
-
-def _require_folder(folder: Path, *, force: bool) -> None:
-    """Only an exported pipeline is ever replaced, and only with --force."""
-    with writing(folder):
-        if not folder.exists():
-            return
-    if not force:
-        raise ConfigError(f"{folder} exists; add --force to replace it, or choose another DIR")
-    if not (folder / INDEX).exists():
-        raise ConfigError(
-            f"{folder} is no diffusers pipeline and is not replaced; choose another DIR"
-        )
 
 
 def compare(denoiser: Denoiser, network: nn.Module) -> ExportCheck:
@@ -206,3 +201,146 @@ def _whole_folder(folder: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+# the model card
+
+_METHOD = """\
+Decouple-then-Merge (DeMe): the timesteps [0, T) of a pretrained diffusion model are divided into
+ranges, one expert is finetuned per range, and the experts' task vectors are added to the pretrained
+weights: theta = theta_base + sum_i w_i (theta_i - theta_base). One network comes out, of the size
+and cost of the pretrained one."""
+
+_LICENCE = """\
+Unknown: the weights inherit the terms of the model they started from and of the training images.
+Fill this in, here and in the lines at the top, before you share it."""
+
+_CAVEATS = {
+    "merged": """\
+- A merged model is not the ensemble of its experts: it may gain less, or lose. No quality is
+  claimed here; compare base, ensemble and merged with `deme eval` under one protocol.
+- A Fréchet distance depends on the number of images, sampler, steps, resize, features and
+  reference; a figure without its protocol is not comparable.
+- Coefficients found by a search fit the seeds and data of the search; judge on others.""",
+    "expert": """\
+- This is one expert, finetuned for a part of the timesteps only. Used alone for all of them it is
+  expected to be worse than the model it came from.""",
+    "base": """\
+- This is the starting point of finetuning, not a merged model.""",
+}
+
+# By what an image is drawn from: the pipeline's call, and the hub's name of the task.
+_CALLS = {
+    "nothing": ("", "unconditional-image-generation"),
+    "class": ("class_labels=[207]", "unconditional-image-generation"),
+    "text": ('"a photo of a church"', "text-to-image"),
+}
+
+
+def model_card(record: DenoiserRecord, path: Path) -> str:
+    """The README.md of a pipeline made from the artifact at `path`."""
+    from deme_cli.diffusion.backbones import backbone_of
+    from deme_cli.diffusion.schedule import alphas_config, flow_config, read_schedule
+
+    backbone, scheduler = backbone_of(record.model_config), record.scheduler_config
+    shown, task = _CALLS[backbone.wants]
+    front = [  # what the hub reads
+        "---", "library_name: diffusers", "license: unknown", f"pipeline_tag: {task}",
+        *([f"base_model: {record.source}"] if is_hub_id(record.source) else []),
+        "tags:", "- diffusers", "- deme", "- decouple-then-merge",
+        *(["- model-merging"] if isinstance(record, MergedRecord) else []), "---",
+    ]  # fmt: skip
+    is_flow = flow_config(scheduler) is not None  # whose betas, if any, are unused
+    facts: dict[str, Any] = {
+        "starting point": _public_name(record.source),
+        "network": record.model_config.get("_class_name"),
+        "timesteps T": record.num_train_timesteps,
+        "beta schedule": None if is_flow else alphas_config(scheduler)["beta_schedule"],
+        "predicts": read_schedule(scheduler).prediction_type,
+        "fingerprint of the weights": record.fingerprint,
+        "written by": record.created_by,
+    }
+    told: list[str] = []
+    if isinstance(record, MergedRecord):
+        facts |= {"fingerprint of the base": record.base, "merge": record.method,
+                  "projection while finetuning": record.projection}  # fmt: skip
+        told = list(_merge_parts(record))
+    if isinstance(record, ExpertRecord):
+        facts |= {"fingerprint of the base": record.base,
+                  "range of timesteps": record.timesteps, "p": record.p, "updates": record.steps,
+                  "seed": record.seed, "projection": record.projection}  # fmt: skip
+        told = ["## Training\n\n" + _block({**record.training, "data": record.data})]
+    parts = [
+        "\n".join(front),
+        f"# {path.stem}",
+        f"Exported by `deme` from an artifact of kind `{record.kind}`.",
+        "## Method\n\n" + _METHOD,
+        "## Model\n\n" + _table(("", ""), facts.items()),
+        *told,
+        "## Use\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
+        'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
+        f"image = {backbone.call.format(shown)}\n```",
+        "## Caveats\n\n" + _CAVEATS[record.kind],
+        "## Licence\n\n" + _LICENCE,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _merge_parts(record: MergedRecord) -> Iterator[str]:
+    """What was merged, how, and what was measured; training where the record tells of it."""
+    ranges = [f"{parent['range'][0]}:{parent['range'][1]}" for parent in record.parents]
+    told = [n for n in ("p", "steps", "seed") if all(n in parent for parent in record.parents)]
+    rows = [
+        (span, f"{w:g}", *(parent[n] for n in told), parent["kind"], parent["fingerprint"][:16],
+         _public_name(parent["path"]))
+        for span, parent, w in zip(ranges, record.parents, record.coefficients, strict=True)
+    ]  # fmt: skip
+    columns = ("timesteps", "coefficient", *told, "kind", "fingerprint", "file")
+    yield "## Parents and coefficients\n\n" + _table(columns, rows)
+    if record.coefficients_for:
+        finer = [(f"`{glob}`", *(f"{w:g}" for w in values))
+                 for glob, values in record.coefficients_for.items()]  # fmt: skip
+        sentence = (
+            "These hold for the tensors that none of the following patterns matches; of those"
+        )
+        table = _table(("tensors", *ranges), finer)
+        yield f"{sentence} that match a name, the first decides:\n\n{table}"
+    if record.method != "linear":
+        settings = dict(record.settings)
+        if "data" in settings:
+            settings["data"] = _public_name(settings["data"])
+        sentence = f"The method `{record.method}` takes the place of the plain sum above"
+        yield f"{sentence}, with these settings:\n\n{_block(settings)}"
+    if record.search:
+        yield "## Search of the coefficients\n\n" + _block(record.search)
+    if record.report:  # ranges of timesteps left out
+        metrics = [n for n in record.report["rows"][0]["metrics"] if " " not in n]
+        values = [[row["metrics"][name]["value"] for name in metrics]
+                  for row in record.report["rows"]]  # fmt: skip
+        measured = [
+            (row["name"], *("not finite" if v is None else f"{v:.5g}" for v in own))
+            for row, own in zip(record.report["rows"], values, strict=True)
+        ]
+        yield "## Measured on other seeds and images\n\n" + _table(("model", *metrics), measured)
+
+
+def _public_name(source: str) -> str:
+    """A hub id as it is; of a path on somebody's machine only the last part."""
+    return source if is_hub_id(source) else Path(source).name
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _block(document: Mapping[str, Any]) -> str:
+    """A record as JSON; long lists are cut, and say so."""
+    cut = {
+        name: [*value[:20], f"... {len(value) - 20} more in the artifact"]
+        if isinstance(value, list) and len(value) > 20
+        else value
+        for name, value in document.items()
+    }
+    return f"```json\n{json.dumps(cut, indent=2)}\n```"

@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,19 +52,6 @@ class WeightSet:
     num_shards: int
     files: tuple[str, ...]
 
-    def require_whole(self, folder: Path) -> None:
-        """Check that all shards are there, and what tells which of them holds a tensor."""
-        if len(self.files) != max(self.num_shards, 1):
-            raise MissingError(
-                f"{folder}: {len(self.files)} of the {self.num_shards} shards of {self.files[0]} "
-                f"are there; get the others, or remove these"
-            )
-        stem = re.split(r"[.-]", self.files[0])[0]
-        kinds = (f"index.{self.variant}", f"{self.variant}.index") if self.variant else ("index",)
-        indices = [f"{stem}.{self.ending}.{kind}.json" for kind in kinds]
-        if self.num_shards and not any((folder / name).exists() for name in indices):
-            raise MissingError(f"{folder}: {min(indices)} is missing, which tells what is where")
-
     def __str__(self) -> str:
         return self.files[0] if len(self.files) == 1 else f"{self.files[0]} and its shards"
 
@@ -89,8 +76,8 @@ def sets_of_variant(names: Iterable[str], variant: str | None = None) -> list[We
     return [one for one in sets if one.variant == variant]
 
 
-def weights_of(folder: Path, variant: str | None = None) -> list[WeightSet]:
-    """The sets of weights in the folder of a network, of the variant asked for, best first.
+def weights_of(folder: Path, variant: str | None = None) -> WeightSet:
+    """The weights in the folder of a network, whole, of the variant asked for.
 
     Without one, those of no variant, or of the only variant there. Raises ArtifactError where
     several variants lie there and none is chosen, MissingError for what is not there.
@@ -101,46 +88,26 @@ def weights_of(folder: Path, variant: str | None = None) -> list[WeightSet]:
         raise MissingError(
             f"{folder}: no weights (diffusion_pytorch_model.safetensors or .bin) beside config.json"
         )
+    there = ", ".join(dict.fromkeys(one.variant or "one of no variant" for one in sets))
+    if not chosen and variant is not None:
+        raise MissingError(f"{folder}: no weights of the variant {variant!r}; there are: {there}")
     if not chosen:
-        there = ", ".join(dict.fromkeys(one.variant or "one of no variant" for one in sets))
-        if variant is not None:
-            raise MissingError(
-                f"{folder}: no weights of the variant {variant!r}; there are: {there}"
-            )
         raise ArtifactError(
             f"{folder}: weights of several variants ({there}); keep one of them there, or choose a "
             f"denoiser's with `deme split MODEL --variant NAME`"
         )
-    for one in chosen:
-        one.require_whole(folder)
-    return chosen
-
-
-def require_same_weights(folder: Path, one: WeightSet, other: WeightSet) -> None:
-    """Check that two sets of weights in one folder hold the same.
-
-    Raises ArtifactError naming the first parameter that differs: which set is meant is not known.
-    """
-    import torch
-    from diffusers.models.model_loading_utils import load_state_dict
-
-    try:
-        first, second = (
-            {k: v for name in each.files for k, v in load_state_dict(folder / name).items()}
-            for each in (one, other)
+    best = chosen[0]
+    if len(best.files) != max(best.num_shards, 1):
+        raise MissingError(
+            f"{folder}: {len(best.files)} of the {best.num_shards} shards of {best.files[0]} are "
+            f"there; get the others, or remove these"
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ArtifactError(
-            f"{folder}: {one} and {other} cannot be compared, one is broken; move it away"
-        ) from error
-    common = sorted(first.keys() & second.keys())
-    for name in common or list(first)[:1]:
-        a, b = first[name], second.get(name)
-        if b is None or a.dtype != b.dtype or not torch.equal(a, b):
-            raise ArtifactError(
-                f"{folder}: {one} and {other} hold different weights ({name!r}); which is meant is "
-                f"not known: move one of them away"
-            )
+    stem = re.split(r"[.-]", best.files[0])[0]
+    kinds = (f"index.{best.variant}", f"{best.variant}.index") if best.variant else ("index",)
+    indices = {f"{stem}.{best.ending}.{kind}.json" for kind in kinds}
+    if best.num_shards and not indices & {*names}:
+        raise MissingError(f"{folder}: {min(indices)} is missing, which tells what is where")
+    return best
 
 
 def file_names(folder: Path) -> list[str]:
@@ -206,7 +173,28 @@ def find_folder(source: str, variant: str | None = None) -> Path:
     Raises MissingError where nothing is there.
     """
     path = Path(source).expanduser()
-    return path if path.is_dir() else _from_hub(source, variant)
+    if path.is_dir():
+        return path
+    if not is_hub_id(source) or path.suffix in (".safetensors", *_PICKLED):
+        raise MissingError(
+            f"{source}: no such file or folder; a model is an artifact, a diffusers folder, "
+            f"a hub id (owner/name) or digits"
+        )
+    from huggingface_hub import snapshot_download
+
+    if is_model_cached(source):
+        try:
+            folder = Path(snapshot_download(source, local_files_only=True))
+            weights_of(denoiser_folder(folder), variant)
+            return folder
+        except (OSError, MissingError):  # the library's errors for a part of a model are OSErrors
+            pass
+    if reason := offline_reason():
+        raise MissingError(
+            f"{source}: no such folder, not in the hub's cache, and {reason}; connect to the "
+            f"network, or give the folder of a downloaded diffusers model"
+        )
+    return _download(source, variant)
 
 
 def denoiser_folder(folder: Path) -> Path:
@@ -217,12 +205,10 @@ def denoiser_folder(folder: Path) -> Path:
     if (folder / INDEX).exists():
         read_index(folder)
     for place in (*(folder / part for part in DENOISERS), folder):
+        average = place.with_name(f"{place.name}_ema")
         if (place / "config.json").exists():
-            average = place.with_name(f"{place.name}_ema")
-            if place != folder and (average / "config.json").exists():
-                console.note_once(
-                    f"{place}: taken, not the average beside it; to take that, name {average}"
-                )
+            if place != folder and average.exists():
+                console.note_once(f"{place}: taken, not the average; to take that, name {average}")
             return place
     for file in sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", *_PICKLED)):
         record_of(read_header(file))  # that says so of a LoRA or a single-file checkpoint
@@ -296,26 +282,20 @@ def read_index(folder: Path) -> dict[str, Any]:
                 f"{folder / INDEX}: {name} = {json.dumps(value)} may be code that comes with the "
                 f"pipeline, which deme does not run; expected a class of diffusers or transformers"
             )
-    if reason := _refusal(index):
-        raise ArtifactError(f"{folder}: {reason}")
-    return index
-
-
-def _refusal(index: Mapping[str, Any]) -> str | None:
-    """Why deme does not take a pipeline of this index, whatever its networks; or None."""
-    if index.get("requires_aesthetics_score"):
-        return (
-            "the SDXL refiner, which goes on from what another model drew; deme takes SDXL's base"
-        )
-    if "vqvae" in index:
-        return "a pipeline with 'vqvae'; deme takes pixels and VAE latents"
-    instead = "deme takes Wan 2.1, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     two = [n for n in ("transformer_2", "boundary_ratio") if index.get(n) not in (None, _NOTHING)]
-    if two:
-        return f"a pipeline of two denoisers ({', '.join(two)}), as Wan 2.2 A14B; {instead}"
-    if index.get("expand_timesteps"):
-        return f"a pipeline with a time for each token (expand_timesteps), Wan 2.2 5B; {instead}"
-    return None
+    wan = "deme takes Wan 2.1, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    refused = {
+        "the SDXL refiner, which goes on from what another model drew; deme takes SDXL's base":
+            index.get("requires_aesthetics_score"),
+        "a pipeline with 'vqvae'; deme takes pixels and VAE latents": "vqvae" in index,
+        f"a pipeline of two denoisers ({', '.join(two)}), as Wan 2.2 A14B; {wan}": two,
+        f"a pipeline with a time for each token (expand_timesteps), Wan 2.2 5B; {wan}":
+            index.get("expand_timesteps"),
+    }  # fmt: skip
+    for reason, holds in refused.items():
+        if holds:
+            raise ArtifactError(f"{folder}: {reason}")
+    return index
 
 
 def _is_of_libraries(part: list[Any], folder: Path) -> bool:
@@ -337,17 +317,12 @@ def locate_parts(source: str, parts: Sequence[str]) -> Path:
 
     Raises MissingError naming the first part that is missing, ArtifactError for foreign code.
     """
+    todo = f"{', '.join(parts)}: give the folder or hub id of its whole pipeline with --pipeline"
     if not (Path(source).expanduser().is_dir() or is_hub_id(source)):
-        raise MissingError(
-            f"{source}: no such folder; this model's {', '.join(parts)} are read from there: give "
-            f"the folder or hub id of its pipeline with --pipeline"
-        )
+        raise MissingError(f"{source}: no such folder; this model needs {todo}")
     folder = find_folder(source)
     if not (folder / INDEX).exists():
-        raise MissingError(
-            f"{folder}: a denoiser alone; it needs {', '.join(parts)}: give the folder or hub id "
-            f"of its whole pipeline with --pipeline"
-        )
+        raise MissingError(f"{folder}: a denoiser alone; it needs {todo}")
     read_index(folder)
     require_parts(folder, parts)
     return folder
@@ -370,14 +345,8 @@ def require_parts(folder: Path, parts: Iterable[str]) -> None:
 def digests_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of every part of a pipeline folder that is neither trained nor replaced."""
     left_out = {"scheduler", *DENOISERS, *UNUSED_PARTS}
-    listed = [n for n, value in read_index(folder).items() if isinstance(value, list) and value[0]]
-    digests = {}
-    for part in sorted(set(listed) - left_out):
-        sets = sets_of_variant(file_names(folder / part))
-        for other in sets[1:]:
-            require_same_weights(folder / part, sets[0], other)
-        digests[part] = digest_of_part(folder, part)
-    return digests
+    listed = {n for n, value in read_index(folder).items() if isinstance(value, list) and value[0]}
+    return {part: digest_of_part(folder, part) for part in sorted(listed - left_out)}
 
 
 def digest_of_part(folder: Path, part: str) -> str:
@@ -392,30 +361,6 @@ def digest_of_part(folder: Path, part: str) -> str:
 
 
 # the hub
-
-
-def _from_hub(hub_id: str, variant: str | None) -> Path:
-    """The folder of a hub model's configs and weights, from the cache or fetched into it."""
-    if not is_hub_id(hub_id) or Path(hub_id).suffix in (".safetensors", *_PICKLED):
-        raise MissingError(
-            f"{hub_id}: no such file or folder; a model is an artifact, a diffusers folder, "
-            f"a hub id (owner/name) or digits"
-        )
-    from huggingface_hub import snapshot_download
-
-    if is_model_cached(hub_id):
-        try:
-            folder = Path(snapshot_download(hub_id, local_files_only=True))
-            weights_of(denoiser_folder(folder), variant)
-            return folder
-        except (OSError, MissingError):  # the library's errors for a part of a model are OSErrors
-            pass
-    if reason := offline_reason():
-        raise MissingError(
-            f"{hub_id}: no such folder, not in the hub's cache, and {reason}; connect to the "
-            f"network, or give the folder of a downloaded diffusers model"
-        )
-    return _download(hub_id, variant)
 
 
 def _download(hub_id: str, variant: str | None) -> Path:
@@ -439,14 +384,11 @@ def _download(hub_id: str, variant: str | None) -> Path:
             )
         return Path(snapshot_download(hub_id, allow_patterns=names, etag_timeout=_SECONDS))
     except GatedRepoError as error:
-        raise MissingError(
-            f"{hub_id}: this model is gated; accept its terms on its page, then `hf auth login`"
-        ) from error
+        what = "this model is gated; accept its terms on its page, then `hf auth login`"
+        raise MissingError(f"{hub_id}: {what}") from error
     except RepositoryNotFoundError as error:
-        raise MissingError(
-            f"{hub_id}: no such folder, and no such model on the hub (a private one needs "
-            f"`hf auth login`)"
-        ) from error
+        what = "no such folder, nor model on the hub (a private one needs `hf auth login`)"
+        raise MissingError(f"{hub_id}: {what}") from error
     except OSError as error:
         raise MissingError(f"{hub_id}: could not be fetched from the hub: {error}") from error
 

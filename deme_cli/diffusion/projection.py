@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.backbones.backbone import Backbone, config_of
-from deme_cli.diffusion.backbones.known import backbone_of
 
 PREFIX = "channel_projection"
 

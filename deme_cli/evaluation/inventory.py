@@ -128,7 +128,7 @@ def companions_of(base: Path, pipeline: str | None) -> Iterator[Item]:
     pipeline: where they are looked for, else where the base came from. Of a hub id only what is
     cached counts: nothing is fetched.
     """
-    from deme_cli.diffusion.backbones.known import backbone_of
+    from deme_cli.diffusion.backbones import backbone_of
 
     record = read_record(base, "base")
     source = pipeline or record.source

@@ -30,7 +30,7 @@ from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import DataConfig, MergeConfig, SampleConfig
 from deme_cli.data.images import open_images
 from deme_cli.data.prompts import PromptSet, read_prompts
-from deme_cli.diffusion.backbones.known import backbone_of
+from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.schedule import Schedule, read_schedule

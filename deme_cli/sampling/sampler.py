@@ -31,10 +31,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from deme_cli.config import SampleConfig
-from deme_cli.diffusion.compiling import compile_calls, is_compiled
 from deme_cli.diffusion.conditions import Conditions, select, to
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.diffusion.threads import fitting_number, using_threads
+from deme_cli.diffusion.execution import (
+    compile_calls,
+    fitting_number,
+    is_compiled,
+    using_threads,
+)
 from deme_cli.distributed import ALONE, JointStopRequests, Lost, World
 from deme_cli.errors import NumericsError
 from deme_cli.sampling.conditioning import Conditioning, conditioning_of

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import SampleConfig
-from deme_cli.diffusion.backbones.known import backbone_of
+from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.schedule import flow_config, scheduler_of
 from deme_cli.errors import ConfigError
 

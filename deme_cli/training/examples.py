@@ -35,7 +35,7 @@ from deme_cli.config import DataConfig
 from deme_cli.console import Progress, Step, silent
 from deme_cli.data.fitting import CENTRE, Shape, crop_corner
 from deme_cli.data.images import ImageData, open_images, to_unit
-from deme_cli.diffusion.backbones.known import backbone_of
+from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.model_files import digests_of, locate_parts
@@ -253,7 +253,7 @@ def open_examples(
         return LatentExamples(data, companions, shape, crop=crop)
     companions.require_same("vae")  # whose scales are read even where the rest is cached
     key = {
-        **companions.digests,
+        **companions.record.companions,
         "pipeline": backbone.pipeline,
         "data": data.fingerprint,  # captions count by what they say
         "split": split,

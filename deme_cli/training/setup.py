@@ -273,7 +273,7 @@ def _require_free(plan: Plan) -> None:
 def _require_same_settings(plan: Plan, base: BaseRecord) -> None:
     """Check that the finished expert at `plan.output` is what the plan would make again."""
     from deme_cli.data.images import open_images
-    from deme_cli.diffusion.backbones.known import backbone_of
+    from deme_cli.diffusion.backbones import backbone_of
 
     record, images = read_record(plan.output, "expert"), plan.images
     data = open_images(
@@ -412,8 +412,8 @@ def random_denoiser(
     """
     import torch
 
+    from deme_cli.diffusion.backbones import backbone_of
     from deme_cli.diffusion.backbones.backbone import config_of
-    from deme_cli.diffusion.backbones.known import backbone_of
     from deme_cli.diffusion.denoiser import Denoiser, build_network, choose_device
     from deme_cli.diffusion.model_files import digests_of, locate_parts
     from deme_cli.diffusion.schedule import read_schedule

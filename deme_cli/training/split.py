@@ -98,7 +98,7 @@ def split(
     elif gradients is not None:
         raise ConfigError(f"--gradients {gradients} is read by --by gradient alone")
 
-    from deme_cli.diffusion.backbones.known import backbone_of
+    from deme_cli.diffusion.backbones import backbone_of
     from deme_cli.diffusion.checkpoints import import_model
     from deme_cli.diffusion.companions import open_companions
     from deme_cli.diffusion.schedule import read_schedule

@@ -27,12 +27,16 @@ import torch
 from torch import Tensor, nn
 
 from deme_cli.artifacts import BaseRecord, DenoiserRecord, ExpertRecord, write_artifact
-from deme_cli.diffusion.compiling import compile_network, uncompiled
 from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES
+from deme_cli.diffusion.execution import (
+    compile_network,
+    fitting_number,
+    uncompiled,
+    using_threads,
+)
 from deme_cli.diffusion.projection import fold_weights
 from deme_cli.diffusion.schedule import FlowSchedule
-from deme_cli.diffusion.threads import fitting_number, using_threads
 from deme_cli.distributed import ALONE, JointStopRequests, World
 from deme_cli.errors import (
     MissingError,

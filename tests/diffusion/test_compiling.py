@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.graph import GraphLowering
 
-from deme_cli.diffusion import compiling
-from deme_cli.diffusion.compiling import compile_calls, uncompiled
+from deme_cli.diffusion import execution
+from deme_cli.diffusion.execution import compile_calls, uncompiled
 from deme_cli.errors import ConfigError
 
 Compiler = Callable[[nn.Module, list[Tensor]], Callable]
@@ -44,7 +44,7 @@ def require_memory(num: int) -> None:
 def fresh() -> Iterator[None]:
     """Nothing compiled before, and no warning given."""
     torch.compiler.reset()
-    compiling._warn.cache_clear()
+    execution._warn.cache_clear()
     yield
     torch.compiler.reset()
 

@@ -14,7 +14,7 @@ from tiny_pipelines import BUILDERS
 from transformers import T5EncoderModel
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
-from deme_cli.diffusion.backbones.known import backbone_of
+from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import (

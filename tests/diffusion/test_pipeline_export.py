@@ -123,7 +123,7 @@ def test_a_part_that_was_exchanged_is_named(pipelines: Pipelines, deme: Deme) ->
     assert isinstance(deme("export", "base.safetensors", "out").exception, ArtifactError)
     assert not Path("out").exists()
     shutil.rmtree("pipe")
-    with pytest.raises(MissingError, match=r"no such folder; this model's vae, text_encoder"):
+    with pytest.raises(MissingError, match=r"no such folder; this model needs vae, text_encoder"):
         open_companions(record)
 
 

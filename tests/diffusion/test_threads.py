@@ -7,7 +7,7 @@ import torch
 
 from deme_cli.data.digits import BASE_PATH
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser
-from deme_cli.diffusion.threads import (
+from deme_cli.diffusion.execution import (
     FLOPS_PER_THREAD,
     fitting_number,
     forward_flops,

@@ -23,7 +23,7 @@ from deme_cli.diffusion.backbones.wan import Wan
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import build_network, predict
-from deme_cli.diffusion.model_card import model_card
+from deme_cli.diffusion.export import model_card
 from deme_cli.diffusion.model_files import find_folder, locate_model
 from deme_cli.diffusion.projection import sites
 from deme_cli.diffusion.schedule import FlowSchedule, read_schedule

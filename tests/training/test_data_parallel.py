@@ -346,7 +346,7 @@ main()
 NO_KERNEL = """
 import os, torch
 from torch import nn
-from deme_cli.diffusion import compiling
+from deme_cli.diffusion import execution
 from deme_cli.__main__ import main
 
 def refuse(graph, inputs):
@@ -357,7 +357,7 @@ def compile(self):
     self._compiled_call_impl = torch.compile(self._call_impl, backend=backend)
 
 nn.Module.compile = compile
-compiling.is_compiled = lambda device, how, **options: True
+execution.is_compiled = lambda device, how, **options: True
 main()
 """
 

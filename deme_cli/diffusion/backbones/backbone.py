@@ -1,8 +1,8 @@
 """What the rest of the program may ask of a network, whichever it is.
 
 B batch, C channels, H x W pixels (of latents where there is a VAE). To add a backbone, write a file
-beside this one and name it in known.py: nothing else asks which network it has. Its file says what
-is particular to it; what most networks share stands here.
+beside this one and name it in `__init__.py`: nothing else asks which network it has. Its file says
+what is particular to it; what most networks share stands here.
 """
 
 from __future__ import annotations
@@ -56,9 +56,20 @@ class Backbone(ABC):
         """Whether a diffusers config describes this network."""
         return config.get("_class_name") == self.class_name
 
-    @abstractmethod
     def refusal(self, config: Config) -> str | None:
         """Why deme does not take this variant, or None."""
+        given, channels = config.get("in_channels"), config.get("out_channels")
+        if self.part == "unet" and not config.get("sample_size"):
+            return "the model config lacks sample_size"
+        if channels not in (None, given):
+            return (
+                f"{given} input channels for {channels} output channels: an inpainting, fill, "
+                f"control or image-to-video model, or one of learned variances; deme takes models "
+                f"that draw from noise, and text or classes"
+            )
+        if config.get("time_cond_proj_dim"):
+            return "a guidance-distilled (LCM) UNet; deme takes the model it was distilled from"
+        return None
 
     def build(self, config: Config) -> nn.Module:
         """A network with random weights. Raises what diffusers raises on an unusable config."""

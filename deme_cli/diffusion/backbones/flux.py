@@ -44,11 +44,6 @@ class Flux(Backbone):
         "sample": {"steps": 28, "batch_size": 1},
     }
 
-    def refusal(self, config: Config) -> str | None:
-        if config.get("out_channels") not in (None, config.get("in_channels")):
-            return "output and input channels differ: a fill or control model, not text-to-image"
-        return None
-
     def sample_shape(self, config: Config) -> Shape:
         return config["in_channels"] // 4, _SAMPLE_SIZE, _SAMPLE_SIZE
 

@@ -33,7 +33,7 @@ class StableDiffusion(Backbone):
     def refusal(self, config: Config) -> str | None:
         if config.get("class_embed_type") or config.get("encoder_hid_dim_type"):
             return "a UNet2DConditionModel with class or image embeddings; deme takes text alone"
-        return refusal_of_latent_unet(config)
+        return super().refusal(config)
 
     def corrected(self, config: Config) -> Config:
         """With the 64 of all models of 2022, whose files say 32 (StableDiffusionPipeline too)."""
@@ -54,17 +54,3 @@ class StableDiffusion(Backbone):
             list(prompts), pipeline.text_encoder.device, 1, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": tokens}
-
-
-def refusal_of_latent_unet(config: Config) -> str | None:
-    """Variants of UNet2DConditionModel that need more than noise and a prompt."""
-    if not config.get("sample_size"):
-        return "the model config lacks sample_size"
-    if config.get("in_channels") != config.get("out_channels"):
-        return (
-            f"{config.get('in_channels')} input channels for {config.get('out_channels')} output "
-            f"channels: an inpainting, depth or instruction model; deme takes text-to-image"
-        )
-    if config.get("time_cond_proj_dim"):
-        return "a guidance-distilled (LCM) UNet; deme takes the model it was distilled from"
-    return None

@@ -33,11 +33,6 @@ class StableDiffusion3(Backbone):
         "sample": {"steps": 28, "batch_size": 4},
     }
 
-    def refusal(self, config: Config) -> str | None:
-        if config.get("out_channels") not in (None, config.get("in_channels")):
-            return "output and input channels differ; deme takes text-to-image transformers"
-        return None
-
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         return {
             "encoder_hidden_states": (TOKENS, config["joint_attention_dim"]),
@@ -55,10 +50,10 @@ class StableDiffusion3(Backbone):
         return network(hidden_states=x_t, timestep=times, return_dict=False, **given)[0]
 
     def encode(self, pipeline: Any, prompts: Sequence[str], geometry: Tensor) -> Conditions:
+        device = pipeline.text_encoder.device
         tokens, _, pooled, _ = pipeline.encode_prompt(
-            list(prompts), None, None,
-            device=pipeline.text_encoder.device, do_classifier_free_guidance=False,
-        )  # fmt: skip
+            list(prompts), None, None, device=device, do_classifier_free_guidance=False
+        )
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
     def lay_out(self, scheduler: Any, steps: int, shape: Shape) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from deme_cli.diffusion.backbones.backbone import TOKENS, Backbone, Config, Tables
-from deme_cli.diffusion.backbones.stable_diffusion import refusal_of_latent_unet
 from deme_cli.diffusion.conditions import Conditions
 
 _REFINER = 1280 + 5 * 256  # its pooled text and 5 numbers, one of them the aesthetic score
@@ -33,10 +32,8 @@ class StableDiffusionXL(Backbone):
 
     def refusal(self, config: Config) -> str | None:
         if config.get("projection_class_embeddings_input_dim") == _REFINER:
-            return (
-                "the SDXL refiner, which goes on from what another model drew; deme takes the base"
-            )
-        return refusal_of_latent_unet(config)
+            return "the SDXL refiner, which goes on from another's image; deme takes the base"
+        return super().refusal(config)
 
     def condition_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         sizes = 6 * config["addition_time_embed_dim"]
@@ -50,10 +47,9 @@ class StableDiffusionXL(Backbone):
         return network(x_t, t, tokens, added_cond_kwargs=added, return_dict=False)[0]
 
     def encode(self, pipeline: Any, prompts: Sequence[str], geometry: Tensor) -> Conditions:
+        device = pipeline.text_encoder.device
         tokens, _, pooled, _ = pipeline.encode_prompt(
-            list(prompts),
-            device=pipeline.text_encoder.device,
-            do_classifier_free_guidance=False,
+            list(prompts), device=device, do_classifier_free_guidance=False
         )
         sizes = geometry.to(tokens.device, tokens.dtype)
         return {"encoder_hidden_states": tokens, "text_embeds": pooled, "time_ids": sizes}

@@ -16,21 +16,14 @@ class UNet(Backbone):
     wants = "nothing"
 
     def refusal(self, config: Config) -> str | None:
-        if not config.get("sample_size"):
-            return "the model config lacks sample_size"
         if config.get("class_embed_type") or config.get("num_class_embeds"):
             return "class-conditional UNet2DModels are not supported; a DiT is"
-        if config.get("in_channels") != config.get("out_channels"):
-            return (
-                f"{config.get('out_channels')} output channels for {config.get('in_channels')} "
-                f"input channels; learned variances are not supported"
-            )
         if config.get("in_channels", 3) not in (1, 3):
             return (
                 f"{config['in_channels']} channels: deme trains UNet2DModels on grey (1) or colour "
                 f"(3) images, and latents only of pipelines with a VAE"
             )
-        return None
+        return super().refusal(config)
 
     def size_refusal(self, config: Config, side: int) -> str | None:
         step = 2 ** (len(config["block_out_channels"]) - 1)

@@ -42,18 +42,14 @@ class Wan(Backbone):
     }
 
     def refusal(self, config: Config) -> str | None:
-        channels, given = config.get("out_channels"), config.get("in_channels")
-        shown = [name for name in ("image_dim", "added_kv_proj_dim") if config.get(name)]
-        if channels not in (None, given):
-            shown.append(f"{given} input channels for {channels} output channels")
-        if shown:
+        if shown := [name for name in ("image_dim", "added_kv_proj_dim") if config.get(name)]:
             return (
                 f"{', '.join(shown)}: an image-to-video or control model; deme takes Wan 2.1's "
                 f"text-to-video models, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
             )
         if config.get("patch_size", (1,))[0] != 1:
             return f"patches of {config['patch_size'][0]} frames; deme shows it one frame"
-        return None
+        return super().refusal(config)
 
     def sample_shape(self, config: Config) -> Shape:
         return config["in_channels"], _SAMPLE_SIZE, _SAMPLE_SIZE
@@ -78,10 +74,8 @@ class Wan(Backbone):
         return video.squeeze(2)
 
     def encode(self, pipeline: Any, prompts: Sequence[str], geometry: Tensor) -> Conditions:
-        tokens, _ = pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=_TOKENS,
-            device=pipeline.text_encoder.device,
-        )  # fmt: skip
+        told = {"device": pipeline.text_encoder.device, "max_sequence_length": _TOKENS}
+        tokens, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, **told)
         return {"encoder_hidden_states": tokens}
 
     def vae_config(self, config: Config) -> Config:
