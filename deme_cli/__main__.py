@@ -6,6 +6,7 @@ import os
 import sys
 
 from deme_cli import console, distributed
+from deme_cli.deferred import defer_imports
 from deme_cli.errors import DemeError, out_of_memory_as
 from deme_cli.jobs import signals_end_the_command
 
@@ -25,6 +26,7 @@ def main() -> None:
     # Two OpenMP threads that spin between small operations slow a shared machine many times over;
     # passive ones sleep. Read by the OpenMP runtime when torch loads, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    defer_imports()
     has_failed = True
     try:
         with signals_end_the_command(), out_of_memory_as(TOO_MUCH_AT_ONCE):
