@@ -2,7 +2,7 @@
 
     python examples/benchmarks/gpu.py -o gpu.json
     python examples/benchmarks/gpu.py --only train sample --minutes 4
-    python examples/benchmarks/gpu.py --tiny --device cpu        # that it runs; its times say nothing
+    python examples/benchmarks/gpu.py --tiny --device cpu   # that it runs; no figures
 
 The JSON is written anew after each part, so that a run that is cut off keeps what it has; a part
 that fails or finds no time left is told as such, and the next one runs. Weights are random and of
