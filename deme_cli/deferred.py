@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from functools import wraps
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -43,13 +44,14 @@ class _Waiting(ModuleType):
         return getattr(self, name)
 
 
-def _run(module: _Waiting) -> None:
+def _run(module: ModuleType) -> None:
     """Make of a package that waits the package itself, in place."""
     loader = module.__dict__.pop("_loader")
     asked = module.__dict__.pop("_asked", [])
     for answer in module.__dict__.pop("_answers", ()):
         delattr(module, answer)
     module.__class__ = ModuleType
+    assert module.__spec__
     module.__spec__.loader = module.__loader__ = loader
     loader.exec_module(module)
     for function in asked:
@@ -79,6 +81,7 @@ def _answers(asked: list) -> dict[str, Any]:
     return {
         "allow_in_graph": allow_in_graph,
         "disable": disable,
+        "graph_break": lambda *args, **kwargs: None,
         "eval_frame": SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {})),
     }
 
@@ -110,7 +113,7 @@ class _Finder:
         return spec
 
 
-class _Loader:
+class _Loader(Loader):
     """Gives a module that is there already; nothing runs."""
 
     def __init__(self, module: ModuleType) -> None:

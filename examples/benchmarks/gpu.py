@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def device(lab: Lab) -> Figures:
     size, repeats = (256, 2) if lab.tiny else (8192, 20)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a = torch.randn(size, size, device=lab.device, dtype=dtype)
-        flops = 2 * size**3 / lab.seconds(lambda a=a: a @ a, repeats)
+        flops = 2 * size**3 / lab.seconds(partial(torch.matmul, a, a), repeats)
         figures[f"TFLOP/s {name}"] = flops / 1e12
     lab.peak = figures["TFLOP/s bf16"] * 1e12
     source = torch.empty(2**16 if lab.tiny else 2**30, dtype=torch.uint8, device=lab.device)
@@ -143,7 +144,8 @@ def plain_loop(lab: Lab, steps: int, batch: int) -> float:
 
     network = random_denoiser(lab.model, device=lab.device).network.requires_grad_(True).train()
     base = random_denoiser(lab.model, device=lab.device).network
-    scheduler, parameters = DDPMScheduler(), list(network.parameters())
+    parameters = list(network.parameters())
+    scheduler: Any = DDPMScheduler()
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     ema = EMAModel(parameters, decay=0.9999, use_ema_warmup=True, power=0.75)
     size = lab.model["sample_size"]
@@ -195,7 +197,7 @@ def search(lab: Lab) -> Figures:
     times: list[float] = []
     settings = MergeConfig(
         search="random", objective="loss", evaluations=3 if lab.tiny else 64,
-        num=4 if lab.tiny else 1024, batch_size=4 if lab.tiny else 512, report="none",
+        num=4 if lab.tiny else 1024, batch_size=4 if lab.tiny else 512, report=False,
     )  # fmt: skip
     deme.merge(
         lab.experts, settings, base=lab.base, output=lab.folder / "merged.safetensors",
