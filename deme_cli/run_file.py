@@ -22,7 +22,9 @@ _TYPES: dict[str, tuple[str, Any]] = {
     "float": ("a number", 1.0),
     "int": ("a whole number", 1),
     "list[Any]": ("a list", [0.0, 1.0]),
+    "dict[str, Any]": ("a table", {}),
     "list[float]": ("a list of numbers", [0.1, 0.2]),
+    "list[int]": ("a list of whole numbers", [0, 1]),
     "list[str]": ("a list of texts in quotes", ["0:500", "500:1000"]),
     "str": ("a text in quotes", ""),
 }
@@ -105,12 +107,21 @@ def checked_table(table: str, values: Any, where: str) -> dict[str, Any]:
     """The values of one table of settings; raises ConfigError on unknown keys and wrong types."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {table} should be a table, as in [{table}]")
-    known = {item.name: str(item.type).removesuffix(" | None") for item in fields(TABLES[table])}
+    return checked_fields(TABLES[table], values, where, f"[{table}]")
+
+
+def checked_fields(
+    kind: type, values: Mapping[str, Any], where: str, table: str = ""
+) -> dict[str, Any]:
+    """What a dataclass of this kind may be made of; raises as `checked_table` does."""
+    known = {item.name: str(item.type).removesuffix(" | None") for item in fields(kind)}
     for key in values:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r} in [{table}]{nearest(key, known)}")
+            inside = f" in {table}" if table else ""
+            raise ConfigError(f"{where}: unknown key {key!r}{inside}{nearest(key, known)}")
     return {
-        key: _typed(value, known[key], f"{where}: [{table}] {key}") for key, value in values.items()
+        key: _typed(value, known[key], f"{where}: {f'{table} {key}'.strip()}")
+        for key, value in values.items()
     }
 
 
@@ -122,7 +133,8 @@ def _typed(value: Any, declared: str, where: str) -> Any:
         return float(value)
     name, _, entry = declared.removesuffix("]").partition("[")
     if declared != "Any" and type(value).__name__ != name:
-        raise ConfigError(f"{where} = {shown(value)}: expected {_TYPES[declared][0]}")
+        expected = _TYPES.get(declared, (declared,))[0]
+        raise ConfigError(f"{where} = {shown(value)}: expected {expected}")
     if isinstance(value, list):
         return FromFile(_typed(one, entry or "Any", where) for one in value)
     return value

@@ -1,53 +1,345 @@
-"""A comparison as tables: in Markdown, on a terminal, as CSV with a line per number, as JSON.
+"""What was measured as a table: the figures, what may be said of them, and four forms of it.
 
-What was measured here and what somebody printed never share a table: their model, data and budget
-are other ones. Every figure comes from figures.py; here it is only written down.
+S training seeds, R repeats of the evaluation. A result is averaged over its repeats first, and
+training seeds are the sample: how much a method owes to chance is their spread. Two rows are
+compared by the differences of equal training seeds, each taken within the repeats, so that noise
+which both rows share is gone. An interval holds for the evaluation seeds of the table; it is not
+corrected for how many rows are looked at. What was measured here and what somebody printed never
+share a table: their model, data and budget are other ones.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from deme_cli.analysis.figure import BLACK, BLUE, OTHER, VERMILION, open_axis, render
 from deme_cli.analysis.result import plain
-from deme_cli.comparison.figures import (
-    DAGGER,
-    OVER_EVALUATION,
-    Cell,
-    Column,
-    Comparison,
-    Result,
-    RowResult,
-    cell_of,
-    digits_of,
-    flop_unit,
-    headlines,
-    search_of,
-    seconds_of,
-    state_of,
-    status_of,
-    winner,
-)
 from deme_cli.comparison.plan import Published
+from deme_cli.console import decimals
+from deme_cli.evaluation.measure import Difference, interval_of
 
-BLANK = "\N{EN DASH}"
-TERMINAL_WIDTH, TERMINAL_GAP = 80, 2
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DAGGER, BLANK = "\N{DAGGER}", "\N{EN DASH}"  # the dagger marks a spread over evaluation seeds
+OVER_TRAINING, OVER_EVALUATION = "training seeds", "evaluation seeds"
+HIGHER_IS_BETTER = ("clip_score", "accuracy")
+_UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
+_LONGEST_REASON = 200  # characters of a failure in a table; JSON has the whole
+_MARKS = {
+    "base": ("D", BLACK), "finetune": ("o", BLUE), "ensemble": ("s", OTHER),
+    "merged": ("^", VERMILION),
+}  # fmt: skip
+_WIDE_SPREAD = 8.0  # largest over least mean from which an axis is logarithmic
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of the table: `metric` as `deme eval` names it, under the measure of that name."""
+
+    metric: str
+    measure: str = ""  # empty where a plan has one measure
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric not in HIGHER_IS_BETTER
+
+    @property
+    def title(self) -> str:
+        return f"{self.measure} {self.metric}".strip()
+
+
+@dataclass(frozen=True)
+class SearchCost:
+    """What the search of a merge's coefficients took, besides training."""
+
+    evaluations: int
+    images: int
+    seconds: float
+    objective: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One training seed of a row (None for a row without training).
+
+    values: by the title of a column, one number per repeat. `seconds` of training, all ranges
+    together. `coefficients` are those of a merged model.
+    """
+
+    seed: int | None
+    values: Mapping[str, Sequence[float]]
+    seconds: float = 0.0
+    search: SearchCost | None = None
+    coefficients: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as far as it is: its results, and why some are missing.
+
+    settings: what sets it apart from plain finetuning.   updates, images, flops: of training in
+    total, all ranges together; the same for every seed.   pending: seeds that have neither a result
+    nor a failure.
+    """
+
+    name: str
+    kind: str
+    num_ranges: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    results: Sequence[Result] = ()
+    updates: int = 0
+    images: int = 0
+    flops: float = 0.0
+    published: Sequence[float | None] = ()
+    failures: Sequence[str] = ()
+    pending: int = 0
+
+    @property
+    def is_partial(self) -> bool:
+        return bool(self.failures or self.pending)
+
+    @property
+    def word(self) -> str:
+        """What is missing in a word; empty where nothing is."""
+        if not self.is_partial:
+            return ""
+        return "partial" if self.results else "failed" if self.failures else "not run yet"
+
+    @property
+    def state(self) -> str:
+        """What is missing of the row and why; empty where nothing is."""
+        parts = []
+        if reasons := "; ".join(dict.fromkeys(" ".join(text.split()) for text in self.failures)):
+            short = textwrap.shorten(reasons, _LONGEST_REASON, placeholder=" ...")
+            parts.append(f"failed{' for other seeds' if self.results else ''}: {short}")
+        if self.pending:
+            total = len(self.results) + len(self.failures) + self.pending
+            parts.append("not run yet" + f" ({self.pending} of {total} seeds)" * (total > 1))
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The whole table. The first row is what the others are compared with."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    protocol: Sequence[str]  # lines that say what the figures depend on
+    published: Published = Published()
+    cards: Mapping[str, Any] = field(default_factory=dict)  # protocol cards by measure
+
+
+@dataclass(frozen=True)
+class RowDifference(Difference):
+    """A row minus another. `over` says what sd and interval are over: training seeds, or the
+    evaluation seeds where the rows share one training seed, or neither row trains."""
+
+    over: str = OVER_TRAINING
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One column of one row.
+
+    seed_means: one mean over R repeats per training seed (one for a row without training).
+    sd, interval: of these means and of their mean (95 %, Student's t); None for fewer than two.
+    repeats_sd: the sd over repeats, averaged over training seeds; None for R = 1.
+    """
+
+    mean: float
+    seed_means: list[float]
+    sd: float | None
+    interval: tuple[float, float] | None
+    repeats_sd: float | None
+    num_repeats: int
+    difference: RowDifference | None = None
+
+
+def cell_of(row: Row, column: Column, first: Row) -> Cell | None:
+    """The figures of a row, and its difference to `first`; None where it has no result."""
+    results = list(_by_seed(row, column).values())
+    if not results:
+        return None
+    means = [float(values.mean()) for values in results]
+    spreads = [float(values.std(ddof=1)) for values in results if len(values) > 1]
+    return Cell(
+        mean=float(np.mean(means)),
+        seed_means=means,
+        sd=float(np.std(means, ddof=1)) if len(means) > 1 else None,
+        interval=interval_of(means) if len(means) > 1 else None,
+        repeats_sd=float(np.mean(spreads)) if spreads else None,
+        num_repeats=min(map(len, results)),
+        difference=None if row is first else difference_of(row, first, column),
+    )
+
+
+def difference_of(row: Row, other: Row, column: Column) -> RowDifference | None:
+    """`row` minus `other`, paired; None where fewer than two pairs leave no interval.
+
+    A row without training stands beside every training seed of the other.
+    """
+    ours, theirs = _by_seed(row, column), _by_seed(other, column)
+    pairs = []
+    for seed in theirs if None in ours else ours:
+        one, two = ours.get(seed, ours.get(None)), theirs.get(seed, theirs.get(None))
+        if one is not None and two is not None:
+            shared = min(len(one), len(two))
+            with np.errstate(invalid="ignore"):  # inf - inf is no difference
+                pairs.append(one[:shared] - two[:shared])
+    over = OVER_TRAINING if len(pairs) > 1 else OVER_EVALUATION
+    sample = [pair.mean() for pair in pairs] if len(pairs) > 1 else [x for p in pairs for x in p]
+    if len(sample) < 2:
+        return None
+    mean, sd = float(np.mean(sample)), float(np.std(sample, ddof=1))
+    return RowDifference(other.name, mean, sd, interval_of(sample), over)
+
+
+def _by_seed(row: Row, column: Column) -> dict[int | None, np.ndarray]:
+    """The values over repeats by training seed (None for a row without training)."""
+    return {
+        result.seed: np.array(result.values[column.title], dtype=np.float64)
+        for result in row.results
+        if result.values.get(column.title)
+    }
+
+
+def best_of(rows: Sequence[Row], column: Column) -> tuple[Row, list[Row]] | None:
+    """The row of the best finite mean and those that it does not beat: the interval of the paired
+    difference holds 0. A row that lacks seeds is not called best while another has all."""
+    means = {row.name: cell.mean for row in rows if (cell := cell_of(row, column, row))}
+    measured = [row for row in rows if np.isfinite(means.get(row.name, np.nan))]
+    if not measured:
+        return None
+    sign = 1 if column.lower_is_better else -1
+    best = min(measured, key=lambda row: (row.is_partial, sign * means[row.name]))
+    others = [(row, difference_of(best, row, column)) for row in measured if row is not best]
+    return best, [
+        row for row, minus in others
+        if minus is None or not max(sign * end for end in minus.interval) < 0
+    ]  # fmt: skip
+
+
+def headlines(comparison: Comparison) -> list[str]:
+    """The best row of each column and those not told apart from it, and what is still missing."""
+    lines, rows = [], [row for row in comparison.rows if row.results]
+    for column in comparison.columns:
+        if len(rows) > 1 and (found := best_of(rows, column)):
+            best, near = found
+            names = f"; not told apart from it: {', '.join(row.name for row in near)}"
+            told = names if near else ", told apart from every other row"
+            lines.append(f"{column.title}: best is {best.name}{told}")
+    if names := ", ".join(row.name for row in rows if row.is_partial):
+        lines.append(f"not all seeds are measured yet: {names}")
+    return lines
+
+
+def columns_of(comparison: Comparison, *, brief: bool = False) -> list[tuple[str, list[str]]]:
+    """Headings with the cells below, for Markdown; `brief`: what a terminal has room for.
+
+    Differences to the first row are left out there where several metrics share the width.
+    """
+    rows, mark = comparison.rows, str if brief else escape
+    names = [f"{row.name} ({row.word})" if brief and row.word else mark(row.name) for row in rows]
+    table: list[tuple[str, list[str]]] = [("row", names)]
+    for column in comparison.columns:
+        cells = [cell_of(row, column, rows[0]) for row in rows]
+        digits = _digits([cell for cell in cells if cell])
+        texts = [_figure(cell, digits) for cell in cells]
+        if not brief and len(rows) > 1 and (found := best_of(rows, column)):
+            texts[rows.index(found[0])] = f"**{texts[rows.index(found[0])]}**"
+        arrow = "\N{DOWNWARDS ARROW}" if column.lower_is_better else "\N{UPWARDS ARROW}"
+        table.append((f"{mark(column.title)} {arrow}", texts))
+        if not brief or len(comparison.columns) == 1:
+            first = "first" if brief else f"{mark(rows[0].name)} [95 % interval]"
+            told = [_difference(cell, digits, brief=brief) for cell in cells]
+            table.append((f"minus {first}", told))
+    unit, scale = _unit(max(row.flops for row in rows))
+    seconds = [_mean([result.seconds for result in row.results]) for row in rows]
+    table += [
+        ("updates", [f"{row.updates:,}" if row.updates else "" for row in rows]),
+        ("images", [f"{row.images:,}" if row.images else "" for row in rows]),
+        (unit, [_short(row.flops / scale) for row in rows]),
+        ("seconds of training", list(map(_short, seconds))),
+        ("search", [_search(row) for row in rows]),
+        ("state", [mark(row.state) for row in rows]),
+    ]
+    left_out = {"images", "search", "state"} if brief else set()
+    return [(title, texts) for title, texts in table if title not in left_out and any(texts)]
+
+
+def _digits(cells: Sequence[Cell]) -> int:
+    """Digits after the point for a whole column: two figures of its typical spread."""
+    spreads = [spread for cell in cells if (spread := cell.sd or cell.repeats_sd)]
+    return decimals([float(np.median(spreads or [cell.mean / 100 for cell in cells] or [0]))], 2)
+
+
+def _unit(flops: float) -> tuple[str, float]:
+    return next((unit for unit in _UNITS if flops >= unit[1]), _UNITS[-1])
+
+
+def _figure(cell: Cell | None, digits: int) -> str:
+    """mean ± sd over training seeds, or with a dagger over evaluation seeds."""
+    if cell is None:
+        return ""
+    sd = cell.repeats_sd if cell.sd is None else cell.sd
+    spread = "" if sd is None else f" ± {sd:.{digits}f}" + DAGGER * (cell.sd is None)
+    return f"{cell.mean:.{digits}f}{spread}"
+
+
+def _difference(cell: Cell | None, digits: int, *, brief: bool) -> str:
+    """The difference to the first row with its interval, or (brief) ± half of that."""
+    if cell is None or (minus := cell.difference) is None:
+        return ""
+    low, high = minus.interval
+    mark = DAGGER * (minus.over == OVER_EVALUATION)
+    if brief:
+        return f"{minus.mean:+.{digits}f} ± {(high - low) / 2:.{digits}f}{mark}"
+    return f"{minus.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{mark}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0
+
+
+def _short(value: float) -> str:
+    """Three figures, and never a power of ten; empty for none."""
+    return "" if not value else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _search(row: Row) -> str:
+    """What the search of coefficients took, a mean over training seeds; empty if none."""
+    costs = [result.search for result in row.results if result.search]
+    if not costs:
+        return ""
+    candidates, images = (_mean([getattr(c, n) for c in costs]) for n in ("evaluations", "images"))
+    seconds = _mean([cost.seconds for cost in costs])
+    return f"{candidates:,.0f} candidates, {images:,.0f} images, {_short(seconds)} s"
 
 
 def markdown(comparison: Comparison) -> str:
     """The report: measured table, what was compared, what may be said, published figures apart."""
-    parts = [
-        f"# {escape(comparison.title)}",
-        _measured_table(comparison),
-        *_bullets("What was compared", _compared(comparison)),
-        *_bullets("Reading", headlines(comparison)),
-        *_published_part(comparison),
-    ]
+    headings, cells = zip(*columns_of(comparison), strict=True)
+    parts = [f"# {escape(comparison.title)}", _grid(headings, [*zip(*cells, strict=True)])]
+    told = {"What was compared": list(_compared(comparison)), "Reading": headlines(comparison)}
+    for heading, lines in told.items():
+        if lines:
+            parts += [f"## {heading}", "\n".join(f"- {escape(line)}" for line in lines)]
+    if (published := comparison.published).columns:
+        whose = f"{escape(published.source)}; not measured here: their model, data and budget"
+        cited = [
+            [escape(row.name), *("" if one is None else f"{one:g}" for one in row.published)]
+            for row in comparison.rows if row.published
+        ]  # fmt: skip
+        parts += [f"## Published ({whose})", _grid(["row", *map(escape, published.columns)], cited)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -58,23 +350,6 @@ def escape(text: str) -> str:
     return re.sub(r"^(\d+)([.)])", r"\1\\\2", line)
 
 
-def _measured_table(comparison: Comparison) -> str:
-    """The last columns, search and state, are there where a row has something to say."""
-    rows, (unit, scale) = comparison.rows, flop_unit(row.flops for row in comparison.rows)
-    table: list[tuple[str, Sequence[str]]] = [("row", [escape(row.name) for row in rows])]
-    for column in comparison.columns:
-        arrow = "\N{DOWNWARDS ARROW}" if column.lower_is_better else "\N{UPWARDS ARROW}"
-        names = f"{escape(column.title)} {arrow}", f"minus {escape(rows[0].name)} [95 % interval]"
-        table += zip(names, zip(*_metric(column, rows), strict=True), strict=True)
-    costs = zip(*(costs_of(row, scale) for row in rows), strict=True)
-    table += zip(("updates", "images", unit, "seconds of training"), costs, strict=True)
-    for name, texts in ("search", map(_search, rows)), ("state", map(status_of, rows)):
-        if any(shown := [escape(text) for text in texts]):
-            table.append((name, shown))
-    header, parts = zip(*table, strict=True)
-    return _grid(header, [*zip(*parts, strict=True)])
-
-
 def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table of finished cells, numbers to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
@@ -82,76 +357,14 @@ def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in filled)
 
 
-def _metric(column: Column, rows: Sequence[RowResult]) -> Iterator[tuple[str, str]]:
-    """Per row the mean, bold where it is best, and the difference to the first row."""
-    cells, won = [cell_of(row, column, rows[0]) for row in rows], winner(rows, column)
-    digits = digits_of(cells)
-    for row, cell in zip(rows, cells, strict=True):
-        shown = figure_text(cell, digits) if cell else ""
-        is_best = won is not None and won.best is row and len(rows) > 1
-        yield f"**{shown}**" if is_best else shown, difference_text(cell, digits)
-
-
-def figure_text(cell: Cell, digits: int) -> str:
-    """mean ± sd over training seeds, or with a dagger over evaluation seeds."""
-    if cell.sd is not None:
-        return f"{cell.mean:.{digits}f} ± {cell.sd:.{digits}f}"
-    if cell.repeats_sd is not None:
-        return f"{cell.mean:.{digits}f} ± {cell.repeats_sd:.{digits}f}{DAGGER}"
-    return f"{cell.mean:.{digits}f}"
-
-
-def difference_text(cell: Cell | None, digits: int, *, brief: bool = False) -> str:
-    """The difference to the first row, with its interval or (brief) ± half of it; or empty."""
-    if cell is None or (difference := cell.difference) is None:
-        return ""
-    mean, (low, high) = difference.mean, difference.interval
-    mark = DAGGER if difference.over == OVER_EVALUATION else ""
-    if brief:
-        return f"{mean:+.{digits}f} ± {(high - low) / 2:.{digits}f}{mark}"
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{mark}"
-
-
-def costs_of(row: RowResult, scale: float) -> list[str]:
-    """Updates, images, FLOPs over `scale`, mean seconds of training; each empty for none."""
-    seconds = seconds_of(row)
-    return [
-        f"{row.updates:,}" if row.updates else "",
-        f"{row.images:,}" if row.images else "",
-        _short(row.flops / scale) if row.flops else "",
-        _short(seconds) if seconds else "",
-    ]
-
-
-def _short(value: float) -> str:
-    """Three figures, and never a power of ten."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _search(row: RowResult) -> str:
-    """What the search of coefficients took; empty if none."""
-    cost = search_of(row)
-    if cost is None:
-        return ""
-    return f"{cost.evaluations:,} candidates, {cost.images:,} images, {_short(cost.seconds)} s"
-
-
 def _compared(comparison: Comparison) -> Iterator[str]:
-    """Rows, seeds, what the marks mean, and the protocol."""
+    """Rows, what the marks mean, and the protocol."""
     for row in comparison.rows:
         ranges = f" of {row.num_ranges} ranges" if row.kind in ("ensemble", "merged") else ""
         settings = "".join(f", {name} = {value}" for name, value in row.settings.items())
-        found = "; ".join(
-            ", ".join(f"{one:g}" for one in result.coefficients)
-            for result in row.results
-            if result.coefficients
-        )
-        chosen = f"; coefficients by training seed: {found}" if found else ""
+        lists = [", ".join(f"{w:g}" for w in one.coefficients) for one in row.results]
+        chosen = f"; coefficients by training seed: {'; '.join(lists)}" if any(lists) else ""
         yield f"{row.name}: {row.kind}{ranges}{settings}{chosen}"
-    results = [result for row in comparison.rows for result in row.results]
-    seeds = {result.seed for result in results} - {None}
-    repeats = max((len(values) for one in results for values in one.values.values()), default=0)
-    yield f"training seeds: {len(seeds)}; evaluation seeds of each: {repeats}"
     yield (
         f"± is the sd over training seeds; differences are paired by training and evaluation seed; "
         f"in brackets the 95 % interval of their mean (Student's t), uncorrected for the number of "
@@ -164,141 +377,95 @@ def _compared(comparison: Comparison) -> Iterator[str]:
     yield from comparison.protocol
 
 
-def _bullets(heading: str, lines: Iterable[str]) -> Iterator[str]:
-    if shown := "\n".join(f"- {escape(line)}" for line in lines):
-        yield f"## {heading}\n\n{shown}"
-
-
-def _published_part(comparison: Comparison) -> Iterator[str]:
-    if (published := comparison.published) is not None:
-        whose = f"{escape(published.source)}; not measured here: their model, data and budget"
-        yield f"## Published ({whose})"
-        yield _grid(
-            ["row", *map(escape, published.columns)],
-            [
-                [escape(name), *("" if value is None else f"{value:g}" for value in values)]
-                for name, values in cited(comparison.rows, published)
-            ],
-        )
-
-
-def terminal_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows for `console.table`; names are wrapped so that one metric fits 80 columns.
-
-    Differences to the first row are left out where several metrics share the width.
-    """
-    rows, (unit, scale) = comparison.rows, flop_unit(row.flops for row in comparison.rows)
-    table: list[tuple[str, Sequence[str]]] = []
-    for column in comparison.columns:
-        cells = [cell_of(row, column, rows[0]) for row in rows]
-        digits, title = digits_of(cells), f"{textwrap.fill(column.title, 14)}\n± sd"
-        table.append((title, [figure_text(cell, digits) if cell else "" for cell in cells]))
-        if len(comparison.columns) == 1:
-            minus = [difference_text(cell, digits, brief=True) for cell in cells]
-            table.append(("minus first\n± 95 %", minus))
-    updates, _, flops, _ = zip(*(costs_of(row, scale) for row in rows), strict=True)
-    times = [_time(seconds_of(row)) for row in rows]
-    table += [("updates", updates), (unit, flops), ("time", times)]
-    taken = sum(max(map(len, "\n".join([name, *part]).split("\n"))) for name, part in table)
-    room = max(TERMINAL_WIDTH - taken - TERMINAL_GAP * (len(table) + 1), 12)
-    names = [textwrap.fill(f"{row.name} {state_of(row)}", room) for row in rows]
-    header, parts = zip(*table, strict=True)
-    return ["row", *header], [list(line) for line in zip(names, *parts, strict=True)]
-
-
-def _time(seconds: float) -> str:
-    """Seconds, minutes or hours, in three figures; empty for none."""
-    unit, size = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if seconds >= s), ("s", 1))
-    return f"{seconds / size:.3g} {unit}" if seconds else ""
-
-
-_FIELDS = (
-    "source", "row", "kind", "num_ranges", "seed", "measure", "metric", "repeat", "value",
-    "updates", "images", "flops", "seconds", "search_evaluations", "search_images",
-    "search_seconds", "error", "citation",
-)  # fmt: skip
-
-
-def csv_text(comparison: Comparison) -> str:
-    """One line per row, training seed, column and repeat; failures and published figures after."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, _FIELDS, restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in comparison.rows:
-        common = {
-            "source": "measured", "row": row.name, "kind": row.kind, "num_ranges": row.num_ranges,
-            "updates": row.updates, "images": row.images, "flops": row.flops,
-        }  # fmt: skip
-        writer.writerows({**common, **line} for line in _values(row.results))
-        writer.writerows({**common, "error": " ".join(text.split())} for text in row.failures)
-    if (published := comparison.published) is not None:
-        common = {"source": "published", "kind": "published", "citation": published.source}
-        for name, values in cited(comparison.rows, published):
-            for metric, value in zip(published.columns, values, strict=True):
-                if value is not None:
-                    writer.writerow({**common, "row": name, "metric": metric, "value": value})
-    return stream.getvalue()
-
-
-def _values(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
-    for result in results:
-        search = result.search
-        common = {
-            "seed": "" if result.seed is None else result.seed, "seconds": result.seconds,
-            "search_evaluations": search.evaluations if search else "",
-            "search_images": search.images if search else "",
-            "search_seconds": search.seconds if search else "",
-        }  # fmt: skip
-        for column, values in result.values.items():
-            place = {"measure": column.measure, "metric": column.metric}
-            for repeat, value in enumerate(values):
-                yield {**common, **place, "repeat": repeat, "value": value}
-
-
 def document(comparison: Comparison) -> dict[str, Any]:
     """Everything, for JSON: what is not finite is null, published figures stand apart."""
+    rows = []
+    for row in comparison.rows:
+        cells = {c.title: cell_of(row, c, comparison.rows[0]) for c in comparison.columns}
+        metrics = {title: asdict(cell) for title, cell in cells.items() if cell}
+        told = asdict(row)
+        del told["published"]
+        rows.append({**told, "metrics": metrics})
     columns, published = comparison.columns, comparison.published
+    found = {column.title: best_of(comparison.rows, column) for column in columns}
     return plain({
         "title": comparison.title,
-        "columns": [{"title": column.title, **asdict(column)} for column in columns],
-        "rows": [_row_document(row, comparison) for row in comparison.rows],
+        "columns": [
+            {"title": c.title, **asdict(c), "lower_is_better": c.lower_is_better} for c in columns
+        ],
+        "rows": rows,
         "best": {
-            column.title: {"row": won.best.name, "not_beaten": [r.name for r in won.not_beaten]}
-            for column in columns
-            if (won := winner(comparison.rows, column)) is not None
+            title: {"row": one[0].name, "not_beaten": [row.name for row in one[1]]}
+            for title, one in found.items() if one
         },
         "reading": headlines(comparison),
         "protocol": comparison.protocol,
         "cards": comparison.cards,
-        "published": published and {
-            **asdict(published), "rows": dict(cited(comparison.rows, published)),
-        },
+        "published": {
+            **asdict(published),
+            "rows": {
+                row.name: row.published or [None] * len(published.columns)
+                for row in comparison.rows
+            },
+        } if published.columns else None,
     })  # fmt: skip
 
 
-def _row_document(row: RowResult, comparison: Comparison) -> dict[str, Any]:
-    """A row: its costs, its values by column, seed and repeat, and the figures made of them."""
-    known = asdict(replace(row, results=()))
-    del known["published"]
-    cells = {c.title: cell_of(row, c, comparison.rows[0]) for c in comparison.columns}
-    return {
-        **known,
-        "results": [
-            {
-                "seed": result.seed,
-                "values": {column.title: values for column, values in result.values.items()},
-                "seconds": result.seconds,
-                "search": result.search and asdict(result.search),
-                "coefficients": result.coefficients,
-            }
-            for result in row.results
-        ],
-        "metrics": {title: asdict(cell) for title, cell in cells.items() if cell is not None},
-    }
+_READING = (
+    "◆ base  ● finetuned  ■ ensemble  "
+    "▲ merged: means, with the sd over training seeds, which are the "
+    "dots (hollow: one seed); dashed: the first row, in a band of its sd over evaluation seeds"
+)
 
 
-def cited(
-    rows: Sequence[RowResult], published: Published
-) -> Iterator[tuple[str, tuple[float | None, ...]]]:
-    for row in rows:
-        yield row.name, row.published or (None,) * len(published.columns)
+def draw(comparison: Comparison) -> list[bytes]:
+    """A panel per column, a line per row, as PNG and as SVG. Published figures are not drawn."""
+    columns, rows = comparison.columns, comparison.rows
+    abreast = min(len(columns), 3)
+    down = -(-len(columns) // abreast)
+    size = (3.3 * abreast + 2.6, down * (0.34 * len(rows) + 0.6) + 1.4)
+    lines = [_READING, " · ".join(comparison.protocol)]
+    foot = "\n".join(textwrap.fill(line, int(16 * size[0])) for line in lines)
+
+    def draw_panels(figure: Figure) -> None:
+        axes = figure.subplots(down, abreast, squeeze=False, sharey=True)
+        for axis, column in zip(axes.flat, columns, strict=False):
+            _draw_panel(axis, column, rows)
+        for axis in axes.flat[len(columns) :]:
+            axis.set_axis_off()
+        names = [textwrap.fill(row.name, 30) for row in rows]
+        axes[0][0].set_yticks(range(len(rows)), names, fontsize=8)
+        axes[0][0].set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+
+    return render(draw_panels, size=size, title=comparison.title, foot=foot)
+
+
+def _draw_panel(axis: Axes, column: Column, rows: Sequence[Row]) -> None:
+    cells = [cell_of(row, column, rows[0]) for row in rows]
+    means = [cell.mean for cell in cells if cell and np.isfinite(cell.mean)]
+    if means and 0 < _WIDE_SPREAD * min(means) < max(means):
+        axis.set_xscale("log")
+    if (first := cells[0]) is not None:
+        half = first.repeats_sd or 0.0
+        axis.axvline(first.mean, color="0.45", linestyle="--", linewidth=1, zorder=1)
+        axis.axvspan(first.mean - half, first.mean + half, color="0.9", linewidth=0, zorder=0)
+    for y, (row, cell) in enumerate(zip(rows, cells, strict=True)):
+        marker, color = _MARKS[row.kind]
+        if cell is None:
+            axis.text(
+                0.5, y, row.word or "not measured", ha="center", va="center",
+                transform=axis.get_yaxis_transform(), color="0.55", fontsize=8, fontstyle="italic",
+            )  # fmt: skip
+            continue
+        is_lone = len(cell.seed_means) == 1 and row.results[0].seed is not None
+        axis.errorbar(
+            cell.mean, y, xerr=cell.sd, fmt=marker, color=color, markersize=7, zorder=4,
+            markerfacecolor="white" if is_lone else color,
+        )  # fmt: skip
+        if cell.sd is not None:
+            below = [y + 0.24] * len(cell.seed_means)
+            axis.plot(cell.seed_means, below, ".", color=color, alpha=0.6, markersize=5)
+    open_axis(axis)
+    axis.tick_params(axis="y", length=0)
+    direction = "lower" if column.lower_is_better else "higher"
+    axis.set_xlabel(f"{column.title} ({direction} is better)")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 import deme_cli
 from deme_cli.app import app
+from deme_cli.artifacts import read_record
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 
 Deme = Callable[..., Result]
@@ -51,6 +50,7 @@ kind = "finetune"
 finetune = { lr = 1e30 }
 """
 PLAN = COMMON + MERGED
+FORMS = ("md", "json", "png", "svg")
 FID = "frechet_digits"
 
 
@@ -60,10 +60,8 @@ def first_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
     `said.json` holds the exit code and what the command wrote.
     """
-    if worker_id == "master":
-        root = tmp_path_factory.mktemp("compare")
-    else:
-        root = tmp_path_factory.getbasetemp().parent / "compare"
+    root = tmp_path_factory.getbasetemp()
+    root = (root if worker_id == "master" else root.parent) / "compare"
     with FileLock(f"{root}.lock"):
         if not (root / "said.json").exists():
             root.mkdir(exist_ok=True)
@@ -98,20 +96,20 @@ def compare(deme: Deme, *options: object) -> Result:
     return deme("compare", "tiny.toml", "--device", "cpu", *options)
 
 
-def document(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "tiny" / "compare.json").read_text())
-
-
 def rows_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in found["rows"]}
 
 
-def traces(folder: Path, *names: str) -> dict[str, int]:
-    """Every file below, by name, with the time it was written."""
+def document(folder: Path) -> dict[str, dict[str, Any]]:
+    return rows_of(json.loads((folder / "tiny" / "compare.json").read_text()))
+
+
+def traces(folder: Path) -> dict[str, int]:
+    """Every file of the jobs and of the base, by name, with the time it was written."""
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns
-        for name in names or (".",)
-        for path in (folder / name).rglob("*")
+        for name in ("rows", "trainings", "base")
+        for path in (folder / "tiny" / name).rglob("*")
         if path.is_file()
     }
 
@@ -119,9 +117,7 @@ def traces(folder: Path, *names: str) -> dict[str, int]:
 def test_a_comparison_ends_in_a_table_of_every_form_and_a_picture(first_run: Path) -> None:
     said = json.loads((first_run / "said.json").read_text())
     assert said["code"] == 0, said["err"]
-    forms = ("md", "csv", "json", "png", "svg")
-    assert said["out"].split() == [f"tiny/compare.{form}" for form in forms]
-    assert (first_run / "tiny" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert said["out"].split() == [f"tiny/compare.{form}" for form in FORMS]
     for words in ("Before", "Merged", FID, "minus first", "ddim 2 steps", "training seeds 0"):
         assert words in said["err"]
     left = {path.name for path in (first_run / "tiny").rglob("*")}
@@ -129,30 +125,28 @@ def test_a_comparison_ends_in_a_table_of_every_form_and_a_picture(first_run: Pat
 
 
 def test_the_figures_are_those_that_were_measured(first_run: Path) -> None:
-    found = rows_of(document(first_run))
-    with (first_run / "tiny" / "compare.csv").open() as file:
-        lines = [line for line in csv.DictReader(file) if line["source"] == "measured"]
+    found = document(first_run)
     for name, seed in (("Before", None), ("Merged", 0)):
         (path,) = (first_run / "tiny" / "rows").glob(f"{name.lower()}-*/*/measure-0.json")
         (measured,) = json.loads(path.read_text())["rows"]
-        values = measured["metrics"][FID]["values"]
-        assert len(values) == 2
         (result,) = found[name]["results"]
-        assert (result["seed"], result["values"]) == (seed, {FID: values})
-        assert [float(one["value"]) for one in lines if one["row"] == name] == values
+        values = measured["metrics"][FID]["values"]
+        assert (len(values), result["seed"], result["values"]) == (2, seed, {FID: values})
     merged = found["Merged"]
     assert (merged["updates"], merged["images"], merged["num_ranges"]) == (4, 16, 2)
     assert merged["flops"] > 0
     assert merged["results"][0]["seconds"] > 0
-    difference = merged["metrics"][FID]["difference"]
-    assert difference["mean"] == pytest.approx(
-        merged["metrics"][FID]["mean"] - found["Before"]["metrics"][FID]["mean"]
-    )
+    assert merged["results"][0]["coefficients"] == [0.5, 0.5]
+    assert merged["settings"] == {
+        "p": 0.2, "consistency": 0.0, "projection": "fold", "by": "uniform", "search": "none",
+        "coefficients": [0.5, 0.5],
+    }  # fmt: skip
+    difference = merged["metrics"][FID]["difference"]["mean"]
+    means = [found[name]["metrics"][FID]["mean"] for name in ("Merged", "Before")]
+    assert difference == pytest.approx(means[0] - means[1])
 
 
 def test_what_every_job_did_follows_the_plan(first_run: Path) -> None:
-    from deme_cli.artifacts import read_record
-
     (training,) = (first_run / "tiny" / "trainings").glob("2x2-*/seed-0")
     experts = [read_record(training / f"ft_{i}of2.safetensors", "expert") for i in (1, 2)]
     assert [(one.steps, one.p, one.range) for one in experts] == [
@@ -160,111 +154,96 @@ def test_what_every_job_did_follows_the_plan(first_run: Path) -> None:
     ]  # fmt: skip
     (merged,) = (first_run / "tiny" / "rows").glob("merged-*/seed-0/merged.safetensors")
     record = read_record(merged, "merged")
-    assert record.coefficients == [0.5, 0.5]
+    assert (record.coefficients, record.report) == ([0.5, 0.5], None)
     assert [one["fingerprint"] for one in record.parents] == [one.fingerprint for one in experts]
 
 
 def test_run_again_it_runs_nothing_and_tells_the_same(folder: Path, deme: Deme) -> None:
-    places = ("tiny/rows", "tiny/trainings", "tiny/base")
-    before, told = traces(folder, *places), (folder / "tiny" / "compare.json").read_bytes()
+    for expert in folder.rglob("ft_*.safetensors"):
+        expert.unlink()  # their row is measured: nobody needs them
+    before, told = traces(folder), (folder / "tiny" / "compare.json").read_bytes()
     done = compare(deme, "--json", "--quiet")
     assert done.exit_code == 0, done.exception
-    assert traces(folder, *places) == before
+    assert traces(folder) == before
     assert (folder / "tiny" / "compare.json").read_bytes() == told
     shown = json.loads(done.stdout)  # one document
-    assert shown.pop("paths") == [f"tiny/compare.{s}" for s in ("md", "csv", "json", "png", "svg")]
+    assert shown.pop("paths") == [f"tiny/compare.{form}" for form in FORMS]
     assert shown == json.loads(told)
     assert done.stderr == ""
-
-
-def test_in_python_it_is_the_same_table(folder: Path, deme: Deme) -> None:
     found = deme_cli.compare("tiny.toml", device="cpu")
-    told = json.loads(compare(deme, "--table", "--json").stdout)
-    assert {name: told[name] for name in found.document} == json.loads(json.dumps(found.document))
-    assert [str(path.relative_to(folder)) for path in found.paths] == told["paths"]
+    assert {name: shown[name] for name in found.document} == json.loads(json.dumps(found.document))
     assert found.failures == []
 
 
 def test_the_table_of_what_is_finished_runs_nothing(folder: Path, deme: Deme) -> None:
-    before = traces(folder, "tiny/rows", "tiny/trainings")
+    before = traces(folder)
     done = compare(deme, "--table", "--seeds", "0,5")
     assert done.exit_code == 0, done.exception
-    assert traces(folder, "tiny/rows", "tiny/trainings") == before
-    found = rows_of(document(folder))
+    assert traces(folder) == before
+    found = document(folder)
     assert [row["pending"] for row in found.values()] == [0, 1]
     assert "still to come, with the same command: Merged" in done.stderr
     assert [one["seed"] for one in found["Merged"]["results"]] == [0]
 
 
-@pytest.mark.slow  # three commands in processes of their own
+@pytest.mark.slow  # commands in processes of their own
 def test_a_changed_row_is_made_anew_and_a_broken_one_fails_alone(folder: Path, deme: Deme) -> None:
     """Coefficients of 0 leave the base bit for bit, and all rows share their starting noise."""
     changed = PLAN.replace("[0.5, 0.5]", "[0.0, 0.0]")
     (folder / "tiny.toml").write_text(changed + BROKEN)
-    before = traces(folder, "tiny/rows", "tiny/trainings")
+    before = traces(folder)
     done = compare(deme, "--jobs", "2", "--json")
     assert isinstance(done.exception, DemeError)
     assert done.exception.exit_code == 5, "that of the command that failed"
-    assert "1 of 3 rows have failed: Broken: the loss became nan" in str(done.exception)
-    assert "merge.coefficients [0.5, 0.5] -> [0.0, 0.0]" in done.stderr
-    now = traces(folder, "tiny/rows", "tiny/trainings")
+    assert "rows that have failed: Broken: the loss became nan" in str(done.exception)
+    now = traces(folder)
     assert {name: now[name] for name in before} == before, "what was finished stays"
-    fresh = {name for name in now if name not in before}
-    assert not [name for name in fresh if name.startswith(("tiny/trainings/2x2", "tiny/rows/bef"))]
+    assert not [n for n in set(now) - set(before) if n.startswith("tiny/trainings/2x2")]
     found = rows_of(json.loads(done.stdout))
-    assert found == rows_of(document(folder))
+    assert found == document(folder)
     assert found["Merged"]["results"][0]["values"] == found["Before"]["results"][0]["values"]
     (reason,) = found["Broken"]["failures"]
-    assert reason.startswith("the loss became nan")
     assert found["Broken"]["results"] == []
-    assert "failed" in (folder / "tiny" / "compare.md").read_text()
     (log,) = (folder / "tiny" / "trainings").glob("1x4-*/seed-0/log.txt")
     assert reason in log.read_text()
 
 
+def test_one_job_can_be_done_alone_from_its_folder(folder: Path, deme: Deme) -> None:
+    (job,) = (folder / "tiny" / "rows").glob("merged-*/seed-0")
+    whole = json.loads((job / "measure-0.json").read_text())
+    for name in ("merged.safetensors", "measure-0.json"):
+        (job / name).unlink()
+    done = deme("compare", job)
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert json.loads((job / "measure-0.json").read_text()) == whole
+
+
 def test_a_dry_run_says_what_would_run_and_leaves_nothing_behind(empty: Path, deme: Deme) -> None:
-    done = compare(deme, "--dry-run")
+    done = compare(deme, "--dry-run", "--json")
     assert done.exit_code == 0, done.exception
     assert [path.name for path in empty.iterdir()] == ["tiny.toml"]
-    assert done.stdout == ""
-    said = done.stderr
-    assert "2 x 2 updates, seed 0 (Merged): finetune" in said
-    assert "Merged, seed 0: merge, eval" in said
-    assert "TFLOP of training per seed" in said
-    assert said.index("Before: eval") < said.index("Merged, seed 0: merge")
-
-
-def test_a_dry_run_of_a_finished_comparison_finds_all_done(folder: Path, deme: Deme) -> None:
-    before = traces(folder)
-    done = compare(deme, "--dry-run")
-    assert done.stderr.count(": done") == 3
-    assert traces(folder) == before
+    found, said = json.loads(done.stdout), done.stderr
+    assert (found["dry_run"], found["jobs"]) == (True, 3)
+    for words in (
+        "  Before: to do", "  2 x 2 updates, seed 0 (Merged): to do", "  Merged, seed 0: to do",
+        "TFLOP of training per seed",
+    ):  # fmt: skip
+        assert words in said
+    said = compare(deme, "--dry-run", "--only", "Mer*").stderr
+    assert "Merged, seed 0" in said
+    assert "Before" not in said
 
 
 def test_options_win_over_the_plan(folder: Path, deme: Deme) -> None:
+    before = traces(folder)
     said = compare(deme, "--dry-run", "--updates", 12, "--seeds", "3,4").stderr
     for seed in (3, 4):
-        assert f"2 x 6 updates, seed {seed} (Merged): finetune" in said
-    assert "seed 0" not in said
-    assert "Before: done" in said, "the base has no seed and no updates"
+        assert f"2 x 6 updates, seed {seed} (Merged): to do" in said
+    assert "  Before: done" in said, "the base has no seed and no updates"
     said = compare(deme, "--dry-run", "--budget", "compute", "--updates", 1000).stderr
-    assert "(Merged): finetune" in said
+    assert "(Merged): to do" in said
     assert "2 x 500 updates" not in said, "its projection costs, so it has fewer"
-
-
-def test_images_that_are_asked_for_win_over_those_of_the_plan(empty: Path, deme: Deme) -> None:
-    (empty / "tiny.toml").write_text(f'{PLAN}\n[data]\nsource = "digits"\n')
-    done = compare(deme, "--dry-run", "--data", "nowhere")
-    assert isinstance(done.exception, MissingError)
-    assert "nowhere" in str(done.exception)
-
-
-def test_only_the_rows_that_are_asked_for_are_worked_on(empty: Path, deme: Deme) -> None:
-    said = compare(deme, "--dry-run", "--only", "Mer*").stderr
-    assert "Merged, seed 0: merge" in said
-    assert "Before" not in said
-    done = compare(deme, "--dry-run", "--only", "Mer*", "--only", "Before")
-    assert "Before: eval" in done.stderr
+    assert traces(folder) == before
 
 
 def test_the_base_and_settings_of_the_deme_toml_here_are_used(run_folder: Path, deme: Deme) -> None:
@@ -278,39 +257,54 @@ def test_the_base_and_settings_of_the_deme_toml_here_are_used(run_folder: Path, 
     assert not (run_folder / "out").exists()
 
 
-def test_a_model_of_ones_own_is_imported_once_and_no_other_after_it(
-    run_folder: Path, deme: Deme
-) -> None:
+def test_a_model_of_ones_own_is_imported_once(run_folder: Path, deme: Deme) -> None:
     (run_folder / "tiny.toml").write_text(PLAN)
-    done = compare(deme, "--model", "base.safetensors", "--data", "digits", "--table")
-    assert done.exit_code == 0, done.exception
-    assert document(run_folder)["rows"][0]["pending"] == 1
+    for _ in range(2):
+        done = compare(deme, "--model", "base.safetensors", "--data", "digits", "--table")
+        assert done.exit_code == 0, done.exception
+    assert done.stderr.count("imported") == 0
+    assert document(run_folder)["Before"]["pending"] == 1
     assert not (run_folder / "tiny" / "compare.png").exists(), "there is nothing to draw yet"
-    refused = compare(deme, "--model", "digits", "--table")
-    assert isinstance(refused.exception, ConfigError)
-    assert "made before from" in str(refused.exception)
-    assert "--output" in str(refused.exception)
-    assert compare(deme, "--model", "base.safetensors", "--table").exit_code == 0
-    assert compare(deme, "--table").exit_code == 0
+    (base,) = (run_folder / "tiny").rglob("base.safetensors")
+    whole = read_record(run_folder / "base.safetensors").fingerprint
+    assert read_record(base).fingerprint == whole
 
 
-def test_a_damaged_result_is_named(folder: Path, deme: Deme) -> None:
-    (path,) = (folder / "tiny" / "rows").glob("before-*/once/measure-0.json")
-    path.write_text("{")
-    done = compare(deme, "--table")
-    assert isinstance(done.exception, ArtifactError)
-    assert str(path) in str(done.exception)
+def test_what_does_not_belong_into_one_table_is_named(folder: Path, deme: Deme) -> None:
+    (path,) = (folder / "tiny" / "rows").glob("merged-*/seed-0/measure-0.json")
+    measured = json.loads(path.read_text())
+    measured["rows"][0]["protocol"]["references"][FID]["n"] = 200
+    for text in (json.dumps(measured), "{", '{"rows": []}'):
+        path.write_text(text)
+        done = compare(deme, "--table")
+        assert isinstance(done.exception, ArtifactError)
+        assert str(path) in str(done.exception)
+        assert "remove its folder" in str(done.exception)
+
+
+def test_a_failure_is_remembered_by_later_tables(folder: Path, deme: Deme) -> None:
+    (job,) = (folder / "tiny" / "rows").glob("merged-*/seed-0")
+    (job / "measure-0.json").rename(job / "kept")
+    (job / "failed.json").write_text('{"message": "no disk", "exit_code": 3}')
+    done = compare(deme, "--table", "--json")
+    assert rows_of(json.loads(done.stdout))["Merged"]["failures"] == ["no disk"]
+    assert done.exception.exit_code == 3
+    done = compare(deme, "--table", "--only", "Before")
+    assert done.exit_code == 0, "another row was asked for"
+    (job / "kept").rename(job / "measure-0.json")
+    assert compare(deme).exit_code == 0
 
 
 @pytest.mark.parametrize(
     ("options", "kind", "word"),
     [
         (["--seeds", "1,x"], ConfigError, "--seeds '1,x': expected whole numbers"),
-        (["--seeds", ""], ConfigError, "--seeds"),
         (["--seeds", "1,1"], ConfigError, "seeds = [1, 1]"),
-        (["--budget", "time"], ConfigError, "budget = 'time'"),
+        (["--updates", 0], ConfigError, "--updates 0"),
+        (["--jobs", 0], ConfigError, "--jobs 0"),
         (["--only", "Nothing"], ConfigError, "no row of that name; there are 'Before', 'Merged'"),
         (["--model", "nowhere"], MissingError, "nowhere"),
+        (["--data", "nowhere"], MissingError, "nowhere"),
         (["--config", "nowhere.toml"], MissingError, "nowhere.toml"),
     ],
 )
@@ -324,12 +318,6 @@ def test_wrong_input_is_one_clear_line(
     assert [path.name for path in empty.iterdir()] == ["tiny.toml"]
 
 
-def test_numbers_below_one_are_wrong_usage(empty: Path, deme: Deme) -> None:
-    for option in ("--updates", "--jobs"):
-        assert isinstance(compare(deme, option, 0).exception, ConfigError)
-    assert os.listdir(empty) == ["tiny.toml"]
-
-
 def test_a_reference_that_is_not_there_is_missed_before_anything_trains(
     empty: Path, deme: Deme
 ) -> None:
@@ -338,20 +326,3 @@ def test_a_reference_that_is_not_there_is_missed_before_anything_trains(
     assert isinstance(done.exception, MissingError)
     assert "[eval]: " in str(done.exception)
     assert not (empty / "tiny" / "trainings").exists()
-
-
-def test_a_failure_is_remembered_by_later_tables(folder: Path, deme: Deme) -> None:
-    (job,) = (folder / "tiny" / "rows").glob("merged-*/seed-0")
-    (job / "done.json").unlink()
-    (job / "failed.json").write_text('{"message": "no disk", "exit_code": 3}')
-    done = compare(deme, "--table", "--json")
-    assert json.loads(done.stdout)["rows"][1]["failures"] == ["no disk"]
-    assert done.exception.exit_code == 3
-    done = compare(deme, "--table", "--only", "Before")
-    assert done.exit_code == 0, "another row was asked for"
-    assert compare(deme).exit_code == 0, "tried again, it is done"
-
-
-def test_a_dry_run_is_one_document(folder: Path, deme: Deme) -> None:
-    found = json.loads(compare(deme, "--dry-run", "--json").stdout)
-    assert (found["dry_run"], found["jobs"]) == (True, 3)

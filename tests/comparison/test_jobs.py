@@ -1,30 +1,21 @@
-"""Jobs: what rows share, what a changed setting makes anew, and what the commands are told."""
+"""Jobs: what rows share, what a change makes anew, and what is told before anything runs."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_tiny_base
 
-from deme_cli.comparison.jobs import (
-    DONE_NAME,
-    SETTINGS_NAME,
-    Job,
-    RowJobs,
-    Stage,
-    jobs_of,
-    slug,
-)
-from deme_cli.comparison.plan import MeasurePlan, Plan, RowPlan
-from deme_cli.config import CONFIG_NAME, EvalConfig, FinetuneConfig, MergeConfig, SampleConfig
-from deme_cli.errors import ConfigError
-from deme_cli.run_file import RunFile, read_run_file
-from deme_cli.timesteps import split_uniform
+from deme_cli.comparison.jobs import Job, Stage, jobs_of, open_stage, slug
+from deme_cli.comparison.plan import MeasurePlan, Plan, RowPlan, read_plan
+from deme_cli.config import FinetuneConfig, MergeConfig
+from deme_cli.errors import ConfigError, MissingError
+from deme_cli.run_file import RunFile
 
 TABLES = {
     "data": {"source": "digits"},
@@ -32,50 +23,41 @@ TABLES = {
     "sample": {"steps": 2},
     "eval": {"fid": "digits", "num": 6},
 }
-MEASURE = MeasurePlan("", TABLES["sample"], TABLES["eval"])
-BEFORE = RowPlan("Before", "base", 1)
-PLAIN = RowPlan("Plain", "finetune", 1)
-EXPERTS = RowPlan("DeMe (ensemble)", "ensemble", 4)
-MERGED = RowPlan("DeMe (merged)", "merged", 4)
-PLAN = Plan("Four rows", 4, (BEFORE, PLAIN, EXPERTS, MERGED), seeds=(0, 7))
+ROWS = (
+    RowPlan("Before", "base"),
+    RowPlan("Plain", "finetune"),
+    RowPlan("Ensemble", "ensemble", 4),
+    RowPlan("Merged", "merged", 4),
+)
+PLAN = Plan("Four rows", ROWS, tables=TABLES, seeds=[0, 7], updates=80)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    write_tiny_base(path)
+    return path
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    return stage_of(tmp_path, PLAN)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def stage_of(folder: Path, plan: Plan, updates: int = 80, **settings: Any) -> Stage:
-    wanted = {(row.by, row.n) for row in plan.rows}
-    return Stage(**{
-        "folder": folder / "out",
-        "base": folder / "base" / "base.safetensors",
-        "fingerprint": "f" * 64,
-        "tables": TABLES,
-        "ranges": {(by, n): [str(span) for span in split_uniform(n, 100)] for by, n in wanted},
-        "updates": {row.name: updates for row in plan.rows},
-        "measures": (MEASURE,),
-        **settings,
-    })  # fmt: skip
+def opened(
+    base: Path, plan: Plan = PLAN, run: Mapping[str, Any] | None = None, **more: Any
+) -> Stage:
+    return open_stage(plan, RunFile(tables=run or {}), Path("out"), base=base, **more)
 
 
-def by_name(plan: Plan, stage: Stage) -> dict[str, RowJobs]:
-    return {jobs.row.name: jobs for jobs in jobs_of(plan, stage)}
-
-
-def trainings(jobs: RowJobs) -> set[Path]:
-    return {job.folder for job in jobs.trainings.values()}
-
-
-def results(jobs: RowJobs) -> set[Path]:
-    return {job.folder for job in jobs.results.values()}
-
-
-def written(job: Job, name: str = CONFIG_NAME) -> RunFile:
-    """The settings file of a job as the command that runs there reads it."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / name).write_text(job.files[name])
-    return read_run_file(job.folder / name)
+def folders(stage: Stage) -> dict[str, tuple[set[Path], set[Path]]]:
+    """Of every row its training and its result folders."""
+    return {
+        name: ({job.needs.folder for job in row.values() if job.needs},
+               {job.folder for job in row.values()})
+        for name, row in jobs_of(stage).items()
+    }  # fmt: skip
 
 
 def with_row(name: str, **changes: Any) -> Plan:
@@ -84,274 +66,219 @@ def with_row(name: str, **changes: Any) -> Plan:
     return replace(PLAN, rows=tuple(rows))
 
 
-def test_rows_of_the_same_settings_share_one_training(stage: Stage) -> None:
-    rows = by_name(PLAN, stage)
-    assert trainings(rows["DeMe (ensemble)"]) == trainings(rows["DeMe (merged)"])
-    assert not trainings(rows["DeMe (ensemble)"]) & trainings(rows["Plain"])
-    folders = [one.folder for jobs in rows.values() for one in jobs.results.values()]
-    assert len(set(folders)) == len(folders) == 1 + 3 * len(PLAN.seeds)
+def trained(job: Job) -> dict[str, Any]:
+    return job.needs.task["tables"]["finetune"]
 
 
-def test_settings_written_out_are_the_same_as_settings_left_out(stage: Stage) -> None:
-    plain, defaults = by_name(PLAN, stage), asdict(FinetuneConfig())
-    told = {name: defaults[name] for name in ("p", "consistency", "projection", "beta1")}
-    spelled = by_name(with_row("DeMe (merged)", finetune=told), stage)
-    assert trainings(spelled["DeMe (merged)"]) == trainings(plain["DeMe (merged)"])
+def test_rows_of_the_same_settings_share_one_training_and_the_base_has_none(base: Path) -> None:
+    found = folders(opened(base))
+    assert found["Ensemble"][0] == found["Merged"][0]
+    assert found["Ensemble"][0].isdisjoint(found["Plain"][0])
+    assert found["Before"][0] == set()
+    assert len(set().union(*(results for _, results in found.values()))) == 1 + 3 * len(PLAN.seeds)
 
 
-def test_the_base_trains_nothing_and_is_measured_once(stage: Stage) -> None:
-    jobs = by_name(PLAN, stage)["Before"]
-    assert (jobs.trainings, jobs.finetune) == ({}, None)
-    assert list(jobs.results) == [None]
-    (command,) = jobs.results[None].commands
-    assert command.words[:2] == ("eval", os.path.relpath(stage.base, jobs.results[None].folder))
-
-
-def test_one_network_on_all_timesteps_is_plain_unless_its_row_says_otherwise(
-    stage: Stage,
-) -> None:
-    tables = {**TABLES, "finetune": {"p": 0.5, "consistency": 2.0, "projection": "block"}}
-    stage = replace(stage, tables=tables)
-    plan = with_row("Plain", finetune={"projection": "fold"})
-    for rows, expected in (
-        (by_name(PLAN, stage), (0.0, 0.0, "none")),
-        (by_name(plan, stage), (0.0, 0.0, "fold")),
-    ):
-        config = rows["Plain"].finetune
-        assert (config.p, config.consistency, config.projection) == expected
-    config = by_name(PLAN, stage)["DeMe (merged)"].finetune
-    assert (config.p, config.consistency, config.projection) == (0.5, 2.0, "block")
-
-
-def test_every_row_that_trains_has_the_same_updates_shared_by_its_ranges(tmp_path: Path) -> None:
-    rows = tuple(RowPlan(f"{n} ranges", "ensemble", n) for n in (1, 2, 4, 8, 16))
-    plan = replace(PLAN, rows=(*rows, PLAIN))
-    for jobs in jobs_of(plan, stage_of(tmp_path, plan)):
-        assert jobs.finetune.steps == 80 // jobs.row.n
-        assert {job.updates for job in jobs.trainings.values()} == {80}
-        for job in jobs.trainings.values():
-            assert len(job.curves) == jobs.row.n
+def test_every_row_that_trains_has_the_same_updates_shared_by_its_ranges(base: Path) -> None:
+    rows = (ROWS[0], ROWS[1], *(RowPlan(f"{n}", "ensemble", n) for n in (1, 2, 4, 8, 16)))
+    for name, row in jobs_of(opened(base, replace(PLAN, rows=rows))).items():
+        for seed, job in row.items():
+            if job.needs:
+                n = len(job.needs.outputs)
+                assert (n * trained(job)["steps"], job.needs.updates) == (80, 80)
+                assert trained(job)["seed"] == seed
+                assert n == int(name) if name != "Plain" else n == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("name", "changes", "trains_anew"),
     [
-        ("DeMe (merged)", {"finetune": {"p": 0.1}}),
-        ("DeMe (ensemble)", {"finetune": {"consistency": 0.0}}),
-        ("Plain", {"finetune": {"loss_weighting": "p2"}}),
-        ("DeMe (merged)", {"n": 2}),
-        ("DeMe (merged)", {"by": "log-snr"}),
+        ("Merged", {"finetune": {"p": 0.1}}, True),
+        ("Plain", {"finetune": {"loss_weighting": "p2"}}, True),
+        ("Merged", {"n": 2}, True),
+        ("Merged", {"by": "log-snr"}, True),
+        ("Merged", {"merge": {"search": "grid"}}, False),
+        ("Merged", {"finetune": {"beta1": 0.95}}, None),  # the default, written out
     ],
 )
-def test_a_changed_training_is_another_training_and_another_result_of_that_row_alone(
-    tmp_path: Path, name: str, changes: Mapping[str, Any]
+def test_a_changed_row_is_made_anew_alone(
+    base: Path, name: str, changes: dict[str, Any], trains_anew: bool | None
 ) -> None:
-    plan = with_row(name, **changes)
-    stage = stage_of(tmp_path, plan)
-    stage = replace(stage, ranges={**stage_of(tmp_path, PLAN).ranges, **stage.ranges})
-    if changes.get("by"):
-        stage = replace(stage, ranges={**stage.ranges, ("log-snr", 4): ["0:10", "10:100"]})
-    before, after = by_name(PLAN, stage), by_name(plan, stage)
-    assert not trainings(before[name]) & trainings(after[name])
-    assert not results(before[name]) & results(after[name])
-    for other in set(before) - {name}:
-        assert trainings(before[other]) == trainings(after[other])
-        assert results(before[other]) == results(after[other])
-
-
-def test_a_changed_merge_is_another_result_of_the_same_training(stage: Stage) -> None:
-    name, before = "DeMe (merged)", by_name(PLAN, stage)
-    after = by_name(with_row(name, merge={"search": "grid"}), stage)
-    assert trainings(before[name]) == trainings(after[name])
-    assert not results(before[name]) & results(after[name])
-    for other in set(before) - {name}:
-        assert results(before[other]) == results(after[other])
-
-
-def folders(plan: Plan, stage: Stage) -> tuple[set[Path], set[Path]]:
-    """Of all rows that train: their training and their result folders."""
-    rows = [jobs for jobs in jobs_of(plan, stage) if jobs.trainings]
-    return set().union(*map(trainings, rows)), set().union(*map(results, rows))
+    before, after = folders(opened(base)), folders(opened(base, with_row(name, **changes)))
+    assert before[name][0].isdisjoint(after[name][0]) == bool(trains_anew)
+    assert before[name][1].isdisjoint(after[name][1]) == (trains_anew is not None)
+    assert {k: v for k, v in before.items() if k != name} == {
+        k: v for k, v in after.items() if k != name
+    }
 
 
 @pytest.mark.parametrize(
-    ("changes", "trains_anew", "measures_anew"),
+    ("tables", "options", "trains_anew", "measures_anew"),
     [
-        ({"device": "cuda:1"}, False, False),
-        ({"dtype": "bf16"}, True, True),
-        ({"fingerprint": "e" * 64}, True, True),
-        ({"affinity": "e" * 64}, False, False),  # no row is clustered by gradients
-        ({"tables": {**TABLES, "data": {"source": "cifar10"}}}, True, True),
-        ({"tables": {**TABLES, "finetune": {"batch_size": 4, "lr": 2e-3}}}, True, True),
-        ({"measures": (replace(MEASURE, sample={"steps": 3}),)}, False, True),
-        ({"measures": (replace(MEASURE, eval={"fid": "digits", "num": 7}),)}, False, True),
-        ({"measures": (replace(MEASURE, sample={"steps": 2, "batch_size": 9}),)}, False, False),
-        ({"tables": {**TABLES, "finetune": {**TABLES["finetune"], "clusters": 3}}}, False, False),
-        ({"tables": {**TABLES, "finetune": {**TABLES["finetune"], "held_out": 9}}}, False, False),
-        ({"tables": {**TABLES, "finetune": {**TABLES["finetune"], "cache": "off"}}}, False, False),
+        ({}, {"device": "cuda:1"}, False, False),
+        ({}, {"dtype": "bf16"}, True, True),
+        ({"data": {"source": "digits", "horizontal_flip": True}}, {}, True, True),
+        ({"finetune": {"batch_size": 4, "lr": 2e-3}}, {}, True, True),
+        ({"finetune": {**TABLES["finetune"], "held_out": 9, "cache": "off"}}, {}, False, False),
+        ({"sample": {"steps": 3}}, {}, False, True),
+        ({"sample": {"steps": 2, "batch_size": 9}}, {}, False, False),
+        ({"eval": {"fid": "digits", "num": 7}}, {}, False, True),
     ],
 )
 def test_what_decides_a_result_decides_where_it_lies(
-    stage: Stage, changes: dict[str, Any], trains_anew: bool, measures_anew: bool
+    base: Path, tables: dict, options: dict, trains_anew: bool, measures_anew: bool
 ) -> None:
-    before, after = folders(PLAN, stage), folders(PLAN, replace(stage, **changes))
-    for one, other, is_anew in zip(before, after, (trains_anew, measures_anew), strict=True):
-        assert one.isdisjoint(other) if is_anew else one == other
+    changed = replace(PLAN, tables={**TABLES, **tables})
+    before, after = folders(opened(base)), folders(opened(base, changed, **options))
+    for name in ("Plain", "Ensemble", "Merged"):
+        assert before[name][0].isdisjoint(after[name][0]) == trains_anew
+        assert before[name][1].isdisjoint(after[name][1]) == measures_anew
 
 
-def test_other_measures_are_other_results_of_the_same_trainings(stage: Stage) -> None:
-    short = replace(stage, measures=(MeasurePlan("short", {"steps": 3}),))
-    before, after = folders(PLAN, stage), folders(PLAN, short)
-    assert before[0] == after[0]
-    assert before[1].isdisjoint(after[1])
+def test_other_weights_are_another_base_and_a_further_seed_moves_nothing(
+    base: Path, tmp_path: Path
+) -> None:
+    before = folders(opened(base))
+    write_tiny_base(tmp_path / "base.safetensors", seed=1)
+    other = folders(opened(tmp_path / "base.safetensors"))
+    assert before["Before"][1].isdisjoint(other["Before"][1])
+    after = folders(opened(base, replace(PLAN, seeds=[7, 0, 3])))
+    for old, new in zip(before["Merged"], after["Merged"], strict=True):
+        assert old < new
+        assert {folder.name for folder in new - old} == {"seed-3"}
 
 
-def test_gradients_decide_the_rows_that_are_clustered_by_them(stage: Stage) -> None:
-    settings = {"multitask": "uw", "clusters": 2, "cluster_by": "gradient"}
-    plan = with_row("Plain", finetune=settings)
-    one, other = (by_name(plan, replace(stage, affinity=digest)) for digest in ("a", "b"))
-    assert not trainings(one["Plain"]) & trainings(other["Plain"])
-    assert trainings(one["DeMe (merged)"]) == trainings(other["DeMe (merged)"])
+def test_a_row_wins_over_the_plan_and_the_plan_over_deme_toml(base: Path) -> None:
+    run = {"finetune": {
+        "lr": 1e-1, "batch_size": 11, "p": 0.1, "consistency": 2.0, "steps": 30,
+        "loss_weighting": "p2", "weighting_gamma": 0.5, "multitask": "uw", "seed": 9,
+        "snapshot_every": 3,
+    }}  # fmt: skip
+    own = RowPlan("Min-SNR", "finetune", 1, finetune={"loss_weighting": "min-snr", "lr": 1e-3})
+    tables = {"data": {"source": "digits"}, "finetune": {"lr": 1e-2}, "eval": {"fid": "digits"}}
+    plan = replace(PLAN, rows=(*ROWS, own), tables=tables, updates=None)
+    stage = opened(base, plan, run)
+    found = {row.name: stage.finetune(row) for row in plan.rows[1:]}
+    assert (found["Min-SNR"].lr, found["Plain"].lr, found["Plain"].batch_size) == (1e-3, 1e-2, 11)
+    assert (found["Plain"].p, found["Plain"].consistency, found["Merged"].p) == (0.0, 0.0, 0.1)
+    assert (found["Plain"].projection, found["Merged"].projection) == ("none", "fold")
+    assert (found["Plain"].loss_weighting, found["Plain"].multitask) == ("none", "none")
+    assert (found["Min-SNR"].weighting_gamma, found["Min-SNR"].snapshot_every) == (None, None)
+    assert set(stage.updates.values()) == {120}, "n times the steps"
 
 
-def test_a_further_seed_is_a_further_folder_and_moves_nothing(stage: Stage) -> None:
-    before, after = folders(PLAN, stage), folders(replace(PLAN, seeds=(7, 0, 3)), stage)
-    for one, other in zip(before, after, strict=True):
-        assert one < other
-        assert {folder.name for folder in other - one} == {"seed-3"}
+def test_places_become_absolute_and_names_stay(base: Path, here: Path, image_folder: Path) -> None:
+    (here / "elsewhere" / "beside").mkdir(parents=True)
+    (here / "digits").mkdir()
+    tables = {"finetune": {"cache": "beside"}, "eval": {"fid": "digits", "kid": "images"}}
+    run = RunFile(here / "elsewhere", tables)
+    measures = (MeasurePlan("mine", {}, {"fid": "images", "features": "digits"}),)
+    plan = replace(PLAN, tables={"data": {"source": "digits"}}, measures=measures)
+    stage = open_stage(plan, run, Path("out"), base=base)
+    assert stage.folder == here / "out"
+    assert stage.tables["data"]["source"] == "digits"
+    assert stage.tables["finetune"]["cache"] == str((here / "elsewhere" / "beside").resolve())
+    images = str(image_folder.resolve())
+    assert stage.tables["eval"] == {"fid": "digits", "kid": images}
+    assert (stage.measures[0]["eval"]["fid"], stage.measures[0]["eval"]["kid"]) == (images, images)
 
 
-def test_a_training_reads_exactly_the_settings_of_its_row(stage: Stage) -> None:
-    rows = by_name(with_row("DeMe (merged)", finetune={"p": 0.25}), stage)
-    for name, jobs in rows.items():
-        for seed, job in jobs.trainings.items():
-            run = written(job)
-            assert run.settings(FinetuneConfig) == replace(jobs.finetune, seed=seed), name
-            assert [str(one) for one in run.tables["split"]["ranges"]] == list(
-                stage.ranges["uniform", jobs.row.n]
-            )
-            assert run.base.resolve() == stage.base.resolve()
-            assert run.tables["data"] == TABLES["data"]
-
-
-def test_averages_and_snapshots_of_the_common_settings_are_left_out(stage: Stage) -> None:
-    common = {**TABLES["finetune"], "snapshot_every": 200, "ema_lengths": [0.1]}
-    stage = replace(stage, tables={**TABLES, "finetune": common})
-    for jobs in jobs_of(PLAN, stage):
-        for seed, job in jobs.trainings.items():
-            found = written(job).settings(FinetuneConfig)
-            assert found == replace(jobs.finetune, seed=seed)
-            assert (found.snapshot_every, found.ema_lengths) == (None, None)
-
-
-def test_a_merge_searches_from_another_seed_for_every_training_seed(stage: Stage) -> None:
-    common = replace(stage, tables={**TABLES, "merge": {"num": 5, "seed": 100}})
-    plan = with_row("DeMe (merged)", merge={"search": "cmaes"})
-    jobs = by_name(plan, common)["DeMe (merged)"]
-    found = {seed: written(job).settings(MergeConfig) for seed, job in jobs.results.items()}
-    assert {seed: config.seed for seed, config in found.items()} == {0: 100, 7: 107}
-    assert found[0] == MergeConfig(num=5, seed=100, search="cmaes")
-    default = by_name(plan, stage)["DeMe (merged)"].results[7]
-    assert written(default).settings(MergeConfig).seed == MergeConfig().seed + 7
-
-
-def test_a_merged_row_is_merged_without_a_report_then_measured(stage: Stage) -> None:
-    jobs = by_name(PLAN, stage)["DeMe (merged)"]
-    job, training = jobs.results[7], jobs.trainings[7]
-    merge, measure = job.commands
-    experts = [os.path.relpath(training.folder / f"ft_{i}of4.safetensors", job.folder)
-               for i in range(1, 5)]  # fmt: skip
-    assert merge.words[:6] == ("merge", *experts, "--no-report")
-    assert merge.output == "merged.safetensors"
-    assert measure.words[:2] == ("eval", "merged.safetensors")
-    assert measure.output in measure.words
-    assert job.needs == (training.folder,)
-
-
-def test_an_ensemble_is_all_its_experts_in_one_eval(stage: Stage) -> None:
-    jobs = by_name(PLAN, stage)["DeMe (ensemble)"]
-    (command,) = jobs.results[0].commands
-    told = [(jobs.results[0].folder / word).resolve() for word in command.words[1:5]]
-    assert told == [
-        (jobs.trainings[0].folder / f"ft_{i}of4.safetensors").resolve() for i in range(1, 5)
-    ]
-    (train,) = jobs.trainings[0].commands
-    assert train.words[:3] == ("finetune", "--range", "all")
-    assert train.output == "ft_4of4.safetensors", "the last that it writes"
-
-
-def test_every_row_is_measured_under_every_measure_alike(stage: Stage) -> None:
-    stage = replace(
-        stage,
-        measures=(
-            MeasurePlan("fast", {"steps": 3}, TABLES["eval"]),
-            MeasurePlan("many", {"steps": 2}, {"fid": "digits", "num": 9, "repeats": 2}),
-        ),
+def test_a_job_says_all_that_is_done_there(base: Path) -> None:
+    measures = (
+        MeasurePlan("fast", {"steps": 3}, {"fid": "digits"}),
+        MeasurePlan("many", {}, {"kid": "digits", "num": 9}),
     )
-    expected = [
-        (SampleConfig(steps=3), EvalConfig(fid="digits", num=6)),
-        (SampleConfig(steps=2), EvalConfig(fid="digits", num=9, repeats=2)),
-    ]
-    for jobs in jobs_of(PLAN, stage):
-        for job in jobs.results.values():
-            commands = [one for one in job.commands if one.words[0] == "eval"]
-            names = [one.words[one.words.index("--config") + 1] for one in commands]
-            runs = [written(job, name) for name in names]
-            found = [(run.settings(SampleConfig), run.settings(EvalConfig)) for run in runs]
-            assert found == expected, "the same protocol, whatever the row"
-            assert len({one.output for one in commands}) == 2
+    plan = replace(with_row("Merged", merge={"search": "cmaes", "num": 5}), measures=measures)
+    rows = jobs_of(opened(base, plan, device="cpu", dtype="bf16"))
+    merged, ensemble, before = rows["Merged"][7], rows["Ensemble"][7], rows["Before"][None]
+    assert (merged.task["device"], merged.task["dtype"]) == ("cpu", "bf16")
+    names = [(merged.folder / model).resolve() for model in merged.task["models"]]
+    assert names == [merged.needs.folder / f"ft_{i}of4.safetensors" for i in range(1, 5)]
+    assert (merged.folder / merged.task["tables"]["model"]["base"]).resolve() == base
+    settings = MergeConfig(**merged.task["tables"]["merge"])
+    assert settings == MergeConfig(
+        search="cmaes", num=5, report=False, seed=MergeConfig().seed + 7
+    ), "another seed of the search for each training seed"
+    assert "merge" not in ensemble.task["tables"]
+    assert before.task["models"] == [os.path.relpath(base, before.folder)]
+    for job in (merged, ensemble, before):
+        first, second = job.task["measures"]
+        assert (first["sample"]["steps"], first["eval"]["num"]) == (3, 6), "the same, whatever row"
+        assert (first["eval"]["fid"], second["sample"]["steps"]) == ("digits", 2)
+        assert (second["eval"]["num"], "fid" in second["eval"]) == (9, False)
+        assert len(job.outputs) == 2
+    tables = merged.needs.task["tables"]
+    assert tables["split"]["ranges"] == ["0:25", "25:50", "50:75", "75:100"]
+    row = PLAN.rows[3]
+    assert FinetuneConfig(**tables["finetune"]) == replace(opened(base).finetune(row), seed=7)
 
 
-def test_every_command_is_told_the_device_and_the_precision(stage: Stage) -> None:
-    stage = replace(stage, device="cuda:1", dtype="bf16")
-    for jobs in jobs_of(PLAN, stage):
-        for job in (*jobs.trainings.values(), *jobs.results.values()):
-            for command in job.commands:
-                told = dict(zip(command.words, command.words[1:], strict=False))
-                assert (told["--device"], told["--dtype"]) == ("cuda:1", "bf16")
+def test_a_row_is_divided_as_it_says(base: Path) -> None:
+    stage = opened(base, with_row("Merged", by="log-snr", n=3))
+    edges = [int(str(span).split(":")[0]) for span in stage.ranges["log-snr", 3]] + [100]
+    assert edges[0] == 0
+    assert edges == sorted(set(edges)), "they cover [0, T) once"
+    assert edges != [0, 33, 66, 100], "the noise decides, not the count"
 
 
-def test_what_decided_a_job_lies_beside_it_as_json(stage: Stage) -> None:
-    jobs = by_name(PLAN, stage)["DeMe (merged)"]
-    training = json.loads(jobs.trainings[0].files[SETTINGS_NAME])
-    assert training["lr"] == 1e-3
-    assert training["base"] == stage.fingerprint
-    result = json.loads(jobs.results[0].files[SETTINGS_NAME])
-    assert result["training"] == jobs.trainings[0].folder.parent.name
-    (measure,) = result["measures"]
-    assert (measure["eval"]["num"], measure["sample"]["steps"]) == (6, 2)
-    assert "batch_size" not in measure["sample"], "it does not change the images"
+@pytest.mark.parametrize("name", ["table1", "table3", "sensitivity"])
+def test_the_rows_of_a_shipped_plan_go_together(base: Path, name: str) -> None:
+    plan = read_plan(name)
+    stage = opened(base, replace(plan, tables={**plan.tables, "data": {"source": "digits"}}))
+    rows = jobs_of(stage)
+    assert len({slug(name) for name in rows}) == len(rows), "folders of their own"
+    if name == "table1":
+        found = {row.name: stage.finetune(row) for row in plan.rows[1:]}
+        assert (found["P2 weighting"].loss_weighting, found["SNR+1"].loss_weighting) == (
+            "p2", "snr+1",
+        )  # fmt: skip
+        assert (found["Min-SNR-5"].weighting_gamma, found["ANT-UW"].multitask) == (5.0, "uw")
+        deme = found["DeMe (before merge)"]
+        assert deme == found["DeMe (after merge)"]
+        assert (deme.p, deme.consistency, deme.projection, deme.steps) == (0.3, 1.0, "fold", 20_000)
 
 
-def test_a_job_is_done_once_it_says_so(stage: Stage) -> None:
-    job = by_name(PLAN, stage)["Plain"].trainings[0]
-    job.folder.mkdir(parents=True)
-    assert not job.is_done
-    (job.folder / DONE_NAME).write_text("{}")
-    assert job.is_done
+def plan_of(*rows: RowPlan, **changes: Any) -> Plan:
+    return replace(PLAN, rows=(ROWS[0], *(rows or ROWS[1:])), **changes)
+
+
+UW = {"multitask": "uw", "clusters": 2}
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("plan", "error", "words"),
     [
-        ({"loss_weighting": "snr2"}, "loss_weighting = 'snr2': expected one of none, uniform"),
-        ({"multitask": "ant"}, "multitask = 'ant': expected one of none, uw"),
-        ({"multitask": "uw", "clusters": 5}, "clusters = 5: expected from 2 to batch_size = 4"),
-        ({"weighting_gamma": 5.0}, "weighting_gamma belongs to min-snr"),
-        ({"p": 1.5}, "p = 1.5: expected a probability"),
+        (plan_of(tables={}), ConfigError, "no training images"),
+        (plan_of(tables={"data": {"source": "nowhere"}}), MissingError, "nowhere"),
+        (plan_of(tables={**TABLES, "sample": {"steps": 0}}), ConfigError, "[sample] steps = 0"),
+        (plan_of(RowPlan("SNR", "finetune", finetune={"loss_weighting": "snr2"})), ConfigError,
+         "row 'SNR': loss_weighting = 'snr2': expected one of"),
+        (plan_of(replace(ROWS[3], merge={"search": "all"})), ConfigError,
+         "row 'Merged': [merge]: search"),
+        (plan_of(replace(ROWS[3], merge={"coefficients": [1.0]})), ConfigError,
+         "row 'Merged': [merge]: coefficients = [1.0]: expected 4, one a range"),
+        (plan_of(measures=(MeasurePlan("few", {}, {"num": 0}),)), ConfigError,
+         "measure 'few': num = 0"),
+        (plan_of(replace(ROWS[3], n=101)), ConfigError, "101"),
+        (plan_of(RowPlan("ANT", "ensemble", 4, finetune={**UW, "p": 0.3})), ConfigError,
+         "row 'ANT': clusters divide each range, and p = 0.3 draws outside"),
+        (plan_of(RowPlan("ANT", "finetune", finetune={**UW, "clusters": 5})), ConfigError,
+         "row 'ANT': clusters = 5: expected from 2 to batch_size = 4"),
+        (plan_of(RowPlan("ANT", "finetune", finetune={**UW, "cluster_by": "gradient"})),
+         MissingError, "deme analyze gradients"),
+        (plan_of(replace(ROWS[3], by="gradient")), MissingError, "deme analyze gradients"),
+        (plan_of(updates=3), ConfigError, "row 'Ensemble': 4 ranges cannot share 3 updates"),
     ],
-)
-def test_settings_that_do_not_go_together_are_refused_by_the_name_of_the_row(
-    stage: Stage, settings: dict[str, Any], words: str
+)  # fmt: skip
+def test_what_would_fail_later_is_refused_before_anything_runs(
+    base: Path, here: Path, plan: Plan, error: type, words: str
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
-        jobs_of(with_row("Plain", finetune=settings), stage)
-    assert str(caught.value).startswith("row 'Plain': ")
+    with pytest.raises(error) as caught:
+        opened(base, plan)
     assert words in str(caught.value)
+    assert not Path("out").exists()
 
 
 def test_a_name_becomes_a_short_file_name() -> None:
-    assert slug("DeMe (after merge)") == "deme-after-merge"
-    assert slug("../../etc") == "etc"
-    assert slug("日本") == "row"
+    names = ("DeMe (after merge)", "../../etc", "日本")
+    assert [slug(name) for name in names] == ["deme-after-merge", "etc", "row"]
     assert len(slug("x" * 400)) == 40

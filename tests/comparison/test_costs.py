@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,15 @@ from conftest import write_tiny_base
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from deme_cli.comparison.passes import PassCost, count_passes, flops_per_update
+from deme_cli.comparison import costs
+from deme_cli.comparison.costs import PassCost, count_passes, flops_per_update, passes_of
+from deme_cli.comparison.jobs import open_stage
+from deme_cli.comparison.plan import Plan, RowPlan
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.distributed import ALONE
+from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, parse_range
 from deme_cli.training.batches import open_batches
 from deme_cli.training.examples import PixelExamples
@@ -32,34 +38,26 @@ PLAIN = FinetuneConfig(
 
 
 @pytest.fixture(scope="module")
-def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    folder = tmp_path_factory.mktemp("run")
-    write_tiny_base(folder / "base.safetensors")
-    denoiser = load_denoiser(folder / "base.safetensors")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    write_tiny_base(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_of(base: Path) -> Callable[..., Run]:
+    denoiser = load_denoiser(base)
     examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape))
 
     def make(**settings: object) -> Run:
         config = replace(PLAIN, **settings)
         return Run(
             denoiser, parse_range("1/1", 100), examples, None, flip=False, config=config,
-            output=folder / "ft.safetensors",
+            output=base.with_name("ft.safetensors"),
             clusters=CLUSTERS if config.multitask != "none" else (),
         )  # fmt: skip
 
     return make
-
-
-@pytest.fixture(scope="module")
-def passes() -> Callable[[Run], PassCost]:
-    """The costs that are counted for a run, once for each placement of the projection."""
-    made: dict[str, PassCost] = {}
-
-    def cost(run: Run) -> PassCost:
-        if run.config.projection not in made:
-            made[run.config.projection] = count_passes(run)
-        return made[run.config.projection]
-
-    return cost
 
 
 def count_updates(run: Run, num: int) -> int:
@@ -79,48 +77,28 @@ def count_updates(run: Run, num: int) -> int:
 
 
 UPDATES = {
-    "plain": {},
-    "accumulation": {"consistency": 1.0, "accumulation": 2},
-    "fold": {"projection": "fold"},
-    "block": {"projection": "block", "consistency": 1.0},
-    "uncertainty": {"loss_weighting": "uncertainty"},
+    "fold": {"projection": "fold", "consistency": 1.0, "accumulation": 2},
+    "block": {"projection": "block"},
     "uw": {"multitask": "uw"},
-    "pcgrad": {"multitask": "pcgrad", "consistency": 1.0, "accumulation": 2},
+    "pcgrad": {"multitask": "pcgrad", "accumulation": 2},
     "nashmtl": {"multitask": "nashmtl", "consistency": 1.0, "accumulation": 2},
-    "nashmtl, every": {"multitask": "nashmtl", "multitask_every": 1},
 }
 
 
 @pytest.mark.parametrize("settings", UPDATES.values(), ids=UPDATES)
 def test_the_flops_of_an_update_are_those_of_updates_that_were_run(
-    run_of: Callable[..., Run], passes: Callable[[Run], PassCost], settings: dict
+    run_of: Callable[..., Run], settings: dict
 ) -> None:
     run = run_of(**settings)
+    before = copy.deepcopy(run.denoiser.network.state_dict())
     num = run.config.multitask_every if run.config.multitask == "nashmtl" else 1
-    assert flops_per_update(run.config, passes(run)) == count_updates(run, num) / num
-
-
-def test_projections_cost_more_in_the_network_and_nothing_in_the_base(
-    run_of: Callable[..., Run], passes: Callable[[Run], PassCost]
-) -> None:
-    none, fold, block = (passes(run_of(projection=p)) for p in ("none", "fold", "block"))
-    assert none.forward == none.base < fold.forward
-    assert none.forward < block.forward
-    assert none.backward < fold.backward
-    assert none.base == fold.base == block.base
+    assert flops_per_update(run.config, count_passes(run)) == count_updates(run, num) / num
+    after = run.denoiser.network.state_dict()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
 def test_a_base_from_scratch_has_no_frozen_copy(run_of: Callable[..., Run]) -> None:
     assert count_passes(replace(run_of(), from_scratch=True)).base == 0
-
-
-def test_counting_leaves_the_model_as_it_was(run_of: Callable[..., Run]) -> None:
-    run = run_of(consistency=1.0)
-    network = run.denoiser.network
-    before = copy.deepcopy(network.state_dict())
-    count_passes(run)
-    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
-    assert all(p.grad is None and not p.requires_grad for p in network.parameters())
 
 
 def test_clusters_are_paid_for_in_backward_passes_alone() -> None:
@@ -134,7 +112,53 @@ def test_clusters_are_paid_for_in_backward_passes_alone() -> None:
     assert cost(consistency=0.0) == 8 * (10 + 20)
     assert cost(multitask="uw") == cost()
     assert cost(multitask="pcgrad") == 8 * (10 + 4 * 20 + 9)
-    assert cost(multitask="nashmtl", multitask_every=1) == cost(multitask="pcgrad")
     assert cost(multitask="nashmtl") == pytest.approx(8 * (10 + 20 * (1 + 3 / 25) + 9))
     twice = cost(multitask="nashmtl", accumulation=2)  # the second batch is not measured
     assert twice == pytest.approx(8 * (2 * 10 + 20 * (2 + 3 / 25) + 2 * 9))
+
+
+PASSES = {
+    "none": PassCost(forward=1000, backward=2000, base=1000),
+    "fold": PassCost(forward=1100, backward=2200, base=1000),
+    "block": PassCost(forward=1300, backward=2700, base=1000),
+}
+ROWS = (
+    RowPlan("Before", "base"),
+    RowPlan("Plain", "finetune"),
+    RowPlan("Merged", "merged", 4),
+    RowPlan("Bare", "ensemble", 8, finetune={"projection": "none", "consistency": 0.0}),
+    RowPlan("Large batch", "finetune", finetune={"batch_size": 128, "accumulation": 2}),
+    RowPlan("PCGrad", "finetune", finetune={"multitask": "pcgrad", "clusters": 3}),
+    RowPlan("Block", "merged", 2, finetune={"projection": "block"}),
+)
+
+
+def test_equal_compute_is_that_of_plain_finetuning_within_one_update(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "passes_of", lambda stage, projection: PASSES[projection])
+    monkeypatch.setattr("deme_cli.comparison.jobs.passes_of", costs.passes_of)
+    plan = Plan("All", ROWS, updates=1000, budget="compute", tables={"data": {"source": "digits"}})
+    stage = open_stage(plan, RunFile(), tmp_path, base=base)
+    assert stage.updates["Plain"] == 1000
+    assert stage.flops(ROWS[1]) == 64 * 3000, "no consistency: the frozen base is not asked"
+    assert stage.flops(ROWS[2]) == 64 * 4300
+    for row in ROWS[1:]:
+        spent = stage.updates[row.name] * stage.flops(row)
+        assert abs(spent - 1000 * 64 * 3000) <= stage.flops(row), row.name
+    assert len(set(stage.updates.values())) > 4
+
+
+def test_passes_are_counted_once_and_again_for_another_base(base: Path, tmp_path: Path) -> None:
+    plan = Plan("Two", ROWS[:2], tables={"data": {"source": "digits"}})
+    stage = open_stage(plan, RunFile(), tmp_path, base=base)
+    first = passes_of(stage, "none")
+    assert 0 < first.forward == first.base < first.backward
+    kept = tmp_path / "passes.json"
+    kept.write_text(kept.read_text().replace(f'"forward": {first.forward}', '"forward": 1'))
+    assert passes_of(stage, "none").forward == 1, "read, not counted"
+    other = replace(stage, record=replace(stage.record, fingerprint="e" * 64))
+    assert passes_of(other, "none") == first
+    assert len(json.loads(kept.read_text())) == 2
+    kept.write_text("{")
+    assert passes_of(stage, "none") == first

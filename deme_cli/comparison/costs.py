@@ -2,15 +2,14 @@
 
 Counted are the multiplications and additions of convolutions, matrix products and attention in the
 denoiser and in the frozen base (`torch.utils.flop_counter`), which is nearly all there is; not the
-optimizer, the moving averages, or the frozen VAE and text encoders. Counted once per base, and kept
-in the folder of the comparison.
+optimizer, the moving averages, or the frozen VAE and text encoders.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,15 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.diffusion.execution import forward_flops
 from deme_cli.files import write_whole
-from deme_cli.timesteps import RangeChoice, parse_span
+from deme_cli.timesteps import RangeChoice, TimestepRange
 from deme_cli.training.objective import expert_losses
 from deme_cli.training.setup import Plan, Run, prepare
 from deme_cli.training.state import open_networks
 
 if TYPE_CHECKING:
     from deme_cli.comparison.jobs import Stage
-
-_NAME = "passes.json"
 
 
 @dataclass(frozen=True)
@@ -41,47 +38,23 @@ class PassCost:
     base: int
 
 
-def passes_of(stage: Stage, projections: Sequence[str]) -> dict[str, PassCost]:
-    """The costs of one image through `stage`'s base, by placement of the projection."""
-    kept = _read(stage)
-    missing = [one for one in projections if one not in kept]
-    if missing:
-        kept |= _count(stage, missing)
-        document = {
-            "base": stage.fingerprint,
-            "data": dict(stage.tables.get("data", {})),
-            "passes": {name: asdict(passes) for name, passes in kept.items()},
-        }
-        write_whole(stage.folder / _NAME, [json.dumps(document, indent=1).encode()])
-    return kept
-
-
-def _read(stage: Stage) -> dict[str, PassCost]:
-    """What was counted before of this base and data; {} where nothing was."""
-    try:
-        document = json.loads((stage.folder / _NAME).read_text())
-        same = document["base"] == stage.fingerprint
-        same = same and document["data"] == dict(stage.tables.get("data", {}))
-        return {n: PassCost(**v) for n, v in document["passes"].items()} if same else {}
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or of another version
-        return {}
-
-
-def _count(stage: Stage, projections: Sequence[str]) -> dict[str, PassCost]:
-    """Count on the CPU, on one image; consistency is on, so that the base is counted, too."""
-    settings = FinetuneConfig(consistency=1.0, held_out=0, cache="off", batch_size=1)
-    ranges = next(iter(stage.ranges.values()))
-    whole = parse_span(f"0:{ranges[-1].split(':')[1]}", "range")
+def passes_of(stage: Stage, projection: str) -> PassCost:
+    """The costs of one image through `stage`'s base, counted once and kept in its folder."""
+    path, kept = stage.folder / "passes.json", {}
+    key = f"{projection} {stage.record.fingerprint} {json.dumps(stage.tables['data'])}"
+    with suppress(OSError, ValueError):  # not there, or damaged
+        kept = json.loads(path.read_text())
+    if key in kept:
+        return PassCost(**kept[key])
+    settings = FinetuneConfig(projection=projection, held_out=0, cache="off", batch_size=1)
+    whole = TimestepRange(0, stage.record.num_train_timesteps)
     plan = Plan(
-        stage.base, DataConfig(**stage.tables.get("data", {})), settings,
-        Path("unused.safetensors"), RangeChoice(whole, 1, 1), device="cpu",
-        pipeline=stage.tables.get("model", {}).get("pipeline"),
+        stage.base, DataConfig(**stage.tables["data"]), settings, Path("unused.safetensors"),
+        RangeChoice(whole, 1, 1), device="cpu", pipeline=stage.tables["model"].get("pipeline"),
     )  # fmt: skip
-    run = prepare(plan)
-    return {
-        name: count_passes(replace(run, config=replace(settings, projection=name)))
-        for name in projections
-    }
+    passes = count_passes(prepare(plan))
+    write_whole(path, [json.dumps({**kept, key: asdict(passes)}, indent=1).encode()])
+    return passes
 
 
 def count_passes(run: Run) -> PassCost:
