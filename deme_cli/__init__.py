@@ -21,7 +21,9 @@ when it is first used.
 
 from __future__ import annotations
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,37 +67,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Where each name lies, as the imports above say it to type checkers.
 _PLACES = {
-    "split": "training.split", "SplitResult": "training.split",
-    "finetune": "training.finetune", "train_base": "training.finetune",
-    "task_vector": "merging.task_vectors", "TaskVectors": "merging.task_vectors",
-    "merge": "merging.merge", "MergeResult": "merging.merge",
-    "replay": "merging.replay",
-    "sample": "sampling.sample", "ensemble_sample": "sampling.sample",
-    "Images": "sampling.sample",
-    "evaluate": "evaluation.evaluate", "Evaluation": "evaluation.evaluate",
-    "Figure": "evaluation.measure",
-    "reference_statistics": "evaluation.references", "export": "diffusion.export",
-    "ExportCheck": "diffusion.export",
-    **{
-        f"analyze_{name}": f"analysis.{name}"
-        for name in ("losses", "gradients", "activations", "landscape", "task_vectors")
-    },
-    "Analysis": "analysis.result",
-    "compare": "comparison.compare", "Compared": "comparison.compare",
-    "report": "html_report", "WrittenReport": "html_report",
-    "inspect": "artifacts", "Inspected": "artifacts",
-    "show_search": "merging.show_search", "ShownSearch": "merging.show_search",
-    "take_inventory": "evaluation.inventory", "Inventory": "evaluation.inventory",
-    "RunFile": "run_file", "read_run_file": "run_file", "set_quiet": "console",
-}  # fmt: skip
+    item.name: str(node.module)
+    for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    if isinstance(node, ast.ImportFrom) and str(node.module).startswith("deme_cli.")
+    for item in node.names
+}
 __all__ = ["__version__", *_PLACES]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'deme_cli' has no attribute {name!r}")
-    return getattr(import_module(f"deme_cli.{_PLACES[name]}"), name)
+    return getattr(import_module(_PLACES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -146,9 +146,7 @@ class DataConfig(Settings):
         "", "known name, folder of images, hub dataset id, or samples artifact", flags="--data"
     )
     horizontal_flip: bool | None = setting(
-        None,
-        "mirror images at random in training; unset: yes, except for digits",
-        flags="--flip/--no-flip",
+        None, "mirror images at random; unset: yes, but for digits", flags="--flip/--no-flip"
     )
     captions: str | None = setting(
         None, "column of the captions or classes; unset: text, caption, prompt, or label"
@@ -187,16 +185,14 @@ class FinetuneConfig(Settings):
     lr_schedule: str = setting("constant", "learning rate over the run", choices=LR_SCHEDULES)
     warmup: int = setting(0, "updates over which the learning rate rises from 0", within=FROM_0)
     consistency: float = setting(
-        1.0,
-        "weight of the consistency loss against the frozen base (Eq. 4); 0 turns it off",
-        within=FROM_0,
+        1.0, "weight of the consistency loss (Eq. 4); 0 turns it off", within=FROM_0
     )
     projection: str = setting(
         "fold", "placement of the channel-wise projection", choices=PROJECTIONS
     )
     timesteps: str = setting(
         "per-sample",
-        "what p is drawn for: every image, or a whole batch at once as in the official code",
+        "what p is drawn for: each image, or a batch as in the official code",
         choices=TIMESTEP_DRAWS,
     )
     antithetic: bool = setting(
@@ -245,12 +241,10 @@ class FinetuneConfig(Settings):
         None, "updates between experts written on the way, to be merged; unset: none"
     )
     held_out: int = setting(
-        512, "held-out draws whose loss is logged at every checkpoint; 0 logs none", within=FROM_0
+        512, "held-out draws whose loss is logged at checkpoints", within=FROM_0
     )
     caption_dropout: float = setting(
-        0.1,
-        "share of captions or classes left out, so that guidance keeps working",
-        within=PROBABILITY,
+        0.1, "share of captions or classes left out, for guidance", within=PROBABILITY
     )
     cache: str = setting(
         "auto", "latents and text embeddings on disk: auto (beside the base), off, or a folder"
@@ -381,7 +375,7 @@ class MergeConfig(Settings):
         flags="--report/--no-report",
     )
     report_num: int | None = setting(
-        None, "draws or images per row of the report; unset: as num", option=False
+        None, "draws or images per row of the report; unset: num", option=False
     )
     report_repeats: int = setting(3, "seeds of the report", option=False)
     report_seed: int = setting(2_000_003, "first seed of the report", option=False, within=FROM_0)
@@ -401,7 +395,7 @@ class SampleConfig(Settings):
     """[sample]: how images are drawn."""
 
     num: int | None = setting(
-        None, "number of images; unset: 64, or as many as the prompts make", flags="--num -n"
+        None, "number of images; unset: 64, or those of the prompts", flags="--num -n"
     )
     sampler: str | None = setting(
         None,
@@ -430,11 +424,9 @@ class SampleConfig(Settings):
     )
     per_prompt: int = setting(1, "images of each prompt")
     resolution: int | None = setting(None, "pixels per side that the model draws; unset: its own")
-    resize: int | None = setting(
-        None, "pixels per side of the images kept (bicubic)", flags="--resize-to"
-    )
+    resize: int | None = setting(None, "pixels per side of the images kept", flags="--resize-to")
     batch_size: int = setting(
-        256, "images denoised at a time; does not change the images", flags="--batch-size -b"
+        256, "images denoised at a time, which changes none", flags="--batch-size -b"
     )
     seed: int = setting(0, "seed of the noise; image i depends on (seed, i) alone", within=FROM_0)
     PANELS: ClassVar = {

@@ -119,16 +119,33 @@ class Lost(DemeError):
     """Another process of the launch ended; exits as that one did."""
 
 
+@contextmanager
+def _talking() -> Iterator[None]:
+    """Translate what torch says when a process that is talked to has gone.
+
+    A lack of memory is this process's own, for NCCL allocates on the GPU: it passes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise Lost(
+            "another process of this launch ended without a word (killed, or out of memory?); run "
+            "the same command again to continue from the last checkpoint"
+        ) from error
+
+
 class World:
-    """This process among those it joined. Alone, every method gives back what it got."""
+    """This process among those it joined. Alone, every method gives back what it got.
+
+    device: the one that is this process's own; "" alone.
+    """
 
     def __init__(
-        self, launch: Launch | None = None, *, store: Any = None, control: Any = None,
-        device: str = "",
-    ) -> None:  # fmt: skip
-        launch = launch or Launch()
-        self.rank, self.size = launch.rank, launch.world_size
-        self.device = device  # the one that is this process's own; "" alone
+        self, rank: int = 0, size: int = 1, store: Any = None, control: Any = None, device: str = ""
+    ) -> None:
+        self.rank, self.size, self.device = rank, size, device
         self._store, self._control = store, control  # the group of all that lies on processors
         self._num_compared = 0
 
@@ -284,10 +301,22 @@ def join(launch: Launch, device: str) -> World:
     if launch.world_size == 1:
         return ALONE
     os.environ.update(launch.variables)  # before torch reads how many threads it may have
+    import torch
     import torch.distributed as dist
     from accelerate import PartialState
 
-    has_gpu = _has_gpu(launch, device)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"--device {device}: {launch.world_size} processes each take one of their own; use "
+            f"--device cuda, cpu or auto"
+        )
+    num, needed = torch.cuda.device_count(), launch.local_world_size
+    has_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if has_gpu and num < needed and not (launch.binds_gpus and num == 1):
+        raise MissingError(
+            f"--device {device}: {needed} processes on this machine, which has {num} CUDA GPUs; "
+            f"start one for each GPU"
+        )
     try:
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
         store.set_timeout(_PATIENCE)
@@ -310,7 +339,7 @@ def join(launch: Launch, device: str) -> World:
             f"{reason}; check that all were started, and MASTER_ADDR and MASTER_PORT"
         ) from error
     store = dist.PrefixStore("deme", store)
-    _joined = World(launch, store=store, control=control, device=str(state.device))
+    _joined = World(launch.rank, launch.world_size, store, control, str(state.device))
     return _joined
 
 
@@ -337,43 +366,6 @@ def only_first() -> None:
         raise SystemExit(0)
     if launch.world_size > 1:
         os.environ["WORLD_SIZE"] = "1"  # nor does a command that this one runs look for the others
-
-
-def _has_gpu(launch: Launch, device: str) -> bool:
-    """Whether the processes work on GPUs. Raises on a device that they cannot share."""
-    import torch
-
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(
-            f"--device {device}: {launch.world_size} processes each take one of their own; use "
-            f"--device cuda, cpu or auto"
-        )
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return False
-    num, needed = torch.cuda.device_count(), launch.local_world_size
-    if num == 0 or (num < needed and not (launch.binds_gpus and num == 1)):
-        raise MissingError(
-            f"--device {device}: {needed} processes on this machine, which has {num} CUDA GPUs; "
-            f"start one for each GPU"
-        )
-    return True
-
-
-@contextmanager
-def _talking() -> Iterator[None]:
-    """Translate what torch says when a process that is talked to has gone.
-
-    A lack of memory is this process's own, for NCCL allocates on the GPU: it passes.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise Lost(
-            "another process of this launch ended without a word (killed, or out of memory?); run "
-            "the same command again to continue from the last checkpoint"
-        ) from error
 
 
 _SAME_SIGNAL_SECONDS = 10.0  # a launcher passes on what its processes may have got themselves

@@ -15,9 +15,9 @@ import os
 import re
 import sys
 import threading
-import time
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +42,8 @@ class Asset:
 
     def find(self) -> Path | None:
         """The first copy, DEME_CACHE before the library's own."""
-        for path in (cache_folder() / self.name, *self.copies):
-            if path.is_file():
-                return path
-        return None
+        places = (cache_folder() / self.name, *self.copies)
+        return next((path for path in places if path.is_file()), None)
 
 
 def cache_folder() -> Path:
@@ -61,12 +59,9 @@ def user_cache() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, read in chunks. Raises MissingError if it cannot be read."""
-    digest = hashlib.sha256()
+    """The SHA-256 of a file. Raises MissingError if it cannot be read."""
     with reading(path), path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_assets(assets: Sequence[Asset]) -> list[Asset]:
@@ -75,57 +70,46 @@ def require_assets(assets: Sequence[Asset]) -> list[Asset]:
     Raises MissingError that names every missing file, its checksum, its address and its place.
     """
     absent = [asset for asset in assets if asset.find() is None]
-    if absent and (reason := _unreachable([asset.url for asset in absent])):
-        raise missing(absent, reason)
+    if absent and _is_offline():
+        raise missing(absent, f"{_OFFLINE} is set")
+    for asset in absent:
+        if not 200 <= _status(asset.url, _ANSWER_SECONDS) < 300:
+            raise missing(absent, f"no answer from {asset.url.split('/')[2]}")
     return absent
 
 
 def missing(assets: Sequence[Asset], reason: str) -> MissingError:
     """The error that names files, their checksums, addresses and place, and why they are absent."""
-    wanted = "; ".join(_describe(asset) for asset in assets)
+    wanted = [
+        f"{asset.name} ({asset.what}{f', sha256 {asset.sha256}' if asset.sha256 else ''}) from "
+        f"{asset.url}"
+        for asset in assets
+    ]
     return MissingError(
-        f"missing: {wanted}; {reason}: fetch elsewhere and put into {cache_folder()} (or the "
-        f"folder of DEME_CACHE; weights also by --weights FILE); `deme doctor` lists all places"
+        f"missing: {'; '.join(wanted)}; {reason}: fetch elsewhere and put into {cache_folder()} "
+        f"(or the folder of DEME_CACHE; weights also by --weights FILE); `deme doctor` lists all "
+        f"places"
     )
 
 
-def _describe(asset: Asset) -> str:
-    checksum = f", sha256 {asset.sha256}" if asset.sha256 else ""
-    return f"{asset.name} ({asset.what}{checksum}) from {asset.url}"
+def _status(url: str, seconds: float) -> int:
+    """What a host answers to a HEAD request, 0 where it does not in time."""
+    told = [0]
 
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=seconds) as answer:
+                told[0] = answer.status
+        except urllib.error.HTTPError as error:
+            told[0] = error.code
+        except (OSError, http.client.HTTPException, ValueError):
+            pass
 
-def _unreachable(urls: Sequence[str]) -> str | None:
-    """Why files cannot be fetched, or None if every host answers; all are asked at once."""
-    if _is_offline():
-        return f"{_OFFLINE} is set"
-    silent = _silent({url: functools.partial(_offers, url) for url in urls}, _ANSWER_SECONDS)
-    return f"no answer from {silent[0].split('/')[2]}" if silent else None
-
-
-def _silent(asks: Mapping[str, Callable[[], bool]], seconds: float) -> list[str]:
-    """Which of these do not say yes in time; in threads, for resolving a name has no timeout."""
-    answered: set[str] = set()
-
-    def ask(name: str) -> None:
-        if asks[name]():
-            answered.add(name)
-
-    threads = [threading.Thread(target=ask, args=(name,), daemon=True) for name in asks]
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + seconds
-    for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
-    return [name for name in asks if name not in answered]
-
-
-def _offers(url: str) -> bool:
-    try:
-        request = urllib.request.Request(url, method="HEAD")
-        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS):
-            return True
-    except (OSError, http.client.HTTPException, ValueError):
-        return False
+    thread = threading.Thread(target=ask, daemon=True)  # resolving a name has no timeout
+    thread.start()
+    thread.join(seconds)
+    return told[0]
 
 
 def fetch(assets: Sequence[Asset], progress: Progress = silent) -> None:
@@ -142,43 +126,41 @@ def download(asset: Asset, progress: Progress = silent) -> Path:
 
     Raises MissingError if the connection fails, ArtifactError if the checksum is another.
     """
+
+    def chunks() -> Iterator[bytes]:
+        digest, done = hashlib.sha256(), 0
+        try:
+            with urllib.request.urlopen(asset.url, timeout=_READ_SECONDS) as response:
+                total = int(response.headers.get("Content-Length") or 0)
+                while chunk := response.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    done += len(chunk)
+                    whole = -(-max(total, done) // 1_000_000)
+                    progress(Step(done // 1_000_000, whole, f"fetching {asset.name}", "MB"))
+                    yield chunk
+                if done < total:
+                    raise OSError("it broke off")
+        except (OSError, http.client.HTTPException) as error:
+            what = f"{asset.name}: the download from {asset.url} failed: {error}; run it again"
+            raise MissingError(what) from error
+        if asset.sha256 and digest.hexdigest() != asset.sha256:
+            raise ArtifactError(
+                f"{asset.name}: {asset.url} sent a file with sha256 {digest.hexdigest()}, "
+                f"expected {asset.sha256}; nothing was kept"
+            )
+
     path = cache_folder() / asset.name
-    write_whole(path, _checked(asset, progress))
+    write_whole(path, chunks())
     return path
-
-
-def _checked(asset: Asset, progress: Progress) -> Iterator[bytes]:
-    digest, done = hashlib.sha256(), 0
-    try:
-        with urllib.request.urlopen(asset.url, timeout=_READ_SECONDS) as response:
-            total = int(response.headers.get("Content-Length") or 0)
-            while chunk := response.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                done += len(chunk)
-                whole = -(-max(total, done) // 1_000_000)
-                progress(Step(done // 1_000_000, whole, f"fetching {asset.name}", "MB"))
-                yield chunk
-    except (OSError, http.client.HTTPException) as error:
-        raise MissingError(
-            f"{asset.name}: the download from {asset.url} failed: {error}"
-        ) from error
-    if total and done != total:
-        raise MissingError(f"{asset.name}: the download from {asset.url} broke off; run it again")
-    if asset.sha256 and digest.hexdigest() != asset.sha256:
-        raise ArtifactError(
-            f"{asset.name}: {asset.url} sent a file with sha256 {digest.hexdigest()}, "
-            f"expected {asset.sha256}; nothing was kept"
-        )
 
 
 _HUB_SECONDS = 4.0
 _OFFLINE = "HF_HUB_OFFLINE"  # the variable, and what the libraries made of it
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(text: str) -> bool:
     """Whether `text` has the form owner/name."""
-    return bool(_HUB_ID.fullmatch(text))
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text))
 
 
 def offline_reason() -> str | None:
@@ -190,6 +172,13 @@ def offline_reason() -> str | None:
 
 def _is_offline() -> bool:
     return os.environ.get(_OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    from huggingface_hub import constants
+
+    return _status(constants.ENDPOINT, _HUB_SECONDS) > 0
 
 
 def stay_offline() -> None:
@@ -205,11 +194,10 @@ def is_dataset_cached(hub_id: str) -> bool:
     from huggingface_hub import constants
 
     prepared = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
-    return (
-        Path(prepared, hub_id.replace("/", "___").lower()).exists()
-        or Path(prepared, hub_id.replace("/", "___")).exists()
-        or Path(constants.HF_HUB_CACHE, f"datasets--{hub_id.replace('/', '--')}").exists()
-    )
+    name = hub_id.replace("/", "___")
+    fetched = Path(constants.HF_HUB_CACHE, f"datasets--{hub_id.replace('/', '--')}")
+    places = [Path(prepared, name.lower()), Path(prepared, name), fetched]
+    return any(place.exists() for place in places)
 
 
 def is_model_cached(hub_id: str) -> bool:
@@ -217,18 +205,3 @@ def is_model_cached(hub_id: str) -> bool:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").exists()
-
-
-@functools.cache
-def _hub_answers() -> bool:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    def ask() -> bool:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
-        except Exception:  # whatever the HTTP library of the day raises, it did not answer
-            return False
-        return True
-
-    return not _silent({"hub": ask}, _HUB_SECONDS)

@@ -14,7 +14,6 @@ from itertools import pairwise
 
 from deme_cli.errors import ArtifactError, ConfigError
 
-_FRACTION = re.compile(r"(-?\d+)/(-?\d+)")
 _SPAN = re.compile(r"(-?\d+):(-?\d+)")
 
 
@@ -72,26 +71,25 @@ def parse_range(
     `i/N` is taken from `ranges` where there are N of them (a split that need not be uniform),
     else it is the i-th of N equal parts. Raises ConfigError on anything else.
     """
-    if match := _FRACTION.fullmatch(text.strip()):
+    index = of = None
+    if match := re.fullmatch(r"(-?\d+)/(-?\d+)", text.strip()):
         index, of = int(match[1]), int(match[2])
-        if of < 1 or not 1 <= index <= of:
+        if not 1 <= index <= of:
             raise ConfigError(f"--range {text}: i/N needs 1 <= i <= N, as in 2/4")
         parts = ranges if len(ranges) == of else split_uniform(of, num_train_timesteps)
-        if parts[index - 1].stop > num_train_timesteps:
-            raise ConfigError(
-                f"--range {text}: range {parts[index - 1]} of [split] reaches past the "
-                f"{num_train_timesteps} timesteps of this model; correct deme.toml"
-            )
-        return RangeChoice(parts[index - 1], index, of)
-    if match := _SPAN.fullmatch(text.strip()):
+        start, stop = parts[index - 1].start, parts[index - 1].stop
+    elif match := _SPAN.fullmatch(text.strip()):
         start, stop = int(match[1]), int(match[2])
-        if not 0 <= start < stop <= num_train_timesteps:
-            raise ConfigError(
-                f"--range {text}: start:stop needs 0 <= start < stop <= {num_train_timesteps}, "
-                f"the timesteps of this model"
-            )
-        return RangeChoice(TimestepRange(start, stop))
-    raise ConfigError(f"--range {text}: expected i/N as in 2/4, start:stop as in 250:500, or all")
+    else:
+        raise ConfigError(
+            f"--range {text}: expected i/N as in 2/4, start:stop as in 250:500, or all"
+        )
+    if not 0 <= start < stop <= num_train_timesteps:
+        raise ConfigError(
+            f"--range {text}: {start}:{stop} needs 0 <= start < stop <= {num_train_timesteps}, the "
+            f"timesteps of this model"
+        )
+    return RangeChoice(TimestepRange(start, stop), index, of)
 
 
 def parse_span(text: str, what: str) -> TimestepRange:

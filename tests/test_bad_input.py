@@ -287,7 +287,7 @@ def test_coefficients_are_one_finite_number_for_each(
         ("[finetune", "not valid TOML"),
         ('[finetune]\np = "a"', "[finetune] p = 'a': expected a number"),
         ("[split]\nranges = [1, 2]", "[split] ranges = 1: expected a text"),
-        ('[split]\nranges = ["0:50", "50:2000"]', "reaches past the 100 timesteps"),
+        ('[split]\nranges = ["0:50", "50:2000"]', "50:2000 needs 0 <= start < stop <= 100"),
         ('[split]\nranges = ["0:50", "50:20"]', "50:20"),
         ('[merge]\ncoefficients = ["a"]', "[merge] coefficients = 'a': expected a number"),
         ("[finetune]\np = 2.0", "p = 2.0"),

@@ -17,7 +17,7 @@ from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.conditions import concatenate
 from deme_cli.diffusion.denoiser import Denoiser
 from deme_cli.diffusion.schedule import FlowSchedule, Schedule, read_schedule
-from deme_cli.distributed import Launch, World
+from deme_cli.distributed import World
 from deme_cli.errors import ArtifactError
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import Ahead, Batch, BatchSource, derived_generator, share_of
@@ -225,7 +225,7 @@ def test_draws_of_a_flow_have_their_times_in_the_range(
 
 def member(rank: int, size: int) -> World:
     """A process that has joined nobody: shares can be computed, not exchanged."""
-    return World(Launch(rank=rank, world_size=size))
+    return World(rank, size)
 
 
 @pytest.mark.parametrize(("num", "size"), [(8, 2), (5, 2), (7, 3), (3, 3)])

@@ -22,7 +22,7 @@ from PIL import Image
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.diffusion.denoiser import load_denoiser, predict
-from deme_cli.distributed import Launch, World
+from deme_cli.distributed import World
 from deme_cli.errors import ConfigError
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.setup import Plan, require_processes
@@ -35,7 +35,7 @@ class Doubling(World):
     """Two processes with the same gradients, of which this is one."""
 
     def __init__(self) -> None:
-        super().__init__(Launch(rank=0, world_size=2))
+        super().__init__(0, 2)
         self.sizes: list[int] = []
 
     def add_up(self, tensor: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deme_cli.artifacts import load_tensors
 from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.denoiser import load_denoiser
-from deme_cli.distributed import ALONE, Launch, World
+from deme_cli.distributed import ALONE, World
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import open_batches
@@ -69,10 +69,7 @@ def test_unequal_shares_in_parts_add_up_to_the_whole(
     settings = {"batch_size": 5, "accumulation": 1}
     wanted = update_of(run, **settings)
     tried = most(1)
-    parts = [
-        update_of(run, World(Launch(rank=rank, world_size=2)), micro_batch=1, **settings)
-        for rank in (0, 1)
-    ]
+    parts = [update_of(run, World(rank, 2), micro_batch=1, **settings) for rank in (0, 1)]
     assert tried == [1] * 5
     summed = [one + other for one, other in zip(parts[0][0], parts[1][0], strict=True)]
     require_same((summed, parts[0][1] + parts[1][1]), wanted)
