@@ -20,7 +20,7 @@ from deme_cli.artifacts import BaseRecord
 from deme_cli.config import SPACINGS, SampleConfig
 from deme_cli.diffusion.denoiser import Denoiser, build_network
 from deme_cli.diffusion.schedule import read_schedule
-from deme_cli.distributed import Launch, World
+from deme_cli.distributed import World
 from deme_cli.errors import NumericsError
 from deme_cli.sampling import sampler as sampler_module
 from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble, single
@@ -187,7 +187,7 @@ class Apart(World):
     """A process that has joined nobody: what it would give the first one comes back."""
 
     def __init__(self, rank: int, size: int) -> None:
-        super().__init__(Launch(rank=rank, world_size=size))
+        super().__init__(rank, size)
 
     def gather(self, array: np.ndarray) -> list[np.ndarray]:
         return [array]
