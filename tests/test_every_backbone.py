@@ -1,4 +1,4 @@
-"""The whole pipeline, command by command, on a tiny real model of every class that deme takes."""
+"""The whole pipeline, command by command, on tiny real models: of classes, of text, of video."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINING = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.parametrize("name", sorted(BUILDERS.keys() & {"dit", "sdxl", "wan"}))
 def test_experts_are_trained_merged_drawn_from_and_exported(
     name: str,
     pipelines: Callable[..., Path],

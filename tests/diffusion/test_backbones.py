@@ -11,15 +11,12 @@ import diffusers
 import pytest
 import torch
 from tiny_pipelines import BUILDERS
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from deme_cli.diffusion.backbones import KNOWN, backbone_of
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.companions import Companions, open_companions
 from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.denoiser import Denoiser, predict
-from deme_cli.diffusion.execution import forward_flops
 from deme_cli.diffusion.projection import (
     attach_projections,
     backbone_of_network,
@@ -44,16 +41,6 @@ def opened(request: Any, pipelines: Callable[..., Path]) -> tuple[Denoiser, Comp
 def given_to(companions: Companions) -> Conditions:
     subjects = [3, 7] if companions.wants == "class" else ["a seven", "a boat"]
     return companions.conditions(subjects, torch.tensor([[20, 24, 1, 0, 16, 16]] * 2))
-
-
-@torch.no_grad()
-def test_work_is_counted_without_doing_it(opened: tuple[Denoiser, Companions, Any]) -> None:
-    denoiser, companions, _ = opened
-    x_t, told = noisy(), given_to(companions)
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        predict(denoiser.network, x_t, torch.zeros(2, dtype=torch.long), told)
-    assert forward_flops(denoiser.network, x_t, told) == counter.get_total_flops() > 0
 
 
 def noisy(seed: int = 0) -> torch.Tensor:
@@ -180,11 +167,7 @@ def test_each_config_is_one_backbone_and_each_backbone_has_its_network(opened: A
           "out_channels": 4}, "9 input channels .* inpainting"),
         ({"_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4,
           "out_channels": 4, "time_cond_proj_dim": 256}, "LCM"),
-        ({"_class_name": "UNet2DConditionModel", "addition_embed_type": "image"}, "backbone"),
-        ({"_class_name": "FluxTransformer2DModel", "in_channels": 64, "out_channels": 32}, "fill"),
         ({"_class_name": "DiTTransformer2DModel", "in_channels": 4, "out_channels": 5}, "5 output"),
-        ({"_class_name": "WanTransformer3DModel", "in_channels": 36, "out_channels": 16},
-         "36 input channels for 16 output channels: .*image-to-video"),
         ({"_class_name": "WanTransformer3DModel", "in_channels": 16, "out_channels": 16,
           "image_dim": 1280, "added_kv_proj_dim": 5120}, "added_kv_proj_dim: an image-to"),
     ],
@@ -201,8 +184,3 @@ def test_a_dit_drops_no_class_by_itself(pipelines: Callable[..., Path]) -> None:
     assert all(
         torch.equal(first, predict(network, noisy(), torch.tensor(T), given)) for _ in range(20)
     )
-
-
-def test_a_v_predicting_model_keeps_its_parametrisation(pipelines: Callable[..., Path]) -> None:
-    folder = pipelines("sd", prediction_type="v_prediction")
-    assert open_denoiser(str(folder)).schedule.prediction_type == "v_prediction"

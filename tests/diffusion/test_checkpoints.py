@@ -101,33 +101,18 @@ def test_of_several_variants_one_is_chosen(pipe: Path) -> None:
         import_model(str(pipe))
 
 
-FOREIGN = {
-    "model.diffusion_model.input_blocks.0.0.weight": "StableDiffusionPipeline.from_single_file",
-    "conditioner.embedders.1.model.ln_final.bias": "StableDiffusionXLPipeline.from_single_file",
-    "double_blocks.0.img_attn.norm.key_norm.scale": "FluxTransformer2DModel.from_single_file",
-    "lora_unet_mid_block_attentions_0.lora_down.weight": "fuse it in diffusers",
-    "unet.mid_block.attentions.0.to_q.lora_A.weight": "fuse it in diffusers",
-    "down_blocks.0.resnets.0.conv1.weight": "give the folder that holds them beside config.json",
-    "something.else": "give the folder that holds them beside config.json",
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [(name, "safetensors") for name in FOREIGN]
-    + [(next(iter(FOREIGN)), kind) for kind in ("ckpt", "folder", "pickle")],
-)
-def test_a_file_of_another_tool_is_told_for_what_it_is(
-    tmp_path: Path, name: str, kind: str
-) -> None:
-    weights = {name: torch.zeros(1)}
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "folder", "pickle"])
+def test_a_file_of_another_tool_is_told_for_what_it_is(tmp_path: Path, kind: str) -> None:
+    weights = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}
     path = tmp_path / "other.ckpt"
     if kind in ("safetensors", "folder"):
         path = tmp_path / "other.safetensors"
         save_file(weights, path)
     else:
         torch.save({"state_dict": weights}, path, _use_new_zipfile_serialization=kind == "ckpt")
-    with pytest.raises(ArtifactError, match=FOREIGN[name]) as refused:
+    with pytest.raises(
+        ArtifactError, match=r"StableDiffusionPipeline\.from_single_file"
+    ) as refused:
         import_model(str(tmp_path if kind == "folder" else path))
     assert "deme split" not in str(refused.value)
 
@@ -175,12 +160,8 @@ def scheduler(name: str) -> tuple:
         (lambda f: change_weights(f / "unet" / WEIGHTS, conv_in__weight=torch.zeros(1)),
          ArtifactError, r"another network: size mismatch for conv_in\.weight"),
         (lambda f: damage(f / "unet" / WEIGHTS, None), ArtifactError, "safetensors"),
-        (lambda f: damage(f / "unet" / WEIGHTS, b"text"), ArtifactError, "safetensors"),
-        (lambda f: damage(f / "unet" / WEIGHTS, b""), ArtifactError, "safetensors"),
         (lambda f: of_channels(f, 4), ArtifactError, "4 channels: .* grey .* or colour"),
         (lambda f: damage(f / "unet/config.json", b"{"), ArtifactError, "not valid JSON"),
-        (lambda f: damage(f / "unet/config.json", b"[]"), ArtifactError, "expected a table"),
-        (lambda f: (f / "unet" / WEIGHTS).unlink(), MissingError, "no weights .*beside"),
         (lambda f: shutil.rmtree(f / "unet"), MissingError, "not a diffusers model"),
         (lambda f: change_json(f / "model_index.json", vqvae=["diffusers", "VQModel"]),
          ArtifactError, "a pipeline with 'vqvae'"),
@@ -188,8 +169,7 @@ def scheduler(name: str) -> tuple:
          ArtifactError, "the SDXL refiner"),
         (lambda f: change_json(f / "scheduler/scheduler_config.json", beta_schedule="cubic"),
          ArtifactError, "unusable scheduler config: cubic"),
-        scheduler("ScoreSdeVeScheduler"), scheduler("EDMEulerScheduler"), scheduler("logging"),
-        scheduler("Nope"),
+        scheduler("EDMEulerScheduler"), scheduler("logging"),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_not_whole_or_of_another_kind_is_named(
@@ -224,11 +204,8 @@ def test_a_bare_unet_folder_without_scheduler_says_what_was_assumed(
     assert "DDPM defaults" in model.notes[0]
 
 
-@pytest.mark.parametrize("fixture", ["pipe", "pickled"])
-def test_everything_at_the_root_is_a_pipeline_too(
-    fixture: str, request: pytest.FixtureRequest
-) -> None:
-    folder = request.getfixturevalue(fixture)
+def test_everything_at_the_root_is_a_pipeline_too(pickled: Path) -> None:
+    folder = pickled
     expected = fingerprint(import_model(str(folder)).weights)
     for part in ("unet", "scheduler"):
         for path in (folder / part).iterdir():
@@ -347,40 +324,20 @@ def test_a_hub_model_in_the_cache_needs_no_network(
 
 
 def test_only_configs_and_one_set_of_weights_are_fetched() -> None:
-    both = [
-        "README.md",
-        "config.json",
-        "model_index.json",
-        "scheduler_config.json",
-        PICKLE,
-        WEIGHTS,
-    ]
-    assert wanted_files(both) == [
-        "model_index.json",
-        "config.json",
-        "scheduler_config.json",
-        WEIGHTS,
-    ]
+    configs = ["model_index.json", "config.json", "scheduler_config.json"]
+    assert wanted_files(["README.md", PICKLE, WEIGHTS, *configs]) == [*configs, WEIGHTS]
     nested = ["unet/config.json", f"unet/{PICKLE}", "unet/diffusion_pytorch_model.fp16.safetensors"]
     assert wanted_files(nested) == ["unet/config.json", f"unet/{PICKLE}"]
     whole = [
-        "model_index.json",
-        "v1-4.ckpt",
-        "safety_checker/model.safetensors",
-        "text_encoder/config.json",
-        "text_encoder/model.fp16.safetensors",
-        "text_encoder/model.safetensors",
-        "text_encoder/pytorch_model.bin",
-        "tokenizer/merges.txt",
-        "tokenizer_3/spiece.model",
-        "transformer/config.json",
+        "model_index.json", "v1-4.ckpt", "safety_checker/model.safetensors",
+        "text_encoder/config.json", "text_encoder/model.fp16.safetensors",
+        "text_encoder/model.safetensors", "text_encoder/pytorch_model.bin",
+        "tokenizer/merges.txt", "tokenizer_3/spiece.model", "transformer/config.json",
         "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
         "transformer/diffusion_pytorch_model-00002-of-00002.safetensors",
         "transformer/diffusion_pytorch_model.safetensors.index.json",
-        "vae/diffusion_flax_model.msgpack",
-        "vae/diffusion_pytorch_model.safetensors",
-    ]
+        "vae/diffusion_flax_model.msgpack", "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
     left_out = ("v1-4", "safety", "fp16", ".bin", "msgpack")
-    assert wanted_files(whole) == [
-        name for name in whole if not any(part in name for part in left_out)
-    ]
+    kept = [name for name in whole if not any(part in name for part in left_out)]
+    assert wanted_files(whole) == kept

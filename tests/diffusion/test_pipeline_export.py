@@ -165,9 +165,7 @@ def test_parts_of_another_model_are_refused_by_what_does_not_fit(pipelines: Pipe
 
 
 @pytest.mark.parametrize(
-    "written",
-    [{"variant": "fp16"}, {"safe_serialization": False, "max_shard_size": "50KB"}],
-    ids=str,
+    "written", [{"variant": "fp16"}, {"safe_serialization": False, "max_shard_size": "50KB"}]
 )
 def test_a_pipeline_of_a_variant_or_of_pickled_shards_comes_out_plain(
     pipelines: Pipelines, deme: Deme, written: dict[str, Any]
@@ -202,9 +200,7 @@ def test_a_scheduler_file_is_exported_as_it_came_and_old_records_find_it_again(
         assert Path(name, "scheduler/scheduler_config.json").read_text() == stated
 
 
-@pytest.mark.parametrize(
-    ("version", "size", "found"), [("0.6.0", 8, 64), ("0.10.2", 8, 8), ("0.8.1", 96, 96)]
-)
+@pytest.mark.parametrize(("version", "size", "found"), [("0.6.0", 8, 64), ("0.10.2", 8, 8)])
 def test_the_size_of_a_unet_of_2022_is_corrected_as_by_its_pipeline(
     pipelines: Pipelines, tmp_path: Path, version: str, size: int, found: int
 ) -> None:

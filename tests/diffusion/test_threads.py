@@ -1,12 +1,16 @@
+"""Threads are those that the work of a pass pays for, counted without doing it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from deme_cli.data.digits import BASE_PATH
-from deme_cli.diffusion.denoiser import Denoiser, load_denoiser
+from deme_cli.diffusion.denoiser import load_denoiser, predict
 from deme_cli.diffusion.execution import (
     FLOPS_PER_THREAD,
     fitting_number,
@@ -23,17 +27,16 @@ def four_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def digits() -> tuple[Denoiser, torch.Tensor]:
-    denoiser = load_denoiser(BASE_PATH)
-    return denoiser, torch.zeros(1, *denoiser.sample_shape)
-
-
 def test_a_thread_is_taken_for_each_share_of_work_and_no_more_than_there_are(
-    digits: tuple[Denoiser, torch.Tensor], four_threads: None
+    four_threads: None,
 ) -> None:
-    denoiser, x_t = digits
+    denoiser = load_denoiser(BASE_PATH)
+    x_t = torch.zeros(1, *denoiser.sample_shape)
     work = forward_flops(denoiser.network, x_t, {})
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        predict(denoiser.network, x_t, torch.zeros(1, dtype=torch.long))
+    assert work == counter.get_total_flops() > 0
 
     def number(shares: float) -> int:
         size = int(shares * FLOPS_PER_THREAD / work)

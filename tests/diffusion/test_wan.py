@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -159,23 +158,6 @@ def test_a_diffusers_without_wan_is_told_in_one_line(
     monkeypatch.setattr(Wan, "class_name", "WanTransformer9DModel")
     with pytest.raises(MissingError, match=r"has no WanTransformer9DModel, which came with 0\.33"):
         build_network({**record.model_config, "_class_name": "WanTransformer9DModel"})
-
-
-def test_weights_of_another_wan_are_told_by_their_name(
-    pipelines: Callable[..., Path], tmp_path: Path
-) -> None:
-    shutil.copytree(pipelines("wan"), tmp_path / "wan")
-    path = tmp_path / "wan/transformer/config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "ffn_dim": 40}))
-    with pytest.raises(ArtifactError, match=r"weights of another network: .*ffn"):
-        open_denoiser(str(tmp_path / "wan"))
-    path.write_text(json.dumps({**config, "num_layers": 3}))
-    with pytest.raises(ArtifactError, match=r"the weights lack 'blocks\.2\."):
-        open_denoiser(str(tmp_path / "wan"))
-    path.write_text(json.dumps({**config, "num_layers": 1}))
-    with pytest.raises(ArtifactError, match=r"the unknown parameter 'blocks\.1\."):
-        open_denoiser(str(tmp_path / "wan"))
 
 
 def test_the_card_of_an_export_asks_for_one_frame(
