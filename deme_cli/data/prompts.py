@@ -109,7 +109,7 @@ def parse_json(text: str, where: str) -> Any:
     """A document of JSON. Raises ArtifactError beginning with `where`, as in `x.json:`."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of thousands of digits
         raise ArtifactError(f"{where} not JSON ({error})") from error
 
 

@@ -41,6 +41,7 @@ from deme_cli.diffusion.model_files import (
     locate_parts,
     read_json,
     read_scheduler,
+    require_same_weights,
     silence_libraries,
     weight_sets,
     weights_of,
@@ -140,11 +141,16 @@ def _import_folder(
         source = str(folder.resolve()) if Path(source).expanduser().is_dir() else source
     scheduler_config = _read_scheduler(folder, source, pipeline, backbone)
     chosen = weights_of(place, variant)
+    require_same_weights(place, chosen.variant)
     weights, model_config = _load_network(place, backbone, chosen)
-    others = [str(one) for one in weight_sets(file_names(place)) if one != chosen]
+    others = [one for one in weight_sets(file_names(place)) if one != chosen]
     if others or chosen.variant:
-        beside = f"; not read: {', '.join(others)} (--variant chooses)" if others else ""
-        notes.append(f"{place}: read {chosen}{beside}")
+        told = [f"{one} holds the same weights" for one in others if one.variant == chosen.variant]
+        left = dict.fromkeys(
+            one.variant or "none" for one in others if one.variant != chosen.variant
+        )
+        told += [f"variants beside it: {', '.join(left)} (--variant)"] if left else []
+        notes.append("; ".join([f"{place}: read {chosen}", *told]))
     if not scheduler_config:
         notes.append(f"{source}: {GUESSED}")
     return _imported(weights, model_config, scheduler_config, source, companions, notes)

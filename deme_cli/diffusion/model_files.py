@@ -21,6 +21,7 @@ from typing import Any
 from deme_cli import console
 from deme_cli.artifacts import read_record, record_of
 from deme_cli.data.digits import BASE_PATH
+from deme_cli.data.prompts import parse_json, read_text
 from deme_cli.errors import ArtifactError, MissingError, reading
 from deme_cli.fetch import is_hub_id, is_model_cached, offline_reason, sha256_of
 from deme_cli.files import read_header
@@ -108,6 +109,34 @@ def weights_of(folder: Path, variant: str | None = None) -> WeightSet:
     if best.num_shards and not indices & {*names}:
         raise MissingError(f"{folder}: {min(indices)} is missing, which tells what is where")
     return best
+
+
+def require_same_weights(folder: Path, variant: str) -> None:
+    """Check that all sets of weights of a variant in one folder hold the same.
+
+    Raises ArtifactError naming the first parameter that differs: which set is meant is not known.
+    """
+    chosen, *others = sets_of_variant(file_names(folder), variant)
+    for other in others:
+        import torch
+        from diffusers.models.model_loading_utils import load_state_dict
+
+        try:
+            first, second = (
+                {k: v for name in one.files for k, v in load_state_dict(folder / name).items()}
+                for one in (chosen, other)
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ArtifactError(
+                f"{folder}: {chosen} and {other} cannot be compared, one is broken; move it away"
+            ) from error
+        for name in sorted(first.keys() & second.keys()) or first:
+            a, b = first[name], second.get(name)
+            if b is None or a.dtype != b.dtype or not torch.equal(a, b):
+                raise ArtifactError(
+                    f"{folder}: {chosen} and {other} hold different weights ({name!r}); which is "
+                    f"meant is not known: move one of them away"
+                )
 
 
 def file_names(folder: Path) -> list[str]:
@@ -248,11 +277,7 @@ def peek_timesteps(place: Path, pipeline: str | None = None) -> int | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON table. Raises ArtifactError if it is none, MissingError if it cannot be read."""
-    try:
-        with reading(path):
-            document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also of UTF-8, and of thousands of digits
-        raise ArtifactError(f"{path}: not valid JSON: {error}") from error
+    document = parse_json(read_text(path), f"{path}:")
     if not isinstance(document, dict):
         raise ArtifactError(
             f"{path}: expected a table of settings, found {type(document).__name__}"
@@ -331,14 +356,12 @@ def locate_parts(source: str, parts: Sequence[str]) -> Path:
 def require_parts(folder: Path, parts: Iterable[str]) -> None:
     """Check that a pipeline folder holds these parts; raises MissingError naming the first."""
     for part in parts:
-        files, is_tokenizer = file_names(folder / part), part.startswith("tokenizer")
-        has_weights = any(name.endswith((".safetensors", ".bin")) for name in files)
-        if not files or not (has_weights or is_tokenizer):
+        if not file_names(folder / part):
             raise MissingError(
                 f"{folder / part}: the {part} is missing; get the whole pipeline, or give another "
                 f"folder that has it with --pipeline"
             )
-        if not is_tokenizer:
+        if not part.startswith("tokenizer"):
             weights_of(folder / part)
 
 
@@ -346,7 +369,11 @@ def digests_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of every part of a pipeline folder that is neither trained nor replaced."""
     left_out = {"scheduler", *DENOISERS, *UNUSED_PARTS}
     listed = {n for n, value in read_index(folder).items() if isinstance(value, list) and value[0]}
-    return {part: digest_of_part(folder, part) for part in sorted(listed - left_out)}
+    parts = sorted(listed - left_out)
+    for part in parts:
+        if sets := sets_of_variant(file_names(folder / part)):
+            require_same_weights(folder / part, sets[0].variant)
+    return {part: digest_of_part(folder, part) for part in parts}
 
 
 def digest_of_part(folder: Path, part: str) -> str:

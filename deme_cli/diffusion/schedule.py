@@ -43,8 +43,12 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t of draws t.  x0, eps: (B, ...)   t: (B,) integer   ->   (B, ...)"""
-        return add_noise(x0, eps, t, self.alphas_cumprod)
+        """Draw x_t given x_0: sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps  (Ho et al. 2020, Eq. 4).
+
+        x0, eps: (B, ...)   t: (B,) integer   ->   (B, ...)
+        """
+        abar = per_sample(self.alphas_cumprod, t, x0)
+        return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What to predict at (x_t, t): eps, x_0, or v (Salimans & Ho 2022, app. D)."""
@@ -64,22 +68,15 @@ class NoiseSchedule:
         """
         if self.prediction_type == "sample":
             return output
-        abar = self._abar_at(time)
+        low, share = int(time), time % 1
+        abar = float(self.alphas_cumprod[low])
+        if share:  # sigma = sqrt((1 - abar) / abar) is linear between two timesteps, as in the
+            sigma = self.snr[low : low + 2].rsqrt()  # Euler, Heun and LMS samplers of diffusers
+            abar = float(1 / (1 + torch.lerp(sigma[0], sigma[-1], share) ** 2))
         signal, noise = abar**0.5, (1 - abar) ** 0.5
         if self.prediction_type == "epsilon":
             return (x_t - noise * output) / signal
         return signal * x_t - noise * output
-
-    def _abar_at(self, time: float) -> float:
-        """abar; between two timesteps sigma = sqrt((1 - abar) / abar) is linear, as in diffusers.
-
-        (Its Euler, Heun and LMS samplers have such times.)
-        """
-        low, share = int(time), time % 1
-        if not share:
-            return float(self.alphas_cumprod[low])
-        sigma = self.snr[low : low + 2].rsqrt()
-        return float(1 / (1 + torch.lerp(sigma[0], sigma[-1], share) ** 2))
 
     def times(self, t: Tensor) -> Tensor:
         """What the network is told for draws t: (B,) -> (B,)."""
@@ -92,7 +89,7 @@ class NoiseSchedule:
     @property
     def snr(self) -> Tensor:
         """The signal-to-noise ratio per draw, abar / (1 - abar).  (T,) float64"""
-        return snr(self.alphas_cumprod)
+        return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
 
 @dataclass(frozen=True)
@@ -252,17 +249,3 @@ def per_sample(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """values[t] shaped (B, 1, ..., 1) in the dtype and on the device of `like`."""
     picked = values.to(like.device)[t].to(like.dtype)
     return picked.view(-1, *[1] * (like.ndim - 1))
-
-
-def add_noise(x0: Tensor, eps: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Draw x_t given x_0: sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps  (Ho et al. 2020, Eq. 4).
-
-    x0, eps: (B, ...)   t: (B,) integer   ->   (B, ...)
-    """
-    abar = per_sample(alphas_cumprod, t, x0)
-    return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
-
-
-def snr(alphas_cumprod: Tensor) -> Tensor:
-    """Signal-to-noise ratio abar / (1 - abar) per timestep."""
-    return alphas_cumprod / (1 - alphas_cumprod)

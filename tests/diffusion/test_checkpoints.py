@@ -86,12 +86,24 @@ def test_weights_are_read_however_diffusers_writes_them(pipe: Path, written: dic
     assert list((pipe / "unet").glob("*-00002-of-*")) or "max_shard_size" not in written
 
 
+def test_a_second_set_of_weights_must_hold_the_same(pipe: Path) -> None:
+    network = UNet2DModel.from_pretrained(pipe / "unet")
+    network.save_pretrained(pipe / "unet", max_shard_size="50KB")
+    model = import_model(str(pipe))
+    assert fingerprint(model.weights) == fingerprint(load_file(pipe / "unet" / WEIGHTS))
+    assert f"read {WEIGHTS}; " in model.notes[0]
+    network.conv_in.bias.data += 1
+    network.save_pretrained(pipe / "unet", max_shard_size="50KB")
+    with pytest.raises(ArtifactError, match=r"hold different weights \('conv_in\.bias'\)"):
+        import_model(str(pipe))
+
+
 def test_of_several_variants_one_is_chosen(pipe: Path) -> None:
     network = UNet2DModel.from_pretrained(pipe / "unet")
     network.conv_in.bias.data += 1
     network.save_pretrained(pipe / "unet", variant="ema")
     plain = import_model(str(pipe))
-    assert f"read {WEIGHTS}; not read: diffusion_pytorch_model.ema" in plain.notes[0]
+    assert "variants beside it: ema" in plain.notes[0]
     chosen = fingerprint(import_model(str(pipe), variant="ema").weights)
     assert chosen == fingerprint(network.state_dict()) != fingerprint(plain.weights)
     with pytest.raises(MissingError, match="no weights of the variant 'fp16'"):
@@ -161,7 +173,7 @@ def scheduler(name: str) -> tuple:
          ArtifactError, r"another network: size mismatch for conv_in\.weight"),
         (lambda f: damage(f / "unet" / WEIGHTS, None), ArtifactError, "safetensors"),
         (lambda f: of_channels(f, 4), ArtifactError, "4 channels: .* grey .* or colour"),
-        (lambda f: damage(f / "unet/config.json", b"{"), ArtifactError, "not valid JSON"),
+        (lambda f: damage(f / "unet/config.json", b"{"), ArtifactError, "not JSON"),
         (lambda f: shutil.rmtree(f / "unet"), MissingError, "not a diffusers model"),
         (lambda f: change_json(f / "model_index.json", vqvae=["diffusers", "VQModel"]),
          ArtifactError, "a pipeline with 'vqvae'"),

@@ -13,7 +13,7 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_snr
 
-from deme_cli.diffusion.schedule import NoiseSchedule, add_noise, read_schedule, snr
+from deme_cli.diffusion.schedule import NoiseSchedule, read_schedule
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.timesteps import TimestepRange, split_uniform
 
@@ -37,7 +37,7 @@ def test_noise_is_added_as_diffusers_adds_it(config: dict[str, Any]) -> None:
     schedule = read_schedule(config)
     x0, eps, t = draw(schedule.num_train_timesteps)
     expected = DDPMScheduler.from_config(config).add_noise(x0, eps, t)
-    ours = add_noise(x0, eps, t, schedule.alphas_cumprod)
+    ours = schedule.add_noise(x0, eps, t)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
@@ -46,11 +46,11 @@ def test_snr_is_that_of_diffusers(config: dict[str, Any]) -> None:
     schedule = read_schedule(config)
     everything = torch.arange(schedule.num_train_timesteps)
     expected = compute_snr(DDPMScheduler.from_config(config), everything)
-    torch.testing.assert_close(snr(schedule.alphas_cumprod).float(), expected, rtol=2e-4, atol=0)
+    torch.testing.assert_close(schedule.snr.float(), expected, rtol=2e-4, atol=0)
 
 
 def test_the_last_snr_of_the_linear_schedule_is_the_published_one() -> None:
-    ratios = snr(read_schedule({"num_train_timesteps": 1000}).alphas_cumprod)
+    ratios = read_schedule({"num_train_timesteps": 1000}).snr
     assert ratios[-1].item() == pytest.approx(4.0e-5, rel=0.02)
     half = NoiseSchedule(torch.tensor([0.5]), "epsilon")
     assert half.snr.item() == pytest.approx(1.0)
