@@ -70,7 +70,7 @@ def snr_cost(values: np.ndarray) -> np.ndarray:
 
 def affinity_cost(affinity: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """-sum_{t=l..r} size_t A[c, t] for A (n, n), sizes (n,):  (n, n), zero where l > r."""
-    return _sums_around_the_middle(-affinity * sizes[None, :])
+    return _sums_around_the_middle(-affinity * sizes)
 
 
 def _sums_around_the_middle(terms: np.ndarray) -> np.ndarray:
@@ -225,53 +225,45 @@ def read_affinity(path: Path, fingerprint: str, *, command: str = COMMAND) -> Af
     require_affinity(path, command=command)
     try:
         with reading(path):
-            document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        if (found["kind"], found["schema_version"]) != (KIND, SCHEMA_VERSION):
+            raise ValueError(f"expected kind {KIND!r} and schema_version {SCHEMA_VERSION}")
+        rows = {name: _numbers(found[name]) for name in ("norms", "losses", "reliability")}
+        affinity = Affinity(
+            buckets=[parse_span(text, "bucket") for text in found["buckets"]],
+            ranges=[parse_span(text, "range") for text in found["ranges"]],
+            cosines=[_numbers(row) for row in found["cosines"]], **rows,
+            **{one: {n: str(found[one][n]) for n in ("source", "fingerprint")}
+               for one in ("model", "data")},
+            num=int(found["num"]), seed=int(found["seed"]),
+            sketch_size=int(found["sketch"]["size"]),
+            parameters=int(found["sketch"]["parameters"]),
+            standard_error=float(found["sketch"]["standard_error"]),
+        )  # fmt: skip
+        require_cover(affinity.buckets, int(found["num_train_timesteps"]))
+        n = len(affinity.buckets)
+        tables = [*rows.values(), affinity.cosines, *affinity.cosines]
+        if any(len(row) != n for row in tables) or affinity.buckets != sorted(affinity.buckets):
+            raise ValueError(f"expected {n} buckets in order and as many numbers of each")
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+        ConfigError,
+        ArtifactError,
+    ) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else error
         raise ArtifactError(
-            f"{path}: not valid JSON ({error}); measure anew with `{command} --force`"
+            f"{path}: no gradients that this deme can read: {reason}; measure anew with "
+            f"`{command} --force`"
         ) from error
-    if not isinstance(document, dict) or document.get("kind") != KIND:
-        raise ArtifactError(f"{path}: not written by `deme analyze gradients`")
-    if (version := document.get("schema_version")) != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path}: schema_version {version!r}, this deme reads {SCHEMA_VERSION}; update deme or "
-            f"measure anew with `{command} --force`"
-        )
-    affinity = _parsed(document, path)
     if affinity.model["fingerprint"] != fingerprint:
         raise ArtifactError(
             f"{path}: measured on another model, {affinity.model['source']} "
             f"({affinity.model['fingerprint'][:12]}), not on these weights ({fingerprint[:12]}); "
             f"measure anew with `{command} --force`"
         )
-    return affinity
-
-
-def _parsed(document: dict[str, Any], path: Path) -> Affinity:
-    try:
-        affinity = Affinity(
-            buckets=[parse_span(text, "bucket") for text in document["buckets"]],
-            ranges=[parse_span(text, "range") for text in document["ranges"]],
-            cosines=[_numbers(row) for row in document["cosines"]],
-            **{name: _numbers(document[name]) for name in ("norms", "losses", "reliability")},
-            model={key: str(document["model"][key]) for key in ("source", "fingerprint")},
-            data={key: str(document["data"][key]) for key in ("source", "fingerprint")},
-            num=int(document["num"]),
-            seed=int(document["seed"]),
-            parameters=int(document["sketch"]["parameters"]),
-            sketch_size=int(document["sketch"]["size"]),
-            standard_error=float(document["sketch"]["standard_error"]),
-        )
-        require_cover(affinity.buckets, int(document["num_train_timesteps"]))
-    except (KeyError, TypeError, ValueError, ConfigError, ArtifactError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ArtifactError(f"{path}: damaged: {reason}; measure anew") from error
-    n = len(affinity.buckets)
-    rows = [affinity.norms, affinity.losses, affinity.reliability, *affinity.cosines]
-    if len(affinity.cosines) != n or any(len(row) != n for row in rows):
-        raise ArtifactError(f"{path}: damaged: its tables do not fit its {n} buckets")
-    if affinity.buckets != sorted(affinity.buckets):
-        raise ArtifactError(f"{path}: damaged: its buckets are not in order")
     return affinity
 
 

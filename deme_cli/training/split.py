@@ -23,9 +23,7 @@ from deme_cli.timesteps import TimestepRange, require_cover, split_uniform
 
 if TYPE_CHECKING:
     from deme_cli.artifacts import BaseRecord
-    from deme_cli.diffusion.backbones.backbone import Backbone
     from deme_cli.diffusion.schedule import Schedule
-    from deme_cli.training.clusters import Affinity
 
 # Training data guessed from a model's name, by a word in it.
 _DATA_BY_NAME = {
@@ -61,17 +59,10 @@ class SplitResult:
 
 
 def split(
-    model: str | None = None,
-    settings: SplitConfig | None = None,
-    *,
-    data: str | None = None,
-    gradients: Path | None = None,
-    pipeline: str | None = None,
-    variant: str | None = None,
-    output: Path = Path("."),
-    force: bool = False,
-    dry_run: bool = False,
-) -> SplitResult:
+    model: str | None = None, settings: SplitConfig | None = None, *, data: str | None = None,
+    gradients: Path | None = None, pipeline: str | None = None, variant: str | None = None,
+    output: Path = Path("."), force: bool = False, dry_run: bool = False,
+) -> SplitResult:  # fmt: skip
     """Import a pretrained model and divide its timesteps [0, T) into ranges, one expert each.
 
     model: digits (also if None), a diffusers folder, a hub id, or a base or merged artifact.
@@ -84,13 +75,19 @@ def split(
     """
     settings, model = settings or SplitConfig(), model or _default_model(data, pipeline)
     base, config = output / ModelConfig.base, output / CONFIG_NAME
-    is_in_place = _is_in_place(model, base)
+    with writing(base):  # whether the base that is to be written is the one that is read
+        path = Path(model).expanduser()
+        is_in_place = base.is_file() and path.is_file() and base.samefile(path)
+    is_in_place = is_in_place and read_record(base).kind == "base"
     for path in (config,) if is_in_place else (base, config):
         require_output(path, force=force)
     if num_timesteps := peek_timesteps(locate_model(model, variant), pipeline):
         split_uniform(settings.n, num_timesteps)
     measured = gradients or output / AFFINITY_NAME
-    command = _measuring(measured, model, data)
+    words = ["deme", "analyze", "gradients", model, "--data", data or _guess_data(model) or "DATA"]
+    command = shlex.join(
+        words if measured == Path(AFFINITY_NAME) else [*words, "-o", str(measured)]
+    )
     if settings.by == "gradient":
         from deme_cli.training.clusters import require_affinity
 
@@ -106,14 +103,12 @@ def split(
     imported = import_model(model, pipeline, variant)
     record = imported.record
     backbone, schedule = backbone_of(record.model_config), read_schedule(record.scheduler_config)
-    affinity = None
-    if settings.by == "gradient" and not settings.ranges:
-        from deme_cli.training.clusters import read_affinity
-
-        affinity = read_affinity(measured, record.fingerprint, command=command)
-    ranges = _divide(settings, schedule, affinity)
+    ranges = _divide(settings, schedule, record, measured, command)
     images = _choose_data(data, record.source)
-    text = _run_file_text(record, backbone, settings, ranges, images, output, pipeline)
+    usual = {**backbone.settings}
+    if images == "digits" and not record.companions:
+        usual |= DIGITS_SETTINGS
+    text = _run_file_text(record, usual, settings, ranges, images, output, pipeline)
     image_shape = sample_shape = backbone.sample_shape(record.model_config)
     if record.companions:
         image_shape = open_companions(record, pipeline=pipeline).image_shape(sample_shape)
@@ -130,15 +125,12 @@ def split(
         if not is_in_place:
             record = write_artifact(base, imported.weights, record)
         write_whole(config, [text.encode()])
-    return SplitResult(base, config, record, _parts(ranges, schedule), facts)
-
-
-def _is_in_place(model: str, base: Path) -> bool:
-    """Whether the base that is to be written is the one that is read."""
-    path = Path(model).expanduser()
-    with writing(base):
-        is_same = base.is_file() and path.is_file() and base.samefile(path)
-    return is_same and read_record(base).kind == "base"
+    decibels = (10 * schedule.snr.log10()).tolist()
+    parts = [
+        Part(span, len(drawn), decibels[drawn.start], decibels[drawn.stop - 1])
+        for span, drawn in zip(ranges, map(schedule.indices, ranges), strict=True)
+    ]
+    return SplitResult(base, config, record, parts, facts)
 
 
 def _default_model(data: str | None, pipeline: str | None) -> str:
@@ -152,20 +144,17 @@ def _default_model(data: str | None, pipeline: str | None) -> str:
     return "digits"
 
 
-def _measuring(path: Path, model: str, data: str | None) -> str:
-    """The command that writes the file that --by gradient reads."""
-    words = ["deme", "analyze", "gradients", model, "--data", data or _guess_data(model) or "DATA"]
-    return shlex.join(words if path == Path(AFFINITY_NAME) else [*words, "-o", str(path)])
-
-
 def _divide(
-    settings: SplitConfig, schedule: Schedule, affinity: Affinity | None
+    settings: SplitConfig, schedule: Schedule, record: BaseRecord, measured: Path, command: str
 ) -> list[TimestepRange]:
-    """The ranges of [0, T): those of the settings, else by --by."""
-    from deme_cli.training.clusters import split_times
-
+    """The ranges of [0, T): those of the settings, else by --by, as by the gradients `measured`."""
     ranges, total = settings.timestep_ranges, schedule.num_train_timesteps
     if not ranges:
+        from deme_cli.training.clusters import read_affinity, split_times
+
+        affinity = None
+        if settings.by == "gradient":
+            affinity = read_affinity(measured, record.fingerprint, command=command)
         return split_times(settings.n, settings.by, schedule, affinity)
     if settings.n != len(ranges):
         raise ConfigError(f"n = {settings.n}, but ranges has {len(ranges)}: set both alike")
@@ -175,15 +164,6 @@ def _divide(
         told = ", ".join(map(str, ranges))
         raise ConfigError(f"ranges {told}: expected each of the {total} timesteps once") from error
     return ranges
-
-
-def _parts(ranges: list[TimestepRange], schedule: Schedule) -> list[Part]:
-    decibels = (10 * schedule.snr.log10()).tolist()
-    draws = [schedule.indices(span) for span in ranges]
-    return [
-        Part(span, len(drawn), decibels[drawn.start], decibels[drawn.stop - 1])
-        for span, drawn in zip(ranges, draws, strict=True)
-    ]
 
 
 def _guess_data(name: str) -> str:
@@ -206,7 +186,7 @@ def _choose_data(data: str | None, model: str) -> str:
 
 
 def _run_file_text(
-    record: BaseRecord, backbone: Backbone, settings: SplitConfig, ranges: list[TimestepRange],
+    record: BaseRecord, usual: dict[str, Any], settings: SplitConfig, ranges: list[TimestepRange],
     images: str, output: Path, pipeline: str | None,
 ) -> str:  # fmt: skip
     """deme.toml for this run. Local image paths become absolute where the file lies elsewhere."""
@@ -214,8 +194,6 @@ def _run_file_text(
 
     if output.resolve() != Path.cwd():
         images, pipeline = _absolute(images), pipeline and _absolute(pipeline)
-    is_digits = images == "digits" and not record.companions
-    usual = {**backbone.settings, **(DIGITS_SETTINGS if is_digits else {})}
     live: dict[str, dict[str, Any]] = {
         "model": {"source": record.source, "base": ModelConfig.base},
         "data": {"source": images},
@@ -227,6 +205,7 @@ def _run_file_text(
         live["model"]["pipeline"] = pipeline
     sample = SampleConfig(**live["sample"])
     live["sample"]["sampler"] = name_sampler(record, sample).sampler
+    is_digits = images == "digits" and not record.companions
     return render_run_file(live, remarks={"finetune": DIGITS_REMARK} if is_digits else {})
 
 

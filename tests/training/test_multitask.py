@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -76,10 +75,6 @@ def grads(network: nn.Module) -> list[Tensor | None]:
     return found
 
 
-def open_all() -> dict[str, nn.Module]:
-    return {method: open_tasks(method, NUM_TASKS, every=4) for method in METHODS}
-
-
 def test_uw_adds_the_gradient_of_kendalls_objective() -> None:
     toy, tasks = Toy(), UncertaintyWeights(NUM_TASKS)
     s = torch.tensor([-1.0, 0.0, 2.0])
@@ -105,17 +100,13 @@ def test_nash_solves_alpha_only_at_multiples_of_every() -> None:
     assert changed == [0, 4, 8]
 
 
-@pytest.mark.parametrize("step", [0, 1], ids=["measured", "between"])
-def test_nash_adds_the_gradient_of_the_losses_weighed_by_alpha_over_k(step: int) -> None:
+def test_nash_adds_the_gradient_of_the_losses_weighed_by_alpha_over_k() -> None:
     toy, tasks = Toy(), NashWeights(NUM_TASKS, every=4)
-    backward(tasks, toy, toy.losses())
-    if step:
-        grads(toy)
+    for step in (0, 1):  # measured, and between
         total = backward(tasks, toy, toy.losses(step), step=step)
         torch.testing.assert_close(total, (tasks.alpha * toy.losses(step)).sum().detach() / 3)
-    torch.testing.assert_close(grads(toy), toy.gradient_of(tasks.alpha / 3, step))
-    expected = nash_weights(gram(toy.gradients())).float()
-    torch.testing.assert_close(tasks.alpha, expected)
+        torch.testing.assert_close(grads(toy), toy.gradient_of(tasks.alpha / 3, step))
+    torch.testing.assert_close(tasks.alpha, nash_weights(gram(toy.gradients())).float())
 
 
 def test_nash_measures_the_first_batch_of_an_update_only() -> None:
@@ -152,83 +143,41 @@ def test_pcgrad_adds_the_projected_gradients() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_scaled_but_neither_the_weights_nor_the_value(method: str) -> None:
-    found = []
-    for factor in (1.0, 2.0**16):
-        toy, tasks = Toy(), open_all()[method]
-        total = backward(tasks, toy, toy.losses(), scale=lambda loss, by=factor: loss * by)
-        assert (total.shape, total.requires_grad) == ((), False)
-        own = [p.grad for p in tasks.parameters()]
-        buffers = [b.clone() for b in tasks.buffers()]
-        found.append([[g / factor for g in grads(toy) + own], total, buffers])
-    torch.testing.assert_close(found[1], found[0])
-
-
-@pytest.mark.parametrize(
-    ("method", "step"), [("uw", 0), ("nashmtl", 0), ("nashmtl", 1), ("pcgrad", 0)]
-)
-def test_gradients_are_added_to_what_is_there(method: str, step: int) -> None:
-    toy, tasks = Toy(), open_all()[method]
-    backward(copy.deepcopy(tasks), toy, toy.losses(), step=step)
-    alone = grads(toy)
-    toy.body.grad = torch.ones_like(toy.body)
-    backward(tasks, toy, toy.losses(), step=step)
-    torch.testing.assert_close(grads(toy), [alone[0] + 1, alone[1]])
+def test_gradients_are_scaled_and_added_to_what_is_there_and_the_value_is_not(method: str) -> None:
+    for step in (0, 1):
+        found = []
+        for factor, there in ((1.0, 0.0), (2.0**16, 1.0)):
+            toy, tasks = Toy(), open_tasks(method, NUM_TASKS, every=4)
+            toy.unused = nn.Parameter(torch.zeros(2))
+            toy.body.grad = torch.full_like(toy.body, there * factor)
+            total = backward(
+                tasks, toy, toy.losses(), step=step, scale=lambda loss, by=factor: loss * by
+            )
+            assert (total.shape, total.requires_grad) == ((), False)
+            own = [p.grad for p in tasks.parameters()]
+            body, head, unused = grads(toy)
+            assert unused is None, "no loss uses it"
+            scaled = [g / factor for g in (body - there * factor, head, *own)]
+            found.append([scaled, total, [b.clone() for b in tasks.buffers()]])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["uw", "nashmtl"])
 def test_two_batches_at_half_scale_make_the_update_of_their_mean(method: str) -> None:
-    toy, tasks = Toy(), open_all()[method]
+    toy, tasks = Toy(), open_tasks(method, NUM_TASKS, every=4)
     for seed in (0, 1):
         backward(tasks, toy, toy.losses(seed), step=1, scale=lambda loss: loss / 2)
-    own = [p.grad for p in tasks.parameters()]
-    accumulated = grads(toy) + own
+    accumulated = grads(toy) + [p.grad for p in tasks.parameters()]
     tasks.zero_grad()
     backward(tasks, toy, (toy.losses(0) + toy.losses(1)) / 2, step=1)
     torch.testing.assert_close(accumulated, grads(toy) + [p.grad for p in tasks.parameters()])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_parameter_that_no_loss_uses_gets_no_gradient(method: str) -> None:
-    toy = Toy()
-    toy.unused = nn.Parameter(torch.zeros(2))
-    backward(open_all()[method], toy, toy.losses())
-    body, head, unused = grads(toy)
-    assert unused is None
-    assert body.abs().sum() > 0
-    assert head.abs().sum() > 0
-
-
-def steps(network: Toy, tasks: nn.Module, span: range) -> None:
-    """Plain descent over the updates of `span`, two batches each."""
-    for step in span:
-        for micro in range(2):
-            backward(tasks, network, network.losses(2 * step + micro), step=step)
-        with torch.no_grad():
-            for p in (*network.parameters(), *tasks.parameters()):
-                p -= 0.01 * p.grad
-                p.grad = None
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_state_dict_continues_as_if_nothing_had_happened(method: str) -> None:
-    whole, tasks = Toy(), open_all()[method]
-    steps(whole, tasks, range(9))
-    cut, before, after = Toy(), open_all()[method], open_all()[method]
-    steps(cut, before, range(3))
-    after.load_state_dict(before.state_dict())
-    steps(cut, after, range(3, 9))
-    for found, expected in ((cut, whole), (after, tasks)):
-        torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("method", ["nashmtl", "pcgrad"])
 def test_an_overflow_reaches_the_gradients_and_leaves_the_weights(method: str) -> None:
-    toy, tasks = Toy(), open_all()[method]
+    toy, tasks = Toy(), open_tasks(method, NUM_TASKS, every=4)
     backward(tasks, toy, toy.losses(), scale=lambda loss: loss * math.inf)
     assert not all(g.isfinite().all() for g in grads(toy))
-    for buffer in tasks.buffers():
-        assert buffer.isfinite().all()
     if method == "nashmtl":
         assert tasks.alpha.tolist() == [1, 1, 1]
 
@@ -259,23 +208,19 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gram_matrix_is_exact_in_float64_for_smaller_dtypes(dtype: torch.dtype) -> None:
-    joined = vectors(2, 1, size=1000).to(dtype)
-    exact = joined.double() @ joined.double().T
-    torch.testing.assert_close(gram([[g] for g in joined]), exact, rtol=1e-12, atol=1e-12)
-
-
-def test_a_missing_gradient_counts_as_zeros() -> None:
+def test_the_gram_matrix_is_exact_in_float64_and_a_missing_gradient_counts_as_zeros() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        joined = vectors(2, 1, size=1000).to(dtype)
+        exact = joined.double() @ joined.double().T
+        torch.testing.assert_close(gram([[g] for g in joined]), exact, rtol=1e-12, atol=1e-12)
     one, two = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
     found = gram([[one, None, None], [None, two, None], [one, two, None]])
     assert found.tolist() == [[5, 0, 5], [0, 9, 9], [5, 9, 14]]
     assert gram([[None], [None]]).tolist() == [[0, 0], [0, 0]]
 
 
-@pytest.mark.parametrize("k", [2, 3, 5, 10])
-def test_nash_weights_solve_g_a_equal_1_over_a(k: int) -> None:
-    for seed in range(20):
+def test_nash_weights_solve_g_a_equal_1_over_a() -> None:
+    for k, seed in [(k, seed) for k in (2, 3, 5, 10) for seed in range(20)]:
         gradients = vectors(k, seed, shared=seed / 10)
         products = gradients @ gradients.T
         a = nash_weights(products)
@@ -294,9 +239,8 @@ def test_nash_weights_of_two_tasks_have_a_closed_form() -> None:
         torch.testing.assert_close(nash_weights(products), expected, rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize(
-    "gradients",
-    [
+def test_there_are_no_nash_weights_where_no_update_serves_all() -> None:
+    for gradients in [
         [[1.0, 2.0], [-1.0, -2.0]],
         [[1.0, 2.0], [-3.0, -6.0]],
         [[1.0, 0.0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]],
@@ -305,30 +249,29 @@ def test_nash_weights_of_two_tasks_have_a_closed_form() -> None:
         [[1.0, 2.0], [1e-12, 0.0]],
         [[1.0, 2.0], [math.inf, 0.0]],
         [[1.0, 2.0], [math.nan, 0.0]],
-    ],
-    ids=["opposed", "opposed-unequal", "balanced", "zero", "zeros", "tiny", "infinite", "nan"],
-)
-def test_there_are_no_nash_weights_where_no_update_serves_all(gradients: list) -> None:
-    stacked = torch.tensor(gradients, dtype=torch.float64)
-    assert nash_weights(stacked @ stacked.T) is None
+    ]:
+        stacked = torch.tensor(gradients, dtype=torch.float64)
+        assert nash_weights(stacked @ stacked.T) is None
 
 
-@pytest.mark.parametrize("k", [2, 3, 6])
-def test_pcgrad_is_the_published_algorithm(k: int) -> None:
+def test_pcgrad_is_the_published_algorithm() -> None:
     conflicts = 0
-    for seed in range(20):
+    for k, seed in [(k, seed) for k in (2, 3, 6) for seed in range(20)]:
         gradients = vectors(k, seed)
         c = pcgrad_weights(gradients @ gradients.T, seeded(seed))
         conflicts += (c != 1).any().item()
         expected = published_update(gradients, seeded(seed))
         torch.testing.assert_close(c @ gradients, expected, rtol=1e-9, atol=1e-9)
-    assert conflicts >= 5
+    assert conflicts >= 15
 
 
-def test_pcgrad_without_conflict_is_the_plain_sum() -> None:
+def test_pcgrad_without_conflict_is_the_plain_sum_and_of_two_has_a_closed_form() -> None:
     gradients = vectors(5, 0).abs()
     assert pcgrad_weights(gradients @ gradients.T, seeded(0)).tolist() == [1] * 5
     assert pcgrad_weights(torch.zeros(3, 3).double(), seeded(0)).tolist() == [1] * 3
+    products = torch.tensor([[4, -3], [-3, 9]], dtype=torch.float64)
+    # g_1 - (g_1 . g_2) / |g_2|^2 g_2 + g_2 - (g_1 . g_2) / |g_1|^2 g_1
+    assert pcgrad_weights(products, seeded(0)).tolist() == [1 + 3 / 4, 1 + 3 / 9]
 
 
 def test_pcgrad_follows_its_generator() -> None:
