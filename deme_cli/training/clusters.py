@@ -228,22 +228,26 @@ def read_affinity(path: Path, fingerprint: str, *, command: str = COMMAND) -> Af
             found = json.loads(path.read_text(encoding="utf-8"))
         if (found["kind"], found["schema_version"]) != (KIND, SCHEMA_VERSION):
             raise ValueError(f"expected kind {KIND!r} and schema_version {SCHEMA_VERSION}")
-        rows = {name: _numbers(found[name]) for name in ("norms", "losses", "reliability")}
+        model, data = (
+            {name: str(found[one][name]) for name in ("source", "fingerprint")}
+            for one in ("model", "data")
+        )
         affinity = Affinity(
             buckets=[parse_span(text, "bucket") for text in found["buckets"]],
-            ranges=[parse_span(text, "range") for text in found["ranges"]],
-            cosines=[_numbers(row) for row in found["cosines"]], **rows,
-            **{one: {n: str(found[one][n]) for n in ("source", "fingerprint")}
-               for one in ("model", "data")},
+            cosines=[_numbers(row) for row in found["cosines"]],
+            norms=_numbers(found["norms"]), losses=_numbers(found["losses"]),
+            reliability=_numbers(found["reliability"]), model=model, data=data,
             num=int(found["num"]), seed=int(found["seed"]),
-            sketch_size=int(found["sketch"]["size"]),
             parameters=int(found["sketch"]["parameters"]),
+            sketch_size=int(found["sketch"]["size"]),
             standard_error=float(found["sketch"]["standard_error"]),
+            ranges=[parse_span(text, "range") for text in found["ranges"]],
         )  # fmt: skip
         require_cover(affinity.buckets, int(found["num_train_timesteps"]))
         n = len(affinity.buckets)
-        tables = [*rows.values(), affinity.cosines, *affinity.cosines]
-        if any(len(row) != n for row in tables) or affinity.buckets != sorted(affinity.buckets):
+        rows = [affinity.norms, affinity.losses, affinity.reliability, *affinity.cosines]
+        is_whole = len(affinity.cosines) == n and all(len(row) == n for row in rows)
+        if not is_whole or affinity.buckets != sorted(affinity.buckets):
             raise ValueError(f"expected {n} buckets in order and as many numbers of each")
     except (
         LookupError,

@@ -52,45 +52,31 @@ UW = ["--multitask", "uw"]
 BY_GRADIENT = [*UW, "--cluster-by", "gradient"]
 
 
-def test_one_range_becomes_one_expert_and_its_path_is_the_result(deme, folder: Path) -> None:
+def test_a_range_becomes_an_expert_and_its_path_is_the_result(deme, folder: Path) -> None:
     done = deme("finetune", "--range", "2/4", "--p", 0.1, *QUICK)
     assert done.exit_code == 0, done.exception
     assert done.stdout == "ft_2of4.safetensors\n"
     record = read_record(folder / "ft_2of4.safetensors", "expert")
     assert (record.p, record.range, record.steps) == (0.1, [25, 50], 3)
-
-
-def test_a_free_span_is_named_by_its_ends_and_json_is_one_document(deme, folder: Path) -> None:
     done = deme("finetune", "--range", "10:30", "--json", *QUICK)
     assert json.loads(done.stdout) == {"schema_version": 1, "paths": ["ft_10-30.safetensors"]}
     assert read_record(folder / "ft_10-30.safetensors", "expert").index is None
 
 
-def test_all_ranges_follow_the_split_and_finished_ones_are_kept(deme, folder: Path) -> None:
+def test_all_ranges_follow_the_split_and_finished_ones_are_kept_where_nothing_changed(
+    deme, folder: Path, image_folder: Path
+) -> None:
     (folder / "deme.toml").write_text('[split]\nn = 2\nranges = ["0:20", "20:100"]\n')
-    first = deme("finetune", "--range", "1/2", *QUICK)
-    assert first.exit_code == 0, first.exception
+    words = ["finetune", *QUICK, "--data", image_folder, "--range"]
+    assert deme(*words, "1/2").exit_code == 0
     before = (folder / "ft_1of2.safetensors").stat().st_mtime_ns
-    done = deme("finetune", "--range", "all", *QUICK)
+    done = deme(*words, "all")
     assert done.stdout.split() == ["ft_1of2.safetensors", "ft_2of2.safetensors"]
     assert (folder / "ft_1of2.safetensors").stat().st_mtime_ns == before
     assert read_record(folder / "ft_2of2.safetensors").range == [20, 100]
-    other = deme("finetune", "--range", "all", "--lr", 1e-3, *QUICK)
-    assert isinstance(other.exception, ConfigError)
-    assert "another lr" in str(other.exception)
-
-
-def test_finished_ranges_are_kept_while_the_bytes_of_their_images_stay(
-    deme, folder: Path, image_folder: Path
-) -> None:
-    (folder / "deme.toml").write_text("[split]\nn = 1\n")
-    words = ["--data", image_folder, *QUICK[2:]]
-    assert deme("finetune", "--range", "1/1", *words).exit_code == 0
-    assert deme("finetune", "--range", "all", *words).exit_code == 0
+    refuse(deme, 2, "another lr", *words[1:], "all", "--lr", 1e-3)
     Image.new("L", (8, 8), 9).save(image_folder / "03.png")
-    done = deme("finetune", "--range", "all", *words)
-    assert isinstance(done.exception, ConfigError)
-    assert "trained on other images or captions" in str(done.exception)
+    refuse(deme, 2, "trained on other images or captions", *words[1:], "all")
 
 
 @pytest.mark.slow
@@ -125,11 +111,16 @@ def test_a_lack_of_memory_is_told_with_what_is_done_about_it(
     assert [json.loads(line)["halved_to"] for line in curve] == [2, None]
 
 
-def test_a_dry_run_says_what_would_run_and_writes_nothing(deme, folder: Path) -> None:
-    done = deme("finetune", "--range", "all", "--dry-run", *QUICK)
+def test_a_dry_run_says_what_would_run_and_changes_nothing(deme, folder: Path) -> None:
+    kept = folder / ".ft_1of4.checkpoint"
+    kept.write_bytes(b"kept")
+    done = deme("finetune", "--range", "all", "--force", "--dry-run", *QUICK)
     assert "ft_4of4.safetensors: timesteps 75:100, 3 updates, 12 images" in done.stderr
     assert done.stdout == ""
-    assert [path.name for path in folder.iterdir()] == ["base.safetensors"]
+    assert {path.name for path in folder.iterdir()} == {"base.safetensors", kept.name}
+    assert kept.read_bytes() == b"kept"
+    assert deme("finetune", "--range", "1/4", "--force", *QUICK).exit_code == 0
+    assert not kept.exists()
 
 
 EMAS = ["--ema-lengths", "0.05,0.1", "--snapshot-every", 2]
@@ -161,15 +152,11 @@ def test_averages_and_snapshots_are_results_and_their_places_are_checked(
     assert done.stdout.split() == [name for name in names if name != names[1]]
     other = deme("finetune", "--range", "all", *QUICK)
     assert "exists with another ema_lengths, [0.05, 0.1] and not None" in str(other.exception)
-
-
-def test_a_kept_run_goes_on_although_its_snapshots_lie_there(deme, folder: Path) -> None:
-    words = ["finetune", "--range", "1/2", *QUICK, *EMAS]
+    (folder / names[0]).unlink()
+    words = ["finetune", "--range", "1/1", "--dry-run", *QUICK, *EMAS]
+    assert "exists" in str(deme(*words).exception)
+    (folder / ".ft_1of1.checkpoint").write_bytes(b"kept")  # a kept run goes on beside its own
     assert deme(*words).exit_code == 0
-    (folder / "ft_1of2.safetensors").unlink()
-    assert "exists" in str(deme(*words, "--dry-run").exception)
-    (folder / ".ft_1of2.checkpoint").write_bytes(b"kept")
-    assert deme(*words, "--dry-run").exit_code == 0
 
 
 def test_a_disk_without_room_for_the_snapshots_is_refused_up_front(
@@ -184,16 +171,6 @@ def test_a_disk_without_room_for_the_snapshots_is_refused_up_front(
     assert deme("finetune", "--range", "1/2", "--dry-run", *QUICK).exit_code == 0
 
 
-def test_a_dry_run_with_force_leaves_a_kept_run_alone(deme, folder: Path) -> None:
-    kept = folder / ".ft_1of2.checkpoint"
-    kept.write_bytes(b"kept")
-    done = deme("finetune", "--range", "1/2", "--force", "--dry-run", *QUICK)
-    assert done.exit_code == 0, done.exception
-    assert kept.read_bytes() == b"kept"
-    assert deme("finetune", "--range", "1/2", "--force", *QUICK).exit_code == 0
-    assert not kept.exists()
-
-
 def test_a_base_of_ones_own_is_trained_from_a_description(deme, folder: Path) -> None:
     document = {"model": TINY_MODEL, "scheduler": TINY_SCHEDULER}
     (folder / "tiny.json").write_text(json.dumps(document))
@@ -206,49 +183,46 @@ def test_a_base_of_ones_own_is_trained_from_a_description(deme, folder: Path) ->
     assert again.exit_code == 0, again.exception
 
 
-@pytest.mark.parametrize(
-    ("options", "exit_code", "word"),
-    [
-        ([], 2, "either --range"),
-        (["--range", "5/4"], 2, "1 <= i <= N"),
-        (["--range", "0:2000"], 2, "<= 100"),
-        (["--range", "1/2", "--device", "toaster"], 2, "--device toaster"),
-        (["--range", "1/2", "--resume"], 3, "no unfinished run"),
-        (["--range", "1/2", "--resume", "--force"], 2, "give one of them"),
-        (["--range", "1/2", "--shard"], 2, "this is one alone"),
-        (["--range", "all", "-o", "x.safetensors"], 2, "--range all writes one for each"),
-        (["--range", "1/2", "--base", "none.safetensors"], 3, "no base there"),
-        (["--range", "1/2", "--base", "wrong.safetensors"], 4, "kind 'base'"),
-        (["--range", "1/2", "--data", ""], 2, "no training images"),
-        (["--range", "1/2", "--data", "nowhere"], 3, "nowhere"),
-        (["--from-scratch", "none.toml"], 3, "none.toml: no such file"),
-        (["--from-scratch", "half.toml"], 2, "lacks the table [scheduler]"),
-        (["--from-scratch", "bad.toml"], 2, "neither valid TOML nor JSON"),
-        (["--from-scratch", "slip.json"], 2, "did you mean 'layers_per_block'"),
-        ([*HALF, "--p", 1.5], 2, "probability from 0 to 1"),
-        ([*HALF, "--ema-lengths", "0.05,long"], 2, "separated by commas"),
-        ([*HALF, "--ema-lengths", "0.3"], 2, "above 0, below 0.2886"),
-        ([*HALF, "--ema-lengths", "0.05,0.05"], 2, "different numbers"),
-        ([*HALF, "--snapshot-every", 3], 2, "less than steps = 3"),
-        ([*HALF, "--loss-weighting", "max-snr"], 2, "'max-snr': expected one of none, unif"),
-        ([*HALF, "--multitask", "gradnorm"], 2, "'gradnorm': expected one of none, uw, nashmtl"),
-        ([*HALF, "--weighting-gamma", 2], 2, "not to loss_weighting = 'none'"),
-        ([*HALF, "--loss-weighting", "p2", "--weighting-k", -1], 2, "weighting_k = -1.0: expected"),
-        ([*HALF, "--normalise-weighting"], 2, "normalise_weighting belongs to"),
-        ([*HALF, *UW, "--clusters", 5], 2, "from 2 to batch_size = 4"),
-        ([*HALF, *UW, "--antithetic"], 2, "whole batches; leave"),
-        ([*HALF, *UW, "--loss-weighting", "uncertainty"], 2, "both learn weights"),
-        ([*HALF, *UW, "--micro-batch", 4], 2, "balances the losses of whole batches"),
-        ([*HALF, *UW, "--p", 0.3], 2, "p = 0.3 draws outside them; use --p 0 or --range 1/1"),
-        ([*HALF, *UW, "--range", "0:99", "--p", 0.3], 2, "divides range 0:99 into clusters"),
-        ([*HALF, *UW, "--range", "3:6", "--clusters", 4], 2, "4 clusters of the 3 timesteps"),
-        ([*HALF, *BY_GRADIENT, "--dry-run"], 3, "deme analyze gradients"),
-        (["--from-scratch", "tiny.json", "--clusters", 2, *BY_GRADIENT], 2, "a base from scratch"),
-    ],
-)
-def test_wrong_input_is_one_clear_line_and_writes_nothing(
-    deme, folder: Path, options: list, exit_code: int, word: str
-) -> None:
+REFUSED = [
+    ([], 2, "either --range"),
+    (["--range", "5/4"], 2, "1 <= i <= N"),
+    (["--range", "0:2000"], 2, "<= 100"),
+    (["--range", "1/2", "--device", "toaster"], 2, "--device toaster"),
+    (["--range", "1/2", "--resume"], 3, "no unfinished run"),
+    (["--range", "1/2", "--resume", "--force"], 2, "give one of them"),
+    (["--range", "1/2", "--shard"], 2, "this is one alone"),
+    (["--range", "all", "-o", "x.safetensors"], 2, "--range all writes one for each"),
+    (["--range", "1/2", "--base", "none.safetensors"], 3, "no base there"),
+    (["--range", "1/2", "--base", "wrong.safetensors"], 4, "kind 'base'"),
+    (["--range", "1/2", "--data", ""], 2, "no training images"),
+    (["--range", "1/2", "--data", "nowhere"], 3, "nowhere"),
+    (["--from-scratch", "none.toml"], 3, "none.toml: no such file"),
+    (["--from-scratch", "half.toml"], 2, "lacks the table [scheduler]"),
+    (["--from-scratch", "bad.toml"], 2, "neither valid TOML nor JSON"),
+    (["--from-scratch", "slip.json"], 2, "did you mean 'layers_per_block'"),
+    ([*HALF, "--p", 1.5], 2, "probability from 0 to 1"),
+    ([*HALF, "--ema-lengths", "0.05,long"], 2, "separated by commas"),
+    ([*HALF, "--ema-lengths", "0.3"], 2, "above 0, below 0.2886"),
+    ([*HALF, "--ema-lengths", "0.05,0.05"], 2, "different numbers"),
+    ([*HALF, "--snapshot-every", 3], 2, "less than steps = 3"),
+    ([*HALF, "--loss-weighting", "max-snr"], 2, "'max-snr': expected one of none, unif"),
+    ([*HALF, "--multitask", "gradnorm"], 2, "'gradnorm': expected one of none, uw, nashmtl"),
+    ([*HALF, "--weighting-gamma", 2], 2, "not to loss_weighting = 'none'"),
+    ([*HALF, "--loss-weighting", "p2", "--weighting-k", -1], 2, "weighting_k = -1.0: expected"),
+    ([*HALF, "--normalise-weighting"], 2, "normalise_weighting belongs to"),
+    ([*HALF, *UW, "--clusters", 5], 2, "from 2 to batch_size = 4"),
+    ([*HALF, *UW, "--antithetic"], 2, "whole batches; leave"),
+    ([*HALF, *UW, "--loss-weighting", "uncertainty"], 2, "both learn weights"),
+    ([*HALF, *UW, "--micro-batch", 4], 2, "balances the losses of whole batches"),
+    ([*HALF, *UW, "--p", 0.3], 2, "p = 0.3 draws outside them; use --p 0 or --range 1/1"),
+    ([*HALF, *UW, "--range", "0:99", "--p", 0.3], 2, "divides range 0:99 into clusters"),
+    ([*HALF, *UW, "--range", "3:6", "--clusters", 4], 2, "4 clusters of the 3 timesteps"),
+    ([*HALF, *BY_GRADIENT, "--dry-run"], 3, "deme analyze gradients"),
+    (["--from-scratch", "tiny.json", "--clusters", 2, *BY_GRADIENT], 2, "a base from scratch"),
+]
+
+
+def test_wrong_input_is_one_clear_line_and_writes_nothing(deme, folder: Path) -> None:
     write_tiny_expert(folder / "wrong.safetensors", folder / "base.safetensors", index=1, of=2)
     (folder / "half.toml").write_text("[model]\nsample_size = 8\n")
     (folder / "bad.toml").write_text("[model")
@@ -256,8 +230,9 @@ def test_wrong_input_is_one_clear_line_and_writes_nothing(
     (folder / "tiny.json").write_text(json.dumps(tiny))
     slip = {"model": {**TINY_MODEL, "layers_per_blok": 2}, "scheduler": TINY_SCHEDULER}
     (folder / "slip.json").write_text(json.dumps(slip))
-    own = ["-o", "own.safetensors"] if "--from-scratch" in options else []
-    refuse(deme, exit_code, word, *own, *options)
+    for options, exit_code, word in REFUSED:
+        own = ["-o", "own.safetensors"] if "--from-scratch" in options else []
+        refuse(deme, exit_code, word, *own, *options)
 
 
 LATENT = [
@@ -314,18 +289,6 @@ def test_a_latent_model_is_finetuned_and_its_latents_are_cached_once(
     assert json.loads(merged.stdout)["search"]["objective"] == "loss"
 
 
-def test_a_cache_in_a_folder_is_refused_when_it_was_made_for_other_images(
-    deme, latent_folder: Path
-) -> None:
-    words = ["finetune", "--range", "1/2", "--cache", "latents", *LATENT]
-    assert deme(*words).exit_code == 0
-    assert (latent_folder / "latents" / "train" / "00000.safetensors").exists()
-    done = deme(*words, "--captions", "alt", "--force")
-    assert isinstance(done.exception, ArtifactError)
-    assert "latents/train: this cache was made with other images or captions" in str(done.exception)
-    assert deme(*words, "--captions", "alt", "--cache", "off", "--force").exit_code == 0
-
-
 def test_a_crop_a_resolution_and_another_place_of_the_parts_are_options(
     deme, latent_folder: Path
 ) -> None:
@@ -344,23 +307,20 @@ def test_a_crop_a_resolution_and_another_place_of_the_parts_are_options(
     assert "exists with another crop" in str(again.exception)
 
 
-@pytest.mark.parametrize(
-    ("options", "kind", "word"),
-    [
+def test_wrong_input_for_a_latent_model_is_one_clear_line_in_a_dry_run(
+    deme, latent_folder: Path
+) -> None:
+    for options, kind, word in [
         (["--captions", "words"], ArtifactError, "no column words"),
         (["--resolution", 17], ConfigError, "resolution = 17"),
         (["--crop", "left"], ConfigError, "centre, random"),
         (["--pipeline", "nowhere"], MissingError, "nowhere"),
         (["--pipeline", "images"], MissingError, "--pipeline"),
-    ],
-)
-def test_wrong_input_for_a_latent_model_is_one_clear_line_in_a_dry_run(
-    deme, latent_folder: Path, options: list, kind: type, word: str
-) -> None:
-    done = deme("finetune", "--range", "1/2", "--dry-run", *LATENT, *options)
-    assert isinstance(done.exception, kind), done.exception
-    assert word in str(done.exception)
-    assert "\n" not in str(done.exception)
+    ]:
+        done = deme("finetune", "--range", "1/2", "--dry-run", *LATENT, *options)
+        assert isinstance(done.exception, kind), done.exception
+        assert word in str(done.exception)
+        assert "\n" not in str(done.exception)
     assert not (latent_folder / ".deme-cache").exists()
 
 
@@ -409,12 +369,6 @@ def test_a_range_of_its_own_process_gets_every_setting(
     monkeypatch.setattr(deme_cli.training.finetune, "run_jobs", read)
     deme_cli.finetune("all", settings, images=images, run=run, jobs=2, compile="on")
     assert seen == [(settings, images, SplitConfig(n=2))] * 2
-
-
-def test_clusters_of_the_whole_range_go_with_draws_from_all_of_it(deme, folder: Path) -> None:
-    words = ["--multitask", "uw", "--clusters", 2, "--p", 0.3]
-    done = deme("finetune", "--range", "0:100", "--dry-run", *QUICK, *words)
-    assert done.exit_code == 0, done.exception
 
 
 def write_gradients(path: Path, fingerprint: str) -> None:

@@ -67,6 +67,10 @@ def test_a_diffusers_folder_becomes_a_base(deme: Deme, source: Path, tmp_path: P
     torch.manual_seed(0)
     pipeline = DDPMPipeline(build_network(TINY_MODEL), DDPMScheduler.from_config(TINY_SCHEDULER))
     pipeline.save_pretrained(tmp_path / "my-cifar10-ddpm")
+    build_network(TINY_MODEL).save_pretrained(tmp_path / "bare")
+    said = deme("split", tmp_path / "bare", "-o", "other").stderr
+    assert "took diffusers' DDPM defaults" in said
+    assert "set source under [data]" in said
     result = deme("split", tmp_path / "my-cifar10-ddpm", "-n", 2)
     assert result.exit_code == 0
     assert read_run_file(None).settings(DataConfig).source == "cifar10"
@@ -75,13 +79,6 @@ def test_a_diffusers_folder_becomes_a_base(deme: Deme, source: Path, tmp_path: P
         tmp_path / "my-cifar10-ddpm/unet/diffusion_pytorch_model.safetensors"
     )
     assert fingerprint_file(Path("base.safetensors")) == expected
-
-
-def test_what_a_model_lacks_is_warned_of(deme: Deme, source: Path, tmp_path: Path) -> None:
-    build_network(TINY_MODEL).save_pretrained(tmp_path / "bare")
-    result = deme("split", tmp_path / "bare")
-    assert "took diffusers' DDPM defaults" in result.stderr
-    assert "set source under [data]" in result.stderr
 
 
 def test_the_embedded_digits_are_the_default(
@@ -94,15 +91,6 @@ def test_the_embedded_digits_are_the_default(
     assert run.settings(DataConfig).source == "digits"
     for table, values in DIGITS_SETTINGS.items():
         assert values.items() <= run.tables.get(table, {}).items()
-
-
-def test_a_base_that_lies_there_is_split_in_place(deme: Deme, source: Path) -> None:
-    source.rename("base.safetensors")
-    before = Path("base.safetensors").stat()
-    result = deme("split", "base.safetensors", "-n", 2, "--data", "digits")
-    assert result.exit_code == 0, result.exception
-    assert Path("base.safetensors").stat() == before
-    assert read_run_file(None).settings(SplitConfig).n == 2
 
 
 def test_a_merged_model_starts_another_round(deme: Deme, source: Path, tmp_path: Path) -> None:
@@ -126,13 +114,20 @@ def test_a_merged_model_starts_another_round(deme: Deme, source: Path, tmp_path:
     assert again.source == str(tmp_path / "merged.safetensors")
 
 
-def test_an_existing_run_is_kept_unless_forced(deme: Deme, source: Path) -> None:
+def test_an_existing_run_is_kept_unless_forced_and_its_base_is_split_in_place(
+    deme: Deme, source: Path
+) -> None:
     deme("split", source, "-n", 2, "--data", "digits")
     result = deme("split", source, "-n", 4, "--data", "digits")
     assert isinstance(result.exception, ConfigError)
     assert "base.safetensors exists; add --force" in str(result.exception)
     assert deme("split", source, "-n", 4, "--data", "digits", "--force").exit_code == 0
     assert read_run_file(None).settings(SplitConfig).n == 4
+    Path("deme.toml").unlink()
+    before = Path("base.safetensors").stat()
+    assert deme("split", "base.safetensors", "-n", 3, "--data", "digits").exit_code == 0
+    assert Path("base.safetensors").stat() == before
+    assert read_run_file(None).settings(SplitConfig).n == 3
 
 
 def test_a_run_goes_to_the_folder_that_is_named(
@@ -146,39 +141,32 @@ def test_a_run_goes_to_the_folder_that_is_named(
     assert Path(written).samefile(image_folder)
 
 
-@pytest.mark.parametrize("by", ["snr", "log-snr"])
-def test_ranges_may_follow_the_signal_to_noise_ratio(deme: Deme, source: Path, by: str) -> None:
-    result = deme("split", source, "-n", 4, "--by", by, "--data", "digits", "--json")
-    ranges = json.loads(result.stdout)["ranges"]
-    assert ranges == [str(span) for span in split_times(4, by, read_schedule(TINY_SCHEDULER))]
-    assert ranges != ["0:25", "25:50", "50:75", "75:100"]
+def test_ranges_may_follow_the_signal_to_noise_ratio(deme: Deme, source: Path) -> None:
+    result = deme("split", source, "-n", 4, "--by", "log-snr", "--data", "digits", "--json")
+    ranges, schedule = json.loads(result.stdout)["ranges"], read_schedule(TINY_SCHEDULER)
+    assert ranges == [str(span) for span in split_times(4, "log-snr", schedule)]
     settings = read_run_file(None).settings(SplitConfig)
-    assert (settings.n, settings.by, settings.ranges) == (4, by, ranges)
+    assert (settings.n, settings.by, settings.ranges) == (4, "log-snr", ranges)
     assert "SNR from (dB)" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (["SOURCE", "-n", 0], ConfigError, "n = 0: expected a number above 0"),
-        (["SOURCE", "-n", 101], ConfigError, "cannot divide 100 timesteps into 101 ranges"),
-        (["SOURCE", "--by", "magic"], ConfigError, "'magic': expected one of uniform"),
-        (["SOURCE", "--gradients", "g.json"], ConfigError, "is read by --by gradient alone"),
-        (["SOURCE", "--by", "gradient"], MissingError, "no gradients were measured; do so with"),
+def test_what_cannot_be_split_is_told(deme: Deme, source: Path) -> None:
+    Path("../x.safetensors").write_bytes(b"broken")
+    for arguments, error, message in [
+        ([source, "-n", 0], ConfigError, "n = 0"),
+        ([source, "-n", 101], ConfigError, "cannot divide 100 timesteps into 101 ranges"),
+        ([source, "--by", "magic"], ConfigError, "'magic': expected one of uniform"),
+        ([source, "--gradients", "g.json"], ConfigError, "is read by --by gradient alone"),
+        ([source, "--by", "gradient"], MissingError, "no gradients were measured; do so with"),
         (["--data", "photos"], ConfigError, "without MODEL"),
         (["--pipeline", "sd"], ConfigError, "without MODEL"),
         (["nowhere"], MissingError, "nowhere: no such file or folder"),
         (["../x.safetensors"], ArtifactError, "not a whole safetensors file"),
-    ],
-)
-def test_what_cannot_be_split_is_told(
-    deme: Deme, source: Path, arguments: list, error: type, message: str
-) -> None:
-    Path("../x.safetensors").write_bytes(b"broken")
-    result = deme("split", *(source if word == "SOURCE" else word for word in arguments))
-    assert isinstance(result.exception, error)
-    assert message in str(result.exception)
-    assert list(Path().iterdir()) == []
+    ]:
+        result = deme("split", *arguments)
+        assert isinstance(result.exception, error), result.exception
+        assert message in str(result.exception)
+        assert list(Path().iterdir()) == []
 
 
 def test_wrong_arguments_fail_before_torch_is_imported(source: Path) -> None:
@@ -192,7 +180,7 @@ def test_wrong_arguments_fail_before_torch_is_imported(source: Path) -> None:
         "        main()",
         "    except SystemExit as stop:",
         "        print(stop.code)",
-        "print([name for name in ('torch', 'diffusers', 'numpy') if name in sys.modules])",
+        "print([name for name in ('torch', 'diffusers') if name in sys.modules])",
     ]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True

@@ -162,7 +162,7 @@ def test_damaged_files_of_gradients_are_told_apart(tmp_path: Path) -> None:
         ({"cosines": [[float("nan")] * 4] * 4}, "not finite"),
         ({"cosines": "none"}, "could not convert"),
         ({"buckets": ["0:400", "500:1000"]}, "400:500"),
-        ({"sketch": {}}, "lacks 'size'"),
+        ({"sketch": {}}, "lacks 'parameters'"),
     ]:
         path.write_text(json.dumps(whole | changes))
         with pytest.raises(ArtifactError, match=rf"{message}.*measure anew"):
