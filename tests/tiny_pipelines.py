@@ -37,10 +37,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    T5Config,
     T5EncoderModel,
     T5TokenizerFast,
-    UMT5Config,
     UMT5EncoderModel,
 )
 
@@ -87,22 +85,13 @@ def t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=77)
 
 
-def t5_encoder(*, width: int = 16) -> T5EncoderModel:
+def t5_encoder(kind: type = T5EncoderModel) -> T5EncoderModel | UMT5EncoderModel:
     torch.manual_seed(3)
-    config = T5Config(
-        vocab_size=64, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+    config = kind.config_class(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
-    return T5EncoderModel(config).eval()
-
-
-def umt5_encoder(*, width: int = 16) -> UMT5EncoderModel:
-    torch.manual_seed(3)
-    config = UMT5Config(
-        vocab_size=64, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    return UMT5EncoderModel(config).eval()
+    return kind(config).eval()
 
 
 def vae(*, channels: int = 4, shift: float | None = None) -> AutoencoderKL:
@@ -185,7 +174,7 @@ def stable_diffusion_3(folder: Path, *, shift: float = 3.0) -> Path:
         transformer=transformer.eval(), vae=vae(shift=0.1),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         text_encoder=clip_text(projected=True), text_encoder_2=clip_text(projected=True, seed=1),
-        text_encoder_3=t5_encoder(width=32),
+        text_encoder_3=t5_encoder(),
         tokenizer=clip_tokenizer(folder / "tokenizer"),
         tokenizer_2=clip_tokenizer(folder / "tokenizer_2"), tokenizer_3=t5_tokenizer(),
     )  # fmt: skip
@@ -205,7 +194,7 @@ def flux(folder: Path, *, distilled: bool = True) -> Path:
         transformer=transformer.eval(), vae=vae(shift=0.1),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=distilled),
         text_encoder=clip_text(), tokenizer=clip_tokenizer(folder / "tokenizer"),
-        text_encoder_2=t5_encoder(width=32), tokenizer_2=t5_tokenizer(),
+        text_encoder_2=t5_encoder(), tokenizer_2=t5_tokenizer(),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     return folder
@@ -224,7 +213,7 @@ def wan(folder: Path, *, scheduler: str = "unipc") -> Path:
         freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=64,
     )  # fmt: skip
     pipeline = WanPipeline(
-        transformer=transformer.eval(), text_encoder=umt5_encoder(width=32),
+        transformer=transformer.eval(), text_encoder=t5_encoder(UMT5EncoderModel),
         tokenizer=t5_tokenizer(),
         vae=AutoencoderKLWan(
             base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],

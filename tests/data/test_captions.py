@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,6 @@ from deme_cli.artifacts import SamplesRecord, write_artifact
 from deme_cli.data.captions import NoAnnotations
 from deme_cli.data.images import ImageData, open_images
 from deme_cli.errors import ArtifactError, DemeError
-
-Rows = list[tuple[bytes, str | int | None]]  # an encoded image, and its caption or its class
 
 
 def encoded(number: int, kind: str = "PNG") -> bytes:
@@ -36,11 +34,20 @@ def write(folder: Path, files: Mapping[str | bytes, str | bytes]) -> None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def write_parquet(path: Path, **columns: list) -> None:
+def plain_table(**columns: list) -> bytes:
+    """A parquet file of these columns."""
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
+def table(**columns: list) -> bytes:
+    """A parquet file, of as many images as the columns have rows."""
+    rows = [{"bytes": encoded(n), "path": None} for n, _ in enumerate(next(iter(columns.values())))]
+    return plain_table(image=rows, **columns)
 
 
 def tar(files: Mapping[str, str | bytes]) -> bytes:
@@ -54,23 +61,8 @@ def tar(files: Mapping[str, str | bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def rows(found: Mapping[str, bytes], told: Sequence) -> Rows:
-    return list(zip(found.values(), told, strict=True))
-
-
 def images(*names: str, kind: str = "PNG") -> dict[str, bytes]:
     return {name: encoded(number, kind) for number, name in enumerate(names)}
-
-
-def table(**columns: list) -> bytes:
-    """A parquet file, of as many images as the columns have rows."""
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [{"bytes": encoded(n), "path": None} for n, _ in enumerate(next(iter(columns.values())))]
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"image": rows, **columns}), buffer)
-    return buffer.getvalue()
 
 
 def shard(*samples: Mapping[str, str | bytes]) -> bytes:
@@ -94,209 +86,123 @@ def lines(*rows: Mapping) -> str:
     return "\n".join(map(json.dumps, rows))
 
 
-# what each tool writes, and the images, captions or classes that are in it
+# what each tool writes: images in the order in which they come, what lies beside them, and what
+# each shows
 
 
-def bare(folder: Path) -> Rows:
-    kinds = {"png": "PNG", "gif": "GIF", "TIF": "TIFF", "webp": "WEBP", "bmp": "BMP",
-             "jfif": "JPEG", "ppm": "PPM", "jp2": "JPEG2000"}  # fmt: skip
-    found = {f"{n}.{s}": encoded(n, kind) for n, (s, kind) in enumerate(kinds.items())}
-    write(folder, {**found, "notes.md": "no image", ".hidden.png": encoded(9)})
-    write(folder, {"__MACOSX/0.png": encoded(9)})
-    return [(content, None) for content in found.values()]
+def metadata(*rows: tuple[str, object], column: str = "text") -> str:
+    return lines(*({"file_name": name, column: value} for name, value in rows))
 
 
-def numbered(folder: Path) -> Rows:
-    found = images(*(f"{number}.png" for number in range(12)))
-    write(folder, found)
-    return [(content, None) for content in found.values()]
+Told = list[str] | list[int] | None
+LAYOUTS: dict[str, tuple[list[str], dict[str | bytes, str | bytes], Told]] = {
+    "bare": (["0.png", "1.gif", "2.TIF", "3.webp", "4.bmp", "5.jfif", "6.ppm", "7.jp2", "10.png"],
+             {"notes.md": "no image", ".hidden.png": encoded(9), "__MACOSX/0.png": encoded(9)},
+             None),
+    "names not in UTF-8": (["tea.png"], {b"caf\xe9.png": encoded(0), b"caf\xe9.txt": "coffee",
+                           "tea.txt": "tea"}, ["coffee", "tea"]),
+    "kohya": (["5_cat/2.png", "5_cat/10.png", "5_dog/x.y.png"],
+              {"5_cat/2.txt": "\ufeff\r\nsks cat \r\nmore\r\n", "5_cat/10.caption": "sks cat, b"},
+              ["sks cat", "sks cat, b", "dog"]),
+    "kohya, by names": (["7_my cat/a.png", "7_my dog/b.png"], {}, ["my cat", "my dog"]),
+    "metadata.jsonl": (["b/2.png", "b/10.png"],
+                       {"metadata.jsonl": metadata(("b/10.png", "ten"), ("b/2.png", "two"))},
+                       ["two", "ten"]),
+    "metadata.csv": (["a.png", "b.png"],
+                     {"metadata.csv": 'file_name,text\n./b.png,"b, ""drawn"""\na.png,a\n'},
+                     ["a", 'b, "drawn"']),
+    "metadata at several levels": (
+        ["a/x.png", "b/x.png", "c/d/y.png"],
+        {"a/metadata.jsonl": metadata(("x.png", "of a"), column="caption"),
+         "metadata.csv": "file_name,text\nb/x.png,of b\n./c/d/y.png,of d\n"},
+        ["of a", "of b", "of d"]),
+    "metadata.parquet": (
+        ["a/2.png", "a/10.png", "b.png"],
+        {"metadata.parquet": plain_table(file_name=["b.png", "a/10.png", "a/2.png"],
+                                         text=["c", "b", "a"])}, ["a", "b", "c"]),
+    "img2dataset, files": (
+        ["00000/000000000.jpg", "00000/000000002.jpg", "00001/000010001.jpg"],
+        {"00000/000000000.txt": "c 0", "00000/000000000.json": '{"caption": "no", "url": "u"}',
+         "00000/000000002.json": '{"caption": "c 1", "url": "u", "status": "success"}',
+         "00001/000010001.txt": "c 2", "00000_stats.json": "{}",
+         "00000.parquet": plain_table(key=["0", "1"], status=["success", "failed"]),
+         "00001.parquet": plain_table(key=["0", "1"], status=["success", "failed"])},
+        ["c 0", "c 1", "c 2"]),
+    "labels": (["a/0.png", "b/1.png", "b/2.png"],  # floats, as pandas writes them
+               {"metadata.csv": "file_name,label\na/0.png,10.0\nb/1.png,2.0\nb/2.png,9.0\n"},
+               [10, 2, 9]),
+    "names of labels": (["0.png", "1.png", "2.png"],
+                        {"metadata.jsonl": metadata(("0.png", "b"), ("1.png", "a"), ("2.png", "b"),
+                                                    column="label")}, [1, 0, 1]),
+    "digit folders": (["2/x.png", "007/x.png", "10/x.png"], {}, [2, 7, 10]),
+    "GTSRB": (["00003/00000_1.ppm", "00003/00000_2.ppm", "00012/00000_0.ppm"], {}, [3, 3, 12]),
+    "StyleGAN": (["00000/img00000000.png", "00000/img00000001.png", "00001/img00001000.png"],
+                 {"dataset.json": json.dumps({"labels": [["00001/img00001000.png", 0],
+                                                         ["00000/img00000001.png", 9],
+                                                         ["00000/img00000000.png", 6]]})},
+                 [6, 9, 0]),
+    "named folders": (["train/1/x.png", "train/cat/x.png", "train/dog/y.png"], {}, [0, 1, 2]),
+    "Tiny ImageNet": (["n01/images/a.png", "n02/images/a.png", "n02/images/b.png"], {}, [0, 1, 1]),
+    "folders at several depths": (["cat/a.png", "cat/tabby/a.png", "dog/pug/old/a.png"], {},
+                                  [0, 0, 1]),
+    "classes called like splits": (["beaker/0.png", "test tube/1.png", "train/2.png"], {},
+                                   [0, 1, 2]),
+}  # fmt: skip
+KINDS = {".gif": "GIF", ".TIF": "TIFF", ".webp": "WEBP", ".bmp": "BMP", ".jfif": "JPEG",
+         ".ppm": "PPM", ".jp2": "JPEG2000", ".jpg": "JPEG"}  # fmt: skip
 
 
-def not_utf8(folder: Path) -> Rows:
-    write(folder, {b"caf\xe9.png": encoded(0), b"caf\xe9.txt": "coffee", "tea.png": encoded(1)})
-    write(folder, {"tea.txt": "tea"})
-    return [(encoded(0), "coffee"), (encoded(1), "tea")]
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_is_read_as_its_tool_means_it(tmp_path: Path, name: str) -> None:
+    names, beside, told = LAYOUTS[name]
+    content = [encoded(n + 1, KINDS.get(Path(each).suffix, "PNG")) for n, each in enumerate(names)]
+    write(tmp_path, {**dict(zip(names, content, strict=True)), **beside})
+    first = [encoded(0)] if name == "names not in UTF-8" else []
+    compare(tmp_path, [*first, *content], told)
 
 
-def kohya(folder: Path) -> Rows:
-    found = images("5_cat/2.png", "5_cat/10.png", "5_dog/x.y.png")
-    write(
-        folder,
-        {
-            **found,
-            "5_cat/2.txt": "\ufeff\r\nsks cat \r\nmore\r\n",
-            "5_cat/10.caption": "sks cat, sleeping",
-        },
-    )
-    return rows(found, ["sks cat", "sks cat, sleeping", "dog"])
+def compare(folder: Path, content: list[bytes], told: Told) -> None:
+    wants = "nothing" if told is None else "text" if isinstance(told[0], str) else "class"
+    data = open_all(folder, wants)
+    assert len(data) == len(content)
+    for index, image in enumerate(content):
+        pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+        assert np.array_equal(data.batch([index])[0].permute(1, 2, 0), pixels)
+    if told is not None:
+        assert (captions_of if wants == "text" else labels_of)(data) == told
 
 
-def kohya_names(folder: Path) -> Rows:
-    found = images("7_my cat/a.png", "7_my dog/b.png")
-    write(folder, found)
-    return rows(found, ["my cat", "my dog"])
-
-
-def metadata_jsonl(folder: Path) -> Rows:
-    found = images("b/2.png", "b/10.png")
-    told = [{"file_name": name, "text": name} for name in reversed(found)]
-    write(folder, {**found, "metadata.jsonl": lines(*told)})
-    return [(content, name) for name, content in found.items()]
-
-
-def metadata_csv(folder: Path) -> Rows:
-    found = images("a.png", "b.png")
-    write(folder, {**found, "metadata.csv": 'file_name,text\n./b.png,"b, ""drawn"""\na.png,a\n'})
-    return rows(found, ["a", 'b, "drawn"'])
-
-
-def metadata_at_several_levels(folder: Path) -> Rows:
-    found = images("a/x.png", "b/x.png", "c/d/y.png")
-    write(folder, {**found, "a/metadata.jsonl": lines({"file_name": "x.png", "caption": "of a"})})
-    write(folder, {"metadata.csv": "file_name,text\nb/x.png,of b\n./c/d/y.png,of d\n"})
-    return rows(found, ["of a", "of b", "of d"])
-
-
-def metadata_parquet(folder: Path) -> Rows:
-    found = images("a/2.png", "a/10.png", "b.png")
-    write(folder, found)
-    write_parquet(folder / "metadata.parquet", file_name=list(found)[::-1], text=list("cba"))
-    return rows(found, "abc")
-
-
-def metadata_of_labels(folder: Path) -> Rows:
-    found = images("a/0.png", "b/1.png", "b/2.png")
-    table = "file_name,label\na/0.png,10.0\nb/1.png,2.0\nb/2.png,9.0\n"  # floats, as pandas does
-    write(folder, {**found, "metadata.csv": table})
-    return rows(found, [10, 2, 9])
-
-
-def metadata_of_names(folder: Path) -> Rows:
-    found = images("0.png", "1.png", "2.png")
-    labels = [{"file_name": name, "label": n} for name, n in zip(found, "bab", strict=True)]
-    write(folder, {**found, "metadata.jsonl": lines(*labels)})
-    return rows(found, [1, 0, 1])
-
-
-def img2dataset_files(folder: Path) -> Rows:
-    found = images("00000/000000000.jpg", "00000/000000002.jpg", "00001/000010001.jpg", kind="JPEG")
-    for number, name in enumerate(found):
-        beside = {"caption": f"c {number}", "url": "u", "status": "success"}
-        write(folder, {f"{name[:-4]}.json": json.dumps(beside)})
-        write(folder, {f"{name[:-4]}.txt": f"c {number}"} if number != 1 else {})
-    write(folder, {**found, "00000_stats.json": "{}", "00001_stats.json": "{}"})
-    for part in ("00000", "00001"):
-        write_parquet(folder / f"{part}.parquet", key=["0", "1"], status=["success", "failed"])
-    return [(content, f"c {number}") for number, content in enumerate(found.values())]
-
-
-def img2dataset_shards(folder: Path) -> Rows:
-    rows: Rows = []
+def test_shards_of_img2dataset_are_read_with_their_captions(tmp_path: Path) -> None:
+    """A field may be null in one shard and text in the next; tables beside them are passed over."""
+    content = []
     for part in range(2):
-        files: dict[str, str | bytes] = {}
+        samples = []
         for number in range(3):
-            key, image = f"{part:05d}{number:04d}", encoded(10 * part + number, "JPEG")
-            meta = {"caption": f"{part} {number}", "key": key, "error_message": None, "width": 8,
-                    "exif": "{}" if part else None, "sha256": "0"}  # fmt: skip
-            files |= {f"{key}.jpg": image, f"{key}.txt": f"{part} {number}",
-                      f"{key}.json": json.dumps(meta)}  # fmt: skip
-            rows.append((image, f"{part} {number}"))
-        write(folder, {f"{part:05d}.tar": tar(files)})
-        write(folder, {f"{part:05d}_stats.json": "{}"})
-        write_parquet(folder / f"{part:05d}.parquet", key=["0"], caption=["wrong"])
-    return rows
+            meta = {"caption": f"{part} {number}", "width": 8, "exif": "{}" if part else None}
+            image = encoded(10 * part + number, "JPEG")
+            content.append(image)
+            samples.append({"jpg": image, "txt": f"{part} {number}", "json": json.dumps(meta)})
+        write(tmp_path, {f"{part:05d}.tar": shard(*samples), f"{part:05d}_stats.json": "{}"})
+        write(tmp_path, {f"{part:05d}.parquet": plain_table(key=["0"], caption=["wrong"])})
+    compare(tmp_path, content, [f"{part} {number}" for part in range(2) for number in range(3)])
 
 
-def img2dataset_tables(folder: Path) -> Rows:
+def test_tables_of_img2dataset_are_read_without_what_was_not_downloaded(tmp_path: Path) -> None:
     content = [encoded(0, "JPEG"), None, encoded(2, "JPEG")]
-    write_parquet(
-        folder / "00000.parquet", key=["0", "1", "2"], url=["u"] * 3, caption=list("abc"),
-        status=["success", "failed_to_download", "success"], jpg=content,
-    )  # fmt: skip
-    write(folder, {"00000_stats.json": "{}"})
-    return [(encoded(0, "JPEG"), "a"), (encoded(2, "JPEG"), "c")]
+    status = ["success", "failed_to_download", "success"]
+    columns = {"key": ["0", "1", "2"], "url": ["u"] * 3, "caption": list("abc"), "status": status}
+    write(tmp_path, {"00000.parquet": plain_table(**columns, jpg=content)})
+    compare(tmp_path, [encoded(0, "JPEG"), encoded(2, "JPEG")], ["a", "c"])
 
 
-def webdataset(folder: Path) -> Rows:
+def test_samples_of_webdataset_are_files_of_one_name_up_to_the_first_dot(tmp_path: Path) -> None:
     found = {"a/0.png": encoded(0), "a/1.JPG": encoded(1, "JPEG"), "b/1.png": encoded(2)}
-    files = {"README.md": "no sample", "._a.png": "x"}
+    files: dict[str, str | bytes] = {"README.md": "no sample", "._a.png": "x"}
     for label, (name, content) in enumerate(found.items()):
         files |= {f"{name[:-4]}.mask.png": encoded(9), name: content}
         files |= {f"{name[:-4]}.cls": f"{3 * label}\n", f"{name[:-4]}.json": '{"label": 1}'}
-    write(folder, {"0.tar": tar(files)})
-    return rows(found, [0, 3, 6])
-
-
-def digit_folders(folder: Path) -> Rows:
-    found = images("007/x.png", "10/x.png", "2/x.png")
-    write(folder, found)
-    return [(found["2/x.png"], 2), (found["007/x.png"], 7), (found["10/x.png"], 10)]
-
-
-def wide_digit_folders(folder: Path) -> Rows:  # GTSRB
-    found = images("00003/00000_1.ppm", "00003/00000_2.ppm", "00012/00000_0.ppm", kind="PPM")
-    write(folder, found)
-    return rows(found, [3, 3, 12])
-
-
-def stylegan(folder: Path) -> Rows:
-    found = images("00000/img00000000.png", "00000/img00000001.png", "00001/img00001000.png")
-    labels = [[name, label] for label, name in zip([6, 9, 0], found, strict=True)][::-1]
-    write(folder, {**found, "dataset.json": json.dumps({"labels": labels})})
-    return rows(found, [6, 9, 0])
-
-
-def named_folders(folder: Path) -> Rows:
-    found = images("train/1/x.png", "train/cat/x.png", "train/dog/y.png")
-    write(folder, found)
-    return rows(found, [0, 1, 2])
-
-
-def folders_within_classes(folder: Path) -> Rows:  # Tiny ImageNet
-    found = images("n01/images/a.png", "n02/images/a.png", "n02/images/b.png")
-    write(folder, found)
-    return rows(found, [0, 1, 1])
-
-
-def folders_at_several_depths(folder: Path) -> Rows:
-    found = images("cat/a.png", "cat/tabby/a.png", "dog/pug/old/a.png")
-    write(folder, found)
-    return rows(found, [0, 0, 1])
-
-
-def classes_called_like_splits(folder: Path) -> Rows:
-    found = images("beaker/0.png", "test tube/1.png", "train/2.png")
-    write(folder, found)
-    return rows(found, [0, 1, 2])
-
-
-BARE = [bare, numbered]
-CAPTIONED = [
-    not_utf8, kohya, kohya_names, metadata_jsonl, metadata_csv, metadata_at_several_levels,
-    metadata_parquet, img2dataset_files, img2dataset_shards, img2dataset_tables,
-]  # fmt: skip
-CLASSIFIED = [
-    metadata_of_labels, metadata_of_names, webdataset, digit_folders, named_folders,
-    wide_digit_folders, stylegan,
-    folders_within_classes, folders_at_several_depths, classes_called_like_splits,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("build", [*BARE, *CAPTIONED, *CLASSIFIED], ids=lambda b: b.__name__)
-def test_a_layout_is_read_as_its_tool_means_it(
-    tmp_path: Path, build: Callable[[Path], Rows]
-) -> None:
-    wants = "text" if build in CAPTIONED else "class" if build in CLASSIFIED else "nothing"
-    expected = build(tmp_path)
-    data = open_images(str(tmp_path), shape=None, split="all", wants=wants)
-    assert len(data) == len(expected)
-    for index, (content, told) in enumerate(expected):
-        pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-        assert np.array_equal(data.batch([index])[0].permute(1, 2, 0), pixels)
-        if wants == "text":
-            assert data.captions([index]) == [told]
-        elif wants == "class":
-            assert data.labels([index]) == [told]
+    write(tmp_path, {"0.tar": tar(files)})
+    compare(tmp_path, list(found.values()), [0, 3, 6])
 
 
 SPLITS = {  # the files of training, those held out, and those in neither
