@@ -444,7 +444,7 @@ def _curves(folder: Folder) -> tuple[dict[str, Any] | None, list[str]]:
             axis.set_axis_off()
 
     size = (3.6 * columns + 0.4, 2.5 * lines + 0.7)
-    png, _ = render(draw, size=size, title="Loss against the update, each run on its own scale")
+    png = render(draw, size=size, title="Loss against the update, each run on its own scale")
     return embedded("training", png, (int(size[0] * 160), int(size[1] * 160))), list(curves)
 
 

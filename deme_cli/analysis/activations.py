@@ -1,34 +1,40 @@
 """What finetuning does to the features of a network, block by block (the paper's figure 2).
 
-Base and expert see the same draws (image, t, eps), t spread evenly over a range; block_change.py
-says what is told of the features after every block. Half of the draws fit the channel-wise map,
-half test it; where there are fewer images than draws, both halves see the same images under other
-noise. Only sums over draws are kept; what grows is C^2. Then the same once more for each control, a
-network with random weight changes as large as the expert's.
-C channels, P places.
+Base and expert see the same draws (image, t, eps), t spread evenly over a range. After every block,
+where the paper puts its projections, features are taken as (B, C, P): B draws, C channels, P
+places; tokens of transformers are places. Delta = F_expert - F_base of one draw is taken apart
+(two-way analysis of variance) as
+
+    Delta_cp = mu + alpha_c + beta_p + eps_cp
+
+The paper's figure shows the spread of mu + alpha_c, the mean over places (channel activation),
+beside that of mu + beta_p, the mean over channels (spatial activation). Of independent numbers a
+mean over P places keeps 1/P of the variance, one over C channels 1/C, so noise alone gives spreads
+in the ratio sqrt(C / P). The components of variance are free of that: the mean squares have
+E MS_c = P sigma_c^2 + sigma_e^2, E MS_p = C sigma_p^2 + sigma_e^2 and E MS_e = sigma_e^2
+(Scheffe 1959, ch. 7). eps counts as independent: what varies smoothly over the places of a channel
+leans to channels. And a convolution does the same at every place: weights changed at random move
+channels, too. So the same is measured for controls, networks with random weight changes as large as
+the expert's. Only sums over draws are kept, in float64.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deme_cli.analysis.figure import shorten
-from deme_cli.analysis.result import (
-    Analysis,
-    Unfinished,
-    check_images,
-    check_output,
-    document_bytes,
-    write_analysis,
-)
+from deme_cli.analysis.figure import BLACK, BLUE, DIVERGING, VERMILION, open_axis, render, shorten
+from deme_cli.analysis.result import Analysis, Arrays, Kept, check_inputs, keeping, write_analysis
 from deme_cli.analysis.settings import ActivationConfig
-from deme_cli.artifacts import DenoiserRecord, ExpertRecord
+from deme_cli.artifacts import ExpertRecord
 from deme_cli.config import DataConfig, SplitConfig
 from deme_cli.console import Progress, Step, silent
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError, nearest
@@ -36,25 +42,24 @@ from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, parse_range
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
     from torch import Tensor, nn
 
     from deme_cli.diffusion.projection import Site
     from deme_cli.training.batches import FixedDraws
 
 Row = dict[str, Any]
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+PARTS = ("channel", "place", "rest")
 _LEVEL = 0.95  # of the interval in which chance puts one more share
+_ROOM = 60  # characters of names beside each other under an axis
 
 
 def analyze_activations(
-    expert: str | Path,
-    settings: ActivationConfig | None = None,
-    *,
-    base: str | Path | None = None,
-    images: DataConfig | None = None,
-    split: str = "held-out",
-    range: str | None = None,
-    block: str | None = None,
-    output: Path = Path("activations.json"),
+    expert: str | Path, settings: ActivationConfig | None = None, *,
+    base: str | Path | None = None, images: DataConfig | None = None, split: str = "held-out",
+    range: str | None = None, block: str | None = None, output: Path = Path("activations.json"),
     run: RunFile | None = None, pipeline: str | None = None, device: str = "auto",
     dtype: str = "fp32", force: bool = False, dry_run: bool = False, progress: Progress = silent,
 ) -> Analysis:  # fmt: skip
@@ -66,320 +71,301 @@ def analyze_activations(
 
     The rest is as for `analyze_losses`.
     """
+    from deme_cli.diffusion.model_files import locate_model, peek_timesteps
+    from deme_cli.evaluation.rows import record_of_file
+
     run, settings = run or RunFile(), settings or ActivationConfig()
-    check_output(output, force=force)
-    pair = _find_base(run, str(expert)) if base is None else (str(base), str(expert))
-    known = _check_models(run, pair, range)
-    images, names = check_images(images, run, split=split), _names(pair)
+    images = check_inputs(output, images, run, split=split, force=force)
+    pair = (str(base or _find_base(run, Path(expert).expanduser())), str(expert))
+    _, whole = (peek_timesteps(locate_model(model)) for model in pair)
+    first, second = (record_of_file(model) for model in pair)
+    if first and second and first.fingerprint == second.fingerprint:
+        raise ArtifactError(
+            f"{pair[0]} and {pair[1]} have the same weights; give a base and what was finetuned "
+            f"from it"
+        )
+    span = _span(run, second, range, whole)
+    stems = [Path(model).name.removesuffix(".safetensors") for model in pair]
+    names = stems if stems[0] != stems[1] else pair
     progress(Step(note=(
-        f"{names[1]} against {names[0]}: {settings.num:,} draws of {known or 'the timesteps'} from "
+        f"{names[1]} against {names[0]}: {settings.num:,} draws of {span or 'the timesteps'} from "
         f"{images.source} ({split})"
     )))  # fmt: skip
     if dry_run:
         return Analysis(output, facts={"dry_run": True})
 
-    from deme_cli.analysis.block_change import randomly_changed
-    from deme_cli.analysis.draws import identity_of, open_images, spread_draws
-    from deme_cli.diffusion.checkpoints import open_denoiser
-    from deme_cli.diffusion.denoiser import choose_device
+    from deme_cli.analysis.draws import open_images, open_models, spread_draws
     from deme_cli.diffusion.projection import sites
 
-    place = str(choose_device(device))
-    frozen = run.pipeline(pipeline)
-    before, after = (
-        open_denoiser(model, pipeline=frozen, device=place, dtype=dtype) for model in pair
-    )
-    _require_same_network(before.record, after.record, pair)
+    before, after = open_models(pair, pipeline=run.pipeline(pipeline), device=device, dtype=dtype)
+    span = span or _span(run, after.record, range, after.record.num_train_timesteps)
+    assert span is not None
     blocks = sites(before.network, "block")
     paths = [site.path for site in blocks]
     if block is not None and block not in paths:
         raise ConfigError(f"--block {block}: no such block in {pair[0]}{nearest(block, paths)}")
-    span = known or _range(run, after.record, range)
-    record, examples = open_images(
-        before.record, images, run, split=split, model=pair[0], output=output, pipeline=pipeline,
+    examples, data, seen = open_images(
+        before.record, images, run, split=split, beside=output.parent, pipeline=pipeline,
         device=device, progress=progress,
     )  # fmt: skip
     draws = spread_draws(
-        examples, replace(before, record=record).schedule, [span], settings.num,
+        examples, before.schedule, [span], settings.num,
         seed=settings.seed, purpose="activations", batch_size=settings.batch_size,
     )  # fmt: skip
-    identity = {  # not how many controls there are: the first are the same whatever follows
-        "base": record.fingerprint, "expert": after.record.fingerprint,
-        "dtype": str(before.dtype), **identity_of(record, examples), "split": split,
-        "range": str(span), "num": settings.num, "seed": settings.seed,
+    protocol = {  # not how many controls there are: the first are the same whatever follows
+        "base": before.record.fingerprint, "expert": after.record.fingerprint, "data": data,
+        "range": str(span), "num": settings.num, "seed": settings.seed, "dtype": dtype,
     }  # fmt: skip
-    with Unfinished(output, identity, force=force) as kept:
-        passes: list[list[tuple[Row, Row]]] = []
-        while (k := len(passes)) <= settings.controls:
-            total, changed = settings.num * (settings.controls + 1), after.network
-            if k > 0 and _done(kept) < settings.num * (k + 1):
-                changed = randomly_changed(before.network, changed, seed=settings.seed, k=k)
-            _compare((before.network, changed), blocks, draws, k, total, names, kept, progress)
-            passes.append(_blocks(after.network, blocks, settings.num, k, names, kept.arrays))
-        protocol = {
-            "base": {"source": pair[0], "fingerprint": before.record.fingerprint},
-            "expert": {"source": pair[1], "fingerprint": after.record.fingerprint,
-                       "projection": getattr(after.record, "projection", None)},
-            "data": {"source": examples.source, "fingerprint": examples.fingerprint,
-                     "split": split},
-            "range": str(span), "num": settings.num, "seed": settings.seed,
-            "controls": settings.controls, "dtype": dtype,
-        }  # fmt: skip
-        return _written(kept, passes, names, block, protocol)
+    with keeping(
+        output, {**protocol, **seen}, label="activations", unit="comparison",
+        total=settings.num * (settings.controls + 1), progress=progress, force=force,
+    ) as kept:  # fmt: skip
+        networks = before.network, after.network
+        passes = _passes(networks, blocks, draws, settings, names=names, kept=kept)
+        return _written(output, passes, names, block, protocol)
 
 
-def _find_base(run: RunFile, model: str) -> tuple[str, str]:
-    """The base of a single expert, and it."""
+def _find_base(run: RunFile, expert: Path) -> Path:
     from deme_cli.merging.inputs import find_base, open_experts
 
-    expert = Path(model).expanduser()
-    if not expert.is_file():
-        raise MissingError(f"{expert}: no such file; name BASE and EXPERT")
     try:
-        base = find_base(open_experts([expert], "expert"), run, None)
+        return find_base(open_experts([expert], "expert"), run, None)
     except (ArtifactError, MissingError) as error:
         advice = f"name both: deme analyze activations BASE {expert}"
         raise type(error)(f"{str(error).rpartition(';')[0] or error}; {advice}") from error
-    return str(base), str(expert)
 
 
-def _check_models(run: RunFile, pair: tuple[str, str], span: str | None) -> TimestepRange | None:
-    """What can be told before torch is imported; the range, where the files tell it."""
-    from deme_cli.artifacts import read_record
-    from deme_cli.diffusion.model_files import locate_model, peek_timesteps
-
-    places = [locate_model(model) for model in pair]
-    base, expert = (read_record(place) if place.is_file() else None for place in places)
-    if isinstance(base, DenoiserRecord) and isinstance(expert, DenoiserRecord):
-        _require_same_network(base, expert, pair)
-    if isinstance(expert, DenoiserRecord):
-        return _range(run, expert, span)
-    timesteps = peek_timesteps(places[1])
-    return _parse(run, span or "all", timesteps) if timesteps else None
-
-
-def _range(run: RunFile, record: DenoiserRecord, span: str | None) -> TimestepRange:
-    """As given, else the one the expert was finetuned on, else all of [0, T)."""
-    if span is None and isinstance(record, ExpertRecord):
+def _span(run: RunFile, record: Any, text: str | None, whole: int | None) -> TimestepRange | None:
+    """As given, else the one the expert was finetuned on, else all of [0, T); None while T is not
+    known."""
+    if text is None and isinstance(record, ExpertRecord):
         return record.timesteps
-    return _parse(run, span or "all", record.num_train_timesteps)
+    if whole is None or text in (None, "all"):
+        return None if whole is None else TimestepRange(0, whole)
+    return parse_range(text, whole, run.settings(SplitConfig).timestep_ranges).range
 
 
-def _parse(run: RunFile, span: str, num_train_timesteps: int) -> TimestepRange:
-    if span == "all":
-        return TimestepRange(0, num_train_timesteps)
-    return parse_range(span, num_train_timesteps, run.settings(SplitConfig).timestep_ranges).range
-
-
-def _require_same_network(
-    base: DenoiserRecord, expert: DenoiserRecord, names: tuple[str, str]
-) -> None:
-    """Check that two models are one network with other weights, block projections aside.
-
-    Raises ArtifactError naming the first setting that differs, or that the weights are the same.
-    """
-    if base.fingerprint and base.fingerprint == expert.fingerprint:
-        raise ArtifactError(
-            f"{names[0]} and {names[1]} have the same weights; give a base and what was "
-            f"finetuned from it"
-        )
-    from deme_cli.diffusion.schedule import complete_config
-
-    configs = {
-        "model_config": (base.model_config, expert.model_config),
-        "scheduler_config": tuple(complete_config(one.scheduler_config) for one in (base, expert)),
-    }
-    for what, (ours, theirs) in configs.items():
-        for key in sorted(ours.keys() | theirs.keys()):
-            kept = not key.startswith("_") or key == "_class_name"  # the rest says who wrote it
-            if kept and ours.get(key) != theirs.get(key):
-                raise ArtifactError(
-                    f"{names[1]}: {key} of its {what} is {theirs.get(key)!r}, {names[0]} has "
-                    f"{ours.get(key)!r}; give a base and what was finetuned from it"
-                )
-
-
-def _names(pair: tuple[str, str]) -> tuple[str, str]:
-    """The models as the picture calls them: by their files, or as given where those agree."""
-
-    def name(model: str) -> str:
-        path = Path(model)
-        return path.name.removesuffix(".safetensors") if path.expanduser().exists() else model
-
-    short = (name(pair[0]), name(pair[1]))
-    return pair if short[0] == short[1] else short
-
-
-def _done(kept: Unfinished) -> int:
-    return int(kept.arrays.get("done", [0])[0])
-
-
-def _compare(
-    networks: tuple[nn.Module, nn.Module], blocks: Sequence[Site], draws: FixedDraws, k: int,
-    total: int, names: tuple[str, str], kept: Unfinished, progress: Progress,
-) -> None:  # fmt: skip
-    """Add what is missing of the sums of the expert (k = 0), or of control k, as `k/block/name`."""
-    from deme_cli.analysis.block_change import fit_map
-
-    num, arrays, keys = len(draws.t), kept.arrays, [f"{k}/{site.path}/" for site in blocks]
-    start, done = k * num, _done(kept) - k * num
-    note = f"continuing after {start + done} of {total} comparisons" if start + done else kept.note
-    if k == 0:
-        progress(Step(min(done, total), total, "activations", "comparison", note))
-    while done < num:
-        kept.checker(f"{start + done} of {total} comparisons")()
-        stop = min(done + draws.batch_size, num if done >= num // 2 else num // 2)
-        if done == num // 2:
-            for key in keys:
-                if f"{key}map" not in arrays:  # then what it is fitted by is no longer needed
-                    gram, cross = arrays.pop(f"{key}gram"), arrays.pop(f"{key}cross")
-                    arrays[f"{key}map"] = fit_map(gram, cross)
-        arrays.update(_batch_sums(networks, blocks, draws, range(done, stop), k, names, arrays))
-        done = stop
-        if done == num:
-            for key in keys:
-                del arrays[f"{key}map"]  # tested, and large
-        arrays["done"] = np.array([start + done])
-        progress(Step(start + done, total, "activations", "comparison"))
-
-
-def _batch_sums(
+def _passes(
     networks: tuple[nn.Module, nn.Module], blocks: Sequence[Site], draws: FixedDraws,
-    chosen: range, k: int, names: tuple[str, str], arrays: dict[str, np.ndarray],
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """`arrays` of these blocks with the sums of these draws added."""
-    import torch
+    settings: ActivationConfig, *, names: Sequence[str], kept: Kept,
+) -> list[list[Row]]:  # fmt: skip
+    """The blocks of the expert, then those of each control.
 
-    from deme_cli.analysis.block_change import as_places, block_sums, listening
-
-    before: dict[str, Tensor] = {}
-    added: dict[str, np.ndarray] = {}
-
-    def compare(path: str, features: Tensor) -> None:
-        start = f"{k}/{path}/"
-        base, grid = as_places(before.pop(path), draws.examples.shape)
-        delta = as_places(features, draws.examples.shape)[0] - base
-        fitted = arrays.get(f"{start}map")
-        sums = block_sums(
-            base, delta, None if fitted is None else torch.from_numpy(fitted).to(base.device)
-        )
-        require_finite(sums, path, names, k)
-        added[f"{start}grid"] = np.array(grid)
-        for key, value in sums.items():
-            added[start + key] = arrays.get(start + key, 0.0) + value.cpu().numpy()
-
-    indices = torch.arange(chosen.start, chosen.stop)
-    for network, take in zip(networks, (before.__setitem__, compare), strict=True):
-        with listening(network, blocks, take):
-            draws.outputs(network, indices)
-    return added
-
-
-def require_finite(sums: dict[str, Tensor], path: str, names: tuple[str, str], k: int) -> None:
-    """Check the sums of the base and of the expert (k = 0) or control k; raises NumericsError."""
-    base, expert = (bool(sums[key].isfinite().all()) for key in ("base_moments", "squares"))
-    if base and not expert and k > 0:
-        raise NumericsError(
-            f"the features after {path} are not finite with random weight changes as large as "
-            f"those of {names[1]}; leave them out with --controls 0"
-        )
-    for finite, name in zip((base, expert), names, strict=True):
-        if not finite:
-            raise NumericsError(
-                f"{name}: the features after {path} are not finite; the model's weights are broken"
-            )
-
-
-def _blocks(
-    expert: nn.Module, blocks: Sequence[Site], num: int, k: int, names: tuple[str, str],
-    arrays: dict[str, np.ndarray],
-) -> list[tuple[Row, Row]]:  # fmt: skip
-    """What the sums of one pass say of each block, and its maps.
-
-    Raises ArtifactError where the expert changed none.
+    Raises ArtifactError where the expert changed none, NumericsError where features are not finite.
     """
-    from deme_cli.analysis.block_change import block_change, projection_distances
+    (base, expert), passes = networks, []
+    for k in range(settings.controls + 1):
 
-    distances = projection_distances(expert) if k == 0 else {}
-    rows = []
-    for site in blocks:
-        start = f"{k}/{site.path}/"
-        sums = {n.removeprefix(start): a for n, a in arrays.items() if n.startswith(start)}
-        rows_, columns = sums["grid"].tolist()
-        projection = distances.get(site.path)
-        rows.append(block_change(site.path, sums, num, (rows_, columns), projection))
-    if k == 0 and not any(row["size"] > 0 for row, _ in rows):
+        def measure(k: int = k) -> Arrays:
+            if not k:
+                return _sums((base, expert), names, blocks, draws, kept.check)
+            control = randomly_changed(base, expert, seed=settings.seed, k=k)
+            said = f"random changes as large as those of {names[1]} (--controls 0 leaves them out)"
+            return _sums((base, control), (names[0], said), blocks, draws, kept.check)
+
+        sums = kept.unit(str(k), settings.num, measure)
+        passes.append([block_change(site.path, sums, settings.num) for site in blocks])
+    if not any(row["size"] > 0 for row in passes[0]):
         raise ArtifactError(
             f"{names[1]}: its features are those of {names[0]} after every block; nothing was "
             f"finetuned"
         )
-    return rows
+    return passes
 
 
-def _document(rows: Sequence[Row], controls: Sequence[Sequence[Row]]) -> dict[str, Any]:
-    """Every block with the means of the controls beside it, and means over the blocks."""
-    by_block = list(zip(*controls, strict=True))
-    means: list[Row | None] = [_means(one, ("shares", "explained")) for one in by_block]
-    means = means or [None] * len(rows)
-    return {
-        "summary": summarize(rows), "controls": [summarize(one) for one in controls],
-        "blocks": [{**row, "controls": mean} for row, mean in zip(rows, means, strict=True)],
-    }  # fmt: skip
+def _sums(
+    networks: Sequence[nn.Module], names: Sequence[str], blocks: Sequence[Site],
+    draws: FixedDraws, check: Callable[[], None],
+) -> Arrays:  # fmt: skip
+    """The sums of `block_sums` over all draws, as `block/name`."""
+    import torch
+
+    sums: dict[str, np.ndarray] = {}
+    before: dict[str, Tensor] = {}
+
+    def compare(path: str, features: Tensor) -> None:
+        base, grid = as_places(before.pop(path), draws.examples.shape)
+        delta = as_places(features, draws.examples.shape)[0] - base
+        for name, values in zip(names, (base, delta), strict=True):
+            if not values.isfinite().all():
+                raise NumericsError(f"{name}: the features after {path} are not finite")
+        for name, value in block_sums(base, delta).items():
+            key = f"{path}/{name}"
+            sums[key] = sums.get(key, 0.0) + value.cpu().numpy()
+        sums[f"{path}/grid"] = np.array(grid)
+
+    first, second = networks
+    with listening(first, blocks, before.__setitem__), listening(second, blocks, compare):
+        for chosen in torch.arange(len(draws.t)).split(draws.batch_size):
+            check()
+            for network in networks:
+                draws.outputs(network, chosen)
+    return sums
 
 
-def summarize(rows: Sequence[Row]) -> dict[str, Any]:
-    """Means over the blocks of which it can be told, None where there are none.
+@contextmanager
+def listening(
+    network: nn.Module, blocks: Sequence[Site], take: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While open, `take(path, features)` what comes out of each block, its projection included."""
 
-    negative: how many blocks have a negative component, counted as a share of 0.
+    def hook(site: Site, module: nn.Module, inputs: Any, output: Any) -> None:
+        take(site.path, output[site.output] if isinstance(output, tuple) else output)
+
+    with ExitStack() as stack:
+        for site in blocks:
+            module = network.get_submodule(site.path)
+            stack.enter_context(module.register_forward_hook(partial(hook, site)))
+        yield
+
+
+def as_places(features: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Maps (B, C, H, W) or tokens (B, P, C) as (B, C, P) float64, and rows and columns of places.
+
+    shape: of x_t, whose aspect tokens have; those that do not fill such a grid make one row. Stays
+    on the device where that has float64.
     """
-    negative = sum(min(r["components"]["channel"], r["components"]["place"]) < 0 for r in rows)
+    features = features.to("cpu" if features.device.type == "mps" else features.device).double()
+    if features.ndim == 4:
+        return features.flatten(2), (features.shape[2], features.shape[3])
+    num = features.shape[1]
+    rows = max(round((num * shape[1] / shape[2]) ** 0.5), 1)
+    return features.transpose(1, 2), (rows, num // rows) if num % rows == 0 else (1, num)
+
+
+def randomly_changed(base: nn.Module, expert: nn.Module, *, seed: int, k: int) -> nn.Module:
+    """A new network theta + n_k, n_k Gaussian, each tensor's with the norm of the expert's change.
+
+    The noise of a tensor depends on (seed, k, its name) alone, and is drawn on the CPU whatever the
+    device. In half precision the sum is rounded, so that of a very small change less may be left.
+    """
+    import torch
+
+    from deme_cli.training.batches import derived_generator
+
+    changed, before = copy.deepcopy(expert), base.state_dict()
+    for name, tensor in changed.state_dict().items():
+        if tensor.is_floating_point():
+            theta, moved = before[name].float().cpu(), tensor.float().cpu()
+            generator = derived_generator(seed, "random change", k, name)
+            noise = torch.randn(theta.shape, generator=generator)
+            tensor.copy_(theta + noise * ((moved - theta).norm() / noise.norm()))
+    return changed
+
+
+def block_sums(base: Tensor, delta: Tensor) -> dict[str, Tensor]:
+    """The sums over a batch that `block_change` takes.  base, delta: (B, C, P) float64"""
+    import torch
+
+    channel, place, mu = delta.mean(2), delta.mean(1), delta.mean((1, 2))
+    _, num_channels, num_places = delta.shape
+    total = delta.square().sum((1, 2))
+    of_channel = num_places * (channel - mu[:, None]).square().sum(1)
+    of_place = num_channels * (place - mu[:, None]).square().sum(1)
+    rest = (total - num_channels * num_places * mu.square() - of_channel - of_place).clamp(min=0)
     return {
-        "size": _mean(row["size"] for row in rows), "shift": _mean(row["shift"] for row in rows),
-        **_means(rows, ("shares", "fixed", "explained")), "negative": negative,
+        "channel_base": base.mean(2).sum(0), "channel_change": channel.sum(0),
+        "place_base": base.mean(1).sum(0), "place_change": place.sum(0),
+        "moments": torch.stack([base.sum(), base.square().sum()]),
+        "squares": torch.stack([of_channel, of_place, rest, total]).sum(1),
     }  # fmt: skip
 
 
-def _means(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
-    return {
-        name: {key: _mean(row[name][key] for row in rows) for key in rows[0][name]}
-        for name in names
-    }
+def block_change(name: str, sums: Arrays, num: int) -> Row:
+    """What the sums `name/…` over `num` draws say of a block; nan where it cannot be told.
+
+    size: root mean square of Delta in `base_sd`, the standard deviation of F_base. components:
+    sigma^2 in base_sd^2, negative where the means vary less than those of independent numbers;
+    shares: of their sum, negative ones counted as 0. difference: quantiles of channel (C,) and
+    spatial (P,) activations, means over draws in base_sd. maps: means over draws, in the network's
+    units.
+    """
+    own = {key.removeprefix(f"{name}/"): v for key, v in sums.items() if key.startswith(f"{name}/")}
+    keys = ("channel_base", "channel_change", "place_base", "place_change")
+    maps = {key: own[key] / num for key in keys}
+    num_channels, num_places = len(maps["channel_base"]), len(maps["place_base"])
+    size = num * num_channels * num_places
+    mean, square = own["moments"] / size
+    of_channel, of_place, rest, total = own["squares"] / num
+    with np.errstate(divide="ignore", invalid="ignore"):
+        noise = rest / np.float64(num_channels - 1) / (num_places - 1)
+        channel = (of_channel / np.float64(num_channels - 1) - noise) / num_places
+        place = (of_place / np.float64(num_places - 1) - noise) / num_channels
+        components = np.array([channel, place, noise])
+        if min(num_channels, num_places) < 2:
+            components[:] = np.nan
+        positive = np.maximum(components, 0)
+        variance = np.maximum(square - mean * mean, 0)
+        return {
+            "name": name, "channels": num_channels, "places": num_places, "grid": own["grid"],
+            "base_sd": math.sqrt(variance), "size": np.sqrt(total * num / size / variance),
+            "components": _parts(components / variance),
+            "shares": _parts(positive / positive.sum()),
+            "difference": {
+                part: np.quantile(maps[f"{part}_change"] / np.sqrt(variance), QUANTILES).tolist()
+                for part in ("channel", "place")
+            },
+            "maps": maps,
+        }  # fmt: skip
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    told = [value for value in values if not math.isnan(value)]
-    return sum(told) / len(told) if told else None
+def _parts(values: np.ndarray) -> dict[str, float]:
+    return dict(zip(PARTS, values.tolist(), strict=True))
+
+
+def _mean_shares(rows: Iterable[Row]) -> dict[str, float]:
+    """Means over the rows of which they can be told, nan where there are none."""
+    table = np.array([list(row["shares"].values()) for row in rows])
+    known = table[np.isfinite(table).all(axis=1)]
+    return _parts(known.mean(axis=0) if len(known) else np.full(3, np.nan))
 
 
 def _written(
-    kept: Unfinished, passes: Sequence[Sequence[tuple[Row, Row]]], names: tuple[str, str],
-    block: str | None, protocol: dict[str, Any],
+    output: Path, passes: Sequence[Sequence[Row]], names: Sequence[str], block: str | None,
+    protocol: dict[str, Any],
 ) -> Analysis:  # fmt: skip
     """The files; `block` is drawn, or the one that changed most."""
-    from deme_cli.analysis.activation_picture import draw_activations
-    from deme_cli.analysis.block_change import QUANTILES
-
     rows, controls = passes[0], passes[1:]
-    most = max(rows, key=lambda one: one[0]["size"] if one[0]["size"] > 0 else 0.0)
-    drawn = next((one for one in rows if one[0]["name"] == block), most)
-    document = _document([row for row, _ in rows], [[r for r, _ in one] for one in controls])
+    most = max(rows, key=lambda row: np.nan_to_num(row["size"]))
+    drawn = next((row for row in rows if row["name"] == block), most)
+    blocks = [
+        {**{key: value for key, value in row.items() if key != "maps"},
+         "controls": _mean_shares(beside) if beside else None}
+        for row, *beside in zip(*passes, strict=True)
+    ]  # fmt: skip
+    summary = {"size": np.nanmean([row["size"] for row in rows]), "shares": _mean_shares(rows)}
+    base, expert = (shorten(name, 24) for name in names)
+    reading = (
+        f"{expert} changed the features of {base} at timesteps {protocol['range']} by "
+        f"{summary['size']:.2g} of their sd"
+    )
+    chance = [_mean_shares(one) for one in controls]
+    if math.isfinite(summary["shares"]["channel"]):
+        channel, place, _ = map(_percent, summary["shares"].values())
+        reading += f": {channel} of the change in channels, {place} in places"
+        if chance:
+            mean, reach = chance_interval([one["channel"] for one in chance])
+            near = f" ± {100 * reach:.0f}" if reach == reach else ""
+            reading += f" (random changes of this size: {100 * mean:.0f}{near} % in channels)"
     document = {
-        "reading": _headline(names, protocol["range"], document), "protocol": protocol,
-        **document, "quantiles": QUANTILES, "drawn": drawn[1],
+        "reading": reading, "protocol": {**protocol, "controls": len(controls)},
+        "summary": summary, "controls": chance, "blocks": blocks, "quantiles": QUANTILES,
+        "drawn": {"name": drawn["name"], "grid": drawn["grid"], **drawn["maps"]},
     }  # fmt: skip
-    base, expert = (shorten(name, 28) for name in names)
-    source, split = shorten(protocol["data"]["source"], 40), protocol["data"]["split"]
+    data = protocol["data"]
     foot = (
         f"{protocol['num']:,} draws (image, t, noise) of timesteps {protocol['range']} from "
-        f"{source} ({split}), the same for every model"
+        f"{shorten(data['source'], 40)} ({data['split']}), the same for every model"
     )
     title = f"Features changed by finetuning: {expert} against {base}"
+    lines = []
+    for row in blocks:
+        shares = [*row["shares"].values(), *([row["controls"]["channel"]] if controls else [])]
+        lines.append([row["name"], f"{row['size']:.2g}", *map(_percent, shares)])
+    columns = ["block", "change, sd", "channels", "places", "neither", "random: channels"]
     return write_analysis(
-        kept, draw_activations(document, drawn[0], title=title, foot=foot),
-        document_bytes("activations", document), shown=("reading",),
-        columns=["block", "change, sd", "channels", "places", "neither", "W F",
-                 *(["random: channels", "W F"] if controls else [])],
-        rows=_table(document["blocks"]), **document["summary"], controls=document["controls"],
+        output, "activations", document, draw_activations(blocks, drawn, title=title, foot=foot),
+        shown=("summary", "controls"), columns=columns if controls else columns[:-1], rows=lines,
     )  # fmt: skip
 
 
@@ -388,43 +374,123 @@ def chance_interval(shares: Sequence[float]) -> tuple[float, float]:
 
     The prediction interval t_{k-1} s sqrt(1 + 1/k) of k controls; nan for fewer than two.
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    k = len(shares)
-    mean = float(np.mean(shares))
+    k, mean = len(shares), float(np.mean(shares))
     if k < 2:
         return mean, math.nan
-    sd = float(np.std(shares, ddof=1))
-    return mean, float(t.ppf((1 + _LEVEL) / 2, k - 1)) * sd * math.sqrt(1 + 1 / k)
+    t = float(stdtrit(k - 1, (1 + _LEVEL) / 2))
+    return mean, t * float(np.std(shares, ddof=1)) * math.sqrt(1 + 1 / k)
 
 
-def _headline(names: tuple[str, str], span: str, document: dict[str, Any]) -> str:
-    base, expert = (shorten(name, 24) for name in names)
-    summary = document["summary"]
-    size = f"{summary['size']:.2g} of their sd"
-    start = f"{expert} changed the features of {base} at timesteps {span} by {size}"
-    channel, place = summary["shares"]["channel"], summary["shares"]["place"]
-    if channel is None:
-        return start
-    shares = [one["shares"] for one in document["controls"] if one["shares"]["channel"] is not None]
-    text = f"{start}: {_percent(channel)} of the change in channels, {_percent(place)} in places"
-    if not shares:
-        return text
-    mean, reach = chance_interval([one["channel"] for one in shares])
-    shown = f"{100 * mean:.0f} ± {100 * reach:.0f} %" if reach == reach else _percent(mean)
-    places = _mean(one["place"] for one in shares)
-    return f"{text} (random changes of this size: {shown}, {_percent(places)})"
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if math.isfinite(share) else ""
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None or math.isnan(share) else f"{100 * share:.0f} %"
+def draw_activations(blocks: Sequence[Row], drawn: Row, *, title: str, foot: str) -> bytes:
+    """Above, over the blocks in the network's order: which part of the variance of the change lies
+    in channels, in places, in neither; and the differences of channel and spatial activations.
+    Below, of the block `drawn`, the activations of base and expert and their differences."""
+
+    def draw(figure: Figure) -> None:
+        upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.08], squeeze=False)[:, 0]
+        left, right = upper.subplots(1, 2, width_ratios=[1.15, 1])
+        _draw_shares(left, blocks)
+        _draw_differences(right, blocks)
+        _draw_block(lower, drawn)
+
+    return render(draw, size=(12, 7.6), title=title, foot=foot)
 
 
-def _table(blocks: Sequence[Row]) -> list[list[str]]:
-    lines = []
-    for row in blocks:
-        values = [*row["shares"].values(), row["explained"]["channel_map"]]
-        if random := row["controls"]:
-            values += [random["shares"]["channel"], random["explained"]["channel_map"]]
-        lines.append([row["name"], f"{row['size']:.2g}", *map(_percent, values)])
-    return lines
+def short_name(name: str) -> str:
+    """A block as an axis has room for it: `up 0`, `mid`, `12`, `single 3`."""
+    name = re.sub(r"^(transformer_)?blocks\.|_block$", "", name)
+    return re.sub(r"_transformer_blocks?\.|_blocks?\.", " ", name)
+
+
+def _finish(axis: Axes, blocks: Sequence[Row], title: str) -> None:
+    """A title, a legend below it, and as many names of blocks as there is room for."""
+    open_axis(axis)
+    axis.set_title(title, fontsize=9.5, pad=22)
+    axis.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 1.0), frameon=False, fontsize=7.5, ncols=4,
+        columnspacing=1.0, handlelength=1.3, borderaxespad=0.1,
+    )  # fmt: skip
+    chosen = range(0, len(blocks), -(-len(blocks) * 4 // _ROOM))
+    names = [short_name(blocks[i]["name"]) for i in chosen]
+    is_long = max(map(len, names)) * len(names) > _ROOM
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right"} if is_long else {}
+    axis.set_xticks(chosen, names, fontsize=8, **turned)
+    axis.set(xlim=(-0.6, len(blocks) - 0.4), xlabel="block, in the network's order")
+
+
+def _draw_shares(axis: Axes, blocks: Sequence[Row]) -> None:
+    """Stacked bars; a line across each where the controls' share of channels ends."""
+    places, bottom = np.arange(len(blocks)), np.zeros(len(blocks))
+    for part, color, label in zip(
+        PARTS, (BLUE, VERMILION, "0.8"), ("channels", "places", "neither"), strict=True
+    ):
+        heights = np.nan_to_num([row["shares"][part] for row in blocks])
+        axis.bar(places, heights, 0.8, bottom, color=color, label=label)
+        bottom += heights
+    if blocks[0]["controls"]:
+        shares = [row["controls"]["channel"] for row in blocks]
+        for color, width, label in (("white", 3.4, ""), (BLACK, 1.4, "channels, at random")):
+            axis.hlines(shares, places - 0.4, places + 0.4, color=color, lw=width, label=label)
+    axis.set(ylim=(0, 1), ylabel="share of the change")
+    _finish(axis, blocks, "Where the change lies (components of its variance)")
+
+
+def _draw_differences(axis: Axes, blocks: Sequence[Row]) -> None:
+    """5 to 95 %, quartiles and median of the C and P differences of each block."""
+    wide = min(5.0, 120 / len(blocks))
+    for part, shift, color, label in (
+        ("channel", -0.2, BLUE, "channel activations (mean over places)"),
+        ("place", 0.2, VERMILION, "spatial activations (mean over channels)"),
+    ):
+        places = np.arange(len(blocks)) + shift
+        spans = np.array([row["difference"][part] for row in blocks]).T
+        axis.vlines(places, spans[0], spans[4], color=color, linewidth=0.3 * wide)
+        axis.vlines(places, spans[1], spans[3], color=color, linewidth=wide, label=label)
+        axis.plot(places, spans[2], "o", color="white", markersize=0.6 * wide, mec=color)
+    axis.axhline(0, color="0.25", linewidth=0.8, zorder=0)
+    axis.set_ylabel("expert minus base (sd of the base)")
+    _finish(axis, blocks, "Differences, mean over draws: median, 50 %, 90 %")
+
+
+def _draw_block(figure: SubFigure, row: Row) -> None:
+    """Channels of base and expert, and their difference; the same of places as maps."""
+    maps, (rows, columns) = row["maps"], row["grid"]
+    figure.suptitle(
+        f"After {shorten(row['name'], 40)}: {row['channels']} channels, {rows} x {columns} places, "
+        f"change {row['size']:.2g} sd; activations are means over draws", fontsize=9.5,
+        fontweight="bold",
+    )  # fmt: skip
+    grid = figure.add_gridspec(2, 4, width_ratios=[1.6, 1, 1, 1])
+    upper, lower = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
+    before, change = maps["channel_base"], maps["channel_change"]
+    edges = np.arange(len(before) + 1) - 0.5
+    upper.stairs(before, edges, color="0.8", fill=True, label="base")
+    upper.stairs(before + change, edges, color=BLUE, baseline=None, label="expert")
+    upper.legend(frameon=False, fontsize=7.5, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    upper.set_title("Channel activations", fontsize=9, loc="left")
+    lower.stairs(change, edges, color=BLUE, fill=True)
+    lower.set_title("Their difference", fontsize=9, loc="left")
+    lower.set_xlabel("channel")
+    for axis in (upper, lower):
+        axis.set_xlim(edges[0], edges[-1])
+        open_axis(axis)
+    before, change = (maps[f"place_{what}"].reshape(rows, columns) for what in ("base", "change"))
+    images = {"base": before, "expert": before + change, "difference": change}
+    for place, (name, image) in enumerate(images.items(), start=1):
+        colors, (low, high) = "cividis", np.quantile([before, before + change], (0, 1))
+        if name == "difference":
+            colors, high = DIVERGING, np.abs(change).max()
+            low = -high
+        axis = figure.add_subplot(grid[:, place], aspect="auto" if rows == 1 else "equal")
+        shown = axis.imshow(image, cmap=colors, vmin=low, vmax=high, aspect=None)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(f"Spatial activations:\n{name}", fontsize=9)
+        bar = figure.colorbar(shown, ax=axis, orientation="horizontal", fraction=0.05, pad=0.03)
+        bar.ax.locator_params(nbins=3)
+        bar.outline.set_visible(False)

@@ -4,59 +4,62 @@
 same draws (image, t, eps), one forward each, whose errors are then grouped by the range of t: what
 differs between two points or two ranges is not chance. The lowest of many points is picked, so how
 much lower it is than the origin is measured again, on fresh draws (seed + 1, more of them), and so
-are the slopes at the origin and the models themselves. Those differences are paired by draw, their
-intervals are over images.
+are the models themselves. Those differences are paired by draw, their intervals are over images.
+A point is theta(c) = theta_0 + c_1 d_1 + c_2 d_2, the d_k random, or an orthonormal basis of the
+plane of two task vectors tau_i = theta_i - theta_0 (Gram and Schmidt).
 n draws, G groups: all timesteps, then each range.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deme_cli.analysis.figure import shorten
-from deme_cli.analysis.landscape_picture import draw_landscape, percent_of
+from deme_cli.analysis.figure import BLACK, DIVERGING, color_of, render, shorten
 from deme_cli.analysis.result import (
     Analysis,
-    Unfinished,
-    check_images,
-    check_output,
-    document_bytes,
+    Arrays,
+    Kept,
+    check_inputs,
+    keeping,
     own_base,
+    ranges_of,
     write_analysis,
 )
 from deme_cli.analysis.settings import LandscapeConfig
-from deme_cli.config import DataConfig, SplitConfig
-from deme_cli.console import Progress, Step, silent
-from deme_cli.errors import ConfigError, NumericsError
+from deme_cli.config import DataConfig
+from deme_cli.console import Progress, Step, decimals, fixed, signed, silent
+from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.run_file import RunFile
-from deme_cli.timesteps import TimestepRange, split_uniform
+from deme_cli.timesteps import TimestepRange
 
 if TYPE_CHECKING:
-    from deme_cli.analysis.plane import Basis, Plane, WeightsOf
-    from deme_cli.diffusion.schedule import Schedule
-    from deme_cli.merging.objectives import HeldOutLoss
-    from deme_cli.training.examples import Examples
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
 
-Spans = Sequence[TimestepRange]
-_UNMEASURED = -1.0  # no loss is negative; one that is not finite is kept as nan
-_STENCIL = 0.25  # of a step of the grid, to each side of the origin: slopes
+    from deme_cli.diffusion.denoiser import Denoiser
+    from deme_cli.training.batches import FixedDraws
+
+    Weights = Mapping[str, Tensor]
+
+Row = dict[str, Any]
+Place = tuple[float, float]
+_PARALLEL = 1e-8  # 1 - cosine^2 below which two vectors span no plane (the float32 of weights)
+_ROUNDING = 1e-8  # share of a squared length that the float32 of weights explains
+_MARKERS = "sD^vPX<>"
 
 
 def analyze_landscape(
-    models: Sequence[str | Path] = (),
-    settings: LandscapeConfig | None = None,
-    *,
-    marks: Sequence[str | Path] = (),
-    images: DataConfig | None = None,
-    split: str = "train",
-    num_ranges: int | None = None,
-    output: Path = Path("landscape.json"),
+    models: Sequence[str | Path] = (), settings: LandscapeConfig | None = None, *,
+    marks: Sequence[str | Path] = (), images: DataConfig | None = None, split: str = "train",
+    num_ranges: int | None = None, output: Path = Path("landscape.json"),
     run: RunFile | None = None, pipeline: str | None = None, device: str = "auto",
     force: bool = False, dry_run: bool = False, progress: Progress = silent,
 ) -> Analysis:  # fmt: skip
@@ -69,15 +72,25 @@ def analyze_landscape(
     The rest is as for `analyze_losses`.
     """
     from deme_cli.diffusion.model_files import locate_model, peek_timesteps
+    from deme_cli.evaluation.rows import record_of_file
 
     run, settings = run or RunFile(), settings or LandscapeConfig()
-    check_output(output, force=force)
+    images = check_inputs(output, images, run, split=split, force=force)
     named = [str(model) for model in models] or [own_base(run)]
-    along, arguments = _along(len(named), has_marks=bool(marks)), [*named, *map(str, marks)]
-    known = [peek_timesteps(locate_model(argument)) for argument in arguments]
-    ranges = _ranges(run, arguments, num_ranges, known[0]) if known[0] else None
-    images = check_images(images, run, split=split)
+    if len(named) not in (1, 3):
+        raise ConfigError(
+            f"{len(named)} models given: expected one, for random directions, or three: the origin "
+            f"and two finetuned from it"
+        )
+    is_random = len(named) == 1
+    if is_random and marks:
+        raise ConfigError("--mark: models are marked on the plane of three models, not on random")
+    arguments = [*named, *map(str, marks)]
+    whole, *_ = [peek_timesteps(locate_model(argument)) for argument in arguments]
+    records = [record_of_file(argument) for argument in arguments]
+    ranges = ranges_of(run, records, num_ranges, whole) if whole else []
     spans = f"each of {', '.join(map(str, ranges))}" if ranges else "each range"
+    along = "random" if is_random else "vectors"
     progress(Step(note=(
         f"{along}, {', '.join(arguments)}: {settings.points**2:,} points of {settings.num:,} draws "
         f"from {images.source} ({split}), for all timesteps and {spans}"
@@ -85,412 +98,396 @@ def analyze_landscape(
     if dry_run:
         return Analysis(output, facts={"dry_run": True})
 
-    from deme_cli.analysis.draws import identity_of, open_images
-    from deme_cli.analysis.plane import read_models, vectors_basis
+    from deme_cli.analysis.draws import INTERVALS, open_images, open_models, spread_draws
     from deme_cli.diffusion.denoiser import choose_device
-    from deme_cli.diffusion.schedule import read_schedule
 
-    frozen = run.pipeline(pipeline)
-    opened = read_models(arguments, pipeline=frozen)
-    basis = None if len(named) == 1 else vectors_basis(opened)
-    record, examples = open_images(
-        opened[0].record, images, run, split=split, model=named[0], output=output,
-        pipeline=pipeline, device=device, progress=progress,
+    opened = open_models(arguments, pipeline=run.pipeline(pipeline))
+    origin = opened[0]
+    groups = [TimestepRange(0, origin.record.num_train_timesteps)]
+    groups += ranges or ranges_of(run, records, num_ranges, len(groups[0]))
+    examples, data, seen = open_images(
+        origin.record, images, run, split=split, beside=output.parent, pipeline=pipeline,
+        device=device, progress=progress,
     )  # fmt: skip
-    schedule = read_schedule(record.scheduler_config, named[0])
-    whole = TimestepRange(0, record.num_train_timesteps)
-    groups = [whole, *(ranges or _ranges(run, arguments, num_ranges, len(whole)))]
-    axes = axes_of(None if basis is None else basis.coordinates, settings)
-    identity = {
-        "models": [model.record.fingerprint for model in opened], "spanning models": len(named),
-        **identity_of(record, examples), "split": split, "along": along,
-        "points": settings.points, "span": settings.reach(along),
-        "ranges": [str(span) for span in groups[1:]], "num": settings.num,
-        "report_num": settings.report_num, "seed": settings.seed,
+    draws = [
+        spread_draws(
+            examples, origin.schedule, groups[:1], num, seed=settings.seed + i,
+            purpose="landscape", batch_size=settings.batch_size,
+        )
+        for i, num in enumerate((settings.num, settings.report_num))
+    ]  # fmt: skip
+    directions, rows = _plane(opened, arguments, is_random, settings.seed)
+    axes = axes_of([row["coordinates"] for row in rows], settings)
+    protocol = {
+        "along": along, "spanning": len(named), "data": data,
+        "models": {row["name"]: row["fingerprint"] for row in rows},
+        "points": settings.points, "span": settings.span, "num": settings.num,
+        "seed": settings.seed, "report_num": settings.report_num, "intervals": INTERVALS,
     }  # fmt: skip
-    with Unfinished(output, identity, force=force) as kept:
-        measured = _Measured(examples, schedule, settings, groups)
-        plane = functools.cache(
-            lambda: _plane(opened, basis, settings.seed, str(choose_device(device)), frozen)
-        )
-        measured.fill(opened, plane, axes, kept, progress)
-        result = measured.summary(opened, basis, axes, kept.arrays)
-        protocol = _protocol(opened, len(named), split, settings, examples)
-        return _written(kept, opened, basis, axes, result, protocol)
-
-
-def _along(num_models: int, *, has_marks: bool) -> str:
-    """What makes the plane of so many models. Raises ConfigError where they make none."""
-    if num_models not in (1, 3):
-        raise ConfigError(
-            f"{num_models} models given: expected one, for random directions, or three: the origin "
-            f"and two finetuned from it"
-        )
-    if has_marks and num_models == 1:
-        raise ConfigError("--mark: models are marked on the plane of three models, not on random")
-    return "random" if num_models == 1 else "vectors"
-
-
-def _ranges(
-    run: RunFile, arguments: Sequence[str], n: int | None, num_train_timesteps: int
-) -> list[TimestepRange]:
-    """The ranges told apart: `n` equal ones, else those of the split, else the experts' own.
-
-    A split that lacks the range of one of the experts is not theirs. Raises ConfigError where one
-    reaches past T.
-    """
-    from deme_cli.artifacts import ExpertRecord
-    from deme_cli.evaluation.rows import record_of_file
-
-    if n is not None:
-        return split_uniform(n, num_train_timesteps)
-    records = [record_of_file(argument) for argument in arguments]
-    own = {record.timesteps for record in records if isinstance(record, ExpertRecord)}
-    parts = {span for span in own if len(span) < num_train_timesteps}
-    settings = run.settings(SplitConfig)
-    split = settings.timestep_ranges
-    ranges = list(split) if split and parts <= set(split) else sorted(parts)
-    ranges = ranges or split_uniform(settings.n, num_train_timesteps)
-    if past := next((span for span in ranges if span.stop > num_train_timesteps), None):
-        raise ConfigError(
-            f"[split] ranges: {past} reaches past the {num_train_timesteps} timesteps of this "
-            f"model; correct deme.toml, or give -n"
-        )
-    return ranges
-
-
-def axes_of(coordinates: np.ndarray | None, settings: LandscapeConfig) -> list[np.ndarray]:
-    """The coordinates of the points along each axis, in rising order, 0 among them.
-
-    coordinates: (N, 2) of the models besides the origin, all inside; None on a random plane.
-    """
-    points = settings.points
-    if coordinates is None:
-        reach = settings.reach("random")
-        return [_axis(-reach, reach, points)] * 2
-    low, high = np.minimum(coordinates.min(axis=0), 0), np.maximum(coordinates.max(axis=0), 0)
-    margin = settings.reach("vectors") * (high - low).max()
-    return [_axis(a - margin, b + margin, points) for a, b in zip(low, high, strict=True)]
-
-
-def _axis(low: float, high: float, points: int) -> np.ndarray:
-    """Evenly spaced values of which one is 0, from `low` < 0 or below to `high` > 0 or above."""
-    zero = int(np.clip(round(-low / (high - low) * (points - 1)), 1, points - 2))
-    step = max(-low / zero, high / (points - 1 - zero))
-    return (np.arange(points) - zero) * step
-
-
-def held_out_loss(
-    examples: Examples, schedule: Schedule, settings: LandscapeConfig, *, fresh: bool
-) -> HeldOutLoss:
-    """The draws of every point, or the fresh ones: draw i from (seed, i), t stratified over [0, T).
-
-    The fresh ones are those of seed + 1.
-    """
-    from deme_cli.config import MergeConfig
-    from deme_cli.merging.objectives import HeldOutLoss
-    from deme_cli.sampling.sampler import seeded_noise
-
-    num, seed = settings.num, settings.seed
-    if fresh:
-        num, seed = settings.report_num, settings.seed + 1
-    config = MergeConfig(num=num, seed=seed, batch_size=settings.batch_size)
-    loss = HeldOutLoss(examples, schedule, config)
-    if not fresh:  # asked for at every point: the noise is drawn once
-        eps = seeded_noise(seed, examples.shape, range(num))
-        loss.draws = replace(loss.draws, noise=eps.__getitem__)
-    return loss
+    plane = Plane(origin.network.to(choose_device(device)), directions)
+    total = settings.points**2 + 1 + len(rows) + len(groups)
+    with keeping(
+        output, {**protocol, **seen, "groups": groups}, label="landscape", unit="point",
+        total=total, progress=progress, force=force,
+    ) as kept:  # fmt: skip
+        networks = [denoiser.network for denoiser in opened]
+        result = _measure(plane, networks, rows, axes, groups, draws, kept)
+        return _written(output, axes, result, protocol)
 
 
 def _plane(
-    models: Sequence[WeightsOf], basis: Basis | None, seed: int, device: str, pipeline: str | None
-) -> Plane:
-    from deme_cli.analysis.plane import Plane, mixed_directions, open_origin, random_direction
-
-    denoiser = open_origin(models[0], device=device, pipeline=pipeline)
-    network = denoiser.network
-    if basis is not None:
-        return Plane(network, mixed_directions(network, models[1:], basis.mixing))
-    drawn = [random_direction(network.state_dict(), seed, axis) for axis in (0, 1)]
-    moved = [{name: one.to(denoiser.device) for name, one in d.items()} for d in drawn]
-    return Plane(network, moved)
-
-
-class Groups:
-    """The draws of a loss by the range of their time.
-
-    Raises ConfigError where a range has fewer than two draws.
-    """
-
-    def __init__(self, spans: Spans, loss: HeldOutLoss) -> None:
-        self.images = loss.draws.images.numpy()
-        self.masks = np.array([loss.draws_in(span).numpy() for span in spans])  # (G, n)
-        for span, mask in zip(spans, self.masks, strict=True):
-            if mask.sum() < 2:
-                raise ConfigError(
-                    f"timesteps {span} have {mask.sum()} of {len(mask)} draws; raise --num and "
-                    f"--report-num, or tell fewer ranges apart"
-                )
-
-    def means(self, values: np.ndarray) -> np.ndarray:
-        """The mean of each group: (n,) -> (G,); nan where it is not finite."""
-        with np.errstate(invalid="ignore", over="ignore"):
-            means = np.array([values[mask].mean() for mask in self.masks])
-        return np.where(np.isfinite(means), means, np.nan)
-
-    def intervals(self, values: np.ndarray) -> np.ndarray:
-        """Half the 95 % interval of each mean over images: (n,) -> (G,)."""
-        from deme_cli.analysis.draws import estimate
-
-        return np.array([estimate(values[mask], self.images[mask]).half for mask in self.masks])
-
-
-class _Measured:
-    """The errors at the points of a plane, and what they say.
-
-    Arrays by name: `grid` (points, G) means over the fixed draws; on fresh draws, each error,
-    `probes` (the origin, two points on each axis beside it, the other models) and `picked`.
-    """
-
-    def __init__(
-        self, examples: Examples, schedule: Schedule, settings: LandscapeConfig, groups: Spans
-    ) -> None:
-        self.settings, self.groups = settings, groups
-        self.losses = [held_out_loss(examples, schedule, settings, fresh=f) for f in (False, True)]
-        self.of_grid, self.of_fresh = (Groups(groups, loss) for loss in self.losses)
-
-    def fill(
-        self, models: Sequence[WeightsOf], plane: Callable[[], Plane], axes: Sequence[np.ndarray],
-        kept: Unfinished, progress: Progress,
-    ) -> None:  # fmt: skip
-        """Measure what is missing. Raises NumericsError where the origin's loss is not finite."""
-        grid = [(float(x), float(y)) for x in axes[0] for y in axes[1]]
-        probes: list[tuple[float, ...] | WeightsOf] = [(0.0, 0.0)]
-        for axis in (0, 1):
-            for side in (-1, 1):
-                step = side * self._stencil(axes[axis])
-                probes.append((step, 0.0) if axis == 0 else (0.0, step))
-        probes += models[1:]
-        total = len(probes) + len(grid) + 1 + len(self.groups)
-        done = sum(int((rows[:, 0] != _UNMEASURED).sum()) for rows in kept.arrays.values())
-        note = f"continuing after {done} points" if done else kept.note
-        progress(Step(done, total, "landscape", "point", note))
-
-        def measure(name: str, spots: Sequence[Any], *, fresh: bool = True) -> np.ndarray:
-            nonlocal done
-            width = self.settings.report_num if fresh else len(self.groups)
-            empty = np.full((len(spots), width), _UNMEASURED)
-            rows = kept.arrays.setdefault(name, empty)
-            for row, spot in zip(rows, spots, strict=True):
-                if row[0] != _UNMEASURED:
-                    continue
-                check = kept.checker(f"{done} of {total} points")
-                check()
-                if isinstance(spot, tuple):
-                    plane().put(spot)
-                else:
-                    plane().put_model(spot.weights)
-                network, draws = plane().network, self.losses[fresh].draws
-                errors = draws.errors(network, check=check).numpy()
-                errors = np.where(np.isfinite(errors), errors, np.nan)
-                row[:] = errors if fresh else self.of_grid.means(errors)
-                done += 1
-                progress(Step(done, total, "landscape", "point"))
-            return rows
-
-        self._require_finite(models[0], self.of_fresh.means(measure("probes", probes)[0]))
-        losses = measure("grid", grid, fresh=False)
-        self._require_finite(models[0], losses[grid.index((0.0, 0.0))])
-        measure("picked", [grid[index] for index in self._picked(losses, grid)])
-
-    def _picked(self, losses: np.ndarray, grid: Sequence[tuple[float, ...]]) -> list[int]:
-        """The origin, then the lowest point of each group that is not among them."""
-        lowest = [int(np.nanargmin(column)) for column in losses.T]
-        return list(dict.fromkeys([grid.index((0.0, 0.0)), *lowest]))
-
-    def _stencil(self, axis: np.ndarray) -> float:
-        return _STENCIL * float(axis[1] - axis[0])
-
-    def _require_finite(self, origin: WeightsOf, losses: np.ndarray) -> None:
-        for span, loss in zip(self.groups, losses, strict=True):
-            if not np.isfinite(loss):
-                raise NumericsError(
-                    f"{origin.argument}: the loss of timesteps {span} is not finite; the model's "
-                    f"weights are broken"
-                )
-
-    def summary(
-        self, models: Sequence[WeightsOf], basis: Basis | None, axes: Sequence[np.ndarray],
-        arrays: dict[str, np.ndarray],
-    ) -> dict[str, Any]:  # fmt: skip
-        """What the errors say, a row per group or model; losses (points, points) of each group."""
-        losses = arrays["grid"].T.reshape(-1, *map(len, axes))
-        probes, spans = arrays["probes"], [str(span) for span in self.groups]
-        return {
-            "origin": self._origin(axes, probes),
-            "lowest": self._lowest(axes, arrays),
-            "models": self._models(models, basis, probes),
-            "losses": [
-                {"timesteps": span, "loss": loss} for span, loss in zip(spans, losses, strict=True)
-            ],
-        }
-
-    def _origin(self, axes: Sequence[np.ndarray], probes: np.ndarray) -> list[dict[str, Any]]:
-        """The loss and its slopes per unit of an axis, by central differences; steepness in per
-        cent of the loss per unit."""
-        fresh = self.of_fresh
-        per_draw = [  # (n,) each
-            (probes[2 + 2 * k] - probes[1 + 2 * k]) / (2 * self._stencil(axes[k])) for k in (0, 1)
-        ]
-        slopes = np.stack([fresh.means(one) for one in per_draw], axis=1)  # (G, 2)
-        intervals = np.stack([fresh.intervals(one) for one in per_draw], axis=1)
-        lengths, origin = np.linalg.norm(slopes, axis=1), fresh.means(probes[0])
-        units = slopes / np.where(lengths > 0, lengths, 1)[:, None]
-        along = [fresh.intervals(unit @ np.array(per_draw))[g] for g, unit in enumerate(units)]
-        return [
-            {
-                "timesteps": str(span), "draws": int(mask.sum()), "loss": float(loss),
-                "slope": slopes[g], "slope_interval": intervals[g],
-                "slope_percent": float(100 / loss * lengths[g]),
-                "slope_percent_interval": float(100 / loss * along[g]),
-            }
-            for g, (span, mask, loss) in enumerate(
-                zip(self.groups, fresh.masks, origin, strict=True)
-            )
-        ]  # fmt: skip
-
-    def _lowest(
-        self, axes: Sequence[np.ndarray], arrays: dict[str, np.ndarray]
-    ) -> list[dict[str, Any]]:
-        """The lowest point of each group, and its difference to the origin on fresh draws."""
-        grid = [(float(x), float(y)) for x in axes[0] for y in axes[1]]
-        picked, fresh = self._picked(arrays["grid"], grid), self.of_fresh
-        rows = []
-        for g, (span, column) in enumerate(zip(self.groups, arrays["grid"].T, strict=True)):
-            index = int(np.nanargmin(column))
-            reference, errors = arrays["picked"][0], arrays["picked"][picked.index(index)]
-            difference = float(fresh.means(errors - reference)[g])
-            interval = float(fresh.intervals(errors - reference)[g])
-            origin, place = float(fresh.means(reference)[g]), divmod(index, len(axes[1]))
-            is_at_edge = any(i in (0, len(axis) - 1) for i, axis in zip(place, axes, strict=True))
-            rows.append({
-                "timesteps": str(span), "coordinates": list(grid[index]),
-                "loss": float(column[index]), "at_edge": is_at_edge, "difference": difference,
-                "interval": interval, "percent": 100 * difference / origin,
-                "percent_interval": 100 * interval / origin,
-            })  # fmt: skip
-        return rows
-
-    def _models(
-        self, models: Sequence[WeightsOf], basis: Basis | None, probes: np.ndarray
-    ) -> list[dict[str, Any]]:
-        """Each model's place, its L2 distance from there, and its own losses by group."""
-        fresh = self.of_fresh
-        losses = fresh.means(probes[0])
-        rows = []
-        for i, model in enumerate(models):
-            errors = probes[0] if i == 0 else probes[len(probes) - len(models) + i]
-            place, distance = [0.0, 0.0], 0.0
-            if i and basis is not None:
-                place, distance = basis.coordinates[i - 1].tolist(), float(basis.distances[i - 1])
-            percent, interval = (
-                100 * of(errors - probes[0]) / losses if i else np.zeros(len(losses))
-                for of in (fresh.means, fresh.intervals)
-            )
-            rows.append({
-                "name": model.name, "coordinates": place, "distance_from_landscape": distance,
-                "losses": fresh.means(errors), "percent": percent, "percent_interval": interval,
-            })  # fmt: skip
-        return rows
-
-
-def _protocol(
-    models: Sequence[WeightsOf], num_spanning: int, split: str, settings: LandscapeConfig,
-    examples: Examples,
-) -> dict[str, Any]:  # fmt: skip
-    along = _along(num_spanning, has_marks=False)
-    return {
-        "along": along, "spanning": num_spanning,
-        "models": [
-            {"source": model.argument, "kind": model.record.kind,
-             "fingerprint": model.record.fingerprint}
-            for model in models
-        ],
-        "data": {"source": examples.source, "fingerprint": examples.fingerprint},
-        "image_shape": list(examples.image_shape), "split": split, "points": settings.points,
-        "span": settings.reach(along), "num": settings.num, "seed": settings.seed,
-        "report_num": settings.report_num, "report_seed": settings.seed + 1,
-        "intervals": "95 %, over images (draws of one image are a cluster)",
-    }  # fmt: skip
-
-
-def _written(
-    kept: Unfinished, models: Sequence[WeightsOf], basis: Basis | None,
-    axes: Sequence[np.ndarray], result: dict[str, Any], protocol: dict[str, Any],
-) -> Analysis:  # fmt: skip
-    labels = _axis_labels(models, protocol["along"])
-    place = _place(models, protocol["along"])
-    document = {
-        "reading": _headline(place, result), "protocol": protocol,
-        "axes": [
-            {"label": label.replace("\n", " "), "values": axis.tolist()}
-            for label, axis in zip(labels, axes, strict=True)
-        ],
-        "geometry": _geometry(models[0], basis, protocol["seed"]), **result,
-    }  # fmt: skip
-    foot = (
-        f"{protocol['data']['source']} ({protocol['split']}), {protocol['num']:,} draws, the same "
-        f"at all {protocol['points'] ** 2:,} points; numbers: {protocol['report_num']:,} fresh "
-        f"draws, ± 95 % over images; seed {protocol['seed']}"
-    )
-    drawn = draw_landscape(result, axes, labels, title=f"Denoising loss {place}", foot=foot)
-    return write_analysis(
-        kept, drawn, document_bytes("landscape", document),
-        shown=("reading", "origin", "lowest", "models"),
-        columns=["timesteps", "loss at origin", "slope there, %", "lowest point, %", "at"],
-        rows=_table(result),
-    )  # fmt: skip
-
-
-def _geometry(origin: WeightsOf, basis: Basis | None, seed: int) -> dict[str, Any]:
-    from deme_cli.analysis.plane import cosine, random_direction
-
-    if basis is not None:
-        return {"explained": basis.shares}
-    return {"cosine": cosine(*(random_direction(origin.weights, seed, i) for i in (0, 1)))}
-
-
-def _place(models: Sequence[WeightsOf], along: str) -> str:
-    names = [shorten(model.name, 24) for model in models]
-    if along == "random":
-        return f"on a random plane through {names[0]}"
-    return f"on the plane of {names[0]}, {names[1]} and {names[2]}"
-
-
-def _axis_labels(models: Sequence[WeightsOf], along: str) -> list[str]:
-    """What lies along each axis, with its unit."""
-    if along == "random":
-        return [f"random direction {i}\n(1: as long as the weights)" for i in (1, 2)]
-    origin, first, second = (shorten(model.name, 20) for model in models[:3])
-    return [
-        f"L2 distance along {first} - {origin}", f"L2 distance, what {second} - {origin} adds"
+    opened: Sequence[Denoiser], arguments: Sequence[str], is_random: bool, seed: int
+) -> tuple[list[Weights], list[Row]]:
+    """The directions; of each model its name, its place on the plane and how far off it that is."""
+    stems = [Path(argument).stem for argument in arguments]
+    names = stems if len(set(stems)) == len(stems) else arguments
+    origin, *others = (one.network.state_dict() for one in opened)
+    vectors = [task_vector(origin, other) for other in others]
+    if is_random:
+        directions = [random_direction(origin, seed, axis) for axis in (0, 1)]
+    else:
+        directions = spanned(vectors[0], vectors[1], names)
+    places = [((0.0, 0.0), 0.0), *(seen_on(directions, vector) for vector in vectors)]
+    return directions, [
+        {"name": name, "source": argument, "fingerprint": one.record.fingerprint,
+         "coordinates": place, "distance_from_landscape": distance}
+        for name, argument, one, (place, distance) in zip(
+            names, arguments, opened, places, strict=True
+        )
     ]  # fmt: skip
 
 
-def _table(result: dict[str, Any]) -> list[list[str]]:
-    lines = []
-    for origin, lowest in zip(result["origin"], result["lowest"], strict=True):
-        where = ", ".join(f"{value:.3g}" for value in lowest["coordinates"])
-        lines.append([
-            origin["timesteps"], f"{origin['loss']:.4g}",
-            percent_of(origin, "slope_percent", sign=False), percent_of(lowest),
-            f"{where}{' (edge)' if lowest['at_edge'] else ''}",
-        ])  # fmt: skip
-    return lines
+def dot(a: Weights, b: Weights) -> float:
+    """Over the names of `a`, in float64."""
+    return sum(float((a[name].double() * b[name].double()).sum()) for name in a)
 
 
-def _headline(place: str, result: dict[str, Any]) -> str:
-    whole, name = result["lowest"][0], result["models"][0]["name"]
-    if not any(whole["coordinates"]):
-        return f"{place} no point has a lower loss over all timesteps than {name}"
-    return f"{place} the lowest loss over all timesteps is {percent_of(whole)} % of that of {name}"
+def task_vector(origin: Weights, model: Weights) -> Weights:
+    """theta_i - theta_0 in float32, of what can be moved."""
+    floats = (name for name, theta in origin.items() if theta.is_floating_point())
+    return {name: model[name].float() - origin[name].float() for name in floats}
+
+
+def spanned(tau: Weights, other: Weights, names: Sequence[str]) -> list[Weights]:
+    """An orthonormal basis of the plane of two task vectors, the first direction along `tau`.
+
+    Raises ArtifactError where they are parallel or one is zero; `names`: of origin and both.
+    """
+    squares, product = (dot(tau, tau), dot(other, other)), dot(tau, other)
+    for name, square in zip(names[1:], squares, strict=False):
+        if square == 0:
+            raise ArtifactError(
+                f"{name} has the weights of {names[0]}, so there is no direction from one to the "
+                f"other; give another model"
+            )
+    if 1 - product**2 / (squares[0] * squares[1]) < _PARALLEL:
+        raise ArtifactError(
+            f"the task vectors of {names[1]} and {names[2]} span no plane: their cosine is "
+            f"{product / (squares[0] * squares[1]) ** 0.5:.6f}; give two different experts"
+        )
+    rest = {name: one - product / squares[0] * tau[name] for name, one in other.items()}
+    return [
+        {name: one / dot(vector, vector) ** 0.5 for name, one in vector.items()}
+        for vector in (tau, rest)
+    ]
+
+
+def seen_on(directions: Sequence[Weights], tau: Weights) -> tuple[Place, float]:
+    """Where a model lies on a plane of orthonormal directions, and its L2 distance from there."""
+    x, y = (dot(direction, tau) for direction in directions)
+    rest = {n: one - x * directions[0][n] - y * directions[1][n] for n, one in tau.items()}
+    beyond, length = dot(rest, rest), dot(tau, tau)
+    return (x, y), beyond**0.5 if beyond > _ROUNDING * length else 0.0
+
+
+def random_direction(weights: Weights, seed: int, axis: int) -> Weights:
+    """A Gaussian direction, filter-normalised: each filter as long as the model's (Li et al. 2018).
+
+    A filter is a slice along the first dimension of a tensor of two dimensions or more; biases and
+    the scales of norms (one dimension) are not moved. Each tensor has its own seed, made of `seed`,
+    `axis` and its name. Two directions are not made orthogonal: in a space of n dimensions their
+    cosine is about 1 / sqrt(n).
+    """
+    import torch
+
+    from deme_cli.training.batches import derived_generator
+
+    direction = {}
+    for name, theta in weights.items():
+        if theta.is_floating_point() and theta.ndim > 1:
+            generator = derived_generator(seed, "landscape", axis, name)
+            drawn = torch.randn(theta.shape, generator=generator)
+            scale = theta.float().flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
+            direction[name] = drawn * scale.view(-1, *[1] * (theta.ndim - 1))
+    return direction
+
+
+class Plane:
+    """theta_0, which `network` has now, and two directions, in float32 on its device.
+
+    A name that directions lack stays put.
+    """
+
+    def __init__(self, network: nn.Module, directions: Sequence[Weights]) -> None:
+        self.network = network
+        floats = {n: w for n, w in network.state_dict().items() if w.is_floating_point()}
+        self.origin = {name: theta.float().clone() for name, theta in floats.items()}
+        device = next(network.parameters()).device
+        self.directions = [{n: one.to(device) for n, one in d.items()} for d in directions]
+
+    def put(self, coordinates: Sequence[float]) -> None:
+        """Give the network the weights theta(c), summed in float32.
+
+        At c = 0 they are the origin's, bit for bit.
+        """
+        own = self.network.state_dict()
+        for name, theta in self.origin.items():
+            for c, direction in zip(coordinates, self.directions, strict=True):
+                if name in direction:
+                    theta = theta.add(direction[name], alpha=c)
+            own[name].copy_(theta)
+
+
+def axes_of(places: Sequence[Place], settings: LandscapeConfig) -> list[np.ndarray]:
+    """The coordinates of the points along each axis, in rising order, 0 among them.
+
+    places: of the models, the origin first, all of them inside; the origin alone on a random plane.
+    """
+    low, high = np.min(places, axis=0), np.max(places, axis=0)
+    margin = (settings.span or 0.25) * (high - low).max() or settings.span or 0.1
+    axes = []
+    for a, b in zip(low - margin, high + margin, strict=True):
+        zero = int(np.clip(round(-a / (b - a) * (settings.points - 1)), 1, settings.points - 2))
+        step = max(-a / zero, b / (settings.points - 1 - zero))
+        axes.append((np.arange(settings.points) - zero) * step)
+    return axes
+
+
+def _measure(
+    plane: Plane, networks: Sequence[nn.Module], models: Sequence[Row],
+    axes: Sequence[np.ndarray], groups: Sequence[TimestepRange], draws: Sequence[FixedDraws],
+    kept: Kept,
+) -> dict[str, list[Row]]:  # fmt: skip
+    """What the errors say, a row per group or model; `losses` (points, points) of each group.
+
+    Raises NumericsError where the origin's loss is not finite.
+    """
+    import torch
+
+    from deme_cli.analysis.draws import draws_in
+
+    same, fresh = draws
+    masks, fresh_masks = (draws_in(one, groups, least=2) for one in draws)
+    images = fresh.images.numpy()
+    eps = same.noise(torch.arange(len(same.t)))  # asked for at every point
+    same = replace(same, noise=eps.__getitem__)
+
+    def losses_at(place: Place) -> Arrays:
+        plane.put(place)
+        return {"losses": _means(same.errors(plane.network, check=kept.check).numpy(), masks)}
+
+    def fresh_errors(spot: Place | nn.Module) -> Arrays:
+        if isinstance(spot, tuple):
+            plane.put(spot)
+        else:  # a model itself, which may lie off the plane
+            plane.network.load_state_dict(spot.state_dict())
+        return {"errors": fresh.errors(plane.network, check=kept.check).numpy()}
+
+    def again(name: str, spot: Place | nn.Module) -> tuple[np.ndarray, Row]:
+        """The errors (n,) on fresh draws, and by group how much larger they are than `own`."""
+        errors = kept.unit(name, 1, lambda: fresh_errors(spot))["errors"]
+        return errors, _compared(errors, own, fresh_masks, images)
+
+    grid = [(float(x), float(y)) for x in axes[0] for y in axes[1]]
+    zero = grid.index((0.0, 0.0))
+    own = kept.unit(f"fresh {zero}", 1, lambda: fresh_errors(grid[zero]))["errors"]
+    at_origin = _means(own, fresh_masks)
+    for span, loss in zip(groups, at_origin, strict=True):
+        if not np.isfinite(loss):
+            raise NumericsError(
+                f"{models[0]['source']}: the loss of timesteps {span} is not finite; the model's "
+                f"weights are broken"
+            )
+    points = [
+        kept.unit(f"point {index}", 1, functools.partial(losses_at, place))["losses"]
+        for index, place in enumerate(grid)
+    ]  # fmt: skip
+    losses, lowest = np.array(points).T, []
+    for g, (span, column) in enumerate(zip(groups, losses, strict=True)):
+        index = int(np.nanargmin(column))
+        edges = zip(divmod(index, len(axes[1])), axes, strict=True)
+        _, change = again(f"fresh {index}", grid[index])
+        lowest.append({
+            "timesteps": str(span), "coordinates": grid[index], "loss": float(column[index]),
+            "at_edge": any(i in (0, len(axis) - 1) for i, axis in edges),
+            **{name: float(values[g]) for name, values in change.items()},
+        })  # fmt: skip
+    rows = []
+    for i, (model, network) in enumerate(zip(models, networks, strict=True)):
+        errors, change = again(f"model {i}" if i else f"fresh {zero}", network)
+        rows.append({**model, "losses": _means(errors, fresh_masks), **change})
+    spans, surfaces = list(map(str, groups)), losses.reshape(len(groups), *map(len, axes))
+    return {
+        "origin": [{"timesteps": span, "draws": int(mask.sum()), "loss": float(loss)}
+                   for span, mask, loss in zip(spans, fresh_masks, at_origin, strict=True)],
+        "lowest": lowest, "models": rows,
+        "losses": [{"timesteps": span, "loss": surface}
+                   for span, surface in zip(spans, surfaces, strict=True)],
+    }  # fmt: skip
+
+
+def _compared(errors: np.ndarray, own: np.ndarray, masks: np.ndarray, images: np.ndarray) -> Row:
+    """By group (G,) how much larger `errors` (n,) are than the origin's own, with intervals."""
+    from deme_cli.analysis.draws import estimate
+
+    pairs = [estimate((errors - own)[mask], images[mask]) for mask in masks]
+    change, half = 100 * np.array(pairs).T / _means(own, masks)
+    return {"percent": change, "percent_interval": half}
+
+
+def _means(errors: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """The mean of each group: (n,) -> (G,); nan where it is not finite."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        means = np.array([errors[mask].mean() for mask in masks])
+    return np.where(np.isfinite(means), means, np.nan)
+
+
+def _written(
+    output: Path, axes: Sequence[np.ndarray], result: dict[str, list[Row]],
+    protocol: dict[str, Any],
+) -> Analysis:  # fmt: skip
+    names = [shorten(model["name"], 20) for model in result["models"]]
+    if protocol["along"] == "random":
+        place = f"on a random plane through {names[0]}"
+        labels = [f"random direction {i} (1: as long as the weights)" for i in (1, 2)]
+    else:
+        place = f"on the plane of {names[0]}, {names[1]} and {names[2]}"
+        labels = [
+            f"L2 distance along {names[1]} - {names[0]}", f"L2 distance, what {names[2]} adds"
+        ]  # fmt: skip
+    lowest = result["lowest"][0]
+    reading = f"{place} no point has a lower loss over all timesteps than {names[0]}"
+    if any(lowest["coordinates"]):
+        reading = f"{place} the lowest loss over all timesteps is {_percent(lowest)} % off that of "
+        reading += names[0]
+    described = [{"label": x, "values": axis} for x, axis in zip(labels, axes, strict=True)]
+    data = protocol["data"]
+    foot = (
+        f"{data['source']} ({data['split']}), {protocol['num']:,} draws, "
+        f"the same at all {protocol['points'] ** 2:,} points; numbers: {protocol['report_num']:,} "
+        f"fresh draws, ± 95 % over images; seed {protocol['seed']}"
+    )
+    rows = [
+        [origin["timesteps"], f"{origin['loss']:.4g}", _percent(lowest),
+         ", ".join(f"{value:.3g}" for value in lowest["coordinates"])
+         + " (edge)" * lowest["at_edge"]]
+        for origin, lowest in zip(result["origin"], result["lowest"], strict=True)
+    ]  # fmt: skip
+    return write_analysis(
+        output, "landscape",
+        {"reading": reading, "protocol": protocol, "axes": described, **result},
+        draw_landscape(result, axes, labels, title=f"Denoising loss {place}", foot=foot),
+        shown=("origin", "lowest", "models"), rows=rows,
+        columns=["timesteps", "loss at origin", "lowest point, %", "at"],
+    )  # fmt: skip
+
+
+def _percent(row: Row) -> str:
+    """As `-1.9 ± 0.3`."""
+    value, interval = row["percent"], row["percent_interval"]
+    digits = decimals([interval], 2) if interval else decimals([value], 4)
+    return f"{signed(value, digits)} ± {fixed(interval, digits)}"
+
+
+def draw_landscape(
+    result: dict[str, list[Row]], axes: Sequence[np.ndarray], labels: Sequence[str], *, title: str,
+    foot: str,
+) -> bytes:  # fmt: skip
+    """Contours of the loss against the origin's: a panel for all timesteps and one per range.
+
+    One scale of colours: blue is better than the origin, red is worse, in steps that grow 1, 2, 5,
+    10, so that the shape shows near the origin and far from it; the thick line joins the points
+    that are as good.
+    """
+    losses = np.array([row["loss"] for row in result["losses"]])
+    row, column = (int(np.flatnonzero(axis == 0)[0]) for axis in axes)
+    percent = 100 * (losses / losses[:, row, column][:, None, None] - 1)
+    levels, count = contour_levels(percent), len(losses)
+    columns = math.ceil(math.sqrt(count + 1))  # one place for the legend
+    rows = math.ceil((count + 1) / columns)
+    ratio = np.ptp(axes[0]) / np.ptp(axes[1])
+    width, height = 2.75 * min(1, max(ratio, 0.72)), 2.75 * min(1, max(1 / ratio, 0.6))
+
+    def draw(figure: Figure) -> None:
+        sheet = figure.subfigures(squeeze=False)[0, 0]  # whose labels are one for all panels
+        sheet.supxlabel(labels[0], fontsize=8.5)
+        sheet.supylabel(labels[1], fontsize=8.5)
+        panels = sheet.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for g, (panel, lowest) in enumerate(zip(panels, result["lowest"], strict=False)):
+            filled = _contours(panel, axes, percent[g].T, levels)
+            _mark(panel, result["models"], lowest["coordinates"])
+            told = f"{_percent(lowest)} %" if any(lowest["coordinates"]) else "the origin"
+            name = f"timesteps {lowest['timesteps']}" if g else "all timesteps"
+            edge = ", at the edge" * lowest["at_edge"]
+            panel.set_title(f"{name}\nlowest: {told}{edge}", fontsize=8)
+            panel.tick_params(labelbottom=True)
+        for panel in panels[count:]:
+            panel.set_axis_off()
+        note = "thick line: as good as the origin\nblue: better, red: worse"
+        note += "\ngrey: not finite" * bool(np.isnan(losses).any())
+        panels[count].legend(
+            *panels[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=8,
+            title=note, title_fontsize=8,
+        )  # fmt: skip
+        bar = sheet.colorbar(filled, ax=panels, ticks=levels, fraction=0.05, pad=0.015, aspect=32)
+        shown = [f"{level:+g}" if level else "0" for level in levels]
+        bar.ax.set_yticks(levels, shown, fontsize=7.5)
+        bar.ax.minorticks_off()
+        bar.set_label("denoising loss against the origin's, %", fontsize=8.5)
+
+    size = (width * columns + 1.9, (height + 0.8) * rows + 1.0)
+    return render(draw, size=size, title=title, foot=foot)
+
+
+def contour_levels(percent: np.ndarray) -> np.ndarray:
+    """Levels in per cent, symmetric around 0, in steps of 1, 2, 5, 10 up to what nine in ten points
+    reach.  percent: (G, points, points), nan where not finite"""
+    top = max(float(np.nanquantile(np.abs(percent), 0.9)), 1e-5)
+    exponents = range(math.floor(math.log10(top)) - 3, math.ceil(math.log10(top)) + 1)
+    steps = np.array([mantissa * 10.0**e for e in exponents for mantissa in (1, 2, 5)])
+    positive = steps[(steps > top / 300) & (steps < 2 * top)]
+    return np.concatenate([-positive[::-1], [0.0], positive])
+
+
+def _contours(
+    panel: Axes, axes: Sequence[np.ndarray], percent: np.ndarray, levels: np.ndarray
+) -> Any:
+    from matplotlib.colors import BoundaryNorm
+
+    norm, values = BoundaryNorm(levels, 256, extend="both"), np.ma.masked_invalid(percent)
+    panel.set_facecolor("0.8")  # where the loss is not finite
+    filled = panel.contourf(*axes, values, levels, cmap=DIVERGING, norm=norm, extend="both")
+    lines = levels[(levels > values.min()) & (levels < values.max())]
+    if len(lines):
+        widths = np.where(lines == 0, 1.3, 0.45)
+        panel.contour(*axes, values, lines, colors="0.15", linewidths=widths, linestyles="solid")
+    panel.set_aspect("equal")
+    panel.set(xlim=axes[0][[0, -1]], ylim=axes[1][[0, -1]])
+    return filled
+
+
+def _mark(panel: Axes, models: Sequence[Row], lowest: Sequence[float]) -> None:
+    """The origin, the other models where they lie, the lowest point of this panel."""
+    style: dict[str, Any] = {"edgecolors": BLACK, "linewidths": 0.9, "zorder": 5, "clip_on": False}
+    name = f"{shorten(models[0]['name'], 18)} (origin)"
+    panel.scatter(0, 0, s=42, c="white", marker="o", label=name, **style)
+    for number, row in enumerate(models[1:]):
+        color, name = color_of(number), shorten(row["name"], 18)
+        look = {**style, "c": color, "marker": _MARKERS[number % len(_MARKERS)]}
+        if row["distance_from_landscape"]:
+            name += f", {row['distance_from_landscape']:.2g} off the plane"
+            look |= {"c": "white", "edgecolors": color, "linewidths": 1.6}
+        x, y = row["coordinates"]
+        panel.scatter(x, y, s=40, label=name, **look)
+    x, y = lowest
+    panel.scatter(x, y, s=110, c="#F0E442", marker="*", label="lowest point", **style)

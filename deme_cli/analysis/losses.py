@@ -4,23 +4,22 @@
 draws, so the difference of two of them is paired draw by draw; the ensemble's error at a draw is
 that of the expert whose range holds its timestep (Eq. 7), and costs no forward of its own.
 The loss is that of the network's own target (eps, x_0, v or a velocity).
-k models, m draws in all.
+m draws in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from deme_cli.analysis.figure import (
     BASE,
-    DIVERGING,
+    EDGE,
     ENSEMBLE,
-    LINE,
     MERGED,
     OTHER,
     color_of,
@@ -30,67 +29,61 @@ from deme_cli.analysis.figure import (
 )
 from deme_cli.analysis.result import (
     Analysis,
-    Unfinished,
-    check_images,
-    check_output,
-    document_bytes,
+    Kept,
+    check_inputs,
+    keeping,
+    ranges_of,
     write_analysis,
 )
 from deme_cli.analysis.settings import LossConfig, bucket_ranges
-from deme_cli.config import DataConfig, SplitConfig
+from deme_cli.artifacts import DenoiserRecord, ExpertRecord
+from deme_cli.config import DataConfig
 from deme_cli.console import Progress, Step, plain, signed, silent
-from deme_cli.errors import ConfigError, NumericsError
+from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
 from deme_cli.run_file import RunFile
-from deme_cli.timesteps import TimestepRange, require_cover, route, split_uniform
+from deme_cli.timesteps import TimestepRange, parse_span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from deme_cli.analysis.models import Model
+    from deme_cli.diffusion.denoiser import Denoiser
+    from deme_cli.sampling.ensemble import Member
     from deme_cli.training.batches import FixedDraws
 
-_BATCHES = 8  # between two looks at the clock
+_BATCHES = 8  # that are kept as one
 _NAME = 18  # characters of a model's name in the picture
 _NEAR = 5.0  # per cent up to which the axis of changes is linear, beyond it logarithmic
 _FAR = 1.5  # of what is followed, where that axis ends
-_TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
-Ranges = Sequence[TimestepRange]
+_TICKS = np.array([1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000])
+Row = dict[str, Any]
 
 
 def analyze_losses(
-    models: Sequence[str | Path] = (),
-    settings: LossConfig | None = None,
-    *,
-    images: DataConfig | None = None,
-    split: str = "held-out",
-    num_ranges: int | None = None,
-    output: Path = Path("losses.json"),
-    run: RunFile | None = None, pipeline: str | None = None, device: str = "auto",
-    dtype: str = "fp32", force: bool = False, dry_run: bool = False, progress: Progress = silent,
+    models: Sequence[str | Path] = (), settings: LossConfig | None = None, *,
+    images: DataConfig | None = None, split: str = "held-out", num_ranges: int | None = None,
+    output: Path = Path("losses.json"), run: RunFile | None = None, pipeline: str | None = None,
+    device: str = "auto", dtype: str = "fp32", force: bool = False, dry_run: bool = False,
+    progress: Progress = silent,
 ) -> Analysis:  # fmt: skip
     """Measure the denoising loss of each model against the timestep, all on the same draws.
 
     models: artifacts, diffusers folders or hub ids; the others are compared with the first, experts
     that cover all timesteps also act together. None: base, experts and merged of the run's folder.
     images: those of `run` if None.   split: train or held-out.   num_ranges: equal ranges to sum up
-    over; None for those of the experts, else of `run`.   progress: is told how far it is.
+    over; None for those of `run` or of the experts.   progress: is told how far it is.
 
-    Writes `output` and the pictures beside it, .png and .svg. With `dry_run` all is checked and
-    told, and nothing is measured. Raises ConfigError, MissingError or ArtifactError before anything
-    is measured, NumericsError, Stopped after a signal; then what was measured is kept.
+    Writes `output` and the picture beside it, .png. With `dry_run` all is checked and told, and
+    nothing is measured. Raises ConfigError, MissingError or ArtifactError before anything is
+    measured, NumericsError, Stopped after a signal; then what was measured is kept.
     """
     run, settings = run or RunFile(), settings or LossConfig()
-    check_output(output, force=force)
-    images = check_images(images, run, split=split)
-
-    from deme_cli.analysis.models import folder_models, open_models
-
-    named = [str(model) for model in models] or folder_models(run.base)
-    opened = open_models(named, pipeline=run.pipeline(pipeline), device=device, dtype=dtype)
-    record, whole = opened[0].records[0], opened[0].records[0].num_train_timesteps
-    buckets = bucket_ranges(settings.buckets, whole)
-    ranges = _ranges(run, opened, num_ranges, whole)
+    images = check_inputs(output, images, run, split=split, force=force)
+    named = [str(model) for model in models] or _folder_models(run.base)
+    opened = _open_models(named, pipeline=run.pipeline(pipeline), device=device, dtype=dtype)
+    record, records = opened[0].record, [model.record for model in opened]
+    buckets = bucket_ranges(settings.buckets, record.num_train_timesteps)
+    ranges = ranges_of(run, records, num_ranges, record.num_train_timesteps)
     progress(Step(note=(
         f"{', '.join(model.name for model in opened)}: {settings.buckets * settings.num:,} draws "
         f"each from {images.source} ({split})"
@@ -98,163 +91,181 @@ def analyze_losses(
     if dry_run:
         return Analysis(output, facts={"dry_run": True})
 
-    from deme_cli.analysis.draws import INTERVALS, identity_of, open_images, spread_draws
+    from deme_cli.analysis.draws import INTERVALS, draws_in, open_images, spread_draws
     from deme_cli.diffusion.schedule import read_schedule
 
-    record, examples = open_images(
-        record, images, run, split=split, model="", output=output, pipeline=pipeline,
-        device=device, progress=progress,
+    examples, data, seen = open_images(
+        record, images, run, split=split, beside=output.parent, pipeline=pipeline, device=device,
+        progress=progress,
     )  # fmt: skip
     draws = spread_draws(
         examples, read_schedule(record.scheduler_config), buckets, settings.num,
         seed=settings.seed, purpose="losses", batch_size=settings.batch_size,
     )  # fmt: skip
-    times = draws.schedule.times(draws.t).tolist()
-    _require_draws(ranges, times, whole)
-    identity = {
-        "models": [model.fingerprints for model in opened], **identity_of(record, examples),
-        "split": split, "buckets": settings.buckets, "num": settings.num,
-        "batch size": settings.batch_size, "seed": settings.seed, "dtype": dtype,
+    inside, clusters = draws_in(draws, ranges), draws.images.numpy()
+    prints = {model.name: model.fingerprints for model in opened}
+    protocol = {
+        "models": prints, "data": data, "images": len(np.unique(clusters)),
+        "buckets": settings.buckets, "num": settings.num, "seed": settings.seed, "dtype": dtype,
+        "intervals": INTERVALS,
     }  # fmt: skip
-    with Unfinished(output, identity, force=force) as kept:
-        errors = _measure(opened, draws, kept, progress)
-        clusters = draws.images.numpy()
-        rows = _rows(opened, errors, ranges, times, clusters, settings.num)
-        num_images = len(np.unique(clusters))
-        protocol = {
-            "models": {model.name: model.fingerprints for model in opened},
-            "data": {"source": examples.source, "fingerprint": examples.fingerprint,
-                     "split": split},
-            "images": num_images, "buckets": settings.buckets, "num": settings.num,
-            "seed": settings.seed, "dtype": dtype, "intervals": INTERVALS,
-        }  # fmt: skip
+    identity = {**protocol, **seen, "batch_size": settings.batch_size}
+    total = len(draws.t) * sum(model.load is not None for model in opened)
+    with keeping(
+        output, identity, label="losses", unit="draw", total=total, progress=progress, force=force
+    ) as kept:
+        errors = _measure(opened, draws, kept)
+        rows = _rows(opened, errors, inside, clusters, settings.num)
+        foot = f"{settings.num} draws per bucket from {protocol['images']} images of "
+        foot += f"{examples.source} ({split}), the same for all"
         document = {
             "reading": _headline(rows), "protocol": protocol, "ranges": list(map(str, ranges)),
             "buckets": list(map(str, buckets)), "models": rows,
         }  # fmt: skip
-        foot = f"{settings.num} draws per bucket from {num_images} images of {examples.source}"
-        drawn = draw_losses(rows, buckets, ranges, foot=f"{foot} ({split}), the same for all")
         return write_analysis(
-            kept, drawn, document_bytes("losses", document), shown=("reading", "models"),
-            columns=["model", "loss", "change, %", *(f"in {span}" for span in ranges)],
+            output, "losses", document, draw_losses(rows, buckets, ranges, foot=foot),
+            shown=["models"], columns=["model", "loss", "change, %", *map(str, ranges)],
             rows=_table(rows),
         )  # fmt: skip
 
 
-def _ranges(
-    run: RunFile, models: Sequence[Model], n: int | None, num_train_timesteps: int
-) -> list[TimestepRange]:
-    """`n` equal ranges, else the first ensemble's, else those of deme.toml.
-
-    Raises ConfigError where those of deme.toml are of another number of timesteps.
-    """
-    if n is not None:
-        return split_uniform(n, num_train_timesteps)
-    for model in models:
-        if model.members:
-            return [expert.range for expert in model.experts]
-    split = run.settings(SplitConfig)
-    ranges = split.timestep_ranges
-    if ranges and (stop := max(span.stop for span in ranges)) != num_train_timesteps:
-        raise ConfigError(
-            f"[split] ranges: they end at {stop}, but this model has {num_train_timesteps} "
-            f"timesteps; correct deme.toml, or give -n"
+def _folder_models(base: Path) -> list[str]:
+    """What lies in a run's folder. Raises MissingError where there is none of it."""
+    folder = base.parent
+    paths = [base, *sorted(folder.glob("ft_*.safetensors")), folder / "merged.safetensors"]
+    names = [str(path) for path in paths if path.exists()]
+    if not names:
+        raise MissingError(
+            f"no models in {folder.resolve()}: no {base.name}, no ft_*.safetensors, no "
+            f"merged.safetensors; name models, or make a base with `deme split`"
         )
-    return ranges or split_uniform(split.n, num_train_timesteps)
+    return names
 
 
-def _require_draws(ranges: Ranges, times: Sequence[float], num_train_timesteps: int) -> None:
-    """Check that the ranges cover [0, T) once and that draws lie in each of them."""
-    require_cover(ranges, num_train_timesteps)
-    owners = owners_of(times, ranges)
-    for index, span in enumerate(ranges):
-        if index not in owners:
-            raise ConfigError(f"no draw lies in range {span}; choose more --buckets or --num")
+class _Model(NamedTuple):
+    """kind: base, expert, ensemble, merged or model. An ensemble has members, whose own rows come
+    before it; the others are loaded when they are measured."""
+
+    name: str
+    kind: str
+    record: DenoiserRecord
+    load: Callable[[], Denoiser] | None
+    members: Sequence[Member] = ()
+
+    @property
+    def fingerprints(self) -> list[str]:
+        members = [member.record.fingerprint for member in self.members]
+        return members or [self.record.fingerprint]
+
+    @property
+    def span(self) -> str | None:
+        """The range that an expert was finetuned on, if that is not all of [0, T)."""
+        record = self.record
+        if self.kind != "expert" or not isinstance(record, ExpertRecord):
+            return None
+        is_all = len(record.timesteps) == record.num_train_timesteps
+        return None if is_all else str(record.timesteps)
 
 
-def owners_of(times: Sequence[float], ranges: Ranges) -> np.ndarray:
-    """Which range each time lies in: (m,)."""
-    return np.array([route(t, ranges) for t in times])
+def _open_models(
+    arguments: Sequence[str], *, pipeline: str | None, device: str, dtype: str
+) -> list[_Model]:
+    """A model per argument in the order given; experts that make an ensemble, and then it.
+
+    Raises what `plan_rows` raises, ArtifactError where two cannot be asked the same.
+    """
+    from deme_cli.analysis.draws import require_alike
+    from deme_cli.evaluation.rows import ENSEMBLE, plan_rows
+    from deme_cli.sampling.ensemble import open_single, read_ensemble
+
+    models: list[_Model] = []
+    for plan in plan_rows(arguments)[0]:
+        if plan.kind == "samples":
+            raise ArtifactError(f"{plan.arguments[0]}: images, not a model; give models")
+        members: list[Member] = []
+        if plan.kind == ENSEMBLE:
+            members = read_ensemble([Path(argument).expanduser() for argument in plan.arguments])
+        alone = [(member.path.stem, str(member.path)) for member in members]
+        for name, argument in alone or [(plan.name, plan.arguments[0])]:
+            experts, record = open_single(argument, pipeline=pipeline, device=device, dtype=dtype)
+            models.append(_Model(name, record.kind, record, experts[0].load))
+        if members:
+            models.append(_Model(plan.name, ENSEMBLE, members[0].record, None, members))
+    names = [model.name for model in models]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"two models are called {twice}; give their files names of their own")
+    require_alike([(model.name, model.record) for model in models])
+    return models
 
 
-def _measure(
-    models: Sequence[Model], draws: FixedDraws, kept: Unfinished, progress: Progress
-) -> dict[str, np.ndarray]:
-    """The error (m,) of each model that is one network; what is kept is not measured again."""
+def _measure(models: Sequence[_Model], draws: FixedDraws, kept: Kept) -> dict[str, np.ndarray]:
+    """The error of each model at every draw (m,), by name."""
     import torch
 
-    alone, total = [model for model in models if not model.members], len(draws.t)
-    size = draws.batch_size * _BATCHES
-    errors = kept.arrays.setdefault("errors", np.full((len(alone), total), np.nan))
-    done = int(np.isfinite(errors).sum())
-    note = "continuing with what was measured before" if done else kept.note
-    progress(Step(done, errors.size, "losses", "draw", note))
-    for model, row in zip(alone, errors, strict=True):
-        first = int(np.isfinite(row).sum())
-        if first == total:
+    from deme_cli.analysis.draws import draws_in
+
+    errors: dict[str, np.ndarray] = {}
+    parts = torch.arange(len(draws.t)).split(draws.batch_size * _BATCHES)
+    for model in models:
+        if model.load is None:  # at each draw the error of its expert
+            owned = draws_in(draws, [member.record.timesteps for member in model.members])
+            errors[model.name] = np.select([*owned], [errors[m.path.stem] for m in model.members])
             continue
-        network = model.experts[0].load().network
-        for start in range(first, total, size):
-            check = kept.checker(f"{done} of {errors.size} draws")
-            chosen = torch.arange(start, min(start + size, total))
-            found = draws.errors(network, chosen=chosen, check=check).numpy()
-            if not np.isfinite(found).all():
+        load = functools.cache(model.load)
+
+        def measured(
+            chosen: torch.Tensor, model: _Model = model, load: Any = load
+        ) -> dict[str, np.ndarray]:
+            values = draws.errors(load().network, chosen=chosen, check=kept.check).numpy()
+            if not np.isfinite(values).all():
                 raise NumericsError(
                     f"{model.name}: the loss is not finite; the model's weights are broken"
                 )
-            row[start : start + len(chosen)] = found
-            done += len(chosen)
-            progress(Step(done, errors.size, "losses", "draw"))
-    by_name = {model.name: row for model, row in zip(alone, errors, strict=True)}
-    times = draws.schedule.times(draws.t).tolist()
-    for model in models:
-        if model.members:  # at each draw the error of its expert
-            owners = owners_of(times, [expert.range for expert in model.experts])
-            by_name[model.name] = np.array([by_name[name] for name in model.members])[
-                owners, np.arange(total)
-            ]
-    return by_name
+            return {"errors": values}
+
+        errors[model.name] = np.concatenate([
+            kept.unit(f"{model.name} {i}", len(part), functools.partial(measured, part))["errors"]
+            for i, part in enumerate(parts)
+        ])  # fmt: skip
+    return errors
 
 
 def _rows(
-    models: Sequence[Model], errors: dict[str, np.ndarray], ranges: Ranges,
-    times: Sequence[float], images: np.ndarray, num: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+    models: Sequence[_Model], errors: dict[str, np.ndarray], inside: np.ndarray,
+    images: np.ndarray, num: int,
+) -> list[Row]:  # fmt: skip
     """What is known of each model, lists by bucket; the first is what the others differ from."""
-    from deme_cli.analysis.draws import Estimate, estimate
+    from deme_cli.analysis.draws import estimate
 
-    first = models[0].name
-    inside = [owners_of(times, ranges) == i for i in range(len(ranges))]
-
-    def by_bucket(values: np.ndarray) -> list[Estimate]:
+    def by_bucket(values: np.ndarray) -> list[tuple[float, ...]]:
         pairs = zip(values.reshape(-1, num), images.reshape(-1, num), strict=True)
-        return [estimate(*pair) for pair in pairs]
+        means, halves = zip(*(estimate(*pair) for pair in pairs), strict=True)
+        return [means, halves]
 
-    rows = []
+    rows, first = [], models[0].name
     for model in models:
         own = errors[model.name]
-        losses = by_bucket(own)
-        row: dict[str, Any] = {
-            "name": model.name, "kind": model.kind,
-            "range": None if model.span is None else str(model.span), "loss": float(own.mean()),
+        means, halves = by_bucket(own)
+        row: Row = {
+            "name": model.name, "kind": model.kind, "range": model.span, "loss": float(own.mean()),
             "loss_by_range": [float(own[mine].mean()) for mine in inside],
-            "losses": [one.mean for one in losses], "halves": [one.half for one in losses],
+            "losses": means, "halves": halves,
         }  # fmt: skip
         if model.name != first:
             paired = own - errors[first]
-            differences = by_bucket(paired)
-            by_range = [asdict(estimate(paired[mine], images[mine])) for mine in inside]
+            means, halves = by_bucket(paired)
             row |= {
-                "minus": first, "difference": asdict(estimate(paired, images)),
-                "difference_by_range": by_range,
-                "differences": [one.mean for one in differences],
-                "difference_halves": [one.half for one in differences],
+                "minus": first, "difference": estimate(paired, images)._asdict(),
+                "difference_by_range": [
+                    estimate(paired[mine], images[mine])._asdict() for mine in inside
+                ],
+                "differences": means, "difference_halves": halves,
             }  # fmt: skip
         rows.append(row)
     return rows
 
 
-def _changes(first: dict[str, Any], row: dict[str, Any]) -> list[tuple[float, float]]:
+def _changes(first: Row, row: Row) -> list[tuple[float, float]]:
     """Change and half-width in per cent of the first model's loss: all timesteps, then by range."""
     estimates = [row["difference"], *row["difference_by_range"]]
     scales = [100 / loss for loss in (first["loss"], *first["loss_by_range"])]
@@ -262,21 +273,22 @@ def _changes(first: dict[str, Any], row: dict[str, Any]) -> list[tuple[float, fl
     return [(one["mean"] * scale, one["half"] * scale) for one, scale in pairs]
 
 
-def _change(mean: float, half: float) -> str:
-    return f"{signed(mean, 1)} ± {half:.1f}" if half == half else signed(mean, 1)
+def _change(mean: float, half: float, sign: str = " ± ") -> str:
+    return f"{signed(mean, 1)}{sign}{half:.1f}" if half == half else signed(mean, 1)
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+def _table(rows: Sequence[Row]) -> list[list[str]]:
+    """Without blanks around ±: four ranges and their headings fit into 80 columns."""
     first, *others = rows
     blank = [""] * len(first["loss_by_range"])
     lines = [[first["name"], plain(first["loss"]), "", *blank]]
     for row in others:
-        changes = [_change(*pair) for pair in _changes(first, row)]
+        changes = [_change(*pair, sign="±") for pair in _changes(first, row)]
         lines.append([row["name"], plain(row["loss"]), *changes])
     return lines
 
 
-def _headline(rows: Sequence[dict[str, Any]]) -> str:
+def _headline(rows: Sequence[Row]) -> str:
     """The change of each model of all timesteps; of one model alone its loss."""
     first, *others = rows
     if not others:
@@ -287,80 +299,62 @@ def _headline(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw_losses(
-    rows: Sequence[dict[str, Any]], buckets: Ranges, ranges: Ranges, *, foot: str
-) -> list[bytes]:
+    rows: Sequence[Row], buckets: Sequence[TimestepRange], ranges: Sequence[TimestepRange],
+    *, foot: str,
+) -> bytes:  # fmt: skip
     """On top the change in per cent against the timestep, with 95 % intervals for the models of all
     timesteps; an expert is drawn strong in its own range and thin outside it, where the axis does
-    not follow it. Below, the losses themselves, and the changes by range as a table of colours.
-    """
-    spans = [None if row["range"] is None else _span(row["range"]) for row in rows]
-    inside = [
-        np.array([s is None or (b.start < s.stop and b.stop > s.start) for b in buckets])
-        for s in spans
-    ]
-    styles = _styles(rows)
+    not follow it. Below, the losses themselves."""
     edges = np.array([0, *(bucket.stop for bucket in buckets)])
     middles = (edges[:-1] + edges[1:]) / 2
+    spans = [parse_span(row["range"] or f"0:{edges[-1]}", "range") for row in rows]
+    inside = [(edges[1:] > span.start) & (edges[:-1] < span.stop) for span in spans]
+    styles = _styles(rows)
 
     def draw(figure: Figure) -> None:
-        heights = [3.2, 2.2 + 0.16 * len(rows)]
-        upper, lower = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
-        top = upper.subplots()
-        _draw_changes(top, rows, middles, inside, styles)
-        left, right = lower.subplots(1, 2, width_ratios=[1, 1.25])
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
+        _draw_changes(upper, rows, middles, inside, styles)
         for row, mine, style in zip(rows, inside, styles, strict=True):
-            left.plot(middles, np.where(mine, row["losses"], np.nan), **style)
-        left.set_yscale("log")
-        left.set_ylabel("mean squared error")
-        left.set_title("Denoising loss, experts in their ranges", fontsize=10, loc="left")
-        _draw_table(right, rows, [*map(str, ranges), "all"])
-        for axis in (top, left):
+            lower.plot(middles, np.where(mine, row["losses"], np.nan), **style)
+        lower.set(yscale="log", xlim=(0, edges[-1]), xlabel="timestep t (0 = clean)")
+        lower.set_ylabel("mean squared error")
+        lower.set_title("Denoising loss, experts in their ranges", fontsize=10, loc="left")
+        for axis in (upper, lower):
             open_axis(axis)
-            axis.set_xlim(0, edges[-1])
-            axis.set_xlabel("timestep t (0 = clean)")
             for span in ranges[1:]:
-                axis.axvline(span.start, color=LINE, linewidth=0.8, linestyle=(0, (4, 3)))
-        handles, labels = (left if len(rows) == 1 else top).get_legend_handles_labels()
-        top.legend(
-            handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False,
-            fontsize=8,
-        )  # fmt: skip
+                axis.axvline(span.start, **EDGE)
+        handles, labels = lower.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
 
     return render(
-        draw, size=(10.4, 5.9 + 0.16 * len(rows)),
-        title="Where each model gained, and where it lost",
+        draw, size=(10, 6.6), title="Where each model gained, and where it lost",
         foot=f"{foot}; bands: 95 %, pointwise, over images",
     )  # fmt: skip
 
 
-def _span(text: str) -> TimestepRange:
-    start, stop = text.split(":")
-    return TimestepRange(int(start), int(stop))
-
-
-def _styles(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Label, colour, width and dashes of each model."""
     styles, place = [], 0
     for index, row in enumerate(rows):
-        name = shorten(row["name"], _NAME)
         style: dict[str, Any] = {"color": OTHER, "linewidth": 1.6, "linestyle": (0, (5, 1, 1, 1))}
-        if index == 0:
-            style = {"color": BASE, "linewidth": 2.2}
-        elif row["range"] is not None:
+        label = shorten(row["name"], _NAME)
+        if row["range"] is not None:
+            label += f", {row['range']}"
             dashes = "-" if place < 6 else (0, (4, 1.5))
             style = {"color": color_of(place), "linewidth": 3.2, "linestyle": dashes}
+            place += 1
+        if index == 0:
+            style = {"color": BASE, "linewidth": 2.2}
         elif row["kind"] in ("ensemble", "merged"):  # the ensemble runs on its experts' lines
             color, width = (ENSEMBLE, 1.0) if row["kind"] == "ensemble" else (MERGED, 1.6)
             style = {"color": color, "linewidth": width, "zorder": 3}
-        place += row["range"] is not None
-        label = name if row["range"] is None else f"{name}, {row['range']}"
         styles.append({**style, "label": label})
     return styles
 
 
 def _draw_changes(
-    axis: Axes, rows: Sequence[dict[str, Any]], middles: np.ndarray,
-    inside: Sequence[np.ndarray], styles: Sequence[dict[str, Any]],
+    axis: Axes, rows: Sequence[Row], middles: np.ndarray, inside: Sequence[np.ndarray],
+    styles: Sequence[dict[str, Any]],
 ) -> None:  # fmt: skip
     from matplotlib.ticker import NullLocator
 
@@ -370,47 +364,19 @@ def _draw_changes(
     for row, mine, style in zip(rows[1:], inside[1:], styles[1:], strict=True):
         change = np.array(row["differences"]) * scale
         half = np.array(row["difference_halves"]) * scale
-        reach += [value for value in change[mine].tolist() if np.isfinite(value)]
+        reach += change[mine & np.isfinite(change)].tolist()
+        color = style["color"]
         if row["range"] is None:
-            axis.plot(middles, change, **style)
-            band = {"color": style["color"], "alpha": 0.16, "linewidth": 0}
-            axis.fill_between(middles, change - half, change + half, **band)
+            axis.fill_between(middles, change - half, change + half, color=color, alpha=0.16, lw=0)
         else:
-            axis.plot(middles, change, color=style["color"], linewidth=0.7, alpha=0.7)
-            axis.plot(middles, np.where(mine, change, np.nan), **style)
+            axis.plot(middles, change, color=color, linewidth=0.7, alpha=0.7)
+        axis.plot(middles, np.where(mine, change, np.nan), **style)
     low, high = min(reach) * _FAR - 1, max(reach) * _FAR + 1
     axis.set_yscale("symlog", linthresh=_NEAR, linscale=1.2)
-    ticks = [tick for tick in _TICKS if tick <= max(-low, high)]
-    shown = [t for t in (*(-tick for tick in ticks[::-1]), 0, *ticks) if low <= t <= high]
-    axis.set_yticks(shown, [f"{tick:+d}" if tick else "0" for tick in shown], fontsize=8)
+    ticks = np.concatenate([-_TICKS[::-1], [0], _TICKS])
+    ticks = ticks[(low <= ticks) & (ticks <= high)]
+    axis.set_yticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks], fontsize=8)
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.set_ylim(low, high)
-    axis.set_ylabel(f"loss against {shorten(first['name'], _NAME)}, %")
-    axis.set_title(
-        "Change of the denoising loss (below 0 is better; logarithmic beyond 5 %)",
-        fontsize=10, loc="left",
-    )  # fmt: skip
-
-
-def _draw_table(axis: Axes, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-    """Change by range in per cent, a row per model, the last column over all timesteps; grey where
-    the interval does not tell it from 0."""
-    first, *others = rows
-    if not others:
-        axis.set_axis_off()
-        return
-    pairs = np.array([_changes(first, row) for row in others])  # (models, 1 + ranges, 2)
-    values, halves = np.roll(pairs, -1, axis=1).transpose(2, 0, 1)
-    limit = float(np.clip(np.nanquantile(np.abs(values), 0.8), 0.5, 100))
-    axis.imshow(values, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto")
-    for (y, x), value in np.ndenumerate(values):
-        is_told = abs(value) > halves[y, x]
-        color = "white" if abs(value) > 0.62 * limit else "black" if is_told else "0.5"
-        axis.text(x, y, f"{value:+.1f}", ha="center", va="center", color=color, fontsize=8)
-    axis.set_xticks(range(len(names)), names, fontsize=8, rotation=0 if len(names) < 7 else 35)
-    short = [shorten(row["name"], _NAME) for row in others]
-    axis.set_yticks(range(len(others)), short, fontsize=8)
-    axis.axvline(len(names) - 1.5, color="white", linewidth=3)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    axis.set_title("Change by range, % (grey: within its interval)", fontsize=10, loc="left")
+    axis.set(ylim=(low, high), ylabel=f"loss against {shorten(first['name'], _NAME)}, %")
+    title = "Change of the denoising loss (below 0 is better; logarithmic beyond 5 %)"
+    axis.set_title(title, fontsize=10, loc="left")

@@ -11,6 +11,7 @@ from deme_cli.config import FROM_0, FROM_2, Range, Settings, setting
 from deme_cli.errors import ConfigError
 from deme_cli.timesteps import TimestepRange, split_uniform
 
+ANALYSES = ("losses", "gradients", "activations", "landscape", "task-vectors")  # as documents say
 SPLITS = ("train", "held-out")  # of the images that are looked at
 _BATCH = "--batch-size -b"
 
@@ -51,7 +52,7 @@ class GradientConfig(Settings):
 class ActivationConfig(Settings):
     """`deme analyze activations`."""
 
-    num: int = setting(256, "draws (image, timestep, noise) that both models see", within=FROM_2)
+    num: int = setting(256, "draws (image, timestep, noise) that both models see")
     batch_size: int = setting(16, "draws per forward; changes rounding alone", flags=_BATCH)
     controls: int = setting(
         4,
@@ -60,17 +61,6 @@ class ActivationConfig(Settings):
         within=FROM_0,
     )
     seed: int = setting(0, "seed of the draws and of the random changes", within=FROM_0)
-
-
-@dataclass(frozen=True)
-class TaskVectorConfig(Settings):
-    """`deme analyze task-vectors`."""
-
-    ranks: bool = setting(
-        True,
-        "measure effective ranks; their time grows with the cubes of layer widths",
-        flags="--ranks/--no-ranks",
-    )
 
 
 @dataclass(frozen=True)
@@ -89,20 +79,7 @@ class LandscapeConfig(Settings):
         2048, "draws (image, timestep, noise) that every point is measured on", within=FROM_2
     )
     report_num: int = setting(
-        8192, "fresh draws for the numbers: lowest points, slopes, models", within=FROM_2
+        8192, "fresh draws for the numbers: lowest points, models", within=FROM_2
     )
     batch_size: int = setting(256, "draws per forward; changes rounding alone", flags=_BATCH)
     seed: int = setting(0, "seed of the draws and of random directions", within=FROM_0)
-
-    def reach(self, along: str) -> float:
-        """The span, or its default on a plane along `random` directions or `vectors`."""
-        return {"random": 0.1}.get(along, 0.25) if self.span is None else self.span
-
-
-ANALYSES: dict[str, type[Settings]] = {  # by the kind of their documents, as the paper has them
-    "losses": LossConfig,
-    "gradients": GradientConfig,
-    "activations": ActivationConfig,
-    "landscape": LandscapeConfig,
-    "task-vectors": TaskVectorConfig,
-}

@@ -161,7 +161,7 @@ def _train_experts_beside_control(size: Size) -> None:
 
 def _draw(rows: list[dict[str, Any]], size: Size) -> None:
     """The held-out losses by range, as a table, and the picture of everything."""
-    from deme_cli.analysis.demo_picture import SummaryRow, draw_summary
+    from deme_cli.analysis.figure import DemoRow, draw_demo
 
     document = json.loads(Path("losses.json").read_text())
     losses = {model["name"]: model["loss_by_range"] for model in document["models"]}
@@ -192,7 +192,7 @@ def _draw(rows: list[dict[str, Any]], size: Size) -> None:
     )
     console.note(f"protocol: {protocol}")
     summaries = [
-        SummaryRow(
+        DemoRow(
             model,
             Path(f"{model}-samples.safetensors"),
             tuple(row["metrics"][metric]["values"]),
@@ -200,4 +200,4 @@ def _draw(rows: list[dict[str, Any]], size: Size) -> None:
         )
         for model, row in zip(MODELS, rows, strict=True)
     ]
-    draw_summary(summaries, document["ranges"], Path("demo.png"), metric=metric, protocol=protocol)
+    draw_demo(summaries, document["ranges"], Path("demo.png"), metric=metric, protocol=protocol)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from deme_cli.analysis.draws import estimate, part, spread_draws
+from deme_cli.analysis.draws import draws_in, estimate, part, spread_draws
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.timesteps import split_uniform
@@ -30,6 +30,8 @@ def test_draws_are_even_and_do_not_depend_on_the_batch_size(finished_run: Path) 
     assert torch.equal(draws.t, other.t)
     chosen = torch.tensor([3, 40])
     assert torch.equal(draws.noise(chosen)[1:], other.noise(chosen[1:]))
+    owned = draws_in(draws, split_uniform(2, 100))
+    assert owned.tolist() == [[True] * 24 + [False] * 24, [False] * 24 + [True] * 24]
     last = part(draws, range(40, 48))
     assert torch.equal(last.t, draws.t[40:])
     assert torch.equal(last.noise(torch.tensor([1])), draws.noise(torch.tensor([41])))
@@ -44,7 +46,6 @@ def test_an_interval_is_students_and_counts_images_not_draws() -> None:
     twice = estimate(np.concatenate([values, values]), np.tile(np.arange(40), 2))
     assert twice.half == pytest.approx(own.half)
     assert np.isnan(estimate(values, np.zeros(40)).half)
-    assert estimate(values + 9, np.arange(40)).is_told_from_zero
     assert np.isnan(estimate(np.array([1.0, np.inf]), np.arange(2)).half)
 
 

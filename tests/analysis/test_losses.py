@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from deme_cli.analysis.draws import spread_draws
 from deme_cli.analysis.losses import analyze_losses
 from deme_cli.analysis.settings import LossConfig
-from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.config import DataConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser, predict
@@ -22,12 +22,13 @@ from deme_cli.timesteps import split_uniform
 from deme_cli.training.examples import PixelExamples
 
 CONFIG = LossConfig(buckets=8, num=6, batch_size=4)
-DIGITS = DataConfig(source="digits")
-analyze = partial(analyze_losses, settings=CONFIG, images=DIGITS)
+analyze = partial(analyze_losses, settings=CONFIG, images=DataConfig(source="digits"))
 
 
-def test_losses_are_those_of_a_plain_loop_over_the_draws(run_folder: Path) -> None:
-    made = analyze()
+def test_losses_are_those_of_a_plain_loop_over_the_draws(run_folder: Path, resumed: Any) -> None:
+    made = resumed(analyze, 100)
+    assert made.document == analyze(output=Path("whole.json")).document
+    assert not list(Path().glob(".losses*"))
     rows = {row["name"]: row for row in made.document["models"]}
     assert list(rows) == ["base", *(f"ft_{i}of4" for i in range(1, 5)), "ensemble"]
     assert made.document["ranges"] == ["0:25", "25:50", "50:75", "75:100"]
@@ -62,20 +63,11 @@ def test_losses_are_those_of_a_plain_loop_over_the_draws(run_folder: Path) -> No
     assert [row[0] for row in made.rows] == list(rows)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(run_folder: Path, resumed: Any) -> None:
-    whole = analyze(output=Path("whole.json"))
-    assert resumed(analyze, 100).document == whole.document
-    assert not list(Path().glob(".losses*"))
-
-
-def test_broken_weights_and_ranges_without_draws_are_told(run_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="no draw lies in range"):
+def test_broken_weights_and_ranges_without_draws_are_told(
+    run_folder: Path, write_changed: Callable[..., Path]
+) -> None:
+    with pytest.raises(ConfigError, match=r"timesteps .* have 0 of 1 draws; raise --num"):
         analyze(settings=LossConfig(buckets=1, num=1))
-    weights, record = load_tensors(Path("base.safetensors")), read_record(Path("base.safetensors"))
-    weights = {name: 1e25 * theta for name, theta in weights.items()}
-    write_artifact(Path("broken.safetensors"), weights, record)
+    write_changed("broken.safetensors", "base.safetensors", 1e25)
     with pytest.raises(NumericsError, match="broken: the loss is not finite"):
         analyze(["broken.safetensors"])
-    Path("a$^$.safetensors").write_bytes(Path("ft_1of4.safetensors").read_bytes())
-    made = analyze(["base.safetensors", "a$^$.safetensors"])  # no mathematics in a file's name
-    assert b"a$^$, 0:25" in made.pictures[1].read_bytes()

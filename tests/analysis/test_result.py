@@ -1,73 +1,78 @@
-"""What an analysis keeps: used again if all that decides it agrees, else dropped with a word."""
+"""What an analysis keeps, used again if all that decides it agrees; and how it looks."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from deme_cli.analysis.result import Unfinished, document_bytes, unfinished_path
+from deme_cli.analysis.figure import render, shorten
+from deme_cli.analysis.result import Kept, document_bytes, keeping
+from deme_cli.console import Step, silent
 from deme_cli.errors import ConfigError, Stopped
 
+Open = Callable[..., AbstractContextManager[Kept]]
 IDENTITY = {"model": "a", "shape": (1, 8, 8)}
 
 
 @pytest.fixture
-def output(tmp_path: Path) -> Path:
-    with Unfinished(tmp_path / "losses.json", IDENTITY) as kept:
-        kept.arrays["values"] = np.arange(3.0)
-        kept.save()
-    return tmp_path / "losses.json"
+def open_kept(tmp_path: Path) -> Open:
+    return partial(
+        keeping, tmp_path / "losses.json", label="x", unit="draw", total=6, progress=silent,
+        force=False,
+    )  # fmt: skip
 
 
-def test_arrays_come_back_unless_something_else_decides_them(output: Path) -> None:
-    with Unfinished(output, IDENTITY) as kept:
-        assert kept.arrays["values"].tolist() == [0, 1, 2]
-        kept.arrays["values"][1] = 7
-        kept.save()
-    with Unfinished(output, IDENTITY) as kept:
-        assert kept.arrays["values"][1] == 7
-    with Unfinished(output, {**IDENTITY, "seed": 1}) as kept:
-        assert (kept.arrays, "had another seed;" in kept.note) == ({}, True)
-    file = unfinished_path(output)
-    file.write_bytes(file.read_bytes()[:-4] + b"\1\2\3\4")
-    with Unfinished(output, IDENTITY) as kept:
-        assert (kept.arrays, "cannot be read" in kept.note) == ({}, True)
-    with Unfinished(output, IDENTITY, force=True) as kept:
-        assert (kept.arrays, kept.note) == ({}, "")
-    assert not file.exists()
+def measure(kept: Kept, value: float) -> float:
+    made = kept.unit("a", 3, lambda: {"x": np.array([value]), "y/z": np.arange(2.0)})
+    assert made["y/z"].tolist() == [0, 1]
+    return float(made["x"][0])
 
 
-def test_a_signal_saves_and_so_does_a_picture_that_fails(output: Path) -> None:
-    def measure(index: int, end: Callable[[Unfinished], object]) -> None:
-        with Unfinished(output, IDENTITY) as kept:
-            kept.arrays["values"][index] = 5
-            end(kept)
-
-    with pytest.raises(ZeroDivisionError):
-        measure(2, lambda kept: 1 / 0)
-
-    def stop(kept: Unfinished) -> None:
+def stop_in_second_unit(kept: Kept) -> Any:
+    def asked() -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        kept.checker("half")()
+        kept.check()
 
-    with pytest.raises(Stopped, match="after half; run the same command again") as stopped:
-        measure(0, stop)
+    assert measure(kept, 1) == 1
+    return kept.unit("b", 3, asked)
+
+
+def test_what_was_measured_comes_back_unless_something_else_decides_it(
+    open_kept: Open, tmp_path: Path
+) -> None:
+    steps: list[Step] = []
+    told = "after 3 of 6 draws; run the same command again"
+    with pytest.raises(Stopped, match=told) as stopped, open_kept(IDENTITY) as kept:
+        stop_in_second_unit(kept)
     assert stopped.value.exit_code == 75
-    with Unfinished(output, IDENTITY) as kept:
-        assert kept.arrays["values"].tolist() == [5, 1, 5]
-
-
-def test_nobody_else_writes_the_output_meanwhile(output: Path) -> None:
-    with (
-        Unfinished(output, IDENTITY),
-        pytest.raises(ConfigError, match="being written by another"),
-        Unfinished(output, IDENTITY),
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for identity, written, force, value, note in (
+        (IDENTITY, whole, False, 1, "continuing after"),
+        ({**IDENTITY, "seed": 1}, whole, False, 2, "of other settings"),
+        (IDENTITY, whole[:-40], False, 2, "cannot be read"),
+        (IDENTITY, whole[:200] + b"\1\2\3\4" + whole[204:], False, 2, "cannot be read"),
+        (IDENTITY, whole, True, 2, ""),
     ):
+        file.write_bytes(written)
+        steps.clear()
+        with open_kept(identity, force=force, progress=steps.append) as kept:
+            assert measure(kept, 2) == value
+        assert any(note in step.note for step in steps)
+        assert not file.exists(), "all is done"
+
+
+def test_nobody_else_writes_the_output_meanwhile(open_kept: Open) -> None:
+    written = pytest.raises(ConfigError, match="being written by another")
+    with open_kept(IDENTITY), written, open_kept(IDENTITY):
         pass
 
 
@@ -77,3 +82,9 @@ def test_a_document_holds_json_alone() -> None:
         b'{\n  "schema_version": 1,\n  "kind": "x",\n  "rows": [\n    {"a": null}\n  ],\n'
         b'  "path": "b"\n}\n'
     )
+
+
+def test_titles_are_short_and_hold_no_mathematics() -> None:
+    assert shorten("a" * 9 + "b" * 9, 7) == "aa…bbbb"
+    png = render(lambda figure: figure.text(0, 0, "a$^$"), size=(2, 1), title="b$^$" * 50)
+    assert png.startswith(b"\x89PNG")
