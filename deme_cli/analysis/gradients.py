@@ -104,15 +104,7 @@ def analyze_gradients(
                 seed=settings.seed, purpose="gradients", batch_size=settings.batch_size,
             )  # fmt: skip
             measured.append(_mean_gradient(f"{model}: timesteps {bucket}", network, draws, kept))
-        vectors, reliability, losses = map(np.array, zip(*measured, strict=True))
-        parameters, size = sum(p.numel() for p in network.parameters()), vectors.shape[1]
-        affinity = Affinity(
-            buckets=buckets, cosines=cosines_of(vectors).round(6).tolist(), ranges=[],
-            norms=np.linalg.norm(vectors, axis=1).tolist(), losses=losses.tolist(),
-            reliability=reliability.round(6).tolist(), num=settings.num, seed=settings.seed,
-            model=protocol["model"], data=protocol["data"], parameters=parameters,
-            sketch_size=size, standard_error=0 if size == parameters else math.sqrt(2 / size),
-        )  # fmt: skip
+        affinity = _affinity(buckets, measured, network, protocol)
         affinity = replace(affinity, ranges=split_times(num_ranges, "gradient", schedule, affinity))
         means = cosine_means(affinity)
         if means["reliability_median"] < _NOISY:
@@ -201,6 +193,22 @@ def _mean_gradient(
 
     found = kept.unit(where, num, measure)
     return found["sketch"], float(found["reliability"]), float(found["loss"])
+
+
+def _affinity(
+    buckets: list[TimestepRange], measured: Sequence[tuple[np.ndarray, float, float]],
+    network: nn.Module, protocol: dict[str, Any],
+) -> Affinity:  # fmt: skip
+    """What the sketches, reliabilities and losses of the buckets say together."""
+    vectors, reliability, losses = map(np.array, zip(*measured, strict=True))
+    parameters, size = sum(p.numel() for p in network.parameters()), vectors.shape[1]
+    return Affinity(
+        buckets=buckets, cosines=cosines_of(vectors).round(6).tolist(), ranges=[],
+        norms=np.linalg.norm(vectors, axis=1).tolist(), losses=losses.tolist(),
+        reliability=reliability.round(6).tolist(), num=protocol["num"], seed=protocol["seed"],
+        model=protocol["model"], data=protocol["data"], parameters=parameters, sketch_size=size,
+        standard_error=0 if size == parameters else math.sqrt(2 / size),
+    )  # fmt: skip
 
 
 def cosines_of(vectors: np.ndarray) -> np.ndarray:

@@ -76,16 +76,7 @@ def analyze_landscape(
 
     run, settings = run or RunFile(), settings or LandscapeConfig()
     images = check_inputs(output, images, run, split=split, force=force)
-    named = [str(model) for model in models] or [own_base(run)]
-    if len(named) not in (1, 3):
-        raise ConfigError(
-            f"{len(named)} models given: expected one, for random directions, or three: the origin "
-            f"and two finetuned from it"
-        )
-    is_random = len(named) == 1
-    if is_random and marks:
-        raise ConfigError("--mark: models are marked on the plane of three models, not on random")
-    arguments = [*named, *map(str, marks)]
+    arguments, is_random = _arguments(run, models, marks)
     whole, *_ = [peek_timesteps(locate_model(argument)) for argument in arguments]
     records = [record_of_file(argument) for argument in arguments]
     ranges = ranges_of(run, records, num_ranges, whole) if whole else []
@@ -109,23 +100,22 @@ def analyze_landscape(
         origin.record, images, run, split=split, beside=output.parent, pipeline=pipeline,
         device=device, progress=progress,
     )  # fmt: skip
-    draws = [
-        spread_draws(
-            examples, origin.schedule, groups[:1], num, seed=settings.seed + i,
-            purpose="landscape", batch_size=settings.batch_size,
-        )
-        for i, num in enumerate((settings.num, settings.report_num))
-    ]  # fmt: skip
+    spread = functools.partial(
+        spread_draws, examples, origin.schedule, groups[:1], purpose="landscape",
+        batch_size=settings.batch_size,
+    )  # fmt: skip
+    fresh = spread(settings.report_num, seed=settings.seed + 1)
+    draws = spread(settings.num, seed=settings.seed), fresh
     directions, rows = _plane(opened, arguments, is_random, settings.seed)
     axes = axes_of([row["coordinates"] for row in rows], settings)
     protocol = {
-        "along": along, "spanning": len(named), "data": data,
+        "along": along, "data": data,
         "models": {row["name"]: row["fingerprint"] for row in rows},
         "points": settings.points, "span": settings.span, "num": settings.num,
         "seed": settings.seed, "report_num": settings.report_num, "intervals": INTERVALS,
     }  # fmt: skip
     plane = Plane(origin.network.to(choose_device(device)), directions)
-    total = settings.points**2 + 1 + len(rows) + len(groups)
+    total = settings.points**2 + len(rows) + len(groups)
     with keeping(
         output, {**protocol, **seen, "groups": groups}, label="landscape", unit="point",
         total=total, progress=progress, force=force,
@@ -133,6 +123,21 @@ def analyze_landscape(
         networks = [denoiser.network for denoiser in opened]
         result = _measure(plane, networks, rows, axes, groups, draws, kept)
         return _written(output, axes, result, protocol)
+
+
+def _arguments(
+    run: RunFile, models: Sequence[str | Path], marks: Sequence[str | Path]
+) -> tuple[list[str], bool]:
+    """Models and marks, and whether the directions are random. Raises ConfigError."""
+    named = [str(model) for model in models] or [own_base(run)]
+    if len(named) not in (1, 3):
+        raise ConfigError(
+            f"{len(named)} models given: expected one, for random directions, or three: the origin "
+            f"and two finetuned from it"
+        )
+    if len(named) == 1 and marks:
+        raise ConfigError("--mark: models are marked on the plane of three models, not on random")
+    return [*named, *map(str, marks)], len(named) == 1
 
 
 def _plane(
@@ -278,7 +283,6 @@ def _measure(
 
     same, fresh = draws
     masks, fresh_masks = (draws_in(one, groups, least=2) for one in draws)
-    images = fresh.images.numpy()
     eps = same.noise(torch.arange(len(same.t)))  # asked for at every point
     same = replace(same, noise=eps.__getitem__)
 
@@ -293,16 +297,13 @@ def _measure(
             plane.network.load_state_dict(spot.state_dict())
         return {"errors": fresh.errors(plane.network, check=kept.check).numpy()}
 
-    def again(name: str, spot: Place | nn.Module) -> tuple[np.ndarray, Row]:
-        """The errors (n,) on fresh draws, and by group how much larger they are than `own`."""
-        errors = kept.unit(name, 1, lambda: fresh_errors(spot))["errors"]
-        return errors, _compared(errors, own, fresh_masks, images)
+    def again(name: str, spot: Place | nn.Module) -> np.ndarray:
+        return kept.unit(name, 1, lambda: fresh_errors(spot))["errors"]
 
     grid = [(float(x), float(y)) for x in axes[0] for y in axes[1]]
     zero = grid.index((0.0, 0.0))
-    own = kept.unit(f"fresh {zero}", 1, lambda: fresh_errors(grid[zero]))["errors"]
-    at_origin = _means(own, fresh_masks)
-    for span, loss in zip(groups, at_origin, strict=True):
+    own = again(f"fresh {zero}", grid[zero])
+    for span, loss in zip(groups, _means(own, fresh_masks), strict=True):
         if not np.isfinite(loss):
             raise NumericsError(
                 f"{models[0]['source']}: the loss of timesteps {span} is not finite; the model's "
@@ -311,38 +312,41 @@ def _measure(
     points = [
         kept.unit(f"point {index}", 1, functools.partial(losses_at, place))["losses"]
         for index, place in enumerate(grid)
-    ]  # fmt: skip
-    losses, lowest = np.array(points).T, []
-    for g, (span, column) in enumerate(zip(groups, losses, strict=True)):
-        index = int(np.nanargmin(column))
-        edges = zip(divmod(index, len(axes[1])), axes, strict=True)
-        _, change = again(f"fresh {index}", grid[index])
-        lowest.append({
-            "timesteps": str(span), "coordinates": grid[index], "loss": float(column[index]),
-            "at_edge": any(i in (0, len(axis) - 1) for i, axis in edges),
-            **{name: float(values[g]) for name, values in change.items()},
+    ]
+    losses = np.array(points).T  # (G, points^2)
+    lowest = [int(np.nanargmin(column)) for column in losses]
+    errors = [again(f"fresh {index}", grid[index]) for index in lowest]
+    percent = _compared(errors, own, fresh_masks, fresh.images.numpy())
+    rows: dict[str, list[Row]] = {"origin": [], "lowest": [], "models": [], "losses": []}
+    for g, (span, index, mask) in enumerate(zip(groups, lowest, fresh_masks, strict=True)):
+        place = zip(divmod(index, len(axes[1])), axes, strict=True)
+        rows["origin"].append({
+            "timesteps": str(span), "draws": int(mask.sum()), "loss": float(own[mask].mean())
         })  # fmt: skip
-    rows = []
-    for i, (model, network) in enumerate(zip(models, networks, strict=True)):
-        errors, change = again(f"model {i}" if i else f"fresh {zero}", network)
-        rows.append({**model, "losses": _means(errors, fresh_masks), **change})
-    spans, surfaces = list(map(str, groups)), losses.reshape(len(groups), *map(len, axes))
-    return {
-        "origin": [{"timesteps": span, "draws": int(mask.sum()), "loss": float(loss)}
-                   for span, mask, loss in zip(spans, fresh_masks, at_origin, strict=True)],
-        "lowest": lowest, "models": rows,
-        "losses": [{"timesteps": span, "loss": surface}
-                   for span, surface in zip(spans, surfaces, strict=True)],
-    }  # fmt: skip
+        rows["lowest"].append({
+            "timesteps": str(span), "coordinates": grid[index], "loss": float(losses[g, index]),
+            "at_edge": any(i in (0, len(axis) - 1) for i, axis in place),
+            "percent": percent[g, 0, g], "percent_interval": percent[g, 1, g],
+        })  # fmt: skip
+        surface = losses[g].reshape(len(axes[0]), -1)
+        rows["losses"].append({"timesteps": str(span), "loss": surface})
+    errors = [own, *(again(f"model {i}", one) for i, one in enumerate(networks) if i)]
+    percent = _compared(errors, own, fresh_masks, fresh.images.numpy())
+    for model, found, (change, half) in zip(models, errors, percent, strict=True):
+        means = {"losses": _means(found, fresh_masks)}
+        rows["models"].append({**model, **means, "percent": change, "percent_interval": half})
+    return rows
 
 
-def _compared(errors: np.ndarray, own: np.ndarray, masks: np.ndarray, images: np.ndarray) -> Row:
-    """By group (G,) how much larger `errors` (n,) are than the origin's own, with intervals."""
+def _compared(
+    errors: Sequence[np.ndarray], own: np.ndarray, masks: np.ndarray, images: np.ndarray
+) -> np.ndarray:
+    """How much larger errors (n,) are than the origin's own, in per cent, and half of the
+    95 % interval of that, by group: (k, 2, G) of k models."""
     from deme_cli.analysis.draws import estimate
 
-    pairs = [estimate((errors - own)[mask], images[mask]) for mask in masks]
-    change, half = 100 * np.array(pairs).T / _means(own, masks)
-    return {"percent": change, "percent_interval": half}
+    pairs = [[estimate((row - own)[mask], images[mask]) for mask in masks] for row in errors]
+    return 100 * np.array(pairs).transpose(0, 2, 1) / _means(own, masks)
 
 
 def _means(errors: np.ndarray, masks: np.ndarray) -> np.ndarray:

@@ -91,7 +91,7 @@ REFUSALS = [
      "name both: deme analyze activations BASE lone/ft_1of4.safetensors"),
     ("activations", f"{BASE} {BASE}", ArtifactError, "have the same weights"),
     ("activations", f"other.safetensors {FIRST}", ArtifactError,
-     "ft_1of4.safetensors: sample_size of its model_config is 8, other.safetensors has 16"),
+     "ft_1of4.safetensors: another shape of x_t than other.safetensors"),
     ("landscape", f"{BASE} {FIRST}", ConfigError, "2 models given: expected one"),
     ("landscape", f"--mark {BASE}", ConfigError, "--mark: models are marked on the plane"),
     ("landscape", "--points 2", ConfigError, "points = 2: expected at least 3"),
