@@ -40,9 +40,10 @@ def shorten(text: str, length: int) -> str:
 
 
 def render(
-    draw: Callable[[Figure], None], *, size: tuple[float, float], title: str, foot: str = ""
-) -> bytes:
-    """What `draw` puts into a figure of `size` inches, as a PNG.
+    draw: Callable[[Figure], None], *, size: tuple[float, float], title: str, foot: str = "",
+    kind: str = "png",
+) -> bytes:  # fmt: skip
+    """What `draw` puts into a figure of `size` inches, as PNG or SVG.
 
     title: what is seen, of which model. foot: the protocol, in small type.
     """
@@ -50,7 +51,7 @@ def render(
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    with matplotlib.rc_context({"font.size": 9}):
+    with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "deme"}):
         figure = Figure(figsize=size, layout="constrained", dpi=160)
         draw(figure)
         figure.suptitle(shorten(title, _LONGEST), fontsize=11)
@@ -60,7 +61,7 @@ def render(
             if isinstance(text, Text) and "$" in text.get_text():
                 text.set_parse_math(False)  # the name of a file; the numbers of axes come later
         stream = io.BytesIO()
-        figure.savefig(stream, format="png")
+        figure.savefig(stream, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return stream.getvalue()
 
 

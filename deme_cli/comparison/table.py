@@ -14,6 +14,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -437,7 +438,8 @@ def draw(comparison: Comparison) -> list[bytes]:
         axes[0][0].set_yticks(range(len(rows)), names, fontsize=8)
         axes[0][0].set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
 
-    return render(draw_panels, size=size, title=comparison.title, foot=foot)
+    drawn = partial(render, draw_panels, size=size, title=comparison.title, foot=foot)
+    return [drawn(kind="png"), drawn(kind="svg")]
 
 
 def _draw_panel(axis: Axes, column: Column, rows: Sequence[Row]) -> None:
