@@ -17,7 +17,7 @@ from deme_cli.console import Step
 from deme_cli.errors import Stopped
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def coarse_pictures() -> Iterator[None]:
     with matplotlib.rc_context({"savefig.dpi": 20}):
         yield
