@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,21 +31,20 @@ from deme_cli.jobs import claim
 
 Deme = Callable[..., Result]
 CPU = ("--device", "cpu")
-FINETUNE = (
-    "finetune", "--data", "digits", "--steps", 2, "--batch-size", 2, "--held-out", 0, *CPU,
-)  # fmt: skip
+TUNE = ("finetune", "--data", "digits", "--steps", 2, "--batch-size", 2, "--held-out", 0, *CPU)
+FINETUNE = (*TUNE, "--range", "1/2")
 SAMPLE = ("-n", 1, "--steps", 1, *CPU)
 FID = ("--fid", "digits", "-n", 2, "--steps", 1, *CPU)
+BASE = ("sample", "base.safetensors")
 EXTRACTOR = ("--features", "digits")  # else Inception is wanted first, which is not here
 EXPERTS = tuple(f"ft_{index}of4.safetensors" for index in range(1, 5))
+STATS = ("stats", "images", "-o", "ref.safetensors", *EXTRACTOR, *CPU)
 # A command line for each command that reads an artifact, with the artifact's place open.
 READERS: dict[str, Callable[[str], tuple]] = {
-    "finetune": lambda file: (*FINETUNE, "--range", "1/4", "--base", file, "-o", "x.safetensors"),
-    "task-vector": lambda file: ("task-vector", EXPERTS[0], file, "-o", "vectors"),
-    "task-vector --base": lambda file: (
-        "task-vector", EXPERTS[0], "--base", file, "-o", "vectors",
-    ),
-    "merge": lambda file: ("merge", EXPERTS[0], file),
+    "finetune": lambda file: (*FINETUNE, "--base", file, "-o", "x.safetensors"),
+    "task-vector": lambda file: ("task-vector", EXPERTS[1], file, "-o", "vectors"),
+    "task-vector --base": lambda f: ("task-vector", EXPERTS[0], "--base", f, "-o", "vectors"),
+    "merge": lambda file: ("merge", EXPERTS[1], file),
     "merge --base": lambda file: ("merge", EXPERTS[0], "--base", file),
     "sample": lambda file: ("sample", file, *SAMPLE),
     "ensemble-sample": lambda file: ("ensemble-sample", *EXPERTS[1:], file, *SAMPLE),
@@ -55,313 +54,11 @@ READERS: dict[str, Callable[[str], tuple]] = {
     "inspect": lambda file: ("inspect", file),
     "export": lambda file: ("export", file, "pipeline"),
     "split": lambda file: ("split", file, "-o", "run"),
-}  # fmt: skip
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def refuse(deme: Deme, folder: Path, exit_code: int, words: str, *arguments: object) -> None:
-    """The command ends with `exit_code` and one line with `words`; every file is as it was."""
-    before = contents(folder)
-    result = deme(*arguments)
-    error = result.exception
-    assert isinstance(error, DemeError), repr(error) or result.output
-    assert error.exit_code == exit_code, error
-    assert words in str(error)
-    assert "\n" not in str(error)
-    assert result.stdout == ""
-    assert contents(folder) == before
-
-
-def write_nan(source: Path, path: Path) -> None:
-    """A copy of an artifact with one weight that is not a number."""
-    weights = load_tensors(source)
-    weights["conv_in.bias"][0] = float("nan")
-    write_artifact(path, weights, read_record(source))
-
-
-@pytest.fixture
-def bad_files(run_folder: Path) -> Path:
-    """The run folder, with files beside the run that are not whole, or no safetensors at all."""
-    whole = (run_folder / EXPERTS[0]).read_bytes()
-    (run_folder / "truncated.safetensors").write_bytes(whole[:-100])
-    (run_folder / "text.safetensors").write_text("these are no tensors, only words of mine\n" * 9)
-    (run_folder / "empty.safetensors").touch()
-    return run_folder
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_a_file_that_is_no_whole_artifact_is_named(
-    bad_files: Path, deme: Deme, reader: str
-) -> None:
-    refuse(deme, bad_files, 4, "truncated", *READERS[reader]("truncated.safetensors"))
-
-
-@pytest.mark.parametrize("reader", ["inspect", "split"])
-def test_what_is_no_file_of_tensors_is_named(bad_files: Path, deme: Deme, reader: str) -> None:
-    for file in ("text.safetensors", "empty.safetensors"):
-        refuse(deme, bad_files, 4, file, *READERS[reader](file))
-    below, name = "base.safetensors/x.safetensors", os.fsdecode(b"a\xff.safetensors")
-    refuse(deme, bad_files, 3, below, *READERS[reader](below))
-    refuse(deme, bad_files, 2, "is not UTF-8", *READERS[reader](name))
-
-
-@pytest.mark.parametrize(
-    ("reader", "file"),
-    [
-        ("finetune", EXPERTS[0]),
-        ("finetune", "samples.safetensors"),
-        ("task-vector", "base.safetensors"),
-        ("task-vector --base", EXPERTS[1]),
-        ("merge", "base.safetensors"),
-        ("merge", "statistics.safetensors"),
-        ("merge --base", EXPERTS[1]),
-        ("sample", "samples.safetensors"),
-        ("ensemble-sample", "base.safetensors"),
-        ("ensemble-sample", "samples.safetensors"),
-        ("eval", "statistics.safetensors"),
-        ("eval --fid", "base.safetensors"),
-        ("stats", "base.safetensors"),
-        ("export", "samples.safetensors"),
-        ("split", EXPERTS[0]),
-    ],
-)
-def test_an_artifact_of_another_kind_is_named(
-    run_folder: Path, deme: Deme, reader: str, file: str
-) -> None:
-    images = torch.zeros(2, 8, 8, 1, dtype=torch.uint8)
-    write_artifact(
-        run_folder / "samples.safetensors", {"images": images}, SamplesRecord(protocol={})
-    )
-    statistics = StatisticsRecord(n=3, extractor={"name": "digits"}, resize="clean", source="x")
-    write_artifact(run_folder / "statistics.safetensors", {"mu": torch.zeros(2)}, statistics)
-    refuse(deme, run_folder, 4, file, *READERS[reader](file))
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("5/4", "1 <= i <= N"),
-        ("0/4", "1 <= i <= N"),
-        ("1/0", "1 <= i <= N"),
-        ("1/101", "into 101 ranges"),
-        ("a/b", "expected i/N"),
-        ("500:250", "start < stop"),
-        ("0:2000", "<= 100"),
-        ("-5:50", "0 <= start"),
-    ],
-)
-def test_a_range_outside_the_timesteps_is_refused(
-    run_folder: Path, deme: Deme, text: str, words: str
-) -> None:
-    refuse(deme, run_folder, 2, words, *FINETUNE, f"--range={text}", "-o", "x.safetensors")
-
-
-@pytest.mark.parametrize("p", ["-0.1", "1.1", "nan"])
-def test_a_probability_is_from_0_to_1(run_folder: Path, deme: Deme, p: str) -> None:
-    refuse(deme, run_folder, 2, "probability from 0 to 1", *FINETUNE, "--range", "1/2", f"--p={p}")
-
-
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        (("--dtype", "fp23"), "--dtype fp23: expected one of fp32, bf16, fp16"),
-        (("--device", "toaster"), "--device toaster: expected auto, cpu, cuda, cuda:i or mps"),
-    ],
-)
-def test_an_unknown_precision_or_device_is_refused(
-    run_folder: Path, deme: Deme, option: tuple, words: str
-) -> None:
-    refuse(deme, run_folder, 2, words, "sample", "base.safetensors", *option)
-
-
-def test_precision_and_device_are_checked_before_torch_is_loaded(run_folder: Path) -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from deme_cli.app import app\n"
-        "for words in ('finetune --range 1/2', 'merge x', 'sample x', 'stats x -o y',"
-        " 'ensemble-sample x', 'eval --fid digits'):\n"
-        "    for option in ('--dtype=fp23', '--device=toaster'):\n"
-        "        done = CliRunner().invoke(app, [*words.split(), option])\n"
-        "        assert getattr(done.exception, 'exit_code', done.exit_code) == 2, done.exception\n"
-        "print(sorted({'torch', 'numpy', 'diffusers'} & set(sys.modules)))"
-    )
-    root = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": root},
-    )  # fmt: skip
-    assert (done.stdout.strip(), done.stderr) == ("[]", "")
-
-
-def test_a_device_of_another_machine_is_missing(run_folder: Path, deme: Deme) -> None:
-    arguments = ("sample", "base.safetensors", "-n", 1, "--steps", 1)
-    refuse(deme, run_folder, 3, "CUDA GPUs", *arguments, "--device", "cuda:99")
-    if not torch.backends.mps.is_available():
-        refuse(deme, run_folder, 3, "no Metal GPU", *arguments, "--device", "mps")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("merge", *EXPERTS), "was finetuned from base"),
-        (("task-vector", *EXPERTS, "-o", "vectors"), "was finetuned from base"),
-        (("ensemble-sample", *EXPERTS, *SAMPLE), "another base"),
-    ],
-)
-def test_experts_of_another_base_are_refused(
-    run_folder: Path, deme: Deme, arguments: tuple, words: str
-) -> None:
-    path = run_folder / EXPERTS[1]
-    record = replace(read_record(path), base="0" * 64)
-    write_artifact(path, load_tensors(path), record)
-    refuse(deme, run_folder, 4, words, *arguments)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda weights: weights.pop("conv_in.bias"), "lacks"),
-        (lambda weights: weights.update(another=torch.zeros(2)), "'another'"),
-        (lambda weights: weights.update({"conv_in.bias": torch.zeros(9)}), "'conv_in.bias'"),
-    ],
-)
-@pytest.mark.parametrize(
-    "reader", ["finetune", "task-vector", "merge", "sample", "ensemble-sample", "eval", "export"]
-)
-def test_experts_of_other_keys_or_shapes_are_refused(
-    run_folder: Path, deme: Deme, reader: str, change: Callable, words: str
-) -> None:
-    source = "base.safetensors" if reader in ("finetune", "sample") else EXPERTS[0]
-    weights = load_tensors(run_folder / source)
-    record = read_record(run_folder / source)
-    change(weights)
-    write_artifact(run_folder / "other.safetensors", weights, record)
-    arguments = READERS[reader]("other.safetensors")
-    if reader in ("task-vector", "merge"):
-        arguments = tuple(EXPERTS[1] if word == EXPERTS[0] else word for word in arguments)
-    refuse(deme, run_folder, 4, words, *arguments)
-
-
-@pytest.mark.parametrize(
-    ("experts", "words"),
-    [
-        (EXPERTS[:3], "no expert covers timesteps 75:100"),
-        (EXPERTS[1:], "no expert covers timesteps 0:25"),
-        ((*EXPERTS, "ft_1of2.safetensors"), "two experts cover timesteps 0:25"),
-        ((*EXPERTS, EXPERTS[3]), "two experts cover timesteps 75:100"),
-    ],
-)
-def test_an_ensemble_covers_every_timestep_once(
-    run_folder: Path, deme: Deme, experts: tuple, words: str
-) -> None:
-    base = run_folder / "base.safetensors"
-    write_tiny_expert(run_folder / "ft_1of2.safetensors", base, index=1, of=2)
-    refuse(deme, run_folder, 4, words, "ensemble-sample", *experts, *SAMPLE)
-
-
-@pytest.mark.parametrize(
-    ("coefficients", "words"),
-    [
-        ("0.5", "1 coefficients for 4 experts"),
-        ("0.1,0.2,0.3,0.2,0.2", "5 coefficients for 4 experts"),
-        ("a,b,c,d", "expected numbers separated by commas"),
-        ("", "expected numbers separated by commas"),
-        ("nan,0,0,0", "expected finite numbers"),
-        ("0,0,0,inf", "expected finite numbers"),
-    ],
-)
-def test_coefficients_are_one_finite_number_for_each(
-    run_folder: Path, deme: Deme, coefficients: str, words: str
-) -> None:
-    refuse(deme, run_folder, 2, words, "merge", *EXPERTS, "-w", coefficients)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[finetune]\nlearning_rate = 1", "unknown key 'learning_rate' in [finetune]"),
-        ("[fine]\np = 1", "unknown table [fine]"),
-        ("[finetune", "not valid TOML"),
-        ('[finetune]\np = "a"', "[finetune] p = 'a': expected a number"),
-        ("[split]\nranges = [1, 2]", "[split] ranges = 1: expected a text"),
-        ('[split]\nranges = ["0:50", "50:2000"]', "50:2000 needs 0 <= start < stop <= 100"),
-        ('[split]\nranges = ["0:50", "50:20"]', "50:20"),
-        ('[merge]\ncoefficients = ["a"]', "[merge] coefficients = 'a': expected a number"),
-        ("[finetune]\np = 2.0", "p = 2.0"),
-    ],
-)
-def test_a_wrong_run_file_is_named_where_it_is_wrong(
-    run_folder: Path, deme: Deme, text: str, words: str
-) -> None:
-    (run_folder / "deme.toml").write_text(text)
-    refuse(deme, run_folder, 2, words, *FINETUNE, "--range", "2/2")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (*FINETUNE, "--range", "1/2"),
-        ("task-vector", *EXPERTS),
-        ("merge", *EXPERTS),
-        ("sample", "base.safetensors"),
-        ("ensemble-sample", *EXPERTS),
-        ("eval", "--fid", "digits"),
-        ("stats", "digits", "-o", "x.safetensors"),
-    ],
-)
-def test_a_run_file_that_cannot_be_read_is_missing(
-    run_folder: Path, deme: Deme, arguments: tuple
-) -> None:
-    for name in ("none.toml", "."):
-        refuse(deme, run_folder, 3, name, *arguments, "--config", name)
-
-
-def _fill(kind: str, folder: Path) -> int:
-    """Make `folder` an image folder that is bad in the way of `kind`; returns the exit code."""
-    folder.mkdir()
-    if kind == "missing":
-        folder.rmdir()
-        return 3
-    if kind == "empty":
-        return 3
-    if kind == "loop":
-        folder.rmdir()
-        folder.symlink_to(folder.name)
-        return 3
-    for index in range(3):
-        Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / f"{index}.png")
-    (folder / "1.png").write_bytes((folder / "0.png").read_bytes()[:40])
-    return 4
-
-
-STATS = ("stats", "images", "-o", "ref.safetensors", "--features", "digits", *CPU)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind"),
-    [
-        *((STATS, kind) for kind in ("missing", "empty", "loop", "corrupt")),
-        ((*FINETUNE, "--range", "1/2", "--data", "images"), "corrupt"),
-        (("eval", "base.safetensors", *FID, "--fid", "images", *EXTRACTOR), "missing"),
-        (("eval", "base.safetensors", *FID, "--kid", "images", *EXTRACTOR), "missing"),
-        (("eval", "images", *FID), "corrupt"),
-    ],
-)
-def test_a_bad_folder_of_images_is_named(
-    run_folder: Path, deme: Deme, arguments: tuple, kind: str
-) -> None:
-    exit_code = _fill(kind, run_folder / "images")
-    words = "1.png" if kind == "corrupt" else "images"
-    refuse(deme, run_folder, exit_code, words, *arguments)
-
-
+}
 WRITERS: dict[str, Callable[[str], tuple]] = {
-    "finetune": lambda out: (*FINETUNE, "--range", "1/2", "-o", out),
+    "finetune": lambda out: (*FINETUNE, "-o", out),
     "merge": lambda out: ("merge", *EXPERTS, "-o", out),
-    "sample": lambda out: ("sample", "base.safetensors", *SAMPLE, "-o", out),
+    "sample": lambda out: (*BASE, *SAMPLE, "-o", out),
     "ensemble-sample": lambda out: ("ensemble-sample", *EXPERTS, *SAMPLE, "-o", out),
     "stats": lambda out: ("stats", "digits", "--split", "test", *CPU, "-o", out),
     "eval": lambda out: ("eval", "base.safetensors", *FID, "-o", out),
@@ -371,44 +68,220 @@ WRITERS: dict[str, Callable[[str], tuple]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "writer", [name for name in WRITERS if name not in ("task-vector", "split")]
-)
-def test_an_existing_output_is_kept(run_folder: Path, deme: Deme, writer: str) -> None:
-    (run_folder / "out.safetensors").write_text("mine")
-    refuse(deme, run_folder, 2, "--force", *WRITERS[writer]("out.safetensors"))
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_existing_outputs_in_a_folder_are_kept(run_folder: Path, deme: Deme) -> None:
-    (run_folder / "out").mkdir()
+@pytest.fixture(scope="module")
+def bad_folder(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, and files beside it that are wrong in every way. No command changes it."""
+    folder = tmp_path_factory.mktemp("bad")
+    shutil.copytree(finished_run, folder, dirs_exist_ok=True)
+    base, expert = folder / "base.safetensors", folder / EXPERTS[0]
+    (folder / "truncated.safetensors").write_bytes(expert.read_bytes()[:-100])
+    (folder / "text.safetensors").write_text("these are no tensors, only words of mine\n" * 9)
+    (folder / "empty.safetensors").touch()
+    (folder / "out.safetensors").write_text("mine")
+    images = torch.zeros(2, 8, 8, 1, dtype=torch.uint8)
+    write_artifact(folder / "samples.safetensors", {"images": images}, SamplesRecord(protocol={}))
+    statistics = StatisticsRecord(n=3, extractor={"name": "digits"}, resize="clean", source="x")
+    write_artifact(folder / "statistics.safetensors", {"mu": torch.zeros(2)}, statistics)
+    write_tiny_base(folder / "second.safetensors", seed=1)
+    write_tiny_expert(folder / "half.safetensors", base, index=1, of=2)
+    strange = replace(read_record(expert), base="0" * 64)
+    write_artifact(folder / "strange.safetensors", load_tensors(expert), strange)
+    for kind, source in (("base", base), ("expert", expert)):
+        for name, change in {
+            "nan": lambda weights: weights["conv_in.bias"].fill_(torch.nan),
+            "lacks": lambda weights: weights.pop("conv_in.bias"),
+            "more": lambda weights: weights.update(another=torch.zeros(2)),
+            "shape": lambda weights: weights.update({"conv_in.bias": torch.zeros(9)}),
+        }.items():
+            weights = load_tensors(source)
+            change(weights)
+            write_artifact(folder / f"{name}_{kind}.safetensors", weights, read_record(source))
     for name in ("tv_1of4.safetensors", "deme.toml"):
-        (run_folder / "out" / name).write_text("")
-    for writer in ("task-vector", "split", "export"):
-        refuse(deme, run_folder, 2, "--force", *WRITERS[writer]("out"))
-    for writer in ("finetune", "merge", "eval"):
-        refuse(deme, run_folder, 2, "is a folder", *WRITERS[writer]("out"), "--force")
+        (folder / "out").mkdir(exist_ok=True)
+        (folder / "out" / name).write_text("")
+    (folder / "none").mkdir()
+    (folder / "loop").symlink_to("loop")
+    (folder / "images").mkdir()
+    for index in range(3):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "images" / f"{index}.png")
+    (folder / "images" / "1.png").write_bytes((folder / "images" / "0.png").read_bytes()[:40])
+    return folder
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-def test_a_place_that_takes_no_files_is_named(run_folder: Path, deme: Deme, writer: str) -> None:
-    below = "base.safetensors/out.safetensors"
-    refuse(deme, run_folder, 3, "part of this path is a file", *WRITERS[writer](below))
+@pytest.fixture
+def refuse(bad_folder: Path, deme: Deme, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Check that a command ends with a code and one line with some words, and changes nothing."""
+    monkeypatch.chdir(bad_folder)
+
+    def check(exit_code: int, words: str, *arguments: object) -> None:
+        before = contents(bad_folder)
+        result = deme(*arguments)
+        error = result.exception
+        assert isinstance(error, DemeError), repr(error) or result.output
+        assert error.exit_code == exit_code, error
+        assert words in str(error)
+        assert "\n" not in str(error)
+        assert result.stdout == ""
+        assert contents(bad_folder) == before
+
+    return check
 
 
-def test_a_place_without_permission_and_a_long_name_are_named(run_folder: Path, deme: Deme) -> None:
-    long = f"{'x' * 300}.safetensors"
-    refuse(deme, run_folder, 3, "the name is too long", *WRITERS["merge"](long))
+def rows() -> Iterator[tuple[int, str, tuple]]:
+    """Exit code, a word of the message, and the command line."""
+    for reader in READERS.values():
+        yield 4, "truncated", reader("truncated.safetensors")
+    for reader in (READERS["inspect"], READERS["split"]):
+        for file in ("text.safetensors", "empty.safetensors"):
+            yield 4, file, reader(file)
+        below = "base.safetensors/x.safetensors"
+        yield 3, below, reader(below)
+        yield 2, "is not UTF-8", reader(os.fsdecode(b"a\xff.safetensors"))
+    for name, file in (  # artifacts of another kind
+        ("finetune", EXPERTS[0]), ("finetune", "samples.safetensors"),
+        ("task-vector", "base.safetensors"), ("task-vector --base", EXPERTS[1]),
+        ("merge", "base.safetensors"), ("merge", "statistics.safetensors"),
+        ("merge --base", EXPERTS[1]), ("sample", "samples.safetensors"),
+        ("ensemble-sample", "base.safetensors"), ("ensemble-sample", "samples.safetensors"),
+        ("eval", "statistics.safetensors"), ("eval --fid", "base.safetensors"),
+        ("stats", "base.safetensors"), ("export", "samples.safetensors"), ("split", EXPERTS[0]),
+    ):  # fmt: skip
+        yield 4, file, READERS[name](file)
+    changes = {"lacks": "lacks", "more": "'another'", "shape": "'conv_in.bias'"}
+    of_base = ("finetune", "sample", "export")
+    for change, words in changes.items():  # keys and shapes of another network
+        for name in ("merge", "sample"):
+            kind = "base" if name in of_base else "expert"
+            yield 4, words, READERS[name](f"{change}_{kind}.safetensors")
+    for name in ("finetune", "task-vector", "ensemble-sample", "eval", "export"):
+        kind = "base" if name in of_base else "expert"
+        yield 4, "'conv_in.bias'", READERS[name](f"shape_{kind}.safetensors")
+    for name in ("finetune", "sample", "eval", "export"):  # not finite
+        yield 5, "", READERS[name]("nan_base.safetensors")
+    for name in ("merge", "task-vector", "ensemble-sample"):
+        yield 5, "", READERS[name]("nan_expert.safetensors")
+    yield 5, "", (*READERS["sample"]("nan_base.safetensors"), "-o", "folder")
+    for text, words in (
+        ("5/4", "1 <= i <= N"), ("1/101", "into 101 ranges"), ("a/b", "expected i/N"),
+        ("0:2000", "<= 100"), ("-5:50", "0 <= start"),
+    ):  # fmt: skip
+        yield 2, words, (*TUNE, f"--range={text}", "-o", "x.safetensors")
+    yield 2, "probability from 0 to 1", (*FINETUNE, "--p=nan")
+    yield 2, "--dtype fp23: expected one of fp32, bf16, fp16", (*BASE, "--dtype", "fp23")
+    yield 2, "toaster: expected auto, cpu, cuda, cuda:i or mps", (*BASE, "--device", "toaster")
+    yield 3, "CUDA GPUs", (*BASE, "-n", 1, "--steps", 1, "--device", "cuda:99")
+    # experts of another base, or that do not cover every timestep once
+    yield 4, "was finetuned from base", READERS["merge"]("strange.safetensors")
+    yield 4, "was finetuned from base", READERS["task-vector"]("strange.safetensors")
+    yield 4, "another base", READERS["ensemble-sample"]("strange.safetensors")
+    yield 4, "was finetuned from base", ("merge", *EXPERTS, "--base", "second.safetensors")
+    yield 4, "was finetuned from base", READERS["task-vector --base"]("second.safetensors")
+    ensemble = ("ensemble-sample", *SAMPLE)
+    yield 4, "no expert covers timesteps 75:100", (*ensemble, *EXPERTS[:3])
+    yield 4, "two experts cover timesteps 0:25", (*ensemble, *EXPERTS, "half.safetensors")
+    for text, words in (
+        ("0.5", "1 coefficients for 4 experts"), ("", "expected numbers separated by commas"),
+        ("nan,0,0,0", "expected finite numbers"),
+    ):  # fmt: skip
+        yield 2, words, ("merge", *EXPERTS, "-w", text)
+    for arguments in (
+        FINETUNE, ("task-vector", *EXPERTS), ("merge", *EXPERTS), BASE,
+        ("ensemble-sample", *EXPERTS), ("eval", "--fid", "digits"),
+        ("stats", "digits", "-o", "x.safetensors"),
+    ):  # fmt: skip
+        yield 3, "none.toml", (*arguments, "--config", "none.toml")
+    yield 3, ".", (*FINETUNE, "--config", ".")
+    # images
+    measured = ("eval", "base.safetensors", *FID, *EXTRACTOR)
+    for place, exit_code, word in (
+        ("gone", 3, "gone"), ("none", 3, "none"), ("loop", 3, "loop"), ("images", 4, "1.png"),
+    ):  # fmt: skip
+        yield exit_code, word, ("stats", place, *STATS[2:])
+    yield 4, "1.png", (*FINETUNE, "--data", "images")
+    yield 4, "1.png", ("eval", "images", *FID)
+    yield 3, "gone", (*measured, "--fid", "gone")
+    yield 3, "gone", (*measured, "--kid", "gone")
+    # places
+    for name, writer in WRITERS.items():
+        below = "base.safetensors/out.safetensors"
+        yield 3, "part of this path is a file", writer(below)
+        if name not in ("task-vector", "split"):
+            yield 2, "--force", writer("out.safetensors")
+    for name in ("task-vector", "split", "export"):
+        yield 2, "--force", WRITERS[name]("out")
+    for name in ("finetune", "merge", "eval"):
+        yield 2, "is a folder", (*WRITERS[name]("out"), "--force")
+    yield 3, "the name is too long", WRITERS["merge"](f"{'x' * 300}.safetensors")
     if Path("/proc/self").exists():
-        refuse(deme, run_folder, 3, "choose another", *WRITERS["merge"]("/proc/deme/out"))
+        yield 3, "choose another", WRITERS["merge"]("/proc/deme/out")
 
 
-@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "eval"])
+@pytest.mark.parametrize(("exit_code", "words", "arguments"), list(rows()))
+def test_it_is_refused_in_one_line(
+    refuse: Callable[..., None], exit_code: int, words: str, arguments: tuple
+) -> None:
+    refuse(exit_code, words, *arguments)
+
+
+def test_a_wrong_run_file_is_named_where_it_is_wrong(
+    refuse: Callable[..., None], bad_folder: Path
+) -> None:
+    path = bad_folder / "deme.toml"
+    for text, words in (
+        ("[finetune]\nlearning_rate = 1", "unknown key 'learning_rate' in [finetune]"),
+        ("[fine]\np = 1", "unknown table [fine]"),
+        ("[finetune", "not valid TOML"),
+        ('[finetune]\np = "a"', "[finetune] p = 'a': expected a number"),
+        ("[split]\nranges = [1, 2]", "[split] ranges = 1: expected a text"),
+        ('[split]\nranges = ["0:50", "50:2000"]', "50:2000 needs 0 <= start < stop <= 100"),
+        ('[split]\nranges = ["0:50", "50:20"]', "50:20"),
+        ('[merge]\ncoefficients = ["a"]', "[merge] coefficients = 'a': expected a number"),
+        ("[finetune]\np = 2.0", "p = 2.0"),
+    ):
+        path.write_text(text)
+        refuse(2, words, *TUNE, "--range", "2/2")
+    path.unlink()
+
+
+def test_precision_and_device_are_checked_before_torch_is_loaded(tmp_path: Path) -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from deme_cli.app import app\n"
+        "for words in ('finetune --range 1/2', 'merge x', 'sample x', 'stats x -o y',"
+        " 'ensemble-sample x', 'eval --fid digits'):\n"
+        "    for option in ('--dtype=fp23', '--device=toaster'):\n"
+        "        done = CliRunner().invoke(app, [*words.split(), option])\n"
+        "        assert getattr(done.exception, 'exit_code', done.exit_code) == 2, done.exception\n"
+        "print(sorted({'torch', 'numpy', 'diffusers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
 def test_a_full_disk_is_told_and_nothing_is_written(
-    run_folder: Path, deme: Deme, writer: str, monkeypatch: pytest.MonkeyPatch
+    refuse: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")(1 << 20, 1 << 20, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    refuse(deme, run_folder, 3, "free some space", *WRITERS[writer]("out.safetensors"))
+    for name, writer in WRITERS.items():
+        if name != "eval":
+            refuse(3, "free some space", *writer("full.safetensors"))
+
+
+def test_an_output_that_another_run_writes_is_left_to_it(
+    refuse: Callable[..., None], bad_folder: Path
+) -> None:
+    held = {"finetune": "new.metrics.jsonl", "sample": ".new.safetensors.unfinished"}
+    for name in ("finetune", "merge", "sample", "stats"):
+        with claim(bad_folder / held.get(name, "new.safetensors")):
+            refuse(2, "another", *WRITERS[name]("new.safetensors"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -425,77 +298,26 @@ def test_a_disk_that_fills_up_during_the_work_leaves_nothing(
     assert left <= {".out.safetensors.unfinished", "out.png"}  # drawn images are kept
 
 
-@pytest.mark.parametrize("writer", ["finetune", "merge", "sample", "ensemble-sample", "stats"])
-def test_an_output_that_another_run_writes_is_left_to_it(
-    run_folder: Path, deme: Deme, writer: str
-) -> None:
-    held = {"finetune": "out.metrics.jsonl", "sample": ".out.safetensors.unfinished"}
-    held["ensemble-sample"] = held["sample"]
-    with claim(run_folder / held.get(writer, "out.safetensors")):
-        refuse(deme, run_folder, 2, "another", *WRITERS[writer]("out.safetensors"))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (*FINETUNE, "--range", "1/2", "--base", "nan.safetensors"),
-        ("sample", "nan.safetensors", *SAMPLE),
-        ("sample", "nan.safetensors", *SAMPLE, "-o", "folder"),
-        ("ensemble-sample", "nan_expert.safetensors", *EXPERTS[1:], *SAMPLE),
-        ("merge", "nan_expert.safetensors", *EXPERTS[1:]),
-        ("task-vector", "nan_expert.safetensors"),
-        ("eval", "nan.safetensors", *FID),
-        ("export", "nan.safetensors", "pipeline"),
-    ],
-)
-def test_weights_that_are_not_finite_end_with_5(
-    run_folder: Path, deme: Deme, arguments: tuple
-) -> None:
-    write_nan(run_folder / "base.safetensors", run_folder / "nan.safetensors")
-    write_nan(run_folder / EXPERTS[0], run_folder / "nan_expert.safetensors")
-    refuse(deme, run_folder, 5, "", *arguments)
-
-
 def test_a_loss_that_is_not_finite_ends_with_5_and_keeps_no_output(
     run_folder: Path, deme: Deme
 ) -> None:
     before = set(contents(run_folder))
-    result = deme(*FINETUNE, "--range", "1/2", "--lr", 1e30, "--steps", 6)
+    result = deme(*FINETUNE, "--lr", 1e30, "--steps", 6)
     assert getattr(result.exception, "exit_code", None) == 5, result.exception
     assert "lower --lr" in str(result.exception)
     assert {name for name in set(contents(run_folder)) - before if "metrics" not in name} == set()
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("sample", "owner/model"),
-        ("split", "owner/model", "-o", "run"),
-        ("eval", "owner/model", *FID),
-        (*FINETUNE, "--range", "1/2", "--data", "owner/data"),
-        ("stats", "owner/data", "-o", "ref.safetensors"),
-        ("eval", "base.safetensors", "--fid", "owner/data", "--features", "digits"),
-    ],
-)
-def test_a_hub_id_without_network_is_missing_at_once(
-    run_folder: Path, cache: Path, deme: Deme, arguments: tuple
+def test_what_is_not_here_is_missing_at_once_without_network(
+    refuse: Callable[..., None], cache: Path
 ) -> None:
     began = time.monotonic()
-    refuse(deme, run_folder, 3, "owner/", *arguments)
+    for arguments in (
+        ("sample", "owner/model"), ("split", "owner/model", "-o", "run"),
+        ("eval", "owner/model", *FID), (*FINETUNE, "--data", "owner/data"),
+        ("stats", "owner/data", "-o", "ref.safetensors"),
+        ("eval", "base.safetensors", "--fid", "owner/data", *EXTRACTOR),
+    ):  # fmt: skip
+        refuse(3, "owner/", *arguments)
     assert time.monotonic() - began < 10
-
-
-def test_two_bases_of_one_shape_are_told_apart(run_folder: Path, deme: Deme) -> None:
-    write_tiny_base(run_folder / "second.safetensors", seed=1)
-    arguments = ("--base", "second.safetensors")
-    refuse(deme, run_folder, 4, "was finetuned from base", "merge", *EXPERTS, *arguments)
-    refuse(
-        deme, run_folder, 4, "was finetuned from base",
-        "task-vector", *EXPERTS, *arguments, "-o", "vectors",
-    )  # fmt: skip
-
-
-def test_a_wrong_reference_is_told_before_missing_weights(
-    run_folder: Path, cache: Path, deme: Deme
-) -> None:
-    refuse(deme, run_folder, 4, "'samples'", "eval", "--fid", "base.safetensors")
+    refuse(4, "'samples'", "eval", "--fid", "base.safetensors")  # before missing weights

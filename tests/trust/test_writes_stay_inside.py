@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,6 @@ from PIL import Image
 
 from deme_cli.data.image_source import find_image_source
 from deme_cli.data.images import open_images
-from deme_cli.diffusion.model_files import read_index
 from deme_cli.errors import ArtifactError, MissingError
 
 ROOT = Path(__file__).parents[2]
@@ -155,33 +156,24 @@ def all_files(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if "cache" not in p.parts}
 
 
-@pytest.mark.parametrize("name", ["../../evil", "/tmp/deme-evil-{pid}", "./x/../../../evil"])
-def test_names_in_a_shard_that_lead_outside_write_nothing_there(
-    home: Path, tmp_path: Path, name: str
-) -> None:
-    name = name.format(pid=os.getpid())
+def test_names_and_links_in_a_shard_lead_nowhere(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(png(200))
+    evil = Path(f"/tmp/deme-evil-{os.getpid()}.png")
     with tarfile.open(home / "shard.tar", "w") as shard:
-        for index in range(2):
-            add(shard, f"{name}{index}.png", png(index))
+        for index, name in enumerate(("../../evil.png", str(evil), "./x/../../../evil.png")):
+            add(shard, name, png(index))
     before = all_files(tmp_path)
     images = open_images("shard.tar", shape=(1, 8, 8), split="all")
-    assert len(images) == 2  # read into memory; their names are labels, not places
+    assert len(images) == 3  # read into memory; their names are labels, not places
     assert all_files(tmp_path) == before
-    assert not list(Path("/tmp").glob(f"deme-evil-{os.getpid()}*"))
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
-def test_links_in_a_shard_are_not_followed(home: Path, tmp_path: Path, kind: bytes) -> None:
-    (tmp_path / "secret.png").write_bytes(png(200))
-    with tarfile.open(home / "shard.tar", "w") as shard:
-        add(shard, "a.png", png(7))
-        add(shard, "b.png", type=kind, linkname=str(tmp_path / "secret.png"))
-    try:
-        images = open_images("shard.tar", shape=(1, 8, 8), split="all")
-    except ArtifactError:
-        return
-    found = images.batch(range(len(images)))
-    assert 200 not in found.flatten().tolist()
+    assert not evil.exists()
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+        with tarfile.open(home / f"{kind.hex()}.tar", "w") as shard:
+            add(shard, "a.png", png(7))
+            add(shard, "b.png", type=kind, linkname=str(tmp_path / "secret.png"))
+        with suppress(ArtifactError):
+            images = open_images(f"{kind.hex()}.tar", shape=(1, 8, 8), split="all")
+            assert 200 not in images.batch(range(len(images))).flatten().tolist()
 
 
 def write_rows(path: Path, named: str) -> None:
@@ -193,22 +185,18 @@ def write_rows(path: Path, named: str) -> None:
     pq.write_table(pa.table({"image": rows}), path)
 
 
-@pytest.mark.parametrize("named", ["{out}/secret.png", "../../../secret.png", "{out}/cache/link"])
-def test_rows_of_a_table_do_not_read_files_by_path(home: Path, tmp_path: Path, named: str) -> None:
+def test_rows_of_a_table_read_only_files_that_datasets_fetched(home: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png(200))
-    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "downloads").mkdir(parents=True)
     (tmp_path / "cache" / "link").symlink_to(tmp_path / "secret.png")
-    write_rows(home / "rows.parquet", named.format(out=tmp_path))
-    with pytest.raises(ArtifactError, match=r"rows.parquet: row 1 names a file, .* with|give the"):
-        open_images("rows.parquet", shape=(1, 8, 8), split="all")
-
-
-def test_images_that_datasets_fetched_beside_a_table_are_read(home: Path, tmp_path: Path) -> None:
-    fetched = tmp_path / "cache" / "downloads"
-    fetched.mkdir(parents=True)
-    (fetched / "0123").write_bytes(png(200))
-    write_rows(home / "rows.parquet", str(fetched / "0123"))  # as a hub's folder of images comes
-    images = open_images("rows.parquet", shape=(1, 8, 8), split="all")
+    for named in ("{out}/secret.png", "../../../secret.png", "{out}/cache/link"):
+        write_rows(home / "rows.parquet", named.format(out=tmp_path))
+        with pytest.raises(ArtifactError, match=r"rows.parquet: row 1 names a file, .* with|give"):
+            open_images("rows.parquet", shape=(1, 8, 8), split="all")
+    fetched = tmp_path / "cache" / "downloads" / "0123"  # as a hub's folder of images comes
+    fetched.write_bytes(png(200))
+    write_rows(home / "good.parquet", str(fetched))
+    images = open_images("good.parquet", shape=(1, 8, 8), split="all")
     assert images.batch([0, 1])[:, 0, 0, 0].tolist() == [7, 200]
 
 
@@ -224,19 +212,6 @@ def test_metadata_names_only_images_of_its_folder(home: Path, tmp_path: Path) ->
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ArtifactError, match="name images that are not there"):
         open_images("images", shape=(1, 8, 8), split="all", wants="text")
-
-
-def test_links_out_of_a_folder_of_images_are_followed_as_readme_says(
-    home: Path, tmp_path: Path
-) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "b.png").write_bytes(png(200))
-    folder = home / "images"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(png(7))
-    (folder / "linked").symlink_to(outside)
-    assert len(open_images("images", shape=(1, 8, 8), split="all")) == 2
 
 
 def test_a_folder_linked_into_itself_is_walked_once(home: Path, tmp_path: Path) -> None:
@@ -257,8 +232,6 @@ def test_a_folder_linked_into_itself_is_walked_once(home: Path, tmp_path: Path) 
     ("name", "value", "file"),
     [
         ("vae", ["evil", "AutoencoderKL"], "vae/evil.py"),
-        ("vae", ["diffusers", "AutoencoderKL"], "vae/diffusers.py"),
-        ("vae", ["os", "system"], None),
         ("vae", ["transformers", "AutoModel"], None),
         ("extra", [["evil"], "Evil"], None),
         ("_class_name", ["evil", "Evil"], "evil.py"),
@@ -269,8 +242,6 @@ def test_code_beside_a_pipeline_is_not_run(
     pipelines: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deme: Callable,
     name: str, value: object, file: str | None,
 ) -> None:  # fmt: skip
-    import shutil
-
     folder, mark = tmp_path / "pipeline", tmp_path / "ran"
     shutil.copytree(pipelines("sd"), folder)
     monkeypatch.chdir(tmp_path)
@@ -290,19 +261,3 @@ def test_code_beside_a_pipeline_is_not_run(
         assert f"model_index.json: {name} = " in str(error)
         assert "\n" not in str(error)
     assert not mark.exists()
-
-
-@pytest.mark.parametrize("text", ["9" * 5000, "[" * 100_000, b"\xff".decode("latin-1"), "[]"])
-def test_an_index_that_is_no_table_is_an_artifact_error(tmp_path: Path, text: str) -> None:
-    (tmp_path / "model_index.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ArtifactError, match=r"model_index\.json"):
-        read_index(tmp_path)
-
-
-def test_a_safety_checker_of_an_old_pipeline_is_no_stranger(
-    pipelines: Callable[..., Path], tmp_path: Path
-) -> None:
-    index = json.loads((pipelines("sd") / "model_index.json").read_text())
-    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert read_index(tmp_path) == index
