@@ -31,13 +31,6 @@ BATCH_SCRIPT = {
 }  # fmt: skip
 
 
-def test_torchrun_says_which_process_this_is() -> None:
-    launch = read_launch(TORCHRUN)
-    found = (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size)
-    assert found == (3, 4, 1, 2)
-    assert not launch.binds_gpus
-
-
 def test_a_slurm_step_is_put_into_the_words_of_torch() -> None:
     launch = read_launch(STEP)
     assert (launch.rank, launch.world_size, launch.local_rank) == (3, 5, 1)
@@ -53,12 +46,14 @@ def test_a_slurm_step_is_put_into_the_words_of_torch() -> None:
     other = read_launch({**STEP, "SLURM_STEP_ID": "3"}).variables["MASTER_PORT"]
     assert same[0] == same[1] != other
     assert read_launch({**STEP, "MASTER_PORT": "1234"}).variables.get("MASTER_PORT") is None
-    assert read_launch({**STEP, **TORCHRUN}).world_size == 4  # torchrun within a step
+    launch = read_launch({**STEP, **TORCHRUN})  # torchrun within a step
+    found = (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size)
+    assert found == (3, 4, 1, 2)
+    assert not launch.binds_gpus
 
 
-@pytest.mark.parametrize(
-    "environ",
-    [
+def test_a_process_that_nobody_started_with_others_is_alone() -> None:
+    for environ in (
         {},
         BATCH_SCRIPT,
         {**BATCH_SCRIPT, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "0"},
@@ -66,40 +61,31 @@ def test_a_slurm_step_is_put_into_the_words_of_torch() -> None:
         {**STEP, "WORLD_SIZE": "1"},
         {"WORLD_SIZE": "1", "RANK": "0"},
         {"WORLD_SIZE": "4"},
-    ],
-)
-def test_a_process_that_nobody_started_with_others_is_alone(environ: dict[str, str]) -> None:
-    launch = read_launch(environ)
-    assert (launch.rank, launch.world_size, dict(launch.variables)) == (0, 1, {})
-    assert join(launch, "auto") is ALONE
+    ):
+        launch = read_launch(environ)
+        assert (launch.rank, launch.world_size, dict(launch.variables)) == (0, 1, {})
+        assert join(launch, "auto") is ALONE
 
 
-@pytest.mark.parametrize(
-    ("hosts", "first"),
-    [
-        ("node1", "node1"),
+def test_the_processes_meet_on_the_first_host() -> None:
+    for hosts, first in (
         ("node1,node2", "node1"),
         ("node[03-07,9],other", "node03"),
         ("rack[1-2]node[08-09].cluster,x", "rack1node08.cluster"),
-    ],
-)
-def test_the_processes_meet_on_the_first_host(hosts: str, first: str) -> None:
-    launch = read_launch({**STEP, "SLURM_STEP_NODELIST": hosts})
-    assert launch.variables["MASTER_ADDR"] == first
+    ):
+        launch = read_launch({**STEP, "SLURM_STEP_NODELIST": hosts})
+        assert launch.variables["MASTER_ADDR"] == first
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
+def test_an_environment_without_sense_is_refused() -> None:
+    for change, word in (
         ({"RANK": "4"}, "expected 0 to 3"),
         ({"RANK": "two"}, "RANK = 'two'"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
         ({"MASTER_PORT": ""}, "put WORLD_SIZE=1"),
-    ],
-)
-def test_an_environment_without_sense_is_refused(change: dict[str, str], word: str) -> None:
-    with pytest.raises(ConfigError, match=word):
-        read_launch({**TORCHRUN, **change})
+    ):
+        with pytest.raises(ConfigError, match=word):
+            read_launch({**TORCHRUN, **change})
 
 
 def test_processes_share_no_device_of_one_name() -> None:
@@ -119,20 +105,20 @@ def test_alone_everything_is_as_it_was() -> None:
     assert not requests.is_agreed
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("Cuda failure 2 'out of memory'", RuntimeError), ("Connection closed by peer", Lost)],
-)
 def test_a_lack_of_memory_in_talking_is_not_taken_for_a_lost_process(
-    monkeypatch: pytest.MonkeyPatch, text: str, expected: type[Exception]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(*args: object, **options: object) -> None:
-        raise RuntimeError(text)
+    for text, expected in (
+        ("Cuda failure 2 'out of memory'", RuntimeError), ("Connection closed by peer", Lost)
+    ):  # fmt: skip
 
-    monkeypatch.setattr("torch.distributed.all_reduce", refuse)
-    with pytest.raises(Exception) as found:  # noqa: PT011  (its type is what is asked)
-        World(3, 4).add_up(torch.zeros(1))
-    assert type(found.value) is expected
+        def refuse(*args: object, text: str = text, **options: object) -> None:
+            raise RuntimeError(text)
+
+        monkeypatch.setattr("torch.distributed.all_reduce", refuse)
+        with pytest.raises(Exception) as found:  # noqa: PT011  (its type is what is asked)
+            World(3, 4).add_up(torch.zeros(1))
+        assert type(found.value) is expected
 
 
 def test_who_is_alone_imports_nothing_for_others() -> None:

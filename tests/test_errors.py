@@ -15,9 +15,7 @@ from deme_cli.errors import is_out_of_memory
 
 LACKS = [
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total",
-    "CUDA error: out of memory\nCUDA kernel errors might be",
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
     "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "MPS backend out of memory (MPS allocated: 7.23 GB, max allowed: 9.07 GB).",
     "Invalid buffer size: 19.45 GB",
@@ -27,7 +25,6 @@ LACKS = [
 ]
 OTHERS = [
     RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x5 and 3x2)"),
     ValueError("CUDA out of memory."),
 ]
@@ -39,29 +36,24 @@ def test_a_lack_of_memory_is_recognised_however_it_is_said() -> None:
     with pytest.raises(RuntimeError) as real:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(real.value)
-    for error in OTHERS:
-        assert not is_out_of_memory(error), error
+    assert not any(map(is_out_of_memory, OTHERS))
 
 
-@pytest.mark.parametrize(
-    ("text", "code"), [("CUDA out of memory. Tried to allocate 2.00 GiB", 3), ("some bug", None)]
-)
 def test_a_lack_of_memory_that_nobody_mends_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-    text: str, code: int | None,
-) -> None:  # fmt: skip
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_tiny_base(tmp_path / "base.safetensors")
     monkeypatch.chdir(tmp_path)
-
-    def refuse(self: object, *args: object, **options: object) -> None:
-        raise RuntimeError(text)
-
-    monkeypatch.setattr(UNet2DModel, "forward", refuse)
     words = ["sample", "base.safetensors", "-n", "1", "--steps", "2", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["deme", *words])
-    with pytest.raises(SystemExit if code else RuntimeError) as ended:
-        main()
-    if code:
-        assert ended.value.code == code
-        line = capfd.readouterr().err.strip().splitlines()[-1]
-        assert line.startswith("deme: this does not fit into the memory of the device; use a smal")
+    for text, ends in (("some bug", RuntimeError), (LACKS[0], SystemExit)):
+
+        def refuse(self: object, *args: object, text: str = text, **options: object) -> None:
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(UNet2DModel, "forward", refuse)
+        with pytest.raises(ends) as ended:
+            main()
+    assert ended.value.code == 3
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("deme: this does not fit into the memory of the device; use a smal")
