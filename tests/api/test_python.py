@@ -23,6 +23,20 @@ from deme_cli.errors import ConfigError, DemeError, MissingError
 from deme_cli.evaluation.rows import find_prompts
 from deme_cli.run_file import RunFile
 
+PLAN = """
+title = "Two rows"
+n = 2
+updates = 2
+[eval]
+fid = "digits"
+[[row]]
+name = "Before"
+kind = "base"
+[[row]]
+name = "Plain"
+kind = "finetune"
+"""
+
 
 def test_a_base_from_scratch_and_its_export(tmp_path: Path, monkeypatch) -> None:
     from conftest import TINY_MODEL, TINY_SCHEDULER
@@ -62,34 +76,26 @@ def test_what_cannot_be_done_is_said_before_anything_is_loaded(run_folder: Path)
     assert not (run_folder / "merged.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "evaluation", "sampling", "told"),
-    [
-        ("-n 50000 --prompts two.txt", {"num": 50_000}, {"prompts": "two.txt"}, "-n says 50000"),
+def test_what_the_command_refuses_python_refuses_in_the_same_words(run_folder: Path, deme) -> None:
+    Path("two.txt").write_text("a one\na two\n")
+    bedroom = {"protocol": "lsun-bedroom-50k"}
+    for words, evaluation, sampling, told in (
         ("-n 3 --prompts two.txt", {"num": 3}, {"prompts": "two.txt"}, "-n says 3"),
+        ("-n 5 --protocol lsun-bedroom-50k", {"num": 5, **bedroom}, {}, "has 50000"),
         (
-            "-n 5 --protocol lsun-bedroom-50k", {"num": 5, "protocol": "lsun-bedroom-50k"}, {},
-            "has 50000",
-        ),
-        (
-            "--steps 7 --protocol lsun-bedroom-50k", {"protocol": "lsun-bedroom-50k"}, {"steps": 7},
+            "--steps 7 --protocol lsun-bedroom-50k", bedroom, {"steps": 7},
             "--steps 7: the protocol lsun-bedroom-50k has 50;",
         ),
         ("--prompts far.txt", {}, {"prompts": "far.txt"}, "far.txt: no such file"),
-    ],
-)  # fmt: skip
-def test_what_the_command_refuses_python_refuses_in_the_same_words(
-    run_folder: Path, deme, words: str, evaluation: dict, sampling: dict, told: str
-) -> None:
-    Path("two.txt").write_text("a one\na two\n")
-    typed = deme("eval", "base.safetensors", "--fid", "digits", *words.split())
-    run = deme_cli.read_run_file(None)
-    with pytest.raises(DemeError, match=told) as called:
-        deme_cli.evaluate(
-            [run.base], run.settings(EvalConfig, fid="digits", **evaluation),
-            sampling=run.settings(SampleConfig, **sampling), run=run,
-        )  # fmt: skip
-    assert str(called.value) == str(typed.exception)
+    ):  # fmt: skip
+        typed = deme("eval", "base.safetensors", "--fid", "digits", *words.split())
+        run = deme_cli.read_run_file(None)
+        with pytest.raises(DemeError, match=told) as called:
+            deme_cli.evaluate(
+                [run.base], run.settings(EvalConfig, fid="digits", **evaluation),
+                sampling=run.settings(SampleConfig, **sampling), run=run,
+            )  # fmt: skip
+        assert str(called.value) == str(typed.exception)
 
 
 def test_without_a_number_prompts_make_as_many_images_as_they_are(run_folder: Path) -> None:
@@ -141,3 +147,48 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_cannot_be_looked_at_is_said_before_torch_is_loaded(run_folder: Path) -> None:
+    Path("two.toml").write_text(PLAN)
+    Path("report.html").touch()
+    before = sorted(Path().rglob("*"))
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from deme_cli.comparison.compare import compare
+        from deme_cli.html_report import report
+        from deme_cli.artifacts import inspect
+        from deme_cli.merging.show_search import show_search
+        from deme_cli.errors import DemeError
+
+        for call in (
+            lambda: compare("nowhere"),
+            lambda: compare("two.toml", seeds=[1, 1]),
+            lambda: compare("two.toml", budget="time"),
+            lambda: compare("two.toml", updates=0),
+            lambda: report(),
+            lambda: report(output=Path("report.pdf")),
+            lambda: report(Path("nowhere")),
+            lambda: inspect([Path("nowhere")]),
+            lambda: inspect([Path("two.toml")]),
+            lambda: show_search(Path("nowhere")),
+        ):
+            try:
+                call()
+            except DemeError as error:
+                print(error)
+            else:
+                raise AssertionError("nothing was refused")
+        assert "torch" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = [
+        "nowhere: no such plan", "seeds = [1, 1]", "budget = 'time'", "updates = 0",
+        "report.html exists", "ends in .html", "nowhere: no such folder", "nowhere",
+        "two.toml: not a", "nowhere: no such journal",
+    ]  # fmt: skip
+    for line, part in zip(done.stdout.splitlines(), expected, strict=True):
+        assert part in line
+    assert sorted(Path().rglob("*")) == before

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launched import ends, launch
+from launched import ends, launch, succeed
 
 from deme_cli.app import COMMANDS
 from deme_cli.artifacts import load_tensors, read_record
@@ -76,10 +76,8 @@ def test_the_first_process_is_alone_from_then_on(monkeypatch: pytest.MonkeyPatch
     only_first()
     assert os.environ["WORLD_SIZE"] == "1"
     only_first()
-    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}
-    monkeypatch.delenv("WORLD_SIZE")
-    for name, value in step.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as left:
         only_first()
     assert left.value.code == 0
@@ -120,9 +118,8 @@ def require_same(found: Path, wanted: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [GRID, ["--search", "random", "--evaluations", "20", "--num", "64"],
-              ["--search", "random", "--evaluations", "12", "--objective", "loss:4,kid@16",
-               "--steps", "2", "--num", "64", "--no-report"]]
+    "words", [GRID, ["--search", "random", "--evaluations", "12", "--objective", "loss:4,kid@16",
+                     "--steps", "2", "--num", "64", "--no-report"]]
 )  # fmt: skip
 def test_two_processes_find_what_one_does(
     deme: Callable, run_folder: Path, words: list[str]
@@ -166,7 +163,15 @@ def test_a_signal_to_one_process_stops_a_search_and_one_process_ends_it(
 
 
 @pytest.mark.slow
-def test_the_trial_of_a_process_that_was_killed_comes_back(run_folder: Path) -> None:
+def test_trials_of_processes_that_were_killed_come_back(run_folder: Path) -> None:
+    processes = launch(run_folder, "merge", *EXPERTS, *SLOW_GRID, num=3)
+    wait_for_trials(processes)
+    processes[0].kill()  # without the first process the others end, and their trials are kept
+    codes, said = ends(processes)
+    assert codes == [-signal.SIGKILL, 1, 1]
+    assert len(said) == 1, said
+    assert "another process of this launch has ended; " in said[0]
+    assert not MERGED.exists()
     processes = launch(run_folder, "merge", *EXPERTS, *SLOW_GRID)
     wait_for_trials(processes)
     processes[1].kill()
@@ -179,35 +184,18 @@ def test_the_trial_of_a_process_that_was_killed_comes_back(run_folder: Path) -> 
 
 
 @pytest.mark.slow
-def test_without_the_first_process_the_others_end_and_their_trials_are_kept(
-    run_folder: Path,
-) -> None:
-    processes = launch(run_folder, "merge", *EXPERTS, *SLOW_GRID, num=3)
-    wait_for_trials(processes)
-    processes[0].kill()
-    codes, said = ends(processes)
-    assert codes == [-signal.SIGKILL, 1, 1]
-    assert len(said) == 1, said
-    assert "another process of this launch has ended; " in said[0]
-    assert not MERGED.exists()
-    processes = launch(run_folder, "merge", *EXPERTS, *SLOW_GRID)
-    assert ends(processes) == ([0, 0], [])
-    assert len(points_of(JOURNAL)) == 37
-
-
-@pytest.mark.slow
-def test_what_is_wrong_is_told_once(run_folder: Path) -> None:
-    def refused(code: int, word: str, *words: str, **by_rank: Callable) -> None:
-        codes, said = ends(launch(run_folder, *words, **by_rank))
+def test_what_is_wrong_is_told_once_and_a_plain_merge_made_once(run_folder: Path) -> None:
+    before = sorted(run_folder.iterdir())
+    for code, word, words, by_rank in (
+        (3, "nowhere.safetensors", ["nowhere.safetensors", *GRID], lambda rank: []),
+        (2, "put WORLD_SIZE=1 before", [*EXPERTS, *GRID], lambda rank: ["--seed", f"{rank}"]),
+    ):
+        codes, said = ends(launch(run_folder, "merge", *words, by_rank=by_rank))
         assert codes == [code, code], said
         assert len(said) == 1, said
         assert word in said[0]
-
-    before = sorted(run_folder.iterdir())
-    refused(3, "nowhere.safetensors", "merge", "nowhere.safetensors", *GRID)
-    refused(2, "put WORLD_SIZE=1 before `deme`", "merge", *EXPERTS, *GRID,
-            by_rank=lambda rank: ["--seed", f"{rank}"])  # fmt: skip
     assert sorted(run_folder.iterdir()) == before
+    assert succeed(launch(run_folder, "merge", *EXPERTS, "-w", "0.5,0.5")).split() == [str(MERGED)]
 
 
 @pytest.mark.slow
@@ -220,12 +208,3 @@ def test_force_repeats_a_finished_search_once_for_all(run_folder: Path) -> None:
     assert codes == [2, 2]
     assert len(said) == 1
     assert "add --force" in said[0]
-
-
-@pytest.mark.slow
-def test_a_plain_merge_is_made_by_the_first_process(run_folder: Path) -> None:
-    processes = launch(run_folder, "merge", *EXPERTS, "-w", "0.5,0.5")
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0][0].split() == [str(MERGED)]
-    assert outputs[1] == ("", "")
