@@ -3,9 +3,8 @@
 Everything comes from the JSON files and the headers of artifacts that lie in the folder itself, and
 the pictures are those that commands have written, but for the curves of training. The page holds
 all of it inside: no script, no network, no date, so the same folder makes the same bytes. What
-cannot be read is told with its reason and never ends the work; links that lead out of the folder
-are passed over. The template escapes everything. (Not called report.py, which would hide the
-function of that name in `import deme_cli`.) Needs no torch.
+cannot be read is told with its reason and never ends the work. The template escapes everything.
+(Not called report.py, which would hide the function of that name in `import deme_cli`.) No torch.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from deme_cli.artifacts import (
     TaskVectorRecord,
 )
 from deme_cli.console import decimals, fixed, plain, signed, size_of
-from deme_cli.errors import ArtifactError, ConfigError, DemeError
+from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.evaluation.protocols import WHO_AND_WHENCE
 from deme_cli.files import require_output, write_whole
 from deme_cli.run_folder import (
@@ -45,15 +44,15 @@ from deme_cli.run_folder import (
 )
 
 REPORT_NAME = "report.html"
+SECTIONS = ("tables", "curves", "searches", "figures", "samples", "pictures", "artifacts")
 _HIGHER = ("clip_score", "accuracy")
-_MOST_OTHERS, _MOST_PATTERNS, _SMOOTH = 12, 60, 20
+_MOST_PICTURES, _LONGEST, _SMOOTH = 12, 2000, 20
 # Control characters, lone surrogates and noncharacters, which HTML has no place for.
 _ENDS = "".join(chr(p + end) for p in range(0, 0x110000, 0x10000) for end in (0xFFFE, 0xFFFF))
 _UNPRINTABLE = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_ENDS}]")
-Card = tuple[
-    str, list[tuple[str, str, bool]]
-]  # a title, and fields: name, text, whether it differs
 Json = Mapping[str, Any]
+Card = tuple[str, list[tuple[str, str, bool]]]  # a title; fields: name, text, whether it differs
+Columns = tuple[list[str], list[list[tuple[str, str]]]]  # headings; cells (text, tone) of each row
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,9 @@ class WrittenReport:
 
 
 def report(
-    folder: Path = Path("."),
-    *,
-    output: Path | None = None,
-    title: str | None = None,
+    folder: Path = Path("."), *, output: Path | None = None, title: str | None = None,
     force: bool = False,
-) -> WrittenReport:
+) -> WrittenReport:  # fmt: skip
     """Make one HTML file of a run folder.
 
     output: None for report.html in the folder.   title: None for the folder's name.   Raises
@@ -90,103 +86,89 @@ def report(
         raise ConfigError(f"--output {target}: expected a name that ends in .html")
     found = open_folder(folder)
     require_output(target, force=force)
-    page = {"title": title or folder.resolve().name or "/", **gather(found)}
+    page = _page(found)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         finalize=lambda v: _UNPRINTABLE.sub("\ufffd", v) if type(v) is str else v,
     )  # fmt: skip
-    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    content = environment.from_string(template).render(**page).encode()
+    template = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8"))
+    content = template.render(title=title or folder.resolve().name or "/", **page).encode()
     write_whole(target, [content])
-    counts = {
-        name: len(page[name])
-        for name in ("tables", "curves", "searches", "figures", "samples", "pictures", "artifacts")
-    }
+    counts = {name: len(page[name]) for name in SECTIONS}
     return WrittenReport(target, len(content), counts, page["missing"], found.unread)
 
 
-def gather(folder: Folder) -> dict[str, Any]:
+def _page(folder: Folder) -> dict[str, Any]:
     """Everything that the page shows, by section."""
-    tables: list[dict[str, Any]] = []
+    tables, searches = [], []
     for name in sorted(folder.documents, key=lambda n: ("columns" in folder.documents[n], n)):
         document = folder.documents[name]
-        if not is_current(document) or "kind" in document or "rows" not in document:
-            continue
-        with folder.noting(name):
-            is_comparison = "columns" in document
-            tables.append((_comparison if is_comparison else _evaluation)(name, document))
-    searches = []
+        if is_current(document) and "kind" not in document and "rows" in document:
+            with folder.noting(name):
+                read = _comparison if "columns" in document else _evaluation
+                tables.append(read(name, document))
     for path, record in folder.of(MergedRecord):
         with folder.noting(path.name):
             searches.append(_merge(folder, path, record))
-    curves = _curves(folder)
+    drawn, curves = _curves(folder)
     figures = [figure for _, figure in sorted(_analyses(folder), key=lambda one: one[0])]
     samples = list(_samples(folder))
-    artifacts = _artifacts(folder)
-    shown = {one["picture"]["name"] for one in (*figures, *samples) if one["picture"]}
-    shown |= {picture["name"] for one in searches for picture in one["pictures"]}
+    shown = {one["picture"]["name"] for one in (*figures, *samples, *searches) if one["picture"]}
     left = [n for n in folder.files if n.endswith(".png") and n not in shown]
     left.sort(key=lambda name: (name not in ("compare.png", "demo.png"), name))
-    pictures = [one for name in left[:_MOST_OTHERS] if (one := picture_of(folder, name))]
-    missing = [] if not folder.artifacts else _missing(folder, tables, figures, samples)
+    pictures = [one for name in left[:_MOST_PICTURES] if (one := picture_of(folder, name))]
     return {
-        "tables": tables, "curves": curves[1], "curve_picture": curves[0], "searches": searches,
-        "figures": figures, "samples": samples, "pictures": pictures, "artifacts": artifacts,
-        "missing": missing, "unread": folder.unread,
+        "tables": tables, "curves": curves, "curve_picture": drawn, "searches": searches,
+        "figures": figures, "samples": samples, "pictures": pictures,
+        "artifacts": _artifacts(folder), "unread": folder.unread,
+        "missing": _missing(folder, tables, figures, samples) if folder.artifacts else [],
     }  # fmt: skip
 
 
 def _number(value: Any) -> float:
-    """A number of a JSON document; null is nan. Raises TypeError for anything else."""
-    if value is None:
-        return math.nan
-    if type(value) not in (int, float):
-        raise TypeError(f"expected a number, found {value!r:.40}")
-    return float(value)
+    """A number of a JSON document; null is nan."""
+    return math.nan if value is None else float(value)
 
 
-def _metric(title: str, metric: str, figures: Sequence[Json | None]) -> tuple[list[str], Any]:
-    """The columns of one metric: headings, and the cells (text, tone) of each row.
+def _metric(title: str, metric: str, figures: Sequence[Json | None]) -> Columns:
+    """The columns of one metric.
 
     figures: value, sd, and difference (mean, sd, interval) of each row; None where it has none.
     """
     sign = -1 if metric in _HIGHER else 1
     values = [math.nan if one is None else _number(one["value"]) for one in figures]
-    sds = [_number(one["sd"]) for one in figures if one and one["sd"] is not None]
-    digits = decimals(sds or [v for v in values if math.isfinite(v)], 2 if sds else 4)
     finite = [sign * value for value in values if math.isfinite(value)]
+    sds = [_number(one["sd"]) for one in figures if one and one.get("sd") is not None]
+    digits = decimals(sds or finite, 2 if sds else 4)
     others = [(one or {}).get("difference") for one in figures]
-    spreads = [_number(one["sd"]) for one in others if one and one["sd"] is not None]
+    spreads = [_number(one["sd"]) for one in others if one and one.get("sd") is not None]
     places = decimals(spreads, 2) if spreads else digits
-    arrow = "\N{DOWNWARDS ARROW}" if sign > 0 else "\N{UPWARDS ARROW}"
-    heads = [f"{title} {arrow}"] + (["minus the first [95 %]"] if any(others) else [])
     cells = []
     for one, value, other in zip(figures, values, others, strict=True):
         told = "" if one is None else fixed(value, digits)
-        if one and one["sd"] is not None:
+        if one and one.get("sd") is not None:
             told += f" ± {fixed(_number(one['sd']), digits)}{one.get('mark', '')}"
         is_best = len(finite) > 1 and sign * value == min(finite)
         line = [(told, "best" if is_best else "")]
-        if any(others):
-            mean, low, high = (
-                map(_number, (other["mean"], *other["interval"])) if other else (0,) * 3
-            )
+        if other:
+            mean, low, high = map(_number, (other["mean"], *other["interval"]))
             side = "" if low <= 0 <= high else "better" if sign * mean < 0 else "worse"
             ends = f"[{signed(low, places)}, {signed(high, places)}]"
-            line.append((f"{signed(mean, places)} {ends}" if other else "", side))
+            line.append((f"{signed(mean, places)} {ends}", side))
+        elif any(others):
+            line.append(("", ""))
         cells.append(line)
-    return heads, cells
+    arrow = "\N{DOWNWARDS ARROW}" if sign > 0 else "\N{UPWARDS ARROW}"
+    return [f"{title} {arrow}"] + ["minus the first [95 %]"] * any(others), cells
 
 
 def _table(
-    caption: str, names: Sequence[tuple[str, str]], columns: Sequence[tuple[list[str], Any]]
+    caption: str, names: Sequence[tuple[str, str]], columns: Sequence[Columns]
 ) -> dict[str, Any]:
     """Rows of cells (text, tone); of the first one the tone is a note below the name."""
     heads = ["row", *(head for some, _ in columns for head in some)]
-    rows = [
-        [(name, note), *(cell for _, cells in columns for cell in cells[i])]
-        for i, (name, note) in enumerate(names)
-    ]
+    rows = [[name, *(cell for _, cells in columns for cell in cells[i])]
+            for i, name in enumerate(names)]  # fmt: skip
     return {"caption": caption, "columns": heads, "rows": rows}
 
 
@@ -194,12 +176,9 @@ def _evaluation(name: str, document: Json) -> dict[str, Any]:
     """The table that `deme eval --output` left."""
     rows = document["rows"]
     metrics = list(dict.fromkeys(metric for row in rows for metric in row["metrics"]))
-    if not rows or not metrics:
-        raise ValueError("it has no rows")
-    columns = []
-    for metric in metrics:
-        figures = [row["metrics"].get(metric) for row in rows]
-        columns.append(_metric(metric, metric, [one and {"sd": None, **one} for one in figures]))
+    if not metrics:
+        raise ValueError("it has no figures")
+    columns = [_metric(m, m, [row["metrics"].get(m) for row in rows]) for m in metrics]
     first = [next(iter(row["metrics"].values()), None) for row in rows]
     counts = [f"{one['n']:,} x {one.get('repeats', 1)}" if one else "" for one in first]
     columns.append((["images x repeats"], [[(text, "")] for text in counts]))
@@ -215,17 +194,15 @@ def _comparison(name: str, document: Json) -> dict[str, Any]:
     for column in document["columns"]:
         cells = [row["metrics"].get(column["title"]) for row in rows]
         figures = [
-            cell and {"value": cell["mean"], "difference": cell.get("difference"),
-                      "sd": cell["sd"] if cell["sd"] is not None else cell["repeats_sd"],
-                      "mark": "" if cell["sd"] is not None else "\N{DAGGER}"}
+            cell and {**cell, "value": cell["mean"], "mark": "\N{DAGGER}" * (cell["sd"] is None),
+                      "sd": cell["repeats_sd"] if cell["sd"] is None else cell["sd"]}
             for cell in cells
         ]  # fmt: skip
         columns.append(_metric(str(column["title"]), str(column["metric"]), figures))
-    trained = [[one for one in row["results"] if one["seed"] is not None] for row in rows]
-    costs = [
-        [(str(len(some) or ""), ""), (f"{int(row['updates'] or 0):,}" if some else "", "")]
-        for row, some in zip(rows, trained, strict=True)
-    ]
+    costs = []
+    for row in rows:
+        num = sum(one["seed"] is not None for one in row["results"])
+        costs.append([(str(num or ""), ""), (f"{int(row['updates'] or 0):,}" if num else "", "")])
     columns.append((["training seeds", "updates"], costs))
     names = [
         (str(row["name"]), "; ".join([str(row["kind"]), *map(_public, row.get("failures") or [])]))
@@ -234,10 +211,10 @@ def _comparison(name: str, document: Json) -> dict[str, Any]:
     tables = [_table(f"Measured rows of {name}", names, columns)]
     if published := document.get("published"):
         cited = [(str(row), "") for row in published["rows"]]
-        cells = [[(plain(v) if v is not None else "", "") for v in line]
-                 for line in published["rows"].values()]  # fmt: skip
+        numbers = [[("" if v is None else plain(v), "") for v in line]
+                   for line in published["rows"].values()]  # fmt: skip
         caption = f"Published, not measured here: {published['source']}"
-        tables.append(_table(caption, cited, [(list(map(str, published["columns"])), cells)]))
+        tables.append(_table(caption, cited, [(list(map(str, published["columns"])), numbers)]))
     cards = [(str(measure) or "every row", card) for measure, card in document["cards"].items()]
     notes = [*map(str, document["reading"]), *map(str, document["protocol"])]
     return {"title": str(document["title"]), "tables": tables, "notes": notes,
@@ -246,7 +223,7 @@ def _comparison(name: str, document: Json) -> dict[str, Any]:
 
 def _cards(cards: Sequence[tuple[str, Json]]) -> list[Card]:
     """A card per row; marked are fields in which rows differ, but for who drew and from where."""
-    flat = [(title, dict(flatten(card))) for title, card in cards]
+    flat = [(title, dict(_flat(card))) for title, card in cards]
     names = dict.fromkeys(name for _, fields in flat for name in fields)
     differs = {
         name: name.split(".")[0] not in WHO_AND_WHENCE
@@ -260,37 +237,34 @@ def _cards(cards: Sequence[tuple[str, Json]]) -> list[Card]:
     ]
 
 
-def flatten(card: Json, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(card: Json, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Fields of a card as texts, those of tables in it under `table.field` or `table.1.field`."""
     for name, value in card.items():
         if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
             value = dict(enumerate(value[:64], start=1))
         if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", _shown(value)
+            text = _shown(value)
+            yield f"{prefix}{name}", text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
-def _shown(value: Any, longest: int = 2000) -> str:
-    if isinstance(value, (list, tuple)) and not any(isinstance(v, (list, dict)) for v in value):
-        text = ", ".join(map(_shown, value)) or "none"
-    elif isinstance(value, (list, tuple, dict)):
-        parts = value.items() if isinstance(value, dict) else enumerate(value, start=1)
-        text = "; ".join(f"{key}: {_shown(one)}" for key, one in parts) or "none"
-    else:
-        words = {None: "none", True: "yes", False: "no"}
-        text = words[value] if value is None or type(value) is bool else _public(str(value))
-        text = f"{value:.6g}" if type(value) is float else text
-    cut = len(text) - longest
-    return text if cut <= 0 else f"{text[:longest]} … ({cut:,} more characters)"
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_shown(one)}" for key, one in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value)) or "none"
+    if value is None or type(value) is bool:
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:.6g}" if type(value) is float else _public(str(value))
 
 
 def _public(text: str) -> str:
     """Of an absolute path the last part, for a page is shared; anything else as it is."""
     scheme = "local-dir:" if text.startswith("local-dir:") else ""  # of CLIP's weights
     place = text.removeprefix(scheme)
-    if not (place.startswith("~") or PurePosixPath(place).is_absolute()
-            or PureWindowsPath(place).is_absolute()):  # fmt: skip
+    kinds = PurePosixPath, PureWindowsPath
+    if not place.startswith("~") and not any(kind(place).is_absolute() for kind in kinds):
         return text
     return scheme + (PureWindowsPath(place).name or place)  # which knows both separators
 
@@ -319,59 +293,40 @@ def _samples(folder: Folder) -> Iterator[dict[str, Any]]:
     for path in folder.image_folders:
         with folder.noting(f"{path.name}/{CARD_NAME}"):
             protocol = dict(json.loads(text_of(path / CARD_NAME))["protocol"])
-            found.append((path, protocol, _subjects(path / "metadata.jsonl")))
+            found.append((path, protocol, None))
     for path, protocol, prompts in found:
-        told, stem = dict(flatten(protocol)), path.name.removesuffix(".safetensors")
-        text = (
-            f"{told.get('num', '?')} images: {told.get('sampler', '?')}, "
-            f"{told.get('steps', '?')} steps, seed {told.get('seed', '?')}"
-        )
+        told, stem = dict(_flat(protocol)), path.name.removesuffix(".safetensors")
+        num, sampler, steps, seed = (told.get(n, "?") for n in ("num", "sampler", "steps", "seed"))
         yield {
-            "title": stem, "name": path.name, "text": text,
-            "picture": picture_of(folder, f"{stem}.png"),
+            "title": stem, "name": path.name, "picture": picture_of(folder, f"{stem}.png"),
+            "text": f"{num} images: {sampler}, {steps} steps, seed {seed}",
             "prompts": [str(prompt) for prompt in (prompts or [])[:64]],
             "cards": _cards([("Protocol", protocol)]),
         }  # fmt: skip
 
 
-def _subjects(metadata: Path) -> list[Any] | None:
-    """Prompts or classes in order of the images of a folder, where all of them have one."""
-    try:
-        rows = [json.loads(line) for line in text_of(metadata).split("\n") if line]
-        rows.sort(key=lambda row: str(row["file_name"]))
-        return [row["text"] if "text" in row else row["label"] for row in rows]
-    except (DemeError, OSError, LookupError, TypeError, ValueError):
-        return None
-
-
 def _merge(folder: Folder, path: Path, record: MergedRecord) -> dict[str, Any]:
     """A merged model: its coefficients, the search of them, what was reported afterwards."""
-    parents = [(_public(str(one["path"])), _range(one["range"])) for one in record.parents]
+    names = [
+        (_public(str(one["path"])), ":".join(map(str, one["range"]))) for one in record.parents
+    ]
     values = [[(plain(_number(w)), "")] for w in record.coefficients]
-    tables = [_table("Coefficients of the task vectors (Eq. 8)", parents, [(["w"], values)])]
-    if record.coefficients_for:
-        some = list(record.coefficients_for.items())[:_MOST_PATTERNS]
-        more = len(record.coefficients_for) - len(some)
-        caption = "Coefficients by pattern, the first that matches"
-        cells = [[(plain(_number(w)), "") for w in ws] for _, ws in some]
-        names = [(glob, "") for glob, _ in some]
-        heads = [span for _, span in parents]
-        tables.append(_table(caption + f"; {more} more" * (more > 0), names, [(heads, cells)]))
+    tables = [_table("Coefficients of the task vectors (Eq. 8)", names, [(["w"], values)])]
     tables += _reported(record.report) if record.report else []
-    search = record.search or {}
-    text = f"{record.method} merge of {len(parents)}"
+    search, text = record.search or {}, f"{record.method} merge of {len(names)}"
     if search:
         text += f", coefficients by {search.get('method')} search"
     if "evaluations" in search:
         text += f" of {search.get('objective')}: {int(search['evaluations']):,} evaluations"
-    journal = folder.files.get(f"{path.stem}{JOURNAL}")
-    cards = [("Search", {k: v for k, v in search.items() if k != "trials"}),
-             ("Settings", record.settings)]  # fmt: skip
-    pictures = [picture_of(folder, f"{path.stem}{end}") for end in (".search.png",)]
+    if journal := folder.files.get(f"{path.stem}{JOURNAL}"):
+        text += f"; trials in {journal.name}"
+    told = {"Search": {k: v for k, v in search.items() if k != "trials"},
+            "Settings": record.settings,
+            "Coefficients by pattern, the first that matches": record.coefficients_for}  # fmt: skip
     return {
-        "name": path.name, "text": text + (f"; trials in {journal.name}" if journal else ""),
-        "tables": tables, "pictures": [one for one in pictures if one],
-        "cards": [card for one in cards for card in _cards([one])],
+        "name": path.name, "text": text, "tables": tables,
+        "picture": picture_of(folder, f"{path.stem}.search.png"),
+        "cards": [card for one in told.items() for card in _cards([one])],
     }  # fmt: skip
 
 
@@ -383,8 +338,8 @@ def _reported(report: Json) -> Iterator[dict[str, Any]]:
             continue
         figures = [row["metrics"].get(metric) for row in rows]
         shown = [
-            one and {"value": one["value"], "sd": None, "difference": None if i == 0 else
-                     {"mean": one["difference"], "sd": None, "interval": one["interval"]}}
+            one and {"value": one["value"], "difference": i > 0 and
+                     {"mean": one["difference"], "interval": one["interval"]}}
             for i, one in enumerate(figures)
         ]  # fmt: skip
         gains = [(one or {}).get("gain_kept") for one in figures]
@@ -394,47 +349,38 @@ def _reported(report: Json) -> Iterator[dict[str, Any]]:
         yield _table(caption, [(str(row["name"]), "") for row in rows], columns)
 
 
-def _range(span: Sequence[int]) -> str:
-    return f"{span[0]}:{span[1]}"
-
-
 def _curves(folder: Folder) -> tuple[dict[str, Any] | None, list[str]]:
     """The curves of training drawn in one picture, a panel per run, and the names of the runs."""
-    curves: dict[str, list[tuple[int, float, float]]] = {}
-    for name, path in folder.files.items():
-        if not name.endswith(METRICS):
-            continue
+    import numpy as np
+
+    curves: dict[str, np.ndarray] = {}  # (records, 3): update, loss, held-out loss
+    for name in [name for name in folder.files if name.endswith(METRICS)]:
         with folder.noting(name):
-            records: dict[int, Json] = {}
-            for text in filter(None, text_of(path).splitlines()):
+            records: dict[int, list[float]] = {}
+            for text in text_of(folder.files[name]).splitlines():
                 try:
                     record = json.loads(text)
-                    records[int(record["step"])] = record
-                except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+                    numbers = [record["step"], record.get("loss"), record.get("held_out")]
+                    records[int(record["step"])] = list(map(_number, numbers))
+                except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
                     continue  # torn by a kill; one that was logged twice counts as logged last
             if not records:
                 raise ArtifactError(f"{name}: holds no record of training")
-            curves[name.removesuffix(METRICS)] = [
-                (step, _finite(record.get("loss")), _finite(record.get("held_out")))
-                for step, record in sorted(records.items())
-            ]
+            curves[name.removesuffix(METRICS)] = np.array(sorted(records.values()))
     if not curves:
         return None, []
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
 
     def draw(figure: Any) -> None:
-        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+        axes = figure.subplots(lines, columns, squeeze=False).flat
         for index, (axis, (name, curve)) in enumerate(zip(axes, curves.items(), strict=False)):
-            steps, losses, held_out = zip(*curve, strict=True)
-            axis.plot(steps, losses, color=color_of(index), linewidth=0.7, alpha=0.45)
-            size = max(1, len(curve) // _SMOOTH)
-            parts = [curve[i : i + size] for i in range(0, len(curve), size)]
-            means = [(sum(column) / len(part) for column in zip(*part, strict=True))
-                     for part in parts]  # fmt: skip
-            x, y, _ = zip(*means, strict=True)
-            axis.plot(x, y, color=color_of(index), linewidth=1.8, label="training loss, mean")
-            if any(map(math.isfinite, held_out)):
+            color, (steps, losses, held_out) = color_of(index), curve.T
+            axis.plot(steps, losses, color=color, linewidth=0.7, alpha=0.45)
+            parts = np.array_split(curve, min(_SMOOTH, len(curve)))
+            x, y, _ = np.array([part.mean(axis=0) for part in parts]).T
+            axis.plot(x, y, color=color, linewidth=1.8, label="training loss, mean")
+            if np.isfinite(held_out).any():
                 axis.plot(steps, held_out, "o", color="0.2", markersize=3, label="held-out loss")
             axis.set_title(name, fontsize=9)
             axis.set_xlabel("update")
@@ -448,10 +394,6 @@ def _curves(folder: Folder) -> tuple[dict[str, Any] | None, list[str]]:
     return embedded("training", png, (int(size[0] * 160), int(size[1] * 160))), list(curves)
 
 
-def _finite(value: Any) -> float:
-    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else math.nan
-
-
 def _artifacts(folder: Folder) -> list[list[str]]:
     """Every artifact that can be read: what it is, of what, how large."""
     names = {record.fingerprint: path.stem for path, record in reversed(folder.artifacts)}
@@ -460,17 +402,14 @@ def _artifacts(folder: Folder) -> list[list[str]]:
         marks: Any = []
         if isinstance(record, MergedRecord):
             marks = [one.get("fingerprint") for one in record.parents if isinstance(one, dict)]
-        elif isinstance(record, TaskVectorRecord):
-            marks = [record.expert]
-        elif isinstance(record, ExpertRecord):
-            marks = [record.base]
+        elif isinstance(record, (TaskVectorRecord, ExpertRecord)):
+            marks = [record.expert if isinstance(record, TaskVectorRecord) else record.base]
         elif isinstance(record, SamplesRecord):
             marks = record.protocol.get("fingerprints")
-        made_of = [names.get(str(mark), str(mark)[:12]) for mark in marks or []]
+        made_of = ", ".join(names.get(str(mark), str(mark)[:12]) for mark in marks or [])
         span = str(record.timesteps) if isinstance(record, ExpertRecord) else ""
         size = size_of(path.stat().st_size)
-        mark = record.fingerprint[:12]
-        rows.append([path.name, record.kind, span, ", ".join(made_of), size, mark])
+        rows.append([path.name, record.kind, span, made_of, size, record.fingerprint[:12]])
     return rows
 
 
@@ -480,19 +419,17 @@ def _missing(
     """What a reader might expect and is not there, with the command that makes it."""
     experts = [record for _, record in folder.of(ExpertRecord)]
     there = {(record.index, record.of) for record in experts}
-    counts = sorted({record.of for record in experts if record.of and record.of > 1})
-    wanted: list[tuple[bool, str, str]] = [
-        (bool(folder.of(BaseRecord)), "the base", "deme split MODEL -n 4"),
-        (bool(experts), "experts", "deme finetune --range all"),
+    wanted = [
+        (folder.of(BaseRecord), "the base", "deme split MODEL -n 4"),
+        (experts, "experts", "deme finetune --range all"),
         *(
-            ((index, count) in there, f"expert {index} of {count}",
-             f"deme finetune --range {index}/{count}")
-            for count in counts for index in range(1, min(count, 64) + 1)
+            ((i, n) in there, f"expert {i} of {n}", f"deme finetune --range {i}/{n}")
+            for n in sorted({record.of for record in experts if record.of and record.of > 1})
+            for i in range(1, min(n, 64) + 1)
         ),
-        (bool(folder.of(MergedRecord)), "a merged model",
-         "deme merge ft_*.safetensors --search grid"),
-        (bool(samples), "images", "deme sample merged.safetensors"),
-        (bool(tables), "a table", "deme eval --fid REF --repeats 3 --output eval.json"),
-        (bool(figures), "figures of why it works", "deme analyze losses"),
-    ]  # fmt: skip
-    return [(what, command) for is_there, what, command in wanted if not is_there]
+        (folder.of(MergedRecord), "a merged model", "deme merge ft_*.safetensors --search grid"),
+        (samples, "images", "deme sample merged.safetensors"),
+        (tables, "a table", "deme eval --fid REF --repeats 3 --output eval.json"),
+        (figures, "figures of why it works", "deme analyze losses"),
+    ]
+    return [(what, command) for found, what, command in wanted if not found]

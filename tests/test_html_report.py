@@ -135,11 +135,9 @@ def test_a_run_with_everything_has_every_section(told_run: Path) -> None:
 
 def test_the_document_is_laid_out_for_readers_and_machines(told_run: Path) -> None:
     page, _ = page_of(told_run)
-    html = page.all("html")[0]
-    assert html.get("lang") == "en"
+    assert page.all("html")[0].get("lang") == "en"
     levels = [int(e.tag[1]) for e in page.elements if e.tag in ("h1", "h2", "h3", "h4")]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
+    assert (levels[0], levels.count(1)) == (1, 1)
     assert all(after - before <= 1 for before, after in pairwise(levels))
     for table in page.all("table"):
         assert table[0].tag == "caption"
@@ -270,7 +268,7 @@ def test_what_cannot_be_read_is_listed_with_its_reason(told_copy: Path, tmp_path
         "liar.png", "no.metrics.jsonl", "given-samples.png",
     }  # fmt: skip
     assert "leads out of the folder" in made.unread["outside.json"]
-    assert made.unread["torn.safetensors"].startswith("truncated or padded")
+    assert made.unread["torn.safetensors"].startswith("not a whole safetensors file")
     assert "schema_version 9" in made.unread["newer.json"]
     assert made.unread["liar.png"] == "not a whole PNG file"
     assert "a secret" not in page.text()
@@ -293,22 +291,55 @@ def test_a_large_picture_is_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert folder.unread == {"noise.png": "90 x 60 pixels, too many"}
 
 
-def test_a_folder_of_images_shows_its_grid_and_its_prompts(told_copy: Path) -> None:
+def test_a_folder_of_images_shows_its_grid_and_pictures_have_an_end(told_copy: Path) -> None:
     folder = told_copy / "drawn"
     folder.mkdir()
     card = {"protocol": {"model": "merged", "num": 2, "sampler": "euler", "steps": 3, "seed": 5}}
     (folder / "samples.json").write_text(json.dumps(card))
-    rows = [{"file_name": f"{i}.png", "text": f"a {w}", "label": i} for i, w in enumerate("bc")]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, reversed(rows))))
     Image.new("L", (8, 8)).save(told_copy / "drawn.png")
     for index in range(14):
         Image.new("L", (4, 4)).save(told_copy / f"extra{index:02d}.png")
     page, made = page_of(told_copy)
     assert "drawn2 images: euler, 3 steps, seed 5" in page.section("samples")
-    assert "a b a c" in page.section("samples")
     assert made.counts["pictures"] == 12
     (folder / "samples.json").write_text("[]")
     assert list(page_of(told_copy)[1].unread) == ["drawn/samples.json"]
+
+
+def test_a_comparison_shows_its_rows_and_apart_what_was_published(told_copy: Path) -> None:
+    def cell(mean: float, sd: float | None, low: float) -> dict[str, Any]:
+        difference = {"mean": low + 1, "sd": 0.1, "interval": [low, low + 2], "over": ""}
+        return {"mean": mean, "sd": sd, "repeats_sd": 0.2, "difference": difference}
+
+    def row(name: str, seed: int | None, figures: dict[str, Any], **more: Any) -> dict[str, Any]:
+        results = [{"seed": seed}] if figures else []
+        metrics = {"coco fid": figures} if figures else {}
+        return {"name": name, "kind": "merged", "updates": 1600, "results": results,
+                "metrics": metrics, "failures": [], **more}  # fmt: skip
+
+    document = {
+        "schema_version": 1, "title": "Methods", "reading": ["best is B"], "protocol": ["ddim"],
+        "columns": [{"title": "coco fid", "metric": "fid", "measure": "coco"}],
+        "rows": [
+            row("A", None, {**cell(5.0, None, 0), "difference": None}),
+            row("B", 0, cell(3.0, 0.5, -3.0)),
+            row("C", 0, {}, failures=["/home/somebody/x: lost"]),
+        ],
+        "cards": {"coco": {"steps": 2}},
+        "published": {"source": "them", "columns": ["CIFAR10"], "rows": {"A": [4.42], "C": [None]}},
+    }  # fmt: skip
+    (told_copy / "compare.json").write_text(json.dumps(document))
+    page, made = page_of(told_copy)
+    assert made.unread == {}
+    shown = page.section("results")
+    for words in (
+        "Methods Measured rows of compare.json row coco fid \N{DOWNWARDS ARROW}",
+        "5.00 ± 0.20\N{DAGGER}", "3.00 ± 0.50", "[\N{MINUS SIGN}3.00, \N{MINUS SIGN}1.00]",
+        "1 1,600", "best is B", "Published, not measured here: them", "4.42",
+    ):  # fmt: skip
+        assert words in shown, words
+    (better,) = [e for e in page.all("td") if "better" in str(e.get("class")).split()]
+    assert "\N{MINUS SIGN}2.00" in page.text(better)
 
 
 def test_a_torn_line_of_a_curve_is_left_out(told_copy: Path) -> None:

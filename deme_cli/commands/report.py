@@ -10,27 +10,19 @@ import typer
 from deme_cli import console
 from deme_cli.commands.options import Force, Json, Quiet
 
+_OUTPUT = r"HTML file to write \[default: report.html in FOLDER]."
+_TITLE = r"Title of the page \[default: the folder's name]."
+_ONE = {"searches": "search"}
+
 
 def report(
     folder: Annotated[
-        Path,
-        typer.Argument(metavar="FOLDER", help="The folder that deme worked in."),
+        Path, typer.Argument(metavar="FOLDER", help="The folder that deme worked in.")
     ] = Path("."),
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help=r"HTML file to write \[default: report.html in FOLDER].",
-            show_default=False,
-        ),
+        Path | None, typer.Option("--output", "-o", help=_OUTPUT, show_default=False)
     ] = None,
-    title: Annotated[
-        str | None,
-        typer.Option(
-            "--title", help=r"Title of the page \[default: the folder's name].", show_default=False
-        ),
-    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help=_TITLE, show_default=False)] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -45,8 +37,9 @@ def report(
 
     console.set_quiet(quiet)
     made = deme_cli.report(folder, output=output, title=title, force=force)
-    told = ", ".join(f"{count} {name}" for name, count in made.counts.items() if count)
-    console.note(f"{folder}: {told}")
+    counts = {name: count for name, count in made.counts.items() if count}
+    told = [f"{n} {_ONE.get(name, name[:-1]) if n == 1 else name}" for name, n in counts.items()]
+    console.note(f"{folder}: {', '.join(told)}")
     for what, command in made.missing:
         console.note(f"not there: {what} ({command})")
     for name, reason in made.unread.items():

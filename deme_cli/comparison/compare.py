@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -80,19 +81,23 @@ def compare(
 
         stage = open_stage(chosen, run, folder, base=run.base, device=device, dtype=dtype)
         rows = jobs_of(stage)
-        asked = {name: rows[name] for name in _asked(list(rows), only)}
-        results = [job for row in asked.values() for job in row.values()]
-        if not table and not all(job.is_done for job in results):
+        asked = {name: list(rows[name].values()) for name in _asked(list(rows), only)}
+        todo = {
+            name: [*(job.needs for job in row if job.needs and not job.is_done), *row]
+            for name, row in asked.items()  # without the trainings whose results are there
+        }
+        every = [job for row in todo.values() for job in row]
+        if not table and not all(job.is_done for job in every):
             _check_measures(stage)
-        every = [job for row in asked.values() for job in _jobs(row)]
         if dry_run:
-            _tell_jobs(stage, asked, progress)
+            _tell_jobs(stage, todo, progress)
             return Compared(num_jobs=len({job.folder for job in every}))
         if not table:
             work_off(every, jobs, progress)
-        failures = [(name, failure) for name, row in asked.items() for job in row.values()
-                    if (failure := job.failure)]  # fmt: skip
-        return _concluded(collect(stage, rows), stage.folder, failures)
+        found, failures = collect(stage, rows), []
+        for name, row in asked.items():
+            failures += [(name, failure) for job in row if (failure := job.failure)]
+        return _concluded(found, stage.folder, failures)
 
 
 def _chosen(plan: str, data: str | None, **given: Any) -> Plan:
@@ -111,17 +116,17 @@ def _run_of(
         return run
     told = plan.tables.get("model", {})
     source = model or told.get("source") or "digits"
-    place /= Path(source).stem or "model"
+    there = str(Path(source).resolve()) if Path(source).exists() else source
+    name = hashlib.blake2b(there.encode(), digest_size=4).hexdigest()
+    place /= f"{Path(source).stem}-{name}"
     if not (place / CONFIG_NAME).exists():
         from deme_cli.training.split import split
 
-        done = split(
+        split(
             source, SplitConfig(n=plan.n), data=plan.tables["data"].get("source"),
             pipeline=told.get("pipeline"), output=place, force=True,
         )  # fmt: skip
-        parameters = f"{done.facts['parameters']:,} parameters"
-        for note in (*done.facts["notes"], f"{done.record.source}: imported, {parameters}"):
-            progress(Step(note=note))
+        progress(Step(note=f"{source}: imported into {place}"))
     return read_run_file(place / CONFIG_NAME)
 
 
@@ -134,45 +139,29 @@ def _asked(names: Sequence[str], only: Sequence[str]) -> list[str]:
     return [name for name in names if not only or any(fnmatchcase(name, p) for p in only)]
 
 
-def _jobs(row: Mapping[int | None, Job]) -> list[Job]:
-    """Those of a row; a training whose result is there is not needed any more."""
-    needs = [job.needs for job in row.values() if job.needs and not job.is_done]
-    return [*needs, *row.values()]
-
-
 def _check_measures(stage: Stage) -> None:
     """What an evaluation checks of every measure, before hours of training."""
     from deme_cli.evaluation.evaluate import evaluate
 
-    was_quiet = console.is_quiet()
-    console.set_quiet(True)
-    try:
-        for one, tables in zip(stage.plan.measures, stage.measures, strict=True):
-            run = RunFile(tables={"model": stage.tables["model"], **tables})
-            try:
-                evaluate([stage.base], run=run, device=stage.device, dry_run=True)
-            except DemeError as error:
-                where = f"measure {one.name!r}" if one.name else "[eval]"
-                raise type(error)(f"{where}: {error}") from error
-    finally:
-        console.set_quiet(was_quiet)
+    for one, tables in zip(stage.plan.measures, stage.measures, strict=True):
+        run = RunFile(tables={"model": stage.tables["model"], **tables})
+        try:
+            evaluate([stage.base], run=run, device=stage.device, dry_run=True)
+        except DemeError as error:
+            where = f"measure {one.name!r}" if one.name else "[eval]"
+            raise type(error)(f"{where}: {error}") from error
 
 
-def _tell_jobs(
-    stage: Stage, asked: Mapping[str, Mapping[int | None, Job]], progress: Progress
-) -> None:
+def _tell_jobs(stage: Stage, todo: Mapping[str, Sequence[Job]], progress: Progress) -> None:
     """Say the jobs of the rows asked for, each once, and what their training costs."""
     seen: set[Path] = set()
-    for row in stage.plan.rows:
-        if row.name in asked:
-            flops = stage.flops(row) * stage.updates[row.name] / 1e12
-            cost = f": {flops:.3g} TFLOP of training per seed" if flops else ""
-            progress(Step(note=f"{row.name}{cost}"))
-            for job in _jobs(asked[row.name]):
-                if job.folder not in seen:
-                    seen.add(job.folder)
-                    state = "done" if job.is_done else "to do"
-                    progress(Step(note=f"  {job.title}: {state}"))
+    for row in [row for row in stage.plan.rows if row.name in todo]:
+        flops = stage.flops(row) * stage.updates[row.name] / 1e12
+        cost = f": {flops:.3g} TFLOP of training per seed" if flops else ""
+        progress(Step(note=f"{row.name}{cost}"))
+        for job in [job for job in todo[row.name] if job.folder not in seen]:
+            progress(Step(note=f"  {job.title}: {'done' if job.is_done else 'to do'}"))
+            seen.add(job.folder)
 
 
 def _concluded(
@@ -228,8 +217,12 @@ def collect(stage: Stage, rows: Mapping[str, Mapping[int | None, Job]]) -> Compa
                 images = images or data
                 if data != images:
                     _refuse(expert, "images", data, images)
-            told = _merge(merged) if merged.exists() else {}
-            results.append(Result(seed, values, _seconds(job.needs), **told))
+            result = Result(seed, values, _seconds(job.needs))
+            if merged.exists():
+                record = read_record(merged, "merged")
+                search = record.search and _search_cost(record.search)
+                result = replace(result, coefficients=record.coefficients, search=search)
+            results.append(result)
         found.append(_row(row, stage, rows[row.name], results))
     equal = "as many updates" if plan.budget == "updates" else "as many training FLOPs"
     protocol = [
@@ -309,17 +302,13 @@ def _seconds(job: Job | None) -> float:
     return seconds
 
 
-def _merge(merged: Path) -> dict[str, Any]:
-    """The coefficients of a merged model, and what their search took besides training."""
-    from deme_cli.comparison.table import SearchCost
-
-    record = read_record(merged, "merged")
-    cost, search = None, record.search
-    if search:
-        images = sum(
-            one["evaluations"] * one["num"]
-            for one in search.get("rungs", [])
-            if not one["objective"].startswith(("loss", "experts"))
-        )
-        cost = SearchCost(search["evaluations"], images, search["seconds"], search["objective"])
-    return {"coefficients": record.coefficients, "search": cost}
+def _search_cost(search: Mapping[str, Any]) -> dict[str, Any]:
+    """What the search of coefficients took, besides training."""
+    images = sum(
+        one["evaluations"] * one["num"]
+        for one in search.get("rungs", [])
+        if not one["objective"].startswith(("loss", "experts"))
+    )
+    return {name: search[name] for name in ("evaluations", "seconds", "objective")} | {
+        "images": images
+    }

@@ -58,27 +58,18 @@ class Column:
 
 
 @dataclass(frozen=True)
-class SearchCost:
-    """What the search of a merge's coefficients took, besides training."""
-
-    evaluations: int
-    images: int
-    seconds: float
-    objective: str = ""
-
-
-@dataclass(frozen=True)
 class Result:
     """One training seed of a row (None for a row without training).
 
     values: by the title of a column, one number per repeat. `seconds` of training, all ranges
-    together. `coefficients` are those of a merged model.
+    together. `coefficients` are those of a merged model, `search` what finding them took: the
+    evaluations, images, seconds, and the objective.
     """
 
     seed: int | None
     values: Mapping[str, Sequence[float]]
     seconds: float = 0.0
-    search: SearchCost | None = None
+    search: Mapping[str, Any] | None = None
     coefficients: Sequence[float] = ()
 
 
@@ -319,11 +310,11 @@ def _short(value: float) -> str:
 def _search(row: Row) -> str:
     """What the search of coefficients took, a mean over training seeds; empty if none."""
     costs = [result.search for result in row.results if result.search]
-    if not costs:
-        return ""
-    candidates, images = (_mean([getattr(c, n) for c in costs]) for n in ("evaluations", "images"))
-    seconds = _mean([cost.seconds for cost in costs])
-    return f"{candidates:,.0f} candidates, {images:,.0f} images, {_short(seconds)} s"
+    candidates, images, seconds = (
+        _mean([cost[name] for cost in costs]) for name in ("evaluations", "images", "seconds")
+    )
+    told = f"{candidates:,.0f} candidates, {images:,.0f} images, {_short(seconds)} s"
+    return told if costs else ""
 
 
 def markdown(comparison: Comparison) -> str:

@@ -12,41 +12,38 @@ from typer.testing import Result
 from deme_cli.errors import ConfigError, MissingError
 
 Deme = Callable[..., Result]
-EXPERTS = [f"ft_{index}of4.safetensors" for index in range(1, 5)]
 
 
 def test_the_page_the_notes_and_the_document(deme: Deme, run_folder: Path) -> None:
     (run_folder / "torn.safetensors").write_bytes(b"x")
+    (run_folder / "losses.json").write_text('{"schema_version": 1, "kind": "losses"}')
     result = deme("report", "--json", "--title", "Mine & yours")
     assert result.exit_code == 0
     document = json.loads(result.stdout)
-    assert document["paths"] == ["report.html"]
     content = Path("report.html").read_bytes()
-    assert document["bytes"] == len(content)
+    assert (document["paths"], document["bytes"]) == (["report.html"], len(content))
     assert b"<h1>Mine &amp; yours</h1>" in content
-    assert document["sections"]["artifacts"] == 5
-    assert document["sections"]["tables"] == 0
+    assert (document["sections"]["artifacts"], document["sections"]["tables"]) == (5, 0)
     assert document["missing"][0]["what"] == "a merged model"
     assert [one["name"] for one in document["unread"]] == ["torn.safetensors"]
-    assert ": 5 artifacts" in result.stderr
+    assert ": 1 figure, 5 artifacts" in result.stderr
     assert "not there: a merged model (deme merge ft_*.safetensors" in result.stderr
     assert "torn.safetensors: not shown: not a whole safetensors file" in result.stderr
 
 
 def test_a_report_goes_into_its_folder_and_replaces_nothing_unasked(
-    deme: Deme, run_folder: Path, tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    deme: Deme, run_folder: Path
+) -> None:
+    Path("elsewhere").mkdir()
     assert deme("report", run_folder, "-q").stdout == f"{run_folder / 'report.html'}\n"
     first = (run_folder / "report.html").read_bytes()
     result = deme("report", run_folder)
     assert isinstance(result.exception, ConfigError)
     assert "report.html exists; add --force" in str(result.exception)
+    assert deme("report", run_folder, "-o", "elsewhere/mine.html").exit_code == 0
+    assert [path.name for path in Path("elsewhere").iterdir()] == ["mine.html"]
     assert deme("report", run_folder, "--force").exit_code == 0
     assert (run_folder / "report.html").read_bytes() == first
-    assert deme("report", run_folder, "-o", "mine.html").exit_code == 0
-    assert [path.name for path in Path().iterdir()] == ["mine.html"]
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [

@@ -21,7 +21,6 @@ from deme_cli.comparison.table import (
     Comparison,
     Result,
     Row,
-    SearchCost,
     best_of,
     cell_of,
     columns_of,
@@ -144,7 +143,8 @@ def made(name: str, level: float, kind: str, **known: Any) -> Row:
             {FID.title: list(level + draws.normal(0, 0.1, 3)),
              CLIP.title: list(30 / level + draws.normal(0, 0.01, 3))},
             seconds=0.0 if seed is None else 90.0,
-            search=SearchCost(110 + 10 * seed, 48000, 35.5) if kind == "merged" else None,
+            search={"evaluations": 110 + 10 * seed, "images": 48000, "seconds": 35.5}
+            if kind == "merged" else None,
             coefficients=[0.5, 1.0] if kind == "merged" else [],
         )
         for seed in seeds
