@@ -18,8 +18,8 @@ from __future__ import annotations
 import difflib
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ from deme_cli import console
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.diffusion.model_files import read_json
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, is_out_of_memory
-from deme_cli.evaluation.features import full_float32, last_line, map_images, script_code
+from deme_cli.evaluation.features import full_float32, last_line, map_images
 from deme_cli.evaluation.references import hub_cache
-from deme_cli.fetch import cache_folder, offline_reason, sha256_of, stay_offline
+from deme_cli.fetch import Asset, cache_folder, offline_reason, sha256_of, stay_offline
 from deme_cli.files import pickled_names, read_header
 
 LOCAL = "local-dir:"
@@ -81,54 +81,6 @@ class ClipWeights:
         return {"model": self.model, "weights": self.name, "sha256": self.sha256}
 
 
-@dataclass(frozen=True)
-class ClipTag:
-    """Published weights of an architecture: open_clip's tag, and the hub repository it names."""
-
-    architecture: str
-    tag: str
-    repository: str
-    preprocessing: dict[str, Any]
-
-    @property
-    def folder(self) -> Path:
-        """Where in DEME_CACHE the files of the repository are looked for."""
-        return cache_folder() / self.repository.split("/")[-1]
-
-    def find(self) -> Path | None:
-        """The file on this machine, if it is here."""
-        from huggingface_hub import try_to_load_from_cache
-
-        own = [self.folder / name for name in FILE_NAMES]
-        cached = (
-            try_to_load_from_cache(self.repository, name, cache_dir=hub_cache())
-            for name in FILE_NAMES
-        )
-        known = (*own, *(Path(path) for path in cached if isinstance(path, str)))
-        return next((path for path in known if path.is_file()), None)
-
-    def fetch(self) -> Path:
-        """The file in the hub's cache. Raises MissingError, within seconds where nobody answers."""
-        from huggingface_hub.utils import disable_progress_bars
-
-        if reason := offline_reason():
-            raise MissingError(
-                f"{self.architecture}/{self.tag}: the CLIP score's weights are not on this "
-                f"machine, and {reason}; connect to the network, put the files of the hub's "
-                f"{self.repository} into {self.folder} (DEME_CACHE chooses another folder), or "
-                f"give --clip-weights FILE or {LOCAL}FOLDER"
-            )
-        console.note(f"fetching {self.repository} from the hub, for the CLIP score")
-        disable_progress_bars()
-        published = open_clip.get_pretrained_cfg(self.architecture, self.tag)
-        try:
-            return Path(open_clip.download_pretrained(published, cache_dir=str(hub_cache())))
-        except OSError as error:
-            raise MissingError(
-                f"{self.repository}: could not be fetched from the hub: {error}"
-            ) from error
-
-
 def find_clip(model: str, weights: str) -> ClipWeights:
     """The CLIP that `--clip-model` and `--clip-weights` name, fetched if need be.
 
@@ -136,53 +88,72 @@ def find_clip(model: str, weights: str) -> ClipWeights:
     neither here nor within reach, ArtifactError for a folder that is none of open_clip's.
     """
     if weights.startswith(LOCAL):
-        return _local(Path(weights.removeprefix(LOCAL)).expanduser())
+        folder = Path(weights.removeprefix(LOCAL)).expanduser()
+        if not folder.is_dir():
+            raise MissingError(f"--clip-weights {weights}: no such folder")
+        if not (folder / CONFIG_NAME).is_file():
+            raise ArtifactError(
+                f"{folder}: no {CONFIG_NAME}; a file of weights alone goes with --clip-weights "
+                f"FILE and --clip-model"
+            )
+        path = next((folder / name for name in FILE_NAMES if (folder / name).is_file()), None)
+        if path is None:
+            raise MissingError(f"{folder}: no weights of open_clip; expected {FILE_NAMES[0]}")
+        name = folder.resolve().name
+        return ClipWeights(f"{LOCAL}{folder}", name, path.name, path, sha256_of(path))
     _require_known(model, open_clip.list_models(), "--clip-model", "open_clip architecture")
     path = Path(weights).expanduser()
     if path.is_file():
-        quick = quick_gelu_of(path, model)
-        if quick is not None:
-            _require_activation(model, path.name, quick)
-        elif other := _other_activation(model):
-            own = "QuickGELU" if _has_quick_gelu(model) else "GELU"
-            console.warn(
-                f"{path}: does not tell the activation it was trained with; computed with {own}, "
-                f"as {model} does (--clip-model {other} for the other)"
-            )
+        _require_activation(model, str(path), quick_gelu_of(path))
         return ClipWeights(model, model, path.name, path, sha256_of(path))
     if path.suffix or len(path.parts) > 1:
         raise MissingError(f"{weights}: no such file of CLIP weights")
-    tag = published_clip(model, weights)
-    path = tag.find() or tag.fetch()
-    return ClipWeights(model, model, weights, path, sha256_of(path), tag.preprocessing)
+    asset, told = published_clip(model, weights)
+    path = asset.find() or _fetch(asset, model, weights)
+    return ClipWeights(model, model, weights, path, sha256_of(path), told)
 
 
-def published_clip(model: str, tag: str) -> ClipTag:
-    """A tag of an architecture. Raises ConfigError where open_clip has none of this name."""
+def published_clip(model: str, tag: str) -> tuple[Asset, dict[str, Any]]:
+    """The weights of a tag of open_clip, and what it says of its images.
+
+    They are looked for in a folder of DEME_CACHE called as the hub's repository, then in the hub's
+    cache. Raises ConfigError where open_clip has no tag of this name.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
     published = open_clip.get_pretrained_cfg(model, tag)
     if not published:
         tags = open_clip.list_pretrained_tags_by_model(model)
         _require_known(tag, tags, f"--clip-weights for {model}", "tag")
     _require_activation(model, tag, bool(published.get("quick_gelu")))
     repository = "/".join(published["hf_hub"].split("/")[:2])  # a file name may follow
+    own = [cache_folder() / repository.split("/")[-1] / name for name in FILE_NAMES]
+    cached = (
+        try_to_load_from_cache(repository, name, cache_dir=hub_cache()) for name in FILE_NAMES
+    )
+    copies = (*own, *(Path(path) for path in cached if isinstance(path, str)))
+    address = f"https://huggingface.co/{repository}"
     told = {ours: published[name] for name, ours in _PREPROCESSING.items() if name in published}
-    return ClipTag(model, tag, repository, told)
+    return Asset(f"{model}/{tag}", "CLIP score's weights", address, copies=copies), told
 
 
-def _local(folder: Path) -> ClipWeights:
-    """A folder with open_clip's config and the weights of one model."""
-    if not folder.is_dir():
-        raise MissingError(f"--clip-weights {LOCAL}{folder}: no such folder")
-    if not (folder / CONFIG_NAME).is_file():
-        raise ArtifactError(
-            f"{folder}: no {CONFIG_NAME}; a file of weights alone goes with --clip-weights FILE "
-            f"and --clip-model"
+def _fetch(asset: Asset, model: str, tag: str) -> Path:
+    """The file in the hub's cache. Raises MissingError, within seconds where nobody answers."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if reason := offline_reason():
+        raise MissingError(
+            f"{asset.name}: the {asset.what} are not on this machine, and {reason}; connect to the "
+            f"network, put the files of {asset.url} into {asset.copies[0].parent} (DEME_CACHE "
+            f"chooses another folder), or give --clip-weights FILE or {LOCAL}FOLDER"
         )
-    path = next((folder / name for name in FILE_NAMES if (folder / name).is_file()), None)
-    if path is None:
-        raise MissingError(f"{folder}: no weights of open_clip; expected {FILE_NAMES[0]}")
-    name = folder.resolve().name
-    return ClipWeights(f"{LOCAL}{folder}", name, path.name, path, sha256_of(path))
+    console.note(f"fetching {asset.url}, for the CLIP score")
+    disable_progress_bars()
+    published = open_clip.get_pretrained_cfg(model, tag)
+    try:
+        return Path(open_clip.download_pretrained(published, cache_dir=str(hub_cache())))
+    except OSError as error:
+        raise MissingError(f"{asset.url}: could not be fetched: {error}") from error
 
 
 def _require_known(word: str, known: list[str], option: str, what: str) -> None:
@@ -191,35 +162,37 @@ def _require_known(word: str, known: list[str], option: str, what: str) -> None:
         raise ConfigError(f"{option} {word}: no such {what}; as in {', '.join(near[:8])}")
 
 
-def _require_activation(model: str, weights: str, quick: bool) -> None:
-    """Check that the architecture has the activation that the weights were trained with."""
-    if _has_quick_gelu(model) != quick and (other := _other_activation(model)):
+def _require_activation(model: str, weights: str, quick: bool | None) -> None:
+    """Check that the architecture has the activation that the weights were trained with.
+
+    Where nothing tells (None), a warning says which one is taken.
+    """
+    plain = model.removesuffix("-quickgelu")
+    other = f"{plain}-quickgelu" if plain == model else plain  # differs in nothing else
+    is_quick = bool(open_clip.get_model_config(model).get("quick_gelu"))
+    if other not in open_clip.list_models() or is_quick == quick:
+        return
+    if quick is not None:
         raise ConfigError(
             f"--clip-model {model}: the weights {weights} were trained with another activation; "
             f"give --clip-model {other}"
         )
+    console.warn(
+        f"{weights}: does not tell the activation it was trained with; computed with "
+        f"{'QuickGELU' if is_quick else 'GELU'}, as {model} does (--clip-model {other} for the "
+        f"other)"
+    )
 
 
-def _has_quick_gelu(model: str) -> bool:
-    return bool(open_clip.get_model_config(model).get("quick_gelu"))
-
-
-def _other_activation(model: str) -> str | None:
-    """The architecture that differs from `model` in nothing but its activation."""
-    plain = model.removesuffix("-quickgelu")
-    other = f"{plain}-quickgelu" if plain == model else plain
-    return other if other in open_clip.list_models() else None
-
-
-def quick_gelu_of(path: Path, model: str) -> bool | None:
+def quick_gelu_of(path: Path) -> bool | None:
     """Whether a file's weights were trained with QuickGELU; None where nothing tells.
 
     OpenAI's own files tell by their code or their names of tensors, files of open_clip's folders by
-    the config beside them, others by a published tag in the name of file or repository.
+    the config beside them.
     """
     if path.suffix == ".safetensors":
         names: Iterable[str] = read_header(path).tensors
-    elif code := script_code(path):
+    elif code := _script_code(path):
         return b"1.702" in code  # QuickGELU(x) = x sigmoid(1.702 x)
     else:
         names = pickled_names(path)
@@ -228,15 +201,15 @@ def quick_gelu_of(path: Path, model: str) -> bool | None:
     beside = path.parent / CONFIG_NAME
     if path.name in FILE_NAMES and beside.is_file():
         return bool(read_json(beside).get("model_cfg", {}).get("quick_gelu"))
-    parts = [path.name, *(part for part in path.parts if part.startswith("models--"))]
-    spelled = " ".join(parts).lower().replace("-", "_")
-    published = {
-        tag: open_clip.get_pretrained_cfg(one, tag)
-        for one in (model, _other_activation(model) or model)
-        for tag in open_clip.list_pretrained_tags_by_model(one)
-        if tag.lower().replace("-", "_") in spelled
-    }
-    return bool(published[max(published, key=len)].get("quick_gelu")) if published else None
+    return None
+
+
+def _script_code(path: Path) -> bytes:
+    """The source in a TorchScript archive; nothing for any other file."""
+    if not zipfile.is_zipfile(path):
+        return b""
+    with zipfile.ZipFile(path) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist() if name.endswith(".py"))
 
 
 @dataclass(frozen=True)
@@ -268,7 +241,7 @@ class ClipScorer:
         """Unit vectors (B, d) float64."""
         x = torch.from_numpy(map_images(self._prepare, images)).to(self.device)
         with full_float32(self.device):
-            return _unit(self.model.encode_image(x))
+            return functional.normalize(self.model.encode_image(x).cpu().double(), dim=-1)
 
     def _prepare(self, image: np.ndarray) -> np.ndarray:
         shown = image[..., 0] if image.shape[-1] == 1 else image
@@ -280,14 +253,10 @@ class ClipScorer:
         unique = list(dict.fromkeys(prompts))
         tokens = self.tokenizer(unique)
         with full_float32(self.device):
-            features = _unit(self.model.encode_text(tokens.to(self.device)))
+            features = self.model.encode_text(tokens.to(self.device)).cpu().double()
         chosen = torch.tensor([unique.index(prompt) for prompt in prompts])
-        return features[chosen], cut_short(self.tokenizer, unique, tokens)[chosen]
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Features divided by their length.  (B, d) -> (B, d) float64 on the CPU"""
-    return functional.normalize(features.cpu().double(), dim=-1)
+        is_cut = cut_short(self.tokenizer, unique, tokens)
+        return functional.normalize(features, dim=-1)[chosen], is_cut[chosen]
 
 
 def cut_short(tokenizer: Callable[..., Tensor], prompts: Sequence[str], tokens: Tensor) -> Tensor:
@@ -310,38 +279,30 @@ def open_clip_scorer(
     """
     place = choose_device(device)
     is_local = weights.architecture != weights.model
-    with _quiet_logging():
-        try:
-            text = open_clip.get_model_config(weights.architecture).get("text_cfg", {})
-            if any(name.startswith("hf_") for name in text) and offline_reason():
-                stay_offline()  # the hub's libraries would ask for half a minute
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                weights.architecture,
-                pretrained=None if is_local else str(weights.path),
-                device=place,
-                **weights.preprocessing,
-            )
-            tokenizer = open_clip.get_tokenizer(weights.architecture)
-        except OSError as error:  # the hub's libraries, of a tokenizer or text encoder's config
-            raise MissingError(
-                f"{weights.model}: its text encoder needs files of the hub: {last_line(error)}; "
-                f"connect to the network, or give --clip-weights local-dir:FOLDER"
-            ) from error
-        except _UNREADABLE as error:
-            if is_out_of_memory(error):
-                raise
-            raise ArtifactError(
-                f"{weights.path}: not the weights of CLIP {weights.model} ({last_line(error)})"
-            ) from error
-    model.eval().requires_grad_(False)
-    return ClipScorer(weights, model, preprocess, tokenizer, place, batch_size)
-
-
-@contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """Keep open_clip's remarks, which go to the root logger, off the terminal."""
-    logging.disable(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # open_clip's remarks go to the root logger
     try:
-        yield
+        text = open_clip.get_model_config(weights.architecture).get("text_cfg", {})
+        if any(name.startswith("hf_") for name in text) and offline_reason():
+            stay_offline()  # the hub's libraries would ask for half a minute
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            weights.architecture,
+            pretrained=None if is_local else str(weights.path),
+            device=place,
+            **weights.preprocessing,
+        )
+        tokenizer = open_clip.get_tokenizer(weights.architecture)
+    except OSError as error:  # the hub's libraries, of a tokenizer or text encoder's config
+        raise MissingError(
+            f"{weights.model}: its text encoder needs files of the hub: {last_line(error)}; "
+            f"connect to the network, or give --clip-weights local-dir:FOLDER"
+        ) from error
+    except _UNREADABLE as error:
+        if is_out_of_memory(error):
+            raise
+        raise ArtifactError(
+            f"{weights.path}: not the weights of CLIP {weights.model} ({last_line(error)})"
+        ) from error
     finally:
         logging.disable(logging.NOTSET)
+    model.eval().requires_grad_(False)
+    return ClipScorer(weights, model, preprocess, tokenizer, place, batch_size)

@@ -14,7 +14,6 @@ import io
 import os
 import pickle
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deme_cli.artifacts import load_tensors
 from deme_cli.console import Progress, Step, silent
 from deme_cli.data.images import ImageData
 from deme_cli.diffusion.denoiser import choose_device
@@ -155,7 +153,7 @@ def open_extractor(
 
             resize_image = build_resizer(weights.resize)
     if weights.family == "clip":
-        network, resize_image = _load_clip(path, place), clip_resizer()
+        network, resize_image = _load_clip(path, device)
     elif weights.resize == "legacy_pytorch":
         inception = _load_pytorch_inception(path).to(place)
         network = lambda x: inception(x / 255)[0]  # noqa: E731
@@ -175,7 +173,10 @@ def open_extractor(
 
 def _load_pytorch_inception(path: Path) -> nn.Module:
     """clean-fid's port of pytorch-fid's Inception, with a state dict from a file we chose."""
-    state = read_state_dict(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ArtifactError(f"{path}: not a readable file of weights; fetch it again") from error
     with quiet_clean_fid():
         from cleanfid import inception_pytorch
 
@@ -191,39 +192,31 @@ def _load_pytorch_inception(path: Path) -> nn.Module:
             inception_pytorch.load_state_dict_from_url = fetch
 
 
-def _load_clip(path: Path, device: torch.device) -> Network:
-    """The visual tower of CLIP ViT-B/32 from OpenAI's file or an open_clip state dict."""
+def _load_clip(path: Path, device: str) -> tuple[Network, Resizer]:
+    """The visual tower of CLIP ViT-B/32, and short side to 224 (bicubic) and centre crop before it,
+    as in clean-fid's `clip_features`."""
     import open_clip
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-    from deme_cli.evaluation.clip_score import quick_gelu_of
+    from deme_cli.evaluation.clip_score import ClipWeights, open_clip_scorer, quick_gelu_of
 
-    if quick_gelu_of(path, CLIP_MODEL.removesuffix("-quickgelu")) is False:
+    if quick_gelu_of(path) is False:
         raise ArtifactError(
             f"{path}: trained with another activation than OpenAI's CLIP ViT-B/32, whose features "
             f"are asked for; give OpenAI's file"
         )
-    tower = open_clip.create_model(CLIP_MODEL, pretrained=None).visual
-    visual = {
-        name.removeprefix("visual."): tensor.float()
-        for name, tensor in read_state_dict(path).items()
-        if name.startswith("visual.")
-    }
-    try:
-        tower.load_state_dict(visual)
-    except RuntimeError as error:
-        raise ArtifactError(f"{path}: not the weights of CLIP {CLIP_MODEL}") from error
-    tower.to(device).eval().requires_grad_(False)
-    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(open_clip.OPENAI_DATASET_STD, device=device).view(3, 1, 1)
-    return lambda x: tower((x / 255 - mean) / std)
-
-
-def clip_resizer() -> Resizer:
-    """Short side to 224 (bicubic) and centre crop, as in clean-fid's `clip_features`."""
-    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
-
+    weights = ClipWeights(CLIP_MODEL, CLIP_MODEL, path.name, path, "")
+    tower = open_clip_scorer(weights, device=device).model.visual
+    of_pixels = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    mean, std = (
+        torch.tensor(of_pixels[name], device=choose_device(device)).view(3, 1, 1)
+        for name in ("mean", "std")
+    )
     steps = Compose([Resize(CLIP_SIZE, InterpolationMode.BICUBIC), CenterCrop(CLIP_SIZE)])
-    return lambda image: np.asarray(steps(Image.fromarray(image)))
+    return (
+        lambda x: tower((x / 255 - mean) / std),
+        lambda image: np.asarray(steps(Image.fromarray(image))),
+    )
 
 
 def map_images(change: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
@@ -246,30 +239,6 @@ def load_script(path: Path, device: torch.device) -> torch.jit.ScriptModule:
         raise ArtifactError(
             f"{path}: not a readable TorchScript file ({last_line(error)}); fetch it again"
         ) from error
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors, TorchScript or torch file; of the last nothing else is read."""
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    if script_code(path):
-        return load_script(path, torch.device("cpu")).state_dict()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ArtifactError(f"{path}: not a readable file of weights; fetch it again") from error
-    if not isinstance(state, dict):
-        raise ArtifactError(f"{path}: expected a table of weights, found {type(state).__name__}")
-    return state
-
-
-def script_code(path: Path) -> bytes:
-    """The source in a TorchScript archive; nothing for any other file."""
-    if not zipfile.is_zipfile(path):
-        return b""
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".py")]
-        return b"".join(map(archive.read, names))
 
 
 @contextlib.contextmanager

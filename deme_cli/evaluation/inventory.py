@@ -116,10 +116,13 @@ def known_files() -> Iterator[Item]:
     assets.append((published_weights("clip", "clean"), "--features clip"))
     for name in KNOWN_PROMPTS:
         assets += [(asset, f"--prompts {name}") for asset in prompt_assets(name)]
+    from deme_cli.evaluation.clip_score import published_clip  # open_clip says what it is called
+
+    default = EvalConfig()
+    assets.append((published_clip(default.clip_model, default.clip_weights)[0], "--clip-score"))
     for asset, needed_for in assets:
         if asset is not None:
             yield _outside(asset, needed_for)
-    yield _clip_score(EvalConfig())
 
 
 def companions_of(base: Path, pipeline: str | None) -> Iterator[Item]:
@@ -144,16 +147,6 @@ def companions_of(base: Path, pipeline: str | None) -> Iterator[Item]:
             require_parts(folder, [part])
             path = folder / part
         yield Item(part, f"{base}: sampling and finetuning", path, source)
-
-
-def _clip_score(config: EvalConfig) -> Item:
-    """The default weights of the CLIP score; what they are called is open_clip's to say."""
-    from deme_cli.evaluation.clip_score import published_clip
-
-    tag = published_clip(config.clip_model, config.clip_weights)
-    name = f"{tag.architecture}/{tag.tag}"
-    whence = f"https://huggingface.co/{tag.repository} (its files into {tag.folder})"
-    return Item(name, "--clip-score", tag.find(), whence)
 
 
 def _outside(asset: Asset, needed_for: str) -> Item:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from deme_cli import __version__
@@ -24,12 +24,10 @@ from deme_cli.run_file import AnySettings, RunFile
 Card = Mapping[str, Any]
 LIBRARIES = ("torch", "diffusers", "clean-fid", "open-clip-torch")
 # Fields that say who drew, from which noise, how many in all, and from where files were read.
-WHO_AND_WHENCE = frozenset(
-    (
-        "model", "source", "fingerprints", "ranges", "num_train_timesteps", "prediction_type",
-        "seed", "seeds", "num", "companions", "pipeline", "images", "protocol", "prompts",
-    )
-)  # fmt: skip
+WHO_AND_WHENCE = frozenset((
+    "model", "source", "fingerprints", "ranges", "num_train_timesteps", "prediction_type",
+    "seed", "seeds", "num", "companions", "pipeline", "images", "protocol", "prompts",
+))  # fmt: skip
 _HOW = ("sampler", "steps", "spacing", "dtype", "seed")  # without which a card tells too little
 _SHOWN = 40  # characters of a value in a message
 
@@ -67,19 +65,13 @@ class Protocol:
 # Inception as pytorch-fid runs it, which clean-fid's mode of this name is nearest to.
 _PYTORCH_FID = {"features": "inception", "resize": "legacy_pytorch"}
 _CLIP_SCORE = {
-    "clip_score": True,
-    "clip_model": "ViT-g-14",
-    "clip_weights": "laion2b_s34b_b88k",
-}
+    "clip_score": True, "clip_model": "ViT-g-14", "clip_weights": "laion2b_s34b_b88k",
+}  # fmt: skip
 _STABLE_DIFFUSION = {
-    "sampler": "pndm",
-    "steps": 25,
-    "guidance": 7.5,
-    "resolution": 512,
-    "resize": 256,
-    "per_prompt": 1,
-    "seed": 1234,
-}
+    "sampler": "pndm", "steps": 25, "guidance": 7.5, "resolution": 512, "resize": 256,
+    "per_prompt": 1, "seed": 1234,
+}  # fmt: skip
+_DDIM = {"sampler": "ddim", "eta": 0.0, "num": 50_000}
 
 _PROTOCOLS = (
     Protocol(
@@ -87,7 +79,7 @@ _PROTOCOLS = (
         "DeMe, Table 3 and section 4.1: DDIM with 100 steps, 50,000 images, FID against the 50,000 "
         "training images of CIFAR-10",
         "the spacing of the timesteps (here the checkpoint's own) and the seeds",
-        {"sampler": "ddim", "steps": 100, "eta": 0.0, "num": 50_000},
+        {**_DDIM, "steps": 100},
         {"fid": "cifar10", **_PYTORCH_FID},
     ),
     Protocol(
@@ -95,7 +87,7 @@ _PROTOCOLS = (
         "DeMe's released recipe for LSUN-Church: DDIM with 50 steps, eta 0, 50,000 images, FID of "
         "pytorch-fid against the real images",
         "which real images (here the 50,000 whose statistics clean-fid publishes) and the seeds",
-        {"sampler": "ddim", "steps": 50, "eta": 0.0, "num": 50_000},
+        {**_DDIM, "steps": 50},
         {"fid": "lsun-church", **_PYTORCH_FID},
     ),
     Protocol(
@@ -103,7 +95,7 @@ _PROTOCOLS = (
         "DeMe, section 4.1: 50,000 images; drawn as in its released recipe for LSUN-Church, DDIM "
         "with 50 steps, eta 0",
         "the recipe for bedrooms, which was not released, its real images and the seeds",
-        {"sampler": "ddim", "steps": 50, "eta": 0.0, "num": 50_000},
+        {**_DDIM, "steps": 50},
         dict(_PYTORCH_FID),
         "LSUN bedroom at 256 x 256 pixels",
     ),
@@ -138,11 +130,6 @@ _PROTOCOLS = (
         "ImageNet-1k at 256 x 256 pixels",
     ),
 )
-_FLAGS = {  # options that are not called as their setting
-    (SampleConfig, "resize"): "--resize-to",
-    (SampleConfig, "num"): "-n",
-    (EvalConfig, "num"): "-n",
-}
 PROTOCOLS = {protocol.name: protocol for protocol in _PROTOCOLS}
 
 
@@ -163,10 +150,10 @@ def apply_protocol(
     if protocol is None:
         return dict(options)
     fixed = protocol.settings(config)
-    for name, value in fixed.items():
-        given = options.get(name)
-        if given is not None and given != value:
-            flag = _FLAGS.get((config, name), f"--{name.replace('_', '-')}")
+    for item in fields(config):
+        value, given = fixed.get(item.name), options.get(item.name)
+        if item.name in fixed and given is not None and given != value:
+            flag = (item.metadata["flags"] or f"--{item.name.replace('_', '-')}").split()[-1]
             raise ConfigError(
                 f"{flag} {_shown(given)}: the protocol {protocol.name} has {_shown(value)}; leave "
                 f"{flag} out, or measure without --protocol"

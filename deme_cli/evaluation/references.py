@@ -225,14 +225,11 @@ class Reference:
     @property
     def card(self) -> dict[str, Any]:
         """As the protocol card tells it."""
+        file = self.path.name if self.path else None
         return {
-            "source": self.source,
-            "kind": self.kind,
-            "file": self.path.name if self.path else None,
-            "split": self.split,
-            "n": self.n,
-            "sha256": self.sha256,
-        }
+            "source": self.source, "kind": self.kind, "file": file, "split": self.split,
+            "n": self.n, "sha256": self.sha256,
+        }  # fmt: skip
 
 
 def statistics_asset(dataset: str, resize: str) -> Asset:
@@ -274,10 +271,10 @@ def find_reference(
     Raises MissingError where something is missing, ArtifactError for statistics of other features.
     """
     for asset in reference_assets(source, features, resize, kernel=kernel):
-        if (path := asset.find()) is None:
+        if (published := asset.find()) is None:
             raise MissingError(f"{source}: {asset.name} is missing; fetch {asset.url}")
-        _require_npz(path)
-        return Reference(source, "published", path, n=PUBLISHED_STATISTICS[source][3])
+        _require_npz(published)
+        return Reference(source, "published", published, n=PUBLISHED_STATISTICS[source][3])
     if source == "parti":
         raise MissingError(
             "parti: PartiPrompts are prompts without images; measure --prompts parti by "
@@ -288,13 +285,23 @@ def find_reference(
             f"{source}: no statistics of {FOLDERS_ONLY[source]} are published for these features; "
             f"get the images and make them: deme stats FOLDER -o {source}.safetensors"
         )
-    if found := _find_statistics(Path(source).expanduser(), source, weights):
-        if kernel:
-            raise ConfigError(
-                f"--kid {source}: holds a mean and covariance; a kernel distance needs images"
-            )
-        return found
-    return find_images(source, split)
+    path, record = Path(source).expanduser(), None
+    if path.suffix == ".safetensors" and path.is_file():
+        record = record_of(read_header(path))
+    if path.suffix != ".npz" and not isinstance(record, StatisticsRecord):
+        return find_images(source, split)  # samples are; anything else is refused as such
+    if isinstance(record, StatisticsRecord):
+        if weights is not None:
+            require_same_extractor(record, weights, source)
+        found = Reference(source, "statistics", path, n=record.n)
+    else:
+        _require_npz(path)
+        found = Reference(source, "npz", path)
+    if kernel:
+        raise ConfigError(
+            f"--kid {source}: holds a mean and covariance; a kernel distance needs images"
+        )
+    return found
 
 
 def find_images(source: str, split: str | None = None) -> Reference:
@@ -307,20 +314,6 @@ def find_images(source: str, split: str | None = None) -> Reference:
     find_image_source(source)
     default = _DEFAULT_SPLITS.get(source, "all")
     return Reference(source, "images", split=SPLITS[split] if split else default)
-
-
-def _find_statistics(path: Path, source: str, weights: FeatureWeights | None) -> Reference | None:
-    if path.suffix == ".npz":
-        _require_npz(path)
-        return Reference(source, "npz", path)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    record = record_of(read_header(path))
-    if not isinstance(record, StatisticsRecord):
-        return None  # samples are images; anything else is refused as such
-    if weights is not None:
-        require_same_extractor(record, weights, source)
-    return Reference(source, "statistics", path, n=record.n)
 
 
 def _require_npz(path: Path) -> None:

@@ -9,15 +9,13 @@ some: as drawn for models; for finished images those that came with them, else t
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from deme_cli import console
 from deme_cli.artifacts import DenoiserRecord, ExpertRecord, Record, SamplesRecord, read_record
 from deme_cli.config import EVAL_NUM, EvalConfig, SampleConfig
 from deme_cli.console import Progress, silent
@@ -306,13 +304,17 @@ def pair(data: ImageData, given: PromptSet, *, per_prompt: int) -> tuple[ImageDa
     """The images that prompts are for, and the prompt of each.
 
     By the names of files, where the prompts have any, else in order: of images the first ones.
-    Raises ArtifactError where names do not fit, ConfigError for fewer images than prompts.
+    Raises ArtifactError where an image has no prompt, ConfigError for fewer images than prompts.
     """
     names = data.file_names()
     if given.files is not None and names is not None:
-        chosen, rows = _by_name(data.source, given, names)
-        data = data if len(chosen) == len(data) else data.select(chosen)
-        return data, [given.prompts[row] for row in rows]
+        by_name = dict(zip(given.files, given.prompts, strict=True))
+        if absent := [name for name in names if name not in by_name]:
+            raise ArtifactError(
+                f"{given.source}: its column file_name lacks {len(absent)} of the {len(names)} "
+                f"images of {data.source}, as {absent[0]}; give a prompt for each"
+            )
+        return data, [by_name[name] for name in names]
     total = len(data) if given.cycles else len(given) * per_prompt
     if len(data) < total:
         raise ConfigError(
@@ -320,40 +322,8 @@ def pair(data: ImageData, given: PromptSet, *, per_prompt: int) -> tuple[ImageDa
             f"nothing tells which belong together; give the prompts of these images, or a table "
             f"with a column file_name"
         )
-    chosen_prompts = select_prompts(given, num=total, per_prompt=per_prompt)
-    return data, [prompt for prompt, _ in chosen_prompts]
-
-
-def _by_name(source: str, given: PromptSet, names: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The numbers of the images that rows name, and those of their rows."""
-    assert given.files is not None
-    rows: dict[str, int] = {}
-    for row, file in enumerate(given.files):
-        if file is None:
-            raise ArtifactError(f"{given.source}: row {row + 1} has no file_name")
-        first = rows.setdefault(os.path.normpath(file.replace("\\", "/")), row)
-        if given.prompts[first] != given.prompts[row]:
-            raise ArtifactError(
-                f"{given.source}: rows {first + 1} and {row + 1} name {file} with two prompts; "
-                f"keep one"
-            )
-    if not rows.keys() & set(names):  # names as seen from another folder
-        rows = {PurePosixPath(file).name: row for file, row in rows.items()}
-        names = [PurePosixPath(name).name for name in names]
-        if len(rows) < len(set(given.files)) or len(set(names)) < len(names):
-            rows = {}
-    chosen = [number for number, name in enumerate(names) if name in rows]
-    if not chosen:
-        raise ArtifactError(
-            f"{given.source}: its column file_name names none of the images of {source}, as "
-            f"{given.files[0]} and {names[0]}"
-        )
-    if len(chosen) < max(len(names), len(rows)):
-        console.note(
-            f"{source}: {len(chosen)} of its {len(names)} images are taken, which "
-            f"{given.source} names in {len(rows)} rows"
-        )
-    return chosen, [rows[names[number]] for number in chosen]
+    chosen = select_prompts(given, num=total, per_prompt=per_prompt)
+    return data, [prompt for prompt, _ in chosen]
 
 
 def compare_rows(

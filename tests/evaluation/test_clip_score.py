@@ -62,8 +62,9 @@ def direct_cosines(name: str, images: np.ndarray, prompts: list[str], **options:
 
 
 def test_cosines_equal_a_direct_computation_with_open_clip(
-    clip_folder: Path, scorer: ClipScorer, images: np.ndarray
+    clip_folder: Path, scorer: ClipScorer, images: np.ndarray, tmp_path: Path
 ) -> None:
+    """Of a folder, and of an architecture with a file; grey images are three equal channels."""
     expected = direct_cosines(f"local-dir:{clip_folder}", images, PROMPTS)
     cosines, is_cut = scorer.compare(images, PROMPTS).T
     np.testing.assert_allclose(cosines, expected, atol=1e-7)
@@ -72,13 +73,15 @@ def test_cosines_equal_a_direct_computation_with_open_clip(
     card = scorer.weights.card
     assert (card["model"], card["weights"]) == ("tiny", "open_clip_model.safetensors")
     assert len(card["sha256"]) == 64
-
-
-def test_grey_images_count_as_three_equal_channels(scorer: ClipScorer, images: np.ndarray) -> None:
     grey = images[..., :1]
-    np.testing.assert_array_equal(
-        scorer.compare(grey, PROMPTS), scorer.compare(np.repeat(grey, 3, axis=3), PROMPTS)
-    )
+    coloured = np.repeat(grey, 3, axis=3)
+    np.testing.assert_array_equal(scorer.compare(grey, PROMPTS), scorer.compare(coloured, PROMPTS))
+    (tmp_path / "tiny-b.json").write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(tmp_path / "tiny-b.json")
+    named = load_clip_scorer("tiny-b", str(clip_folder / "open_clip_model.safetensors"))
+    assert named.weights.card["model"] == "tiny-b"
+    expected = direct_cosines("tiny-b", images, PROMPTS, pretrained=str(named.weights.path))
+    np.testing.assert_allclose(named.compare(images, PROMPTS)[:, 0], expected, atol=1e-7)
 
 
 @pytest.mark.gpu
@@ -96,18 +99,6 @@ def test_prompts_of_more_tokens_than_the_context_are_counted(
     tokens = [len(open_clip.SimpleTokenizer().encode(prompt)) + 2 for prompt in prompts]
     assert tokens[:2] == [77, 78]
     assert scorer.compare(images, prompts)[:, 1].tolist() == [n > 77 for n in tokens]
-
-
-def test_an_architecture_and_a_file_make_the_same_model(
-    clip_folder: Path, images: np.ndarray, tmp_path: Path
-) -> None:
-    (tmp_path / "tiny-b.json").write_text(json.dumps(CONFIG))
-    open_clip.add_model_config(tmp_path / "tiny-b.json")
-    path = str(clip_folder / "open_clip_model.safetensors")
-    scorer = load_clip_scorer("tiny-b", path)
-    assert scorer.weights.card["model"] == "tiny-b"
-    expected = direct_cosines("tiny-b", images, PROMPTS, pretrained=path)
-    np.testing.assert_allclose(scorer.compare(images, PROMPTS)[:, 0], expected, atol=1e-7)
 
 
 def test_a_tag_is_found_in_the_cache_folder_before_the_hubs(cache: Path) -> None:
@@ -141,15 +132,19 @@ def state(path: Path, **more: torch.Tensor) -> None:
     torch.save({"logit_scale": torch.zeros(()), **more}, path)
 
 
+def beside(path: Path) -> None:
+    """As in a folder of open_clip, whose config tells it."""
+    state(path)
+    (path.parent / "open_clip_config.json").write_text('{"model_cfg": {}}')
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize(
     ("name", "write", "quick"),
     [
         ("any.pt", script, True),
         ("any.pt", lambda path: state(path, **dict.fromkeys(OPENAI, torch.zeros(()))), True),
-        ("vit_b_32-quickgelu-laion400m_e32-46683a32.pt", state, True),
-        ("ViT-B-32-laion2b_s34b_b79k.bin", state, False),
-        ("models--timm--vit_base_patch32_clip_224.openai/a/model.bin", state, True),
+        ("a/open_clip_pytorch_model.bin", beside, False),
         ("mine.pt", state, None),
     ],
 )
@@ -160,13 +155,13 @@ def test_a_file_of_weights_goes_with_the_activation_it_was_trained_with(
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path)
-    assert quick_gelu_of(path, "ViT-B-32") is quick
+    assert quick_gelu_of(path) is quick
     for model in ("ViT-B-32", "ViT-B-32-quickgelu"):
         if quick in (None, model.endswith("quickgelu")):
             find_clip(model, str(path))
             assert ("does not tell" in capsys.readouterr().err) == (quick is None)
         else:
-            with pytest.raises(ConfigError, match=f"{path.name} were trained with another act"):
+            with pytest.raises(ConfigError, match=f"{path} were trained with another act"):
                 find_clip(model, str(path))
 
 
@@ -184,34 +179,27 @@ def test_missing_weights_name_the_hub_repository_within_seconds(
         assert words in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("model", "weights", "kind", "words"),
-    [
-        ("ViT-g-15", "laion2b_s34b_b88k", ConfigError, "no such open_clip architecture.*ViT-g-14"),
+def test_what_is_not_known_or_not_there_is_refused(
+    cache: Path, tmp_path: Path, clip_folder: Path
+) -> None:
+    for model, weights, kind, words in (
+        ("ViT-g-15", "openai", ConfigError, "no such open_clip architecture.*ViT-g-14"),
         ("ViT-g-14", "laion2b", ConfigError, "no such tag.*laion2b_s34b_b88k"),
         ("ViT-B-32", "openai", ConfigError, "give --clip-model ViT-B-32-quickgelu"),
         ("ViT-g-14", "nowhere.safetensors", MissingError, "no such file of CLIP weights"),
         ("ViT-g-14", "local-dir:nowhere", MissingError, "no such folder"),
-    ],
-)
-def test_names_that_are_not_known_are_refused(
-    cache: Path, model: str, weights: str, kind: type, words: str
-) -> None:
-    with pytest.raises(kind, match=words):
-        find_clip(model, weights)
-
-
-def test_a_folder_of_another_kind_is_refused(tmp_path: Path, clip_folder: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"no open_clip_config\.json"):
-        find_clip("ViT-g-14", f"local-dir:{tmp_path}")
-    text = (clip_folder / "open_clip_config.json").read_text()
-    (tmp_path / "open_clip_config.json").write_text(text)
+        ("ViT-g-14", f"local-dir:{tmp_path}", ArtifactError, r"no open_clip_config\.json"),
+    ):
+        with pytest.raises(kind, match=words):
+            find_clip(model, weights)
+    own = tmp_path / "open_clip_config.json"
+    own.write_text((clip_folder / own.name).read_text())
     with pytest.raises(MissingError, match="no weights of open_clip"):
         find_clip("ViT-g-14", f"local-dir:{tmp_path}")
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ArtifactError, match="not the weights of CLIP"):
         load_clip_scorer("ViT-g-14", f"local-dir:{tmp_path}")
-    (tmp_path / "open_clip_config.json").write_text("{}")
+    own.write_text("{}")
     with pytest.raises(ArtifactError, match="missing 'model_cfg'"):
         load_clip_scorer("ViT-g-14", f"local-dir:{tmp_path}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from deme_cli.artifacts import StatisticsRecord, write_artifact
 from deme_cli.data.images import open_images
-from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.features import (
     full_float32,
     load_extractor,
@@ -106,7 +105,7 @@ def test_clip_features_are_those_of_open_clip(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None).eval()
     path = tmp_path / "clip.safetensors"
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith("visual.")}
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, path)
     extractor = load_extractor("clip", weights=path)
     images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
@@ -181,57 +180,43 @@ def test_a_lack_of_memory_is_no_fault_of_the_images_or_the_file(
         load_extractor("inception", weights=stand_in)
 
 
-@pytest.mark.parametrize(
-    ("name", "resize", "write", "kind", "words"),
-    [
-        ("inception", "clean", lambda p: p.write_bytes(b"PK"), ArtifactError, "readable TorchScr"),
-        ("inception", "clean", lambda p: save_script(nn.Identity(), p), ArtifactError, "interface"),
-        ("inception", "legacy_pytorch", lambda p: save_script(nn.Linear(2, 2), p), ArtifactError,
-         "not the weights of pytorch-fid"),
-        ("inception", "legacy_pytorch", lambda p: torch.save({"weight": torch.zeros(2)}, p),
-         ArtifactError, "not the weights of pytorch-fid"),
-        ("inception", "legacy_pytorch", lambda p: p.write_bytes(b"nothing"), ArtifactError,
-         "not a readable file of weights"),
-        ("inception", "clean", lambda p: None, MissingError, "given.pt: no such file"),
-        ("digits", "clean", lambda p: None, ConfigError, "--weights goes with"),
-    ],
-)  # fmt: skip
-def test_wrong_files_of_weights_are_refused(
-    tmp_path: Path, name: str, resize: str, write: Callable[[Path], object],
-    kind: type[DemeError], words: str,
-) -> None:  # fmt: skip
+def test_wrong_files_of_weights_and_what_does_not_go_together_are_refused(
+    tmp_path: Path, cache: Path
+) -> None:
     path = tmp_path / "given.pt"
-    write(path)
-    with pytest.raises(kind, match=words):
-        load_extractor(name, resize=resize, weights=path)
-
-
-def test_what_cannot_be_had_or_does_not_go_together_is_refused(cache: Path) -> None:
+    for resize, write, words in (
+        ("clean", lambda p: p.write_bytes(b"PK"), "not a readable TorchScript"),
+        ("clean", lambda p: save_script(nn.Identity(), p), "interface"),
+        ("legacy_pytorch", lambda p: torch.save({"weight": torch.zeros(2)}, p), "of pytorch-fid"),
+        ("legacy_pytorch", lambda p: p.write_bytes(b"nothing"), "not a readable file of weights"),
+    ):
+        write(path)
+        with pytest.raises(ArtifactError, match=words):
+            load_extractor("inception", resize=resize, weights=path)
     with pytest.raises(ArtifactError, match="fails on 32x32 images"):
         load_extractor("digits").num_features((3, 32, 32))
-    with pytest.raises(ConfigError, match="--resize legacy_pytorch goes with"):
-        find_weights("digits", "legacy_pytorch")
-    with pytest.raises(MissingError, match=r"ViT-B-32\.pt"):
-        find_weights("clip")
-    with pytest.raises(MissingError, match="expected inception, clip, digits"):
-        find_weights("incepton")
+    for given, kind, words in (
+        (("inception", "clean", tmp_path / "no.pt"), MissingError, "no.pt: no such file"),
+        (("digits", "clean", path), ConfigError, "--weights goes with"),
+        (("digits", "legacy_pytorch"), ConfigError, "--resize legacy_pytorch goes with"),
+        (("clip",), MissingError, r"ViT-B-32\.pt"),
+        (("incepton",), MissingError, "expected inception, clip, digits"),
+    ):
+        with pytest.raises(kind, match=words):
+            find_weights(*given)
 
 
-def test_only_inception_features_give_a_distance_called_fid(stand_in: Path) -> None:
-    weights = find_weights("inception", weights=stand_in)
-    assert (weights.metric_name, weights.kernel_name) == ("fid", "kid")
+def test_only_published_inception_weights_give_a_distance_called_fid(
+    cache: Path, stand_in: Path
+) -> None:
+    given = find_weights("inception", weights=stand_in)
+    assert (given.metric_name, given.kernel_name, given.published) == ("fid", "kid", False)
     assert find_weights("digits").metric_name == "frechet_digits"
     named = find_weights(str(stand_in.rename(stand_in.with_name("inception.pt"))))
     assert (named.metric_name, named.kernel_name) == ("frechet_inception", "kernel_inception")
-
-
-def test_weights_of_another_checksum_are_known_as_such(cache: Path, stand_in: Path) -> None:
-    given = find_weights("inception", weights=stand_in)
-    assert given.published is False
-    stand_in.rename(cache / "inception-2015-12-05.pt")
+    named.path.rename(cache / "inception-2015-12-05.pt")
     found = find_weights("inception")
-    assert found.sha256 == given.sha256
-    assert found.path.parent == cache
+    assert (found.sha256, found.path.parent) == (given.sha256, cache)
     assert DIGITS_PATH.stat().st_size < 300_000
 
 

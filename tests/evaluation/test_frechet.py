@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 from threadpoolctl import threadpool_info
 
-from deme_cli.errors import ArtifactError, ConfigError, DemeError, NumericsError
+from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.evaluation import frechet
 from deme_cli.evaluation.frechet import (
     TRIAL_SIZE,
@@ -51,26 +51,23 @@ def clean_fid_distance(*statistics: np.ndarray) -> float:
         fid.linalg = before
 
 
-def test_shifted_gaussians_are_the_squared_shift_apart() -> None:
+def test_gaussians_are_apart_by_the_closed_forms() -> None:
+    """The squared shift; the scale; nothing from itself; and of constant features the shift."""
     mu, sigma = gaussian(100, 12, seed=0)
     shift = np.linspace(-1, 2, 12)
     assert frechet_distance(mu, sigma, mu + shift, sigma) == pytest.approx(shift @ shift, rel=1e-10)
-
-
-def test_scaled_gaussians_differ_by_the_closed_form() -> None:
-    sigma = np.diag([1.0, 4.0, 9.0])
+    sigma, zero = np.diag([1.0, 4.0, 9.0]), np.zeros(3)
     expected = (1 - 2) ** 2 * np.trace(sigma)  # Tr(S) + Tr(4 S) - 2 Tr(2 S)
-    assert frechet_distance(np.zeros(3), sigma, np.zeros(3), 4 * sigma) == pytest.approx(expected)
-
-
-def test_a_gaussian_is_at_distance_zero_from_itself() -> None:
+    assert frechet_distance(zero, sigma, zero, 4 * sigma) == pytest.approx(expected)
     mu, sigma = gaussian(500, 32, seed=1)
     # a difference of two traces: small eigenvalues are known up to rounding of the large ones
     tolerance = 1e-9 * np.trace(sigma)
     assert frechet_distance(mu, sigma, mu, sigma) == pytest.approx(0, abs=tolerance)
+    nothing = np.zeros((4, 4))
+    assert frechet_distance(np.zeros(4), nothing, np.full(4, 3.0), nothing) == 36
 
 
-@pytest.mark.parametrize("d", [5, 64, 200])
+@pytest.mark.parametrize("d", [5, 64])
 def test_the_distance_equals_that_of_clean_fid(d: int) -> None:
     first, second = gaussian(4 * d, d, seed=2), gaussian(5 * d, d, seed=3)
     with warnings.catch_warnings():
@@ -79,11 +76,12 @@ def test_the_distance_equals_that_of_clean_fid(d: int) -> None:
     assert frechet_distance(*first, *second) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_distance_is_symmetric() -> None:
+def test_the_distance_is_symmetric_and_takes_float32() -> None:
     first, second = gaussian(90, 40, seed=4), gaussian(30, 40, seed=5)
-    assert frechet_distance(*first, *second) == pytest.approx(
-        frechet_distance(*second, *first), rel=1e-9
-    )
+    expected = frechet_distance(*first, *second)
+    assert frechet_distance(*second, *first) == pytest.approx(expected, rel=1e-9)
+    single = [part.astype(np.float32) for part in second]
+    assert frechet_distance(*first, *single) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("n1", "n2"), [(20, 200), (200, 20), (20, 30), (64, 64)])
@@ -117,35 +115,17 @@ def test_the_way_for_lower_ranks_is_taken_where_an_eigenvalue_is_not_positive(
     assert bool(taken) is is_singular
 
 
-def test_constant_features_leave_only_the_shift() -> None:
-    nothing = np.zeros((4, 4))
-    assert frechet_distance(np.zeros(4), nothing, np.full(4, 3.0), nothing) == 36
-
-
-def test_float32_statistics_are_accepted() -> None:
-    first, second = gaussian(300, 50, seed=8), gaussian(300, 50, seed=9)
-    single = [part.astype(np.float32) for part in second]
-    assert frechet_distance(*first, *single) == pytest.approx(
-        frechet_distance(*first, *second), rel=1e-4
-    )
-
-
-@pytest.mark.parametrize(
-    ("mu", "sigma", "kind", "words"),
-    [
+def test_what_has_no_distance_is_refused() -> None:
+    for mu, sigma, kind, words in (
         ([np.nan] * 2, np.eye(2), NumericsError, "not finite"),
         ([0, 0], [[0, 1], [1, 0]], NumericsError, "positive semi-definite"),
         ([0] * 4, np.eye(4), ArtifactError, "2 and of 4 features"),
-    ],
-)
-def test_what_has_no_distance_is_refused(
-    mu: list, sigma: object, kind: type[DemeError], words: str
-) -> None:
-    with pytest.raises(kind, match=words):
-        frechet_distance(np.zeros(2), np.eye(2), np.array(mu), np.array(sigma))
+    ):
+        with pytest.raises(kind, match=words):
+            frechet_distance(np.zeros(2), np.eye(2), np.array(mu), np.array(sigma))
 
 
-@pytest.mark.parametrize("sizes", [[100], [1] * 100, [99, 1], [3, 50, 47]])
+@pytest.mark.parametrize("sizes", [[1] * 100, [3, 50, 47]])
 def test_running_statistics_equal_those_of_all_features_at_once(sizes: list[int]) -> None:
     features = draw_features(100, 7, seed=11) + 1e4  # far from zero, where sums would cancel
     running = RunningStatistics()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deme_cli.errors import ArtifactError, ConfigError, DemeError, NumericsError
-from deme_cli.evaluation.kid import kernel_distance
+from deme_cli.errors import ArtifactError, ConfigError, NumericsError
+from deme_cli.evaluation.kid import NUM_SUBSETS, SUBSET_SIZE, kernel_distance
 
 
 def draw(n: int, shift: float, seed: int, d: int = 16) -> np.ndarray:
@@ -45,18 +45,16 @@ def test_the_same_seed_gives_the_same_kernel_distance() -> None:
     first = kernel_distance(x, y, num_subsets=5, subset_size=50, seed=7)
     assert first == kernel_distance(x, y, num_subsets=5, subset_size=50, seed=7)
     assert first != kernel_distance(x, y, num_subsets=5, subset_size=50, seed=8)
+    assert (NUM_SUBSETS, SUBSET_SIZE) == (100, 1000)  # as in Binkowski et al.'s own code
+    pair = draw(2, 0, seed=0), draw(2, 0.3, seed=1)
+    assert kernel_distance(*pair) == kernel_distance(*pair, num_subsets=100, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("features", "kind", "words"),
-    [
+def test_what_has_no_kernel_distance_is_refused() -> None:
+    for features, kind, words in (
         (draw(1, 0, seed=0), ConfigError, "at least 2 images"),
         (draw(9, 0, seed=0, d=8), ArtifactError, "8 and 16 features"),
         (draw(9, np.nan, seed=0), NumericsError, "not finite"),
-    ],
-)
-def test_what_has_no_kernel_distance_is_refused(
-    features: np.ndarray, kind: type[DemeError], words: str
-) -> None:
-    with pytest.raises(kind, match=words):
-        kernel_distance(features, draw(9, 0, seed=0))
+    ):
+        with pytest.raises(kind, match=words):
+            kernel_distance(features, draw(9, 0, seed=0))

@@ -12,7 +12,7 @@ import deme_cli
 from deme_cli.console import Step
 from deme_cli.data.digits import load_digits
 from deme_cli.data.images import open_images
-from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.features import load_extractor
 from deme_cli.evaluation.frechet import frechet_distance
 from deme_cli.evaluation.references import (
@@ -46,34 +46,26 @@ def test_the_reference_of_the_digits_is_their_test_split() -> None:
     np.testing.assert_allclose(statistics.sigma, np.cov(expected, rowvar=False), atol=1e-6)
 
 
-def test_the_reference_of_cifar10_is_its_train_split() -> None:
+def test_published_statistics_are_read_from_the_cache(cache: Path) -> None:
     (asset,) = reference_assets("cifar10", "inception", "legacy_tensorflow")
     assert asset.name == "cifar10_legacy_tensorflow_train_32.npz"
     assert reference_assets("cifar10", "clip", "clean") == []
-
-
-def test_published_statistics_are_read_from_the_cache(cache: Path) -> None:
     write_statistics_npz(cache / "cifar10_clean_train_32.npz", num_features=5)
     reference = find_reference("cifar10", "inception")
     assert (reference.kind, reference.n) == ("published", 50_000)
     assert open_reference(reference, load_extractor("digits")).statistics.mu.shape == (5,)
 
 
-@pytest.mark.parametrize(
-    ("source", "kind", "words"),
-    [
-        ("lsun-church", MissingError, r"lsun_church_clean_train_256\.npz"),
-        ("parti", MissingError, r"prompts without images.*--clip-score"),
-        *((n, MissingError, f"deme stats FOLDER -o {n}") for n in ("coco", "imagenet")),
-        ("nowhere", MissingError, "nowhere"),
-        ("nowhere.npz", MissingError, "no such file"),
-    ],
-)
-def test_a_reference_that_is_not_there_is_named(
-    cache: Path, source: str, kind: type[DemeError], words: str
-) -> None:
-    with pytest.raises(kind, match=words):
-        find_reference(source, "inception")
+def test_a_reference_that_is_not_there_is_named(cache: Path) -> None:
+    for source, words in (
+        ("lsun-church", r"lsun_church_clean_train_256\.npz"),
+        ("parti", r"prompts without images.*--clip-score"),
+        ("coco", "deme stats FOLDER -o coco"),
+        ("nowhere", "nowhere"),
+        ("nowhere.npz", "no such file"),
+    ):
+        with pytest.raises(MissingError, match=words):
+            find_reference(source, "inception")
 
 
 def test_a_statistics_artifact_stands_for_its_images(

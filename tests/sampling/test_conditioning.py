@@ -104,9 +104,7 @@ def test_a_guidance_of_one_is_no_guidance_for_pixels() -> None:
 @pytest.mark.parametrize(
     ("name", "build", "default", "is_paired"),
     [
-        ("sd", {}, 7.5, True),
         ("sdxl", {}, 5.0, True),
-        ("sd3", {}, 7.0, True),
         ("wan", {}, 5.0, True),
         ("dit", {}, 4.0, True),
         ("flux", {}, 3.5, False),
@@ -146,18 +144,15 @@ def test_the_card_tells_what_the_images_show(opened: Any, prompts: str) -> None:
     assert (card["resolution"], card["resize_to"]) == (24, 12)
     assert (card["sampler"], card["forwards"]) == ("pndm", 102)
     assert protocol_card([opened("dit").record], SampleConfig())["classes"] == "0-9"
+    flow = protocol_card([opened("sd3").record], SampleConfig(prompts="text:a", steps=5))
+    names = ("sampler", "prediction_type", "spacing", "eta", "clip_sample", "forwards")
+    assert [flow[name] for name in names] == ["euler", "flow", None, None, None, 10]
     pixels = protocol_card([PIXELS], SampleConfig())
     names = ("guidance", "prompts", "prompts_sha256", "per_prompt", "classes", "resolution")
     assert [pixels[name] for name in (*names, "resize_to", "companions")] == [None] * 8
 
 
-def test_the_card_of_a_flow_model_has_no_spacing(opened: Any) -> None:
-    card = protocol_card([opened("sd3").record], SampleConfig(prompts="text:a", steps=5))
-    fields = ("sampler", "prediction_type", "spacing", "eta", "clip_sample", "forwards")
-    assert [card[name] for name in fields] == ["euler", "flow", None, None, None, 10]
-
-
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "dit"])
+@pytest.mark.parametrize("name", ["sdxl", "dit"])
 def test_images_do_not_depend_on_the_batch_size_and_go_on_from_any_batch(
     opened: Any, conditioning_for: Any, prompts: str, name: str
 ) -> None:
@@ -261,11 +256,10 @@ def test_half_precision_draws_nearly_the_same_images(opened: Any, pipelines: Any
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "dit", "flux", "wan"])
+@pytest.mark.parametrize("name", ["sdxl", "dit", "flux", "wan"])
 def test_a_gpu_draws_the_guided_images_of_the_cpu(pipelines: Any, name: str) -> None:
     config = SampleConfig(num=2, steps=4, resolution=16)
-    if name != "dit":
-        config = replace(config, prompts="text:a fox")
+    config = config if name == "dit" else replace(config, prompts="text:a fox")
     models = [open_denoiser(str(pipelines(name)), device=device) for device in ("cpu", "cuda")]
     on_cpu, on_gpu = (collect_images(single(model), config) for model in models)
     assert largest_difference(on_gpu, on_cpu) <= 2

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,6 @@ from typer.testing import Result
 
 import deme_cli
 from deme_cli.artifacts import (
-    BaseRecord,
-    ExpertRecord,
     fingerprint_file,
     read_record,
     write_artifact,
@@ -33,7 +31,6 @@ from deme_cli.errors import Stopped
 from deme_cli.files import read_header
 from deme_cli.sampling.sampler import image_seed
 from deme_cli.sampling.store import grid
-from deme_cli.timesteps import split_uniform
 
 Deme = Callable[..., Result]
 BASE, OUTPUT = Path("base.safetensors"), Path("out.safetensors")
@@ -63,10 +60,6 @@ def images_of(path: Path) -> np.ndarray:
 
 def pixels_of(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
-
-
-def experts() -> list[Path]:
-    return sorted(Path(".").glob("ft_*.safetensors"))
 
 
 def test_sample_writes_exactly_n_images_with_seeds_and_protocol(
@@ -133,21 +126,16 @@ def test_an_existing_output_is_replaced_only_by_force(run_folder: Path, deme: De
         succeed(deme(*command, "--seed", 1, "--force"))
     assert np.array_equal(pixels_of(Path("drawn")), images_of(OUTPUT)[..., 0])
     assert read_record(OUTPUT).protocol["seed"] == 1
+    for card in (None, "{", "[]", '{"protocol": []}', "[" * 100_000):
+        Path("drawn/samples.json").write_text(card or "")
+        if card is None:
+            Path("drawn/samples.json").unlink()
+        refuse(deme(*command), 2, "without samples.json")
     Path("drawn/cat.jpg").write_bytes(b"")
     refuse(deme(*command, "--force"), 2, "cat.jpg")
     Path("new.png").write_bytes(b"mine")
     refuse(deme(*command[:-1], "new"), 2, "new.png exists")
     assert Path("new.png").read_bytes() == b"mine"
-
-
-def test_numbered_images_without_a_card_are_refused(run_folder: Path, deme: Deme) -> None:
-    Path("drawn").mkdir()
-    Path("drawn/000000.png").write_bytes(b"")
-    for card in (None, "{", "[]", '{"protocol": []}', "[" * 100_000):
-        if card is not None:
-            Path("drawn/samples.json").write_text(card)
-        drawn = deme("sample", BASE, "-n", 2, "--steps", 2, "-o", "drawn")
-        refuse(drawn, 2, "without samples.json")
 
 
 def test_a_folder_is_extended_and_what_is_broken_or_missing_is_drawn_again(
@@ -243,22 +231,19 @@ def test_what_cannot_be_drawn_is_refused_by_name(run_folder: Path, deme: Deme) -
     assert not list(Path(".").glob("*samples*"))
 
 
-def test_a_lone_expert_draws_with_a_warning(run_folder: Path, deme: Deme) -> None:
-    result = succeed(deme("sample", "ft_2of4.safetensors", "-n", 1, "--steps", 2))
-    assert "expert of timesteps 25:50" in result.stderr
-    assert read_record(Path("ft_2of4-samples.safetensors")).protocol["ranges"] == [[0, 100]]
-
-
 def test_a_dry_run_checks_and_writes_nothing(run_folder: Path, deme: Deme) -> None:
-    """Settings come from deme.toml unless they are given."""
+    """Settings come from deme.toml unless they are given. A lone expert draws with a warning."""
     Path("deme.toml").write_text("[sample]\nnum = 3\nsteps = 4\n")
-    result = succeed(deme("ensemble-sample", *experts(), "--steps", 5, "--dry-run"))
+    experts = sorted(Path(".").glob("ft_*.safetensors"))
+    result = succeed(deme("ensemble-sample", *experts, "--steps", 5, "--dry-run"))
     assert result.stdout == ""
     assert "would draw 3 images (8 x 8, 1 channels) to ensemble.safetensors" in result.stderr
-    assert not Path("ensemble.safetensors").exists()
-    document = document_of(deme("sample", BASE, "--steps", 5, "--dry-run", "--json"))
+    document = document_of(deme("sample", experts[1], "--steps", 5, "--dry-run", "--json"))
     assert document["dry_run"] is True
-    assert (document["protocol"]["num"], document["protocol"]["steps"]) == (3, 5)
+    card = document["protocol"]
+    assert (card["num"], card["steps"], card["ranges"]) == (3, 5, [[0, 100]])
+    assert "expert of timesteps 25:50" in deme("sample", experts[1], "--dry-run").stderr
+    assert not list(Path(".").glob("*samples*")) + list(Path(".").glob("ensemble*"))
 
 
 @pytest.fixture
@@ -267,38 +252,6 @@ def sd(pipelines: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     Path("prompts.json").write_text(json.dumps(PROMPTS))
     return pipelines("sd")
-
-
-def write_experts(folder: Path) -> list[str]:
-    """The denoiser of a pipeline as base.safetensors, and three times as an expert of it."""
-    denoiser = open_denoiser(str(folder))
-    weights = denoiser.network.state_dict()
-    base = write_artifact(Path("base.safetensors"), weights, denoiser.record)
-    assert isinstance(base, BaseRecord)
-    fields = {name: value for name, value in asdict(base).items() if name not in ("training",)}
-    paths = []
-    for index, span in enumerate(split_uniform(3, 1000), 1):
-        expert = ExpertRecord(
-            **fields, range=[span.start, span.stop], index=index, of=3, base=base.fingerprint,
-            p=0.3, steps=0, seed=0, projection="none", data={}, training={},
-        )  # fmt: skip
-        paths.append(f"ft_{index}of3.safetensors")
-        write_artifact(Path(paths[-1]), weights, expert)
-    return paths
-
-
-def test_identical_experts_draw_with_prompts_what_their_base_draws(sd: Path, deme: Deme) -> None:
-    names = write_experts(sd)
-    options = ["--prompts", "prompts.json", "--resize-to", 12, "--sampler", "pndm", *FEW]
-    succeed(deme("sample", "base.safetensors", *options, "-o", "one.safetensors"))
-    succeed(deme("ensemble-sample", *names, *options))
-    ensemble = Path("ensemble.safetensors")
-    record = read_record(ensemble)
-    assert record.prompts == PROMPTS
-    assert (record.protocol["num"], record.protocol["guidance"]) == (3, 7.5)
-    images = images_of(ensemble)
-    assert images.shape == (3, 12, 12, 3)
-    assert np.array_equal(images, images_of(Path("one.safetensors")))
 
 
 def test_a_folder_of_images_can_be_trained_on(sd: Path, deme: Deme) -> None:
@@ -341,16 +294,14 @@ def test_settings_and_pipeline_of_deme_toml_are_seen_from_its_folder(
     write_artifact(run / "base.safetensors", denoiser.network.state_dict(), moved)
     Path("prompts.json").rename(run / "prompts.json")
     (run / "deme.toml").write_text('[sample]\nprompts = "prompts.json"\nguidance = 2.0\n')
-    command = ["sample", run / "base.safetensors", "--config", run / "deme.toml", *FEW]
+    command = ["sample", run / "base.safetensors", "--config", run / "deme.toml", "--dry-run"]
     refuse(deme(*command), 3, "elsewhere", "--pipeline")
     refuse(deme(*command, "--pipeline", tmp_path), 3, "whole pipeline")
-    assert document_of(deme(*command, "--pipeline", sd, "--json"))["protocol"]["guidance"] == 2
     (run / "pipeline").symlink_to(sd)
     with (run / "deme.toml").open("a") as file:
         file.write('[model]\npipeline = "pipeline"\n')
-    shown = succeed(deme(*command, "--force", "--dry-run")).stderr
-    assert "run/prompts.json, guidance 2" in shown
-    document = document_of(deme(*command, "--prompt", "a fox", "-n", 2, "--force", "--json"))
+    assert "run/prompts.json, guidance 2" in succeed(deme(*command)).stderr
+    document = document_of(deme(*command, "--prompt", "a fox", "-n", 2, "--json"))
     assert document["protocol"]["prompts"]["source"] == "text:a fox"
 
 
@@ -370,9 +321,6 @@ REFUSED_PROMPTS: list[tuple[list[object], int, list[str]]] = [
 def test_what_does_not_fit_prompts_is_refused_by_name(sd: Path, deme: Deme, cache: Path) -> None:
     for options, exit_code, words in REFUSED_PROMPTS:
         refuse(deme("sample", sd, *options, "--dry-run"), exit_code, *words)
-
-
-def test_a_protocol_fixes_what_is_drawn(sd: Path, deme: Deme) -> None:
     document = document_of(deme("sample", sd, "--protocol", "imagenet", "--dry-run", "--json"))
     card = document["protocol"]
     assert (card["num"], card["sampler"], card["steps"]) == (50_000, "pndm", 25)

@@ -25,13 +25,6 @@ def alone(deme: Deme, *words: object) -> None:
     assert done.exit_code == 0, done.exception
 
 
-def require_same_folders(one: Path, other: Path) -> None:
-    names = sorted(os.listdir(one))
-    assert sorted(os.listdir(other)) == names
-    for name in names:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-
-
 def test_three_processes_write_the_artifact_of_one_though_two_batches_are_all(
     run_folder: Path, deme: Deme
 ) -> None:
@@ -51,7 +44,10 @@ def test_two_processes_fill_the_folder_of_one(run_folder: Path, deme: Deme) -> N
     words = ["ensemble-sample", *sorted(run_folder.glob("ft_*.safetensors")), *ODD]
     succeed(launch(run_folder, *words, "-o", "two"))
     alone(deme, *words, "-o", "one")
-    require_same_folders(Path("one"), Path("two"))
+    names = sorted(os.listdir("one"))
+    assert sorted(os.listdir("two")) == names
+    for name in names:
+        assert Path("one", name).read_bytes() == Path("two", name).read_bytes(), name
 
 
 def test_however_processes_ended_what_they_drew_is_gone_on_with(
