@@ -31,20 +31,16 @@ from deme_cli.sampling.sample import ENSEMBLE_NAME
 
 @takes_settings
 def ensemble_sample(
-    experts: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="EXPERT...",
-            help="Experts of one base whose ranges cover all timesteps.",
-            show_default=False,
-        ),
-    ],
+    experts: Annotated[list[Path], typer.Argument(
+        metavar="EXPERT...", help="Experts of one base whose ranges cover all timesteps.",
+        show_default=False,
+    )],
     given: Annotated[Given, OptionsOf(SampleConfig)],
     prompt: Prompt = None,
     protocol: Protocol = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help=f"{OUTPUT_HELP}.")] = Path(
-        ENSEMBLE_NAME
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help=f"{OUTPUT_HELP}.")
+    ] = Path(ENSEMBLE_NAME),
     pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
     dtype: Dtype = "fp32", compile: Compile = "auto", force: Force = False,
     dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,

@@ -37,51 +37,31 @@ if TYPE_CHECKING:
 
 @takes_settings
 def evaluate(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="MODEL|EXPERT|SAMPLES",
-            help="Artifacts, diffusers folders, hub ids, folders of images. Experts that cover all "
-            "timesteps are one row. Without any: base, experts and merged of this folder.",
-            show_default=False,
-        ),
-    ] = None,
+    models: Annotated[list[str] | None, typer.Argument(
+        metavar="MODEL|EXPERT|SAMPLES", show_default=False,
+        help="Artifacts, diffusers folders, hub ids, folders of images. Experts that cover all "
+        "timesteps are one row. Without any: base, experts and merged of this folder.",
+    )] = None,
     *,
     given: Annotated[Given, OptionsOf(EvalConfig, without=("batch_size",))],
     of_sampling: Annotated[Given, OptionsOf(SampleConfig, without=("num", "batch_size", "seed"))],
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            "--weights", help="File of the Inception or CLIP features.", show_default=False
-        ),
-    ] = None,
-    max_fid: Annotated[
-        float | None,
-        typer.Option("--max-fid", help="Largest distance allowed; exit code 6 if a row has more."),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            "--batch-size",
-            "-b",
-            help="Images denoised, and images looked at, per forward; does not change the images.",
-            show_default=False,
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Write the JSON document to a file, too."),
-    ] = None,
-    pipeline: Pipeline = None,
-    config: ConfigPath = None,
-    device: Device = "auto",
-    dtype: Dtype = "fp32",
-    compile: Compile = "auto",
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    weights: Annotated[Path | None, typer.Option(
+        "--weights", help="File of the Inception or CLIP features.", show_default=False,
+    )] = None,
+    max_fid: Annotated[float | None, typer.Option(
+        "--max-fid", help="Largest distance allowed; exit code 6 if a row has more.",
+    )] = None,
+    batch_size: Annotated[int | None, typer.Option(
+        "--batch-size", "-b", show_default=False,
+        help="Images denoised, and images looked at, per forward; does not change the images.",
+    )] = None,
+    output: Annotated[Path | None, typer.Option(
+        "--output", "-o", help="Write the JSON document to a file, too.",
+    )] = None,
+    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
+    dtype: Dtype = "fp32", compile: Compile = "auto", force: Force = False,
+    dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
     """Measure images of models: distances to reference images, CLIP score.
 
     Rows of one repeat start from the same noise; differences to the first row

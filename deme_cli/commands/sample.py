@@ -45,23 +45,16 @@ OUTPUT_HELP = "A .safetensors artifact, or a folder for PNG files"
 
 @takes_settings
 def sample(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="An artifact, a diffusers folder, a hub id, or digits.",
-            show_default=False,
-        ),
-    ],
+    model: Annotated[str, typer.Argument(
+        metavar="MODEL", help="An artifact, a diffusers folder, a hub id, or digits.",
+        show_default=False,
+    )],
     given: Annotated[Given, OptionsOf(SampleConfig)],
     prompt: Prompt = None,
     protocol: Protocol = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help=rf"{OUTPUT_HELP} \[default: {{model}}-samples.safetensors]."
-        ),
-    ] = None,
+    output: Annotated[Path | None, typer.Option(
+        "--output", "-o", help=rf"{OUTPUT_HELP} \[default: {{model}}-samples.safetensors].",
+    )] = None,
     pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
     dtype: Dtype = "fp32", compile: Compile = "auto", force: Force = False,
     dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,

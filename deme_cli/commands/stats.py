@@ -26,51 +26,30 @@ from deme_cli.files import read_header
 
 @takes_settings
 def stats(
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA",
-            help="Images: a folder, parquet file, hub dataset id, samples, digits or cifar10.",
-            show_default=False,
-        ),
-    ],
+    data: Annotated[str, typer.Argument(
+        metavar="DATA", show_default=False,
+        help="Images: a folder, parquet file, hub dataset id, samples, digits or cifar10.",
+    )],
     given: Annotated[Given, OptionsOf(EvalConfig, ("features", "resize", "batch_size"))],
     output: Annotated[Path, typer.Option("--output", "-o", help="The statistics artifact.")],
-    split: Annotated[
-        str | None,
-        typer.Option(
-            "--split",
-            help=r"train, test or all \[default: test for digits, train for cifar10, else all].",
-            show_default=False,
-        ),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            "--size",
-            help=r"Bring images to SIZE x SIZE pixels first, scaled and cropped "
-            r"\[default: their own size].",
-            show_default=False,
-        ),
-    ] = None,
-    squeeze: Annotated[
-        bool,
-        typer.Option(
-            "--squeeze", help="Squeeze images to SIZE x SIZE without cropping (BK-SDM's COCO)."
-        ),
-    ] = False,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            "--weights", help="File of the Inception or CLIP weights.", show_default=False
-        ),
-    ] = None,
-    config: ConfigPath = None,
-    device: Device = "auto",
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    split: Annotated[str | None, typer.Option(
+        "--split", show_default=False,
+        help=r"train, test or all \[default: test for digits, train for cifar10, else all].",
+    )] = None,
+    size: Annotated[int | None, typer.Option(
+        "--size", show_default=False,
+        help=r"Bring images to SIZE x SIZE pixels first, scaled and cropped \[default: their own "
+        r"size].",
+    )] = None,
+    squeeze: Annotated[bool, typer.Option(
+        "--squeeze", help="Squeeze images to SIZE x SIZE without cropping (BK-SDM's COCO).",
+    )] = False,
+    weights: Annotated[Path | None, typer.Option(
+        "--weights", help="File of the Inception or CLIP weights.", show_default=False,
+    )] = None,
+    config: ConfigPath = None, device: Device = "auto", force: Force = False,
+    as_json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
     """Make reference statistics of images: mean and covariance of their features.
 
     Processes of one launch (torchrun, accelerate launch, srun) share the images.

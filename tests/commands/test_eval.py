@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from stand_ins import write_statistics_npz
 from tiny_clip import write_clip
-from tiny_pipelines import stable_diffusion
 from typer.testing import Result
 
 from deme_cli.artifacts import SamplesRecord, load_tensors, read_record, write_artifact
@@ -61,28 +60,21 @@ def test_the_folder_is_measured_against_the_digits(run_folder: Path, deme: Deme)
         assert words in shown.stderr
 
 
-def test_settings_come_from_deme_toml_and_the_command_line_wins(
-    run_folder: Path, deme: Deme
-) -> None:
-    Path("deme.toml").write_text(
-        '[eval]\nfid = "digits"\nnum = 5\nseed = 3\n[sample]\nsteps = 3\nsampler = "ddpm"\n'
-    )
-    (row,) = document(deme("eval", "base.safetensors", "--json"))["rows"]
-    protocol = row["protocol"]
-    assert (protocol["num"], protocol["steps"], protocol["sampler"]) == (5, 3, "ddpm")
-    (row,) = document(deme("eval", "base.safetensors", "--json", "-n", "4", "--seed", "9"))["rows"]
-    assert (row["protocol"]["num"], row["protocol"]["seeds"]) == (4, [9])
-
-
-def test_a_reference_beside_a_deme_toml_elsewhere_is_found(
+def test_settings_and_references_come_from_a_deme_toml_and_the_command_line_wins(
     run_folder: Path, deme: Deme, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Path("deme.toml").write_text('[eval]\nfid = "images"\nfeatures = "digits"\n')
+    Path("deme.toml").write_text(
+        '[eval]\nfid = "images"\nfeatures = "digits"\nnum = 5\nseed = 3\n'
+        '[sample]\nsteps = 3\nsampler = "ddpm"\n'
+    )
     elsewhere = run_folder / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    (base, _) = document(deme("eval", "--config", "../deme.toml", *FEW, "--json"))["rows"]
-    assert base["protocol"]["references"]["frechet_digits"]["n"] == 10
+    base, _ = document(deme("eval", "--config", "../deme.toml", "-n", "4", "--json"))["rows"]
+    protocol = base["protocol"]
+    assert (protocol["num"], protocol["steps"], protocol["sampler"]) == (4, 3, "ddpm")
+    assert protocol["seeds"] == [3]
+    assert protocol["references"]["frechet_digits"]["n"] == 10
 
 
 def test_cifar10_runs_through_with_a_stand_in_and_statistics(
@@ -118,16 +110,6 @@ def test_statistics_of_ones_own_stand_for_the_images(
     refused = deme("eval", "--fid", "ref.safetensors", "--features", stand_in)
     assert isinstance(refused.exception, ArtifactError)
     assert "made with digits" in str(refused.exception)
-
-
-def test_samples_with_fewer_images_are_measured_with_a_warning(
-    run_folder: Path, deme: Deme
-) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
-    write_artifact(Path("drawn.safetensors"), {"images": images}, SamplesRecord(protocol={}))
-    shown = deme("eval", "drawn.safetensors", "--fid", "digits", "-n", "9", "--json")
-    assert document(shown)["rows"][0]["metrics"]["frechet_digits"]["n"] == 5
-    assert "drawn has 5 images, not 9" in shown.stderr
 
 
 def test_the_gate_is_met_or_ends_with_a_gate_error(run_folder: Path, deme: Deme) -> None:
@@ -197,39 +179,29 @@ def test_prompts_given_stand_for_those_that_images_lack(
 
 
 def test_a_text_model_draws_the_prompts_and_is_scored_by_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deme: Deme
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deme: Deme, pipelines: Callable[..., Path]
 ) -> None:
+    """As are its images where they were kept."""
     monkeypatch.chdir(tmp_path)
-    pipeline = stable_diffusion(tmp_path / "tiny")
-    assert deme("split", pipeline, "-n", "2").exit_code == 0
     Path("prompts.txt").write_text("a red cat\na seven\n")
-    clip = f"local-dir:{write_clip(tmp_path / 'clip')}"
-    arguments = (
-        "eval", "base.safetensors", pipeline, "--clip-score", "--clip-weights", clip, "--steps",
-        "2", "--guidance", "3", "--prompts", "prompts.txt", "--per-prompt", "2", "--repeats", "2",
-    )  # fmt: skip
-    base, folder = document(deme(*arguments, "--json"))["rows"]
-    score = base["metrics"]["clip_score"]
-    assert (score["n"], score["repeats"]) == (4, 2)
-    assert folder["metrics"]["clip_score"]["values"] == pytest.approx(score["values"])
-    assert base["protocol"]["guidance"] == 3
-    assert (base["protocol"]["num"], base["protocol"]["per_prompt"]) == (4, 2)
-    refused = deme(*arguments, "-n", "3")
+    clip, shown = f"local-dir:{write_clip(tmp_path / 'clip')}", ("--prompts", "prompts.txt")
+    drawing = (pipelines("sd"), *shown, "--per-prompt", 2, "--steps", 2, "--guidance", 3)
+    for output in ("drawn.safetensors", "pictures"):
+        drawn = deme("sample", *drawing, "-o", output)
+        assert drawn.exit_code == 0, drawn.exception
+    scoring = ("--clip-score", "--clip-weights", clip)
+    rows = document(
+        deme("eval", "drawn.safetensors", "pictures", *drawing, *scoring, "--repeats", 2, "--json")
+    )["rows"]
+    *samples, own = [row["metrics"]["clip_score"] for row in rows]
+    assert (own["n"], own["repeats"]) == (4, 2)
+    protocol = rows[-1]["protocol"]
+    assert (protocol["guidance"], protocol["num"], protocol["per_prompt"]) == (3, 4, 2)
+    for score in samples:
+        assert score["value"] == pytest.approx(own["values"][0])
+    refused = deme("eval", *drawing, *scoring, "-n", "3")
     assert isinstance(refused.exception, ConfigError)
     assert "-n says 3" in str(refused.exception)
-    for output in ("drawn.safetensors", "pictures"):
-        drawn = deme(
-            "sample", "base.safetensors", "--prompts", "prompts.txt", "--per-prompt", "2",
-            "--steps", "2", "--guidance", "3", "-o", output,
-        )  # fmt: skip
-        assert drawn.exit_code == 0, drawn.exception
-    found = document(
-        deme("eval", "base.safetensors", "drawn.safetensors", "pictures", *arguments[3:], "--json")
-    )
-    base, *samples = [row["metrics"]["clip_score"] for row in found["rows"]]
-    assert len(samples) == 2
-    for score in samples:
-        assert score["value"] == pytest.approx(base["values"][0])
 
 
 def test_rows_of_different_protocols_are_refused_unless_mixed(
@@ -249,19 +221,23 @@ def test_rows_of_different_protocols_are_refused_unless_mixed(
                 "--mixed").exit_code == 0  # fmt: skip
 
 
-def test_samples_of_another_seed_are_measured_with_a_remark(run_folder: Path, deme: Deme) -> None:
-    drawn = deme("sample", "base.safetensors", "-n", 6, "--steps", 2, "--seed", 4, "-o",
-                 "drawn.safetensors")  # fmt: skip
-    assert drawn.exit_code == 0, drawn.exception
-    shown = deme("eval", "base.safetensors", "drawn.safetensors", "--fid", "digits", *FEW)
-    assert shown.exit_code == 0, shown.exception
-    assert "base 0, drawn 4" in " ".join(shown.stderr.split())
+def test_fewer_samples_of_another_seed_are_measured_with_remarks(
+    run_folder: Path, deme: Deme
+) -> None:
+    words = ("-n", 5, "--steps", 2, "--seed", 4, "-o", "drawn.safetensors")
+    assert deme("sample", "base.safetensors", *words).exit_code == 0
+    arguments = ("eval", "base.safetensors", "drawn.safetensors", "--fid", "digits", *FEW)
+    shown = deme(*arguments, "--mixed", "--json")
+    assert document(shown)["rows"][1]["metrics"]["frechet_digits"]["n"] == 5
+    told = " ".join(shown.stderr.split())
+    assert "drawn has 5 images, not 6" in told
+    assert "base 0, drawn 4" in told
 
 
 def test_a_protocol_fixes_what_is_measured_and_how(
-    run_folder: Path, cache: Path, deme: Deme
+    run_folder: Path, cache: Path, deme: Deme, pipelines: Callable[..., Path]
 ) -> None:
-    pipeline = stable_diffusion(run_folder / "tiny")
+    pipeline = pipelines("sd")
     write_statistics_npz(Path("imagenet.npz"))
     (cache / "pt_inception-2015-12-05-6726825d.pth").touch()
     clip = cache / "CLIP-ViT-g-14-laion2B-s34B-b88K" / "open_clip_model.safetensors"
@@ -277,7 +253,7 @@ def test_a_protocol_fixes_what_is_measured_and_how(
     for words in (
         "DeMe, Table 2",
         "not told there: number of images",
-        "would measure fid, clip_score of tiny against imagenet.npz: 50000 images",
+        "would measure fid, clip_score of sd against imagenet.npz: 50000 images",
         "pndm 25 steps",
     ):
         assert words in shown.stderr
@@ -302,36 +278,35 @@ def test_a_protocols_name_is_on_the_card_of_its_rows(
     assert (row["protocol"]["steps"], row["metrics"]["frechet_digits"]["n"]) == (2, 6)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "kind", "words"),
-    [
-        (("--clip-score", "--clip-model", "ViT"), ConfigError, "no such open_clip architecture"),
-        (("--clip-score", "--clip-weights", "x.pt"), MissingError, "no such file of CLIP weights"),
-        (("--protocol", "coco"), ConfigError, "protocol = 'coco'"),
-        (("--clip-score", "--weights", "x.pt"), ConfigError, "--weights goes with --fid"),
-        (("--clip-score", "--prompts", "x.txt"), MissingError, "x.txt: no such file"),
-        (("--fid", "digits", "-n", "0"), ConfigError, "num = 0"),
-        (("--fid", "digits", "--repeats", "0"), ConfigError, "repeats = 0"),
-        (("--fid", "digits", "--resize", "bicubic"), ConfigError, "resize = 'bicubic'"),
-        (("--fid", "digits", "--dtype", "fp8"), ConfigError, "--dtype fp8"),
-        (("--kid", "digits", "--max-fid", "3"), ConfigError, "--max-fid needs --fid"),
-        (("--fid", "digits", "--features", "nothing.pt"), MissingError, "no such file"),
-        (("--fid", "digits", "-o", "nowhere/x.json", "-n", "1"), ConfigError, "at least 2 images"),
-        (("--fid", "imagenet"), MissingError, "deme stats"),
-        ((), ConfigError, "add --fid REF"),
-        (("--protocol", "parti"), MissingError, "PartiPrompts.tsv"),
-        (("--clip-score",), MissingError, "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"),
-        (("--fid", "digits", "base.safetensors", "base.safetensors"), ConfigError, "given twice"),
-    ],
-)
+REFUSED = [
+    (("--clip-score", "--clip-model", "ViT"), ConfigError, "no such open_clip architecture"),
+    (("--clip-score", "--clip-weights", "x.pt"), MissingError, "no such file of CLIP weights"),
+    (("--protocol", "coco"), ConfigError, "protocol = 'coco'"),
+    (("--clip-score", "--weights", "x.pt"), ConfigError, "--weights goes with --fid"),
+    (("--clip-score", "--prompts", "x.txt"), MissingError, "x.txt: no such file"),
+    (("--fid", "digits", "-n", "0"), ConfigError, "num = 0"),
+    (("--fid", "digits", "--repeats", "0"), ConfigError, "repeats = 0"),
+    (("--fid", "digits", "--resize", "bicubic"), ConfigError, "resize = 'bicubic'"),
+    (("--fid", "digits", "--dtype", "fp8"), ConfigError, "--dtype fp8"),
+    (("--kid", "digits", "--max-fid", "3"), ConfigError, "--max-fid needs --fid"),
+    (("--fid", "digits", "--features", "nothing.pt"), MissingError, "no such file"),
+    (("--fid", "digits", "-o", "nowhere/x.json", "-n", "1"), ConfigError, "at least 2 images"),
+    (("--fid", "imagenet"), MissingError, "deme stats"),
+    ((), ConfigError, "add --fid REF"),
+    (("--protocol", "parti"), MissingError, "PartiPrompts.tsv"),
+    (("--clip-score",), MissingError, "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"),
+    (("--fid", "digits", "base.safetensors", "base.safetensors"), ConfigError, "given twice"),
+]
+
+
 def test_bad_input_is_one_clear_line(
-    run_folder: Path, cache: Path, stand_in: Path, deme: Deme,
-    arguments: tuple, kind: type, words: str,
-) -> None:  # fmt: skip
+    run_folder: Path, cache: Path, stand_in: Path, deme: Deme
+) -> None:
     (cache / "inception-2015-12-05.pt").write_bytes(stand_in.read_bytes())
-    error = deme("eval", *arguments).exception
-    assert isinstance(error, kind)
-    assert words in str(error)
+    for arguments, kind, words in REFUSED:
+        error = deme("eval", *arguments).exception
+        assert isinstance(error, kind), arguments
+        assert words in str(error)
 
 
 def test_cifar10_without_network_or_weights_ends_at_once_with_exit_code_3(

@@ -88,15 +88,6 @@ def test_statistics_of_two_processes_are_those_of_one(run_folder: Path, deme: De
     assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
 
 
-def test_an_output_that_is_there_is_refused_once(run_folder: Path) -> None:
-    Path("there.json").write_text("{}")
-    words = ["eval", "base.safetensors", "--fid", "digits", "-o", "there.json"]
-    codes, said = ends(launch(run_folder, *words, "--device", "cpu"))
-    assert codes == [2, 2]
-    assert len(said) == 1, said
-    assert "exists; add --force" in said[0]
-
-
 def test_images_that_are_others_on_another_machine_are_refused_once(image_folder: Path) -> None:
     here, there = image_folder, image_folder.parent / "there" / image_folder.name
     shutil.copytree(here, there)
