@@ -50,18 +50,6 @@ class Extractor:
     device: torch.device
     batch_size: int = 128
 
-    @property
-    def name(self) -> str:
-        return self.weights.name
-
-    @property
-    def sha256(self) -> str:
-        return self.weights.sha256
-
-    @property
-    def metric_name(self) -> str:
-        return self.weights.metric_name
-
     def features(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, C) -> float64 (B, d).
 

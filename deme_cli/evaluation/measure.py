@@ -15,7 +15,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,24 +73,22 @@ class Metrics:
             told["clip_score"] = self.clip.weights.card
         return told
 
-    def look(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        """What is seen of images (B, H, W, C): features, and the cosines and cuts of CLIP (B, 2).
+    def look(self, row: Row, batch: ImageBatch) -> np.ndarray:
+        """What is seen of images of a row: features, and the cosines and cuts of CLIP (B, 2).
 
         ->  float64 (B, d + 2), less what is not measured
         """
-        seen = [] if self.extractor is None else [self.extractor.features(images)]
-        return np.hstack(seen if self.clip is None else [*seen, self.clip.compare(images, prompts)])
+        seen = [] if self.extractor is None else [self.extractor.features(batch.images)]
+        if self.clip is not None:
+            prompts = (row.prompts or ())[batch.start : batch.start + len(batch.images)]
+            seen.append(self.clip.compare(batch.images, prompts))
+        return np.hstack(seen)
 
 
 def open_metrics(
-    features: FeatureWeights | None,
-    references: Mapping[str, Reference],
-    clip: ClipWeights | None,
-    shape: tuple[int, int, int],
-    config: EvalConfig,
-    device: str,
-    progress: Progress,
-) -> Metrics:
+    features: FeatureWeights | None, references: Mapping[str, Reference], clip: ClipWeights | None,
+    shape: tuple[int, int, int], config: EvalConfig, device: str, progress: Progress,
+) -> Metrics:  # fmt: skip
     """Load what measures, and look at the reference images. shape: (C, H, W) of the rows."""
     extractor = scorer = None
     opened = {}
@@ -140,7 +140,11 @@ def measure_rows(
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     world.require_same({"protocol": digest})
     path = Path(f".deme-eval-{digest}.json")
-    known = _read_unfinished(path) if world.is_first else {}
+    known: dict[tuple[str, int], Measured] = {}
+    if world.is_first:
+        with suppress(OSError, ValueError, TypeError):  # absent, or of a run that was killed
+            records = [Measured(**entry) for entry in json.loads(path.read_text())]
+            known = {(record.row, record.repeat): record for record in records}
     turns = [
         (row, repeat)
         for repeat in range(config.repeats)
@@ -166,25 +170,15 @@ def measure_rows(
                     else:
                         detail = f"{row.name}, repeat {repeat + 1}"
                         progress(Step(before + record, total, "measuring", "image", detail=detail))
-                        stop.go_on(_stopped(num_kept))
+                    stop.go_on(
+                        f"stopped; {num_kept + isinstance(record, Measured)} measurements are "
+                        f"kept, run the same command again to go on"
+                    )
                 world.wait()  # until the first one has kept it
-                stop.go_on(_stopped(num_kept + 1))
             before += row.num_images(config)
-    path.unlink(missing_ok=True)
+    if world.is_first:
+        path.unlink(missing_ok=True)
     return [known[row.name, repeat] for row, repeat in turns] if world.is_first else []
-
-
-def _stopped(num_kept: int) -> str:
-    return f"stopped; {num_kept} measurements are kept, run the same command again to go on"
-
-
-def _read_unfinished(path: Path) -> dict[tuple[str, int], Measured]:
-    """What an unfinished run has measured, by row and repeat."""
-    try:
-        records = [Measured(**entry) for entry in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError):
-        return {}  # absent, or written by a run that was killed: measure again
-    return {(record.row, record.repeat): record for record in records}
 
 
 def _measure_row(
@@ -209,13 +203,9 @@ def _measure_row(
             for span in shares.own
         )
 
-    def look(batch: ImageBatch) -> np.ndarray:
-        prompts = (row.prompts or ())[batch.start : batch.start + len(batch.images)]
-        return metrics.look(batch.images, prompts)
-
     running, kept, pairs = RunningStatistics(), [], []
     has_kernel = any(one.features is not None for one in metrics.references.values())
-    for done, _, parts in shares.gather(records, look):
+    for done, _, parts in shares.gather(records, partial(metrics.look, row)):
         for part in parts:
             features, pair = np.split(part, [part.shape[1] - 2 * bool(metrics.clip)], axis=1)
             running.add(features)

@@ -348,7 +348,8 @@ def open_reference(
         d = len(statistics.mu)
         if shape is not None and d != (num_features := extractor.num_features(shape)):
             raise ArtifactError(
-                f"{reference.path}: statistics of {d} features, {extractor.name} has {num_features}"
+                f"{reference.path}: statistics of {d} features, {extractor.weights.name} has "
+                f"{num_features}"
             )
         return replace(reference, sha256=sha256_of(reference.path), statistics=statistics)
     import numpy as np

@@ -112,7 +112,10 @@ def record_of_file(argument: str) -> Record | None:
 def _plan(argument: str, record: Record | None) -> RowPlan:
     path = Path(argument).expanduser()
     if record is None:
-        if path.is_dir() and _is_image_folder(path):
+        parts = ("model_index.json", "config.json", "unet")
+        is_model = any((path / part).exists() for part in parts)
+        files = find_files(path) if path.is_dir() and not is_model else ()
+        if any(file.suffix.lower() in image_suffixes() for file in files):
             return RowPlan(path.resolve().name, "samples", (argument,))
         locate_model(argument)
         return RowPlan(path.name, "model", (argument,))
@@ -122,13 +125,6 @@ def _plan(argument: str, record: Record | None) -> RowPlan:
             f"expected a base, expert or merged model, or samples"
         )
     return RowPlan(path.stem, record.kind, (argument,))
-
-
-def _is_image_folder(path: Path) -> bool:
-    parts = ("model_index.json", "config.json", "unet")
-    return not any((path / part).exists() for part in parts) and any(
-        file.suffix.lower() in image_suffixes() for file in find_files(path)
-    )
 
 
 def _is_partial(record: Record | None) -> TypeGuard[ExpertRecord]:

@@ -221,11 +221,12 @@ class GeneratedDistance:
         self._extractor, self._reference = extractor, reference
         self._sample, self._conditioning, self._store = sample, conditioning, store
         self.is_kernel = not isinstance(reference, Statistics)
-        self.name = extractor.weights.kernel_name if self.is_kernel else extractor.metric_name
+        weights = extractor.weights
+        self.name = weights.kernel_name if self.is_kernel else weights.metric_name
         self.label = label_of(self.name)
         self.protocol: dict[str, Any] = {
             "name": self.name,
-            "extractor": {"name": extractor.name, "sha256": extractor.sha256},
+            "extractor": weights.extractor,
             **card,
             **{key: value for key, value in asdict(sample).items() if key != "batch_size"},
             **conditioning.card,

@@ -115,7 +115,7 @@ def test_clip_features_are_those_of_open_clip(tmp_path: Path) -> None:
     x = torch.stack([preprocess(Image.fromarray(image)) for image in images])
     with torch.inference_mode():
         expected = model.encode_image(x).double().numpy()
-    assert extractor.metric_name == "frechet_clip"
+    assert extractor.weights.metric_name == "frechet_clip"
     np.testing.assert_allclose(extractor.features(images), expected, rtol=1e-3, atol=1e-5)
     save_file({"visual.proj": state["visual.proj"]}, path)
     with pytest.raises(ArtifactError, match="not the weights of CLIP"):
@@ -136,7 +136,7 @@ def test_any_torchscript_of_images_to_features_will_do(
     extractor = load_extractor(str(save_script(Mean(), tmp_path / "my mean.pt")))
     images = np.full((2, 4, 6, 3), (10, 20, 250), np.uint8)
     np.testing.assert_allclose(extractor.features(images), [[10, 20, 250]] * 2, rtol=1e-6)
-    assert extractor.metric_name == "frechet_my_mean"
+    assert extractor.weights.metric_name == "frechet_my_mean"
     assert extractor.num_features((3, 4, 6)) == 3
     assert capfd.readouterr() == ("", "")
 

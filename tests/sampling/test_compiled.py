@@ -88,6 +88,23 @@ def test_experts_take_turns_in_one_network_another_structure_has_its_own(
         add_projections(paths[1])
 
 
+@pytest.mark.parametrize("name", ["dit", "sdxl"])
+def test_what_fills_up_a_batch_is_told_what_its_last_image_shows(
+    opened, conditioning_for, compiled_ones, name: str
+) -> None:
+    about = {"guidance": 1.0} if name == "dit" else {"guidance": 3.0, "prompts": "text:a red cat"}
+    config = SampleConfig(num=3, steps=4, batch_size=2, sampler="ddpm", **about)
+    shown = {"conditioning": conditioning_for(opened(name), config)}
+    plain = collect_images(single(opened(name)), config, **shown)
+    sizes: list[int] = []
+    hook = opened(name).network.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
+    compiled = CompiledSteps("on", num_forwards=1, num_loads=1)
+    found = collect_images(single(opened(name)), config, compiled=compiled, **shown)
+    hook.remove()
+    assert set(sizes) == ({2} if name == "dit" else {4})
+    assert largest_difference(found, plain) <= 1
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_an_ensemble_is_compiled_once(run_folder: Path) -> None:

@@ -27,8 +27,6 @@ from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble, single
 from deme_cli.sampling.sampler import (
     ImageBatch,
     Shares,
-    Step,
-    draw_batch,
     image_seed,
     sample_images,
 )
@@ -223,31 +221,6 @@ def test_a_process_draws_its_batches_as_one_process_does(denoiser: Denoiser) -> 
         done = [record for record in records if isinstance(record, int)]
         assert done[-1] == 2 + sum(len(batch.images) for batch in batches)
     assert sorted(starts) == [2, 4, 6]
-
-
-@pytest.mark.parametrize("name", ["dit", "sdxl"])
-def test_a_batch_is_filled_up_with_its_last_image(opened, conditioning_for, name: str) -> None:
-    """Images and what the network is told of them alike, so that predictions stay the same."""
-    denoiser = opened(name)
-    about = {"guidance": 1.0} if name == "dit" else {"guidance": 3.0, "prompts": "text:a red cat"}
-    config = SampleConfig(num=3, sampler="ddpm", steps=10, **about)
-    conditioning = conditioning_for(denoiser, config)
-    scheduler = build_scheduler(denoiser.record.scheduler_config, config)
-    t = scheduler.timesteps[0]
-    sizes: list[int] = []
-    denoiser.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    found = []
-    for size in (0, 5):
-        batch = draw_batch(
-            range(3), conditioning, torch.empty(0), scheduler=scheduler, config=config, size=size
-        )
-        batch.denoise(Step(denoiser), t.item(), t, config)
-        assert batch.num == 3
-        copies = batch.x_t[2:3].expand_as(batch.x_t[3:])
-        torch.testing.assert_close(batch.x_t[3:], copies, rtol=0, atol=1e-4)
-        found.append(batch.x_t[:3])
-    assert sizes == ([3, 5] if name == "dit" else [6, 10])
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.gpu
