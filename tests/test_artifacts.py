@@ -165,11 +165,10 @@ def test_two_writers_of_one_output_exclude_each_other(tmp_path: Path, locks: boo
 def test_a_journal_is_shared_with_and_without_flock(tmp_path: Path, locks: bool) -> None:
     path = tmp_path / "m.journal"
     for value in (1.0, 2.0):
-        journal = Journal(path, ["w"], {})
-        journal.open(force=False)
-        with journal.asking():
-            trial = journal.start(0, [value])
-        journal.finish(trial, value)
+        with Journal(path, ["w"], {}) as journal:
+            with journal.asking():
+                trial = journal.start(0, [value])
+            journal.finish(trial, value)
     assert len(read_journal(path)[2]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["m.journal"]
 

@@ -28,7 +28,6 @@ from deme_cli.commands.options import (
 from deme_cli.config import MergeConfig, parse_numbers
 from deme_cli.distributed import ALONE, meet, only_first
 from deme_cli.errors import ConfigError
-from deme_cli.merging.successive_halving import parse_stages
 
 _OF_SEARCH = ("objective", "grid", "num", "steps", "seed", "evaluations")
 _OF_ROWS = ("objective", "num", "steps")  # what a report alone reads as well
@@ -39,37 +38,30 @@ def merge(
     experts: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="EXPERT|VECTOR...",
-            help="Experts or task vectors of one base.",
+            metavar="EXPERT|VECTOR...", help="Experts or task vectors of one base.",
             show_default=False,
         ),
-    ] = None,
-    *,
+    ] = None, *,
     given: Annotated[Given, OptionsOf(MergeConfig)],
     coefficients_for: Annotated[
         list[str] | None,
         typer.Option(
-            "--coefficients-for",
-            metavar="GLOB=w1,w2,...",
+            metavar="GLOB=w1,w2,...", show_default=False,
             help="Other coefficients for the tensors whose names match, as in "
             "'mid_block.*=0.5,0,0,1'; may be repeated, the first match counts.",
-            show_default=False,
         ),
     ] = None,
     ema_length: Annotated[
         float | None,
         typer.Option(
-            "--ema-length",
+            rich_help_panel="Method", show_default=False,
             help="The arguments are snapshots of one run's power-function averages: combine them "
             "into the average of this relative length (EDM2, post-hoc EMA).",
-            rich_help_panel="Method",
-            show_default=False,
         ),
     ] = None,
     show: Annotated[
         Path | None,
         typer.Option(
-            "--show",
             help="Print and draw the trials of a search, by its journal or merged file, and stop.",
             show_default=False,
         ),
@@ -77,7 +69,6 @@ def merge(
     replay: Annotated[
         Path | None,
         typer.Option(
-            "--replay",
             help="Build a merged file again from its experts, bit for bit, and stop.",
             show_default=False,
         ),
@@ -85,28 +76,19 @@ def merge(
     base: Annotated[
         Path | None,
         typer.Option(
-            "--base",
-            help=r"Their base \[default: that of deme.toml, or beside them].",
-            show_default=False,
+            help=r"Their base \[default: that of deme.toml, or beside them].", show_default=False
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output",
-            "-o",
-            help=r"Artifact to write \[default: merged.safetensors].",
+            "--output", "-o", help=r"Artifact to write \[default: merged.safetensors].",
             show_default=False,
         ),
     ] = None,
-    config: ConfigPath = None,
-    device: Device = "auto",
-    dtype: Dtype = "fp32",
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    config: ConfigPath = None, device: Device = "auto", dtype: Dtype = "fp32",
+    force: Force = False, dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
     """Merge experts or task vectors into one model of the base's size (Eq. 8).
 
     With --search, a stopped search goes on when the same command is run again,
@@ -173,17 +155,19 @@ def _parse_coefficients_for(texts: Sequence[str]) -> dict[str, tuple[float, ...]
 
 def _require_use(settings: MergeConfig, given: Mapping[str, Any]) -> None:
     """Every option that was given, by its setting, has something to act on."""
-    searches, report = settings.search != "none", bool(settings.report)
-    stages = parse_stages(settings.objective, num=settings.num)
-    rules = {
-        name: (searches or (report and name in _OF_ROWS), "a search; add --search grid")
-        for name in _OF_SEARCH
-    }
-    rules["density"] = (settings.method in ("ties", "dare"), "ties and dare; add --method ties")
-    rules["grid"] = (settings.search == "grid", "a search grid; add --search grid")
+    searches = settings.search != "none"
     for item in fields(MergeConfig):
-        is_read, what = rules.get(item.name, (True, ""))
-        if given.get(item.name) is not None and not is_read:
+        name = item.name
+        is_read, what = True, ""
+        if name in _OF_SEARCH:
+            is_read = searches or (bool(settings.report) and name in _OF_ROWS)
+            what = "a search; add --search grid"
+        if name == "density":
+            is_read, what = settings.method in ("ties", "dare"), "ties and dare; add --method ties"
+        if name == "grid" and is_read:
+            is_read, what = settings.search == "grid", "a search grid; add --search grid"
+        if name == "steps" and is_read:
+            is_read = any(name in settings.objective for name in ("kid", "fid"))
+            what = "sampling; add --objective fid or kid"
+        if given.get(name) is not None and not is_read:
             raise ConfigError(f"{flags_of(item)[0]} belongs to {what}")
-    if given.get("steps") is not None and not any(stage.is_distance for stage in stages):
-        raise ConfigError("--steps are those of sampling; add --objective fid or kid")

@@ -8,28 +8,38 @@ N experts.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deme_cli.artifacts import load_tensors
+from deme_cli.config import EvalConfig, FinetuneConfig, MergeConfig
+from deme_cli.data.images import open_images
+from deme_cli.data.prompts import PromptSet, read_prompts
+from deme_cli.diffusion.backbones import backbone_of
+from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import Denoiser, assemble
+from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError, ConfigError
-from deme_cli.merging.coefficients import Coefficients
-from deme_cli.merging.inputs import Inputs
+from deme_cli.evaluation.features import Extractor, load_extractor
+from deme_cli.evaluation.references import open_reference
+from deme_cli.merging.coefficients import Coefficients, Point
+from deme_cli.merging.inputs import COMPUTED_IN, Inputs
 from deme_cli.merging.methods import LINEAR, MethodSettings, fit_coefficients, open_method
-from deme_cli.merging.objectives import HeldOutLoss, Objective
-from deme_cli.merging.space import BY_RANGE, SLOPES, SOUP_NAME, Point, Space
-from deme_cli.merging.tensor_stream import COMPUTED_IN, PIECE, Run, TensorStream, float_runs
+from deme_cli.merging.objectives import ExpertsLoss, GeneratedDistance, HeldOutLoss, Objective
+from deme_cli.merging.plan import SEARCH, MergePlan, ensemble_of
+from deme_cli.merging.search import SOUP_NAME, Stage
+from deme_cli.merging.tensor_stream import PIECE, Run, TensorStream, float_runs
+from deme_cli.sampling.conditioning import open_conditioning
 from deme_cli.sampling.ensemble import SamplingExpert, single
-from deme_cli.timesteps import TimestepRange, require_cover
+from deme_cli.sampling.scheduler import name_sampler
 from deme_cli.training.batches import Check
+from deme_cli.training.examples import Examples, name_companions, open_examples
 
 
 class CandidateNetwork:
@@ -58,8 +68,7 @@ class CandidateNetwork:
         totals = {dtype: np.empty(PIECE, dtype) for dtype in set(COMPUTED_IN.values())}
         for stream, run in self._runs():
             name = run.specs[0].name
-            flat = weights[name].view(-1)
-            terms = self._method.terms(name, fitted.of(name))
+            flat, terms = weights[name].view(-1), self._method.terms(name, fitted.of(name))
             for start, stop in run.spans(PIECE):
                 total = totals[COMPUTED_IN[run.dtype]][: stop - start]
                 stream.add_up(run, start, terms, total)
@@ -105,62 +114,25 @@ class CandidateNetwork:
                 yield stream, run
 
 
-class Evaluator:
-    """Objectives of candidates, by stage; `with_slopes`: stage 0 gives the gradient as well."""
+class Workbench:
+    """What candidates of a plan are and what they are measured by; all is loaded once."""
 
-    def __init__(
-        self, inputs: Inputs, space: Space, *, method: MethodSettings, device: str, dtype: str,
-        with_slopes: bool = False,
-    ) -> None:  # fmt: skip
-        self.inputs, self.space, self.with_slopes = inputs, space, with_slopes
-        self._method, self._device, self._dtype = method, device, dtype
-        self.objectives: Sequence[Objective] = ()
-        self.check: Check = lambda *progress: None
+    def __init__(self, plan: MergePlan) -> None:
+        self.plan, self.inputs = plan, plan.inputs
+        self.record = name_companions(plan.inputs.base_record, plan.pipeline)
 
     @cached_property
     def network(self) -> CandidateNetwork:
-        """Loaded when the first candidate comes."""
-        return self._open(self._method)
+        return self._network(self.plan.method)
 
     @cached_property
     def _linear(self) -> CandidateNetwork:
         """The network of linear combinations, whatever the method."""
-        return self.network if self._method.name == "linear" else self._open(LINEAR)
+        return self.network if self.plan.method.name == "linear" else self._network(LINEAR)
 
-    def _open(self, method: MethodSettings) -> CandidateNetwork:
-        return CandidateNetwork(self.inputs, method=method, device=self._device, dtype=self._dtype)
-
-    def __call__(self, stage: int, point: Point, name: str = "") -> tuple[float, dict[str, Any]]:
-        """The objective of a stage at `point`, where the reference `name` lies, if any; and what
-        else came with it."""
-        objective = self.objectives[stage]
-        denoiser = self.network.at(self.space.coefficients(point))
-        if stage == 0 and self.with_slopes and name != SOUP_NAME:
-            assert isinstance(objective, HeldOutLoss)
-            value = objective.value_and_gradient(denoiser, self.check)
-            if not math.isfinite(value):
-                return value, {}
-            return value, {SLOPES: self.space.slopes(self.network.slopes())}
-        if isinstance(objective, HeldOutLoss):
-            errors = objective.errors(single(denoiser), self.check)
-            by_range = objective.by_range(errors, self.ranges)
-            return errors.mean().item(), {BY_RANGE: by_range}
-        return objective(single(denoiser), self.check, self._key(point)), {}
-
-    def _key(self, point: Point) -> str:
-        """Everything that makes the candidate's weights: what is kept under it may outlive a search
-        that was given up, and the next one has other experts."""
-        experts = [expert.record.fingerprint for expert in self.inputs.experts]
-        space, method = self.space, [self._method.name, self._method.used]
-        return json.dumps(
-            [self.inputs.base_record.fingerprint, experts, method, self._dtype,
-             space.all_groups, dict(space.fixed), point]
-        )  # fmt: skip
-
-    @property
-    def ranges(self) -> list[TimestepRange]:
-        """Those of the experts, from low timesteps to high."""
-        return sorted({expert.record.timesteps for expert in self.inputs.experts})
+    def _network(self, method: MethodSettings) -> CandidateNetwork:
+        plan = self.plan
+        return CandidateNetwork(self.inputs, method=method, device=plan.device, dtype=plan.dtype)
 
     def at(self, coefficients: Coefficients | None) -> list[SamplingExpert]:
         """The method's network for these coefficients, None for those it finds itself or 1/N; valid
@@ -174,35 +146,97 @@ class Evaluator:
     def ensemble(self) -> list[SamplingExpert]:
         """The experts, each in its range, taking turns in the one network (Eq. 7).
 
-        Of several experts of one range the first counts. Raises ArtifactError where they do not
-        cover [0, T) once.
+        Raises ArtifactError where they do not cover [0, T) once.
         """
-        experts = self.inputs.experts
+        chosen = ensemble_of(self.inputs)
+        if chosen is None:
+            raise ArtifactError(
+                "the experts do not cover all timesteps once: there is no ensemble to compare with"
+            )
         return [
-            SamplingExpert(experts[index].record.timesteps, partial(self._expert, index))
-            for index in first_of_each_range(self.inputs)
+            SamplingExpert(self.inputs.experts[index].record.timesteps, partial(self._alone, index))
+            for index in chosen
         ]
 
-    def _expert(self, index: int) -> Denoiser:
-        return self._linear.at([float(i == index) for i in range(self.space.num_experts)])
+    def _alone(self, index: int) -> Denoiser:
+        return self._linear.at([float(i == index) for i in range(len(self.inputs.experts))])
 
+    @cached_property
+    def examples(self) -> Examples:
+        """The held-out images."""
+        plan = self.plan
+        companions = open_companions(
+            self.record, pipeline=plan.pipeline, device=plan.device, dtype=plan.dtype
+        )
+        return open_examples(
+            plan.images, companions, split="held-out", beside=self.inputs.base.path.parent,
+            cache=plan.run.settings(FinetuneConfig).cache,
+        )  # fmt: skip
 
-def first_of_each_range(inputs: Inputs) -> list[int]:
-    """Numbers of the experts that make the ensemble, in the order of their ranges.
+    @cached_property
+    def extractor(self) -> Extractor:
+        resize = self.plan.run.settings(EvalConfig).resize
+        return load_extractor(self.plan.features, resize=resize, device=self.plan.device)
 
-    Raises ArtifactError where these do not cover [0, T) once.
-    """
-    first: dict[TimestepRange, int] = {}
-    for index in inputs.by_range:
-        first.setdefault(inputs.experts[index].record.timesteps, index)
-    require_cover(list(first), inputs.base_record.num_train_timesteps)
-    return list(first.values())
+    def open(self, stage: Stage, config: MergeConfig, part: int = SEARCH) -> Objective:
+        """The objective of a stage with the seed of `config`; part: SEARCH or REPORT."""
+        config = replace(config, num=stage.num)
+        if stage.is_distance:
+            return self._distance(stage, config, part)
+        schedule = read_schedule(self.record.scheduler_config)
+        if stage.name == "loss":
+            return HeldOutLoss(self.examples, schedule, config, part)
+        return ExpertsLoss(self.examples, schedule, config, self.ensemble(), part)
 
+    def _distance(self, stage: Stage, config: MergeConfig, part: int) -> GeneratedDistance:
+        """Candidates draw classes in turn, prompts in turn, or nothing in particular.
 
-def has_ensemble(inputs: Inputs) -> bool:
-    """Whether the experts cover [0, T) once."""
-    try:
-        first_of_each_range(inputs)
-    except ArtifactError:
-        return False
-    return True
+        Images of a reference come at their own size, or, where a VAE has a size of its own, at that
+        of what is drawn.
+        """
+        plan, prompts = self.plan, None
+        sample = replace(
+            plan.sample, num=config.num, steps=config.steps, seed=config.seed,
+            batch_size=config.batch_size,
+        )  # fmt: skip
+        sample = name_sampler(self.record, sample)
+        if backbone_of(self.record.model_config).wants == "text":
+            sample = replace(sample, per_prompt=1)
+            prompts = self._prompts()
+        conditioning = open_conditioning(
+            self.record, sample, prompts=prompts, pipeline=plan.pipeline,
+            device=plan.device, dtype=plan.dtype,
+        )  # fmt: skip
+        is_kernel = stage.name == "kid"
+        shape = conditioning.image_shape if is_kernel or conditioning.has_latents else None
+        reference = plan.reference(stage.name, part)
+        opened = open_reference(reference, self.extractor, shape, kernel=is_kernel)
+        return GeneratedDistance(self.extractor, opened, sample=sample, conditioning=conditioning)
+
+    def _prompts(self) -> PromptSet:
+        """The prompts of [sample], else the captions of the training images, from the first on."""
+        sample, images = self.plan.sample, self.plan.images
+        if sample.prompts:
+            return replace(read_prompts(sample.prompts, column=sample.prompt_column), cycles=True)
+        data = open_images(
+            images.source, shape=(3, 8, 8), wants="text", captions=images.captions, keep=False
+        )
+        captions = data.captions(range(len(data)))
+        return PromptSet(f"captions of {images.source}", tuple(captions), cycles=True)
+
+    def evaluator(
+        self, objectives: Sequence[Objective], check: Check
+    ) -> Callable[[int, Point, str], tuple[float, list[float] | None]]:
+        """What gives the objective of a stage at a point, and in a descent its slopes."""
+        space, descends = self.plan.space, self.plan.settings.search == "gradient"
+
+        def evaluate(stage: int, point: Point, name: str) -> tuple[float, list[float] | None]:
+            objective, denoiser = objectives[stage], self.network.at(space.coefficients(point))
+            if stage or not descends or name == SOUP_NAME:
+                return objective(single(denoiser), check), None
+            assert isinstance(objective, HeldOutLoss)
+            value = objective.draws.loss_and_gradient(denoiser.network, check)
+            slopes = space.slopes(self.network.slopes()) if math.isfinite(value) else None
+            return value, slopes
+
+        return evaluate

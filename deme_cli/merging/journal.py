@@ -1,264 +1,291 @@
 """Trials on disk: an optuna journal beside the output, shared by any number of processes.
 
-optuna keeps the file, one line per operation, and its tools read it. What is ours: one lock around
-the choice of the next trial; trials of processes that are gone are free again; each result is a
-line that stands for itself, so that a damaged journal gives back every other result; and what is
-replaced is kept as a copy.
+optuna keeps the file, one line per operation, and its tools read it; a trial that failed there is
+one that was lost. What is ours: one lock around every choice and every line, under which a line
+that a killed process left torn is cut off; and a lock that each process holds for as long as it
+lives, so that the trials of those that are gone are free again.
 """
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import json
 import math
 import os
-import re
-import socket
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache
-from itertools import count
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from deme_cli import console
-from deme_cli.errors import ArtifactError, ConfigError, MissingError, writing
+from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError, writing
 from deme_cli.jobs import file_lock, holder_of
-from deme_cli.merging.space import Trial
+from deme_cli.merging.coefficients import Point
 
 if TYPE_CHECKING:
     from optuna.storages import JournalStorage
     from optuna.trial import FrozenTrial
 
 STUDY = "deme-merge"
-RESULT, LOST, MERGED, CLOSING = "result", "lost", "merged", "closing"
-_LOCK_SECONDS = 120.0  # waited for a lock, which nobody holds for long
-_FOREIGN_SECONDS = 1800.0  # after which a process on another machine counts as gone
-_OPERATION = re.compile(r'\{"op_code"')  # how every line of optuna's begins
+MERGED = "merged"
+_LOCK_SECONDS = 120.0  # waited for the lock, which nobody holds for long
+_WAIT_SECONDS = 0.5  # between two looks whether another process has ended
+_OPERATION = b'{"op_code"'  # how every line of optuna's begins
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One evaluation: a point of the space and its objective, None while it is being evaluated and
+    infinite where it was not finite.
+
+    `stage` counts the objectives of successive halving from 0; `name` tells what a reference point
+    is; `began` and `ended` are seconds since the epoch; `slopes` is the gradient at the point.
+    """
+
+    index: int
+    stage: int
+    point: Point
+    objective: float | None
+    name: str = ""
+    began: float = 0.0
+    ended: float = 0.0
+    slopes: tuple[float, ...] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.objective is not None
+
+    @property
+    def value(self) -> float:
+        """The objective, infinite where there is none (yet)."""
+        return math.inf if self.objective is None else self.objective
+
+    @property
+    def seconds(self) -> float:
+        return max(self.ended - self.began, 0.0)
+
+
+def ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """From best to worst: by objective, then by the norm of the point, then by number.
+
+    Raises NumericsError where no objective is finite.
+    """
+    if not any(math.isfinite(trial.value) for trial in trials):
+        raise NumericsError(
+            "the objective is not finite for any candidate; look for NaN in the experts, "
+            "or use --dtype fp32"
+        )
+    return sorted(trials, key=lambda t: (t.value, math.hypot(*t.point), t.index))
 
 
 class Journal:
     """The trials of one search in the file `path`; `labels` name the D numbers of a point.
 
-    search: everything the trials depend on, as JSON.
+    search: everything the trials depend on, as JSON.   Open while entered.
     """
 
-    def __init__(self, path: Path, labels: Sequence[str], search: dict[str, Any]) -> None:
-        self.path, self.labels = path, list(labels)
+    def __init__(
+        self, path: Path, labels: Sequence[str], search: dict[str, Any], *, force: bool = False
+    ) -> None:
+        self.path, self.labels, self._force = path, list(labels), force
         self.search = json.loads(json.dumps(search))
+        self.worker = uuid.uuid4().hex[:12]
         self._storage: JournalStorage | None = None
-        self._study = -1
-        self._done: dict[int, Trial] = {}  # which do not change any more, by number
 
-    @property
-    def checksum(self) -> str:
-        """Of what is searched, in every result: it says whose they are when all else is lost."""
-        text = json.dumps([self.labels, self.search], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def open(self, *, force: bool) -> int:
-        """Take over the trials of this search, or begin a new journal; returns how many are done.
+    def __enter__(self) -> Self:
+        """Take over the trials of this search, or begin a new journal.
 
         A finished search is repeated only with `force`, which also replaces the journal of another
-        one; a copy of the old one is kept. Raises ConfigError where the journal belongs to another
+        one; the old one is kept as a copy. Raises ConfigError where the journal belongs to another
         search, or is in use and would have to be replaced.
         """
-        with _using(self.path):
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.path, "ask"):
-                if force and self.path.exists() and self.path.stat().st_size:
-                    self._make_room()
-                self._mend()
-                self._storage = _open_storage(self.path)
-                self._claim_study()
-        return sum(trial.is_done for trial in self.trials())
+            self._lock = file_lock(self._hidden("lock"))
+            self._alive = file_lock(self._hidden(f"{self.worker}.alive"))
+            self._alive.acquire()
+            self.path.touch()
+        try:
+            with self._locked():
+                self._open()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
-    def _make_room(self) -> None:
-        """Put aside what is in the way of a new search; an unfinished one of this search stays."""
-        search, merged, trials = None, None, list[Trial]()
-        with suppress(ConfigError):  # no journal at all
-            _require_journal(self.path)
-            self._mend()
-            with suppress(ArtifactError):
-                search, _, trials, merged = read_journal(self.path)
-        if search == self.search and not merged:
-            return
-        if any(not t.is_done and not is_gone(t.extra["worker"], t.began) for t in trials):
+    def __exit__(self, *error: object) -> None:
+        """Leave no file of a lock behind, of this process or of those that were killed."""
+        with self._lock:
+            _remove(self._alive)
+            self._living()
+            _remove(self._lock)
+
+    def _hidden(self, word: str) -> Path:
+        return self.path.with_name(f".{self.path.name}.{word}")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """While entered no other process chooses a trial or writes a line."""
+        try:
+            self._lock.acquire(timeout=_LOCK_SECONDS)
+        except TimeoutError as error:
             raise ConfigError(
-                f"{self.path} is in use by another deme process; wait for it or use --output"
-            )
-        kept = _put_aside(self.path, "old")
-        console.note(f"{self.path}: begins anew, its trials so far are kept in {kept}")
+                f"{self.path} is in use by another deme process"
+                f"{holder_of(self._hidden('lock'))}; wait for it or use --output"
+            ) from error
+        try:
+            with writing(self.path):
+                if self._storage is not None:
+                    _cut_torn_line(self.path)
+                yield
+        finally:
+            self._lock.release()
 
-    def _mend(self) -> None:
-        """Write a journal with damaged lines anew from the results that can be read; keep a copy.
+    def _living(self) -> set[str]:
+        """The other processes at work here; what those that are gone have left is removed."""
+        living = set()
+        for place in map(Path, glob.glob(f"{glob.escape(str(self._hidden('')))}*.alive")):
+            worker = place.name.split(".")[-2]
+            if worker != self.worker:
+                lock = file_lock(place)
+                try:
+                    lock.acquire(timeout=0)
+                except TimeoutError:
+                    living.add(worker)
+                else:
+                    _remove(lock)
+        return living
 
-        Raises ArtifactError while another process works on it, which would lose its place.
-        """
-        path = self.path
-        if not path.exists() or not path.stat().st_size:
-            return
-        _require_journal(path)
-        damaged, operations = _read_lines(path)
-        if not damaged:
-            return
-        workers = {op.get("user_attrs", {}).get("worker", "") for op in operations}
-        if any(not is_gone(w, path.stat().st_mtime) for w in workers - {this_process()}):
-            raise ArtifactError(
-                f"{path}: {damaged} of its lines are damaged, and another deme process works on "
-                f"it; wait until it has ended and run the same command again"
-            )
-        told = [op["user_attr"] for op in operations if "user_attr" in op]
-        study = {key: value for one in told for key, value in one.items()}
-        results = {(r["rung"], *r["point"]): r for one in told if (r := one.get(RESULT))}
-        if not {"labels", "search"} <= study.keys():
-            results = {k: r for k, r in results.items() if r["search"] == self.checksum}
-            study = {"labels": self.labels, "search": self.search}
-        kept = _put_aside(path, "damaged")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.unlink(missing_ok=True)
-        anew = Journal(partial, study["labels"], study["search"])
-        anew._storage = _open_storage(partial)
-        anew._claim_study()
-        for r in results.values():
-            number = anew.start(r["rung"], r["point"], r["name"])
-            anew._set(number, RESULT, r)
-            anew._end(number, math.inf if r["value"] is None else r["value"])
-        if MERGED in study:
-            anew.mark_merged(study[MERGED])
-        os.replace(partial, path)
-        console.warn(
-            f"{path}: {damaged} of its lines were damaged; {len(results)} finished trials could be "
-            f"read and are kept, the file as it was is {kept}"
-        )
-
-    def _claim_study(self) -> None:
-        """Find the study, or create it; check that it is of this search."""
+    def _open(self) -> None:
+        """Find the study, or create it; put aside what is not of this search."""
         from optuna.study import StudyDirection
 
-        storage = self._opened
+        try:
+            sound, damaged = _sound_bytes(self.path)
+        except ConfigError:
+            if not self._force:
+                raise
+            sound = damaged = 0
+            self._put_aside("old")
+        if damaged:
+            console.warn(f"{self.path}: line {damaged} is damaged; the trials before it are kept")
+            self._put_aside("damaged", keep=sound)
+        _cut_torn_line(self.path)
+        self._storage = storage = _open_storage(self.path, self._lock)
         try:
             self._study = storage.get_study_id_from_name(STUDY)
         except KeyError:
             self._study = storage.create_new_study([StudyDirection.MINIMIZE], STUDY)
-        found = storage.get_study_user_attrs(self._study).get("search")
-        if found is None:
-            storage.set_study_user_attr(self._study, "labels", self.labels)
-            storage.set_study_user_attr(self._study, "search", self.search)
-        elif found != self.search:
-            names = [k for k in {**found, **self.search} if found.get(k) != self.search.get(k)]
+        attributes = storage.get_study_user_attrs(self._study)
+        found = attributes.get("search", self.search)
+        differing = [k for k in {**found, **self.search} if found.get(k) != self.search.get(k)]
+        if self._force and (differing or self.merged):
+            self._put_aside("old")
+            self._open()
+        elif differing:
             raise ConfigError(
                 f"{self.path} holds the trials of another search (they differ in "
-                f"{', '.join(names)}); add --force to start anew, or choose another --output"
+                f"{', '.join(differing)}); add --force to start anew, or choose another --output"
             )
+        elif "search" not in attributes:
+            storage.set_study_user_attr(self._study, "labels", self.labels)
+            storage.set_study_user_attr(self._study, "search", self.search)
+
+    def _put_aside(self, word: str, *, keep: int = 0) -> None:
+        """Go on with the first `keep` bytes alone, after a copy of the whole. Raises ConfigError
+        while others work on it."""
+        if self._living():
+            raise ConfigError(
+                f"{self.path} is in use by another deme process; wait for it or use --output"
+            )
+        kept = self.path.with_name(f"{self.path.name}.{word}")
+        shutil.copyfile(self.path, kept)
+        os.truncate(self.path, keep)
+        console.note(f"{self.path}: what it held is kept in {kept}")
 
     @property
     def _opened(self) -> JournalStorage:
         assert self._storage is not None, "the journal is not open"
         return self._storage
 
+    @property
+    def merged(self) -> str | None:
+        """The fingerprint of the merged file, once it is written: the search is finished."""
+        return self._opened.get_study_user_attrs(self._study).get(MERGED)
+
     def trials(self) -> list[Trial]:
         """All trials that count, in the order in which they were begun; lost ones do not."""
-        with _using(self.path):
-            found = self._opened.get_all_trials(self._study, deepcopy=False)
-        return _trials_of(found, self.labels, self._done)
+        return _trials_of(self._opened, self._study, self.labels)
 
     @contextmanager
     def asking(self) -> Iterator[list[Trial]]:
         """While entered nobody else chooses a trial; gives them, those of dead processes freed."""
-        with _using(self.path), _locked(self.path, "ask"):
-            trials = self.trials()
-            gone = [t for t in trials if not t.is_done and is_gone(t.extra["worker"], t.began)]
-            for trial in gone:
-                self._lose(trial.index)
-            yield [trial for trial in trials if trial not in gone]
+        with self._locked():
+            found = self._opened.get_all_trials(self._study, deepcopy=False)
+            running = [frozen for frozen in found if not frozen.state.is_finished()]
+            living = {self.worker} | (self._living() if running else set())
+            for frozen in running:
+                if frozen.user_attrs["worker"] not in living:
+                    self._end(frozen._trial_id, None)
+            yield self.trials()
 
     def start(self, stage: int, point: Sequence[float], name: str = "") -> int:
-        """Note that this process evaluates `point`; returns the trial's number. While asking."""
+        """Note that this process evaluates `point`; returns the trial's id. While asking."""
         from optuna.distributions import BaseDistribution, FloatDistribution
         from optuna.trial import TrialState, create_trial
 
-        kinds: dict[str, BaseDistribution] = {
-            label: FloatDistribution(min(-1.0, w), max(2.0, w))
-            for label, w in zip(self.labels, point, strict=True)
+        params = dict(zip(self.labels, point, strict=True))
+        wide: dict[str, BaseDistribution] = {
+            label: FloatDistribution(min(-1.0, w), max(2.0, w)) for label, w in params.items()
         }
         template = create_trial(
-            state=TrialState.RUNNING, params=dict(zip(self.labels, point, strict=True)),
-            distributions=kinds, user_attrs={"rung": stage, "name": name, "worker": this_process()},
+            state=TrialState.RUNNING, params=params, distributions=wide,
+            user_attrs={"rung": stage, "name": name, "worker": self.worker},
         )  # fmt: skip
-        storage = self._opened
-        return storage.get_trial_number_from_id(storage.create_new_trial(self._study, template))
+        return self._opened.create_new_trial(self._study, template)
 
-    def finish(self, number: int, value: float, extra: dict[str, Any] | None = None) -> None:
-        """Note the objective of a trial that this process has started; not finite: a broken one.
+    def finish(self, trial: int, value: float, slopes: Sequence[float] | None = None) -> None:
+        """Note the objective of a trial that this process has started; not finite: a broken one."""
+        with self._locked():
+            if slopes is not None:
+                self._opened.set_trial_user_attr(trial, "slopes", list(slopes))
+            self._end(trial, value if math.isfinite(value) else math.inf)
 
-        Nothing is noted of a trial that another process took for lost.
-        """
-        from optuna.exceptions import UpdateFinishedTrialError
-
-        with _using(self.path):
-            frozen = self._opened.get_trial(self._id_of(number))
-        own = _trial_of(frozen, self.labels)
-        if own is None:
-            return
-        result = {
-            "rung": own.stage, "name": own.name, "point": own.point, "began": own.began,
-            "value": value if math.isfinite(value) else None, "ended": time.time(),
-            "extra": extra or {}, "search": self.checksum,
-        }  # fmt: skip
-        with _using(self.path):
-            try:
-                self._set(number, RESULT, result)
-                self._end(number, value)
-            except UpdateFinishedTrialError:
-                pass
-
-    def give_back(self, number: int) -> None:
+    def give_back(self, trial: int) -> None:
         """Free the point of a trial that this process will not finish."""
-        with _using(self.path):
-            self._lose(number)
+        with self._locked():
+            self._end(trial, None)
 
-    def _lose(self, number: int) -> None:
-        self._set(number, LOST, True)
-        self._end(number, math.inf)
-
-    def _set(self, number: int, key: str, value: Any) -> None:
-        self._opened.set_trial_user_attr(self._id_of(number), key, value)
-
-    def _id_of(self, number: int) -> int:
-        return self._opened.get_trial_id_from_study_id_trial_number(self._study, number)
-
-    def _end(self, number: int, value: float) -> None:
+    def _end(self, trial: int, value: float | None) -> None:
         from optuna.trial import TrialState
 
-        is_good = math.isfinite(value)
-        self._opened.set_trial_state_values(
-            self._id_of(number),
-            TrialState.COMPLETE if is_good else TrialState.FAIL,
-            [value] if is_good else None,
-        )
+        state = TrialState.FAIL if value is None else TrialState.COMPLETE
+        self._opened.set_trial_state_values(trial, state, None if value is None else [value])
 
-    def take_the_end(self) -> bool | None:
-        """Whether this process is to write the merged file; None while another one is about to."""
-        with _using(self.path), _locked(self.path, "ask"):
-            if self.merged is not None:
-                return False
-            closing = self._opened.get_study_user_attrs(self._study).get(CLOSING)
-            if closing and closing[0] != this_process() and not is_gone(*closing):
-                return None
-            self._opened.set_study_user_attr(self._study, CLOSING, [this_process(), time.time()])
-            return True
+    @contextmanager
+    def ending(self, check: Callable[[], None]) -> Iterator[bool]:
+        """While entered no other process writes the end; gives whether one has. `check` is called
+        while another is at it, and raises to stop."""
+        lock = file_lock(self._hidden("end"))
+        while True:
+            check()
+            try:
+                lock.acquire(timeout=_WAIT_SECONDS)
+                break
+            except TimeoutError:
+                continue
+        try:
+            yield self.merged is not None
+        finally:
+            _remove(lock)
 
     def mark_merged(self, fingerprint: str) -> None:
-        """Note that the merged file was written: the search is finished."""
-        with _using(self.path):
+        """Note that the merged file was written."""
+        with self._locked():
             self._opened.set_study_user_attr(self._study, MERGED, fingerprint)
-
-    @property
-    def merged(self) -> str | None:
-        """The fingerprint of the merged file, once it is written."""
-        return self._opened.get_study_user_attrs(self._study).get(MERGED)
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[str], list[Trial], str | None]:
@@ -268,198 +295,85 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[str], list[Trial], st
     """
     if not path.is_file():
         raise MissingError(f"{path}: no such journal of trials")
-    _require_journal(path)
-    damaged, _ = _read_lines(path)
-    if damaged:
+    if damaged := _sound_bytes(path)[1]:
         raise ArtifactError(
-            f"{path}: {damaged} of its lines are damaged; run its search again, which mends it"
+            f"{path}: line {damaged} is damaged; run its search again, which keeps what stands "
+            f"before it"
         )
-    storage = _open_storage(path)
+    storage = _open_storage(path, None)
     try:
         study = storage.get_study_id_from_name(STUDY)
         attributes = storage.get_study_user_attrs(study)
         search, labels = attributes["search"], attributes["labels"]
     except KeyError as error:
         raise ConfigError(f"{path} holds no search of `deme merge`") from error
-    trials = _trials_of(storage.get_all_trials(study, deepcopy=False), labels)
-    return search, labels, trials, attributes.get(MERGED)
+    return search, labels, _trials_of(storage, study, labels), attributes.get(MERGED)
 
 
-def _trials_of(
-    found: Sequence[FrozenTrial], labels: Sequence[str], known: dict[int, Trial] | None = None
-) -> list[Trial]:
-    """optuna's trials as ours, without those that were lost, and each point once in each stage.
+def _trials_of(storage: JournalStorage, study: int, labels: Sequence[str]) -> list[Trial]:
+    """optuna's trials as ours, without those that were lost."""
+    from optuna.trial import TrialState
 
-    known: those that are done, by number; what is found is added.
-    """
-    known = {} if known is None else known
-    trials: dict[tuple, Trial] = {}
-    for frozen in found:
-        trial = known.get(frozen.number) or _trial_of(frozen, labels)
-        if trial is None:
-            continue
-        if trial.is_done:
-            known[frozen.number] = trial
-        key = (trial.stage, trial.point)
-        if key not in trials or (trial.is_done and not trials[key].is_done):
-            trials[key] = trial
-    return sorted(trials.values(), key=lambda trial: trial.index)
+    found = storage.get_all_trials(study, deepcopy=False)
+    return [_trial_of(frozen, labels) for frozen in found if frozen.state != TrialState.FAIL]
 
 
-def _trial_of(frozen: FrozenTrial, labels: Sequence[str]) -> Trial | None:
-    """None for one that was lost."""
-    attributes = frozen.user_attrs
-    if attributes.get(LOST):
-        return None
-    if result := attributes.get(RESULT):  # it stands for itself, whatever trial it lies with
-        value = math.inf if result["value"] is None else result["value"]
-        return Trial(
-            frozen.number, result["rung"], tuple(result["point"]), value, result["name"],
-            result["began"], result["ended"], result["extra"],
-        )  # fmt: skip
+def _trial_of(frozen: FrozenTrial, labels: Sequence[str]) -> Trial:
+    attributes, slopes = frozen.user_attrs, frozen.user_attrs.get("slopes")
     began, ended = (
         moment.timestamp() if moment else 0.0
         for moment in (frozen.datetime_start, frozen.datetime_complete)
     )
-    value, is_done = None, frozen.state.is_finished()  # the latter as an older deme wrote it
-    if is_done:
-        value = frozen.values[0] if frozen.values else math.inf
     return Trial(
-        frozen.number, attributes["rung"], tuple(frozen.params[label] for label in labels), value,
-        attributes["name"], began, ended, {} if is_done else {"worker": attributes["worker"]},
+        frozen.number, attributes["rung"], tuple(frozen.params[label] for label in labels),
+        frozen.values[0] if frozen.values else None, attributes["name"], began, ended,
+        None if slopes is None else tuple(slopes),
     )  # fmt: skip
 
 
-@cache
-def this_process() -> str:
-    """This process, as a word that no other ever has: machine, number, and when it began."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_born(os.getpid())}"
-
-
-def _born(pid: int) -> str | None:
-    """When a process of this machine began, in ticks; None where there is none (or no /proc)."""
-    try:
-        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else numbers[18]  # a dead one that nobody has waited for yet
-
-
-def is_gone(process: str, began: float) -> bool:
-    """Whether a process has ended; one on another machine, which cannot be asked, counts as gone
-    half an hour after `began`."""
-    host, _, rest = process.partition(":")
-    pid, _, born = rest.partition(":")
-    if not pid.isdigit():
-        return True  # as an older deme called them
-    if host != socket.gethostname():
-        return time.time() - began > _FOREIGN_SECONDS
-    if _born(os.getpid()) is not None:
-        return _born(int(pid)) != born
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
-
-
-@contextmanager
-def _using(path: Path) -> Iterator[None]:
-    """Translate what goes wrong with the file."""
-    try:
-        with writing(path):
-            yield
-    except ValueError as error:  # a line that is no JSON, with others behind it
-        raise ArtifactError(
-            f"{path}: was damaged while it was in use ({error}); run the same command again, which "
-            f"keeps what can be read"
-        ) from error
-
-
-@contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
-    """While entered no other process is here. Raises ConfigError where one does not leave."""
-    place = path.with_name(f".{path.name}.{what}.lock")
-    lock = file_lock(place)
-    try:
-        lock.acquire(timeout=_LOCK_SECONDS)
-    except TimeoutError as error:
-        raise ConfigError(
-            f"{path} is in use by another deme process{holder_of(place)}; wait for it or use "
-            f"--output"
-        ) from error
-    try:
-        yield
-    finally:
-        place.unlink(missing_ok=True)  # whoever waits for it takes a new one
-        lock.release()
-
-
-def _open_storage(path: Path) -> JournalStorage:
+def _open_storage(path: Path, lock: Any) -> JournalStorage:
     """The journal as optuna's storage. Raises ArtifactError where a line makes no sense."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    class Backend(JournalFileBackend):
-        """Writes under a lock of ours, and cuts off a line that a killed process left torn."""
-
-        def append_logs(self, logs: list[dict[str, Any]]) -> None:
-            text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-            with _locked(path, "write"), path.open("r+b") as file:
-                size = file.seek(0, os.SEEK_END)
-                if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
-                    file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
-                file.seek(0, os.SEEK_END)
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    _require_journal(path)
     try:
-        return JournalStorage(Backend(str(path)))
+        return JournalStorage(JournalFileBackend(str(path), lock))
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise ArtifactError(
             f"{path}: not a whole journal of trials ({error}); restore it, or add --force"
         ) from error
 
 
-def _require_journal(path: Path) -> None:
-    """Raises ConfigError for a file of which no line is of optuna's."""
-    if path.exists() and path.stat().st_size:
-        with path.open("rb") as file:
-            if not any(_OPERATION.search(line.decode(errors="replace")) for line in file):
-                raise ConfigError(
-                    f"{path} holds no journal of trials that this deme reads; add --force to "
-                    f"replace it, or choose another --output"
-                )
+def _cut_torn_line(path: Path) -> None:
+    """Cut off what a killed process has left of a line."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and (file.seek(size - 1), file.read())[1] != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _read_lines(path: Path) -> tuple[int, list[dict[str, Any]]]:
-    """How many lines are damaged, a torn last one aside, and every operation that can be read."""
-    decoder, damaged, operations = json.JSONDecoder(), 0, []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        text, whole = line.decode(errors="replace"), False
-        for match in _OPERATION.finditer(text):
-            try:
-                operation, end = decoder.raw_decode(text, match.start())
-            except ValueError:
-                continue
-            operations.append(operation)
-            whole = whole or (match.start(), end) == (0, len(text))
-        damaged += not whole
-    return damaged, operations
+def _sound_bytes(path: Path) -> tuple[int, int]:
+    """The bytes before the first damaged line, and its number: 0 where all are whole, a torn last
+    one aside. Raises ConfigError for a file that is no journal."""
+    sound, lines = 0, path.read_bytes().split(b"\n")
+    if not _OPERATION.startswith(lines[0][: len(_OPERATION)]):
+        raise ConfigError(
+            f"{path} holds no journal of trials that this deme reads; add --force to "
+            f"replace it, or choose another --output"
+        )
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            json.loads(line)
+        except ValueError:
+            return sound, number
+        sound += len(line) + 1
+    return sound, 0
 
 
-def _put_aside(path: Path, word: str) -> Path:
-    """Give the file another name, which is free."""
-    for number in count(1):
-        kept = path.with_name(f"{path.name}.{word}{'' if number == 1 else number}")
-        if not kept.exists():
-            os.replace(path, kept)
-            return kept
-    raise AssertionError
+def _remove(lock: Any) -> None:
+    """Release a lock and remove its file; whoever waits for it takes a new one."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,23 +26,17 @@ from deme_cli.merging.show_search import ShownSearch, journal_path, show_search
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
-    from deme_cli.merging.candidates import Evaluator
-    from deme_cli.merging.journal import Journal
-    from deme_cli.merging.objectives import Objective, Workbench
+    from deme_cli.merging.candidates import Workbench
+    from deme_cli.merging.coefficients import Point
+    from deme_cli.merging.journal import Journal, Trial
+    from deme_cli.merging.objectives import Objective
     from deme_cli.merging.plan import MergePlan
-    from deme_cli.merging.search import Conclusion, Search
-    from deme_cli.merging.space import Trial
+    from deme_cli.merging.search import Evaluate, Search
 
 MERGED_NAME = "merged.safetensors"
 MOST_SHOWN = 8  # coefficients named in a line about one trial
 WORST_MISFIT = 0.1  # of a profile of an EMA, as a share of its norm
 _ASK_SECONDS = 1.0  # between two looks for a process of the launch that has failed
-_REASONS = {
-    "loss": "it draws no images; it may rank models otherwise than the distance of their images",
-    "experts": "it draws no images; the merged network is to say what the experts say",
-    "kid": "the images themselves are compared with real ones, without bias from their number",
-    "fid": "the images themselves are compared with real ones, as `deme eval` does",
-}
 
 
 @dataclass(frozen=True)
@@ -91,52 +86,36 @@ def merge(
     Raises ConfigError, MissingError, ArtifactError, NumericsError; then no output appears. Raises
     Stopped after a signal; a search then goes on when it is called again.
     """
-    from deme_cli.merging.plan import plan_request
+    from deme_cli.merging.plan import open_plan
 
     run = run or RunFile()
-    plan = plan_request(
-        experts, settings or run.settings(MergeConfig), fixed=coefficients_for or {},
-        ema_length=ema_length, base=base, output=output, run=run, pipeline=pipeline,
-        device=device, dtype=dtype, force=force,
+    plan = open_plan(
+        experts, settings or run.settings(MergeConfig), run=run, output=output, force=force,
+        base=base, fixed=coefficients_for, ema_length=ema_length, device=device, dtype=dtype,
+        pipeline=run.pipeline(pipeline),
     )  # fmt: skip
+    given = None if plan.searches else plan.coefficients
+    count = len(experts)
     if dry_run:
-        progress(Step(note=f"would merge {len(experts)} artifacts into {output}: {_told(plan)}"))
+        values = ", ".join(f"{w:g}" for w in (given.values if given else [1 / count] * count))
+        what = f"method {plan.method.name}, coefficients {values}"
+        if plan.searches:
+            tried = f"the grid {plan.grid}" if plan.grid else plan.settings.search
+            what = f"the best of {tried} by {plan.settings.objective} on {plan.images.source}"
+        progress(Step(note=f"would merge {count} artifacts into {output}: {what}"))
         return MergeResult(output, is_written=False)
-    return _search(plan, world, progress) if plan.searches else _merge(plan, progress)
-
-
-def _told(plan: MergePlan) -> str:
-    """What a dry run says."""
-    from deme_cli.merging.plan import find_measure
-
     if plan.searches:
-        grid = plan.grid()
-        what = f"the grid {grid}" if grid else plan.settings.search
-        return f"the best of {what} by {plan.settings.objective} on {find_measure(plan).source}"
-    given, count = plan.coefficients(), len(plan.inputs.experts)
-    values = given.values if given else [1 / count] * count
-    return f"method {plan.method.name}, coefficients {', '.join(f'{w:g}' for w in values)}"
-
-
-def _merge(plan: MergePlan, progress: Progress) -> MergeResult:
-    """A merge by coefficients that are known, and its report if one was asked for."""
-    given, document = plan.coefficients(), None
+        return _search(plan, world, progress)
     if given is None and plan.method.name != "model-stock":
-        progress(
-            Step(note=f"no coefficients given: 1/{len(plan.inputs.experts)} each; --search grid "
-                      f"looks for better ones")
-        )  # fmt: skip
+        note = f"no coefficients given: 1/{count} each; --search grid looks for better ones"
+        progress(Step(note=note))
+    bench = None
     if plan.reports:
-        from deme_cli.merging.report import MERGED, make_report
-        from deme_cli.training.examples import fill_caches
+        from deme_cli.merging.candidates import Workbench
 
-        bench, evaluator = _open_bench(plan)
-        fill_caches(bench.examples, progress=progress)
-        values = None if given is None else given.values
-        merged = (MERGED, values, lambda: evaluator.at(given))
-        document = make_report(plan, bench, evaluator, None, merged, progress)
-    _write(plan, given, _origin(plan, given), document, progress)
-    return MergeResult(plan.output)
+        bench = Workbench(plan)
+    _write(plan, given, _origin(plan, given), bench, progress)
+    return MergeResult(output)
 
 
 def _origin(plan: MergePlan, given: Coefficients | None) -> dict[str, Any] | None:
@@ -160,122 +139,54 @@ def _origin(plan: MergePlan, given: Coefficients | None) -> dict[str, Any] | Non
 
 
 def _write(
-    plan: MergePlan, given: Coefficients | None, searched: dict[str, Any] | None,
-    document: dict[str, Any] | None, progress: Progress,
+    plan: MergePlan, given: Coefficients | None, origin: dict[str, Any] | None,
+    bench: Workbench | None, progress: Progress, soup: Point | None = None,
 ) -> MergedRecord:  # fmt: skip
+    """The merged file, after its report where there is to be one."""
     from deme_cli.merging.combine import merge_inputs
 
+    document = None
+    if bench is not None:
+        from deme_cli.merging.report import make_report
+        from deme_cli.training.examples import fill_caches
+
+        fill_caches(bench.examples, progress=progress)
+        document = make_report(bench, given, soup, progress)
     num_bytes = sum(spec.num_bytes for spec in plan.inputs.base.tensors.values())
     return merge_inputs(
-        plan.inputs, given, plan.output, method=plan.method, search=searched, report=document,
+        plan.inputs, given, plan.output, method=plan.method, search=origin, report=document,
         advance=lambda done: progress(Step(done, num_bytes, "merging", "byte")),
     )  # fmt: skip
 
 
-def _open_bench(plan: MergePlan, store: Path | None = None) -> tuple[Workbench, Evaluator]:
-    """What opens objectives, and the network that takes each candidate's weights."""
-    from deme_cli.merging.candidates import Evaluator
-    from deme_cli.merging.objectives import FeatureStore, Workbench
-    from deme_cli.merging.plan import find_measure
-
-    kept = FeatureStore(store) if store else None
-    bench = Workbench(find_measure(plan), plan.inputs.base_record, store=kept)
-    evaluator = Evaluator(
-        plan.inputs, plan.space(), method=plan.method, device=plan.device, dtype=plan.dtype,
-        with_slopes=plan.settings.search == "gradient",
-    )  # fmt: skip
-    return bench, evaluator
-
-
 def _search(plan: MergePlan, world: World, progress: Progress) -> MergeResult:
     """Run the trials that are left, and write the best; only one process of many does the end."""
+    from deme_cli.merging.candidates import Workbench
     from deme_cli.merging.journal import Journal
-    from deme_cli.merging.plan import find_measure
-    from deme_cli.merging.search import conclude
     from deme_cli.training.examples import fill_caches
 
-    search, path = plan.search(), journal_path(plan.output)
-    progress(Step(note=_intention(plan, search, find_measure(plan).source)))
+    search, path, settings = plan.search, journal_path(plan.output), plan.settings
+    is_default = " (the default)" if settings.objective == MergeConfig.objective else ""
+    progress(
+        Step(note=f"search {search.method}, about {search.expected} trials, by "
+                  f"{settings.objective}{is_default} on {plan.images.source}")
+    )  # fmt: skip
     progress(Step(label="loading the libraries, the network and the images"))
-    store = path.with_name(f".{path.name}.features") if len(plan.stages) > 1 else None
-    bench, evaluator = _open_bench(plan, store)
+    bench = Workbench(plan)
     if not all(stage.is_distance for stage in plan.stages):
         fill_caches(bench.examples, world=world, progress=progress)
-    objectives = [
-        bench.open(stage, plan.settings, experts=evaluator.ensemble) for stage in plan.stages
-    ]
-    evaluator.objectives = objectives
-    _ = evaluator.network  # loaded now
-    journal = Journal(path, search.space.labels, plan.describe(objectives))
-    _run_trials(plan, search, journal, evaluator, world, progress)
-    if not world.is_first:
-        return MergeResult(plan.output, is_written=False)
-    end = conclude(search, journal.trials(), objectives, evaluator.ranges)
-    for text in end.warnings:
-        console.warn(text)
-    with StopRequests() as stop:
-
-        def check(*done: int) -> None:
-            if stop.asked:
-                raise stop.stopped("stopped; all trials are kept, run the same command again")
-
-        while (is_ours := journal.take_the_end()) is None:
-            check()
-            time.sleep(0.5)
-        if is_ours or not plan.output.exists():
-            record = _write_best(plan, search, journal, end, bench, evaluator, progress)
-            journal.mark_merged(record.fingerprint)
-        else:
-            progress(Step(note=f"{plan.output} was written by another process of this search"))
-    if bench.store and is_ours:
-        bench.store.clear()
-    return MergeResult(plan.output, show_search(path))
-
-
-def _write_best(
-    plan: MergePlan, search: Search, journal: Journal, end: Conclusion, bench: Workbench,
-    evaluator: Evaluator, progress: Progress,
-) -> MergedRecord:  # fmt: skip
-    """The best candidate as a file, after its report."""
-    from deme_cli.merging.report import MERGED, make_report
-    from deme_cli.training.examples import fill_caches
-
-    given, document = search.space.coefficients(end.best.point), None
-    if plan.reports:
-        fill_caches(bench.examples, progress=progress)
-        merged = (MERGED, given.values, lambda: evaluator.at(given))
-        soup = search.soup(journal.trials())
-        document = make_report(plan, bench, evaluator, soup, merged, progress)
-    return _write(plan, given, _record(plan, end, evaluator.objectives), document, progress)
-
-
-def _intention(plan: MergePlan, search: Search, source: str) -> str:
-    """What is minimised, and why one would."""
-    is_default = plan.settings.objective == MergeConfig.objective
-    return (
-        f"search {search.method}, about {search.expected} trials, by "
-        f"{plan.settings.objective}{' (the default)' if is_default else ''} on {source}: "
-        f"{_REASONS[plan.stages[-1].name]}"
+    objectives = [bench.open(stage, settings) for stage in plan.stages]
+    _ = bench.network  # loaded now
+    journal = Journal(
+        path, search.space.labels, plan.describe(objectives), force=plan.force and world.is_first
     )
-
-
-def _run_trials(
-    plan: MergePlan, search: Search, journal: Journal, evaluator: Evaluator, world: World,
-    progress: Progress,
-) -> None:  # fmt: skip
-    """Evaluate the trials that are left, told as they come.
-
-    Raises Stopped after a signal, Lost where another process of the launch has failed.
-    """
-    told, labels = set[int](), [one.label for one in evaluator.objectives]
-    asked_at = time.monotonic()
-    with StopRequests() as stop:
+    world.require_same({"output": str(plan.output), **journal.search})
+    with _opened(journal, world), StopRequests() as stop:
+        asked_at = time.monotonic()
 
         def kept() -> str:
             done = sum(trial.is_done for trial in journal.trials())
-            return (
-                f"{done} trials are saved in {journal.path}; run the same command again to continue"
-            )
+            return f"{done} trials are saved in {path}; run the same command again to continue"
 
         def check(*done: int) -> None:
             nonlocal asked_at
@@ -286,41 +197,91 @@ def _run_trials(
                 if world.failure():
                     raise Lost(f"another process of this launch has ended; {kept()}")
 
-        def tell() -> None:
-            """Each new trial as a line, and the best so far."""
-            done = [trial for trial in journal.trials() if trial.is_done]
-            for trial in done:
-                if trial.index not in told:
-                    told.add(trial.index)
-                    progress(Step(note=_line(search, trial, labels[trial.stage])))
-            if done:
-                stage = max(trial.stage for trial in done)
-                best = min(trial.value for trial in done if trial.stage == stage)
-                detail = f"best {labels[stage]} {best:#.5g}"
-                progress(Step(len(done), search.expected, search.method, "trial", detail=detail))
-
-        def between() -> None:
-            check()
-            if not world.is_alone:
-                tell()  # also while this one waits for others
-
-        evaluator.check = check
-        if num_done := _open_journal(plan, journal, world):
-            told.update(trial.index for trial in journal.trials() if trial.is_done)
-            progress(Step(note=f"{journal.path}: continuing after {num_done} trials"))
-        progress(Step(num_done, search.expected, search.method, "trial"))
-        for _ in search.run(journal, evaluator, between):
-            tell()
-        tell()
+        labels = [objective.name for objective in objectives]
+        evaluate = bench.evaluator(objectives, check)
+        _run_trials(search, journal, evaluate, labels, world, check, progress)
+        asked_at = math.inf  # the others may be gone
+        if not world.is_first:
+            return MergeResult(plan.output, is_written=False)
+        _end(bench, search, journal, objectives, check, progress)
+    return MergeResult(plan.output, show_search(path))
 
 
-def _open_journal(plan: MergePlan, journal: Journal, world: World) -> int:
-    """How many trials are done. The first process opens it, and where it was asked to, empties it;
-    and none ends the search before all have looked at its output."""
-    world.require_same({"output": str(plan.output), **journal.search})
+def _end(
+    bench: Workbench, search: Search, journal: Journal, objectives: Sequence[Objective],
+    check: Callable[[], None], progress: Progress,
+) -> None:  # fmt: skip
+    """Write the best, unless another process of this search has."""
+    from deme_cli.merging.search import conclude
+
+    plan, space = bench.plan, search.space
+    best, record, warnings = conclude(search, journal.trials(), [one.name for one in objectives])
+    for text in warnings:
+        console.warn(text)
+    origin = {
+        "method": search.method,
+        **record,
+        "grid": plan.grid and [list(values) for values in plan.grid],
+        "bounds": None if plan.grid else [list(pair) for pair in space.bounds],
+        "per": plan.settings.per,
+        "seed": plan.settings.seed,
+        "num": plan.stages[-1].num,
+        "protocol": {**objectives[-1].protocol, "dtype": plan.dtype},
+    }
+    with journal.ending(check) as is_over:
+        if is_over and plan.output.exists():
+            progress(Step(note=f"{plan.output} was written by another process of this search"))
+            return
+        made = _write(
+            plan, space.coefficients(best.point), origin, bench if plan.reports else None,
+            progress, search.soup(journal.trials()),
+        )  # fmt: skip
+        journal.mark_merged(made.fingerprint)
+
+
+@contextmanager
+def _opened(journal: Journal, world: World) -> Iterator[None]:
+    """The first process opens it, and where it was asked to, empties it; and none ends the search
+    before all have looked at its output."""
     world.wait()  # nothing is begun before all agree
     with world.first_before_others():
-        return journal.open(force=plan.force and world.is_first)
+        journal.__enter__()
+    try:
+        yield
+    finally:
+        journal.__exit__()
+
+
+def _run_trials(
+    search: Search, journal: Journal, evaluate: Evaluate, labels: Sequence[str], world: World,
+    check: Callable[[], None], progress: Progress,
+) -> None:  # fmt: skip
+    """Evaluate the trials that are left, told as they come: each as a line, and the best so far."""
+    told = {trial.index for trial in journal.trials() if trial.is_done}
+    if told:
+        progress(Step(note=f"{journal.path}: continuing after {len(told)} trials"))
+    progress(Step(len(told), search.expected, search.method, "trial"))
+
+    def tell() -> None:
+        done = [trial for trial in journal.trials() if trial.is_done]
+        for trial in done:
+            if trial.index not in told:
+                told.add(trial.index)
+                progress(Step(note=_line(search, trial, labels[trial.stage])))
+        if done:
+            stage = max(trial.stage for trial in done)
+            best = min(trial.value for trial in done if trial.stage == stage)
+            detail = f"best {labels[stage]} {best:#.5g}"
+            progress(Step(len(done), search.expected, search.method, "trial", detail=detail))
+
+    def between() -> None:
+        check()
+        if not world.is_alone:
+            tell()  # also while this one waits for others
+
+    for _ in search.run(journal, evaluate, between):
+        tell()
+    tell()
 
 
 def _line(search: Search, trial: Trial, label: str) -> str:
@@ -333,18 +294,3 @@ def _line(search: Search, trial: Trial, label: str) -> str:
         f"trial {trial.index + 1}/{search.expected}{f' ({trial.name})' if trial.name else ''}: "
         f"{label} {value} at {'mean w' if search.space.groups else 'w'} {w} ({trial.seconds:.1f} s)"
     )
-
-
-def _record(plan: MergePlan, end: Conclusion, objectives: Sequence[Objective]) -> dict[str, Any]:
-    """How the coefficients were found, as the merged file tells it."""
-    grid, space, settings = plan.grid(), plan.space(), plan.settings
-    return {
-        "method": settings.search,
-        **end.record,
-        "grid": [list(values) for values in grid] if grid else None,
-        "bounds": None if grid else [list(pair) for pair in space.bounds],
-        "per": settings.per,
-        "seed": settings.seed,
-        "num": plan.stages[-1].num,
-        "protocol": {**objectives[-1].protocol, "dtype": plan.dtype},
-    }

@@ -2,70 +2,43 @@
 
 `loss` is the denoising loss on held-out images, `experts` the distance to what the experts say,
 `kid` and `fid` distances between images that the candidate makes and real ones. Draw i and image i
-are functions of (seed, i) alone, so candidates differ in their weights and in nothing else; and
-what one stage has drawn of a candidate is the beginning of what the next one needs: features are
-kept on disk and only the missing images are drawn. Held-out images are dealt in two parts: a search
-sees one, its report, on other seeds, the other.
+are functions of (seed, i) alone, so candidates differ in their weights and in nothing else.
+Held-out images are dealt in two parts: a search sees one, its report, on other seeds, the other.
 B batch, C channels, n draws or images, d features.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deme_cli.artifacts import DenoiserRecord
-from deme_cli.config import DataConfig, MergeConfig, SampleConfig
-from deme_cli.data.images import open_images
-from deme_cli.data.prompts import PromptSet, read_prompts
-from deme_cli.diffusion.backbones import backbone_of
-from deme_cli.diffusion.companions import open_companions
-from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.diffusion.schedule import Schedule, read_schedule
-from deme_cli.errors import ConfigError, NumericsError
-from deme_cli.evaluation.features import Extractor, load_extractor
-from deme_cli.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
+from deme_cli.config import MergeConfig, SampleConfig
+from deme_cli.diffusion.schedule import Schedule
+from deme_cli.errors import NumericsError
+from deme_cli.evaluation.features import Extractor
+from deme_cli.evaluation.frechet import RunningStatistics, frechet_distance
 from deme_cli.evaluation.kid import kernel_distance
-from deme_cli.evaluation.references import Reference, find_reference, open_reference
-from deme_cli.files import write_whole
-from deme_cli.merging.successive_halving import Stage, label_of
-from deme_cli.sampling.conditioning import Conditioning, open_conditioning
+from deme_cli.evaluation.references import Reference
+from deme_cli.sampling.conditioning import Conditioning
 from deme_cli.sampling.ensemble import SamplingExpert
 from deme_cli.sampling.sampler import ImageBatch, sample_images, seeded_noise
-from deme_cli.sampling.scheduler import name_sampler
 from deme_cli.timesteps import TimestepRange, parse_span, route
 from deme_cli.training.batches import Check, FixedDraws
-from deme_cli.training.examples import Examples, name_companions, open_examples
-
-if TYPE_CHECKING:
-    from deme_cli.merging.plan import Measure
-
-SEARCH, REPORT = 0, 1  # the part of the held-out images, and which reference
+from deme_cli.training.examples import Examples
 
 
 class Objective(Protocol):
-    """A number per model, smaller is better; not finite where the candidate is broken.
-
-    `key` names the candidate, so that what was drawn of it before need not be drawn again.
-    """
+    """A number per model, smaller is better; not finite where the candidate is broken."""
 
     name: str  # as JSON has it
-    label: str  # as people call it
     protocol: dict[str, Any]  # everything the number depends on, besides the candidate
 
-    def __call__(self, experts: Sequence[SamplingExpert], check: Check, key: str = "") -> float: ...
+    def __call__(self, experts: Sequence[SamplingExpert], check: Check) -> float: ...
 
 
 class HeldOutLoss:
@@ -77,7 +50,7 @@ class HeldOutLoss:
     `config.loss_range` takes the place of [0, T).
     """
 
-    name, label = "loss", label_of("loss")
+    name = "loss"
 
     def __init__(
         self, examples: Examples, schedule: Schedule, config: MergeConfig, part: int | None = None
@@ -90,7 +63,10 @@ class HeldOutLoss:
         rounds = -(-config.num // len(numbers))
         order = [numbers[torch.randperm(len(numbers), generator=generator)] for _ in range(rounds)]
         place = torch.rand(config.num, generator=generator, dtype=torch.float64)
-        rows = schedule.indices(_span(config.loss_range, schedule))
+        span = TimestepRange(0, schedule.num_train_timesteps)
+        if config.loss_range is not None:
+            span = parse_span(config.loss_range, "loss_range")
+        rows = schedule.indices(span)
         strata = rows.start + (torch.arange(config.num) + place) / config.num * len(rows)
         self.examples = examples
         self.draws = FixedDraws(
@@ -112,7 +88,7 @@ class HeldOutLoss:
             "seed": config.seed,
         }
 
-    def __call__(self, experts: Sequence[SamplingExpert], check: Check, key: str = "") -> float:
+    def __call__(self, experts: Sequence[SamplingExpert], check: Check) -> float:
         return self.errors(experts, check).mean().item()
 
     def errors(self, experts: Sequence[SamplingExpert], check: Check) -> Tensor:
@@ -122,19 +98,10 @@ class HeldOutLoss:
             errors[chosen] = self.draws.errors(network, check=check, chosen=chosen)
         return errors
 
-    def by_range(self, errors: Tensor, ranges: Sequence[TimestepRange]) -> list[float | None]:
-        """The mean error of the draws in each range; None where there are none."""
-        means = [errors[self.draws_in(span)].mean().item() for span in ranges]
-        return [mean if math.isfinite(mean) else None for mean in means]
-
     def draws_in(self, span: TimestepRange) -> Tensor:
         """Which draws have their time in `span`: (n,) bool. T, where a flow begins, is T - 1."""
         times = self.times.clamp(max=self.draws.schedule.num_train_timesteps - 1)
         return (times >= span.start) & (times < span.stop)
-
-    def value_and_gradient(self, denoiser: Denoiser, check: Check) -> float:
-        """The loss of one network, its gradient left in `.grad` of the parameters."""
-        return self.draws.loss_and_gradient(denoiser.network, check)
 
     @property
     def times(self) -> Tensor:
@@ -152,15 +119,6 @@ class HeldOutLoss:
             yield experts[index].load().network, (owner == index).nonzero()[:, 0]
 
 
-def _span(text: str | None, schedule: Schedule) -> TimestepRange:
-    """The timesteps that are measured on. Raises ConfigError where they reach past T."""
-    horizon = schedule.num_train_timesteps
-    span = TimestepRange(0, horizon) if text is None else parse_span(text, "loss_range")
-    if span.stop > horizon:
-        raise ConfigError(f"loss_range {span} reaches past the {horizon} timesteps of this model")
-    return span
-
-
 class ExpertsLoss(HeldOutLoss):
     """Mean of (expert's output - output)^2, each timestep judged by the expert that owns it.
 
@@ -168,7 +126,7 @@ class ExpertsLoss(HeldOutLoss):
     coefficients to the experts' outputs on their own ranges. The experts are run once.
     """
 
-    name, label = "experts", label_of("experts")
+    name = "experts"
 
     def __init__(
         self, examples: Examples, schedule: Schedule, config: MergeConfig,
@@ -186,72 +144,40 @@ class ExpertsLoss(HeldOutLoss):
         return said
 
 
-class FeatureStore:
-    """Features of candidates' images, by a key, in a folder that goes when the search ends."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def load(self, key: str) -> np.ndarray | None:
-        """What is kept: (m, d) float32. A file that is not whole counts as nothing."""
-        try:
-            return np.load(self.folder / f"{key}.npy", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
-
-    def save(self, key: str, features: np.ndarray) -> None:
-        stream = io.BytesIO()
-        np.save(stream, features, allow_pickle=False)
-        write_whole(self.folder / f"{key}.npy", [stream.getvalue()])
-
-    def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
 class GeneratedDistance:
     """Distance between features of `conditioning.num` generated images and of a reference.
 
-    reference: statistics for a Fréchet distance, features (m, d) for a kernel distance.
+    reference: opened, with statistics for a Fréchet distance, features for a kernel distance.
     """
 
     def __init__(
-        self, extractor: Extractor, reference: Statistics | np.ndarray, card: dict[str, Any],
-        *, sample: SampleConfig, conditioning: Conditioning, store: FeatureStore | None = None,
+        self, extractor: Extractor, reference: Reference, *, sample: SampleConfig,
+        conditioning: Conditioning,
     ) -> None:  # fmt: skip
         self._extractor, self._reference = extractor, reference
-        self._sample, self._conditioning, self._store = sample, conditioning, store
-        self.is_kernel = not isinstance(reference, Statistics)
+        self._sample, self._conditioning = sample, conditioning
+        self.is_kernel = reference.features is not None
         weights = extractor.weights
         self.name = weights.kernel_name if self.is_kernel else weights.metric_name
-        self.label = label_of(self.name)
         self.protocol: dict[str, Any] = {
             "name": self.name,
             "extractor": weights.extractor,
-            **card,
+            "reference": reference.source, "reference_n": reference.n,
+            "reference_sha256": reference.sha256, "split": reference.split or reference.kind,
             **{key: value for key, value in asdict(sample).items() if key != "batch_size"},
             **conditioning.card,
-        }
-        drawn = {k: v for k, v in self.protocol.items() if k not in ("name", "num", *card)}
-        self._drawn = json.dumps(drawn, sort_keys=True, default=str)
+        }  # fmt: skip
 
-    def __call__(self, experts: Sequence[SamplingExpert], check: Check, key: str = "") -> float:
+    def __call__(self, experts: Sequence[SamplingExpert], check: Check) -> float:
         try:
-            return self.distance(self.features(experts, check, key))
+            return self.distance(self.features(experts, check))
         except NumericsError:
             return float("nan")  # this candidate's images are not finite; the others may be
 
-    def features(
-        self, experts: Sequence[SamplingExpert], check: Check, key: str = ""
-    ) -> np.ndarray:
-        """Features of the images (n, d) float32, those kept under `key` not drawn again."""
-        place = hashlib.sha256(f"{key}{self._drawn}".encode()).hexdigest()[:32]
-        kept = self._store.load(place) if self._store and key else None
+    def features(self, experts: Sequence[SamplingExpert], check: Check) -> np.ndarray:
+        """Features of the images: (n, d) float32."""
         num, parts = self._conditioning.num, []
-        if kept is not None:
-            parts.append(kept[:num])
-        first = len(parts[0]) if parts else 0
-        drawing = sample_images(experts, self._sample, conditioning=self._conditioning, first=first)
-        for record in drawing if first < num else ():
+        for record in sample_images(experts, self._sample, conditioning=self._conditioning):
             if isinstance(record, ImageBatch):
                 parts.append(self._extractor.features(record.images).astype(np.float32))
             else:
@@ -259,131 +185,14 @@ class GeneratedDistance:
         features = np.concatenate(parts)
         if not np.isfinite(features).all():
             raise NumericsError("the features are not finite; the images or the extractor are bad")
-        if self._store and key and first < num:
-            self._store.save(place, features)
         return features
 
     def distance(self, features: np.ndarray) -> float:
         """The distance of features (n, d) to the reference."""
-        if isinstance(self._reference, Statistics):
-            running = RunningStatistics()
-            running.add(features)
-            found = running.statistics()
-            return frechet_distance(
-                found.mu, found.sigma, self._reference.mu, self._reference.sigma
-            )
-        return kernel_distance(features, self._reference, seed=self._sample.seed)
-
-
-class Workbench:
-    """Opens objectives for candidates like `record`; networks and images are loaded once."""
-
-    def __init__(
-        self, measure: Measure, record: DenoiserRecord, *, store: FeatureStore | None = None
-    ) -> None:
-        self.measure, self.store = measure, store
-        self.record = name_companions(record, measure.pipeline)
-
-    def open(
-        self,
-        stage: Stage,
-        config: MergeConfig,
-        *,
-        part: int = SEARCH,
-        experts: Callable[[], Sequence[SamplingExpert]] | None = None,
-    ) -> Objective:
-        """The objective of a stage with the seed of `config`; part: SEARCH or REPORT.
-
-        experts: those of an ensemble, for the objective `experts`.
-        """
-        config = replace(config, num=stage.num)
-        if stage.is_distance:
-            return self._distance(stage, config, part)
-        schedule = read_schedule(self.record.scheduler_config)
-        if stage.name == "loss":
-            return HeldOutLoss(self.examples, schedule, config, part)
-        assert experts is not None
-        return ExpertsLoss(self.examples, schedule, config, experts(), part)
-
-    @cached_property
-    def examples(self) -> Examples:
-        """The held-out images."""
-        measure = self.measure
-        companions = open_companions(
-            self.record, pipeline=measure.pipeline, device=measure.device, dtype=measure.dtype
-        )
-        return open_examples(
-            measure.images, companions, split="held-out", cache=measure.cache, beside=measure.beside
-        )
-
-    @cached_property
-    def extractor(self) -> Extractor:
-        measure = self.measure
-        return load_extractor(measure.features, resize=measure.resize, device=measure.device)
-
-    def _distance(self, stage: Stage, config: MergeConfig, part: int) -> GeneratedDistance:
-        sample = replace(
-            self.measure.sample, num=config.num, steps=config.steps, seed=config.seed,
-            batch_size=config.batch_size,
-        )  # fmt: skip
-        sample = name_sampler(self.record, sample)
-        conditioning = self._conditioning(sample)
-        reference, card = self._reference(stage.name == "kid", part, conditioning)
-        return GeneratedDistance(
-            self.extractor, reference, card, sample=sample, conditioning=conditioning,
-            store=self.store if part == SEARCH else None,
-        )  # fmt: skip
-
-    def _reference(
-        self, is_kernel: bool, part: int, conditioning: Conditioning
-    ) -> tuple[Statistics | np.ndarray, dict[str, Any]]:
-        """Statistics or features to compare with, and how the protocol tells of them.
-
-        Images come at their own size, or, where a VAE has a size of its own, at that of what is
-        drawn.
-        """
-        found = self._find_reference(is_kernel, part)
-        shape = conditioning.image_shape if is_kernel or conditioning.has_latents else None
-        opened = open_reference(found, self.extractor, shape, kernel=is_kernel)
-        reference = opened.features if is_kernel else opened.statistics
-        assert reference is not None, "a process alone has looked at all images itself"
-        card = {
-            "reference": found.source, "reference_n": opened.n, "reference_sha256": opened.sha256,
-            "split": found.split or found.kind,
-        }  # fmt: skip
-        return reference, card
-
-    def _find_reference(self, is_kernel: bool, part: int) -> Reference:
-        weights, measure = self.extractor.weights, self.measure
-        other = measure.report_reference if part == REPORT else None
-        split = None if other else "train" if part == SEARCH else "test"
-        return find_reference(
-            other or measure.source,
-            weights.family,
-            weights.resize,
-            weights=weights,
-            kernel=is_kernel,
-            split=split,
-        )
-
-    def _conditioning(self, sample: SampleConfig) -> Conditioning:
-        """What candidates draw: classes in turn, prompts in turn, or nothing in particular."""
-        measure, prompts = self.measure, None
-        if backbone_of(self.record.model_config).wants == "text":
-            sample = replace(sample, per_prompt=1)
-            prompts = _prompts(measure.images, sample)
-        return open_conditioning(
-            self.record, sample, prompts=prompts, pipeline=measure.pipeline,
-            device=measure.device, dtype=measure.dtype,
-        )  # fmt: skip
-
-
-def _prompts(images: DataConfig, sample: SampleConfig) -> PromptSet:
-    """The prompts of [sample], else the captions of the training images, from the first on."""
-    if sample.prompts:
-        return replace(read_prompts(sample.prompts, column=sample.prompt_column), cycles=True)
-    data = open_images(
-        images.source, shape=(3, 8, 8), wants="text", captions=images.captions, keep=False
-    )
-    captions = data.captions(range(len(data)))
-    return PromptSet(f"captions of {images.source}", tuple(captions), cycles=True)
+        if (other := self._reference.statistics) is None:
+            assert self._reference.features is not None
+            return kernel_distance(features, self._reference.features, seed=self._sample.seed)
+        running = RunningStatistics()
+        running.add(features)
+        own = running.statistics()
+        return frechet_distance(own.mu, own.sigma, other.mu, other.sigma)

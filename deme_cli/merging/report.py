@@ -7,15 +7,14 @@ images. The gain kept is the share of the ensemble's gain that a single network 
 
     (base - row) / (base - ensemble)
 
-The merged model, the last row, is compared in the same way with ensemble and greedy soup as well.
-n draws or images of a seed, R seeds, d features.
+N experts, R seeds, n draws or images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -23,22 +22,14 @@ from deme_cli import console
 from deme_cli.console import Progress, Step
 from deme_cli.errors import NumericsError
 from deme_cli.jobs import StopRequests
-from deme_cli.merging.candidates import Evaluator, has_ensemble
-from deme_cli.merging.objectives import (
-    REPORT,
-    GeneratedDistance,
-    HeldOutLoss,
-    Objective,
-    Workbench,
-)
-from deme_cli.merging.space import Point
-from deme_cli.merging.successive_halving import Stage
+from deme_cli.merging.candidates import Workbench
+from deme_cli.merging.coefficients import Coefficients, Point
+from deme_cli.merging.objectives import GeneratedDistance, HeldOutLoss, Objective
+from deme_cli.merging.plan import REPORT, ensemble_of
+from deme_cli.merging.search import Stage
 from deme_cli.sampling.ensemble import SamplingExpert
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import Check
-
-if TYPE_CHECKING:
-    from deme_cli.merging.plan import MergePlan
 
 RESAMPLES, WIDE_RESAMPLES, WIDE = 200, 25, 512  # fewer where features are many: each costs d^3
 BASE, ENSEMBLE, SOUP, MERGED = "base", "ensemble", "greedy soup", "merged"
@@ -46,135 +37,10 @@ RIVALS = (BASE, SOUP, ENSEMBLE)
 Model = Callable[[], Sequence[SamplingExpert]]
 Row = tuple[str, Sequence[float] | None, Model]  # its name, its coefficients, how to load it
 Metric = Sequence[Objective]  # one objective, opened for each of R seeds
-Difference = tuple[float, float]  # and half of its interval
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """One metric of one row, the mean over seeds, and its difference to the base.
-
-    `interval` holds the difference plus and minus 1.96 bootstrap standard errors; `gain_kept` is
-    None for the base, the ensemble itself, and where the ensemble gained nothing. Where the row is
-    not finite, neither are its difference and interval.
-    """
-
-    value: float
-    values: tuple[float, ...]
-    difference: float = 0.0
-    interval: tuple[float, float] = (0.0, 0.0)
-    gain_kept: float | None = None
-    against: Mapping[str, Difference] = field(default_factory=dict)  # of the merged model, by rival
-
-
-@dataclass(frozen=True)
-class ReportRow:
-    """A model of the report: its coefficients as recorded, and its estimates by metric."""
-
-    name: str
-    coefficients: Sequence[float] | None
-    metrics: Mapping[str, Estimate] = field(default_factory=dict)
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """As JSON has it."""
-        coefficients = None if self.coefficients is None else list(self.coefficients)
-        return {
-            "name": self.name,
-            "coefficients": coefficients,
-            "metrics": {
-                metric: {
-                    "value": _finite(estimate.value),
-                    "values": [_finite(value) for value in estimate.values],
-                    "difference": _finite(estimate.difference),
-                    "interval": [_finite(end) for end in estimate.interval],
-                    "gain_kept": estimate.gain_kept,
-                }
-                for metric, estimate in self.metrics.items()
-            },
-        }  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if np.isfinite(value) else None
-
-
-def make_report(
-    plan: MergePlan, bench: Workbench, evaluator: Evaluator, soup: Point | None, merged: Row,
-    progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure base, ensemble, plain means, single experts and the merged model.
-
-    Raises NumericsError where the base is not finite.
-    """
-    metrics = open_metrics(plan, bench, evaluator)
-    rows = report_rows(plan, evaluator, soup, merged)
-    if not has_ensemble(plan.inputs):
-        note = "the experts do not cover all timesteps: no ensemble, no share of its gain"
-        progress(Step(note=note))
-    progress(Step(0, len(rows), "report", "row"))
-    measured: list[ReportRow] = []
-    with StopRequests() as stop:
-
-        def check(*done: int) -> None:
-            if stop.asked:
-                raise stop.stopped("stopped in the report; run the same command again to continue")
-
-        for row in measure_rows(rows, metrics, evaluator.ranges, check):
-            measured.append(row)
-            progress(Step(len(measured), len(rows), "report", "row", detail=row.name))
-    low, _ = measured[-1].metrics[metrics[-1][0].name].interval
-    if low > 0:
-        console.warn(
-            "on other seeds and images the merged model is worse than the base: raise --num, vary "
-            "fewer coefficients (--per block or model), or keep the base"
-        )
-    return {
-        "rows": [row.document for row in measured],
-        "protocols": [{**one[0].protocol, "seeds": len(one)} for one in metrics],
-        "selection_seed": plan.settings.seed,
-        "verdict": verdict(measured, metrics[-1]),
-    }
-
-
-def measure_rows(
-    rows: Sequence[Row],
-    metrics: Sequence[Metric],
-    ranges: Sequence[TimestepRange],
-    check: Check,
-) -> Iterator[ReportRow]:
-    """Measure the rows in order; the base comes first, then the ensemble if there is one.
-
-    `ranges` are those of the experts: a loss is told for each of them, as `loss 250:500`, besides
-    the whole. Raises NumericsError where the base itself is not finite.
-    """
-    base: dict[str, list[_Sample]] = {}
-    gains: dict[str, float] = {}
-    rivals: dict[str, dict[str, list[_Sample]]] = {}  # by metric and row
-    for name, coefficients, model in rows:
-        found: dict[str, Estimate] = {}
-        for opened in metrics:
-            samples = _samples(opened, model, ranges, check)
-            for metric, taken in samples.items():
-                first = base.setdefault(metric, taken)
-                found[metric] = estimate = _estimate(taken, first, gains.get(metric))
-                if name == ENSEMBLE:
-                    gains[metric] = -estimate.difference
-                if name in RIVALS:
-                    rivals.setdefault(metric, {})[name] = taken
-                if name == MERGED:
-                    against = {
-                        rival: _difference(taken, theirs)
-                        for rival, theirs in rivals.get(metric, {}).items()
-                    }
-                    found[metric] = replace(estimate, against=against)
-        if name == BASE and not all(np.isfinite(e.value) for e in found.values()):
-            raise NumericsError("the base's own figures are not finite; try --dtype fp32")
-        yield ReportRow(name, coefficients, found)
-
-
-@dataclass(frozen=True)
-class _Sample:
+class Sample:
     """What a row gave for one seed: its value, and how to take it again of resampled images."""
 
     value: float
@@ -184,11 +50,119 @@ class _Sample:
     units: tuple[int, ...] = ()  # numbers of the images, where other seeds have the same
 
 
+Samples = dict[str, list[Sample]]  # by metric, one for each seed
+
+
+def make_report(
+    bench: Workbench, given: Coefficients | None, soup: Point | None, progress: Progress
+) -> dict[str, Any]:
+    """Measure base, ensemble, plain means, single experts and the model merged with `given`.
+
+    Raises NumericsError where the base is not finite.
+    """
+    plan, metrics, rows = bench.plan, open_metrics(bench), report_rows(bench, given, soup)
+    if ensemble_of(plan.inputs) is None:
+        note = "the experts do not cover all timesteps: no ensemble, no share of its gain"
+        progress(Step(note=note))
+    progress(Step(0, len(rows), "report", "row"))
+    ranges = sorted({expert.record.timesteps for expert in plan.inputs.experts})
+    documents: list[dict[str, Any]] = []
+    rivals: dict[str, list[Sample]] = {}
+    deciding, merged = metrics[-1][0].name, list[Sample]()
+    with StopRequests() as stop:
+
+        def check(*done: int) -> None:
+            if stop.asked:
+                raise stop.stopped("stopped in the report; run the same command again to continue")
+
+        for document, samples in measure_rows(rows, metrics, ranges, check):
+            documents.append(document)
+            progress(Step(len(documents), len(rows), "report", "row", detail=document["name"]))
+            merged = samples[deciding]
+            if document["name"] in RIVALS:
+                rivals[document["name"]] = merged
+    low, _ = documents[-1]["metrics"][deciding]["interval"]
+    if low is not None and low > 0:
+        console.warn(
+            "on other seeds and images the merged model is worse than the base: raise --num, vary "
+            "fewer coefficients (--per block or model), or keep the base"
+        )
+    return {
+        "rows": documents,
+        "protocols": [{**one[0].protocol, "seeds": len(one)} for one in metrics],
+        "selection_seed": plan.settings.seed,
+        "verdict": verdict(deciding, merged, rivals),
+    }
+
+
+def report_rows(bench: Workbench, given: Coefficients | None, soup: Point | None) -> list[Row]:
+    """Base, ensemble, 1/N each, all 1, the soup, each expert alone, and the merged model."""
+    space, count = bench.plan.space, len(bench.inputs.experts)
+
+    def at(name: str, values: Sequence[float]) -> Row:
+        return name, list(values), lambda: bench.linear(values)
+
+    rows: list[Row] = [at(BASE, [0.0] * count)]
+    if ensemble_of(bench.inputs) is not None:
+        rows.append((ENSEMBLE, None, bench.ensemble))
+    rows.append(at("1/N each", [1 / count] * count))
+    if count > 1:
+        rows.append(at("1 each", [1.0] * count))
+        if soup is not None:
+            rows.append((SOUP, space.summary(soup), lambda: bench.at(space.coefficients(soup))))
+        for index, name in enumerate(bench.plan.expert_names):
+            rows.append(at(f"expert {name}", [float(i == index) for i in range(count)]))
+    return [*rows, (MERGED, given.values if given else None, lambda: bench.at(given))]
+
+
+def open_metrics(bench: Workbench) -> list[Metric]:
+    """The loss with its ranges in any case, and the last stage if another, for every seed."""
+    settings, last = bench.plan.settings, bench.plan.stages[-1]
+    num = settings.report_num or last.num
+    stages = [Stage("loss", settings.report_num or max(num, settings.num), 1)]
+    if last.is_distance or (last.name == "experts" and ensemble_of(bench.inputs) is not None):
+        stages.append(replace(last, num=num))
+    whole = replace(settings, loss_range=None)
+    return [
+        [bench.open(stage, replace(whole, seed=settings.report_seed + repeat), REPORT)
+         for repeat in range(settings.report_repeats)]
+        for stage in stages
+    ]  # fmt: skip
+
+
+def measure_rows(
+    rows: Sequence[Row], metrics: Sequence[Metric], ranges: Sequence[TimestepRange], check: Check
+) -> Iterator[tuple[dict[str, Any], Samples]]:
+    """Measure the rows in order; the base comes first, then the ensemble if there is one. Gives
+    each as JSON has it, and its samples.
+
+    `ranges` are those of the experts: a loss is told for each of them, as `loss 250:500`, besides
+    the whole. Raises NumericsError where the base itself is not finite.
+    """
+    base: Samples = {}
+    gains: dict[str, float] = {}
+    for name, coefficients, model in rows:
+        samples: Samples = {}
+        for objectives in metrics:
+            samples |= _samples(objectives, model, ranges, check)
+        base = base or samples
+        if (
+            base is samples
+            and not np.isfinite([one.value for taken in base.values() for one in taken]).all()
+        ):
+            raise NumericsError("the base's own figures are not finite; try --dtype fp32")
+        figures = {m: _figures(taken, base[m], gains.get(m)) for m, taken in samples.items()}
+        if name == ENSEMBLE:
+            gains = {m: -(one["difference"] or 0.0) for m, one in figures.items()}
+        coefficients = None if coefficients is None else list(coefficients)
+        yield {"name": name, "coefficients": coefficients, "metrics": figures}, samples
+
+
 def _samples(
     objectives: Metric, model: Model, ranges: Sequence[TimestepRange], check: Check
-) -> dict[str, list[_Sample]]:
-    """The samples of one row by metric, one for each seed."""
-    found: dict[str, list[_Sample]] = {}
+) -> Samples:
+    """The samples of one row."""
+    found: Samples = {}
     for objective in objectives:
         if isinstance(objective, GeneratedDistance):
             found.setdefault(objective.name, []).append(_of_distance(objective, model(), check))
@@ -197,16 +171,15 @@ def _samples(
         errors = objective.errors(model(), check).numpy()
         images = objective.draws.images.numpy()
         found.setdefault(objective.name, []).append(_of_errors(errors, images))
-        if len(ranges) > 1:
-            for span in ranges:
-                mine = objective.draws_in(span).numpy()  # a t may belong to no expert
-                if mine.any():
-                    name = f"{objective.name} {span}"
-                    found.setdefault(name, []).append(_of_errors(errors[mine], images[mine]))
+        for span in ranges if len(ranges) > 1 else ():
+            mine = objective.draws_in(span).numpy()  # a t may belong to no expert
+            if mine.any():
+                own = _of_errors(errors[mine], images[mine])
+                found.setdefault(f"{objective.name} {span}", []).append(own)
     return found
 
 
-def _of_errors(errors: np.ndarray, images: np.ndarray) -> _Sample:
+def _of_errors(errors: np.ndarray, images: np.ndarray) -> Sample:
     """A mean over draws; the bootstrap draws images, with all their draws in every seed."""
     known, place = np.unique(images, return_inverse=True)
     totals, counts = np.bincount(place, weights=errors), np.bincount(place)
@@ -214,44 +187,45 @@ def _of_errors(errors: np.ndarray, images: np.ndarray) -> _Sample:
     def again(chosen: np.ndarray) -> float:
         return float(totals[chosen].sum() / counts[chosen].sum())
 
-    return _Sample(float(errors.mean()), len(known), again, units=tuple(known.tolist()))
+    return Sample(float(errors.mean()), len(known), again, units=tuple(known.tolist()))
 
 
 def _of_distance(
     objective: GeneratedDistance, model: Sequence[SamplingExpert], check: Check
-) -> _Sample:
+) -> Sample:
     """A distance of generated images; the bootstrap draws among them."""
     try:
         features = objective.features(model, check)
     except NumericsError:
-        return _Sample(float("nan"), 1, lambda chosen: float("nan"), 1)
-    resamples = RESAMPLES if features.shape[1] <= WIDE else WIDE_RESAMPLES
-    if objective.is_kernel:
-        resamples = WIDE_RESAMPLES  # a mean over many subsets: each costs as much as a hundred
-    return _Sample(
+        return Sample(float("nan"), 1, lambda chosen: float("nan"), 1)
+    # of a kernel distance, too: a mean over many subsets costs as much as a hundred
+    few = objective.is_kernel or features.shape[1] > WIDE
+    return Sample(
         objective.distance(features), len(features),
-        lambda chosen: objective.distance(features[chosen]), resamples,
+        lambda chosen: objective.distance(features[chosen]), WIDE_RESAMPLES if few else RESAMPLES,
     )  # fmt: skip
 
 
-def _estimate(row: list[_Sample], base: list[_Sample], gain: float | None) -> Estimate:
-    """The mean over seeds, the difference to the base, its interval, and the gain kept."""
-    values = tuple(sample.value for sample in row)
-    value = float(np.mean(values))
-    if not np.isfinite(value):
-        return Estimate(value, values, float("nan"), (float("nan"), float("nan")))
-    if row is base:
-        return Estimate(value, values)
+def _figures(row: list[Sample], base: list[Sample], gain: float | None) -> dict[str, Any]:
+    """The mean over seeds, the difference to the base, its interval (plus and minus 1.96 bootstrap
+    standard errors), and the gain kept; None for what is not finite."""
+    values = [sample.value for sample in row]
     difference, half = _difference(row, base)
-    kept = -difference / gain if gain is not None and gain > 0 else None
-    return Estimate(value, values, difference, (difference - half, difference + half), kept)
+    is_finite = bool(np.isfinite(values).all())
+    return {
+        "value": float(np.mean(values)) if is_finite else None,
+        "values": [value if np.isfinite(value) else None for value in values],
+        "difference": difference if is_finite else None,
+        "interval": [difference - half, difference + half] if is_finite else [None, None],
+        "gain_kept": -difference / gain if is_finite and gain is not None and gain > 0 else None,
+    }
 
 
-def _difference(row: list[_Sample], base: list[_Sample]) -> Difference:
+def _difference(row: list[Sample], base: list[Sample]) -> tuple[float, float]:
     """The difference of the means over seeds, and 1.96 standard errors of a paired bootstrap."""
     difference = float(np.mean([a.value - b.value for a, b in zip(row, base, strict=True)]))
-    if not np.isfinite(difference):
-        return float("nan"), float("nan")
+    if row is base or not np.isfinite(difference):
+        return difference, difference
     draw = np.random.default_rng(0)
     resampled = []
     for _ in range(row[0].resamples):
@@ -263,69 +237,24 @@ def _difference(row: list[_Sample], base: list[_Sample]) -> Difference:
     return difference, 1.96 * float(np.std(resampled, ddof=1))
 
 
-def report_rows(
-    plan: MergePlan, evaluator: Evaluator, soup: Point | None, merged: Row
-) -> list[Row]:
-    """Base, ensemble, 1/N each, all 1, the soup, each expert alone, and the merged model."""
-    space, count = evaluator.space, len(plan.inputs.experts)
-
-    def at(values: Sequence[float]) -> Model:
-        return lambda: evaluator.linear(values)
-
-    rows: list[Row] = [(BASE, [0.0] * count, at([0.0] * count))]
-    if has_ensemble(plan.inputs):
-        rows.append((ENSEMBLE, None, evaluator.ensemble))
-    mean, ones = [1 / count] * count, [1.0] * count
-    rows.append(("1/N each", mean, at(mean)))
-    if count > 1:
-        rows.append(("1 each", ones, at(ones)))
-        if soup is not None:
-            rows.append((SOUP, space.summary(soup), lambda: evaluator.at(space.coefficients(soup))))
-        for index, name in enumerate(plan.expert_names):
-            alone = [float(i == index) for i in range(count)]
-            rows.append((f"expert {name}", alone, at(alone)))
-    return [*rows, merged]
-
-
-def open_metrics(plan: MergePlan, bench: Workbench, evaluator: Evaluator) -> list[Metric]:
-    """The loss with its ranges in any case, and the last stage if another, for every seed."""
-    settings, last = plan.settings, plan.stages[-1]
-    num = settings.report_num or last.num
-    stages = [Stage("loss", max(num, settings.num) if settings.report_num is None else num, 1)]
-    if last.is_distance or (last.name == "experts" and has_ensemble(plan.inputs)):
-        stages.append(replace(last, num=num))
-    seeds = [settings.report_seed + repeat for repeat in range(settings.report_repeats)]
-    whole = replace(settings, loss_range=None)
-    return [
-        [
-            bench.open(stage, replace(whole, seed=seed), part=REPORT, experts=evaluator.ensemble)
-            for seed in seeds
-        ]
-        for stage in stages
-    ]  # fmt: skip
-
-
-def verdict(measured: Sequence[ReportRow], objectives: Metric) -> str:
+def verdict(metric: str, merged: list[Sample], rivals: dict[str, list[Sample]]) -> str:
     """One line: what the merged model is worth on other seeds, and against whom that is sure."""
-    objective, merged = objectives[0], measured[-1].metrics[objectives[0].name]
-    if not np.isfinite(merged.value):
-        return f"on other seeds and images: {objective.label} is not finite"
-    halves = [half for _, half in merged.against.values() if np.isfinite(half)]
+    value = float(np.mean([sample.value for sample in merged]))
+    if not np.isfinite(value):
+        return f"on other seeds and images: {metric} is not finite"
+    against = {rival: _difference(merged, samples) for rival, samples in rivals.items()}
+    halves = [half for _, half in against.values() if np.isfinite(half)]
     places = console.decimals(halves, 2) if any(halves) else 4
     words = []
-    for rival, (difference, half) in merged.against.items():
+    for rival, (difference, half) in against.items():
+        apart = f"({difference:+.{places}f} ± {half:.{places}f})"
         if not np.isfinite(difference):
             words.append(f"{rival} is not finite")
         elif difference == half == 0:
             words.append(f"the same as the {rival}")
         elif abs(difference) <= half:
-            words.append(f"not told apart from the {rival} ({difference:+.{places}f} ± "
-                         f"{half:.{places}f})")  # fmt: skip
+            words.append(f"not told apart from the {rival} {apart}")
         else:
-            how = "better" if difference < 0 else "worse"
-            words.append(f"{how} than the {rival} ({difference:+.{places}f} ± {half:.{places}f})")
-    seeds = len(objectives)
-    return (
-        f"on {seeds} other seed{'s' if seeds > 1 else ''} and other images: {objective.label} "
-        f"{merged.value:.{places}f}, {', '.join(words)}"
-    )
+            words.append(f"{'better' if difference < 0 else 'worse'} than the {rival} {apart}")
+    seeds = "1 other seed" if len(merged) == 1 else f"{len(merged)} other seeds"
+    return f"on {seeds} and other images: {metric} {value:.{places}f}, {', '.join(words)}"

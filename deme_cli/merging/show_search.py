@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli.errors import MissingError
 from deme_cli.files import write_whole
-from deme_cli.merging.journal import read_journal
-from deme_cli.merging.space import BASE_NAME, MEAN_NAME, Trial, ranked
+from deme_cli.merging.journal import Trial, ranked, read_journal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_PANELS = 8  # searched numbers with a panel of their own: those that varied most
-TRIAL, BEST = "#0072B2", "#D55E00"  # of Okabe and Ito: told apart by every eye
-REFERENCES = ((BASE_NAME, "0.4", "--"), (MEAN_NAME, "#009E73", "-."))  # name, colour, dashes
+BEST = "#D55E00"  # of Okabe and Ito: told apart by every eye
+REFERENCES = (("base", "0.4", "--"), ("1/N each", "#009E73", "-."))  # name, colour, dashes
 WHISKER = 1.5  # quartile ranges above the third quartile from which a value is far off (Tukey)
 
 
@@ -46,18 +45,6 @@ class ShownSearch:
         """What each stage measures."""
         return [objective["name"] for objective in self.search["objectives"]]
 
-    @property
-    def experts(self) -> list[str]:
-        """A name for each expert."""
-        groups = self.search["groups"]
-        names = self.labels[: len(self.labels) // len(groups)]
-        return [name.removesuffix(f" {groups[0]}") for name in names]
-
-    def best_of_stage(self, stage: int) -> list[Trial]:
-        """The measured trials of a stage, the best first."""
-        own = [trial for trial in self.trials if trial.is_done and trial.stage == stage]
-        return sorted(own, key=lambda t: (t.value, math.hypot(*t.point), t.index))
-
 
 def journal_path(output: Path) -> Path:
     """The trials of the search for `output`."""
@@ -73,14 +60,19 @@ def show_search(path: Path) -> ShownSearch:
     if not journal.is_file() and journal != path:
         raise MissingError(f"{path}: no journal of its search beside it ({journal.name})")
     search, labels, trials, merged = read_journal(journal)
+    shown = ShownSearch(journal, search, labels, trials, merged is not None)
     done = [trial for trial in trials if trial.is_done]
-    best = picture = None
-    if any(math.isfinite(trial.value) for trial in done):
-        names = [objective["name"] for objective in search["objectives"]]
-        best = best_of(done)
-        picture = journal.with_name(f"{journal.name.removesuffix('.trials.jsonl')}.search.png")
-        write_whole(picture, [draw_search(done, labels, names)])
-    return ShownSearch(journal, search, labels, trials, merged is not None, best, picture)
+    if not any(math.isfinite(trial.value) for trial in done):
+        return shown
+    picture = journal.with_name(f"{journal.name.removesuffix('.trials.jsonl')}.search.png")
+    write_whole(picture, [draw_search(done, labels, shown.objectives)])
+    return ShownSearch(journal, search, labels, trials, shown.is_finished, best_of(done), picture)
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The best trial of the highest stage where any is finite."""
+    top = max((trial.stage for trial in trials if math.isfinite(trial.value)), default=0)
+    return ranked([trial for trial in trials if trial.stage == top])[0]
 
 
 def draw_search(trials: Sequence[Trial], labels: Sequence[str], objectives: Sequence[str]) -> bytes:
@@ -92,24 +84,25 @@ def draw_search(trials: Sequence[Trial], labels: Sequence[str], objectives: Sequ
     import numpy as np
     from matplotlib.figure import Figure
 
-    first, last = ([t for t in trials if t.stage == stage] for stage in (0, best_of(trials).stage))
-    best, spread = best_of(trials), np.std([t.point for t in first], axis=0)
+    best = best_of(trials)
+    first, last = ([t for t in trials if t.stage == stage] for stage in (0, best.stage))
+    spread = np.std([t.point for t in first], axis=0)
     shown = sorted(np.argsort(-spread, kind="stable")[:MOST_PANELS].tolist())
     columns = math.ceil(len(shown) / 2)
     with matplotlib.rc_context({"font.size": 8.5}):
         figure = Figure(figsize=(5.2 + 2.2 * columns, 4.6), layout="constrained", dpi=160)
         left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[5.2, 2.2 * columns])[0]
-        axis = left.subplots()
-        _draw(axis, last, [t.index + 1 for t in last], best, objectives[best.stage])
+        axis, numbers = left.subplots(), [t.index + 1 for t in last]
+        _draw(axis, last, numbers, best)
         axis.step(
-            [t.index + 1 for t in last], np.minimum.accumulate([t.value for t in last]),
-            where="post", color="black", linewidth=1.2, label="best so far",
+            numbers, np.minimum.accumulate([t.value for t in last]), where="post", color="black",
+            linewidth=1.2, label="best so far",
         )  # fmt: skip
-        axis.set_xlabel("trial")
+        axis.set(xlabel="trial", ylabel=objectives[best.stage])
         axis.legend(loc="upper right", fontsize="small")
         axes = right.subplots(min(len(shown), 2), columns, squeeze=False, sharey=True).ravel()
         for number, panel in zip(shown, axes, strict=False):
-            _draw(panel, first, [t.point[number] for t in first], best, "")
+            _draw(panel, first, [t.point[number] for t in first], best)
             panel.axvline(best.point[number], color=BEST, linewidth=0.8, zorder=0)
             panel.set_xlabel(f"w of {labels[number]}"[:40], fontsize="small")
         for panel in axes[len(shown) :]:
@@ -121,10 +114,25 @@ def draw_search(trials: Sequence[Trial], labels: Sequence[str], objectives: Sequ
     return stream.getvalue()
 
 
-def best_of(trials: Sequence[Trial]) -> Trial:
-    """The best trial of the highest stage where any is finite."""
-    top = max((trial.stage for trial in trials if math.isfinite(trial.value)), default=0)
-    return ranked([trial for trial in trials if trial.stage == top])[0]
+def _draw(axis: Axes, trials: Sequence[Trial], xs: Sequence[float], best: Trial) -> None:
+    """The objectives of trials at `xs`, with the base, the mean and the best."""
+    high, low = highest_shown([t.value for t in trials]), min(t.value for t in trials)
+    kept = [(x, t) for x, t in zip(xs, trials, strict=True) if t.value <= high]
+    axis.scatter(
+        [x for x, _ in kept], [t.value for _, t in kept], s=12, c=[t.index for _, t in kept],
+        cmap="Blues", vmin=-0.5 * max(t.index for t in trials) - 1, linewidths=0,
+    )  # fmt: skip
+    for x, trial in kept:
+        for name, color, dashes in REFERENCES:
+            if trial.name == name:
+                axis.axhline(trial.value, color=color, linestyle=dashes, label=name)
+        if trial.point == best.point:
+            axis.plot(x, trial.value, "*", color=BEST, markersize=11, label="best", zorder=5)
+    room = 0.08 * ((high - low) or abs(high) or 1.0)
+    axis.set_ylim(low - room, high + room)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.locator_params(axis="x", nbins=4)
+    axis.ticklabel_format(axis="y", useOffset=False)
 
 
 def highest_shown(values: Sequence[float]) -> float:
@@ -134,29 +142,3 @@ def highest_shown(values: Sequence[float]) -> float:
     finite = np.array([value for value in values if math.isfinite(value)])
     first, third = np.quantile(finite, [0.25, 0.75])
     return float(finite[finite <= third + WHISKER * (third - first)].max())
-
-
-def _draw(
-    axis: Axes, trials: Sequence[Trial], xs: Sequence[float], best: Trial, label: str
-) -> None:
-    """The objectives of trials at `xs`, with the base, the mean and the best."""
-    high = highest_shown([t.value for t in trials])
-    low = min(t.value for t in trials)
-    kept = [(x, t) for x, t in zip(xs, trials, strict=True) if t.value <= high]
-    axis.scatter(
-        [x for x, _ in kept], [t.value for _, t in kept], s=12, c=[t.index for _, t in kept],
-        cmap="Blues", vmin=-0.5 * max(t.index for t in trials) - 1, linewidths=0,
-    )  # fmt: skip
-    for name, color, dashes in REFERENCES:
-        for trial in trials:
-            if trial.name == name and trial.value <= high:
-                axis.axhline(trial.value, color=color, linestyle=dashes, label=name)
-    for x, trial in kept:
-        if trial.point == best.point:
-            axis.plot(x, trial.value, "*", color=BEST, markersize=11, label="best", zorder=5)
-    room = 0.08 * ((high - low) or abs(high) or 1.0)
-    axis.set_ylim(low - room, high + room)
-    axis.set_ylabel(label)
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.locator_params(axis="x", nbins=4)
-    axis.ticklabel_format(axis="y", useOffset=False)

@@ -1,7 +1,8 @@
-"""Coefficients by tensor: which group a tensor is in, and globs that must match one."""
+"""Coefficients by tensor, and the space that a search varies."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,24 +12,32 @@ from torch import nn
 
 from deme_cli.diffusion.denoiser import build_network
 from deme_cli.errors import ConfigError
-from deme_cli.merging.coefficients import Coefficients, block_name, groups_of, require_matches
+from deme_cli.merging.coefficients import (
+    Coefficients,
+    Space,
+    block_name,
+    grid_points,
+    groups_of,
+    require_matches,
+    resolve_grid,
+)
 
-TEXT_MODEL = {
-    "_class_name": "UNet2DConditionModel", "sample_size": 8, "in_channels": 4, "out_channels": 4,
-    "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4,
-    "attention_head_dim": 8, "cross_attention_dim": 8,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-}  # fmt: skip
 TRANSFORMER = {
     "_class_name": "DiTTransformer2DModel", "sample_size": 8, "in_channels": 4, "out_channels": 8,
     "num_layers": 11, "num_attention_heads": 1, "attention_head_dim": 8, "norm_num_groups": 4,
     "num_embeds_ada_norm": 10,
 }  # fmt: skip
+EXPERTS = ("1of3", "2of3", "3of3")
+BOUNDS = ((-0.5, 1.5), (0.0, 1.0), (-2.0, 2.0))
+START = (0.25, 0.5, -1.0)
+WHOLE = Space(EXPERTS, BOUNDS, START)
+PARTS = Space(
+    EXPERTS, BOUNDS, START, ("down_blocks.0.*", "mid_block.*"), fixed={"*.bias": (1.0, 0.0, 0.0)}
+)
+CLOSED = Space(EXPERTS, BOUNDS, START, ("a.*", "b.*"), has_rest=False)
 
 
-@pytest.fixture(scope="module", params=[TINY_MODEL, TEXT_MODEL, TRANSFORMER],
-                ids=["unet", "text-unet", "dit"])  # fmt: skip
+@pytest.fixture(scope="module", params=[TINY_MODEL, TRANSFORMER], ids=["unet", "dit"])
 def network(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
     return build_network(request.param)
@@ -42,72 +51,54 @@ def numbered(groups: list[str]) -> Coefficients:
 def test_every_tensor_is_in_the_group_of_its_block(network: nn.Module) -> None:
     names = list(network.state_dict())
     groups = groups_of(names, "block")
-    coefficients = numbered(groups)
     members: dict[str, list[str]] = {glob: [] for glob in [*groups, "*"]}
     for name in names:
-        number = int(coefficients.of(name)[0])
+        number = int(numbered(groups).of(name)[0])
         members["*" if number < 0 else groups[number]].append(name)
     for glob in groups:
         prefix = glob.removesuffix("*")
         assert members[glob] == [name for name in names if name.startswith(prefix)] != []
     blocks = ("down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.")
     assert members["*"] == [name for name in names if not name.startswith(blocks)] != []
-    inside = [module for module, _ in network.named_children() if f"{module}." in blocks]
-    lists = [getattr(network, module) for module in inside]
-    assert len(groups) == sum(len(one) if isinstance(one, nn.ModuleList) else 1 for one in lists)
+    inside = [
+        getattr(network, part) for part, _ in network.named_children() if f"{part}." in blocks
+    ]
+    assert len(groups) == sum(len(b) if isinstance(b, nn.ModuleList) else 1 for b in inside)
 
 
 def test_a_layer_has_the_tensors_of_its_own_module_alone(network: nn.Module) -> None:
-    names = list(network.state_dict())
-    groups = groups_of(names, "layer")
+    groups = groups_of(network.state_dict(), "layer")
     coefficients = numbered(groups)
-    owners = {}
-    for path, module in network.named_modules():
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, _ in own:
-            owners[f"{path}.{name}" if path else name] = path
     seen: dict[str, str] = {}
-    for name in names:
+    for name in network.state_dict():
         number = int(coefficients.of(name)[0])
         assert number >= 0, f"{name} is in no group"
-        assert seen.setdefault(groups[number], owners[name]) == owners[name]
+        owner = name.rpartition(".")[0]
+        assert seen.setdefault(groups[number], owner) == owner
     assert len(set(seen.values())) == len(seen) == len(groups)
 
 
-def test_the_whole_model_has_no_groups(network: nn.Module) -> None:
-    assert groups_of(network.state_dict(), "model") == []
-
-
-def test_blocks_are_found_by_name() -> None:
-    assert {name: block_name(name) for name in (
-        "down_blocks.10.resnets.0.conv1.weight", "mid_block.attentions.0.to_q.weight",
-        "up_blocks.3.attentions.1.transformer_blocks.0.attn1.to_q.weight",
-        "transformer_blocks.3.attn.to_q.weight", "single_transformer_blocks.12.proj_mlp.bias",
-        "joint_transformer_blocks.0.x", "conv_in.weight", "time_embedding.linear_1.weight",
-        "channel_projection.mid_block.weight", "pos_embed", "down_blocks", "mid_blocks.weight",
-    )} == {
+def test_blocks_are_found_by_name_and_sorted_as_numbers() -> None:
+    for name, block in {
         "down_blocks.10.resnets.0.conv1.weight": "down_blocks.10",
         "mid_block.attentions.0.to_q.weight": "mid_block",
         "up_blocks.3.attentions.1.transformer_blocks.0.attn1.to_q.weight": "up_blocks.3",
-        "transformer_blocks.3.attn.to_q.weight": "transformer_blocks.3",
         "single_transformer_blocks.12.proj_mlp.bias": "single_transformer_blocks.12",
-        "joint_transformer_blocks.0.x": "joint_transformer_blocks.0", "conv_in.weight": None,
-        "time_embedding.linear_1.weight": None, "channel_projection.mid_block.weight": None,
-        "pos_embed": None, "down_blocks": None, "mid_blocks.weight": None,
-    }  # fmt: skip
-
-
-def test_blocks_one_and_ten_are_two_and_sorted_as_numbers() -> None:
+        "joint_transformer_blocks.0.x": "joint_transformer_blocks.0", "blocks.29.x": "blocks.29",
+        "conv_in.weight": None, "channel_projection.mid_block.weight": None, "pos_embed": None,
+        "down_blocks": None, "mid_blocks.weight": None,
+    }.items():  # fmt: skip
+        assert block_name(name) == block
     names = [f"transformer_blocks.{i}.attn.weight" for i in (10, 2, 1)]
     groups = groups_of(names, "block")
     assert groups == [f"transformer_blocks.{i}.*" for i in (1, 2, 10)]
     assert [numbered(groups).of(name) for name in names] == [(2.0,), (1.0,), (0.0,)]
+    assert groups_of(names, "model") == []
 
 
 def test_a_module_within_a_module_keeps_its_own_layer() -> None:
     names = ["a.weight", "a.b.weight", "a.b.c.weight", "a.b.c.bias", "scale", "scale.x.weight"]
     groups = groups_of(names, "layer")
-    assert groups.index("a.b.c.*") < groups.index("a.b.*") < groups.index("a.*")
     found = [groups[int(numbered(groups).of(name)[0])] for name in names]
     assert found == ["a.*", "a.b.*", "a.b.c.*", "a.b.c.*", "scale", "scale.x.*"]
 
@@ -121,42 +112,68 @@ def test_the_first_glob_that_matches_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "finer", "words"),
-    [
-        ((1.0, math.nan), {}, "expected finite numbers"),
-        ((1.0, 0.0), {"a": (math.inf, 0.0)}, "expected finite numbers"),
-        ((1.0, 0.0), {"a": (1.0,)}, "1 coefficients where there are 2 experts"),
-    ],
-)
-def test_coefficients_that_make_no_sense_are_refused(
-    values: tuple, finer: dict, words: str
-) -> None:
-    with pytest.raises(ConfigError, match=words):
-        Coefficients(values, finer)
-
-
-@pytest.mark.parametrize(
     ("glob", "near"),
-    [
-        ("midblock.*", "mid_block.*"),
-        ("down_block.0.*", "down_blocks.0.*"),
-        ("up_blocks.7.*", "up_blocks.1.*"),
-        ("conv_inn.*", "conv_in.*"),
-        ("MID_BLOCK.*", ""),
-        ("conv_in", "conv_in.*"),
-        ("?", ""),
-        ("", ""),
-    ],
-)
+    [("midblock.*", "mid_block.*"), ("up_blocks.7.*", "up_blocks.1.*"), ("conv_in", "conv_in.*"),
+     ("?", ""), ("", "")],
+)  # fmt: skip
 def test_a_glob_that_matches_nothing_is_told_with_near_names(glob: str, near: str) -> None:
     names = list(build_network(TINY_MODEL).state_dict())
-    require_matches(["conv_in.*", "*", "*.weight", "conv_in.weight", "mid_block.*"], names)
     with pytest.raises(ConfigError) as caught:
-        require_matches(["mid_block.*", glob], names)
+        require_matches(["conv_in.*", "*", "conv_in.weight", glob], names)
     message = str(caught.value)
     assert message.startswith(f"{glob!r} matches no tensor of this model; near names: ")
     offered = message.split("near names: ")[1].split(", ")
     assert 1 <= len(offered) <= 3
     assert near in message
-    for name in offered:
-        require_matches([name], names)
+    require_matches(offered, names)
+
+
+@pytest.mark.parametrize("space", [WHOLE, PARTS, CLOSED], ids=["whole", "parts", "closed"])
+def test_every_number_of_a_point_has_a_name_bounds_and_a_group(space: Space) -> None:
+    count = 3 * len(space.all_groups)
+    assert len(space.labels) == len(set(space.labels)) == len(space.box) == count
+    point, start = tuple(float(i) for i in range(count)), space.everywhere(START)
+    found = space.coefficients(point)
+    for index, (label, pair) in enumerate(zip(space.labels, space.box, strict=True)):
+        expert, group = EXPERTS.index(label.split(" ")[0]), label.partition(" ")[2]
+        assert (pair, start[index]) == (BOUNDS[expert], START[expert])
+        values = found.finer[group] if group not in ("", "*") else found.values
+        assert values[expert] == point[index]
+    assert space.summary(start) == pytest.approx(START)
+    assert space.base == (0.0,) * count
+    assert space.mean == (1 / 3,) * count
+    assert space.holds(start)
+    assert not space.holds(space.everywhere((2.0, 0.5, 0.0)))
+
+
+def test_what_is_fixed_is_decided_first_and_without_a_rest_the_mean_is_shown() -> None:
+    found = PARTS.coefficients(tuple(float(i) for i in range(9)))
+    assert found.of("mid_block.conv.weight") == (3.0, 4.0, 5.0)
+    assert found.of("mid_block.conv.bias") == (1.0, 0.0, 0.0)
+    assert found.of("conv_in.weight") == found.values == (6.0, 7.0, 8.0)
+    assert CLOSED.coefficients((1.0, 0.0, 0.0, 0.0, 1.0, 0.0)).values == (0.5, 0.5, 0.0)
+
+
+def test_slopes_are_summed_by_group_and_fixed_tensors_left_out() -> None:
+    space = Space(
+        ("a", "b"), ((0.0, 1.0),) * 2, (0.5, 0.5), ("mid_block.*",), fixed={"*.bias": (1.0, 1.0)}
+    )
+    by_tensor = {
+        "mid_block.a.weight": (1.0, 2.0), "mid_block.b.weight": (10.0, 20.0),
+        "mid_block.b.bias": (1e3, 1e3), "conv_in.weight": (5.0, 7.0), "conv_in.bias": (1e3, 1e3),
+    }  # fmt: skip
+    assert space.slopes(by_tensor) == [11.0, 22.0, 5.0, 7.0]
+
+
+def test_the_points_of_a_grid_are_all_combinations_and_the_default_is_affordable() -> None:
+    grid = resolve_grid([[1, 0, 0.5], [0.25, 0.25]], 2)
+    assert grid == ((0.0, 0.5, 1.0), (0.25,))
+    assert grid_points(grid) == list(itertools.product(*grid))
+    assert grid_points(grid, 2) == list(itertools.product(*grid, *grid))
+    sizes = [len(grid_points(resolve_grid(None, count))) for count in range(1, 9)]
+    assert sizes == [3, 9, 27, 81, 32, 64, 128, 256]
+    with pytest.raises(ConfigError, match="9 experts make 512 candidates"):
+        resolve_grid(None, 9)
+    for values in ([], [0, "a"], [0, math.nan], [[0, 1], 2], [[0, 1], []], [True]):
+        with pytest.raises(ConfigError, match="expected a list of finite numbers"):
+            resolve_grid(values, 2)

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from deme_cli.merging.journal import Journal, read_journal
-from deme_cli.merging.search import Search, open_search, shortlist
-from deme_cli.merging.space import Point, Space, Trial, ranked
-from deme_cli.merging.successive_halving import Stage
+from deme_cli.merging.coefficients import Point, Space
+from deme_cli.merging.journal import Journal, Trial, ranked, read_journal
+from deme_cli.merging.search import Search, Stage, open_search
 
 TARGET = (0.55, 0.2, 0.85)
 SPACE = Space(("1of3", "2of3", "3of3"), ((-0.5, 1.5),) * 3, (1 / 3,) * 3)
-VALUES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+VALUES = (0.0, 0.3, 0.6, 1.0)
 RUNGS = [Stage("loss", 64, 12), Stage("kid", 64, 1)]
 
 
@@ -54,14 +53,13 @@ def alone(search: Search) -> list[Trial]:
 def work(path: Path, name: str, seconds: float) -> None:
     """One worker: each trial takes about `seconds`."""
 
-    def evaluate(stage: int, point: Point, name: str) -> tuple[float, dict]:
+    def evaluate(stage: int, point: Point, name: str) -> tuple[float, list[float]]:
         time.sleep(seconds * random.random() * 2)
-        return objective(stage, point), {"slopes": list(point)}
+        return objective(stage, point), list(point)
 
-    journal = Journal(path, SPACE.labels, {"search": name})
-    journal.open(force=False)
-    for _ in search_of(name).run(journal, evaluate, lambda: None):
-        pass
+    with Journal(path, SPACE.labels, {"search": name}) as journal:
+        for _ in search_of(name).run(journal, evaluate, lambda: None):
+            pass
     assert "torch" not in sys.modules
 
 
@@ -115,7 +113,6 @@ def run_with_kills(path: Path, name: str, kills: int, seed: int, seconds: float)
     assert values == {(one.stage, one.point): (one.value, one.name) for one in expected}
     upper = [[t for t in trials if t.stage == 1] for trials in (asked, expected)]
     assert ranked(upper[0])[0].point == ranked(upper[1])[0].point
-    assert Journal(path, SPACE.labels, {"search": name}).open(force=False) == len(expected)
     assert [place.name for place in path.parent.iterdir()] == [path.name]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     begun = sum(line["op_code"] == 4 for line in lines)
@@ -123,10 +120,10 @@ def run_with_kills(path: Path, name: str, kills: int, seed: int, seconds: float)
 
 
 def test_two_workers_that_are_killed_lose_nothing_and_count_nothing_twice(tmp_path: Path) -> None:
-    """Four kills at random moments of a grid of 216 points; the same best as alone."""
-    found = run_with_kills(tmp_path / "trials.jsonl", "grid", 4, seed=0, seconds=0.005)
-    assert found["kills"] == 4
-    assert found["trials"] > 216 + 12
+    """Three kills at random moments of a grid of 64 points; the same best as alone."""
+    found = run_with_kills(tmp_path / "trials.jsonl", "grid", 3, seed=0, seconds=0.02)
+    assert found["kills"] == 3
+    assert found["trials"] > 64 + 12
 
 
 @pytest.mark.slow
@@ -138,13 +135,6 @@ def test_twenty_kills_lose_nothing_and_count_nothing_twice(
     found = run_with_kills(tmp_path / "trials.jsonl", name, 20, seed=seed, seconds=0.05)
     print(name, seed, found)
     assert found["kills"] >= 15, "a worker may be done before its turn comes"
-
-
-def test_the_next_rung_begins_when_all_of_the_one_below_are_done() -> None:
-    asked = alone(search_of("grid"))
-    lower = [one for one in asked if one.stage == 0]
-    chosen = [trial.point for trial in shortlist(lower, 12)]
-    assert [one.point for one in asked if one.stage == 1] == chosen
 
 
 if __name__ == "__main__":

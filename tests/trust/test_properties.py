@@ -21,9 +21,13 @@ from deme_cli.artifacts import KINDS, ExpertRecord, Record, parse_record
 from deme_cli.commands.merge import _parse_coefficients_for as parse_coefficients_for
 from deme_cli.config import TABLES, SplitConfig, parse_lists, parse_numbers
 from deme_cli.errors import ArtifactError, ConfigError, DemeError
-from deme_cli.merging.coefficients import Coefficients, require_matches
+from deme_cli.merging.coefficients import (
+    Coefficients,
+    require_matches,
+    resolve_bounds,
+    resolve_grid,
+)
 from deme_cli.merging.plan import parse_time
-from deme_cli.merging.space import resolve_bounds, resolve_grid
 from deme_cli.run_file import read_run_file, render_run_file
 from deme_cli.timesteps import parse_range, parse_span, require_cover, route, split_uniform
 
