@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,30 +16,17 @@ from deme_cli import console
 from deme_cli.commands.options import Json, Quiet
 from deme_cli.config import FinetuneConfig, SampleConfig
 from deme_cli.console import Step
-from deme_cli.errors import ConfigError, MissingError
+from deme_cli.errors import ConfigError, writing
 from deme_cli.run_file import read_run_file
 
 NUM_RANGES = 4
 EXPERTS = [f"ft_{index}of{NUM_RANGES}.safetensors" for index in range(1, NUM_RANGES + 1)]
 MODELS = ("base", "control", "ensemble", "merged")
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much the demo trains and draws; `quick` only shows that the commands run."""
-
-    steps: int
-    candidates: int
-    num: int
-    repeats: int = 3
-    buckets: int = 50
-    draws: int = 128
-
-
+# How much the demo trains and draws; `quick` only shows that the commands run.
+FULL = {"steps": 400, "candidates": 500, "num": 2000, "repeats": 3, "buckets": 50, "draws": 128}
+QUICK = {"steps": 4, "candidates": 20, "num": 80, "repeats": 3, "buckets": 8, "draws": 4}
 # The paper's method has a consistency loss, which the settings of the digits leave out.
 FULL_METHOD = "with one of weight 1, as in the paper: ensemble 2.36, merged 2.72"
-FULL = Size(steps=400, candidates=500, num=2000)
-QUICK = Size(steps=4, candidates=20, num=80, buckets=8, draws=4)
 
 
 def demo(
@@ -65,139 +50,107 @@ def demo(
     console.set_quiet(quiet)
     if output.exists() and not force:
         raise ConfigError(f"{output} exists; add --force to work in it, or choose another --output")
-    try:
+    with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MissingError(
-            f"{output}: cannot make this folder ({error.strerror}); choose another --output"
-        ) from error
-    start, size = time.monotonic(), QUICK if quick else FULL
-    before = Path.cwd()
-    os.chdir(output)
-    try:
-        rows = _pipeline(context, size)
-        paths = [output / name for name in ("demo.png", "eval.json", "report.html")]
-    finally:
-        os.chdir(before)
+    start = time.monotonic()
+    with contextlib.chdir(output):
+        rows = _pipeline(context, QUICK if quick else FULL)
+    paths = [output / name for name in ("demo.png", "eval.json", "report.html")]
     minutes = (time.monotonic() - start) / 60
     console.note(f"done in {minutes:.1f} minutes; look at {paths[0]} and {paths[-1]}")
     console.result_paths(paths, as_json=as_json, rows=rows, minutes=minutes)
 
 
-def _pipeline(context: typer.Context, size: Size) -> list[dict[str, Any]]:
+def _pipeline(context: typer.Context, size: dict[str, int]) -> list[dict[str, Any]]:
     """Run the commands in the current folder; returns the rows of the evaluation."""
     experts = " ".join(EXPERTS)
     models = f"base.safetensors control.safetensors {experts} merged.safetensors"
 
-    _run(context, f"split digits -n {NUM_RANGES} --force")
-    _train_experts_beside_control(size)
-    _run(context, f"task-vector {experts} --force")
-    _run(
-        context,
-        f"merge {experts} --search grid --objective fid --num {size.candidates} "
-        f"--no-report --force",
-    )
-    _run(
-        context,
-        f"eval {models} --fid digits --num {size.num} --repeats {size.repeats} "
-        f"--output eval.json --force",
-    )
+    def run(command: str, *, quiet: bool = False) -> None:
+        """Print one `deme` command line and run it here, its results shown with the rest."""
+        console.note(f"\n$ deme {command}")
+        was_quiet = console.is_quiet()
+        words = shlex.split(command) + (["--quiet"] if quiet or was_quiet else [])
+        with contextlib.redirect_stdout(sys.stderr):
+            context.find_root().command.main(args=words, prog_name="deme", standalone_mode=False)
+        console.set_quiet(was_quiet)
+
+    run(f"split digits -n {NUM_RANGES} --force")
+    _train_experts_beside_control(size["steps"])
+    run(f"task-vector {experts} --force")
+    search = f"--search grid --objective fid --num {size['candidates']} --no-report"
+    run(f"merge {experts} {search} --force")
+    counts = f"--num {size['num']} --repeats {size['repeats']}"
+    run(f"eval {models} --fid digits {counts} --output eval.json --force")
     for model in MODELS:
-        command = f"sample {model}.safetensors"
-        if model == "ensemble":
-            command = f"ensemble-sample {experts}"
-        _run(context, f"{command} -n 24 -o {model}-samples.safetensors --force", quiet=True)
-    _run(
-        context,
-        f"analyze losses {models} --buckets {size.buckets} --num {size.draws} --force",
-    )
+        drawn = (
+            f"ensemble-sample {experts}" if model == "ensemble" else f"sample {model}.safetensors"
+        )
+        run(f"{drawn} -n 24 -o {model}-samples.safetensors --force", quiet=True)
+    run(f"analyze losses {models} --buckets {size['buckets']} --num {size['draws']} --force")
     rows = json.loads(Path("eval.json").read_text())["rows"]
     _draw(rows, size)
-    _run(context, "report --force")
+    run("report --force")
     return rows
 
 
-def _show(command: str) -> None:
-    console.note(f"\n$ deme {command}")
-
-
-def _run(context: typer.Context, command: str, *, quiet: bool = False) -> None:
-    """Print one `deme` command line and run it in this process, its results shown with the rest."""
-    _show(command)
-    words = shlex.split(command) + (["--quiet"] if quiet or console.is_quiet() else [])
-    was_quiet = console.is_quiet()
-    with contextlib.redirect_stdout(sys.stderr):
-        context.find_root().command.main(args=words, prog_name="deme", standalone_mode=False)
-    console.set_quiet(was_quiet)
-
-
-def _train_experts_beside_control(size: Size) -> None:
+def _train_experts_beside_control(steps: int) -> None:
     """The four experts in one process, plain finetuning with as many updates in another."""
     from deme_cli.jobs import RangeProcess, run_jobs
     from deme_cli.training.setup import metrics_path
 
-    experts = f"finetune --range all --steps {size.steps} --force"
-    control = (
-        f"finetune --range 1/1 --p 0 --consistency 0 --projection none "
-        f"--steps {NUM_RANGES * size.steps} -o control.safetensors --force"
-    )
-    _show(f"{experts}      # and beside it, as control:")
-    _show(control)
-    processes = [
-        RangeProcess(label, [*shlex.split(command), "--quiet"], list(map(metrics_path, outputs)))
-        for label, command, outputs in (
-            ("experts", experts, [Path(name) for name in EXPERTS]),
-            ("control", control, [Path("control.safetensors")]),
-        )
-    ]
-    for curve in (curve for process in processes for curve in process.metrics):
-        curve.unlink(missing_ok=True)
-    total = 2 * NUM_RANGES * size.steps
+    total = NUM_RANGES * steps
+    commands = {
+        "experts": f"finetune --range all --steps {steps} --force",
+        "control": f"finetune --range 1/1 --p 0 --consistency 0 --projection none --steps {total} "
+        f"-o control.safetensors --force",
+    }
+    outputs = {"experts": EXPERTS, "control": ["control.safetensors"]}
+    processes = []
+    for label, command in commands.items():
+        console.note(f"\n$ deme {command}      # {label}, both at once")
+        curves = [metrics_path(Path(name)) for name in outputs[label]]
+        for curve in curves:
+            curve.unlink(missing_ok=True)
+        processes.append(RangeProcess(label, [*shlex.split(command), "--quiet"], curves))
     with console.showing() as progress:
-        for steps in run_jobs(processes, at_once=len(processes)):
-            detail = "  ".join(f"{label} {step}" for label, step in steps.items())
-            progress(Step(sum(steps.values()), total, "finetune", "update", detail=detail))
+        for done in run_jobs(processes, at_once=len(processes)):
+            detail = "  ".join(f"{label} {step}" for label, step in done.items())
+            progress(Step(sum(done.values()), 2 * total, "finetune", "update", detail=detail))
 
 
-def _draw(rows: list[dict[str, Any]], size: Size) -> None:
+def _draw(rows: list[dict[str, Any]], size: dict[str, int]) -> None:
     """The held-out losses by range, as a table, and the picture of everything."""
     from deme_cli.analysis.figure import DemoRow, draw_demo
 
     document = json.loads(Path("losses.json").read_text())
     losses = {model["name"]: model["loss_by_range"] for model in document["models"]}
+    bases = losses["base"]
     console.table(
         "Held-out loss by range (change against the base)",
         ["model", *document["ranges"]],
         [
-            [
-                name,
-                *(
-                    f"{loss:.5f} {100 * (loss / base - 1):+.1f}%"
-                    for loss, base in zip(values, losses["base"], strict=True)
-                ),
-            ]
+            [name, *(f"{x:.5f} {x / base - 1:+.1%}" for x, base in zip(values, bases, strict=True))]
             for name, values in losses.items()
         ],
     )
-    metric = "frechet_digits"
     run = read_run_file(None)
     training, drawing = run.settings(FinetuneConfig), run.settings(SampleConfig)
     protocol = (
-        f"{NUM_RANGES} experts of {size.steps} updates, control {NUM_RANGES * size.steps}; "
+        f"{NUM_RANGES} experts of {size['steps']} updates, control {NUM_RANGES * size['steps']}; "
         f"lr {training.lr:g}, p {training.p:g}, no consistency loss"
         f"{f' ({FULL_METHOD})' if size is FULL else ''}\n"
-        f"Fréchet distance on digit features, not FID: {size.num} images x {size.repeats} seeds "
-        f"shared by all rows, DDIM with {drawing.steps} steps; coefficients chosen on another seed "
-        f"against the training images"
+        f"Fréchet distance on digit features, not FID: {size['num']} images x {size['repeats']} "
+        f"seeds shared by all rows, DDIM with {drawing.steps} steps; coefficients chosen on "
+        f"another seed against the training images"
     )
     console.note(f"protocol: {protocol}")
-    summaries = [
+    metric = "frechet_digits"
+    shown = [
         DemoRow(
-            model,
-            Path(f"{model}-samples.safetensors"),
-            tuple(row["metrics"][metric]["values"]),
+            model, Path(f"{model}-samples.safetensors"), tuple(row["metrics"][metric]["values"]),
             tuple(losses[model]),
         )
         for model, row in zip(MODELS, rows, strict=True)
-    ]
-    draw_demo(summaries, document["ranges"], Path("demo.png"), metric=metric, protocol=protocol)
+    ]  # fmt: skip
+    draw_demo(shown, document["ranges"], Path("demo.png"), metric=metric, protocol=protocol)

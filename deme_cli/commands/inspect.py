@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.artifacts import Inspected
 from deme_cli.commands.options import Json, Quiet
 
 Files = Annotated[
@@ -19,7 +17,6 @@ Files = Annotated[
 Verify = Annotated[
     bool, typer.Option("--verify", help="Recompute each fingerprint; exit 4 if one differs.")
 ]
-
 
 _MOST_LINES, _WIDTH = 40, 92  # of a fact with many parts; columns of what is nested in one
 _NOTHING: tuple[Any, ...] = (None, {}, [], ())
@@ -38,28 +35,24 @@ def inspect(
     console.set_quiet(quiet)
     with console.showing() as progress:
         artifacts = [
-            _describe(one) for one in deme_cli.inspect(files, verify=verify, progress=progress)
+            {
+                "path": str(one.header.path),
+                "kind": one.record.kind,
+                "parameters": one.header.num_parameters,
+                "tensors": len(one.header.tensors),
+                "fingerprint": one.record.fingerprint,
+                "record": asdict(one.record),
+            }
+            for one in deme_cli.inspect(files, verify=verify, progress=progress)
         ]
     if as_json:
         console.result_json({"artifacts": artifacts})
     else:
-        print("\n\n".join(_as_text(artifact) for artifact in artifacts))
-
-
-def _describe(one: Inspected) -> dict[str, Any]:
-    """One artifact as the JSON document shows it."""
-    return {
-        "path": str(one.header.path),
-        "kind": one.record.kind,
-        "parameters": one.header.num_parameters,
-        "tensors": len(one.header.tensors),
-        "fingerprint": one.record.fingerprint,
-        "record": asdict(one.record),
-    }
+        print("\n\n".join(map(_as_text, artifacts)))
 
 
 def _as_text(artifact: dict[str, Any]) -> str:
-    """One artifact for a person: a line per fact, model and scheduler configs left to --json."""
+    """Facts in lines, the record's last; what no person reads is left to --json."""
     record = artifact["record"]
     facts = {
         "kind": artifact["kind"],
@@ -71,37 +64,30 @@ def _as_text(artifact: dict[str, Any]) -> str:
     for name, value in record.items():
         if name not in _UNSHOWN and value is not None:
             facts[name.replace("_", " ")] = _as_fact(name, value)
+    facts["created by"] = record["created_by"]
     width = max(map(len, facts))
-    lines = [f"  {name:<{width}}  {text}" for name, text in facts.items()]
-    return "\n".join(
-        [artifact["path"], *lines, f"  {'created by':<{width}}  {record['created_by']}"]
-    )
+    return "\n".join([artifact["path"], *(f"  {k:<{width}}  {text}" for k, text in facts.items())])
 
 
 def _as_fact(name: str, value: Any) -> str:
-    """A record's value on one line; one with parts over indented lines."""
+    """A record's value on one line; one with parts over indented lines, of very many the first."""
     if name == "range":
         return f"{value[0]}:{value[1]}"
     if name == "coefficients":
         return ", ".join(f"{w:g}" for w in value)
     if name == "parents":
-        return _lines(
-            f"{parent['range'][0]}:{parent['range'][1]}  {parent['kind']}  "
-            f"{parent['fingerprint'][:12]}  {parent['path']}"
-            for parent in value
-        )
-    if isinstance(value, dict):
-        told = {key: _short(entry) for key, entry in value.items() if entry not in _NOTHING}
-        return _lines(f"{key} = {text}" for key, text in told.items())
-    return _short(value)
-
-
-def _lines(lines: Iterable[str]) -> str:
-    """Lines below the fact's name, indented; of very many the first."""
-    shown = list(lines)
-    if len(shown) > _MOST_LINES:
-        shown[_MOST_LINES:] = [f"… and {len(shown) - _MOST_LINES} more; --json has all"]
-    return "".join(f"\n    {line}" for line in shown) or "none"
+        lines = [
+            f"{one['range'][0]}:{one['range'][1]}  {one['kind']}  {one['fingerprint'][:12]}  "
+            f"{one['path']}"
+            for one in value
+        ]
+    elif isinstance(value, dict):
+        lines = [f"{k} = {_short(each)}" for k, each in value.items() if each not in _NOTHING]
+    else:
+        return _short(value)
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES:] = [f"… and {len(lines) - _MOST_LINES} more; --json has all"]
+    return "".join(f"\n    {line}" for line in lines) or "none"
 
 
 def _short(value: Any) -> str:

@@ -6,22 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import Result
 
-from deme_cli.errors import ConfigError, DemeError, MissingError
+from deme_cli.errors import ConfigError, MissingError
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    (["-o", "file"], ConfigError, "file exists; add --force"),
-    (["-o", "file", "--force"], MissingError, "file: cannot make this folder"),
-    (["-o", "file/below"], MissingError, "file/below: cannot make this folder"),
-])  # fmt: skip
 def test_a_folder_that_cannot_be_made_is_told(
-    deme: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str], error: type[DemeError], message: str,
-) -> None:  # fmt: skip
+    deme: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    result = deme("demo", *arguments)
-    assert isinstance(result.exception, error), result.exception
-    assert message in str(result.exception)
+    for arguments, error, message in (
+        (["-o", "file"], ConfigError, "file exists; add --force"),
+        (["-o", "file", "--force"], MissingError, "file: part of this path is a file"),
+        (["-o", "file/below"], MissingError, "file/below: part of this path is a file"),
+    ):
+        result = deme("demo", *arguments)
+        assert isinstance(result.exception, error), result.exception
+        assert message in str(result.exception)
