@@ -13,12 +13,11 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,8 +165,8 @@ def metrics(printed: str) -> Any:
 def run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes a folder with a base, four experts and a deme.toml, as `deme split` leaves it."""
 
-    def make(folder: Path | None = None) -> Path:
-        place = folder or tmp_path_factory.mktemp("faults") / "run"
+    def make() -> Path:
+        place = tmp_path_factory.mktemp("faults") / "run"
         shutil.copytree(finished_run, place, dirs_exist_ok=True)
         (place / "deme.toml").write_text(SETTINGS)
         return place
@@ -241,33 +240,6 @@ def test_a_limit_on_the_size_of_files_is_told(name: str, run: Callable, goes_on:
     code, said = go(COMMANDS[name][0], folder, limit_files)
     assert code == 3 or ("folder" in name and code == 0), said  # single pictures are smaller
     goes_on(name, folder)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB of its own; needs the right to mount."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place])
-    if mounted.returncode:
-        pytest.skip("no right to mount a file system")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
-    name: str, disk: Path, run: Callable, goes_on: Callable
-) -> None:
-    for left in (0, 16_384):
-        shutil.rmtree(disk / "run", ignore_errors=True)
-        folder = run(disk / "run")
-        with (disk / "filler").open("wb") as file:
-            file.write(b"\1" * max(0, shutil.disk_usage(disk).free - left))
-        code = fork(COMMANDS[name][0], folder).wait()
-        (disk / "filler").unlink()
-        assert code in (0, 3)
-        goes_on(name, folder)
 
 
 @pytest.mark.parametrize("name", WRITERS)
