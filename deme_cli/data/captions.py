@@ -129,6 +129,8 @@ def read_labels(raw: RawAnnotations, source: str, name: Callable[[int], str]) ->
                 f"{name(index)}: {raw.values[index]!r} in {raw.where} is no class; expected whole "
                 f"numbers from 0{f' to {limit - 1}' * bool(raw.names)}, or names, throughout"
             )
+    found = {*values, *(each for each in classes if isinstance(each, kind))} - {"", -1}
+    known = {n: str(n) for n in sorted(found) if n >= 0} if kind is int else {}
     if raw.names:
         numbers = list(range(len(raw.names)))
         if all(name.isascii() and name.isdigit() for name in raw.names):
@@ -138,13 +140,9 @@ def read_labels(raw: RawAnnotations, source: str, name: Callable[[int], str]) ->
         known = dict(zip(numbers, raw.names, strict=True))
         values = [numbers[value] for value in values]
     elif kind is str:
-        ordered = sorted({*values, *(each for each in classes if isinstance(each, str))} - {""})
-        known = dict(enumerate(ordered))
+        known = dict(enumerate(sorted(found)))
         number_of = {name: number for number, name in known.items()}
         values = [number_of[value] for value in values]
-    else:
-        ordered = sorted({*values, *(n for n in classes if isinstance(n, int) and n >= 0)})
-        known = {number: str(number) for number in ordered}
     count = max(len(raw.names), max(known) + 1)
     return Annotations(labels=tuple(values), num_classes=count, classes=known)
 

@@ -107,7 +107,9 @@ def _without_alpha(
     if image.has_transparency_data:
         image = image.convert("LA" if is_grey(image) else "RGBA")
         return image.convert(image.mode[:-1]), image.getchannel("A")
-    return image if mode == "CMYK" else image.convert("L" if is_grey(image) else "RGB"), None
+    if mode in ("L", "RGB", "CMYK"):
+        return image, None
+    return image.convert("L" if is_grey(image) else "RGB"), None
 
 
 @lru_cache(64)

@@ -111,9 +111,9 @@ class ImageData:
             out[place] = fit(self._images.decode(chosen[place]), self.shape, crops[place])
 
         _, height, width = self._images.size(chosen[0]) if chosen else self.shape
-        is_small = height * width < _THREADED_PIXELS
-        with ThreadPoolExecutor(1 if is_small else min(8, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(fill, range(len(chosen))):
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            is_large = height * width >= _THREADED_PIXELS
+            for _ in (pool.map if is_large else map)(fill, range(len(chosen))):
                 pass
         return torch.from_numpy(out)
 

@@ -159,8 +159,16 @@ def read_prompts(source: str, *, column: str | None = None) -> PromptSet:
     Raises MissingError for an absent file, ArtifactError for one without prompts, ConfigError for a
     column or a kind of file that does not exist.
     """
-    if source in _ASSETS:
-        return _of_file(source, _find(_ASSETS[source]), column)
+    if asset := _ASSETS.get(source):
+        path = asset.find()
+        if path is None:
+            raise missing([asset], "not on this machine")
+        if sha256_of(path) != asset.sha256:
+            raise ArtifactError(
+                f"{path}: expected the {asset.what}, sha256 {asset.sha256}, found another file; "
+                f"remove it and fetch {asset.url}"
+            )
+        return _of_file(source, path, column)
     if source.startswith(TEXT):
         known = PromptSet(source, (source.removeprefix(TEXT),), cycles=True)
     elif source == "digits":
@@ -206,19 +214,6 @@ def select_prompts(
     order = [i % count if prompts.cycles else i // per_prompt for i in chosen]
     classes = prompts.classes or (None,) * count
     return [(prompts.prompts[index], classes[index]) for index in order]
-
-
-def _find(asset: Asset) -> Path:
-    """The copy of a known set. Raises MissingError saying where to get it and where to put it."""
-    path = asset.find()
-    if path is None:
-        raise missing([asset], "not on this machine")
-    if sha256_of(path) != asset.sha256:
-        raise ArtifactError(
-            f"{path}: expected the {asset.what}, sha256 {asset.sha256}, found another file; "
-            f"remove it and fetch {asset.url}"
-        )
-    return path
 
 
 def _of_file(source: str, path: Path, column: str | None) -> PromptSet:

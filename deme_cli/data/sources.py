@@ -253,10 +253,15 @@ class TableImages(Images):
 
         features, key = self._table.features, None
         names = [column] if column else [*COLUMNS[wants], *(["txt"] if wants == "text" else [])]
-        told = (n for n in names if n in features and not isinstance(features[n], ImageFeature))
-        name = next(told, "json")
-        if name not in names:
-            fields = self._json_fields()
+        told = [n for n in names if n in features and not isinstance(features[n], ImageFeature)]
+        name = told[0] if told else "json"
+
+        def values(table: Dataset) -> list[Any]:
+            return list(table.select_columns([name])[:][name]) if name in table.features else []
+
+        shown = values(self._table)
+        if not told:
+            fields = dict.fromkeys(field for one in shown for field in _json_object(one))
             wanted = [column] if column else JSON_FIELDS[wants]
             key = next((field for field in wanted if field in fields), None)
             if key is None:
@@ -265,26 +270,13 @@ class TableImages(Images):
                     f"{self.label}: no column {' or '.join(names)}; "
                     f"columns: {', '.join(features)}{within}"
                 )
-
-        def values(table: Dataset) -> list[Any]:
-            column = table.select_columns([name])[:][name]
-            return [_json_object(one).get(key) for one in column] if key else list(column)
-
         where = f"field {key!r} of column {name!r}" if key else f"column {name!r}"
-        if wants == "text":
-            return RawAnnotations(values(self._table), where)
         declared = getattr(features[name], "names", None) or ()  # of a ClassLabel
-        others = [table for table in self._splits if name in table.features and not declared]
+        others = () if wants == "text" or declared else self._splits
         classes = [value for table in others for value in values(table)]
-        return RawAnnotations(values(self._table), where, classes, declared)
-
-    def _json_fields(self) -> Sequence[str]:
-        """The fields of the `json` column: declared, or those of its first rows."""
-        kind = self._table.features.get("json")
-        if kind is None or isinstance(kind, Mapping):
-            return tuple(kind or ())
-        rows = map(_json_object, self._table.select_columns(["json"])[:5]["json"])
-        return tuple(dict.fromkeys(key for row in rows for key in row))
+        if key:
+            shown, classes = ([_json_object(one).get(key) for one in s] for s in (shown, classes))
+        return RawAnnotations(shown, where, classes, declared)
 
 
 def _json_object(value: Any) -> dict[str, Any]:
