@@ -24,7 +24,13 @@ from deme_cli.data.captions import Annotations, read_captions, read_labels
 from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
 from deme_cli.data.fitting import CENTRE, Shape, fit
 from deme_cli.data.image_source import HELD_OUT_WORDS, ImageSource, find_image_source
-from deme_cli.data.sources import ArrayImages, FolderImages, Images, TableImages, read_tables
+from deme_cli.data.sources import (
+    Images,
+    array_images,
+    folder_images,
+    read_tables,
+    table_images,
+)
 from deme_cli.errors import ArtifactError, ConfigError
 
 SPLITS = ("train", "held-out", "all")
@@ -74,9 +80,9 @@ class ImageData:
         """An image as messages call it."""
         return self._images.name(self._indices[index])
 
-    def file_names(self) -> list[str] | None:
+    def file_names(self) -> Sequence[str] | None:
         """The names of images below their folder; None of images that are no files."""
-        names = self._images.file_names if isinstance(self._images, FolderImages) else None
+        names = self._images.file_names
         return names and [names[index] for index in self._indices]
 
     def select(self, numbers: Sequence[int]) -> ImageData:
@@ -140,9 +146,9 @@ def open_images(
         raise ArtifactError(f"{source}: too few images for the split {split!r}")
     annotations = Annotations()
     if wants == "text":
-        annotations = read_captions(images.annotations(wants, captions), source, images.name)
+        annotations = read_captions(images.annotate(wants, captions), source, images.name)
     elif wants == "class":
-        raw = images.annotations(wants, captions)
+        raw = images.annotate(wants, captions)
         annotations = read_labels(raw, source, images.name)
         shown = [name if name == str(number) else f"{number} {name}"
                  for number, name in sorted(annotations.classes.items())]  # fmt: skip
@@ -167,17 +173,16 @@ def _open_split(source: ImageSource, split: str) -> tuple[Images, Sequence[int]]
 
     Of a source without a split for testing, every 50th image is held out, or the last.
     """
-    images: Images
     has_split = True
     if source.kind == "digits":
         digits, labels = load_digits({"held-out": "test"}.get(split, split))
         named = [DIGIT_CAPTIONS[label] for label in labels]
-        images = ArrayImages("digits", digits, captions=named, labels=labels, num_classes=10)
+        images = array_images("digits", digits, captions=named, labels=labels, num_classes=10)
     elif source.kind == "folder":
         has_split = bool(source.held_out)
         wanted = {"train": (False,), "held-out": (True,), "all": (False, True)}[split]
         files = [f for f in source.files if not has_split or (f in source.held_out) in wanted]
-        images = FolderImages(source, files)
+        images = folder_images(source, files)
     elif source.kind == "samples":
         has_split, images = False, _samples(source)
     else:
@@ -188,15 +193,15 @@ def _open_split(source: ImageSource, split: str) -> tuple[Images, Sequence[int]]
         has_split = 0 < len(test) < len(tables)
         names = {"train": tables.keys() - test, "held-out": test}.get(split) if has_split else None
         rows = [table for name, table in tables.items() if names is None or name in names]
-        images = TableImages(source.name, concatenate_datasets(rows), list(tables.values()))
-    count = len(images)
+        images = table_images(source.name, concatenate_datasets(rows), list(tables.values()))
+    count = images.count
     held_out = range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY) or [count - 1]
     if has_split or split == "all":
         return images, range(count)
     return images, held_out if split == "held-out" else sorted({*range(count)} - {*held_out})
 
 
-def _samples(source: ImageSource) -> ArrayImages:
+def _samples(source: ImageSource) -> Images:
     """The images of a samples artifact; the prompts they were drawn for are their captions."""
     images = load_tensors(source.path).get("images")
     if images is None or images.dtype != torch.uint8 or images.ndim != 4:
@@ -204,7 +209,7 @@ def _samples(source: ImageSource) -> ArrayImages:
     if images.shape[-1] not in (1, 3):
         raise ArtifactError(f"{source.name}: {images.shape[-1]} channels; expected 1 or 3")
     record = read_record(source.path, "samples")
-    return ArrayImages(source.name, images.numpy(), captions=record.prompts, labels=record.classes)
+    return array_images(source.name, images.numpy(), captions=record.prompts, labels=record.classes)
 
 
 def _own_shape(images: Images, indices: Sequence[int]) -> Shape:

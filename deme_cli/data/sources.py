@@ -14,9 +14,9 @@ import logging
 import os
 import sys
 import tarfile
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -50,27 +50,22 @@ _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the image by a quarter
 _FIELDS = ("txt", "json", "cls")  # of a sample in a shard
 
 
-class Images(ABC):
-    """Numbered images that are decoded one at a time: of a file, or of bytes (`encoded`).
+@dataclass(frozen=True)
+class Images:
+    """Numbered images that are decoded one at a time. label: what messages call them all.
 
-    label: what messages call them all, and `name` one of them. annotations: captions (wants `text`)
-    or classes (wants `class`), of a column where one is named; raises ArtifactError without any.
+    encoded: the file of an image, its bytes, or itself.   name: an image as messages call it.
+    annotate: captions (wants `text`) or classes (wants `class`), of a column where one is named;
+    raises ArtifactError without any.   file_names: below their folder, of images that are files.
     """
 
     label: str
+    count: int
     fingerprint: str
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def name(self, index: int) -> str: ...
-
-    @abstractmethod
-    def annotations(self, wants: str, column: str | None) -> RawAnnotations: ...
-
-    def encoded(self, index: int) -> Path | io.BytesIO:
-        raise NotImplementedError
+    name: Callable[[int], str]
+    encoded: Callable[[int], Path | io.BytesIO | Image.Image]
+    annotate: Callable[[str, str | None], RawAnnotations]
+    file_names: Sequence[str] | None = None
 
     def decode(self, index: int) -> Image.Image:
         """The image in L or RGB, upright. Raises ArtifactError naming it if it is broken."""
@@ -93,9 +88,9 @@ class Images(ABC):
     @contextmanager
     def _open(self, index: int) -> Iterator[Image.Image]:
         """The image, open; what goes wrong while it is read is told by its name."""
-        name = self.name(index)
+        name, encoded = self.name(index), self.encoded(index)
         try:
-            with Image.open(self.encoded(index)) as image:
+            with encoded if isinstance(encoded, Image.Image) else Image.open(encoded) as image:
                 yield image
         except FileNotFoundError as error:
             raise MissingError(f"{name}: no such file") from error
@@ -107,67 +102,48 @@ class Images(ABC):
             raise ArtifactError(f"{name}: broken image ({error}); remove or mend it") from error
 
 
-class ArrayImages(Images):
+def array_images(
+    label: str, images: np.ndarray, *, captions: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None, num_classes: int = 0,
+) -> Images:  # fmt: skip
     """uint8 images (n, H, W, C) with C = 1 or 3; the fingerprint is of their bytes and shape.
 
     captions, labels: one per image, where they are known; labels are below `num_classes`.
     """
+    images = np.ascontiguousarray(images)
+    digest = hashlib.sha256(f"{images.shape}\n".encode())
+    digest.update(images.data.cast("B"))
 
-    def __init__(
-        self, label: str, images: np.ndarray, *, captions: Sequence[str] | None = None,
-        labels: Sequence[int] | None = None, num_classes: int = 0,
-    ) -> None:  # fmt: skip
-        self.label, self.images = label, np.ascontiguousarray(images)
-        self._known, self._num_classes = {"text": captions, "class": labels}, num_classes
-        digest = hashlib.sha256(f"{images.shape}\n".encode())
-        digest.update(self.images.data.cast("B"))
-        self.fingerprint = digest.hexdigest()
+    def encoded(index: int) -> Image.Image:
+        return Image.fromarray(images[index, ..., 0] if images.shape[-1] == 1 else images[index])
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        return f"{self.label}: image {index}"
-
-    def decode(self, index: int) -> Image.Image:
-        image = self.images[index]
-        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-    def size(self, index: int) -> tuple[int, int, int]:
-        height, width, channels = self.images.shape[1:]
-        return channels, height, width
-
-    def annotations(self, wants: str, column: str | None) -> RawAnnotations:
-        values, what = self._known[wants], "captions" if wants == "text" else "classes"
-        if values is None or len(values) != len(self) or column is not None:
+    def annotate(wants: str, column: str | None) -> RawAnnotations:
+        values, what = (captions, "captions") if wants == "text" else (labels, "classes")
+        if values is None or len(values) != len(images) or column is not None:
             missing = f"no column {column!r}" if column else f"no {what}, one for each image"
             raise NoAnnotations(
-                f"{self.label}: {missing}; give images with {what}: a folder with metadata.jsonl, "
+                f"{label}: {missing}; give images with {what}: a folder with metadata.jsonl, "
                 f"a parquet file or webdataset shards"
             )
-        return RawAnnotations(values, self.label, names=[*map(str, range(self._num_classes))])
+        return RawAnnotations(values, label, names=[*map(str, range(num_classes))])
+
+    return Images(
+        label, len(images), digest.hexdigest(), lambda index: f"{label}: image {index}",
+        encoded, annotate,
+    )  # fmt: skip
 
 
-class FolderImages(Images):
+def folder_images(source: ImageSource, paths: Sequence[Path]) -> Images:
     """Image files under a folder; the fingerprint is of their names and bytes."""
-
-    def __init__(self, source: ImageSource, paths: Sequence[Path]) -> None:
-        self.label, self._source, self.paths = source.name, source, paths
-        digests = file_digests(source.path, self.paths)
-        self.file_names = list(digests)  # below the folder
-        self.fingerprint = _fingerprint(map("\0".join, digests.items()))
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        return str(self.paths[index])
-
-    def encoded(self, index: int) -> Path:
-        return self.paths[index]
-
-    def annotations(self, wants: str, column: str | None) -> RawAnnotations:
-        return folder_annotations(self._source, self.paths, wants=wants, column=column)
+    digests = file_digests(source.path, paths)
+    return Images(
+        source.name, len(paths), _fingerprint(map("\0".join, digests.items())),
+        name=lambda index: str(paths[index]), encoded=lambda index: paths[index],
+        annotate=lambda wants, column: folder_annotations(
+            source, paths, wants=wants, column=column
+        ),
+        file_names=list(digests),
+    )  # fmt: skip
 
 
 def _fingerprint(lines: Iterable[str]) -> str:
@@ -180,103 +156,101 @@ def _fingerprint(lines: Iterable[str]) -> str:
 # tables
 
 
-class TableImages(Images):
+def table_images(label: str, table: Dataset, splits: Iterable[Dataset] = ()) -> Images:
     """The image column of a table; the fingerprint is of the bytes of its encoded images.
 
-    splits: the tables of all splits, where `rows` are some of them: their classes count, too.
+    splits: the tables of all splits, where `table` is of some of them: their classes count, too.
     """
+    from datasets import Image as ImageFeature
 
-    def __init__(self, label: str, rows: Dataset, splits: Iterable[Dataset] = ()) -> None:
-        from datasets import Image as ImageFeature
+    features = table.features
+    declared = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
+    usable = declared or [name for name, kind in features.items() if _holds_bytes(kind)]
+    column = next((name for name in ("image", "img", *usable) if name in usable), None)
+    if column is None:
+        raise ArtifactError(f"{label}: no column holds images; columns: {', '.join(features)}")
+    rows = table.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+    files = [Path(file["filename"]) for file in rows.cache_files]
 
-        declared = [name for name, kind in rows.features.items() if isinstance(kind, ImageFeature)]
-        usable = declared or [n for n, kind in rows.features.items() if _holds_bytes(kind)]
-        self.column = next((n for n in ("image", "img", *usable) if n in usable), "")
-        if not self.column:
-            columns = ", ".join(rows.features)
-            raise ArtifactError(f"{label}: no column holds images; columns: {columns}")
-        self.label, self._table, self._splits = label, rows, splits
-        self.rows = rows.select_columns([self.column]).cast_column(
-            self.column, ImageFeature(decode=False)
-        )
-        files = [Path(file["filename"]) for file in self.rows.cache_files]
-        if files:  # of all rows, remembered for the files that `datasets` keeps them in
-            name = f"{files[0].name} {self.column} {len(self)}"
-            made = remembered(
-                files[0].parent, {name: files}, lambda _: _fingerprint(self._digests())
-            )
-            self.fingerprint = made[name]
-        else:
-            self.fingerprint = _fingerprint(self._digests())
+    def made(_: str) -> str:
+        return _fingerprint(_digests(label, rows, column))
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    if files:  # of all rows, remembered for the files that `datasets` keeps them in
+        key = f"{files[0].name} {column} {len(rows)}"
+        fingerprint = remembered(files[0].parent, {key: files}, made)[key]
+    else:
+        fingerprint = made("")
 
-    def name(self, index: int) -> str:
-        return f"{self.label}: row {index}"
-
-    def encoded(self, index: int) -> Path | io.BytesIO:
-        value = self.rows[index][self.column]
+    def encoded(index: int) -> Path | io.BytesIO:
+        value = rows[index][column]
         if value is None or (value["bytes"] is None and value["path"] is None):
-            raise ArtifactError(f"{self.name(index)} holds no image; leave such rows out")
+            raise ArtifactError(f"{label}: row {index} holds no image; leave such rows out")
         return Path(value["path"]) if value["bytes"] is None else io.BytesIO(value["bytes"])
 
-    def _digests(self) -> Iterator[str]:
-        """SHA-256 of each row's encoded image; none is decoded.
+    return Images(
+        label, len(rows), fingerprint, lambda index: f"{label}: row {index}", encoded,
+        annotate=lambda wants, name: _table_annotations(label, table, splits, wants, name),
+    )  # fmt: skip
 
-        Raises ArtifactError for a row that names a file which did not come with the table.
-        """
-        import pyarrow.compute
 
-        index = 0
-        for batch in self.rows.with_format("arrow").iter(batch_size=1_000):
-            images = batch.column(self.column).combine_chunks()
-            parts = (pyarrow.compute.struct_field(images, part) for part in ("bytes", "path"))
-            for value, path in zip(*parts, strict=True):
-                if value.is_valid:
-                    yield hashlib.sha256(value.as_buffer()).hexdigest()
-                elif not path.is_valid:
-                    yield "None"
-                elif _is_fetched(path.as_py()):
-                    yield sha256_of(Path(path.as_py()))
-                else:
-                    raise ArtifactError(
-                        f"{self.name(index)} names a file, {path.as_py()!r}, instead of holding "
-                        f"an image; write the table anew with the images' bytes in it, or give "
-                        f"the folder of images"
-                    )
-                index += 1
+def _digests(label: str, rows: Dataset, column: str) -> Iterator[str]:
+    """SHA-256 of each row's encoded image; none is decoded.
 
-    def annotations(self, wants: str, column: str | None) -> RawAnnotations:
-        """Of a column, or a field of the column `json` that shards have; no other is read."""
-        from datasets import Image as ImageFeature
+    Raises ArtifactError for a row that names a file which did not come with the table.
+    """
+    import pyarrow.compute
 
-        features, key = self._table.features, None
-        names = [column] if column else [*COLUMNS[wants], *(["txt"] if wants == "text" else [])]
-        told = [n for n in names if n in features and not isinstance(features[n], ImageFeature)]
-        name = told[0] if told else "json"
-
-        def values(table: Dataset) -> list[Any]:
-            return list(table.select_columns([name])[:][name]) if name in table.features else []
-
-        shown = values(self._table)
-        if not told:
-            fields = dict.fromkeys(field for one in shown for field in _json_object(one))
-            wanted = [column] if column else JSON_FIELDS[wants]
-            key = next((field for field in wanted if field in fields), None)
-            if key is None:
-                within = f"; fields of json: {', '.join(fields)}" if fields else ""
-                raise NoAnnotations(
-                    f"{self.label}: no column {' or '.join(names)}; "
-                    f"columns: {', '.join(features)}{within}"
+    index = 0
+    for batch in rows.with_format("arrow").iter(batch_size=1_000):
+        images = batch.column(column).combine_chunks()
+        parts = (pyarrow.compute.struct_field(images, part) for part in ("bytes", "path"))
+        for value, path in zip(*parts, strict=True):
+            if value.is_valid:
+                yield hashlib.sha256(value.as_buffer()).hexdigest()
+            elif not path.is_valid:
+                yield "None"
+            elif _is_fetched(path.as_py()):
+                yield sha256_of(Path(path.as_py()))
+            else:
+                raise ArtifactError(
+                    f"{label}: row {index} names a file, {path.as_py()!r}, instead of holding an "
+                    f"image; write the table anew with the images' bytes in it, or give the folder "
+                    f"of images"
                 )
-        where = f"field {key!r} of column {name!r}" if key else f"column {name!r}"
-        declared = getattr(features[name], "names", None) or ()  # of a ClassLabel
-        others = () if wants == "text" or declared else self._splits
-        classes = [value for table in others for value in values(table)]
-        if key:
-            shown, classes = ([_json_object(one).get(key) for one in s] for s in (shown, classes))
-        return RawAnnotations(shown, where, classes, declared)
+            index += 1
+
+
+def _table_annotations(
+    label: str, table: Dataset, splits: Iterable[Dataset], wants: str, column: str | None
+) -> RawAnnotations:
+    """Of a column, or a field of the column `json` that shards have; no other is read."""
+    from datasets import Image as ImageFeature
+
+    features, key = table.features, None
+    names = [column] if column else [*COLUMNS[wants], *(["txt"] if wants == "text" else [])]
+    told = [n for n in names if n in features and not isinstance(features[n], ImageFeature)]
+    name = told[0] if told else "json"
+
+    def values(of: Dataset) -> list[Any]:
+        return list(of.select_columns([name])[:][name]) if name in of.features else []
+
+    shown = values(table)
+    if not told:
+        fields = dict.fromkeys(field for one in shown for field in _json_object(one))
+        wanted = [column] if column else JSON_FIELDS[wants]
+        key = next((field for field in wanted if field in fields), None)
+        if key is None:
+            within = f"; fields of json: {', '.join(fields)}" if fields else ""
+            raise NoAnnotations(
+                f"{label}: no column {' or '.join(names)}; columns: {', '.join(features)}{within}"
+            )
+    where = f"field {key!r} of column {name!r}" if key else f"column {name!r}"
+    declared = getattr(features[name], "names", None) or ()  # of a ClassLabel
+    others = () if wants == "text" or declared else splits
+    classes = [value for table in others for value in values(table)]
+    if key:
+        shown, classes = ([_json_object(one).get(key) for one in s] for s in (shown, classes))
+    return RawAnnotations(shown, where, classes, declared)
 
 
 def _json_object(value: Any) -> dict[str, Any]:

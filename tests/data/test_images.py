@@ -371,14 +371,6 @@ def test_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         open_images(str(tmp_path), shape=None)
 
 
-def test_a_parquet_file_is_read_and_its_image_column_found(tmp_path: Path) -> None:
-    pixels = colour_pixels(60)
-    path = write_parquet(tmp_path / "set.parquet", pixels)
-    data = open_images(str(path), shape=None, split="all")
-    assert torch.equal(all_images(data), torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    assert len(open_images(str(path), shape=None, split="held-out")) == 1
-
-
 def test_a_folder_of_parquet_files_splits_by_their_names(tmp_path: Path) -> None:
     pixels = colour_pixels(6)
     write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", pixels[:4])

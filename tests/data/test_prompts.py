@@ -85,14 +85,6 @@ def test_the_column_can_be_named_and_classes_come_along(tmp_path: Path) -> None:
     assert words.classes is None
 
 
-def test_equal_prompts_have_one_digest_in_any_format(tmp_path: Path) -> None:
-    text = read_prompts(write(tmp_path / "p.txt", "one\ntwo\n"))
-    table = read_prompts(write(tmp_path / "p.json", '["one", "two"]'))
-    other = read_prompts(write(tmp_path / "q.txt", "one\nthree\n"))
-    assert text.sha256 == table.sha256 != other.sha256
-    assert PromptSet("s", ("one", "two"), (0, 1)).sha256 != text.sha256
-
-
 # known sets
 
 

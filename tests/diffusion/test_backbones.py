@@ -127,9 +127,12 @@ def test_projections_begin_as_the_identity_and_fold_away(opened: Any) -> None:
     torch.testing.assert_close(predict(network_folded, x_t, t, given), projected, rtol=0, atol=1e-5)
 
 
-def test_block_projections_follow_every_block_of_the_image_stream(opened: Any) -> None:
-    network = opened[0].network
-    blocks = [site.path for site in sites(network, "block")]
+def test_a_backbone_knows_its_network_its_blocks_and_its_conditions(opened: Any) -> None:
+    denoiser, companions, _ = opened
+    network, config = denoiser.network, denoiser.record.model_config
+    (backbone,) = (one for one in KNOWN if one.matches(config))
+    assert backbone is backbone_of(config) is backbone_of_network(network)
+    assert type(network).__name__ == backbone.class_name
     kinds = ("down_blocks", "up_blocks", "transformer_blocks", "single_transformer_blocks")
     listed = [
         f"{name}.{index}"
@@ -137,26 +140,14 @@ def test_block_projections_follow_every_block_of_the_image_stream(opened: Any) -
         if hasattr(network, name)
         for index in range(len(getattr(network, name)))
     ] + (["mid_block"] if hasattr(network, "mid_block") else [])
-    assert sorted(blocks) == sorted(listed)
-
-
-def test_every_condition_has_the_shape_that_its_backbone_tells(opened: Any) -> None:
-    denoiser, companions, _ = opened
-    told = denoiser.backbone.condition_shapes(denoiser.record.model_config)
+    assert sorted(site.path for site in sites(network, "block")) == sorted(listed)
+    told = backbone.condition_shapes(config)
     given, null = given_to(companions), companions.null()
     assert set(told) == set(given) >= set(null)
     for name, shape in told.items():
         assert given[name].shape[1:][-1:] == shape[-1:], name
         assert len(given[name]) == 2
     assert all(len(value) == 1 for value in null.values())
-
-
-def test_each_config_is_one_backbone_and_each_backbone_has_its_network(opened: Any) -> None:
-    denoiser = opened[0]
-    matching = [one for one in KNOWN if one.matches(denoiser.record.model_config)]
-    assert matching == [backbone_of(denoiser.record.model_config)]
-    assert backbone_of_network(denoiser.network) is matching[0]
-    assert type(denoiser.network).__name__ == matching[0].class_name
 
 
 @pytest.mark.parametrize(

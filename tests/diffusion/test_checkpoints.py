@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base, write_tiny_expert
+from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from deme_cli.artifacts import fingerprint, load_tensors, read_record, write_artifact
 from deme_cli.diffusion import model_files
-from deme_cli.diffusion.checkpoints import import_model, open_denoiser
+from deme_cli.diffusion.checkpoints import import_model
 from deme_cli.diffusion.denoiser import build_network
 from deme_cli.diffusion.model_files import locate_model, peek_timesteps, wanted_files
 from deme_cli.diffusion.projection import attach_projections
@@ -208,14 +208,6 @@ def test_a_name_that_is_no_model_is_told(
         import_model(name)
 
 
-def test_a_bare_unet_folder_without_scheduler_says_what_was_assumed(
-    pipe: Path, tmp_path: Path
-) -> None:
-    model = import_model(str(shutil.copytree(pipe / "unet", tmp_path / "alone" / "unet")))
-    assert model.record.num_train_timesteps == 1000
-    assert "DDPM defaults" in model.notes[0]
-
-
 def test_everything_at_the_root_is_a_pipeline_too(pickled: Path) -> None:
     folder = pickled
     expected = fingerprint(import_model(str(folder)).weights)
@@ -241,15 +233,6 @@ def test_attention_names_of_old_checkpoints_become_the_current_ones(pipe: Path) 
     assert renamed.keys() != weights.keys()
     save_file(renamed, pipe / "unet" / WEIGHTS)
     assert fingerprint(import_model(str(pipe)).weights) == fingerprint(weights)
-
-
-def test_a_schedule_of_trained_betas_is_read(pipe: Path) -> None:
-    path = pipe / "scheduler" / "scheduler_config.json"
-    betas = [0.1, 0.2, 0.3]
-    change_json(path, trained_betas=betas, num_train_timesteps=3, _class_name="DDIMScheduler")
-    denoiser = open_denoiser(str(pipe))
-    assert denoiser.schedule.num_train_timesteps == 3
-    assert denoiser.schedule.alphas_cumprod[-1].item() == pytest.approx(0.9 * 0.8 * 0.7)
 
 
 class Malicious:
@@ -278,13 +261,6 @@ def test_code_in_pickled_weights_is_never_run(
     assert not trap.exists()
 
 
-def test_an_artifact_is_imported_as_it_is_and_keeps_its_source(tmp_path: Path) -> None:
-    record = write_tiny_base(tmp_path / "b.safetensors")
-    model = import_model(str(tmp_path / "b.safetensors"))
-    assert model.record.source == "tiny"
-    assert model.record.fingerprint == record.fingerprint
-
-
 def test_block_projections_make_no_base(tmp_path: Path) -> None:
     path = tmp_path / "b.safetensors"
     record = write_tiny_base(path)
@@ -294,14 +270,6 @@ def test_block_projections_make_no_base(tmp_path: Path) -> None:
     write_artifact(path, network.state_dict(), record)
     with pytest.raises(ArtifactError, match="block projections"):
         import_model(str(path))
-
-
-def test_any_model_argument_opens_as_a_denoiser(pipe: Path, tmp_path: Path) -> None:
-    write_tiny_base(tmp_path / "base.safetensors")
-    write_tiny_expert(tmp_path / "ft.safetensors", tmp_path / "base.safetensors", index=1, of=2)
-    for argument in (pipe, tmp_path / "base.safetensors", tmp_path / "ft.safetensors"):
-        denoiser = open_denoiser(str(argument))
-        assert denoiser.record.fingerprint == fingerprint(denoiser.network.state_dict())
 
 
 def test_timesteps_are_told_without_torch(pipe: Path, run_folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from conftest import TINY_MODEL, write_tiny_base
 from tiny_pipelines import BUILDERS
 from transformers import T5EncoderModel
 
-from deme_cli.artifacts import load_tensors, read_record, write_artifact
-from deme_cli.diffusion.backbones import backbone_of
+from deme_cli.artifacts import load_tensors
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import (
@@ -84,20 +82,6 @@ def test_a_model_that_deme_cannot_take_is_refused_with_its_reason(
 ) -> None:
     with pytest.raises(ArtifactError, match=f"here: .*{message}"):
         build_network({**TINY_MODEL, **change}, "here")
-
-
-def test_the_image_shape_may_be_oblong() -> None:
-    config = {**TINY_MODEL, "sample_size": [16, 8], "in_channels": 3, "out_channels": 3}
-    assert backbone_of(config).sample_shape(config) == (3, 16, 8)
-
-
-def test_an_unusable_scheduler_names_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "base.safetensors"
-    write_tiny_base(path)
-    record = replace(read_record(path, "base"), scheduler_config={"beta_schedule": "cubic"})
-    write_artifact(path, load_tensors(path), record)
-    with pytest.raises(ArtifactError, match=r"base\.safetensors: unusable scheduler config"):
-        load_denoiser(path)
 
 
 def test_a_device_that_is_not_there_is_named() -> None:

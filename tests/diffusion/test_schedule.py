@@ -95,8 +95,7 @@ def test_flow_noise_and_times_are_those_of_diffusers_own_scheduler(shift: float)
     torch.testing.assert_close(schedule.target(x0, eps, t), eps - x0)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
-@pytest.mark.parametrize("num_ranges", [1, 2, 4, 7])
+@pytest.mark.parametrize(("shift", "num_ranges"), [(1, 4), (3, 1), (3, 7), (12, 2), (12, 4)])
 def test_ranges_of_times_share_out_the_draws_of_a_flow_once(shift: float, num_ranges: int) -> None:
     schedule = read_schedule({**FLOW, "shift": shift})
     position = 0
