@@ -193,7 +193,8 @@ def _open_split(source: ImageSource, split: str) -> tuple[Images, Sequence[int]]
         has_split = 0 < len(test) < len(tables)
         names = {"train": tables.keys() - test, "held-out": test}.get(split) if has_split else None
         rows = [table for name, table in tables.items() if names is None or name in names]
-        images = table_images(source.name, concatenate_datasets(rows), list(tables.values()))
+        splits = list(tables.values()) if has_split else []
+        images = table_images(source.name, concatenate_datasets(rows), splits)
     count = images.count
     held_out = range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY) or [count - 1]
     if has_split or split == "all":
