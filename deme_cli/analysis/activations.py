@@ -25,6 +25,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,21 +106,18 @@ def analyze_activations(
     if block is not None and block not in paths:
         raise ConfigError(f"--block {block}: no such block in {pair[0]}{nearest(block, paths)}")
     examples, data, seen = open_images(
-        before.record, images, run, split=split, beside=output.parent, pipeline=pipeline,
-        device=device, progress=progress,
+        before.record, images, split, run=run, output=output, pipeline=pipeline, device=device,
+        progress=progress,
     )  # fmt: skip
-    draws = spread_draws(
-        examples, before.schedule, [span], settings.num,
-        seed=settings.seed, purpose="activations", batch_size=settings.batch_size,
-    )  # fmt: skip
-    protocol = {  # not how many controls there are: the first are the same whatever follows
+    draws = spread_draws(examples, before.schedule, [span], settings)
+    protocol = {
         "base": before.record.fingerprint, "expert": after.record.fingerprint, "data": data,
-        "range": str(span), "num": settings.num, "seed": settings.seed, "dtype": dtype,
+        "range": str(span), **asdict(settings), "dtype": dtype,
     }  # fmt: skip
+    total = settings.num * (settings.controls + 1)
     with keeping(
-        output, {**protocol, **seen}, label="activations", unit="comparison",
-        total=settings.num * (settings.controls + 1), progress=progress, force=force,
-    ) as kept:  # fmt: skip
+        output, {**protocol, **seen}, "activations", "draw", total, progress=progress, force=force
+    ) as kept:
         networks = before.network, after.network
         passes = _passes(networks, blocks, draws, settings, names=names, kept=kept)
         return _written(output, passes, names, block, protocol)
@@ -348,8 +346,8 @@ def _written(
             near = f" ± {100 * reach:.0f}" if reach == reach else ""
             reading += f" (random changes of this size: {100 * mean:.0f}{near} % in channels)"
     document = {
-        "reading": reading, "protocol": {**protocol, "controls": len(controls)},
-        "summary": summary, "controls": chance, "blocks": blocks, "quantiles": QUANTILES,
+        "reading": reading, "protocol": protocol, "summary": summary,
+        "controls": chance, "blocks": blocks, "quantiles": QUANTILES,
         "drawn": {"name": drawn["name"], "grid": drawn["grid"], **drawn["maps"]},
     }  # fmt: skip
     data = protocol["data"]

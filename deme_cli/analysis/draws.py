@@ -2,7 +2,7 @@
 
 In each of some spans of timesteps the same number of draws, t evenly over the span and in random
 order; images in shuffled rounds over all draws, so that each is used equally often. All of it is a
-function of the seed, what the draws are for, and the spans; noise is one of (seed, number of the
+function of the seed, the kind of analysis, and the spans; noise is one of (seed, number of the
 draw), so nothing depends on the batch size. And how far a mean over draws is off.
 m draws or values, G clusters.
 """
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deme_cli.analysis.settings import DrawConfig
 from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.console import Progress
@@ -92,20 +93,20 @@ def require_alike(models: Sequence[tuple[str, DenoiserRecord]]) -> None:
 
 
 def open_images(
-    record: DenoiserRecord, images: DataConfig, run: RunFile, *, split: str, beside: Path,
+    record: DenoiserRecord, images: DataConfig, split: str, *, run: RunFile, output: Path,
     pipeline: str | None, device: str, progress: Progress,
 ) -> tuple[Examples, dict[str, Any], dict[str, Any]]:  # fmt: skip
     """The images as a model of this record takes them, which they are as a protocol has it, and
     what else decides what it sees of them.
 
-    Latents are cached in a hidden folder in `beside`. Raises what `open_companions` and
+    Latents are cached in a hidden folder beside `output`. Raises what `open_companions` and
     `open_examples` raise.
     """
     pipeline = run.pipeline(pipeline)
     record = name_companions(record, pipeline)
     companions = open_companions(record, pipeline=pipeline, device=str(choose_device(device)))
     cache = run.settings(FinetuneConfig).cache
-    examples = open_examples(images, companions, split=split, cache=cache, beside=beside)
+    examples = open_examples(images, companions, split=split, cache=cache, beside=output.parent)
     fill_caches(examples, progress=progress)
     data = {"source": examples.source, "fingerprint": examples.fingerprint, "split": split}
     rest = {"shape": examples.image_shape, "scheduler": record.scheduler_config}
@@ -113,14 +114,14 @@ def open_images(
 
 
 def spread_draws(
-    examples: Examples, schedule: Schedule, spans: Sequence[TimestepRange], num: int,
-    *, seed: int, purpose: str, batch_size: int,
-) -> FixedDraws:  # fmt: skip
-    """`num` draws in each span, in the order of spans.
+    examples: Examples, schedule: Schedule, spans: Sequence[TimestepRange], settings: DrawConfig
+) -> FixedDraws:
+    """As many draws in each span as the settings say, in the order of spans.
 
     Raises ConfigError where a flow schedule has no time in a span.
     """
-    generator = derived_generator(seed, purpose, *spans)
+    num = settings.num
+    generator = derived_generator(settings.seed, type(settings).__name__, *spans)
     times = []
     for rows in map(schedule.indices, spans):
         t = rows.start + torch.arange(num) * len(rows) // num
@@ -134,7 +135,7 @@ def spread_draws(
         return seeded_noise(noise_seed, examples.shape, chosen.tolist())
 
     images = torch.cat(order)[:total]
-    return FixedDraws(examples, schedule, images, torch.cat(times), noise, batch_size)
+    return FixedDraws(examples, schedule, images, torch.cat(times), noise, settings.batch_size)
 
 
 def part(draws: FixedDraws, chosen: range) -> FixedDraws:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,28 +81,23 @@ def analyze_gradients(
     place = str(choose_device(device))
     denoiser = open_denoiser(model, pipeline=run.pipeline(pipeline), device=place)
     examples, data, seen = open_images(
-        denoiser.record, images, run, split="train", beside=output.parent, pipeline=pipeline,
+        denoiser.record, images, "train", run=run, output=output, pipeline=pipeline,
         device=device, progress=progress,
     )  # fmt: skip
     schedule, network = denoiser.schedule, denoiser.network
     buckets = bucket_ranges(settings.buckets, schedule.num_train_timesteps)
     protocol: dict[str, Any] = {
         "model": {"source": model, "fingerprint": denoiser.record.fingerprint},
-        "data": data, "buckets": settings.buckets, "num": settings.num,
-        "seed": settings.seed,
+        "data": data, **asdict(settings),
     }  # fmt: skip
     for bucket in buckets:
         schedule.indices(bucket)  # ConfigError where it holds no time
     with keeping(
-        output, {**protocol, **seen}, label="gradients", unit="draw", total=total,
-        progress=progress, force=force,
-    ) as kept:  # fmt: skip
+        output, {**protocol, **seen}, "gradients", "draw", total, progress=progress, force=force
+    ) as kept:
         measured = []
         for bucket in buckets:
-            draws = spread_draws(
-                examples, schedule, [bucket], settings.num,
-                seed=settings.seed, purpose="gradients", batch_size=settings.batch_size,
-            )  # fmt: skip
+            draws = spread_draws(examples, schedule, [bucket], settings)
             measured.append(_mean_gradient(f"{model}: timesteps {bucket}", network, draws, kept))
         affinity = _affinity(buckets, measured, network, protocol)
         affinity = replace(affinity, ranges=split_times(num_ranges, "gradient", schedule, affinity))

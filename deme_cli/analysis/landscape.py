@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,28 +97,22 @@ def analyze_landscape(
     groups = [TimestepRange(0, origin.record.num_train_timesteps)]
     groups += ranges or ranges_of(run, records, num_ranges, len(groups[0]))
     examples, data, seen = open_images(
-        origin.record, images, run, split=split, beside=output.parent, pipeline=pipeline,
-        device=device, progress=progress,
+        origin.record, images, split, run=run, output=output, pipeline=pipeline, device=device,
+        progress=progress,
     )  # fmt: skip
-    spread = functools.partial(
-        spread_draws, examples, origin.schedule, groups[:1], purpose="landscape",
-        batch_size=settings.batch_size,
-    )  # fmt: skip
-    fresh = spread(settings.report_num, seed=settings.seed + 1)
-    draws = spread(settings.num, seed=settings.seed), fresh
+    fresh = replace(settings, num=settings.report_num, seed=settings.seed + 1)
+    draws = [spread_draws(examples, origin.schedule, groups[:1], one) for one in (settings, fresh)]
     directions, rows = _plane(opened, arguments, is_random, settings.seed)
     axes = axes_of([row["coordinates"] for row in rows], settings)
     protocol = {
-        "along": along, "data": data,
-        "models": {row["name"]: row["fingerprint"] for row in rows},
-        "points": settings.points, "span": settings.span, "num": settings.num,
-        "seed": settings.seed, "report_num": settings.report_num, "intervals": INTERVALS,
+        "along": along, "models": {row["name"]: row["fingerprint"] for row in rows}, "data": data,
+        **asdict(settings), "intervals": INTERVALS,
     }  # fmt: skip
     plane = Plane(origin.network.to(choose_device(device)), directions)
     total = settings.points**2 + len(rows) + len(groups)
     with keeping(
-        output, {**protocol, **seen, "groups": groups}, label="landscape", unit="point",
-        total=total, progress=progress, force=force,
+        output, {**protocol, **seen, "groups": groups}, "landscape", "point", total,
+        progress=progress, force=force,
     ) as kept:  # fmt: skip
         networks = [denoiser.network for denoiser in opened]
         result = _measure(plane, networks, rows, axes, groups, draws, kept)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,24 +96,20 @@ def analyze_losses(
     from deme_cli.diffusion.schedule import read_schedule
 
     examples, data, seen = open_images(
-        record, images, run, split=split, beside=output.parent, pipeline=pipeline, device=device,
+        record, images, split, run=run, output=output, pipeline=pipeline, device=device,
         progress=progress,
     )  # fmt: skip
-    draws = spread_draws(
-        examples, read_schedule(record.scheduler_config), buckets, settings.num,
-        seed=settings.seed, purpose="losses", batch_size=settings.batch_size,
-    )  # fmt: skip
+    schedule = read_schedule(record.scheduler_config)
+    draws = spread_draws(examples, schedule, buckets, settings)
     inside, clusters = draws_in(draws, ranges), draws.images.numpy()
     prints = {model.name: model.fingerprints for model in opened}
     protocol = {
-        "models": prints, "data": data, "images": len(np.unique(clusters)),
-        "buckets": settings.buckets, "num": settings.num, "seed": settings.seed, "dtype": dtype,
-        "intervals": INTERVALS,
+        "models": prints, "data": data, "images": len(np.unique(clusters)), **asdict(settings),
+        "dtype": dtype, "intervals": INTERVALS,
     }  # fmt: skip
-    identity = {**protocol, **seen, "batch_size": settings.batch_size}
     total = len(draws.t) * sum(model.load is not None for model in opened)
     with keeping(
-        output, identity, label="losses", unit="draw", total=total, progress=progress, force=force
+        output, {**protocol, **seen}, "losses", "draw", total, progress=progress, force=force
     ) as kept:
         errors = _measure(opened, draws, kept)
         rows = _rows(opened, errors, inside, clusters, settings.num)

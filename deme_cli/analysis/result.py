@@ -178,8 +178,8 @@ class Kept:
 
 @contextmanager
 def keeping(
-    output: Path, identity: Mapping[str, Any], *, label: str, unit: str, total: int,
-    progress: Progress, force: bool,
+    output: Path, identity: Mapping[str, Any], label: str, unit: str, total: int,
+    *, progress: Progress, force: bool,
 ) -> Iterator[Kept]:  # fmt: skip
     """What is measured lies in a hidden file beside `output` until that is written.
 

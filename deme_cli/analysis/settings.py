@@ -83,3 +83,6 @@ class LandscapeConfig(Settings):
     )
     batch_size: int = setting(256, "draws per forward; changes rounding alone", flags=_BATCH)
     seed: int = setting(0, "seed of the draws and of random directions", within=FROM_0)
+
+
+DrawConfig = LossConfig | GradientConfig | ActivationConfig | LandscapeConfig

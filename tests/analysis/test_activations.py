@@ -65,10 +65,7 @@ def features(path: Path) -> dict[str, np.ndarray]:
     network = load_denoiser(BASE).network  # without hooks of projections
     network.load_state_dict({n: w for n, w in weights.items() if not n.startswith(PREFIX)})
     examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape, split="held-out"))
-    draws = spread_draws(
-        examples, denoiser.schedule, [TimestepRange(25, 50)], 12, seed=0, purpose="activations",
-        batch_size=4,
-    )  # fmt: skip
+    draws = spread_draws(examples, denoiser.schedule, [TimestepRange(25, 50)], settings())
     found: dict[str, np.ndarray] = {}
     for name in BLOCKS:
         weight = weights.get(f"{PREFIX}.{name.replace('.', '_')}.weight")

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from deme_cli.analysis.draws import draws_in, estimate, part, spread_draws
+from deme_cli.analysis.settings import LossConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.timesteps import split_uniform
@@ -21,7 +22,7 @@ def test_draws_are_even_and_do_not_depend_on_the_batch_size(finished_run: Path) 
     examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape, split="held-out"))
     spans = split_uniform(8, 100)
     draws, other = (
-        spread_draws(examples, denoiser.schedule, spans, 6, seed=0, purpose="x", batch_size=size)
+        spread_draws(examples, denoiser.schedule, spans, LossConfig(num=6, batch_size=size))
         for size in (4, 7)
     )
     for span, times in zip(spans, draws.t.view(8, 6), strict=True):

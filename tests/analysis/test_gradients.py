@@ -42,9 +42,7 @@ def full_gradient(bucket: TimestepRange, halves: slice = slice(None)) -> np.ndar
     """The gradient of the mean squared error over a bucket's draws, in one batch."""
     denoiser = load_denoiser(Path("base.safetensors"))
     examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape))
-    draws = spread_draws(
-        examples, denoiser.schedule, [bucket], 12, seed=0, purpose="gradients", batch_size=4
-    )
+    draws = spread_draws(examples, denoiser.schedule, [bucket], CONFIG)
     network, losses = denoiser.network.requires_grad_(True), []
     for half in [part(draws, range(6)), part(draws, range(6, 12))][halves]:
         assert all(int(t) in bucket for t in half.t)

@@ -51,10 +51,8 @@ def analyze(*models: str | Path, **options: Any) -> Analysis:
 def draws_of(*, fresh: bool) -> FixedDraws:
     denoiser = load_denoiser(Path(BASE))
     examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape))
-    return spread_draws(
-        examples, denoiser.schedule, [TimestepRange(0, 100)], 16 if fresh else 12,
-        seed=int(fresh), purpose="landscape", batch_size=64,
-    )  # fmt: skip
+    config = settings(num=16, seed=1) if fresh else settings()
+    return spread_draws(examples, denoiser.schedule, [TimestepRange(0, 100)], config)
 
 
 def errors_of(weights: Weights, draws: FixedDraws) -> np.ndarray:

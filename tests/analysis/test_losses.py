@@ -34,10 +34,7 @@ def test_losses_are_those_of_a_plain_loop_over_the_draws(run_folder: Path, resum
     assert made.document["ranges"] == ["0:25", "25:50", "50:75", "75:100"]
     denoiser = load_denoiser(Path("base.safetensors"))
     examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape, split="held-out"))
-    draws = spread_draws(
-        examples, denoiser.schedule, split_uniform(8, 100), 6, seed=0, purpose="losses",
-        batch_size=4,
-    )  # fmt: skip
+    draws = spread_draws(examples, denoiser.schedule, split_uniform(8, 100), CONFIG)
     errors = {}
     for name in ("base", "ft_1of4", "ft_2of4"):
         network = load_denoiser(Path(f"{name}.safetensors")).network

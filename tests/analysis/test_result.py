@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ IDENTITY = {"model": "a", "shape": (1, 8, 8)}
 
 @pytest.fixture
 def open_kept(tmp_path: Path) -> Open:
-    return partial(
-        keeping, tmp_path / "losses.json", label="x", unit="draw", total=6, progress=silent,
-        force=False,
-    )  # fmt: skip
+    def opened(identity: dict, **options: Any) -> Any:
+        usual = {"progress": silent, "force": False}
+        return keeping(tmp_path / "x.json", identity, "x", "draw", 6, **{**usual, **options})
+
+    return opened
 
 
 def measure(kept: Kept, value: float) -> float:
