@@ -132,9 +132,9 @@ def _check_buckets(model: str, buckets: int, num_ranges: int) -> int | None:
 
 
 def sketch(
-    tensors: Iterable[tuple[str, Tensor | None]], num: int, size: int, *, seed: int = 0
+    tensors: Iterable[tuple[str, Tensor]], num: int, size: int, *, seed: int = 0
 ) -> np.ndarray:
-    """Named tensors of `num` elements in all as (m,) float64 that keep inner products (None is 0).
+    """Named tensors of `num` elements in all as (m,) float64 that keep inner products.
 
     A count sketch (Charikar et al. 2002): S_k sums s_i g_i over the elements i with h_i = k, of
     random places h and signs s. <S(a), S(b)> has the mean <a, b> and a variance of at most
@@ -144,16 +144,11 @@ def sketch(
     kept as it is.
     """
     if num <= size:
-        values = [
-            np.zeros(0) if one is None else one.detach().cpu().flatten() for _, one in tensors
-        ]
-        return np.concatenate(values, dtype=np.float64)
+        return np.concatenate([one.cpu().flatten() for _, one in tensors], dtype=np.float64)
     total = np.zeros(size)
     for name, tensor in tensors:
-        if tensor is None:
-            continue
         random = np.random.default_rng([seed, *name.encode()])
-        for row in tensor.detach().float().cpu().flatten().split(size):
+        for row in tensor.float().cpu().flatten().split(size):
             bits = np.frombuffer(random.bytes(-(-len(row) // 8)), np.uint8)
             signs = np.unpackbits(bits, count=len(row)).astype(np.float32) * 2 - 1
             places = (np.arange(len(row)) + random.integers(size)) % size
@@ -165,6 +160,8 @@ def _mean_gradient(
     where: str, network: nn.Module, draws: FixedDraws, kept: Kept
 ) -> tuple[np.ndarray, float, float]:
     """The sketch (m,) of a bucket's mean gradient, the cosine of its halves, the loss."""
+    import torch
+
     from deme_cli.analysis.draws import part
 
     num = len(draws.t)
@@ -174,8 +171,11 @@ def _mean_gradient(
         losses, halves = [], []
         for half in (range(num // 2), range(num // 2, num)):
             losses.append(part(draws, half).loss_and_gradient(network, kept.check))
-            gradients = ((name, p.grad) for name, p in network.named_parameters())
-            halves.append(sketch(gradients, size, SKETCH_SIZE))
+            gradients = {
+                name: torch.zeros_like(p) if p.grad is None else p.grad
+                for name, p in network.named_parameters()
+            }
+            halves.append(sketch(gradients.items(), size, SKETCH_SIZE))
         network.zero_grad(set_to_none=True)
         if not np.isfinite([*losses, *map(np.sum, halves)]).all():
             raise NumericsError(f"{where}: the gradient is not finite; the weights are broken")

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNRELATED = 0.5  # sign conflict of vectors that have nothing to do with each other
-_WIDE = np.dtype(np.float64)  # what differences are computed and summed in
 _NAME = 30  # characters
 Sums = dict[str, np.ndarray]
 
@@ -56,7 +55,13 @@ def analyze_task_vectors(
     parents = open_experts(paths, "expert", "task-vector")
     inputs = open_inputs(find_base(parents, run, base), parents)
     inputs = replace(inputs, experts=tuple(inputs.experts[i] for i in inputs.by_range))
-    specs = _layers_of(inputs)
+    specs = [spec for spec in float_specs(inputs) if spec.num_elements]
+    specs.sort(key=lambda spec: network_order(spec.name))
+    if foreign := next((spec for spec in specs if spec.dtype not in COMPUTED_IN), None):
+        raise ArtifactError(
+            f"{inputs.base.path}: {foreign.name!r} of {foreign.dtype} cannot be subtracted; "
+            f"analyze experts in F32, F16 or BF16"
+        )
     size = sum(spec.num_elements for spec in specs)
     count = f"{len(parents)} experts" if len(parents) > 1 else "1 expert"
     told = f"{count} of {inputs.base.path}: {len(specs)} tensors, {size:,} parameters"
@@ -96,52 +101,30 @@ def _own_experts(run: RunFile) -> list[Path]:
     return paths
 
 
-def _layers_of(inputs: Inputs) -> list[TensorSpec]:
-    """The tensors that are looked at, in the network's order: floating point, not empty.
-
-    Raises ArtifactError on a dtype that cannot be subtracted.
-    """
-    specs = [spec for spec in float_specs(inputs) if spec.num_elements]
-    for spec in specs:
-        if spec.dtype not in COMPUTED_IN:
-            raise ArtifactError(
-                f"{inputs.base.path}: {spec.name!r} of {spec.dtype} cannot be subtracted; "
-                f"analyze experts in F32, F16 or BF16"
-            )
-    return sorted(specs, key=lambda spec: network_order(spec.name))
-
-
 def _measure(inputs: Inputs, specs: Sequence[TensorSpec], progress: Progress) -> Sums:
-    """`squares` (T,) of |theta|^2, and (T, N, N) of every two experts: `products`, the number of
-    elements that `both` moved, and of those that they moved in `opposed` directions.
+    """`squares` (T,) of |theta|^2; (T, N, N) of every two experts: `products`, how many elements
+    `both` moved, and how many of those in `opposed` directions.
 
     Raises NumericsError naming a file and a tensor that is not finite.
     """
     count, total = len(inputs.experts), sum(spec.num_elements for spec in specs)
     runs, done = {run.specs[0].name: run for run in float_runs(inputs)}, 0
-    squares = np.zeros(len(specs))
-    products, both, opposed = np.zeros((3, len(specs), count, count))
+    squares, (products, both, net) = np.zeros(len(specs)), np.zeros((3, len(specs), count, count))
     with TensorStream(inputs) as stream, np.errstate(over="ignore", invalid="ignore"):
         for index, spec in enumerate(specs):
-            run = runs[spec.name]
-            for start, stop in run.spans(PIECE):
-                theta, taus = stream.vectors(run, start, stop, _WIDE)
-                squares[index] += (theta * theta).sum()
-                for i in range(count):
-                    for j in range(i + 1):
-                        product = taus[i] * taus[j]
-                        products[index, i, j] += product.sum()
-                        both[index, i, j] += np.count_nonzero(product)
-                        opposed[index, i, j] += np.count_nonzero(product < 0)
+            for start, stop in runs[spec.name].spans(PIECE):
+                theta, taus = stream.vectors(runs[spec.name], start, stop, np.dtype(np.float64))
+                signs = np.sign(taus)
+                squares[index] += theta @ theta
+                products[index] += taus @ taus.T
+                both[index] += np.abs(signs) @ np.abs(signs).T
+                net[index] += signs @ signs.T
                 progress(Step(done := done + stop - start, total, "task vectors", "parameter"))
-            for header, square in zip(
-                inputs.headers, [squares[index], *np.diag(products[index])], strict=True
-            ):
+            own = [squares[index], *np.diag(products[index])]
+            for header, square in zip(inputs.headers, own, strict=True):
                 if not np.isfinite(square):
                     raise NumericsError(f"{header.path}: {spec.name!r} is not finite")
-    sums = {"products": products, "both": both, "opposed": opposed}
-    whole = {name: one + np.tril(one, -1).transpose(0, 2, 1) for name, one in sums.items()}
-    return {"squares": squares, **whole}
+    return {"squares": squares, "products": products, "both": both, "opposed": (both - net) / 2}
 
 
 def _document(inputs: Inputs, specs: Sequence[TensorSpec], sums: Sums) -> dict[str, Any]:
@@ -166,8 +149,7 @@ def _document(inputs: Inputs, specs: Sequence[TensorSpec], sums: Sums) -> dict[s
         "experts": experts, "pairs": pairs,
         "tensors": [
             {"name": spec.name, "block": block_of(spec.name), "shape": list(spec.shape),
-             "norms": norms[i], "relative_norms": by_tensor[i],
-             **_pairs({key: values[i : i + 1] for key, values in sums.items()})}
+             "norms": norms[i], "relative_norms": by_tensor[i]}
             for i, spec in enumerate(specs)
         ],
     }  # fmt: skip
