@@ -33,7 +33,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deme_cli.analysis.figure import BLACK, BLUE, DIVERGING, VERMILION, open_axis, render, shorten
-from deme_cli.analysis.result import Analysis, Arrays, Kept, check_inputs, keeping, write_analysis
+from deme_cli.analysis.result import (
+    Analysis,
+    Arrays,
+    Kept,
+    check_inputs,
+    keeping,
+    peek,
+    write_analysis,
+)
 from deme_cli.analysis.settings import ActivationConfig
 from deme_cli.artifacts import ExpertRecord
 from deme_cli.config import DataConfig, SplitConfig
@@ -72,14 +80,10 @@ def analyze_activations(
 
     The rest is as for `analyze_losses`.
     """
-    from deme_cli.diffusion.model_files import locate_model, peek_timesteps
-    from deme_cli.evaluation.rows import record_of_file
-
     run, settings = run or RunFile(), settings or ActivationConfig()
     images = check_inputs(output, images, run, split=split, force=force)
     pair = (str(base or _find_base(run, Path(expert).expanduser())), str(expert))
-    _, whole = (peek_timesteps(locate_model(model)) for model in pair)
-    first, second = (record_of_file(model) for model in pair)
+    (first, _), (second, whole) = map(peek, pair)
     if first and second and first.fingerprint == second.fingerprint:
         raise ArtifactError(
             f"{pair[0]} and {pair[1]} have the same weights; give a base and what was finetuned "

@@ -33,12 +33,7 @@ from deme_cli.run_file import RunFile
 from deme_cli.sampling.sampler import seeded_noise
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import FixedDraws, derived_generator
-from deme_cli.training.examples import (
-    Examples,
-    fill_caches,
-    name_companions,
-    open_examples,
-)
+from deme_cli.training.examples import Examples, fill_caches, name_companions, open_examples
 
 INTERVALS = "95 %, over images (draws of one image are a cluster)"
 

@@ -27,6 +27,7 @@ from deme_cli.analysis.result import (
     check_inputs,
     keeping,
     own_base,
+    peek,
     write_analysis,
 )
 from deme_cli.analysis.settings import GradientConfig, bucket_ranges
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 SKETCH_SIZE = 65_536
 _NOISY = 0.5  # halves that agree less have more noise than signal
+_NOISE = "noise in the gradients draws all cosines towards 0; raise --num for more draws"
 
 
 def analyze_gradients(
@@ -65,7 +67,14 @@ def analyze_gradients(
     images = check_inputs(output, images, run, split="train", force=force)
     num_ranges = run.settings(SplitConfig, n=num_ranges).n
     model = str(model or own_base(run))
-    whole = _check_buckets(model, settings.buckets, num_ranges)
+    if num_ranges > settings.buckets:
+        raise ConfigError(
+            f"cannot form {num_ranges} ranges of {settings.buckets} buckets; choose a smaller -n "
+            f"or more --buckets"
+        )
+    _, whole = peek(model)
+    if whole:
+        bucket_ranges(settings.buckets, whole)
     total = settings.buckets * settings.num
     progress(Step(note=(
         f"{model}: {whole or 'all'} timesteps in {settings.buckets} buckets, {total:,} draws from "
@@ -101,34 +110,17 @@ def analyze_gradients(
             measured.append(_mean_gradient(f"{model}: timesteps {bucket}", network, draws, kept))
         affinity = _affinity(buckets, measured, network, protocol)
         affinity = replace(affinity, ranges=split_times(num_ranges, "gradient", schedule, affinity))
+        if np.median(affinity.reliability) < _NOISY:
+            progress(Step(note=_NOISE))
         means = cosine_means(affinity)
-        if means["reliability_median"] < _NOISY:
-            progress(Step(note=(
-                "noise in the gradients draws all cosines towards 0; raise --num for more draws"
-            )))  # fmt: skip
-        document = json.loads(affinity.to_json())
+        document = json.loads(affinity.to_json()) | means
+        document["reading"] = _headline(affinity, means)
         document["protocol"] = {**protocol, "n": num_ranges}
-        document |= {"reading": _headline(affinity, means), **means}
         return write_analysis(
             output, "gradients", document, draw_gradients(affinity),
             shown=("ranges", "buckets", "norms", "reliability", *means),
             columns=["timesteps", "mean cosine within", "reliability"], rows=_table(affinity),
         )  # fmt: skip
-
-
-def _check_buckets(model: str, buckets: int, num_ranges: int) -> int | None:
-    """What can be told before torch is imported; the number of timesteps where files tell it."""
-    from deme_cli.diffusion.model_files import locate_model, peek_timesteps
-
-    if num_ranges > buckets:
-        raise ConfigError(
-            f"cannot form {num_ranges} ranges of {buckets} buckets; choose a smaller -n or more "
-            f"--buckets"
-        )
-    whole = peek_timesteps(locate_model(model))
-    if whole:
-        bucket_ranges(buckets, whole)
-    return whole
 
 
 def sketch(
@@ -224,7 +216,7 @@ def pair_cosines(
     return values[are_together], values[~are_together]
 
 
-def cosine_means(affinity: Affinity) -> dict[str, Any]:
+def cosine_means(affinity: Affinity) -> dict[str, float | None]:
     """Mean cosines within ranges and across, of neighbouring buckets, of those at least T / 2
     apart; None without such pairs."""
     values, n = np.array(affinity.cosines), len(affinity.buckets)
@@ -233,17 +225,14 @@ def cosine_means(affinity: Affinity) -> dict[str, Any]:
         "within": within, "across": across, "neighbouring": np.diagonal(values, 1),
         "distant": values[np.triu_indices(n, -(-n // 2))],
     }  # fmt: skip
-    means = {name: float(one.mean()) if one.size else None for name, one in groups.items()}
-    return {**means, "reliability_median": float(np.median(affinity.reliability))}
+    return {name: float(one.mean()) if one.size else None for name, one in groups.items()}
 
 
-def _headline(affinity: Affinity, means: dict[str, Any]) -> str:
-    shown = {k: "-" if v is None else f"{v:.2f}" for k, v in means.items()}
+def _headline(affinity: Affinity, means: dict[str, float | None]) -> str:
+    near, far = (f"{means[key] or 0:.2f}" for key in ("neighbouring", "distant"))
     return (
-        f"mean cosine {shown['neighbouring']} of neighbouring buckets, {shown['distant']} of "
-        f"distant ones; {len(affinity.ranges)} ranges by gradient, "
-        f"{', '.join(map(str, affinity.ranges))}: {shown['within']} within, {shown['across']} "
-        f"across"
+        f"mean cosine {near} of neighbouring buckets, {far} of distant ones; "
+        f"{len(affinity.ranges)} ranges by gradient: {', '.join(map(str, affinity.ranges))}"
     )
 
 

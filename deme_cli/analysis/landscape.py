@@ -29,6 +29,7 @@ from deme_cli.analysis.result import (
     check_inputs,
     keeping,
     own_base,
+    peek,
     ranges_of,
     write_analysis,
 )
@@ -71,14 +72,10 @@ def analyze_landscape(
 
     The rest is as for `analyze_losses`.
     """
-    from deme_cli.diffusion.model_files import locate_model, peek_timesteps
-    from deme_cli.evaluation.rows import record_of_file
-
     run, settings = run or RunFile(), settings or LandscapeConfig()
     images = check_inputs(output, images, run, split=split, force=force)
     arguments, is_random = _arguments(run, models, marks)
-    whole, *_ = [peek_timesteps(locate_model(argument)) for argument in arguments]
-    records = [record_of_file(argument) for argument in arguments]
+    records, (whole, *_) = zip(*map(peek, arguments), strict=True)
     ranges = ranges_of(run, records, num_ranges, whole) if whole else []
     spans = f"each of {', '.join(map(str, ranges))}" if ranges else "each range"
     along = "random" if is_random else "vectors"

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from deme_cli.analysis.settings import SPLITS
-from deme_cli.artifacts import ExpertRecord
+from deme_cli.artifacts import ExpertRecord, Record
 from deme_cli.config import DataConfig, SplitConfig
 from deme_cli.console import Progress, Step
 from deme_cli.errors import ConfigError, MissingError
@@ -83,6 +83,15 @@ def check_inputs(
         raise ConfigError("no images: set [data] source in deme.toml, or use --data")
     find_image_source(images.source)
     return images
+
+
+def peek(model: str) -> tuple[Record | None, int | None]:
+    """The record of a model that is a file, and its T where files tell it; torch is not needed."""
+    from deme_cli.diffusion.model_files import locate_model, peek_timesteps
+    from deme_cli.evaluation.rows import record_of_file
+
+    whole = peek_timesteps(locate_model(model))
+    return record_of_file(model), whole
 
 
 def own_base(run: RunFile) -> str:

@@ -197,7 +197,7 @@ def test_a_split_by_gradient_takes_the_measured_ranges(deme: Deme, run_folder: P
     assert isinstance(result.exception, ArtifactError)
     assert f"measured on another model, {FIRST}" in str(result.exception)
     Path("gradients.json").write_text("{")
-    assert "not valid JSON" in str(deme(*split, "--force").exception)
+    assert "measure anew" in str(deme(*split, "--force").exception)
 
 
 @pytest.mark.parametrize(
