@@ -131,11 +131,6 @@ def test_a_run_with_everything_has_every_section(told_run: Path) -> None:
     for path in told_run.glob("*.safetensors"):
         assert read_record(path).fingerprint[:12] in page.section("artifacts")
     assert "not in this folder" not in page.text().lower()
-
-
-def test_the_document_is_laid_out_for_readers_and_machines(told_run: Path) -> None:
-    page, _ = page_of(told_run)
-    assert page.all("html")[0].get("lang") == "en"
     levels = [int(e.tag[1]) for e in page.elements if e.tag in ("h1", "h2", "h3", "h4")]
     assert (levels[0], levels.count(1)) == (1, 1)
     assert all(after - before <= 1 for before, after in pairwise(levels))
@@ -144,8 +139,6 @@ def test_the_document_is_laid_out_for_readers_and_machines(told_run: Path) -> No
         assert all(cell.get("scope") for cell in table.iter("th"))
     policy = [e.get("content") for e in page.all("meta") if e.get("http-equiv")]
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
-    for mark in (b"prefers-color-scheme: dark", b"@media print", b"width=device-width"):
-        assert mark in page.content
 
 
 def test_the_same_folder_makes_the_same_bytes(told_copy: Path) -> None:
@@ -156,21 +149,14 @@ def test_the_same_folder_makes_the_same_bytes(told_copy: Path) -> None:
 
 
 def test_a_shared_page_names_no_place_of_the_machine(told_copy: Path) -> None:
-    data = {"source": "/home/somebody/church", "fingerprint": "0", "num": 3}
-    for name in ("ft_1of4", "merged"):
-        path = told_copy / f"{name}.safetensors"
-        record = read_record(path)
-        if name == "merged":
-            parents = [
-                {**one, "path": f"C:\\Users\\somebody\\{one['path']}"} for one in record.parents
-            ]
-            record = replace(record, parents=parents)
-        else:
-            record = replace(record, data=data, source="~somebody/models/ddpm")
-        write_artifact(path, load_tensors(path), record)
-    (told_copy / "base.safetensors").unlink()
+    path = told_copy / "merged.safetensors"
+    record = read_record(path)
+    parents = [{**one, "path": f"C:\\Users\\somebody\\{one['path']}"} for one in record.parents]
+    record = replace(record, parents=parents, source="~somebody/models/ddpm")
+    write_artifact(path, load_tensors(path), record)
     document = json.loads((told_copy / "eval.json").read_text())
-    document["rows"][0]["protocol"]["references"]["frechet_digits"]["source"] = data["source"]
+    reference = document["rows"][0]["protocol"]["references"]["frechet_digits"]
+    reference["source"] = "/home/somebody/church"
     (told_copy / "eval.json").write_text(json.dumps(document))
     document = json.loads((told_copy / "losses.json").read_text())
     document["protocol"]["models"] = [{"source": "/home/somebody/ft_1of4.safetensors"}]
@@ -181,41 +167,17 @@ def test_a_shared_page_names_no_place_of_the_machine(told_copy: Path) -> None:
     assert "source church" in page.section("results")
 
 
-def test_what_is_missing_is_told_with_the_commands_that_make_it(told_copy: Path) -> None:
-    for name in (
-        "ft_3of4.safetensors", "merged.safetensors", "given.safetensors",
-        "given-samples.safetensors", "eval.json", "losses.json", "again.metrics.jsonl",
-    ):  # fmt: skip
-        (told_copy / name).unlink()
-    page, made = page_of(told_copy)
-    assert [e.get("id") for e in page.all("section")] == ["figures", "artifacts"]
-    shown = page.text(page.all("header")[0])
-    for command in (
-        "deme finetune --range 3/4", "deme merge ft_*.safetensors", "deme sample ",
-        "deme eval --fid REF", "deme analyze",
-    ):  # fmt: skip
-        assert command in shown
-    assert made.missing[0][0] == "expert 3 of 4"
-
-
 def _spoil(folder: Path) -> None:
     """Names, prompts, readings, protocols and records that try to be markup."""
     shutil.copy(folder / "ft_1of4.safetensors", folder / f"ft_{EVIL[:-1]}>.safetensors")
     (folder / f"{EVIL}.metrics.jsonl").write_text('{"step": 1, "loss": 2, "lr": 0.1}\n')
-    protocol = {
-        "model": EVIL,
-        "num": 2,
-        "seed": "'\"><script>alert(2)</script>",
-        EVIL: {EVIL: [EVIL]},
-    }
-    images = {"images": np.zeros((2, 8, 8, 1), np.uint8), "seeds": np.zeros(2, np.int64)}
-    prompts = [
-        "</figure><script>alert(1)</script>",
-        "\x00\x07 control \ud800 and \U0001fffe </style>",
-    ]
-    write_artifact(
-        folder / "shown.safetensors", images, SamplesRecord(protocol=protocol, prompts=prompts)
+    seed = "'\"><script>alert(2)</script>"
+    record = SamplesRecord(
+        protocol={"model": EVIL, "num": 2, "seed": seed, EVIL: {EVIL: [EVIL]}},
+        prompts=["</figure><script>alert(1)</script>", "\x00\x07 a \ud800 and \U0001fffe </style>"],
     )
+    images = {"images": np.zeros((2, 8, 8, 1), np.uint8), "seeds": np.zeros(2, np.int64)}
+    write_artifact(folder / "shown.safetensors", images, record)
     Image.new("L", (8, 8)).save(folder / "shown.png")
     Image.new("L", (8, 8)).save(folder / f"{EVIL}.png")
     (folder / "losses.json").write_text(json.dumps({

@@ -143,12 +143,13 @@ def _check_measures(stage: Stage) -> None:
     """What an evaluation checks of every measure, before hours of training."""
     from deme_cli.evaluation.evaluate import evaluate
 
-    for one, tables in zip(stage.plan.measures, stage.measures, strict=True):
-        run = RunFile(tables={"model": stage.tables["model"], **tables})
+    for one in stage.measures:
+        tables = {"model": stage.tables["model"], "sample": one["sample"], "eval": one["eval"]}
+        run = RunFile(tables=tables)
         try:
             evaluate([stage.base], run=run, device=stage.device, dry_run=True)
         except DemeError as error:
-            where = f"measure {one.name!r}" if one.name else "[eval]"
+            where = f"measure {one['name']!r}" if one["name"] else "[eval]"
             raise type(error)(f"{where}: {error}") from error
 
 
@@ -174,7 +175,7 @@ def _concluded(
     told = json.dumps({"schema_version": console.SCHEMA_VERSION, **shown}, indent=1) + "\n"
     forms = {"md": markdown(found).encode(), "json": told.encode()}
     if found.columns:
-        forms["png"], forms["svg"] = draw(found)
+        forms |= {"png": draw(found, "png"), "svg": draw(found, "svg")}
     paths = [folder / f"compare.{suffix}" for suffix in forms]
     for path, content in zip(paths, forms.values(), strict=True):
         write_whole(path, [content])

@@ -104,7 +104,7 @@ class Job:
 class Stage:
     """What all jobs of a comparison share: where it lies, what it starts from, the common tables.
 
-    measures: [sample] and [eval] of each, whole.   ranges: the divisions that rows ask for, by
+    measures: name, whole [sample] and [eval] of each.   ranges: the divisions that rows ask for, by
     (by, n).   updates: in total, by row.   The device does not decide a result, all else does.
     """
 
@@ -113,7 +113,7 @@ class Stage:
     base: Path
     record: BaseRecord
     tables: Tables
-    measures: Sequence[Tables]
+    measures: Sequence[Mapping[str, Any]]
     ranges: Mapping[tuple[str, int], Sequence[TimestepRange]]
     updates: Mapping[str, int]
     device: str = "auto"
@@ -207,7 +207,7 @@ def _anchored(given: Mapping[str, Any], run: RunFile) -> dict[str, Any]:
     return anchored
 
 
-def _measures(plan: Plan, run: RunFile, tables: Tables) -> list[dict[str, dict[str, Any]]]:
+def _measures(plan: Plan, run: RunFile, tables: Tables) -> list[dict[str, Any]]:
     """Where a plan has several, each names its own reference: other prompts have another."""
     common = {name: dict(tables[name]) for name in ("sample", "eval")}
     if len(plan.measures) > 1:
@@ -215,10 +215,9 @@ def _measures(plan: Plan, run: RunFile, tables: Tables) -> list[dict[str, dict[s
     measures = []
     for one in plan.measures:
         with naming(f"measure {one.name!r}"):
-            measures.append({
-                table: _whole(TABLES[table](**{**common[table], **_anchored(own, run)}))
-                for table, own in (("sample", one.sample), ("eval", one.eval))
-            })  # fmt: skip
+            own = {"sample": _anchored(one.sample, run), "eval": _anchored(one.eval, run)}
+            whole = {t: _whole(TABLES[t](**{**common[t], **own[t]})) for t in own}
+            measures.append({"name": one.name, **whole})
     return measures
 
 
@@ -293,11 +292,9 @@ def _result_job(
     if row.kind == "merged":  # whose search draws images of its own
         tables = {name: dict(stage.tables[name]) for name in ("data", "sample", "eval")}
         tables["merge"] = _whole(stage.merge(row))
-    named = [{"name": one.name} for one in stage.plan.measures]
-    measures = [{**name, **one} for name, one in zip(named, stage.measures, strict=True)]
     digest = _digest(
         tables, stage, training=training and training.folder.parent.name, kind=row.kind,
-        measures=[_deciding(one) for one in measures],
+        measures=[_deciding(one) for one in stage.measures],
     )  # fmt: skip
     place = "once" if seed is None else f"seed-{seed}"
     folder = stage.folder / "rows" / f"{slug(row.name)}-{digest}" / place
@@ -373,7 +370,8 @@ def do_job(folder: Path, progress: Progress = silent) -> None:
         for index, measure in enumerate(task["measures"]):
             output = Path(f"measure-{index}.json")
             if not output.exists():
-                of_measure = RunFile(tables={**task["tables"], **measure})
+                own = {name: measure[name] for name in ("sample", "eval")}
+                of_measure = RunFile(tables={**task["tables"], **own})
                 measured = evaluate(models, run=of_measure, **where)
                 assert measured is not None, "this process is alone"
                 document = {"schema_version": SCHEMA_VERSION, **measured.document}

@@ -14,8 +14,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -395,10 +394,7 @@ def document(comparison: Comparison) -> dict[str, Any]:
         "cards": comparison.cards,
         "published": {
             **asdict(published),
-            "rows": {
-                row.name: row.published or [None] * len(published.columns)
-                for row in comparison.rows
-            },
+            "rows": {row.name: row.published for row in comparison.rows if row.published},
         } if published.columns else None,
     })  # fmt: skip
 
@@ -410,8 +406,8 @@ _READING = (
 )
 
 
-def draw(comparison: Comparison) -> list[bytes]:
-    """A panel per column, a line per row, as PNG and as SVG. Published figures are not drawn."""
+def draw(comparison: Comparison, kind: Literal["png", "svg"]) -> bytes:
+    """A panel per column, a line per row. Published figures are not drawn."""
     columns, rows = comparison.columns, comparison.rows
     abreast = min(len(columns), 3)
     down = -(-len(columns) // abreast)
@@ -429,15 +425,16 @@ def draw(comparison: Comparison) -> list[bytes]:
         axes[0][0].set_yticks(range(len(rows)), names, fontsize=8)
         axes[0][0].set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
 
-    drawn = partial(render, draw_panels, size=size, title=comparison.title, foot=foot)
-    return [drawn(kind="png"), drawn(kind="svg")]
+    return render(draw_panels, size=size, title=comparison.title, foot=foot, kind=kind)
 
 
 def _draw_panel(axis: Axes, column: Column, rows: Sequence[Row]) -> None:
     cells = [cell_of(row, column, rows[0]) for row in rows]
     means = [cell.mean for cell in cells if cell and np.isfinite(cell.mean)]
     if means and 0 < _WIDE_SPREAD * min(means) < max(means):
-        axis.set_xscale("log")
+        axis.set_xscale("log", subs=(2, 3, 5))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
     if (first := cells[0]) is not None:
         half = first.repeats_sd or 0.0
         axis.axvline(first.mean, color="0.45", linestyle="--", linewidth=1, zorder=1)

@@ -144,16 +144,12 @@ def test_the_figures_are_those_that_were_measured(first_run: Path) -> None:
     difference = merged["metrics"][FID]["difference"]["mean"]
     means = [found[name]["metrics"][FID]["mean"] for name in ("Merged", "Before")]
     assert difference == pytest.approx(means[0] - means[1])
-
-
-def test_what_every_job_did_follows_the_plan(first_run: Path) -> None:
     (training,) = (first_run / "tiny" / "trainings").glob("2x2-*/seed-0")
     experts = [read_record(training / f"ft_{i}of2.safetensors", "expert") for i in (1, 2)]
     assert [(one.steps, one.p, one.range) for one in experts] == [
         (2, 0.2, [0, 500]), (2, 0.2, [500, 1000]),
     ]  # fmt: skip
-    (merged,) = (first_run / "tiny" / "rows").glob("merged-*/seed-0/merged.safetensors")
-    record = read_record(merged, "merged")
+    record = read_record(next(first_run.rglob("merged.safetensors")), "merged")
     assert (record.coefficients, record.report) == ([0.5, 0.5], None)
     assert [one["fingerprint"] for one in record.parents] == [one.fingerprint for one in experts]
 
@@ -246,26 +242,23 @@ def test_options_win_over_the_plan(folder: Path, deme: Deme) -> None:
     assert traces(folder) == before
 
 
-def test_the_base_and_settings_of_the_deme_toml_here_are_used(run_folder: Path, deme: Deme) -> None:
-    plan = PLAN.replace("updates = 4\n", "").replace("batch_size = 4\n", "")
-    (run_folder / "tiny.toml").write_text(plan)
-    text = '[data]\nsource = "digits"\n[finetune]\nsteps = 7\nbatch_size = 3\n'
-    (run_folder / "deme.toml").write_text(text)
-    done = compare(deme, "--dry-run", "--output", "out")
+def test_the_base_and_settings_of_the_deme_toml_here_are_used_or_a_model_imported_once(
+    run_folder: Path, deme: Deme
+) -> None:
+    (run_folder / "tiny.toml").write_text(PLAN.replace("updates = 4\n", ""))
+    (run_folder / "deme.toml").write_text('[data]\nsource = "digits"\n[finetune]\nsteps = 7\n')
+    done = compare(deme, "--dry-run")
     assert done.exit_code == 0, done.exception
     assert "2 x 7 updates, seed 0 (Merged)" in done.stderr
-    assert not (run_folder / "out").exists()
-
-
-def test_a_model_of_ones_own_is_imported_once(run_folder: Path, deme: Deme) -> None:
-    (run_folder / "tiny.toml").write_text(PLAN)
+    assert not (run_folder / "tiny").exists()
+    (run_folder / "deme.toml").unlink()
     for _ in range(2):
         done = compare(deme, "--model", "base.safetensors", "--data", "digits", "--table")
         assert done.exit_code == 0, done.exception
-    assert done.stderr.count("imported") == 0
+    assert "imported" not in done.stderr
     assert document(run_folder)["Before"]["pending"] == 1
     assert not (run_folder / "tiny" / "compare.png").exists(), "there is nothing to draw yet"
-    (base,) = (run_folder / "tiny").rglob("base.safetensors")
+    (base,) = (run_folder / "tiny" / "base").rglob("base.safetensors")
     whole = read_record(run_folder / "base.safetensors").fingerprint
     assert read_record(base).fingerprint == whole
 

@@ -16,6 +16,7 @@ Deme = Callable[..., Result]
 
 def test_the_page_the_notes_and_the_document(deme: Deme, run_folder: Path) -> None:
     (run_folder / "torn.safetensors").write_bytes(b"x")
+    (run_folder / "ft_3of4.safetensors").unlink()
     (run_folder / "losses.json").write_text('{"schema_version": 1, "kind": "losses"}')
     result = deme("report", "--json", "--title", "Mine & yours")
     assert result.exit_code == 0
@@ -23,10 +24,13 @@ def test_the_page_the_notes_and_the_document(deme: Deme, run_folder: Path) -> No
     content = Path("report.html").read_bytes()
     assert (document["paths"], document["bytes"]) == (["report.html"], len(content))
     assert b"<h1>Mine &amp; yours</h1>" in content
-    assert (document["sections"]["artifacts"], document["sections"]["tables"]) == (5, 0)
-    assert document["missing"][0]["what"] == "a merged model"
+    assert (document["sections"]["artifacts"], document["sections"]["tables"]) == (4, 0)
+    assert [one["what"] for one in document["missing"]] == [
+        "expert 3 of 4", "a merged model", "images", "a table",
+    ]  # fmt: skip
+    assert b"<code>deme finetune --range 3/4</code>" in content
     assert [one["name"] for one in document["unread"]] == ["torn.safetensors"]
-    assert ": 1 figure, 5 artifacts" in result.stderr
+    assert ": 1 figure, 4 artifacts" in result.stderr
     assert "not there: a merged model (deme merge ft_*.safetensors" in result.stderr
     assert "torn.safetensors: not shown: not a whole safetensors file" in result.stderr
 

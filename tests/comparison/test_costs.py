@@ -78,8 +78,6 @@ def count_updates(run: Run, num: int) -> int:
 
 UPDATES = {
     "fold": {"projection": "fold", "consistency": 1.0, "accumulation": 2},
-    "block": {"projection": "block"},
-    "uw": {"multitask": "uw"},
     "pcgrad": {"multitask": "pcgrad", "accumulation": 2},
     "nashmtl": {"multitask": "nashmtl", "consistency": 1.0, "accumulation": 2},
 }
