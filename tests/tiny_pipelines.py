@@ -15,32 +15,8 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    PNDMScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
+import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5EncoderModel,
-    T5TokenizerFast,
-    UMT5EncoderModel,
-)
 
 LATENT = 8  # latent pixels per side
 FACTOR = 2  # image pixels per latent pixel
@@ -50,7 +26,7 @@ VOCABULARY = 2 * 256 + NUM_MERGES + 2
 _LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def clip_tokenizer(folder: Path) -> CLIPTokenizer:
+def clip_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
     """CLIP's tokenizer with the first `NUM_MERGES` merges of the vocabulary in open_clip."""
     packed = Path(find_spec("open_clip").origin).parent / "bpe_simple_vocab_16e6.txt.gz"
     with gzip.open(packed, "rt", encoding="utf-8") as file:
@@ -64,28 +40,36 @@ def clip_tokenizer(folder: Path) -> CLIPTokenizer:
     vocabulary = {word: index for index, word in enumerate(words)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+    return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
-def clip_text(*, width: int = 16, projected: bool = False, seed: int = 0) -> CLIPTextModel:
+def clip_text(
+    *, width: int = 16, projected: bool = False, seed: int = 0
+) -> transformers.CLIPTextModel:
     torch.manual_seed(seed)
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         hidden_size=width, intermediate_size=2 * width, projection_dim=width, vocab_size=VOCABULARY,
         num_hidden_layers=2, num_attention_heads=2, bos_token_id=VOCABULARY - 2,
         eos_token_id=VOCABULARY - 1,
     )  # fmt: skip
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+    return (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(
+        config
+    ).eval()
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer() -> transformers.T5TokenizerFast:
     words = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz0123456789.,'-"]
     tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=2))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=77)
+    return transformers.T5TokenizerFast(
+        tokenizer_object=tokenizer, extra_ids=0, model_max_length=77
+    )
 
 
-def t5_encoder(kind: type = T5EncoderModel) -> T5EncoderModel | UMT5EncoderModel:
+def t5_encoder(
+    kind: type = transformers.T5EncoderModel,
+) -> transformers.T5EncoderModel | transformers.UMT5EncoderModel:
     torch.manual_seed(3)
     config = kind.config_class(
         vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
@@ -94,9 +78,9 @@ def t5_encoder(kind: type = T5EncoderModel) -> T5EncoderModel | UMT5EncoderModel
     return kind(config).eval()
 
 
-def vae(*, channels: int = 4, shift: float | None = None) -> AutoencoderKL:
+def vae(*, channels: int = 4, shift: float | None = None) -> diffusers.AutoencoderKL:
     torch.manual_seed(4)
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         block_out_channels=[8, 8], norm_num_groups=4, latent_channels=channels, sample_size=16,
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
         scaling_factor=0.5, shift_factor=shift, use_quant_conv=shift is None,
@@ -104,7 +88,7 @@ def vae(*, channels: int = 4, shift: float | None = None) -> AutoencoderKL:
     ).eval()  # fmt: skip
 
 
-def _unet(**changes: object) -> UNet2DConditionModel:
+def _unet(**changes: object) -> diffusers.UNet2DConditionModel:
     torch.manual_seed(5)
     config = {
         "sample_size": LATENT, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
@@ -112,15 +96,15 @@ def _unet(**changes: object) -> UNet2DConditionModel:
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 2,
     }  # fmt: skip
-    return UNet2DConditionModel(**{**config, **changes}).eval()
+    return diffusers.UNet2DConditionModel(**{**config, **changes}).eval()
 
 
 def stable_diffusion(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     """Stable Diffusion 1.x (eps) or 2.x (v_prediction): PNDM, one CLIP text encoder."""
-    scheduler = PNDMScheduler(
+    scheduler = diffusers.PNDMScheduler(
         **_LINEAR, skip_prk_steps=True, steps_offset=1, prediction_type=prediction_type
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline = diffusers.StableDiffusionPipeline(
         vae=vae(), text_encoder=clip_text(), tokenizer=clip_tokenizer(folder / "tokenizer"),
         unet=_unet(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
@@ -135,11 +119,11 @@ def stable_diffusion_xl(folder: Path) -> Path:
         cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 16, transformer_layers_per_block=1,
     )  # fmt: skip
-    pipeline = StableDiffusionXLPipeline(
+    pipeline = diffusers.StableDiffusionXLPipeline(
         vae=vae(), text_encoder=clip_text(), text_encoder_2=clip_text(projected=True, seed=1),
         tokenizer=clip_tokenizer(folder / "tokenizer"),
         tokenizer_2=clip_tokenizer(folder / "tokenizer_2"),
-        unet=unet, scheduler=DDIMScheduler(**_LINEAR, clip_sample=False),
+        unet=unet, scheduler=diffusers.DDIMScheduler(**_LINEAR, clip_sample=False),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     return folder
@@ -148,15 +132,17 @@ def stable_diffusion_xl(folder: Path) -> Path:
 def dit(folder: Path, *, num_classes: int = NUM_CLASSES, learned_variance: bool = True) -> Path:
     """Class-conditional DiT, with the learned variance of the published ones."""
     torch.manual_seed(6)
-    transformer = DiTTransformer2DModel(
+    transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4,
         out_channels=8 if learned_variance else 4, num_layers=2, sample_size=LATENT, patch_size=2,
         num_embeds_ada_norm=num_classes,
     )  # fmt: skip
     for parameter in transformer.parameters():  # adaLN-zero starts at 0: blocks would do nothing
         torch.nn.init.normal_(parameter, std=0.05)
-    pipeline = DiTPipeline(
-        transformer=transformer.eval(), vae=vae(), scheduler=DDIMScheduler(clip_sample=False)
+    pipeline = diffusers.DiTPipeline(
+        transformer=transformer.eval(),
+        vae=vae(),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
     )
     pipeline.save_pretrained(folder)
     return folder
@@ -165,14 +151,14 @@ def dit(folder: Path, *, num_classes: int = NUM_CLASSES, learned_variance: bool 
 def stable_diffusion_3(folder: Path, *, shift: float = 3.0) -> Path:
     """SD3: flow matching, two CLIP encoders and T5."""
     torch.manual_seed(7)
-    transformer = SD3Transformer2DModel(
+    transformer = diffusers.SD3Transformer2DModel(
         sample_size=LATENT, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16,
         pooled_projection_dim=32, out_channels=4, pos_embed_max_size=16,
     )  # fmt: skip
-    pipeline = StableDiffusion3Pipeline(
+    pipeline = diffusers.StableDiffusion3Pipeline(
         transformer=transformer.eval(), vae=vae(shift=0.1),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
         text_encoder=clip_text(projected=True), text_encoder_2=clip_text(projected=True, seed=1),
         text_encoder_3=t5_encoder(),
         tokenizer=clip_tokenizer(folder / "tokenizer"),
@@ -185,14 +171,14 @@ def stable_diffusion_3(folder: Path, *, shift: float = 3.0) -> Path:
 def flux(folder: Path, *, distilled: bool = True) -> Path:
     """Flux: packed latents, dynamic shifting; `distilled` takes guidance as an input (dev)."""
     torch.manual_seed(8)
-    transformer = FluxTransformer2DModel(
+    transformer = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16,
         axes_dims_rope=[2, 2, 4], guidance_embeds=distilled,
     )  # fmt: skip
-    pipeline = FluxPipeline(
-        transformer=transformer.eval(), vae=vae(shift=0.1),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=distilled),
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=distilled)
+    pipeline = diffusers.FluxPipeline(
+        transformer=transformer.eval(), vae=vae(shift=0.1), scheduler=flow,
         text_encoder=clip_text(), tokenizer=clip_tokenizer(folder / "tokenizer"),
         text_encoder_2=t5_encoder(), tokenizer_2=t5_tokenizer(),
     )  # fmt: skip
@@ -213,15 +199,15 @@ def wan(folder: Path, *, scheduler: str = "unipc") -> Path:
         freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=64,
     )  # fmt: skip
     pipeline = WanPipeline(
-        transformer=transformer.eval(), text_encoder=t5_encoder(UMT5EncoderModel),
+        transformer=transformer.eval(), text_encoder=t5_encoder(transformers.UMT5EncoderModel),
         tokenizer=t5_tokenizer(),
         vae=AutoencoderKLWan(
             base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
             latents_mean=[0.3, -0.2, 0.1, 0.0], latents_std=[0.5, 0.8, 1.1, 0.6], **factors,
         ).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
         if scheduler == "euler"
-        else UniPCMultistepScheduler(
+        else diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from typer.testing import Result
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.diffusion.checkpoints import open_denoiser
 from deme_cli.diffusion.companions import open_companions
-from deme_cli.diffusion.denoiser import build_network, load_denoiser, predict
+from deme_cli.diffusion.denoiser import build_network
 from deme_cli.diffusion.model_files import digests_of
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 
@@ -55,31 +55,11 @@ def test_split_and_export_give_back_the_pipeline(
     assert deme("split", source, "-n", 2, "--data", "digits").exit_code == 0
     record = read_record(Path("base.safetensors"), "base")
     assert record.companions == digests_of(source)
-    tensors = load_tensors(Path("base.safetensors"))
-    changed = {
-        key: value + 0.01 if value.is_floating_point() else value for key, value in tensors.items()
-    }
-    write_artifact(Path("other.safetensors"), changed, record)
-    for artifact in ("base", "other"):
-        result = deme("export", f"{artifact}.safetensors", artifact)
-        assert result.exit_code == 0, result.output
-    companions = open_companions(record)
-    given = companions.conditions([3] if companions.wants == "class" else ["a seven"])
-    x_t = torch.randn(1, 4, 8, 8)
-    expected = draw(source, companions.wants)
-    np.testing.assert_array_equal(draw(Path("base"), companions.wants), expected)
-    denoiser = load_denoiser(Path("other.safetensors"))
-    loaded = diffusers.DiffusionPipeline.from_pretrained("other")
-    network = getattr(loaded, denoiser.backbone.part)
-    t = denoiser.schedule.times(torch.tensor(400))
-    with torch.no_grad():
-        torch.testing.assert_close(
-            predict(network, x_t, t, given),
-            predict(denoiser.network, x_t, t, given),
-            rtol=0,
-            atol=1e-5,
-        )
-    assert digests_of(Path("other")) == record.companions
+    result = deme("export", "base.safetensors", "base")
+    assert result.exit_code == 0, result.output
+    wants = open_companions(record).wants
+    np.testing.assert_array_equal(draw(Path("base"), wants), draw(source, wants))
+    assert digests_of(Path("base")) == record.companions
 
 
 def test_a_missing_part_is_named(pipelines: Pipelines, deme: Deme, tmp_path: Path) -> None:
