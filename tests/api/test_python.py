@@ -54,13 +54,6 @@ def test_a_base_from_scratch_and_its_export(tmp_path: Path, monkeypatch) -> None
     assert (tmp_path / "pipeline" / "model_index.json").exists()
 
 
-def test_a_merged_file_is_built_again(run_folder: Path) -> None:
-    parents = sorted(run_folder.glob("ft_*.safetensors"))
-    merged = deme_cli.merge(parents, MergeConfig(coefficients=[0.1, 0.2, 0.3, 0.4]))
-    again = deme_cli.replay(merged.path)
-    assert again.path.read_bytes() == merged.path.read_bytes()
-
-
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(run_folder: Path) -> None:
     parents = sorted(run_folder.glob("ft_*.safetensors"))
     with pytest.raises(ConfigError, match="3 coefficients for 4 experts"):

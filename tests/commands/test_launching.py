@@ -196,15 +196,3 @@ def test_what_is_wrong_is_told_once_and_a_plain_merge_made_once(run_folder: Path
         assert word in said[0]
     assert sorted(run_folder.iterdir()) == before
     assert succeed(launch(run_folder, "merge", *EXPERTS, "-w", "0.5,0.5")).split() == [str(MERGED)]
-
-
-@pytest.mark.slow
-def test_force_repeats_a_finished_search_once_for_all(run_folder: Path) -> None:
-    words = ["merge", *EXPERTS, *GRID[:2], "--grid", "0,0.5", "--num", "16", "--no-report"]
-    for _ in range(2):
-        assert ends(launch(run_folder, *words, "--force")) == ([0, 0], [])
-        assert len(points_of(JOURNAL)) == 4
-    codes, said = ends(launch(run_folder, *words))
-    assert codes == [2, 2]
-    assert len(said) == 1
-    assert "add --force" in said[0]

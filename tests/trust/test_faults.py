@@ -251,37 +251,3 @@ def test_two_writers_of_one_output_leave_one_whole_result(
     codes = sorted(writer.wait() for writer in writers)
     assert codes in ([0, 0], [0, 2]), [writer.said.read_text()[-400:] for writer in writers]
     goes_on(name, folder)
-
-
-def test_children_whose_parent_is_killed_leave_nothing_broken(run: Callable) -> None:
-    words = [
-        "finetune",
-        "--range",
-        "all",
-        "--jobs",
-        "2",
-        "--steps",
-        "24",
-        "--checkpoint-every",
-        "6",
-    ]
-    names = [f"ft_{index}of4.safetensors" for index in range(1, 5)]
-    folders = [run(), run()]
-    for folder in folders:
-        for name in names:
-            (folder / name).unlink()
-    assert go(words, folders[0])[0] == 0
-    parent = fork(words, folders[1])
-    end = time.monotonic() + DEADLINE
-    while not list(folders[1].glob("*.metrics.jsonl")) and time.monotonic() < end:
-        time.sleep(0.1)
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.wait()
-    for _ in range(60):  # until the children left behind are done, or gone with their parent
-        assert unsound_files(folders[1]) == []
-        code, said = go(words, folders[1])
-        if code != 2:
-            break
-        time.sleep(2)
-    assert code == 0, said
-    assert result(folders[0], names) == result(folders[1], names)

@@ -46,33 +46,21 @@ def one_tensor(data: bytes = b"\0" * 4, **changes: object) -> bytes:
 
 BAD_FILES = {
     "empty": b"",
-    "a length alone": struct.pack("<Q", 2),
     "length of 2^64 - 1": b"\xff" * 8 + b"{}",
-    "length one past the end": struct.pack("<Q", 3) + b"{}",
-    "zeros": b"\0" * 4096,
     "not JSON": whole_file("hello you"),
     "deep tables": whole_file('{"a":' * 100_000 + "1" + "}" * 100_000),
     "invalid UTF-8": whole_file(b'{"\xff\xfe":1}'),
     "half of a surrogate pair": whole_file('{"\\ud800":' + json.dumps(TENSOR) + "}", b"\0" * 4),
     "a number of 5000 digits": whole_file('{"a":' + "9" * 5000 + "}"),
     "a name twice": whole_file(f"{{{A},{A}}}", b"\0" * 4),
-    "a field twice": whole_file('{"a":{"dtype":"F32","dtype":"F32"}}'),
-    "metadata twice": whole_file('{"__metadata__":{},"__metadata__":{}}'),
-    "metadata of numbers": whole_file('{"__metadata__":{"a":1}}'),
-    "a null tensor": whole_file('{"a":null}'),
     "NaN": whole_file('{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', b"\0" * 4),
     "overlapping tensors": whole_file(f"{{{A},{A.replace('a', 'b', 1)}}}", b"\0" * 8),
     "a hole": one_tensor(b"\0" * 8, data_offsets=[4, 8]),
-    "begin after end": one_tensor(shape=[0], data_offsets=[4, 0]),
     "ends past the file": one_tensor(b""),
     "bytes behind the last": one_tensor(b"\0" * 5),
-    "a huge tensor": one_tensor(shape=[1 << 61], data_offsets=[0, 1 << 63]),
-    "sizes that overflow": one_tensor(shape=[1 << 32, 1 << 32], data_offsets=[0, 0]),
     "100,000 dimensions": one_tensor(shape=[1 << 62] * 100_000 + [0]),
-    "a negative size": one_tensor(shape=[-1]),
     "an unknown dtype": one_tensor(dtype="F31"),
     "a dtype that torch lacks": one_tensor(b"\0" * 8, dtype="C64", data_offsets=[0, 8]),
-    "three offsets": one_tensor(data_offsets=[0, 4, 8]),
 }
 
 
@@ -98,18 +86,6 @@ def test_a_file_made_to_break_the_reader_is_refused_soon_and_cheaply(tmp_path: P
             read_header(path)
         assert "\n" not in str(refused.value)
         assert len(str(refused.value)) < 600 + len(str(path))
-
-
-@pytest.mark.slow
-def test_time_and_memory_are_bounded_by_the_header(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    empty = '"dtype":"F32","shape":[0],"data_offsets":[0,0]'
-    path.write_bytes(whole_file("{" + ",".join(f'"{i}":{{{empty}}}' for i in range(100_000)) + "}"))
-    with bounded(path):
-        assert len(read_header(path).tensors) == 100_000
-    path.write_bytes(whole_file('{"a":[' + "[]," * 1_000_000 + "[]]}"))
-    with bounded(path), pytest.raises(ArtifactError):
-        read_header(path)
 
 
 def test_the_tensors_of_a_file_are_not_read_with_its_header(tmp_path: Path) -> None:
@@ -188,36 +164,6 @@ def test_no_edit_of_a_sound_file_raises_anything_but_a_deme_error(
     path.write_bytes(content)
     with bounded(path):
         survives(path)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from([*TENSOR, "deme", "format", "x"]), inner)
-    ),
-    max_leaves=8,
-)
-SPECS = st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from(["F32", "U8", "F64"]) | JSON,
-        "shape": st.lists(st.integers(0, 3), max_size=3) | JSON,
-        "data_offsets": st.tuples(st.integers(0, 12), st.integers(0, 12)) | JSON,
-    }
-)
-HEADERS = st.dictionaries(
-    st.sampled_from(["a", "b", "__metadata__"]) | st.text(max_size=3), SPECS | JSON
-)
-
-
-@settings(max_examples=25, **LENIENT)
-@given(header=HEADERS, data=st.binary(max_size=12))
-def test_no_header_raises_anything_but_a_deme_error(
-    tmp_path: Path, header: dict, data: bytes
-) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(whole_file(json.dumps(header), data))
-    survives(path)
 
 
 def test_whatever_the_library_writes_is_read(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deme_cli.data.image_source import find_image_source
 from deme_cli.data.images import open_images
 from deme_cli.errors import ArtifactError, MissingError
 
@@ -198,20 +197,6 @@ def test_metadata_names_only_images_of_its_folder(home: Path, tmp_path: Path) ->
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ArtifactError, match="name images that are not there"):
         open_images("images", shape=(1, 8, 8), split="all", wants="text")
-
-
-def test_a_folder_linked_into_itself_is_walked_once(home: Path, tmp_path: Path) -> None:
-    for place in (home / "images" / "b", tmp_path / "outside"):
-        place.mkdir(parents=True)
-        (place / "x.png").write_bytes(png(7))
-    for link, target in (
-        ("again", "."), ("a", "b"), ("b/up", ".."), ("b/out", tmp_path / "outside"),
-        ("out", tmp_path / "outside"), ("b/all", tmp_path),
-    ):  # fmt: skip
-        (home / "images" / link).symlink_to(target)
-    names = [path.as_posix() for path in find_image_source("images").files]
-    assert names == ["images/b/x.png", "images/out/x.png"]  # under its own name before a link's
-    assert len(open_images("images", shape=(1, 8, 8), split="all")) == 2
 
 
 @pytest.mark.parametrize(
