@@ -34,6 +34,22 @@ LISTED = (  # of the settings; the others are options as well, and have their se
 )  # fmt: skip
 
 
+FromScratch = Annotated[
+    Path | None,
+    typer.Option("--from-scratch",
+                 help=r"Train a base of your own: TOML or JSON with \[model] and \[scheduler]."),
+]  # fmt: skip
+Shard = Annotated[
+    bool,
+    typer.Option("--shard", rich_help_panel="Memory", hidden=True,
+                 help="Divide the network among the processes of a launch: the same result."),
+]  # fmt: skip
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help=r"Artifact to write \[default: ft_{i}of{N}.safetensors]."),
+]
+
+
 @takes_settings
 def finetune(
     range: Annotated[
@@ -45,32 +61,13 @@ def finetune(
     base: Annotated[
         Path | None, typer.Option("--base", help=r"The base \[default: that of deme.toml].")
     ] = None,
-    from_scratch: Annotated[
-        Path | None,
-        typer.Option(
-            "--from-scratch",
-            help=r"Train a base of your own: TOML or JSON with \[model] and \[scheduler].",
-        ),
-    ] = None,
+    from_scratch: FromScratch = None,
     jobs: Annotated[int, typer.Option("--jobs", help="Processes for --range all.", min=1)] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Insist on continuing: fail where no run is kept.")
     ] = False,
-    shard: Annotated[
-        bool,
-        typer.Option(
-            "--shard",
-            help="Divide the network among the processes of a launch; changes rounding alone.",
-            rich_help_panel="Memory",
-            hidden=True,
-        ),
-    ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help=r"Artifact to write \[default: ft_{i}of{N}.safetensors]."
-        ),
-    ] = None,
+    shard: Shard = False,
+    output: Output = None,
     pipeline: Pipeline = None,
     config: ConfigPath = None,
     device: Device = "auto",

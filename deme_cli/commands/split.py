@@ -16,9 +16,10 @@ from deme_cli.commands.options import (
     OptionsOf,
     Pipeline,
     Quiet,
+    option,
     takes_settings,
 )
-from deme_cli.config import AFFINITY_NAME, CONFIG_NAME, ModelConfig, SplitConfig
+from deme_cli.config import AFFINITY_NAME, CONFIG_NAME, DataConfig, ModelConfig, SplitConfig
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
@@ -26,39 +27,22 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str | None,
-    typer.Argument(
-        metavar="MODEL",
-        help="digits, a diffusers folder, a hub id, or a base or merged artifact "
-        r"\[default: digits].",
-        show_default=False,
-    ),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help="Training images: a folder, parquet file, hub dataset id, samples artifact, digits or "
-        r"cifar10 \[default: guessed from the model's name].",
-        show_default=False,
-    ),
-]
+    typer.Argument(metavar="MODEL", show_default=False,
+                   help="digits, a diffusers folder, a hub id, or a base or merged artifact "
+                        r"\[default: digits]."),
+]  # fmt: skip
+Data = Annotated[str | None, option(DataConfig, "source")]
 Gradients = Annotated[
     Path | None,
-    typer.Option(
-        "--gradients",
-        help="For --by gradient: what `deme analyze gradients` wrote "
-        rf"\[default: {AFFINITY_NAME} in the output folder].",
-        show_default=False,
-    ),
-]
+    typer.Option("--gradients", show_default=False,
+                 help="For --by gradient: what `deme analyze gradients` wrote "
+                      rf"\[default: {AFFINITY_NAME} in the output folder]."),
+]  # fmt: skip
 Variant = Annotated[
     str | None,
-    typer.Option(
-        "--variant",
-        help="Of a folder with several sets of weights: which, as fp16 or non_ema.",
-        show_default=False,
-    ),
-]
+    typer.Option("--variant", show_default=False,
+                 help="Of a folder with several sets of weights: which, as fp16 or non_ema."),
+]  # fmt: skip
 Output = Annotated[
     Path, typer.Option("--output", "-o", help=f"Folder for {CONFIG_NAME} and {ModelConfig.base}.")
 ]

@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 import math
-import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -278,11 +277,11 @@ def _require_classes(data: ImageData, known: int | None) -> None:
         return
     if (data.num_classes or 0) > known:
         beyond = {n: name for n, name in data.classes.items() if n >= known}
-        shown = ", ".join(f"{n} ({name})" if name != str(n) else name for n, name in beyond.items())
+        number, name = min(beyond.items())
         raise ArtifactError(
             f"{data.source}: images of {data.num_classes} classes, this model knows {known}, from "
-            f"0 to {known - 1}, not {textwrap.shorten(shown, 60, placeholder=' …')}; name the "
-            f"column of the classes with --captions, or choose other images"
+            f"0 to {known - 1}, not {number} ({name}); name the column of the classes with "
+            f"--captions, or choose other images"
         )
     if len(data.classes) < known:
         are_names = any(name != str(number) for number, name in data.classes.items())
@@ -395,12 +394,11 @@ def fill_caches(
     where another process of the launch has ended, ArtifactError for a shard that is corrupt or of
     another cache, MissingError where the disk is too small for the rest.
     """
-    cached = [
-        (one, one.cache)
-        for one in examples
-        if isinstance(one, LatentExamples) and one.cache is not None
-    ]
-    total, before = sum(cache.spans[-1].stop for _, cache in cached), 0
+    cached, total, before = list[tuple[LatentExamples, LatentCache]](), 0, 0
+    for each in examples:
+        if isinstance(each, LatentExamples) and each.cache is not None:
+            cached.append((each, each.cache))
+            total += each.cache.spans[-1].stop
     with JointStopRequests(world) as requests:
         for one, cache in cached:
             for done in _fill(one, cache):

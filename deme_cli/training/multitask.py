@@ -72,20 +72,16 @@ class NashWeights(nn.Module):
         self, losses: Tensor, parameters: Sequence[nn.Parameter], *, step: int,
         generator: torch.Generator, scale: Scale,
     ) -> Tensor:  # fmt: skip
-        if step % self.every == 0 and int(self.measured_at) != step:
+        if is_measured := step % self.every == 0 and int(self.measured_at) != step:
             gradients = _measure(losses, parameters, scale)
-            alpha = nash_weights(gram(gradients))
-            if alpha is not None:
+            if (alpha := nash_weights(gram(gradients))) is not None:
                 self.alpha.copy_(alpha)
             self.measured_at.fill_(step)
             _add(parameters, gradients, self.alpha / len(losses))
-            return self._total(losses).detach()
-        total = self._total(losses)
-        scale(total).backward(inputs=list(parameters))
+        total = (self.alpha * losses).sum() / len(losses)
+        if not is_measured:
+            scale(total).backward(inputs=list(parameters))
         return total.detach()
-
-    def _total(self, losses: Tensor) -> Tensor:
-        return (self.alpha * losses).sum() / len(losses)
 
 
 class ProjectedGradients(nn.Module):
@@ -104,16 +100,14 @@ class ProjectedGradients(nn.Module):
         return (weights.to(losses) * losses.detach()).sum()
 
 
-def open_tasks(
-    method: str, num_tasks: int, *, every: int
-) -> UncertaintyWeights | NashWeights | ProjectedGradients:
+Tasks = UncertaintyWeights | NashWeights | ProjectedGradients
+
+
+def open_tasks(method: str, num_tasks: int, *, every: int) -> Tasks:
     """The module of `method`: uw, nashmtl (solved anew after `every` updates) or pcgrad."""
-    if method == "uw":
-        return UncertaintyWeights(num_tasks)
     if method == "nashmtl":
         return NashWeights(num_tasks, every)
-    assert method == "pcgrad", method
-    return ProjectedGradients()
+    return UncertaintyWeights(num_tasks) if method == "uw" else ProjectedGradients()
 
 
 def _measure(losses: Tensor, parameters: Sequence[nn.Parameter], scale: Scale) -> TaskGradients:
@@ -128,16 +122,11 @@ def _measure(losses: Tensor, parameters: Sequence[nn.Parameter], scale: Scale) -
 def _add(parameters: Sequence[nn.Parameter], gradients: TaskGradients, weights: Tensor) -> None:
     """Add sum_i w_i g_i to `.grad`.  weights: (k,)"""
     for weight, gradient in zip(weights.tolist(), gradients, strict=True):
-        sums, added = [], []
         for parameter, grad in zip(parameters, gradient, strict=True):
-            if grad is None:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            sums.append(parameter.grad)
-            added.append(grad)
-        if sums:
-            torch._foreach_add_(sums, added, alpha=weight)
+            if grad is not None and parameter.grad is None:
+                parameter.grad = weight * grad
+            elif grad is not None and parameter.grad is not None:
+                parameter.grad.add_(grad, alpha=weight)
 
 
 def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:

@@ -122,12 +122,10 @@ class Plan:
 class Run:
     """What is trained, on what, how, and where it ends.
 
-    `clusters` are the draws whose losses are balanced against each other, if any. `compile`: auto,
-    on or off, as of `compile_network`; `shard`: divide the networks among the processes, which uses
-    up the denoiser's. Like the device, neither is part of what makes a run the same.
-
-    With `from_scratch` the denoiser's random weights are trained into a base; its config then asks
-    for no consistency and no projection.
+    `clusters` are the draws whose losses are balanced against each other, if any. `shard`: divide
+    the networks among the processes, which uses up the denoiser's. Like `compile` and the device it
+    is no part of what makes a run the same. With `from_scratch` the denoiser's random weights are
+    trained into a base; its config then asks for no consistency and no projection.
     """
 
     denoiser: Denoiser
@@ -209,28 +207,25 @@ def plan_base(plan: Plan, description: Path, output: Path) -> Plan:
     return plan
 
 
-def require_processes(plan: Plan, world_size: int) -> None:
-    """Check that `world_size` processes can share an update, and with `shard` the network."""
+def require_processes(plan: Plan, size: int) -> None:
+    """Check that `size` processes can share an update, and with `shard` the network."""
     config = plan.config
-    if plan.shard and world_size == 1:
-        raise ConfigError(
-            "--shard divides the network among several processes, and this is one alone: start "
-            "one for each GPU (torchrun, accelerate launch, srun), or leave it out"
-        )
-    if plan.shard and plan.dtype == "fp16":
-        raise ConfigError("--shard with --dtype fp16: choose bf16, which needs no loss scale")
-    if plan.shard and plan.compile == "on":
-        raise ConfigError("--shard with --compile on: what is divided is not compiled; choose one")
-    if world_size > 1 and config.multitask != "none":
-        raise ConfigError(
-            f"multitask = {config.multitask!r} needs the gradients of whole batches, and "
-            f"{world_size} processes share them; train with one process, or --multitask none"
-        )
-    if config.batch_size < world_size:
-        raise ConfigError(
-            f"batch_size = {config.batch_size} is for all {world_size} processes together: "
-            f"expected one image for each at least"
-        )
+    for is_refused, why in (
+        (plan.shard and size == 1, "--shard divides the network among several processes, and this "
+         "is one alone: start one for each GPU (torchrun, accelerate launch, srun), or leave it "
+         "out"),
+        (plan.shard and plan.dtype == "fp16", "--shard with --dtype fp16: choose bf16, which needs "
+         "no loss scale"),
+        (plan.shard and plan.compile == "on", "--shard with --compile on: what is divided is not "
+         "compiled; choose one"),
+        (size > 1 and config.multitask != "none", f"multitask = {config.multitask!r} needs the "
+         f"gradients of whole batches, and {size} processes share them; train with one process, or "
+         f"--multitask none"),
+        (config.batch_size < size, f"batch_size = {config.batch_size} is for all {size} processes "
+         f"together: expected one image for each at least"),
+    ):  # fmt: skip
+        if is_refused:
+            raise ConfigError(why)
 
 
 def require_companions(record: DenoiserRecord, pipeline: str | None) -> None:
@@ -307,36 +302,28 @@ def read_description(path: Path) -> dict[str, Any]:
     Raises MissingError if there is no such file, ConfigError if it lacks either table or has more,
     or for a key that its class does not take, which diffusers would drop.
     """
+    import diffusers
+    import tomli
+
     try:
         with reading(path):
             text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            document = json.loads(text)
-        else:
-            import tomli
-
-            document = tomli.loads(text)
+        document = json.loads(text) if path.suffix == ".json" else tomli.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path}: neither valid TOML nor JSON: {error}") from error
-    for name in {**_CLASSES, **document}:
-        if name not in _CLASSES:
-            raise ConfigError(f"{path}: unknown table [{name}]; expected [model] and [scheduler]")
-        if not isinstance(document.get(name), dict):
-            raise ConfigError(f"{path}: lacks the table [{name}], a diffusers config")
-    import diffusers
-
-    for table, default in _CLASSES.items():
-        config = {"_class_name": default, **document[table]}
-        kind: Any = getattr(diffusers, str(config["_class_name"]), None)
+    for table in {**_CLASSES, **document}:
+        if table not in _CLASSES or not isinstance(document.get(table), dict):
+            word = "lacks the" if table in _CLASSES else "unknown"
+            raise ConfigError(f"{path}: {word} table [{table}]; expected [model] and [scheduler]")
+        name = str(document[table].get("_class_name", _CLASSES[table]))
+        kind: Any = getattr(diffusers, name, None)
         if not hasattr(kind, "from_config"):
-            raise ConfigError(f"{path}: [{table}] diffusers has no class {config['_class_name']!r}")
+            raise ConfigError(f"{path}: [{table}] diffusers has no class {name!r}")
         known = set(inspect.signature(kind).parameters) - {"kwargs"}
-        for key in config:
+        for key in document[table]:
             if not key.startswith("_") and key not in known:
-                raise ConfigError(
-                    f"{path}: unknown key {key!r} in [{table}] of {kind.__name__}"
-                    f"{nearest(key, sorted(known))}"
-                )
+                near = nearest(key, sorted(known))
+                raise ConfigError(f"{path}: unknown key {key!r} in [{table}] of {name}{near}")
     return document
 
 
@@ -381,8 +368,7 @@ def prepare(plan: Plan) -> Run:
 def open_plan_examples(
     plan: Plan, record: DenoiserRecord | None = None
 ) -> tuple[DenoiserRecord, Examples, Examples | None]:
-    """The denoiser's record, that of the base with its frozen parts named; training and held-out
-    examples for it."""
+    """The record (unless given, of the base) with its frozen parts named; train and held-out."""
     from deme_cli.diffusion.companions import open_companions
     from deme_cli.training.examples import name_companions, open_examples
 

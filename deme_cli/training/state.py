@@ -267,16 +267,11 @@ class TrainingState:
 def require_same_run(kept: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
     """Check that a kept run is the one asked for; raises ConfigError naming what differs."""
     for name in ("data", *wanted):
-        if kept.get(name) == wanted[name]:
-            continue
-        if name == "data":
-            what = (
-                "that began on other images or captions (or with an earlier deme, which did not "
-                "compare every byte) is kept here; give the same data"
+        if kept.get(name) != wanted[name]:
+            told = f"with {name} = {kept.get(name)!r} is kept here, not {wanted[name]!r}"
+            if name == "data":
+                told = "that began on other images or captions is kept here"
+            raise ConfigError(
+                f"{output}: an unfinished run {told}; use the same settings to continue, --force "
+                f"to start anew, or another --output"
             )
-        else:
-            what = f"with {name} = {kept.get(name)!r} is kept here, not {wanted[name]!r}; use the "
-            what += "same settings to continue"
-        raise ConfigError(
-            f"{output}: an unfinished run {what}, --force to start anew, or another --output"
-        )

@@ -271,7 +271,7 @@ def _too_many_weights(run: Run) -> str:
 class RunFiles:
     """Curve, checkpoint, snapshots and results of `run`, which goes on from `state`.
 
-    Every process calls every method. The held-out loss is measured by the first one, too: it takes
+    Every process calls every method, the first one writes and measures the held-out loss: it takes
     as long as an update or a few, once in a thousand. Where the network is divided, all take part.
     """
 
@@ -326,11 +326,8 @@ class RunFiles:
     def write_results(self, step: int | None = None) -> None:
         """Write every average, and last the usual weights: where the result lies, all of them do.
 
-        With `step` as snapshots of the run as it is now, whose checkpoint is saved. They are this
-        run, broken off: what a run of so many `steps` would have saved, except that a learning rate
-        that falls to 0 falls over the whole run. To mix averages afterwards (EDM2, Algorithm 3) one
-        needs the power-function ones of several steps; to average plain checkpoints the usual ones
-        serve, with `ema_decay` 0 the very weights.
+        With `step` as snapshots of the run as it is now, whose checkpoint is saved: what a run of
+        so many `steps` would have saved, but that a learning rate falls over the whole run.
         """
         run = self.run
         for length in (*(run.config.ema_lengths or []), None) if self._takes_part else ():
@@ -352,13 +349,8 @@ class RunFiles:
         """The header of a result: every setting that is set, and what was averaged how."""
         run, config, examples = self.run, self.run.config, self.run.examples
         record = run.denoiser.record
-        model: dict[str, Any] = {
-            "source": record.source,
-            "model_config": record.model_config,
-            "scheduler_config": record.scheduler_config,
-            "num_train_timesteps": record.num_train_timesteps,
-            "companions": record.companions,
-        }
+        fields = ("source", "model_config", "scheduler_config", "num_train_timesteps", "companions")
+        model: dict[str, Any] = {name: getattr(record, name) for name in fields}
         data = {
             "source": examples.source, "fingerprint": examples.fingerprint, "num": len(examples),
         }  # fmt: skip
@@ -369,19 +361,12 @@ class RunFiles:
             settings["cluster_ranges"] = [str(cluster) for cluster in run.clusters]
         if run.from_scratch:
             return BaseRecord(**model, training={**settings, "data": data})
+        span, index, of = run.choice.range, run.choice.index, run.choice.of
         return ExpertRecord(
-            **model,
-            range=[run.choice.range.start, run.choice.range.stop],
-            index=run.choice.index,
-            of=run.choice.of,
-            base=record.fingerprint,
-            p=config.p,
-            steps=self.state.step,
-            seed=config.seed,
-            projection=config.projection,
-            data=data,
-            training=settings,
-        )
+            **model, range=[span.start, span.stop], index=index, of=of, base=record.fingerprint,
+            p=config.p, steps=self.state.step, seed=config.seed, projection=config.projection,
+            data=data, training=settings,
+        )  # fmt: skip
 
 
 def _step_of(line: str) -> float:

@@ -32,31 +32,30 @@ from deme_cli.config import FinetuneConfig
 from deme_cli.diffusion.schedule import FlowSchedule, Schedule
 from deme_cli.errors import ConfigError
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.multitask import open_tasks
 
 GAMMA = {"min-snr": 5.0, "soft-min-snr": 5.0, "p2": 1.0}  # as published, see above
-NOT_IN_A_TABLE = ("none", "uncertainty")
 
 
 def loss_weights(
-    schedule: Schedule,
-    name: str,
-    *,
-    gamma: float | None = None,
-    k: float = 1.0,
+    schedule: Schedule, name: str, *, gamma: float | None = None, k: float = 1.0,
     normalise: bool = False,
-) -> Tensor | None:
+) -> Tensor | None:  # fmt: skip
     """Weight per draw on the loss of the network's own target.  (T,) float64
 
     None for "none" (the plain loss) and "uncertainty". `normalise` makes the mean over all T
     draws 1. Raises ConfigError where a weight is not finite.
     """
-    if name in NOT_IN_A_TABLE:
+    if name in ("none", "uncertainty"):
         return None
     signal, noise = powers(schedule)
     gamma = GAMMA.get(name, 1.0) if gamma is None else gamma
     weights = weigh(name, signal, noise, gamma=gamma, k=k)
-    require_finite(weights, name, schedule)
+    if bad := (~weights.isfinite()).nonzero().flatten().tolist():
+        raise ConfigError(
+            f"loss_weighting = {name}: no finite weight at t = {bad[-1]}, where the "
+            f"signal-to-noise ratio is {schedule.snr[bad[-1]].item():g} and the base predicts "
+            f"{schedule.prediction_type}; choose another, as min-snr, or a base that predicts v"
+        )
     return weights / weights.mean() if normalise else weights
 
 
@@ -88,19 +87,6 @@ def weigh(name: str, s: Tensor, n: Tensor, *, gamma: float, k: float) -> Tensor:
     return s * (k + s / n) ** -gamma
 
 
-def require_finite(weights: Tensor, name: str, schedule: Schedule) -> None:
-    """Raise ConfigError that names the last t whose weight is infinite or undefined."""
-    bad = (~weights.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        t = bad[-1]
-        raise ConfigError(
-            f"loss_weighting = {name}: no finite weight at t = {t}, where the signal-to-noise "
-            f"ratio is {schedule.snr[t].item():g} and the base predicts "
-            f"{schedule.prediction_type}; choose another, such as min-snr, or a base that "
-            "predicts v"
-        )
-
-
 class Uncertainty(nn.Module):
     """u(t), the learned log-variance of the loss at draw t: every noise level is a task; float32.
 
@@ -110,9 +96,8 @@ class Uncertainty(nn.Module):
     thrown away after training.
 
     Two departures: L is the loss of the network's own target, and u is 0 at the start with a bias
-    of its own, so that training begins as the plain loss. EDM2 normalises random weights instead,
-    which suits training from nothing. The features are drawn from `seed` and saved with the
-    weights: a state_dict restores all of u.
+    of its own, so that training begins as the plain loss, where EDM2 normalises random weights. The
+    features are drawn from `seed`; a state_dict restores all of u.
     """
 
     frequencies: Tensor
@@ -154,10 +139,9 @@ def noise_levels(schedule: Schedule) -> Tensor:
 class Reduction(nn.Module):
     """From the losses of a batch's images to one gradient: their mean, weighed, or a compromise.
 
-    Fixed weights and a compromise between clusters (multitask.py) combine: the losses are weighed
-    first. Its parameters are trained beside the network's, at `own_lr` where that is not the
-    network's rate. Its state_dict is what a run needs to continue. Raises ConfigError on a
-    weighting that this schedule has no number for.
+    Losses are weighed before clusters of them are balanced (multitask.py). Its parameters are
+    trained beside the network's, at `own_lr` where that is not the network's rate. Its state_dict
+    is what a run needs to continue.
     """
 
     weights: Tensor | None
@@ -173,25 +157,21 @@ class Reduction(nn.Module):
         )  # fmt: skip
         weights = None if weights is None else weights.float()
         self.register_buffer("weights", weights, persistent=False)  # (T,)
-        stops = torch.tensor([cluster.stop for cluster in clusters[:-1]], dtype=torch.long)
-        self.register_buffer("stops", stops, persistent=False)  # (k - 1,)
         self.uncertainty = self.tasks = self.own_lr = None
         if config.loss_weighting == "uncertainty":
             self.uncertainty = Uncertainty(schedule, seed=config.seed)
         if clusters:
+            from deme_cli.training.multitask import open_tasks
+
             self.tasks = open_tasks(config.multitask, len(clusters), every=config.multitask_every)
             self.own_lr = config.multitask_lr
+            stops = torch.tensor([cluster.stop for cluster in clusters[:-1]], dtype=torch.long)
+            self.register_buffer("stops", stops, persistent=False)  # (k - 1,)
 
     def backward(
-        self,
-        losses: Tensor,
-        t: Tensor,
-        parameters: Sequence[nn.Parameter],
-        *,
-        step: int,
-        generator: torch.Generator,
-        scale: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+        self, losses: Tensor, t: Tensor, parameters: Sequence[nn.Parameter], *, step: int,
+        generator: torch.Generator, scale: Callable[[Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
         """Add the gradient of what is minimised to `parameters`; returns its value, a scalar.
 
         losses: (B,) with their graph   t: (B,). `scale` multiplies a loss before it is
@@ -200,17 +180,14 @@ class Reduction(nn.Module):
         if self.weights is not None:
             losses = losses * self.weights[t]
         if self.tasks is not None:
-            means = self._cluster_means(losses, t)
+            # the mean loss of each cluster, which has an image in every batch  (k,)
+            clusters = torch.arange(len(self.stops) + 1, device=t.device)
+            members = torch.bucketize(t, self.stops, right=True) == clusters[:, None]  # (k, B)
+            # picking them would wait for a GPU
+            means = torch.where(members, losses, 0.0).sum(1) / members.sum(1)
             return self.tasks.backward(
                 means, parameters, step=step, generator=generator, scale=scale
             )
         total = losses.mean() if self.uncertainty is None else self.uncertainty.weigh(losses, t)
         scale(total).backward()
         return total.detach()
-
-    def _cluster_means(self, losses: Tensor, t: Tensor) -> Tensor:
-        """The mean loss of each cluster: (B,) -> (k,). Every cluster has an image in the batch."""
-        cluster = torch.bucketize(t, self.stops, right=True)
-        clusters = torch.arange(len(self.stops) + 1, device=t.device)
-        members = cluster == clusters[:, None]  # (k, B); picking them would wait for a GPU
-        return torch.where(members, losses, 0.0).sum(1) / members.sum(1)

@@ -11,14 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_base
 from launched import ends, launch, succeed
-from PIL import Image
 
-from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.artifacts import load_tensors
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.diffusion.denoiser import load_denoiser, predict
 from deme_cli.distributed import World
@@ -218,25 +216,17 @@ def test_a_divided_run_goes_on_undivided_and_the_other_way_round(deme, folder: P
     require_close(folder / "ft_1of2.safetensors", alone(deme, folder, *words))
 
 
-def write_images(folder: Path, *, broken: int) -> None:
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(30):
-        pixels = rng.integers(0, 256, (12, 14), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
-    path = folder / f"{broken:02d}.png"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 @pytest.mark.slow
-def test_an_error_of_one_process_is_told_once_and_ends_all(folder: Path) -> None:
-    write_images(folder / "images", broken=17)
+def test_an_error_of_one_process_is_told_once_and_ends_all(
+    folder: Path, image_folder: Path
+) -> None:
+    broken = image_folder / "07.png"
+    broken.write_bytes(broken.read_bytes()[:-40])
     words = [*WORDS, "--data", "images", "--crop", "random", "--held-out", "0", *ENDLESS]
-    processes = launch(folder, *words, num=3)
-    codes, said = ends(processes)
+    codes, said = ends(launch(folder, *words, num=3))
     assert codes == [4, 4, 4]
     assert len(said) == 1, said
-    assert "17.png: broken image" in said[0]
+    assert "07.png: broken image" in said[0]
 
 
 @pytest.mark.slow
@@ -272,29 +262,6 @@ def test_processes_with_other_settings_or_none_of_their_own_are_refused(folder: 
     refused(2, "--jobs 2 starts processes", *WORDS, "--jobs", "2")
     refused(3, "nowhere", *WORDS, "--data", "nowhere")
     assert [path.name for path in folder.iterdir()] == ["base.safetensors"]
-
-
-@pytest.mark.slow
-def test_a_slurm_step_trains_the_ranges_one_after_another(folder: Path) -> None:
-    (folder / "deme.toml").write_text("[split]\nn = 2\n")
-    environ = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
-    environ |= {
-        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_ID": "0",
-        "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": str(os.getpid()),
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "deme_cli", *WORDS, "--range", "all", "--steps", "4"],
-            cwd=folder, env={**environ, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0][0].split() == ["ft_1of2.safetensors", "ft_2of2.safetensors"]
-    assert outputs[1] == ("", "")
-    assert read_record(folder / "ft_2of2.safetensors").range == [50, 100]
 
 
 @pytest.mark.slow
