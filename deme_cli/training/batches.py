@@ -27,19 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from deme_cli.config import FinetuneConfig
-from deme_cli.data.images import KEEP_BYTES
 from deme_cli.diffusion.conditions import Conditions, fill_null, to
 from deme_cli.diffusion.denoiser import predict
 from deme_cli.diffusion.schedule import Schedule
 from deme_cli.distributed import World
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.examples import WHOLE, Examples, PixelExamples, send
+from deme_cli.training.examples import WHOLE, Examples
 from deme_cli.training.objective import draw_by_cluster, draw_timesteps
 
 if TYPE_CHECKING:
     from deme_cli.training.setup import Run
 
-_SHARE = 0.2  # of the memory that is free before the first update, for images
 _BATCH = 256  # fixed draws at a time
 Check = Callable[..., None]  # called between batches, with (done, total) if known; raises to stop
 
@@ -59,10 +57,13 @@ class Batch:
         return Batch(self.x0[chosen], self.eps[chosen], self.t[chosen], conditions)
 
     def on(self, device: torch.device) -> Batch:
-        """The batch on a GPU."""
-        x0, eps, t = (send(tensor, device) for tensor in (self.x0, self.eps, self.t))
-        conditions = {name: send(value, device) for name, value in self.conditions.items()}
-        return Batch(x0, eps, t, conditions)
+        """The batch on a GPU, without waiting for it, as copies from pinned memory do not."""
+        tensors = {"x0": self.x0, "eps": self.eps, "t": self.t, **self.conditions}
+        for name, tensor in tensors.items():
+            is_here = device.type == "cuda" and tensor.device.type == "cpu"
+            pinned = tensor.pin_memory() if is_here else tensor
+            tensors[name] = pinned.to(device, non_blocking=True)
+        return Batch(tensors.pop("x0"), tensors.pop("eps"), tensors.pop("t"), tensors)
 
 
 def derived_generator(*parts: object) -> torch.Generator:
@@ -139,12 +140,6 @@ def share_of(num: int, world: World) -> slice:
 def open_batches(run: Run, world: World, device: torch.device) -> Iterator[BatchSource | Ahead]:
     """The batches of `run`, as far as this process shares in them, for a network on `device`."""
     gpu = device if device.type == "cuda" else None
-    if gpu is not None and isinstance(run.examples, PixelExamples):
-        size = len(run.examples) * math.prod(run.examples.shape)  # a byte for each value
-        cached = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
-        free = torch.cuda.mem_get_info(gpu)[0] + cached  # of the range trained before, for one
-        if run.examples.crop == "centre" and size <= min(KEEP_BYTES, _SHARE * free):
-            run.examples.keep_on(gpu)
     source = BatchSource(
         run.examples, run.choice.range, run.denoiser.schedule, run.config, flip=run.flip,
         clusters=run.clusters, share=share_of(run.config.batch_size, world), device=gpu,

@@ -53,7 +53,6 @@ _OPEN_SHARDS = 64  # shards mapped at a time
 _PIXELS = 1 << 20  # encoded at a time: four images of 512 x 512
 _LARGEST_BATCH = 32
 _POLL_SECONDS = 0.2
-_CHUNK = 4096  # images copied to a device at a time
 AnyRecord = TypeVar("AnyRecord", bound=DenoiserRecord)
 
 
@@ -66,18 +65,9 @@ class PixelExamples:
         self.data, self.crop = data, crop
         self.source, self.fingerprint = data.source, data.fingerprint
         self.can_flip, self.shape, self.image_shape = data.can_flip, data.shape, data.shape
-        self._resident: Tensor | None = None  # all images, uint8 (N, C, H, W), on a device
 
     def __len__(self) -> int:
         return len(self.data)
-
-    def keep_on(self, device: torch.device) -> None:
-        """Draw on `device` from here on, where the centre crops of all images are kept."""
-        shape = (len(self.data), *self.data.shape)
-        self._resident = torch.empty(shape, dtype=torch.uint8, device=device)
-        for start in range(0, len(self.data), _CHUNK):
-            numbers = range(start, min(start + _CHUNK, len(self.data)))
-            self._resident[start : numbers.stop] = self.data.batch(numbers).to(device)
 
     def draw(
         self, indices: Sequence[int], *, flip: Tensor | None, generator: torch.Generator | None,
@@ -88,14 +78,8 @@ class PixelExamples:
         Of a `share` of the batch, what they are in the whole: chance is drawn for all of it.
         """
         crops = draw_crops(self.crop, len(indices), generator)
-        flip = None if flip is None else flip[share]
-        if self._resident is None or crops is not None:
-            images = self.data.batch(indices[share], None if crops is None else crops[share])
-        else:
-            device, numbers = self._resident.device, torch.as_tensor(indices[share])
-            images = self._resident[send(numbers.long(), device)]
-            flip = None if flip is None else send(flip, device)
-        return mirror(to_unit(images), flip), {}
+        images = self.data.batch(indices[share], None if crops is None else crops[share])
+        return mirror(to_unit(images), None if flip is None else flip[share]), {}
 
     def null(self) -> Conditions:
         return {}
@@ -203,13 +187,6 @@ def draw_crops(crop: str, num: int, generator: torch.Generator | None) -> Tensor
     if crop == "centre" or generator is None:
         return None
     return torch.rand(num, 2, generator=generator)
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, without waiting for a GPU, as copies from pinned memory do not."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def name_companions(record: AnyRecord, pipeline: str | None) -> AnyRecord:

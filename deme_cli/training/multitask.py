@@ -123,9 +123,9 @@ def _add(parameters: Sequence[nn.Parameter], gradients: TaskGradients, weights: 
     """Add sum_i w_i g_i to `.grad`.  weights: (k,)"""
     for weight, gradient in zip(weights.tolist(), gradients, strict=True):
         for parameter, grad in zip(parameters, gradient, strict=True):
-            if grad is not None and parameter.grad is None:
-                parameter.grad = weight * grad
-            elif grad is not None and parameter.grad is not None:
+            if grad is not None:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
                 parameter.grad.add_(grad, alpha=weight)
 
 

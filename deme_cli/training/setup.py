@@ -104,8 +104,8 @@ class Plan:
     @property
     def outputs(self) -> list[Path]:
         """Every file the run writes, its main one first; of a finished run those still there."""
-        more = variant_paths(self.output, self.config)
-        return [self.output, *(path for path in more if not self.is_done or path.exists())]
+        paths = [self.output, *variant_paths(self.output, self.config)]
+        return list(filter(Path.exists, paths)) if self.is_done else paths
 
     def describe(self) -> str:
         """One line that says what would run."""

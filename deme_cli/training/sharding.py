@@ -16,7 +16,6 @@ computes. Files hold whole tensors, so a run goes on divided otherwise, or not a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,6 @@ from deme_cli.errors import is_out_of_memory
 from deme_cli.files import layout_of, tensor_bytes
 
 BUCKET_BYTES = 128 << 20  # copied and sent at a time: the memory that adding up costs
-_LISTEN_SECONDS = 1.0  # less than a process that fails holds the store for the others
 _BLOCKS = (  # diffusers' classes that a network repeats; of nested ones the outermost counts
     "ResnetBlock2D", "Attention", "BasicTransformerBlock",
     "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock",
@@ -159,19 +157,7 @@ def holding(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
 
 @contextmanager
 def joint_passes(world: World) -> Iterator[None]:
-    """Translate what torch says in a pass through a divided network when a process has gone.
-
-    A pass ends only when that process has, and with the first one the store goes that knows its
-    exit code: so it is listened for meanwhile.
-    """
-    is_over, codes = threading.Event(), [0]
-
-    def listen() -> None:
-        while not codes[-1] and not is_over.wait(_LISTEN_SECONDS):
-            codes.append(world.failure())
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
+    """Translate what torch says in a pass through a divided network when a process has gone."""
     try:
         yield
     except RuntimeError as error:
@@ -182,8 +168,5 @@ def joint_passes(world: World) -> Iterator[None]:
             "another process of this launch ended without a word (killed, or out of memory?); "
             "run the same command again to continue from the last checkpoint"
         )
-        lost.exit_code = codes[-1] or lost.exit_code
+        lost.exit_code = world.failure() or lost.exit_code
         raise lost from error
-    finally:
-        is_over.set()
-        listener.join()

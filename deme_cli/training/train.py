@@ -203,8 +203,8 @@ class Gradients:
             smallest_share = self.run.config.batch_size // self.world.size
             num_parts = min(-(-self._largest_share // self.at_once), smallest_share)
         for i in range(num_parts):
-            part = batch.part(slice(num * i // num_parts, num * (i + 1) // num_parts))
-            losses.append(self._of_part(part, micro))
+            chosen = slice(num * i // num_parts, num * (i + 1) // num_parts)
+            losses.append(self._of_part(batch if num_parts == 1 else batch.part(chosen), micro))
         return torch.stack(losses).sum(0)
 
     def _of_part(self, batch: Batch, micro: int) -> Tensor:
