@@ -8,8 +8,7 @@ no public names for the classes of contexts and commands that its own methods ta
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib import import_module
 from typing import Annotated, Any, cast
 
@@ -28,65 +27,53 @@ SETTINGS: dict[str, Any] = {
     "rich_markup_mode": "rich",
 }
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__base__)  # Typer has no public name for it
-PIPELINE, MEASURE, LOOK = "Pipeline", "Sample and measure", "Look and share"
 
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A subcommand: its panel, its line in `deme --help`; and for a group, its subcommands.
-
-    Its function has its name, or `function`, and lies in the file of its name in commands/; a
-    group's is its help alone. is_joint: the processes of a launch run it together, and meet there;
-    else the first one runs it alone.
-    """
-
-    panel: str
-    summary: str
-    function: str = ""
-    parts: Collection[str] = ()
-    is_joint: bool = False
-
-    def build(self, name: str) -> Any:
-        """Import the command and make its options."""
-        plain = name.replace("-", "_")
-        module = import_module(f"deme_cli.commands.{plain}")
-        function = getattr(module, self.function or plain)
-        one = typer.Typer(**SETTINGS, cls=Group, add_completion=False, no_args_is_help=True)
-        if not self.parts:
-            kind = Command if self.is_joint else FirstOnly
-            one.command(name, cls=kind, rich_help_panel=self.panel)(function)
-            return typer.main.get_command(one)
-        one.callback()(function)
-        for part in self.parts:
-            one.command(part, cls=FirstOnly)(getattr(module, part.replace("-", "_")))
-        return typer.main.get_command(one)
-
-
-COMMANDS: dict[str, Entry] = {
-    "split": Entry(PIPELINE, "Import a model, divide its timesteps into ranges."),
-    "finetune": Entry(PIPELINE, "Train the expert of one range (Eq. 3-6).", is_joint=True),
-    "task-vector": Entry(PIPELINE, "Subtract the base from experts; norms, cosines."),
-    "merge": Entry(PIPELINE, "Merge experts into one model (Eq. 8).", is_joint=True),
-    "sample": Entry(MEASURE, "Draw images from one model.", is_joint=True),
-    "ensemble-sample": Entry(
-        MEASURE, "Draw images, each expert in its range (Eq. 7).", is_joint=True
-    ),
-    "eval": Entry(
-        MEASURE, "Measure the distance to reference images.", function="evaluate", is_joint=True
-    ),
-    "stats": Entry(MEASURE, "Make reference statistics of images.", is_joint=True),
-    "compare": Entry(MEASURE, "Train and measure a table of methods."),
-    "demo": Entry(LOOK, "Run the whole pipeline on the embedded digits."),
-    "analyze": Entry(
-        LOOK,
-        "Draw the paper's figures: why it works.",
-        parts=("losses", "gradients", "activations", "landscape", "task-vectors"),
-    ),
-    "report": Entry(LOOK, "Put a run folder on one HTML page."),
-    "inspect": Entry(LOOK, "Show what is in an artifact, and where it is from."),
-    "export": Entry(LOOK, "Write a diffusers pipeline folder."),
-    "doctor": Entry(LOOK, "List what runs need, and what of it is missing."),
+# By panel of `deme --help`: each subcommand and its line there.
+PANELS = {
+    "Pipeline": {
+        "split": "Import a model, divide its timesteps into ranges.",
+        "finetune": "Train the expert of one range (Eq. 3-6).",
+        "task-vector": "Subtract the base from experts; norms, cosines.",
+        "merge": "Merge experts into one model (Eq. 8).",
+    },
+    "Sample and measure": {
+        "sample": "Draw images from one model.",
+        "ensemble-sample": "Draw images, each expert in its range (Eq. 7).",
+        "eval": "Measure the distance to reference images.",
+        "stats": "Make reference statistics of images.",
+        "compare": "Train and measure a table of methods.",
+    },
+    "Look and share": {
+        "demo": "Run the whole pipeline on the embedded digits.",
+        "analyze": "Draw the paper's figures: why it works.",
+        "report": "Put a run folder on one HTML page.",
+        "inspect": "Show what is in an artifact, and where it is from.",
+        "export": "Write a diffusers pipeline folder.",
+        "doctor": "List what runs need, and what of it is missing.",
+    },
 }
+COMMANDS = [name for lines in PANELS.values() for name in lines]
+PARTS = {"analyze": ("losses", "gradients", "activations", "landscape", "task-vectors")}
+# What the processes of a launch do together; each of these meets the others itself.
+JOINT = {"finetune", "merge", "sample", "ensemble-sample", "eval", "stats"}
+
+
+def build(name: str) -> Any:
+    """Import a command, a function of its name in the file of its name, and make its options.
+
+    A group's own function is its help alone; each of its parts is a function beside it.
+    """
+    plain = name.replace("-", "_")
+    module = import_module(f"deme_cli.commands.{plain}")
+    function = getattr(module, {"eval": "evaluate"}.get(plain, plain))
+    one = typer.Typer(**SETTINGS, cls=Group, add_completion=False, no_args_is_help=True)
+    if name in PARTS:
+        one.callback()(function)
+        for part in PARTS[name]:
+            one.command(part, cls=FirstOnly)(getattr(module, part.replace("-", "_")))
+    else:
+        one.command(name, cls=Command if name in JOINT else FirstOnly)(function)
+    return typer.main.get_command(one)
 
 
 class Command(typer.core.TyperCommand):
@@ -135,18 +122,19 @@ class Group(typer.core.TyperGroup):
 
 
 class LazyGroup(Group):
-    """The commands of `COMMANDS`; for the list of them none is built."""
+    """The commands above; for the list of them none is built."""
 
     _lists_commands = False
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
+        return COMMANDS
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        entry = COMMANDS[cmd_name]
         if not self._lists_commands:
-            return entry.build(cmd_name)
-        return typer.core.TyperCommand(cmd_name, help=entry.summary, rich_help_panel=entry.panel)
+            return build(cmd_name)
+        (panel,) = (title for title, lines in PANELS.items() if cmd_name in lines)
+        line = PANELS[panel][cmd_name]
+        return typer.core.TyperCommand(cmd_name, help=line, rich_help_panel=panel)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._lists_commands = True

@@ -10,7 +10,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
-from deme_cli.app import COMMANDS
+from deme_cli.app import build
 from deme_cli.config import TABLES
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +140,7 @@ def test_every_command_has_help_that_ends_with_an_example(deme) -> None:
 
 
 def test_every_setting_of_finetune_has_an_option_of_its_name_and_help_lists_32_at_most() -> None:
-    options = COMMANDS["finetune"].build("finetune").params
+    options = build("finetune").params
     flags = {flag for option in options for flag in option.opts}
     for item in fields(TABLES["finetune"]):
         assert f"--{item.name.replace('_', '-')}" in flags, item.name

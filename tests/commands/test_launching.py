@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from launched import ends, launch, succeed
 
-from deme_cli.app import COMMANDS
+from deme_cli.app import COMMANDS, JOINT, PARTS
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.distributed import only_first
 from deme_cli.merging.journal import read_journal
@@ -32,9 +32,9 @@ MERGED, JOURNAL = Path("merged.safetensors"), Path("merged.trials.jsonl")
 # Every command line that leaves its work to the first process; half of them would be refused.
 LEAVING = [
     [command, *part]
-    for command, entry in COMMANDS.items()
-    if not entry.is_joint
-    for part in ([[part] for part in entry.parts] or [[]])
+    for command in COMMANDS
+    if command not in JOINT
+    for part in ([[part] for part in PARTS.get(command, ())] or [[]])
 ]
 MERGES = [
     ["-w", "1,2"],

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from deme_cli.app import COMMANDS
+from deme_cli.app import COMMANDS, build
 from deme_cli.commands.options import Given, OptionsOf, takes_settings
 from deme_cli.config import TABLES, EvalConfig, MergeConfig, SampleConfig
 from deme_cli.errors import OTHER_WORDS, ConfigError, closest
@@ -120,8 +120,8 @@ def test_a_wrong_word_is_one_line_that_names_the_right_one(deme) -> None:
 
 def test_every_word_of_another_tool_leads_to_a_word_of_ours_that_is_there() -> None:
     flags = set()
-    for name, entry in COMMANDS.items():
-        command = entry.build(name)
+    for name in COMMANDS:
+        command = build(name)
         for one in getattr(command, "commands", {"": command}).values():
             flags |= {flag.lstrip("-") for item in one.params for flag in item.opts}
     known = (
@@ -146,7 +146,7 @@ def test_every_command_of_the_pages_and_scripts_has_its_options() -> None:
             words = shlex.split(line, comments=True) if re.match(r"\s*deme [a-z]", line) else []
             if len(words) < 2 or not re.fullmatch("[a-z-]+", words[1]):
                 continue
-            command = COMMANDS[words[1]].build(words[1])
+            command = build(words[1])
             command = getattr(command, "commands", {}).get((*words, "", "")[2], command)
             known = {flag for item in command.params for flag in (*item.opts, *item.secondary_opts)}
             for word in words[2:]:
