@@ -8,6 +8,7 @@ no public names for the classes of contexts and commands that its own methods ta
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import fields
 from importlib import import_module
 from typing import Annotated, Any, cast
@@ -16,7 +17,7 @@ import typer
 import typer.core
 import typer.main
 
-from deme_cli.commands.version import show_version
+from deme_cli import __version__
 from deme_cli.config import TABLES, Settings
 from deme_cli.distributed import only_first
 from deme_cli.errors import ConfigError, closest, nearest
@@ -178,6 +179,21 @@ app = typer.Typer(
     epilog="Start with deme demo. Your own model: split, finetune, merge, eval, in this order.",
     no_args_is_help=True,
 )
+
+
+def show_version(asked: bool) -> None:
+    """Print what decides the numbers, and stop. The first line comes at once, torch takes time."""
+    if not asked:
+        return
+    typer.echo(f"deme {__version__}")
+    from deme_cli.evaluation.inventory import device_facts, library_version
+
+    versions = ", ".join(f"{name} {library_version(name)}" for name in ("torch", "diffusers"))
+    typer.echo(f"{versions}, Python {platform.python_version()}")
+    device = device_facts()
+    what = device.get("name") or f"threads: {device['threads']}"
+    typer.echo(f"device {device['auto']} ({what})")
+    raise typer.Exit
 
 
 @app.callback()

@@ -12,6 +12,7 @@ why, and all end with its exit code.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -112,7 +113,6 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 _PATIENCE = timedelta(minutes=30)  # imports and downloads before the first word
 _WORK = timedelta(hours=12)  # of one process, while others wait; a dead one is told at once
 _LEAVE_SECONDS = 5.0  # how long the first process holds the store for the others
-_MAX_DIMENSIONS = 8  # of an array that is gathered
 
 
 class Lost(DemeError):
@@ -193,31 +193,24 @@ class World:
             all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
 
     def gather(self, array: np.ndarray) -> list[np.ndarray]:
-        """On the first process, the array of each (n_k, ...), in their order; elsewhere nothing.
-
-        All of one dtype. A process that has none gives an empty one, of any shape and dtype.
-        """
+        """On the first process, the array of each, in their order; elsewhere nothing."""
         if self.is_alone:
             return [array]
         import numpy as np
         import torch
         from torch.distributed import gather
 
-        told = torch.zeros(self.size, 1 + _MAX_DIMENSIONS, dtype=torch.int64)
-        told[self.rank, 0] = array.nbytes
-        told[self.rank, 1 : 1 + array.ndim] = torch.tensor(array.shape) + 1  # 0: no dimension
-        self.add_up(told)
-        sizes = told[:, 0].tolist()
-        shapes = [[n - 1 for n in row if n] for row in told[:, 1:].tolist()]
-        own = torch.zeros(max(sizes), dtype=torch.uint8)
-        own.numpy()[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view("u1")
+        stream = io.BytesIO()
+        np.save(stream, array)
+        own = torch.frombuffer(stream.getbuffer(), dtype=torch.uint8)
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(own)
+        self.add_up(sizes)
+        own = torch.nn.functional.pad(own, (0, int(sizes.max()) - len(own)))
         parts = [torch.empty_like(own) for _ in sizes] if self.is_first else None
         with _talking():
             gather(own, parts, dst=0, group=self._control)
-        return [
-            part[:size].numpy().view(array.dtype).reshape(shape)
-            for part, size, shape in zip(parts or [], sizes, shapes, strict=False)
-        ]
+        return [np.load(io.BytesIO(part.numpy().data)) for part in parts or []]
 
     def require_same(self, document: Mapping[str, Any]) -> None:
         """Check that all processes are about the same; raises ConfigError naming what differs."""

@@ -1,9 +1,11 @@
-"""`deme doctor`: what is there, what is missing, and where to get it."""
+"""`deme doctor` and `--version`: what is there, what is missing, and where to get it."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,11 @@ def test_doctor_lists_the_parts_that_the_base_of_this_folder_needs(
     assert items["tokenizer"]["present"]
     assert not items["vae"]["present"]
     assert items["vae"]["whence"] == str(pipeline)
+
+
+def test_the_version_names_the_libraries_and_the_device(deme: Deme) -> None:
+    first, libraries, device = deme("--version").stdout.splitlines()
+    assert first == f"deme {metadata.version('deme')}"
+    assert f"torch {metadata.version('torch')}" in libraries
+    assert f"diffusers {metadata.version('diffusers')}" in libraries
+    assert re.fullmatch(r"device (cpu|cuda|mps) \(.+\)", device)
