@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 
+import imports_wait  # noqa: F401
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
