@@ -24,7 +24,8 @@ from deme_cli.files import write_whole
 from deme_cli.run_file import RunFile, read_run_file
 
 if TYPE_CHECKING:
-    from deme_cli.comparison.jobs import Failure, Job, Stage
+    from deme_cli.comparison.jobs import Failure, Job
+    from deme_cli.comparison.stage import Stage
     from deme_cli.comparison.table import Comparison, Result, Row
 
 
@@ -77,7 +78,8 @@ def compare(
         if dry_run and not folder.exists():
             folder = Path(scratch)
         run = _run_of(chosen, run or RunFile(), folder / "base", model, progress)
-        from deme_cli.comparison.jobs import jobs_of, open_stage, work_off
+        from deme_cli.comparison.jobs import work_off
+        from deme_cli.comparison.stage import jobs_of, open_stage
 
         stage = open_stage(chosen, run, folder, base=run.base, device=device, dtype=dtype)
         rows = jobs_of(stage)

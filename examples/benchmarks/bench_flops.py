@@ -30,7 +30,7 @@ import torch
 from random_models import ddpm_cifar10, random_denoiser, write_images
 from rounds import machine, ratios, spread, verdict
 
-from deme_cli.comparison.costs import count_passes
+from deme_cli.comparison.stage import count_passes
 from deme_cli.config import FinetuneConfig, SampleConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, Denoiser

@@ -19,7 +19,7 @@ from typing import Any
 
 from rounds import machine, ratios, rounds_of, spread
 
-from deme_cli.comparison.costs import count_passes, flops_per_update
+from deme_cli.comparison.stage import count_passes, flops_per_update
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.digits import BASE_PATH
 from deme_cli.data.images import open_images
