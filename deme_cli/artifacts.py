@@ -277,9 +277,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def combine_digests(digests: Mapping[TensorSpec, str]) -> str:
     """The fingerprint of tensors whose bytes have these SHA-256 digests."""
-    total = hashlib.sha256()
-    for spec, digest in sorted(digests.items(), key=lambda item: item[0].name):
-        total.update(f"{spec.name}\0{spec.dtype}\0{list(spec.shape)}\0{digest}\n".encode())
+    total, by_name = hashlib.sha256(), {spec.name: spec for spec in digests}
+    for name, spec in sorted(by_name.items()):
+        total.update(f"{name}\0{spec.dtype}\0{list(spec.shape)}\0{digests[spec]}\n".encode())
     return total.hexdigest()
 
 

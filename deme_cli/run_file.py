@@ -47,16 +47,13 @@ class RunFile:
         One that has no table, as those of the analyses, has its defaults.
         """
         table = next((name for name, kind in TABLES.items() if kind is config), "")
+        values = dict(self.tables.get(table, {}))
         given = {name: value for name, value in options.items() if value is not None}
-        known = {item.name: item for item in fields(config)}
-        replaced = {
-            known[name].metadata["instead_of"]
-            for name, value in given.items()
-            if value != known[name].default
-        }
-        kept = {k: v for k, v in self.tables.get(table, {}).items() if k not in replaced}
+        for item in fields(config):
+            if given.get(item.name, item.default) != item.default:
+                values.pop(item.metadata["instead_of"], None)
         try:
-            return config(**{**kept, **given})
+            return config(**values | given)
         except ConfigError as error:
             raise ConfigError(f"[{table}] {error}" if table else str(error)) from error
 
