@@ -31,7 +31,10 @@ def _option(flags: str, text: str, panel: str | None = None, least: int | None =
 def compare(
     plan: Annotated[
         str,
-        typer.Argument(metavar="PLAN", help="A TOML file, or table1, table2, table3, sensitivity."),
+        typer.Argument(
+            metavar="PLAN",
+            help="A TOML file, table1, table2, table3, sensitivity; or a job's folder.",
+        ),
     ],
     model: Annotated[str | None, _option("--model", _MODEL)] = None,
     data: Annotated[str | None, _option("--data", "Training images, as for split.")] = None,

@@ -128,7 +128,7 @@ def _run_of(
             source, SplitConfig(n=plan.n), data=plan.tables["data"].get("source"),
             pipeline=told.get("pipeline"), output=place, force=True,
         )  # fmt: skip
-        progress(Step(note=f"{source}: imported into {place}"))
+        progress(Step(note=f"{source}: imported"))
     return read_run_file(place / CONFIG_NAME)
 
 

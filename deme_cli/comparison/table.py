@@ -370,33 +370,21 @@ def _compared(comparison: Comparison) -> Iterator[str]:
 
 def document(comparison: Comparison) -> dict[str, Any]:
     """Everything, for JSON: what is not finite is null, published figures stand apart."""
-    rows = []
-    for row in comparison.rows:
-        cells = {c.title: cell_of(row, c, comparison.rows[0]) for c in comparison.columns}
-        metrics = {title: asdict(cell) for title, cell in cells.items() if cell}
-        told = asdict(row)
-        del told["published"]
-        rows.append({**told, "metrics": metrics})
-    columns, published = comparison.columns, comparison.published
-    found = {column.title: best_of(comparison.rows, column) for column in columns}
-    return plain({
-        "title": comparison.title,
-        "columns": [
-            {"title": c.title, **asdict(c), "lower_is_better": c.lower_is_better} for c in columns
-        ],
-        "rows": rows,
-        "best": {
-            title: {"row": one[0].name, "not_beaten": [row.name for row in one[1]]}
-            for title, one in found.items() if one
-        },
-        "reading": headlines(comparison),
-        "protocol": comparison.protocol,
-        "cards": comparison.cards,
-        "published": {
-            **asdict(published),
-            "rows": {row.name: row.published for row in comparison.rows if row.published},
-        } if published.columns else None,
-    })  # fmt: skip
+    columns, rows, shown = comparison.columns, comparison.rows, asdict(comparison)
+    for column, told in zip(columns, shown["columns"], strict=True):
+        told |= {"title": column.title, "lower_is_better": column.lower_is_better}
+    cited = {}
+    for row, told in zip(rows, shown["rows"], strict=True):
+        cells = {column.title: cell_of(row, column, rows[0]) for column in columns}
+        told["metrics"] = {title: asdict(cell) for title, cell in cells.items() if cell}
+        if figures := told.pop("published"):
+            cited[row.name] = figures
+    shown["published"] = {**shown["published"], "rows": cited} if cited else None
+    shown["best"] = {
+        column.title: {"row": found[0].name, "not_beaten": [row.name for row in found[1]]}
+        for column in columns if (found := best_of(rows, column))
+    }  # fmt: skip
+    return plain({**shown, "reading": headlines(comparison)})
 
 
 _READING = (
