@@ -263,8 +263,8 @@ def _measure(
     plane: Plane, networks: Sequence[nn.Module], models: Sequence[Row],
     axes: Sequence[np.ndarray], groups: Sequence[TimestepRange], draws: Sequence[FixedDraws],
     kept: Kept,
-) -> dict[str, list[Row]]:  # fmt: skip
-    """What the errors say, a row per group or model; `losses` (points, points) of each group.
+) -> dict[str, Any]:  # fmt: skip
+    """A row per group and per model, and the `losses` (G, points, points).
 
     Raises NumericsError where the origin's loss is not finite.
     """
@@ -308,25 +308,22 @@ def _measure(
     lowest = [int(np.nanargmin(column)) for column in losses]
     errors = [again(f"fresh {index}", grid[index]) for index in lowest]
     percent = _compared(errors, own, fresh_masks, fresh.images.numpy())
-    rows: dict[str, list[Row]] = {"origin": [], "lowest": [], "models": [], "losses": []}
+    described: list[Row] = []
     for g, (span, index, mask) in enumerate(zip(groups, lowest, fresh_masks, strict=True)):
         place = zip(divmod(index, len(axes[1])), axes, strict=True)
-        rows["origin"].append({
-            "timesteps": str(span), "draws": int(mask.sum()), "loss": float(own[mask].mean())
-        })  # fmt: skip
-        rows["lowest"].append({
-            "timesteps": str(span), "coordinates": grid[index], "loss": float(losses[g, index]),
-            "at_edge": any(i in (0, len(axis) - 1) for i, axis in place),
+        described.append({
+            "timesteps": str(span), "draws": int(mask.sum()), "loss": float(own[mask].mean()),
+            "lowest": grid[index], "at_edge": any(i in (0, len(axis) - 1) for i, axis in place),
             "percent": percent[g, 0, g], "percent_interval": percent[g, 1, g],
         })  # fmt: skip
-        surface = losses[g].reshape(len(axes[0]), -1)
-        rows["losses"].append({"timesteps": str(span), "loss": surface})
     errors = [own, *(again(f"model {i}", one) for i, one in enumerate(networks) if i)]
     percent = _compared(errors, own, fresh_masks, fresh.images.numpy())
-    for model, found, (change, half) in zip(models, errors, percent, strict=True):
-        means = {"losses": _means(found, fresh_masks)}
-        rows["models"].append({**model, **means, "percent": change, "percent_interval": half})
-    return rows
+    rows = [
+        {**model, "losses": _means(one, fresh_masks), "percent": change, "percent_interval": half}
+        for model, one, (change, half) in zip(models, errors, percent, strict=True)
+    ]
+    surfaces = losses.reshape(len(groups), len(axes[0]), -1)
+    return {"groups": described, "models": rows, "losses": surfaces}
 
 
 def _compared(
@@ -348,7 +345,7 @@ def _means(errors: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 
 def _written(
-    output: Path, axes: Sequence[np.ndarray], result: dict[str, list[Row]],
+    output: Path, axes: Sequence[np.ndarray], result: dict[str, Any],
     protocol: dict[str, Any],
 ) -> Analysis:  # fmt: skip
     names = [shorten(model["name"], 20) for model in result["models"]]
@@ -360,9 +357,9 @@ def _written(
         labels = [
             f"L2 distance along {names[1]} - {names[0]}", f"L2 distance, what {names[2]} adds"
         ]  # fmt: skip
-    lowest = result["lowest"][0]
+    lowest = result["groups"][0]
     reading = f"{place} no point has a lower loss over all timesteps than {names[0]}"
-    if any(lowest["coordinates"]):
+    if any(lowest["lowest"]):
         reading = f"{place} the lowest loss over all timesteps is {_percent(lowest)} % off that of "
         reading += names[0]
     described = [{"label": x, "values": axis} for x, axis in zip(labels, axes, strict=True)]
@@ -373,16 +370,15 @@ def _written(
         f"fresh draws, ± 95 % over images; seed {protocol['seed']}"
     )
     rows = [
-        [origin["timesteps"], f"{origin['loss']:.4g}", _percent(lowest),
-         ", ".join(f"{value:.3g}" for value in lowest["coordinates"])
-         + " (edge)" * lowest["at_edge"]]
-        for origin, lowest in zip(result["origin"], result["lowest"], strict=True)
+        [row["timesteps"], f"{row['loss']:.4g}", _percent(row),
+         ", ".join(f"{c:.3g}" for c in row["lowest"]) + " (edge)" * row["at_edge"]]
+        for row in result["groups"]
     ]  # fmt: skip
     return write_analysis(
         output, "landscape",
         {"reading": reading, "protocol": protocol, "axes": described, **result},
         draw_landscape(result, axes, labels, title=f"Denoising loss {place}", foot=foot),
-        shown=("origin", "lowest", "models"), rows=rows,
+        shown=("groups", "models"), rows=rows,
         columns=["timesteps", "loss at origin", "lowest point, %", "at"],
     )  # fmt: skip
 
@@ -390,12 +386,12 @@ def _written(
 def _percent(row: Row) -> str:
     """As `-1.9 ± 0.3`."""
     value, interval = row["percent"], row["percent_interval"]
-    digits = decimals([interval], 2) if interval else decimals([value], 4)
+    digits = decimals([interval or value], 2)
     return f"{signed(value, digits)} ± {fixed(interval, digits)}"
 
 
 def draw_landscape(
-    result: dict[str, list[Row]], axes: Sequence[np.ndarray], labels: Sequence[str], *, title: str,
+    result: dict[str, Any], axes: Sequence[np.ndarray], labels: Sequence[str], *, title: str,
     foot: str,
 ) -> bytes:  # fmt: skip
     """Contours of the loss against the origin's: a panel for all timesteps and one per range.
@@ -404,7 +400,7 @@ def draw_landscape(
     10, so that the shape shows near the origin and far from it; the thick line joins the points
     that are as good.
     """
-    losses = np.array([row["loss"] for row in result["losses"]])
+    losses, groups = result["losses"], result["groups"]
     row, column = (int(np.flatnonzero(axis == 0)[0]) for axis in axes)
     percent = 100 * (losses / losses[:, row, column][:, None, None] - 1)
     levels, count = contour_levels(percent), len(losses)
@@ -418,12 +414,12 @@ def draw_landscape(
         sheet.supxlabel(labels[0], fontsize=8.5)
         sheet.supylabel(labels[1], fontsize=8.5)
         panels = sheet.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for g, (panel, lowest) in enumerate(zip(panels, result["lowest"], strict=False)):
+        for g, (panel, group) in enumerate(zip(panels, groups, strict=False)):
             filled = _contours(panel, axes, percent[g].T, levels)
-            _mark(panel, result["models"], lowest["coordinates"])
-            told = f"{_percent(lowest)} %" if any(lowest["coordinates"]) else "the origin"
-            name = f"timesteps {lowest['timesteps']}" if g else "all timesteps"
-            edge = ", at the edge" * lowest["at_edge"]
+            _mark(panel, result["models"], group["lowest"])
+            told = f"{_percent(group)} %" if any(group["lowest"]) else "the origin"
+            name = f"timesteps {group['timesteps']}" if g else "all timesteps"
+            edge = ", at the edge" * group["at_edge"]
             panel.set_title(f"{name}\nlowest: {told}{edge}", fontsize=8)
             panel.tick_params(labelbottom=True)
         for panel in panels[count:]:

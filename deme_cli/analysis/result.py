@@ -52,13 +52,9 @@ class Analysis:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def picture(self) -> Path:
-        return self.path.with_suffix(".png")
-
-    @property
     def paths(self) -> list[Path]:
         """The files that were written."""
-        return [self.path, self.picture] if self.document else []
+        return [self.path, self.path.with_suffix(".png")] if self.document else []
 
 
 def check_output(output: Path, *, force: bool) -> None:

@@ -87,13 +87,13 @@ def test_points_and_models_are_those_of_a_loop_over_the_draws(
         name: theta + x[2] * directions[0][name] + y[0] * directions[1][name]
         for name, theta in origin.items()
     }
-    grid = np.array([row["loss"] for row in document["losses"]])  # (G, points, points)
+    grid = np.array(document["losses"])  # (G, points, points)
     assert grid.shape == (3, 3, 3)
     assert grid[:, 2, 0] == pytest.approx(losses_of(weights, fresh=False), rel=1e-5)
     zeros = [values.index(0) for values in (x, y)]
     assert grid[:, zeros[0], zeros[1]] == pytest.approx(losses_of(origin, fresh=False), rel=1e-5)
     fresh = losses_of(origin, fresh=True)
-    assert [row["loss"] for row in document["origin"]] == pytest.approx(fresh, rel=1e-5)
+    assert [row["loss"] for row in document["groups"]] == pytest.approx(fresh, rel=1e-5)
     for row, model in zip(document["models"], models, strict=True):
         own = losses_of(model, fresh=True)
         assert row["losses"] == pytest.approx(own, rel=1e-5)
@@ -107,12 +107,15 @@ def test_points_and_models_are_those_of_a_loop_over_the_draws(
 
 def test_lowest_points_are_told_by_fresh_draws_on_a_random_plane(run_folder: Path) -> None:
     document = analyze(BASE, settings=settings(span=0.3)).document
-    row, grid = document["lowest"][2], np.array(document["losses"][2]["loss"])
-    assert row["loss"] == grid.min()
+    row, grid = document["groups"][2], np.array(document["losses"][2])
+    x, y = (
+        axis["values"].index(c) for axis, c in zip(document["axes"], row["lowest"], strict=True)
+    )
+    assert grid[x, y] == grid.min()
     theta, draws = load_tensors(Path(BASE)), draws_of(fresh=True)
     directions = [random_direction(theta, 0, axis) for axis in (0, 1)]
     moved = dict(theta)
-    for c, direction in zip(row["coordinates"], directions, strict=True):
+    for c, direction in zip(row["lowest"], directions, strict=True):
         moved |= {name: moved[name] + c * one for name, one in direction.items()}
     inside = (draws.t >= 50).numpy()
     first, errors = (errors_of(weights, draws)[inside] for weights in (theta, moved))
@@ -127,7 +130,7 @@ def test_a_point_that_is_not_finite_is_left_blank(
 ) -> None:
     far = write_changed("far.safetensors", EXPERTS[1], 1e25)
     made = analyze(BASE, EXPERTS[0], far)
-    assert [row[2] for row in made.document["losses"][0]["loss"]] == [None] * 3
+    assert [row[2] for row in made.document["losses"][0]] == [None] * 3
     broken = write_changed("far.safetensors", BASE, 1e25)
     with pytest.raises(NumericsError, match=r"far.safetensors: the loss of timesteps 0:100 is not"):
         analyze(broken, output=Path("broken.json"))

@@ -207,7 +207,7 @@ def test_latents_captions_classes_and_flow_are_measured_too(
     assert result.exit_code == 0, result.exception
     document = json.loads(Path(f"{kind}.json").read_text())
     if kind == "landscape":
-        assert sum(row["draws"] for row in document["origin"][1:]) == 16
+        assert sum(row["draws"] for row in document["groups"][1:]) == 16
     elif kind == "activations":
         first, drawn = document["blocks"][0], document["drawn"]
         assert (first["size"], first["controls"]) == (0, None)
