@@ -27,7 +27,6 @@ from deme_cli.merging.coefficients import Point
 
 if TYPE_CHECKING:
     from optuna.storages import JournalStorage
-    from optuna.trial import FrozenTrial
 
 STUDY = "deme-merge"
 MERGED = "merged"
@@ -93,7 +92,7 @@ class Journal:
         self.path, self.labels, self._force = path, list(labels), force
         self.search = json.loads(json.dumps(search))
         self.worker = uuid.uuid4().hex[:12]
-        self._storage: JournalStorage | None = None
+        self._is_open = False
 
     def __enter__(self) -> Self:
         """Take over the trials of this search, or begin a new journal.
@@ -138,7 +137,7 @@ class Journal:
             ) from error
         try:
             with writing(self.path):
-                if self._storage is not None:
+                if self._is_open:
                     _cut_torn_line(self.path)
                 yield
         finally:
@@ -175,6 +174,7 @@ class Journal:
             self._put_aside("damaged", keep=sound)
         _cut_torn_line(self.path)
         self._storage = storage = _open_storage(self.path, self._lock)
+        self._is_open = True
         try:
             self._study = storage.get_study_id_from_name(STUDY)
         except KeyError:
@@ -207,24 +207,19 @@ class Journal:
         console.note(f"{self.path}: what it held is kept in {kept}")
 
     @property
-    def _opened(self) -> JournalStorage:
-        assert self._storage is not None, "the journal is not open"
-        return self._storage
-
-    @property
     def merged(self) -> str | None:
         """The fingerprint of the merged file, once it is written: the search is finished."""
-        return self._opened.get_study_user_attrs(self._study).get(MERGED)
+        return self._storage.get_study_user_attrs(self._study).get(MERGED)
 
     def trials(self) -> list[Trial]:
         """All trials that count, in the order in which they were begun; lost ones do not."""
-        return _trials_of(self._opened, self._study, self.labels)
+        return _trials_of(self._storage, self._study, self.labels)
 
     @contextmanager
     def asking(self) -> Iterator[list[Trial]]:
         """While entered nobody else chooses a trial; gives them, those of dead processes freed."""
         with self._locked():
-            found = self._opened.get_all_trials(self._study, deepcopy=False)
+            found = self._storage.get_all_trials(self._study, deepcopy=False)
             running = [frozen for frozen in found if not frozen.state.is_finished()]
             living = {self.worker} | (self._living() if running else set())
             for frozen in running:
@@ -245,13 +240,13 @@ class Journal:
             state=TrialState.RUNNING, params=params, distributions=wide,
             user_attrs={"rung": stage, "name": name, "worker": self.worker},
         )  # fmt: skip
-        return self._opened.create_new_trial(self._study, template)
+        return self._storage.create_new_trial(self._study, template)
 
     def finish(self, trial: int, value: float, slopes: Sequence[float] | None = None) -> None:
         """Note the objective of a trial that this process has started; not finite: a broken one."""
         with self._locked():
             if slopes is not None:
-                self._opened.set_trial_user_attr(trial, "slopes", list(slopes))
+                self._storage.set_trial_user_attr(trial, "slopes", list(slopes))
             self._end(trial, value if math.isfinite(value) else math.inf)
 
     def give_back(self, trial: int) -> None:
@@ -263,7 +258,7 @@ class Journal:
         from optuna.trial import TrialState
 
         state = TrialState.FAIL if value is None else TrialState.COMPLETE
-        self._opened.set_trial_state_values(trial, state, None if value is None else [value])
+        self._storage.set_trial_state_values(trial, state, None if value is None else [value])
 
     @contextmanager
     def ending(self, check: Callable[[], None]) -> Iterator[bool]:
@@ -285,7 +280,7 @@ class Journal:
     def mark_merged(self, fingerprint: str) -> None:
         """Note that the merged file was written."""
         with self._locked():
-            self._opened.set_study_user_attr(self._study, MERGED, fingerprint)
+            self._storage.set_study_user_attr(self._study, MERGED, fingerprint)
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[str], list[Trial], str | None]:
@@ -314,21 +309,20 @@ def _trials_of(storage: JournalStorage, study: int, labels: Sequence[str]) -> li
     """optuna's trials as ours, without those that were lost."""
     from optuna.trial import TrialState
 
-    found = storage.get_all_trials(study, deepcopy=False)
-    return [_trial_of(frozen, labels) for frozen in found if frozen.state != TrialState.FAIL]
-
-
-def _trial_of(frozen: FrozenTrial, labels: Sequence[str]) -> Trial:
-    attributes, slopes = frozen.user_attrs, frozen.user_attrs.get("slopes")
-    began, ended = (
-        moment.timestamp() if moment else 0.0
-        for moment in (frozen.datetime_start, frozen.datetime_complete)
-    )
-    return Trial(
-        frozen.number, attributes["rung"], tuple(frozen.params[label] for label in labels),
-        frozen.values[0] if frozen.values else None, attributes["name"], began, ended,
-        None if slopes is None else tuple(slopes),
-    )  # fmt: skip
+    trials = []
+    for frozen in storage.get_all_trials(study, deepcopy=False):
+        if frozen.state != TrialState.FAIL:
+            began, ended = (
+                moment.timestamp() if moment else 0.0
+                for moment in (frozen.datetime_start, frozen.datetime_complete)
+            )
+            told = frozen.user_attrs
+            trials.append(Trial(
+                frozen.number, told["rung"], tuple(frozen.params[label] for label in labels),
+                frozen.values[0] if frozen.values else None, told["name"], began, ended,
+                tuple(told["slopes"]) if "slopes" in told else None,
+            ))  # fmt: skip
+    return trials
 
 
 def _open_storage(path: Path, lock: Any) -> JournalStorage:

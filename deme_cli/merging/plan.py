@@ -96,6 +96,10 @@ class MergePlan:
 
     def in_order(self, setting: str, values: Sequence[Any]) -> list[Any]:
         """Values of a setting, one for each expert, in the order of the experts."""
+        if len(values) != (count := len(self.inputs.experts)):
+            raise ConfigError(
+                f"{setting}: {len(values)} values for {count} experts; give one for each"
+            )
         if not isinstance(getattr(self.settings, setting), FromFile):
             return list(values)
         placed = dict(zip(self.inputs.by_range, values, strict=True))
@@ -121,7 +125,6 @@ class MergePlan:
             return None
         if values is None:
             values = [1 / len(experts)] * len(experts)
-        _require_count("coefficients", values, self.inputs)
         return Coefficients(tuple(map(float, self.in_order("coefficients", values))), self.fixed)
 
     @property
@@ -131,14 +134,14 @@ class MergePlan:
         names = [spec.name for spec in self.inputs.specs]
         require_matches(list(self.fixed), names)
         start = [1 / count] * count if settings.start is None else settings.start
-        _require_count("values of start", start, self.inputs)
+        start = self.in_order("start", start)
         Coefficients(tuple(start), self.fixed)  # those of globs are as many, and finite
         globs = [*self.fixed, *groups_of(names, settings.per)]
         used = {next((g for g in globs if fnmatchcase(name, g)), None) for name in names}
         return Space(
             experts=self.expert_names,
             bounds=tuple(self.in_order("bounds", resolve_bounds(settings.bounds, count))),
-            start=tuple(self.in_order("start", start)),
+            start=tuple(start),
             groups=tuple(glob for glob in globs if glob in used and glob not in self.fixed),
             has_rest=None in used,
             fixed=self.fixed,
@@ -301,11 +304,6 @@ def parse_time(text: str) -> float:
     if not seconds > 0:
         raise ConfigError(f"time {text!r}: expected a duration, as 90s, 30m or 2h")
     return seconds
-
-
-def _require_count(setting: str, values: Sequence[float], inputs: Inputs) -> None:
-    if len(values) != (count := len(inputs.experts)):
-        raise ConfigError(f"{len(values)} {setting} for {count} experts; give one for each")
 
 
 def ensemble_of(inputs: Inputs) -> list[int] | None:

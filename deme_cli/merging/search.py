@@ -185,10 +185,7 @@ def parzen(space: Space, seed: int, trials: Sequence[Trial]) -> Point:
 
 
 class _Answer(Exception):
-    """Ends the optimiser's run where it wants a point that has no value: what to do instead."""
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    """Ends the optimiser's run where it wants a point that has no value; holds the step instead."""
 
 
 def descend(space: Space, evaluations: int, trials: Sequence[Trial]) -> Step:
@@ -230,7 +227,7 @@ def descend(space: Space, evaluations: int, trials: Sequence[Trial]) -> Step:
                 options={"maxfun": evaluations, "ftol": 1e-5, "gtol": 1e-5},
             )  # fmt: skip
     except _Answer as answer:
-        return answer.step
+        return answer.args[0]
     return None
 
 

@@ -1,8 +1,8 @@
 """`show_search`: the trials of a search as they lie in its journal, and their picture.
 
-Left the objective of every trial of the last stage and the least so far; right the objective of the
-first stage against each searched number, later trials darker. A few values far too large are not to
-flatten the picture: they are left out, and the axis ends above the others.
+Left the objective of every trial of the last stage and the least so far; right the coefficients
+that the first stage has tried, darker where the objective is lower. A few values far too large are
+not to flatten the picture: its axis ends above the others.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from deme_cli.files import write_whole
 from deme_cli.merging.journal import Trial, ranked, read_journal
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    import numpy as np
 
-MOST_PANELS = 8  # searched numbers with a panel of their own: those that varied most
+MOST_NAMED = 40  # searched numbers that have room for their names
 BEST = "#D55E00"  # of Okabe and Ito: told apart by every eye
 REFERENCES = (("base", "0.4", "--"), ("1/N each", "#009E73", "-."))  # name, colour, dashes
 WHISKER = 1.5  # quartile ranges above the third quartile from which a value is far off (Tukey)
@@ -86,59 +86,45 @@ def draw_search(trials: Sequence[Trial], labels: Sequence[str], objectives: Sequ
 
     best = best_of(trials)
     first, last = ([t for t in trials if t.stage == stage] for stage in (0, best.stage))
-    spread = np.std([t.point for t in first], axis=0)
-    shown = sorted(np.argsort(-spread, kind="stable")[:MOST_PANELS].tolist())
-    columns = math.ceil(len(shown) / 2)
     with matplotlib.rc_context({"font.size": 8.5}):
-        figure = Figure(figsize=(5.2 + 2.2 * columns, 4.6), layout="constrained", dpi=160)
-        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[5.2, 2.2 * columns])[0]
-        axis, numbers = left.subplots(), [t.index + 1 for t in last]
-        _draw(axis, last, numbers, best)
-        axis.step(
-            numbers, np.minimum.accumulate([t.value for t in last]), where="post", color="black",
-            linewidth=1.2, label="best so far",
+        figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=160)
+        left, right = figure.subplots(1, 2)
+        numbers, values = [t.index + 1 for t in last], np.array([t.value for t in last])
+        left.scatter(numbers, values, s=12, label="trials")
+        left.step(numbers, np.minimum.accumulate(values), "k", where="post", label="best so far")
+        for name, color, dashes in REFERENCES:
+            for trial in last:
+                if trial.name == name:
+                    left.axhline(trial.value, color=color, linestyle=dashes, label=name)
+        left.set(xlabel="trial", ylabel=objectives[best.stage])
+        left.set_ylim(*_span(values))
+        left.legend(loc="upper right", fontsize="small")
+        # worse ones first, so that the better ones lie on them
+        order = sorted(first, key=lambda t: -t.value)
+        low, high = _span(np.array([t.value for t in order]))
+        places = np.tile(np.arange(len(labels)), (len(order), 1))
+        shades = np.repeat([min(t.value, high) for t in order], len(labels))
+        drawn = right.scatter(
+            places.ravel(), np.array([t.point for t in order]).ravel(), s=10, c=shades,
+            cmap="viridis", vmin=low, vmax=high,
         )  # fmt: skip
-        axis.set(xlabel="trial", ylabel=objectives[best.stage])
-        axis.legend(loc="upper right", fontsize="small")
-        axes = right.subplots(min(len(shown), 2), columns, squeeze=False, sharey=True).ravel()
-        for number, panel in zip(shown, axes, strict=False):
-            _draw(panel, first, [t.point[number] for t in first], best)
-            panel.axvline(best.point[number], color=BEST, linewidth=0.8, zorder=0)
-            panel.set_xlabel(f"w of {labels[number]}"[:40], fontsize="small")
-        for panel in axes[len(shown) :]:
-            panel.set_axis_off()
-        more = f"; {len(shown)} of {len(labels)} coefficients" if len(shown) < len(labels) else ""
-        right.suptitle(f"{objectives[0]}, later trials darker{more}", fontsize="medium")
+        right.plot(places[0], best.point, "*", color=BEST, markersize=8, label="best")
+        if len(labels) <= MOST_NAMED:
+            right.set_xticks(places[0], labels, rotation=30, ha="right")
+        right.set(ylabel="coefficient", xlabel="" if len(labels) <= MOST_NAMED else "coefficients")
+        right.legend(loc="upper right", fontsize="small")
+        figure.colorbar(drawn, label=objectives[0])
         stream = io.BytesIO()
         figure.savefig(stream, format="png")
     return stream.getvalue()
 
 
-def _draw(axis: Axes, trials: Sequence[Trial], xs: Sequence[float], best: Trial) -> None:
-    """The objectives of trials at `xs`, with the base, the mean and the best."""
-    high, low = highest_shown([t.value for t in trials]), min(t.value for t in trials)
-    kept = [(x, t) for x, t in zip(xs, trials, strict=True) if t.value <= high]
-    axis.scatter(
-        [x for x, _ in kept], [t.value for _, t in kept], s=12, c=[t.index for _, t in kept],
-        cmap="Blues", vmin=-0.5 * max(t.index for t in trials) - 1, linewidths=0,
-    )  # fmt: skip
-    for x, trial in kept:
-        for name, color, dashes in REFERENCES:
-            if trial.name == name:
-                axis.axhline(trial.value, color=color, linestyle=dashes, label=name)
-        if trial.point == best.point:
-            axis.plot(x, trial.value, "*", color=BEST, markersize=11, label="best", zorder=5)
-    room = 0.08 * ((high - low) or abs(high) or 1.0)
-    axis.set_ylim(low - room, high + room)
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.locator_params(axis="x", nbins=4)
-    axis.ticklabel_format(axis="y", useOffset=False)
-
-
-def highest_shown(values: Sequence[float]) -> float:
-    """The largest finite value that is not far above the others."""
+def _span(values: np.ndarray) -> tuple[float, float]:
+    """From below the least to the largest that is not far above the others."""
     import numpy as np
 
-    finite = np.array([value for value in values if math.isfinite(value)])
+    finite = values[np.isfinite(values)]
     first, third = np.quantile(finite, [0.25, 0.75])
-    return float(finite[finite <= third + WHISKER * (third - first)].max())
+    low, high = finite.min(), finite[finite <= third + WHISKER * (third - first)].max()
+    room = 0.08 * ((high - low) or abs(high) or 1.0)
+    return float(low - room), float(high + room)

@@ -38,7 +38,7 @@ def refuse(deme: Callable, error: type[DemeError], words: str, *arguments: objec
     ("words", "error", "message"),
     [
         (["-w", "1,2", *GRID], ConfigError, "keep one"),
-        (["-w", "1,2,3"], ConfigError, "3 coefficients for 2 experts"),
+        (["-w", "1,2,3"], ConfigError, "coefficients: 3 values for 2 experts"),
         (["-w", "1,x"], ConfigError, "expected numbers"),
         (["-w", "1,nan"], ConfigError, "expected finite numbers"),
         (["--grid", "0,1"], ConfigError, "--grid belongs to a search"),
@@ -97,7 +97,7 @@ def test_wrong_usage_is_told_before_anything_begins(
         ("[merge]\nbounds = [1]", "expected the lowest and the highest"),
         ("[merge]\nbounds = [1,0]", "bounds 1,0 exclude"),
         ("[merge]\nbounds = [nan,1]", "expected a list of finite numbers"),
-        ("[merge]\nstart = [0.1]", "1 values of start for 2 experts"),
+        ("[merge]\nstart = [0.1]", "start: 1 values for 2 experts"),
         ("[merge]\nstart = [3,0]", "exclude the start 3"),
         ('[merge]\ntime = "0s"', "time '0s': expected a duration, as 90s, 30m or 2h"),
         ('[merge]\nloss_range = "50:500"', "reaches past the 100 timesteps"),

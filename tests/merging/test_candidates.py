@@ -90,26 +90,6 @@ def test_candidates_of_other_dtypes_are_rounded_once_and_set_in_place(inputs: In
         assert parameter.is_leaf
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_files_of_other_dtypes_give_the_unrounded_merge(
-    inputs: Inputs, tmp_path: Path, dtype: torch.dtype
-) -> None:
-    folder = tmp_path / "other"
-    base = {name: t.to(dtype) for name, t in load_tensors(inputs.base.path).items()}
-    record = write_artifact(folder / "base.safetensors", base, inputs.base_record)
-    paths = [folder / expert.path.name for expert in inputs.experts]
-    for path, expert in zip(paths, inputs.experts, strict=True):
-        weights = {name: t.to(dtype) for name, t in load_tensors(expert.path).items()}
-        write_artifact(path, weights, replace(expert.record, base=record.fingerprint))
-    others = open_inputs(folder / "base.safetensors", open_experts(paths, "expert"))
-    network = CandidateNetwork(others, device="cpu", dtype="fp32", method=METHODS[2])
-    weights, output = network.at(W).network.state_dict(), tmp_path / "merged.safetensors"
-    merge_inputs(others, W, output, method=METHODS[2])
-    wide = 1e-6 if dtype == torch.float64 else torch.finfo(dtype).eps
-    for name, expected in load_tensors(output).items():
-        torch.testing.assert_close(weights[name].to(dtype), expected, rtol=wide, atol=wide)
-
-
 @pytest.fixture
 def triple(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Three experts of a base in float64, in the current folder."""

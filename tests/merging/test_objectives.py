@@ -294,7 +294,7 @@ def write_latent(name: str, pipelines: Callable, tmp_path: Path) -> Path:
     return tmp_path / f"{name}.safetensors"
 
 
-@pytest.mark.parametrize("name", ["sd", "dit", "sd3"])
+@pytest.mark.parametrize("name", ["sd", "dit"])
 def test_the_loss_of_a_latent_model_is_told_what_its_images_show(
     name: str, pipelines: Callable, captioned: Path, tmp_path: Path
 ) -> None:
@@ -343,15 +343,3 @@ def test_the_distance_of_a_text_model_draws_captions_or_the_prompts_of_the_run(
     real = extractor.features(train.batch(range(11)).permute(0, 2, 3, 1).numpy())
     expected = frechet(extractor.features(images), real)
     assert objective(single(denoiser), go_on) == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_distance_of_a_class_model_draws_its_classes_in_turn(
-    pipelines: Callable, captioned: Path, small_features: str, tmp_path: Path
-) -> None:
-    base = write_latent("dit", pipelines, tmp_path)
-    objective = open_distance(
-        base, num=13, data={"source": str(captioned)}, eval={"features": small_features},
-        settings=MergeConfig(steps=2, batch_size=16),
-    )  # fmt: skip
-    assert objective._conditioning.classes == [index % 10 for index in range(13)]
-    assert np.isfinite(objective(single(load_denoiser(base)), go_on))

@@ -87,11 +87,6 @@ def test_the_coefficients_come_from_the_records_in_their_order() -> None:
     assert coefficients_for_length(records, 0.10) == pytest.approx([1, 0, 0, 0], abs=1e-12)
 
 
-def test_the_same_average_given_twice_shares_its_coefficient() -> None:
-    found = coefficients_for_length([record(100, 0.05), record(100, 0.05)], 0.05)
-    assert found == pytest.approx([0.5, 0.5])
-
-
 @pytest.mark.parametrize(
     ("other", "word"),
     [

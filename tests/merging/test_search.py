@@ -32,7 +32,6 @@ from deme_cli.merging.search import (
     greedy_soup,
     open_search,
     parse_stages,
-    random_points,
     rank_correlation,
     shortlist,
 )
@@ -211,13 +210,6 @@ def test_a_raised_budget_goes_on_with_the_same_points(name: str) -> None:
 def test_a_budget_of_time_is_that_of_all_trials() -> None:
     asked = drive(search_of("random", space_of(2), seconds=5.5), bent)
     assert len(asked) == 6, "each takes a second; the sixth ends it"
-
-
-def test_a_longer_list_of_random_points_begins_with_the_shorter() -> None:
-    space = space_of(3)
-    points = random_points(space, 40, SEED)
-    assert random_points(space, 10, SEED) == points[:10]
-    assert random_points(space, 40, SEED + 1)[1:] != points[1:]
 
 
 def recipe(function: Function, count: int) -> tuple[Point, list[Point]]:
