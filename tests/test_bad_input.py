@@ -172,7 +172,7 @@ def rows() -> Iterator[tuple[int, str, tuple]]:
     ):  # fmt: skip
         yield 2, words, (*TUNE, f"--range={text}", "-o", "x.safetensors")
     yield 2, "probability from 0 to 1", (*FINETUNE, "--p=nan")
-    yield 2, "--dtype fp23: expected one of fp32, bf16, fp16", (*BASE, "--dtype", "fp23")
+    yield 2, "--dtype fp23: expected fp32, bf16, fp16", (*BASE, "--dtype", "fp23")
     yield 2, "toaster: expected auto, cpu, cuda, cuda:i or mps", (*BASE, "--device", "toaster")
     yield 3, "CUDA GPUs", (*BASE, "-n", 1, "--steps", 1, "--device", "cuda:99")
     # experts of another base, or that do not cover every timestep once

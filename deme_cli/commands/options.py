@@ -108,13 +108,12 @@ def option(config: type[Settings], name: str, *, listed: bool = True) -> Any:
     )  # fmt: skip
 
 
-def common(
-    *flags: str, help: str, takes: str = "", expected: str = "", default: bool = True
-) -> Any:
+def common(*flags: str, help: str, takes: str = "", default: bool = True) -> Any:
     """An option that commands have in common; `takes` is a pattern, checked before torch loads."""
 
     def check(value: Any) -> Any:
         if takes and not re.fullmatch(takes, value):
+            expected = help.rpartition(": ")[2].rstrip(".")
             raise ConfigError(f"{flags[0]} {value}: expected {expected}")
         return value
 
@@ -123,38 +122,15 @@ def common(
     )
 
 
-_DTYPES, _COMPILE = ", ".join(DTYPES), ", ".join(COMPILE)
 ConfigPath = Annotated[
     Path | None,
     common("--config", help=r"The deme.toml to read \[default: ./deme.toml].", default=False),
 ]
-Device = Annotated[
-    str,
-    common(
-        "--device",
-        help="auto, cpu, cuda, cuda:i or mps.",
-        takes=r"auto|cpu|mps|cuda(:\d+)?",
-        expected="auto, cpu, cuda, cuda:i or mps",
-    ),
-]
-Dtype = Annotated[
-    str,
-    common(
-        "--dtype",
-        help=f"Precision: {_DTYPES}.",
-        takes="|".join(DTYPES),
-        expected=f"one of {_DTYPES}",
-    ),
-]
-Compile = Annotated[
-    str,
-    common(
-        "--compile",
-        help="torch.compile: on, off, or auto (on GPUs, for long work).",
-        takes="|".join(COMPILE),
-        expected=f"one of {_COMPILE}",
-    ),
-]
+_DEVICES, _PRECISION = "auto, cpu, cuda, cuda:i or mps.", f"Precision: {', '.join(DTYPES)}."
+_COMPILE = "torch.compile: on, off, or auto (on GPUs, for long work)."
+Device = Annotated[str, common("--device", help=_DEVICES, takes=r"auto|cpu|mps|cuda(:\d+)?")]
+Dtype = Annotated[str, common("--dtype", help=_PRECISION, takes="|".join(DTYPES))]
+Compile = Annotated[str, common("--compile", help=_COMPILE, takes="|".join(COMPILE))]
 Pipeline = Annotated[str | None, option(ModelConfig, "pipeline")]
 Force = Annotated[bool, common("--force", help="Replace an existing output.")]
 Json = Annotated[bool, common("--json", help="Print one JSON document on stdout.")]
