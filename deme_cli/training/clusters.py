@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deme_cli.config import DIVISIONS
-from deme_cli.errors import ArtifactError, ConfigError, MissingError, reading
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError, reading
 from deme_cli.timesteps import TimestepRange, parse_span, require_cover, split_uniform
 
 if TYPE_CHECKING:
@@ -210,22 +210,19 @@ class Affinity:
         return "{\n" + ",\n".join([*lines, f'  "cosines": [\n{rows}\n  ]']) + "\n}\n"
 
 
-def require_affinity(path: Path, *, command: str = COMMAND) -> None:
-    """Check that the file is there; raises MissingError naming the command that writes it."""
-    if not path.is_file():
-        raise MissingError(f"{path}: no gradients were measured; do so with `{command}`")
-
-
-def read_affinity(path: Path, fingerprint: str, *, command: str = COMMAND) -> Affinity:
-    """The affinity in a file, which must have been measured on the model of this fingerprint.
+def read_affinity(path: Path, fingerprint: str | None, *, command: str = COMMAND) -> Affinity:
+    """The affinity in a file, which must have been measured on the model of this fingerprint, if
+    that is known.
 
     command: the one that writes it. Raises MissingError if there is no such file, ArtifactError if
     it is not one or was measured on other weights.
     """
-    require_affinity(path, command=command)
+    if not path.is_file():
+        raise MissingError(f"{path}: no gradients were measured; do so with `{command}`")
+    with reading(path):
+        text = path.read_bytes()
     try:
-        with reading(path):
-            found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text)
         if (found["kind"], found["schema_version"]) != (KIND, SCHEMA_VERSION):
             raise ValueError(f"expected kind {KIND!r} and schema_version {SCHEMA_VERSION}")
         model, data = (
@@ -249,20 +246,13 @@ def read_affinity(path: Path, fingerprint: str, *, command: str = COMMAND) -> Af
         is_whole = len(affinity.cosines) == n and all(len(row) == n for row in rows)
         if not is_whole or affinity.buckets != sorted(affinity.buckets):
             raise ValueError(f"expected {n} buckets in order and as many numbers of each")
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        RecursionError,
-        ConfigError,
-        ArtifactError,
-    ) as error:
+    except (LookupError, TypeError, ValueError, RecursionError, DemeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
         raise ArtifactError(
             f"{path}: no gradients that this deme can read: {reason}; measure anew with "
             f"`{command} --force`"
         ) from error
-    if affinity.model["fingerprint"] != fingerprint:
+    if fingerprint is not None and affinity.model["fingerprint"] != fingerprint:
         raise ArtifactError(
             f"{path}: measured on another model, {affinity.model['source']} "
             f"({affinity.model['fingerprint'][:12]}), not on these weights ({fingerprint[:12]}); "

@@ -89,9 +89,9 @@ def split(
         words if measured == Path(AFFINITY_NAME) else [*words, "-o", str(measured)]
     )
     if settings.by == "gradient":
-        from deme_cli.training.clusters import require_affinity
+        from deme_cli.training.clusters import read_affinity
 
-        require_affinity(measured, command=command)
+        read_affinity(measured, None, command=command)
     elif gradients is not None:
         raise ConfigError(f"--gradients {gradients} is read by --by gradient alone")
 

@@ -17,7 +17,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from typer.testing import Result
 
 from deme_cli.artifacts import MergedRecord, fingerprint_file, read_record, write_artifact
-from deme_cli.config import TABLES, DataConfig, FinetuneConfig, SplitConfig
+from deme_cli.config import TABLES, DataConfig, SplitConfig
 from deme_cli.data.digits import DIGITS_SETTINGS
 from deme_cli.diffusion import model_files
 from deme_cli.diffusion.denoiser import build_network
@@ -201,16 +201,3 @@ def test_every_setting_is_in_the_run_file_and_can_be_switched_on(tmp_path: Path)
     for table, config in TABLES.items():
         assert run.tables[table].keys() == {item.name for item in fields(config)}
         run.settings(config)
-
-
-def test_live_settings_come_back_as_they_were(tmp_path: Path) -> None:
-    live = {
-        "model": {"source": 'a "quoted" \\ näme\n\x7f'},
-        "finetune": {"p": 0.25, "steps": 7, "lr": 1e-7, "antithetic": True},
-        "merge": {"coefficients": [0.1, 2.0], "grid": [[0, 1], [0.5]]},
-    }
-    (tmp_path / "deme.toml").write_text(render_run_file(live))
-    run = read_run_file(tmp_path / "deme.toml")
-    for table, values in live.items():
-        assert run.tables[table] == values
-    assert run.settings(FinetuneConfig).antithetic is True

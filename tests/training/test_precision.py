@@ -18,9 +18,7 @@ from deme_cli.artifacts import fingerprint, fingerprint_file, load_tensors, read
 from deme_cli.config import FinetuneConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
-from deme_cli.distributed import ALONE
-from deme_cli.timesteps import parse_range
-from deme_cli.training.batches import Batch, BatchSource, open_batches
+from deme_cli.training.batches import Batch, BatchSource
 from deme_cli.training.clusters import cluster_draws
 from deme_cli.training.examples import Examples, PixelExamples
 from deme_cli.training.setup import Run
@@ -29,7 +27,6 @@ from deme_cli.training.state import (
     hold_in,
     keep_in_float32,
     open_networks,
-    open_state,
 )
 from deme_cli.training.train import Gradients, train
 from deme_cli.training.weighting import Reduction
@@ -145,27 +142,6 @@ def test_the_moving_average_is_that_of_diffusers(run: Run) -> None:
         theirs.step(network.parameters())
     for one, other in zip(state.averages[None], theirs.shadow_params, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_can_compute_its_activations_again(
-    run: Run, base: Callable[..., Denoiser], examples: Callable[..., Examples], name: str
-) -> None:
-    def gradients(again: bool) -> list[torch.Tensor]:
-        config = replace(SHORT, gradient_checkpointing=again, projection="block")
-        choice = parse_range("1/2", 1000)
-        own = replace(
-            run, denoiser=base(name), examples=examples(name), choice=choice, config=config
-        )
-        state, frozen = open_state(own, ALONE)
-        with open_batches(own, ALONE, state.device) as source:
-            Gradients(own, state, frozen, source).of_update()
-        return [parameter.grad for parameter in state.network.parameters()]
-
-    for one, other in zip(gradients(True), gradients(False), strict=True):
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(one, other)
 
 
 @pytest.mark.slow
