@@ -137,7 +137,10 @@ def test_pcgrad_adds_the_projected_gradients() -> None:
     products = gram(toy.gradients())
     c = pcgrad_weights(products, torch.Generator().manual_seed(7))
     assert (c != 1).any(), "the toy's tasks quarrel"
-    total = backward(ProjectedGradients(), toy, toy.losses(), step=7)
+    losses = toy.losses()
+    total = backward(ProjectedGradients(), toy, losses, step=7)
+    with pytest.raises(RuntimeError, match="second time"):  # their graph is freed
+        losses[0].backward()
     torch.testing.assert_close(grads(toy), toy.gradient_of(c))
     torch.testing.assert_close(total, (c.float() * toy.losses()).sum().detach())
 
