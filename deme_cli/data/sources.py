@@ -69,8 +69,10 @@ class Images:
 
     def decode(self, index: int) -> Image.Image:
         """The image in L or RGB, upright. Raises ArtifactError naming it if it is broken."""
-        name = self.name(index)
-        with self._open(index) as image:
+        name, encoded = self.name(index), self.encoded(index)
+        if isinstance(encoded, Image.Image):
+            return encoded
+        with _open(name, encoded) as image:
             image.load()
             upright, told = to_srgb(ImageOps.exif_transpose(image), name, image.format)
         for text in told:
@@ -79,27 +81,27 @@ class Images:
 
     def size(self, index: int) -> tuple[int, int, int]:
         """(C, H, W) from the image's header, C = 1 for grey and 3 for anything else."""
-        with self._open(index) as image:
+        with _open(self.name(index), self.encoded(index)) as image:
             width, height = image.size
             if image.getexif().get(_ORIENTATION, 1) >= 5:
                 width, height = height, width
             return 1 if is_grey(image) else 3, height, width
 
-    @contextmanager
-    def _open(self, index: int) -> Iterator[Image.Image]:
-        """The image, open; what goes wrong while it is read is told by its name."""
-        name, encoded = self.name(index), self.encoded(index)
-        try:
-            with encoded if isinstance(encoded, Image.Image) else Image.open(encoded) as image:
-                yield image
-        except FileNotFoundError as error:
-            raise MissingError(f"{name}: no such file") from error
-        except PermissionError as error:
-            raise MissingError(f"{name}: no permission to read it") from error
-        except UnidentifiedImageError as error:
-            raise ArtifactError(f"{name}: not a readable image; remove or mend it") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ArtifactError(f"{name}: broken image ({error}); remove or mend it") from error
+
+@contextmanager
+def _open(name: str, encoded: Path | io.BytesIO | Image.Image) -> Iterator[Image.Image]:
+    """The image, open; what goes wrong while it is read is told by its name."""
+    try:
+        with encoded if isinstance(encoded, Image.Image) else Image.open(encoded) as image:
+            yield image
+    except FileNotFoundError as error:
+        raise MissingError(f"{name}: no such file") from error
+    except PermissionError as error:
+        raise MissingError(f"{name}: no permission to read it") from error
+    except UnidentifiedImageError as error:
+        raise ArtifactError(f"{name}: not a readable image; remove or mend it") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ArtifactError(f"{name}: broken image ({error}); remove or mend it") from error
 
 
 def array_images(

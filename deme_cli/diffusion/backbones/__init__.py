@@ -22,12 +22,12 @@ def backbone_of(model_config: Config, where: str = "the model") -> Backbone:
 
     Raises ArtifactError for networks and variants that deme does not take.
     """
-    backbone = next((one for one in KNOWN if one.matches(model_config)), None)
-    if backbone is None:
-        names = dict.fromkeys(one.class_name for one in KNOWN)
-        raise ArtifactError(
-            f"{where}: backbone {model_config.get('_class_name')!r}; deme takes {', '.join(names)}"
-        )
-    if reason := backbone.refusal(model_config):
-        raise ArtifactError(f"{where}: {reason}")
-    return backbone
+    for backbone in KNOWN:
+        if backbone.matches(model_config):
+            if reason := backbone.refusal(model_config):
+                raise ArtifactError(f"{where}: {reason}")
+            return backbone
+    names = ", ".join(dict.fromkeys(one.class_name for one in KNOWN))
+    raise ArtifactError(
+        f"{where}: backbone {model_config.get('_class_name')!r}; deme takes {names}"
+    )
