@@ -129,6 +129,7 @@ def test_any_merge_can_be_reported_beside_the_others(
 def test_after_a_search_the_report_is_made_by_itself_on_other_seeds_and_images(
     run_folder: Path, deme: Callable
 ) -> None:
+    run_file("report_num = 12\nreport_repeats = 1")
     document = merged(deme, *ALL, "--search", "random", "--evaluations", "3", "--num", "16",
                       "--objective", "loss:2,fid@12", "--steps", "2")  # fmt: skip
     report = document["report"]

@@ -169,7 +169,7 @@ def test_the_interval_is_that_of_a_bootstrap_over_images_with_all_their_draws(
 
 
 def test_the_interval_covers_the_difference_that_many_draws_show(bench: Workbench) -> None:
-    truth = measured(bench, open_metric(bench, num=2000), ensemble=False)
+    truth = measured(bench, open_metric(bench, num=1000), ensemble=False)
     expected, covered, halves = truth["merged"]["loss"]["difference"], 0, []
     for seed in range(8):
         metric = open_metric(bench, num=40, seeds=(3 * seed, 3 * seed + 1))
