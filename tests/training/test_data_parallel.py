@@ -239,7 +239,7 @@ def test_the_death_of_one_process_is_told_once_and_ends_all(
     processes[killed].kill()
     start = time.monotonic()
     codes, said = ends(processes)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60  # and not after the half hour that a silent one may take
     assert codes[killed] == -signal.SIGKILL
     assert sorted(codes) == [-signal.SIGKILL, 1, 1]
     assert len(said) == 1, said
