@@ -36,7 +36,7 @@ from deme_cli import console
 from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.diffusion.model_files import read_json
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, is_out_of_memory
-from deme_cli.evaluation.features import full_float32, last_line, map_images
+from deme_cli.evaluation.features import full_float32, last_line, load_script, map_images
 from deme_cli.evaluation.references import hub_cache
 from deme_cli.fetch import Asset, cache_folder, offline_reason, sha256_of, stay_offline
 from deme_cli.files import pickled_names, read_header
@@ -279,6 +279,7 @@ def open_clip_scorer(
     """
     place = choose_device(device)
     is_local = weights.architecture != weights.model
+    script = _script_code(weights.path)  # OpenAI's own, which open_clip does not read from a file
     logging.disable(logging.CRITICAL)  # open_clip's remarks go to the root logger
     try:
         text = open_clip.get_model_config(weights.architecture).get("text_cfg", {})
@@ -286,10 +287,13 @@ def open_clip_scorer(
             stay_offline()  # the hub's libraries would ask for half a minute
         model, _, preprocess = open_clip.create_model_and_transforms(
             weights.architecture,
-            pretrained=None if is_local else str(weights.path),
+            pretrained=None if is_local or script else str(weights.path),
             device=place,
             **weights.preprocessing,
         )
+        if script:
+            state = load_script(weights.path, place).state_dict()
+            model.load_state_dict({n: tensor for n, tensor in state.items() if n not in _OPENAI})
         tokenizer = open_clip.get_tokenizer(weights.architecture)
     except OSError as error:  # the hub's libraries, of a tokenizer or text encoder's config
         raise MissingError(

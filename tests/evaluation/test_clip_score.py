@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import open_clip
@@ -118,14 +119,38 @@ def test_a_tag_is_found_in_the_cache_folder_before_the_hubs(cache: Path) -> None
     assert found.preprocessing["image_interpolation"] == "bicubic"
 
 
-def script(path: Path) -> None:
-    """An archive as OpenAI's: its code tells the activation."""
+class QuickGELU(torch.nn.Module):
+    """A part of an archive as OpenAI's: its code tells the activation."""
 
-    class QuickGELU(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * torch.sigmoid(1.702 * x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
 
-    torch.jit.script(QuickGELU()).save(path)
+
+def script(path: Path, state: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
+    """An archive with tensors of these names."""
+    root = QuickGELU()
+    for name, tensor in state.items():
+        module, (*parents, last) = root, name.split(".")
+        for parent in parents:
+            if parent not in dict(module.named_children()):
+                module.add_module(parent, QuickGELU())
+            module = module.get_submodule(parent)
+        module.register_buffer(last, tensor)
+    torch.jit.script(root).save(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_an_archive_of_openai_is_read_for_its_tensors(
+    scorer: ClipScorer, images: np.ndarray, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny-c.json").write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(tmp_path / "tiny-c.json")
+    state = {**scorer.model.state_dict(), "vocab_size": torch.tensor(9)}
+    script(tmp_path / "own.pt", state)
+    found, same = (
+        load_clip_scorer("tiny-c", str(path)) for path in (tmp_path / "own.pt", scorer.weights.path)
+    )
+    np.testing.assert_array_equal(found.compare(images, PROMPTS), same.compare(images, PROMPTS))
 
 
 def state(path: Path, **more: torch.Tensor) -> None:
