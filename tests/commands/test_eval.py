@@ -141,15 +141,12 @@ def digit_samples(run_folder: Path) -> Path:
     return run_folder / "drawn.safetensors"
 
 
-@pytest.fixture
-def clip(run_folder: Path) -> str:
-    return f"local-dir:{write_clip(run_folder / 'clip')}"
-
-
-def test_the_clip_score_of_samples_that_know_their_prompts(
-    digit_samples: Path, clip: str, deme: Deme
+def test_the_clip_score_of_samples_that_know_their_prompts_or_are_given_them(
+    digit_samples: Path, deme: Deme
 ) -> None:
-    shown = deme("eval", "drawn.safetensors", "--clip-score", "--clip-weights", clip, "--json")
+    clip = f"local-dir:{write_clip(Path('clip'))}"
+    scoring = ("--clip-score", "--clip-weights", clip)
+    shown = deme("eval", digit_samples, *scoring, "--json")
     (row,) = document(shown)["rows"]
     score = row["metrics"]["clip_score"]
     images = load_tensors(digit_samples)["images"].numpy()
@@ -161,21 +158,13 @@ def test_the_clip_score_of_samples_that_know_their_prompts(
     assert set(row["metrics"]) == {"clip_score"}
     assert row["protocol"]["clip_score"]["sha256"] == score["sha256"]
     assert "clip_score by clip" in shown.stderr
-
-
-def test_prompts_given_stand_for_those_that_images_lack(
-    run_folder: Path, deme: Deme, clip: str
-) -> None:
-    images, labels = load_digits("test")
-    record = SamplesRecord(protocol={})
-    write_artifact(run_folder / "drawn.safetensors", {"images": images[:3]}, record)
-    Path("prompts.txt").write_text("".join(f"{DIGIT_CAPTIONS[c]}\n" for c in labels[:3]))
-    arguments = ("eval", "drawn.safetensors", "--clip-score", "--clip-weights", clip)
-    (row,) = document(deme(*arguments, "--prompts", "prompts.txt", "--json"))["rows"]
-    assert row["metrics"]["clip_score"]["n"] == 3
-    refused = deme(*arguments)
+    write_artifact(Path("bare.safetensors"), {"images": images}, SamplesRecord(protocol={}))
+    Path("prompts.txt").write_text("\n".join(record.prompts))
+    given = deme("eval", "bare.safetensors", *scoring, "--prompts", "prompts.txt", "--json")
+    assert document(given)["rows"][0]["metrics"]["clip_score"]["value"] == score["value"]
+    refused = deme("eval", "bare.safetensors", *scoring)
     assert isinstance(refused.exception, ConfigError)
-    assert "drawn: the prompts of its images are not known" in str(refused.exception)
+    assert "bare: the prompts of its images are not known" in str(refused.exception)
 
 
 def test_a_text_model_draws_the_prompts_and_is_scored_by_them(

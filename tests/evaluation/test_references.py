@@ -25,17 +25,9 @@ from deme_cli.evaluation.references import (
 )
 
 
-@pytest.fixture
-def digits_statistics(tmp_path: Path) -> Path:
-    """A statistics artifact of the digits' train split."""
-    path = tmp_path / "ref.safetensors"
-    assert deme_cli.reference_statistics("digits", path, split="train").n == 1438
-    return path
-
-
-def opened(source: str | Path, **options: object) -> Reference:
-    reference = find_reference(str(source), "digits")
-    return open_reference(reference, load_extractor("digits"), **options)
+def opened(source: str | Path | Reference, **options: object) -> Reference:
+    found = source if isinstance(source, Reference) else find_reference(str(source), "digits")
+    return open_reference(found, load_extractor("digits"), **options)
 
 
 def test_the_reference_of_the_digits_is_their_test_split() -> None:
@@ -68,19 +60,17 @@ def test_a_reference_that_is_not_there_is_named(cache: Path) -> None:
             find_reference(source, "inception")
 
 
-def test_a_statistics_artifact_stands_for_its_images(
-    digits_statistics: Path, stand_in: Path
-) -> None:
-    extractor = load_extractor("digits")
-    made = opened(digits_statistics).statistics
+def test_a_statistics_artifact_stands_for_its_images(tmp_path: Path, stand_in: Path) -> None:
+    path = tmp_path / "ref.safetensors"
+    assert deme_cli.reference_statistics("digits", path, split="train").n == 1438
     images = find_reference("digits", "digits", split="train")
-    seen = open_reference(images, extractor).statistics
+    made, seen = (opened(one).statistics for one in (path, images))
     assert made.n == seen.n
     assert frechet_distance(made.mu, made.sigma, seen.mu, seen.sigma) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ArtifactError, match="made with digits"):
-        find_reference(str(digits_statistics), "file", weights=find_weights(str(stand_in)))
+        find_reference(str(path), "file", weights=find_weights(str(stand_in)))
     with pytest.raises(ConfigError, match="a kernel distance needs images"):
-        find_reference(str(digits_statistics), "digits", kernel=True)
+        find_reference(str(path), "digits", kernel=True)
     with pytest.raises(ConfigError, match="split 'dev'"):
         find_images("digits", "dev")
 
