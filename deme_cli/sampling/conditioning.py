@@ -12,7 +12,6 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -157,9 +156,9 @@ def choose_shown(
     if wants == "class":
         assert num_classes is not None
         _refuse(config, "this model draws classes, not prompts", "prompts", "prompt_column")
-        turn = parse_classes(config.classes, num_classes) if config.classes else range(num_classes)
-        classes = [turn[index % len(turn)] for index in range(num)]
-        return num, None, classes, {"classes": spans(turn)}
+        text = (config.classes or f"0-{num_classes - 1}").replace(" ", "")
+        turn = parse_classes(text, num_classes)
+        return num, None, [turn[index % len(turn)] for index in range(num)], {"classes": text}
     if wants == "nothing":
         reason = "this model draws from noise alone"
         _refuse(config, reason, "prompts", "classes", "prompt_column")
@@ -200,7 +199,7 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
     """`0,3,7` or `0-9` as class numbers, in the order given, each below `num_classes`."""
     classes: list[int] = []
     for part in text.split(","):
-        match = _SPAN.fullmatch(part.strip())
+        match = _SPAN.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise ConfigError(f"classes {text!r}: expected numbers, as in 0,3,7 or 0-9")
@@ -211,13 +210,6 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
             )
         classes += range(first, last + 1)
     return classes
-
-
-def spans(classes: Sequence[int]) -> str:
-    """Class numbers as `parse_classes` reads them, runs of neighbours in one: `0-9`."""
-    runs = groupby(enumerate(classes), key=lambda pair: pair[1] - pair[0])
-    ends = [[number for _, number in run] for _, run in runs]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ends)
 
 
 def protocol_card(
@@ -242,9 +234,9 @@ def protocol_card(
     scheduler = about.scheduler(first, config)
     flow = flow_config(first.scheduler_config)
     horizon, (_, side, _) = first.num_train_timesteps, about.drawn_shape
-    spans = [[0, horizon]]
+    ranges = [[0, horizon]]
     if len(records) > 1:
-        spans = [list(record.range) for record in records if isinstance(record, ExpertRecord)]
+        ranges = [list(record.range) for record in records if isinstance(record, ExpertRecord)]
     is_usual = about.latent_shape == about.companions.backbone.sample_shape(first.model_config)
     can_clip = "clip_sample" in inspect.signature(type(scheduler)).parameters
     return {
@@ -252,7 +244,7 @@ def protocol_card(
         "source": first.source,
         "fingerprints": [record.fingerprint for record in records],
         "companions": first.companions or None,
-        "ranges": spans,
+        "ranges": ranges,
         "num_train_timesteps": horizon,
         "prediction_type": FLOW if flow else scheduler.config.prediction_type,
         "sampler": config.sampler,
