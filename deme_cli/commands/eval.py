@@ -28,7 +28,7 @@ from deme_cli.commands.options import (
 from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.distributed import meet
 from deme_cli.errors import ConfigError
-from deme_cli.evaluation.protocols import settings_under_protocol
+from deme_cli.evaluation.protocols import describe_cards, settings_under_protocol
 from deme_cli.files import require_output, write_whole
 
 if TYPE_CHECKING:
@@ -91,22 +91,17 @@ def evaluate(
         console.result_json({"dry_run": True, "rows": rows, "protocol": settings.protocol})
     elif not dry_run and measured is not None:
         _show(measured)
-        _tell(measured, output, as_json=as_json)
+        document = measured.document
+        if output is not None:
+            text = json.dumps({"schema_version": console.SCHEMA_VERSION, **document}, indent=2)
+            write_whole(output, [text.encode(), b"\n"])
+        if as_json:
+            console.result_json(document)
+        elif output is not None:
+            console.result_paths([output], as_json=False)
         if max_fid is not None:
             measured.require_at_most(max_fid)
     world.wait()  # nobody ends well where the gate does not open
-
-
-def _tell(measured: Evaluation, output: Path | None, *, as_json: bool) -> None:
-    """The document to stdout, to `output`, or both."""
-    document = measured.document
-    if output is not None:
-        text = json.dumps({"schema_version": console.SCHEMA_VERSION, **document}, indent=2)
-        write_whole(output, [text.encode(), b"\n"])
-    if as_json:
-        console.result_json(document)
-    elif output is not None:
-        console.result_paths([output], as_json=False)
 
 
 def _show(measured: Evaluation) -> None:
@@ -127,7 +122,7 @@ def _show(measured: Evaluation) -> None:
     columns.append(("images", counts))
     names, cells = zip(*columns, strict=True)
     console.table("", names, list(zip(*cells, strict=True)))
-    for line in measured.remarks():
+    for line in describe_cards(measured.protocols):
         console.note(line)
     for name, row in figures.items():
         for figure in row.values():

@@ -8,11 +8,9 @@ B batch, C channels (1 grey, 3 colour), H height, W width.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 
 import numpy as np
 import torch
@@ -84,15 +82,6 @@ class ImageData:
         """The names of images below their folder; None of images that are no files."""
         names = self._images.file_names
         return names and [names[index] for index in self._indices]
-
-    def select(self, numbers: Sequence[int]) -> ImageData:
-        """Some of these images, as data of its own."""
-        chosen = copy(self)
-        chosen._indices = [self._indices[number] for number in numbers]
-        chosen.fingerprint = hashlib.sha256(f"{self.fingerprint}{numbers}".encode()).hexdigest()
-        if self._kept is not None:
-            chosen._kept = self._kept[torch.as_tensor(numbers, dtype=torch.long)]
-        return chosen
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """The captions of images; for data opened with wants="text"."""

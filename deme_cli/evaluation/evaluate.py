@@ -18,7 +18,6 @@ from deme_cli.console import Progress, Step, silent
 from deme_cli.distributed import joined
 from deme_cli.errors import ConfigError, GateError
 from deme_cli.evaluation.protocols import (
-    describe_cards,
     evaluation_card,
     find_protocol,
     require_reference,
@@ -73,10 +72,6 @@ class Evaluation:
                 for name, row in self.figures.items()
             ]
         }
-
-    def remarks(self) -> Sequence[str]:
-        """What the figures depend on, a line each."""
-        return describe_cards(self.protocols)
 
     def require_at_most(self, max_fid: float) -> None:
         """Raises GateError if a row's distance is above the one allowed."""

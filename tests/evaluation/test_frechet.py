@@ -119,6 +119,7 @@ def test_what_has_no_distance_is_refused() -> None:
     for mu, sigma, kind, words in (
         ([np.nan] * 2, np.eye(2), NumericsError, "not finite"),
         ([0, 0], [[0, 1], [1, 0]], NumericsError, "positive semi-definite"),
+        ([0, 0], [[1, 0], [0, -0.5]], NumericsError, "positive semi-definite"),
         ([0] * 4, np.eye(4), ArtifactError, "2 and of 4 features"),
     ):
         with pytest.raises(kind, match=words):
