@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
-from torch import Tensor
 
 from deme_cli.config import SAMPLERS, SPACINGS, SampleConfig
 from deme_cli.diffusion.backbones.flux import Flux
@@ -26,52 +25,22 @@ DYNAMIC = {
     "base_image_seq_len": 16, "max_image_seq_len": 64,
 }  # fmt: skip
 LARGE, SMALL = (4, 16, 16), (4, 8, 8)
-MEAN, SD = 0.2, 0.5
-
-
-def point_velocity(x_t: Tensor, sigma: float) -> Tensor:
-    """(eps - x_0) where all data is MEAN: every path is the straight line through it."""
-    return (x_t - MEAN) / max(sigma, 1e-6)
-
-
-def gaussian_velocity(x_t: Tensor, sigma: float) -> Tensor:
-    """E[eps - x_0 | x_t] of data N(MEAN, SD^2); its flow carries eps to MEAN + SD eps."""
-    a, variance = 1 - sigma, (1 - sigma) ** 2 * SD**2 + sigma**2
-    rest = (x_t - a * MEAN) / variance
-    return sigma * rest - (MEAN + a * SD**2 * rest)
-
-
-def follow(velocity: Any, config: SampleConfig, schedule: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Noise and where a sampler carries it along a velocity."""
-    scheduler = build_scheduler(schedule, config)
-    noise = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    x_t = noise
-    for t in scheduler.timesteps.tolist():
-        output = velocity(x_t, t / T)
-        x_t = take_step(scheduler, output, t, x_t, config=config, generators=None)
-    return noise, x_t
+MEAN = 0.2
 
 
 @pytest.mark.parametrize("sampler", FLOW_SCHEDULERS)
 def test_a_straight_line_is_followed_to_its_end_in_any_number_of_steps(sampler: str) -> None:
+    """Where all data is MEAN, every path is the straight line through it."""
     for steps in (1, 2, 7):
-        _, end = follow(point_velocity, SampleConfig(sampler=sampler, steps=steps), STATIC)
+        config = SampleConfig(sampler=sampler, steps=steps)
+        scheduler = build_scheduler(STATIC, config)
+        x_t = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        for t in scheduler.timesteps.tolist():
+            velocity = (x_t - MEAN) / max(t / T, 1e-6)  # eps - x_0
+            x_t = take_step(scheduler, velocity, t, x_t, config=config, generators=None)
         # DPM-Solver++ and UniPC tell the network whole timesteps
         within = 1e-5 if sampler in ("euler", "heun") else 5e-3
-        assert torch.allclose(end, torch.full_like(end, MEAN), rtol=0, atol=within)
-
-
-@pytest.mark.parametrize(
-    ("sampler", "within"), [("euler", 0.06), ("heun", 1e-3), ("dpm++", 0.02), ("unipc", 0.02)]
-)
-def test_a_curved_flow_is_followed_ever_closer(sampler: str, within: float) -> None:
-    errors = []
-    for steps in (10, 100):
-        config = SampleConfig(sampler=sampler, steps=steps)
-        noise, found = follow(gaussian_velocity, config, STATIC)
-        errors.append((found - (MEAN + SD * noise)).abs().max().item())
-    assert errors[1] < within
-    assert errors[1] < errors[0] / 3
+        assert torch.allclose(x_t, torch.full_like(x_t, MEAN), rtol=0, atol=within)
 
 
 def laid(schedule: dict[str, Any], sampler: str, shape: Any) -> Any:

@@ -88,18 +88,6 @@ def test_images_depend_on_neither_batch_size_nor_count(denoiser: Denoiser, sampl
     assert largest_difference(images[0], images[1]) > 10
 
 
-@pytest.mark.parametrize(
-    ("sampler", "spacing"), [("pndm", "trailing"), ("dpm++", "leading"), ("lms", "linspace")]
-)
-def test_identical_experts_draw_the_images_of_one_model(
-    denoiser: Denoiser, sampler: str, spacing: str
-) -> None:
-    config = SampleConfig(num=2, sampler=sampler, steps=6, spacing=spacing, batch_size=1)
-    experts = [SamplingExpert(span, lambda: denoiser) for span in split_uniform(3, 100)]
-    one = collect_images(single(denoiser), config)
-    assert np.array_equal(collect_images(experts, config), one)
-
-
 class RecordingNetwork(nn.Module):
     """Remembers the timesteps it was asked for."""
 
