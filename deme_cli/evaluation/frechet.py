@@ -91,7 +91,7 @@ def frechet_distance(
     mu1, sigma1, mu2, sigma2 = (
         np.asarray(part, dtype=np.float64) for part in (mu1, sigma1, mu2, sigma2)
     )
-    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
+    if not len(mu1) == len(mu2) == len(sigma1) == len(sigma2):
         raise ArtifactError(
             f"statistics of {mu1.size} and of {mu2.size} features cannot be compared; "
             f"make both with the same --features"

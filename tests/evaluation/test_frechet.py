@@ -121,6 +121,7 @@ def test_what_has_no_distance_is_refused() -> None:
         ([0, 0], [[0, 1], [1, 0]], NumericsError, "positive semi-definite"),
         ([0, 0], [[1, 0], [0, -0.5]], NumericsError, "positive semi-definite"),
         ([0] * 4, np.eye(4), ArtifactError, "2 and of 4 features"),
+        ([0, 0], np.eye(4), ArtifactError, "cannot be compared"),
     ):
         with pytest.raises(kind, match=words):
             frechet_distance(np.zeros(2), np.eye(2), np.array(mu), np.array(sigma))
