@@ -96,10 +96,17 @@ def test_singular_covariances_give_the_sum_of_singular_values(n1: int, n2: int) 
 
 
 @pytest.mark.parametrize(
-    ("variances", "is_singular"), [([0.5, 1, 2], False), ([0, 1, 2], True), ([0, 0, 2], True)]
+    ("first", "second", "is_singular"),
+    [
+        ([1, 1, 1], [0.5, 1, 2], False),
+        ([1e-20] * 3, [0.5, 1, 2], False),  # full rank is a matter of proportion
+        ([1, 1, 1], [0, 1, 2], True),
+        ([1, 1, 1], [0, 0, 2], True),
+        ([1, 1e-17, 1], [1, 1, 1], True),
+    ],
 )
 def test_the_way_for_lower_ranks_is_taken_where_an_eigenvalue_is_not_positive(
-    variances: list[float], is_singular: bool, monkeypatch: pytest.MonkeyPatch
+    first: list[float], second: list[float], is_singular: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is slower; the other one would take the root of rounding noise."""
     taken: list[bool] = []
@@ -110,8 +117,8 @@ def test_the_way_for_lower_ranks_is_taken_where_an_eigenvalue_is_not_positive(
         return singular(*sigmas)
 
     monkeypatch.setattr(frechet, "_eigenvalues_singular", watched)
-    found = trace_of_root(np.eye(3), np.diag(variances))
-    assert found == pytest.approx(np.sqrt(variances).sum(), rel=1e-12)
+    found = trace_of_root(np.diag(first), np.diag(second))
+    assert found == pytest.approx(np.sqrt(np.multiply(first, second)).sum(), rel=1e-8)
     assert bool(taken) is is_singular
 
 
@@ -146,6 +153,8 @@ def test_features_of_one_image_or_not_finite_are_refused() -> None:
         running.statistics("base")
     with pytest.raises(NumericsError, match="not finite"):
         running.add(np.array([[1.0, np.inf, 0]]))
+    running.add(np.full((1, 3), 3.0))  # of two there is one
+    np.testing.assert_allclose(running.statistics().sigma, np.full((3, 3), 2.0))
 
 
 def blas_threads() -> list[int]:
