@@ -231,7 +231,7 @@ def test_slopes_are_taken_where_they_are_needed_and_the_loss_is_finite(triple: l
 _MEMORY = """
 import gc, json, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path.append({tests!r})
 from test_candidates import open_bench
 
 def anonymous():
