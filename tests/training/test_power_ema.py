@@ -68,6 +68,7 @@ def test_gamma_is_that_of_the_paper_and_has_the_length_asked_for() -> None:
         assert found == pytest.approx(gamma, abs=0.005)
         length = ((found + 1) / (found + 3)) ** 0.5 / (found + 2)
         assert length == pytest.approx(sigma_rel, rel=1e-14)
+    assert 0 < gamma_of(0.2886) < 0.01  # all but the plain mean
     for wrong in (0.0, 12**-0.5):
         with pytest.raises(ConfigError, match="above 0, below"):
             gamma_of(wrong)
