@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -53,6 +54,9 @@ def test_masks_have_the_density_and_depend_on_seed_expert_and_tensor_alone() -> 
         settings = {"seed": 0, "expert": "a", "name": "w", **other}
         mask = keeps(0, 100_000, density=0.3, **settings)
         assert (mask & whole).mean() == pytest.approx(0.09, abs=0.005)
+    key = np.frombuffer(hashlib.sha256(b"0\0a\0w").digest()[:16], "<u8")
+    words = np.random.Philox(key=key).random_raw(50_000).astype("<u8").view("<u4")
+    assert np.array_equal(whole, words < 0.3 * 2**32), "element e takes the e-th word"
     denser = keeps(0, 100_000, seed=0, expert="a", name="w", density=0.5)
     assert (denser | ~whole).all()  # a larger density only adds elements
 
