@@ -185,7 +185,7 @@ def rows() -> Iterator[tuple[int, str, tuple]]:
     yield 4, "no expert covers timesteps 75:100", (*ensemble, *EXPERTS[:3])
     yield 4, "two experts cover timesteps 0:25", (*ensemble, *EXPERTS, "half.safetensors")
     for text, words in (
-        ("0.5", "1 coefficients for 4 experts"), ("", "expected numbers separated by commas"),
+        ("0.5", "1 values for 4 experts"), ("", "expected numbers separated by commas"),
         ("nan,0,0,0", "expected finite numbers"),
     ):  # fmt: skip
         yield 2, words, ("merge", *EXPERTS, "-w", text)

@@ -56,7 +56,7 @@ def test_a_base_from_scratch_and_its_export(tmp_path: Path, monkeypatch) -> None
 
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(run_folder: Path) -> None:
     parents = sorted(run_folder.glob("ft_*.safetensors"))
-    with pytest.raises(ConfigError, match="3 coefficients for 4 experts"):
+    with pytest.raises(ConfigError, match="3 values for 4 experts"):
         deme_cli.merge(parents, MergeConfig(coefficients=[1, 1, 1]))
     with pytest.raises(ConfigError, match="closed form"):
         deme_cli.merge(parents, MergeConfig(method="slerp", search="grid"))
