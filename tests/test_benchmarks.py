@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from deme_cli import console
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "benchmarks"
@@ -84,3 +87,23 @@ def test_three_points_give_the_exponent_whatever_starting_takes() -> None:
     assert (line.per_unit, line.at_nothing) == pytest.approx((30, 40))
     assert cost.growth(sizes, [40, 40.1, 40.05], 1.0, 0.3).exponent == "flat"
     assert cost.growth(sizes, [40, 39, 60], 1.0, 0.3).exponent == "unclear"
+
+
+def test_what_a_gpu_is_asked_for_runs_small_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the ten minutes that there is a GPU, no part may fail for a name that has moved."""
+    output = tmp_path / "gpu.json"
+    monkeypatch.setattr(console, "_quiet", False)  # as it is now, again in the end
+    monkeypatch.setattr(
+        sys, "argv", ["gpu", "--tiny", "--device", "cpu", "--rounds", "1", "-o", str(output)]
+    )
+    gpu = load("gpu")
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    parts = json.loads(output.read_text())["parts"]
+    assert not ended.value.code, parts
+    assert list(parts) == list(gpu.PARTS)
+    for goal in gpu.GOALS:
+        part, figure = goal.split(".")
+        assert parts[part].get(figure, 0) > 0 or "not run" in parts[part], goal
