@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_tiny_base
 from PIL import Image
 
 from deme_cli.artifacts import write_artifact
-from deme_cli.config import DataConfig
+from deme_cli.config import DataConfig, FinetuneConfig
+from deme_cli.data.images import open_images
 from deme_cli.diffusion.checkpoints import import_model
 from deme_cli.diffusion.companions import Companions, open_companions
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser
-from deme_cli.training.examples import Examples, open_examples
+from deme_cli.timesteps import parse_range
+from deme_cli.training.examples import Examples, PixelExamples, open_examples
+from deme_cli.training.setup import Run
 
 NUM_IMAGES, NUM_CLASSES = 20, 5
 
@@ -99,3 +103,31 @@ def examples(captioned: Path, companions: Callable[..., Companions]) -> Callable
         return open_examples(data, companions(name), split=split)
 
     return opened
+
+
+@pytest.fixture(scope="session")
+def digits_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base of 100 timesteps for the digits."""
+    path = tmp_path_factory.mktemp("digits") / "base.safetensors"
+    write_tiny_base(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits_run(digits_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """A run from that base, for its second quarter, in a folder of its own; all share the base."""
+    denoiser = load_denoiser(digits_base)
+    train, held_out = (
+        PixelExamples(open_images("digits", shape=denoiser.sample_shape, split=split))
+        for split in ("train", "held-out")
+    )
+
+    def make(config: FinetuneConfig, text: str = "2/4", **own: object) -> Run:
+        choice = parse_range(text, 100)
+        return Run(
+            denoiser, choice, train, held_out if config.held_out else None, flip=False,
+            config=config, output=tmp_path_factory.mktemp("run") / f"ft_{choice.label}.safetensors",
+            **own,
+        )  # fmt: skip
+
+    return make

@@ -8,23 +8,17 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_base
 from torch import Tensor
 
 from deme_cli.artifacts import load_tensors, read_record
-from deme_cli.config import MULTITASK, WEIGHTINGS, DataConfig, FinetuneConfig, SplitConfig
-from deme_cli.data.images import open_images
-from deme_cli.diffusion.denoiser import load_denoiser
+from deme_cli.config import MULTITASK, WEIGHTINGS, FinetuneConfig
 from deme_cli.errors import ConfigError, Stopped
 from deme_cli.files import read_header
-from deme_cli.timesteps import TimestepRange, parse_range
-from deme_cli.training.clusters import cluster_draws
-from deme_cli.training.examples import PixelExamples
-from deme_cli.training.setup import Plan, Run, checkpoint_path, plan_experts, prepare
+from deme_cli.timesteps import TimestepRange
+from deme_cli.training.setup import Run, checkpoint_path
 from deme_cli.training.state import TrainingState, learning_rate
 from deme_cli.training.train import train
 from deme_cli.training.weighting import Reduction
@@ -40,25 +34,12 @@ BRANCHES["min-snr uw"] = {"loss_weighting": "min-snr", "multitask": "uw"}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    write_tiny_base(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def run_of(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """A run of QUICK with other settings, in a folder of its own; all share one tiny base."""
-    denoiser = load_denoiser(base)
-    examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape))
+def run_of(digits_run: Callable[..., Run]) -> Callable[..., Run]:
+    """A run of QUICK with other settings."""
 
     def make(**settings: object) -> Run:
         config = replace(QUICK, **settings)
-        return Run(
-            denoiser, parse_range("1/2", 100), examples, None, flip=False, config=config,
-            output=tmp_path_factory.mktemp("run") / "ft_1of2.safetensors",
-            clusters=CLUSTERS if config.multitask != "none" else (),
-        )  # fmt: skip
+        return digits_run(config, "1/2", clusters=CLUSTERS if config.multitask != "none" else ())
 
     return make
 
@@ -236,12 +217,3 @@ def test_an_overflow_of_fp16_skips_the_update_of_what_is_learned_too(
     assert torch.equal(flat(state.network.state_dict()), before)
     assert state.reduction.tasks.log_variances.tolist() == [0, 0]
     assert state.scaler.get_scale() < factor
-
-
-def test_a_run_is_prepared_with_the_clusters_of_its_range(base: Path, tmp_path: Path) -> None:
-    settings = replace(QUICK, multitask="uw", cluster_by="log-snr")
-    asked = Plan(base, DataConfig(source="digits"), settings, device="cpu")
-    (plan,) = plan_experts(asked, SplitConfig(), "2/4", tmp_path / "ft.safetensors")
-    run = prepare(plan)
-    assert run.clusters == cluster_draws(TimestepRange(25, 50), 2, "log-snr", run.denoiser.schedule)
-    assert prepare(replace(plan, config=QUICK)).clusters == []

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DModel
-from tiny_runs import digits_run
 from torch import Tensor, nn
 
 from deme_cli.artifacts import load_tensors
@@ -32,8 +32,8 @@ OUT_OF_MEMORY = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCrea
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return digits_run(tmp_path_factory.mktemp("micro"), CONFIG)
+def run(digits_run: Callable[..., Run]) -> Run:
+    return digits_run(CONFIG)
 
 
 def update_of(run: Run, world: World = ALONE, **settings: object) -> tuple[list[Tensor], Tensor]:
@@ -128,8 +128,10 @@ def little_memory() -> Iterator[None]:
 
 
 @pytest.mark.gpu
-def test_a_batch_that_a_gpu_has_no_memory_for_goes_in_parts(run: Run, little_memory: None) -> None:
-    denoiser = load_denoiser(run.output.with_name("base.safetensors"), device="cuda")
+def test_a_batch_that_a_gpu_has_no_memory_for_goes_in_parts(
+    run: Run, digits_base: Path, little_memory: None
+) -> None:
+    denoiser = load_denoiser(digits_base, device="cuda")
     config = replace(CONFIG, batch_size=1 << 14, accumulation=1, steps=1)
     (record,) = train(replace(run, denoiser=denoiser, config=config))
     assert 1 < record.halved_to < 1 << 14

@@ -6,16 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_base
 
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.config import FinetuneConfig
-from deme_cli.data.images import open_images
-from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import ConfigError
 from deme_cli.merging.power_ema import coefficients_for_length
-from deme_cli.timesteps import parse_range
-from deme_cli.training.examples import PixelExamples
 from deme_cli.training.power_profile import beta, gamma_of
 from deme_cli.training.setup import Run, checkpoint_path, variant_path, variant_paths
 from deme_cli.training.state import require_same_run
@@ -29,25 +24,9 @@ EVERY = replace(
 
 
 @pytest.fixture(scope="module")
-def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """A run of given settings, in a folder of its own; all share one tiny base."""
-    base = tmp_path_factory.mktemp("base") / "base.safetensors"
-    write_tiny_base(base)
-    denoiser = load_denoiser(base)
-    examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape))
-
-    def make(config: FinetuneConfig) -> Run:
-        output = tmp_path_factory.mktemp("run") / "ft_2of4.safetensors"
-        choice = parse_range("2/4", 100)
-        return Run(denoiser, choice, examples, None, flip=False, config=config, output=output)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def iterates(run_of: Callable[..., Run]) -> Run:
+def iterates(digits_run: Callable[..., Run]) -> Run:
     """A finished run that wrote its very weights after every update, and three averages."""
-    run = run_of(EVERY)
+    run = digits_run(EVERY)
     list(train(run))
     return run
 
@@ -108,9 +87,9 @@ def test_a_length_that_was_not_saved_is_mixed_from_those_that_were(iterates: Run
 
 
 def test_a_resumed_run_writes_the_same_files_which_say_what_they_are(
-    run_of: Callable[..., Run],
+    digits_run: Callable[..., Run],
 ) -> None:
-    plain, whole, broken = run_of(PLAIN), run_of(SAVING), run_of(SAVING)
+    plain, whole, broken = digits_run(PLAIN), digits_run(SAVING), digits_run(SAVING)
     list(train(plain))
     list(train(whole))
     for record in train(broken):  # broken off at a state that is saved, before what comes after
@@ -140,7 +119,7 @@ def test_a_resumed_run_writes_the_same_files_which_say_what_they_are(
     folded = set(load_tensors(variant_path(whole.output, length=0.1)))
     assert folded == set(whole.denoiser.network.state_dict())
 
-    shorter = run_of(replace(SAVING, steps=8, snapshot_every=None))  # what a snapshot is
+    shorter = digits_run(replace(SAVING, steps=8, snapshot_every=None))  # what a snapshot is
     list(train(shorter))
     for length in (None, 0.05):
         one = read_record(variant_path(whole.output, step=8, length=length))
@@ -149,13 +128,13 @@ def test_a_resumed_run_writes_the_same_files_which_say_what_they_are(
 
 
 def test_a_run_kept_before_there_were_these_settings_still_continues(
-    run_of: Callable[..., Run],
+    digits_run: Callable[..., Run],
 ) -> None:
-    run = run_of(PLAIN)
+    run = digits_run(PLAIN)
     before = {k: v for k, v in run.identity.items() if k not in ("ema_lengths", "snapshot_every")}
     require_same_run(before, run.identity, run.output)
     with pytest.raises(ConfigError, match="ema_lengths = None"):
-        require_same_run(before, run_of(SAVING).identity, run.output)
+        require_same_run(before, digits_run(SAVING).identity, run.output)
     with pytest.raises(ConfigError, match="on other images or captions"):
         require_same_run({**before, "data": "0"}, run.identity, run.output)
 

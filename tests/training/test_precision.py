@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from tiny_runs import digits_run
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -36,8 +35,8 @@ BACKBONES = ["sd", "sdxl", "sd3", "dit", "flux", "wan"]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return digits_run(tmp_path, SHORT)
+def run(digits_run: Callable[..., Run]) -> Run:
+    return digits_run(SHORT)
 
 
 @pytest.mark.slow
@@ -88,12 +87,14 @@ def test_half_precision_leaves_the_base_and_asks_one_of_the_same_outputs(run: Ru
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_a_gpu_trains_in_half_precision_about_as_in_float32(run: Run, dtype: str) -> None:
-    base, losses = run.output.with_name("base.safetensors"), []
+def test_a_gpu_trains_in_half_precision_about_as_in_float32(
+    digits_base: Path, run: Run, dtype: str
+) -> None:
+    losses = []
     held_out = PixelExamples(open_images("digits", shape=(1, 8, 8), split="held-out"))
     config = replace(SHORT, held_out=10, ema_lengths=[0.1])
     for name in ("fp32", dtype):
-        denoiser = load_denoiser(base, device="cuda")  # in half precision it leaves the GPU
+        denoiser = load_denoiser(digits_base, device="cuda")  # in half precision it leaves the GPU
         one = replace(run, denoiser=denoiser, held_out=held_out, config=config, dtype=name)
         losses.append([(record.loss, record.held_out) for record in train(one)])
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.1, atol=0)

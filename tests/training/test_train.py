@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_tiny_base
-from tiny_runs import digits_run
 
 from deme_cli.artifacts import fingerprint, fingerprint_file, load_tensors, read_record
 from deme_cli.config import FinetuneConfig
@@ -29,8 +29,8 @@ SITES = ("down_blocks_0", "down_blocks_1", "mid_block", "up_blocks_0", "up_block
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return digits_run(tmp_path, SHORT)
+def run(digits_run: Callable[..., Run]) -> Run:
+    return digits_run(SHORT)
 
 
 def with_settings(run: Run, **settings: object) -> Run:
