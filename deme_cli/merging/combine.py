@@ -1,9 +1,11 @@
-"""theta_merged = theta + sum_i w_i tau_i (Eq. 8), streamed from files to a file in bounded memory.
+"""Task vectors tau_i = theta_i - theta, and theta + sum_i w_i tau_i (Eq. 8), from files to a file.
 
 What varies between methods is the list of terms of each tensor, and what becomes of the tau_i
 before (methods/); the rest is one engine, which subtracts as well. Sums are carried in float32
 (float64 tensors in float64) and rounded once to the base's dtype; integers are never averaged.
-Block projections count as identity matrices in the base. No torch.
+Block projections count as identity matrices in the base: the vector of W_i is W_i - I. Norms and
+cosines are summed in float64 over pieces of the files. Nothing is held whole. No torch.
+N experts.
 """
 
 from __future__ import annotations
@@ -11,26 +13,29 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from deme_cli.artifacts import ArtifactWriter, MergedRecord, Record
-from deme_cli.errors import ArtifactError, NumericsError
-from deme_cli.files import DTYPE_BYTES, TensorSpec
-from deme_cli.merging.coefficients import Coefficients
+from deme_cli.artifacts import ArtifactWriter, MergedRecord, Record, TaskVectorRecord
+from deme_cli.console import Progress, Step, silent
+from deme_cli.errors import ArtifactError, ConfigError, NumericsError
+from deme_cli.files import DTYPE_BYTES, Header, TensorSpec, require_output, require_space
+from deme_cli.merging.coefficients import Coefficients, block_name
 from deme_cli.merging.inputs import (
     COMPUTED_IN,
     INTEGERS,
+    PROJECTION,
     Inputs,
+    find_base,
     is_projection,
     open_experts,
     open_inputs,
 )
 from deme_cli.merging.methods import LINEAR, MethodSettings, fit_coefficients, open_method
-from deme_cli.merging.methods.linear import BASE, Method
+from deme_cli.merging.methods.linear import BASE
 from deme_cli.merging.tensor_stream import (
     BLOCK,
     PIECE,
@@ -39,12 +44,16 @@ from deme_cli.merging.tensor_stream import (
     Terms,
     Transform,
     in_file_order,
+    inner_products,
     plan_runs,
     to_bytes,
     to_numbers,
 )
+from deme_cli.run_file import RunFile
 
 Advance = Callable[[int], None]
+Norms = list[dict[str, float]]
+Cosines = list[list[float | None]]
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 _BLOCKS = 3  # buffers that go round: one is filled while others are written
 
@@ -63,84 +72,57 @@ def merge_artifacts(
 def merge_inputs(
     inputs: Inputs, coefficients: Coefficients | Sequence[float] | None, output: Path, *,
     method: MethodSettings = LINEAR, search: dict[str, Any] | None = None,
-    report: dict[str, Any] | None = None, advance: Advance = lambda num_bytes: None,
+    report: dict[str, Any] | None = None, like: Header | None = None,
+    advance: Advance = lambda done: None,
 ) -> MergedRecord:  # fmt: skip
     """The same for checked headers, by any method, with coefficients that may differ by tensor.
 
     coefficients: None for 1/N each, and for a method that finds its own.   `search` and `report` go
-    into the record; `advance` is told the number of bytes written so far.
-    """
-    merge = plan_merge(inputs, coefficients, method)
-    record = merge.record(method, search=search, report=report)
-    return write_sums(
-        inputs, merge.terms, merge.layout, record, output,
-        transform=merge.method.transform, advance=advance,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PlannedMerge:
-    """A merge that is ready to be written: the terms of each tensor, and the order of the file."""
-
-    inputs: Inputs
-    coefficients: Coefficients
-    method: Method
-    terms: dict[str, Terms]
-    layout: list[TensorSpec]
-
-    def record(
-        self, method: MethodSettings, *, search: dict[str, Any] | None,
-        report: dict[str, Any] | None,
-    ) -> MergedRecord:  # fmt: skip
-        """Where the merged file comes from; `parents` in the order of `coefficients`."""
-        base, experts = self.inputs.base_record, self.inputs.experts
-        placements = {expert.record.projection for expert in experts}
-        if not any(is_projection(spec.name) for spec in self.layout) and "block" in placements:
-            placements = {"none"}  # nothing has moved them: the base has none
-        values = self.method.own_coefficients or self.coefficients.values
-        return MergedRecord(
-            source=base.source,
-            model_config=base.model_config,
-            scheduler_config=base.scheduler_config,
-            num_train_timesteps=base.num_train_timesteps,
-            companions=base.companions or experts[0].record.companions,
-            base=base.fingerprint,
-            parents=[
-                {"path": str(expert.path), "kind": expert.record.kind,
-                 "fingerprint": expert.record.fingerprint, "range": expert.record.range}
-                for expert in experts
-            ],
-            coefficients=list(values),
-            coefficients_for={glob: list(ws) for glob, ws in self.coefficients.finer.items()},
-            method=method.name,
-            settings=method.used,
-            projection=placements.pop() if len(placements) == 1 else "mixed",
-            search=search,
-            report=report,
-        )  # fmt: skip
-
-
-def plan_merge(
-    inputs: Inputs,
-    coefficients: Coefficients | Sequence[float] | None,
-    method: MethodSettings = LINEAR,
-) -> PlannedMerge:
-    """Everything that is known before the first byte is written.
-
-    Raises ConfigError where the coefficients do not fit.
+    into the record.   like: a merged file whose order of tensors is taken.   `advance` is told the
+    number of bytes written so far.
     """
     given = fit_coefficients(inputs, coefficients, method)
     opened = open_method(inputs, method)
     terms = {spec.name: opened.terms(spec.name, given.of(spec.name)) for spec in inputs.specs}
-    moved = any(terms[spec.name] != BASE for spec in inputs.projections)
-    layout = [*inputs.base.tensors.values(), *(inputs.projections if moved else [])]
-    return PlannedMerge(inputs, given, opened, terms, in_file_order(layout))
+    moves = any(terms[spec.name] != BASE for spec in inputs.projections)
+    layout = in_file_order(inputs.specs if moves else inputs.base.tensors.values())
+    if like is not None:
+        if like.tensors.keys() != {spec.name for spec in layout}:
+            raise ArtifactError(f"{like.path}: does not have the tensors of its base and parents")
+        layout = sorted(like.tensors.values(), key=lambda spec: spec.begin)
+    base, experts = inputs.base_record, inputs.experts
+    placements = {expert.record.projection for expert in experts}
+    if not moves and "block" in placements:
+        placements = {"none"}  # nothing has moved them: the base has none
+    record = MergedRecord(
+        source=base.source,
+        model_config=base.model_config,
+        scheduler_config=base.scheduler_config,
+        num_train_timesteps=base.num_train_timesteps,
+        companions=base.companions or experts[0].record.companions,
+        base=base.fingerprint,
+        parents=[
+            {"path": str(expert.path), "kind": expert.record.kind,
+             "fingerprint": expert.record.fingerprint, "range": expert.record.range}
+            for expert in experts
+        ],
+        coefficients=list(opened.own_coefficients or given.values),
+        coefficients_for={glob: list(ws) for glob, ws in given.finer.items()},
+        method=method.name,
+        settings=method.used,
+        projection=placements.pop() if len(placements) == 1 else "mixed",
+        search=search,
+        report=report,
+    )  # fmt: skip
+    return write_sums(
+        inputs, terms, layout, record, output, transform=opened.transform, advance=advance
+    )
 
 
 def write_sums(
     inputs: Inputs, terms: Mapping[str, Terms], layout: Sequence[TensorSpec], record: AnyRecord,
     output: Path, *, transform: Transform | None = None, is_difference: bool = False,
-    advance: Advance = lambda num_bytes: None,
+    advance: Advance = lambda done: None,
 ) -> AnyRecord:  # fmt: skip
     """Write sum_k c_k y_k of every tensor of `layout` under `record`; returns it with the
     fingerprint they have.
@@ -221,3 +203,109 @@ def _copy_equal(
                 f"{expert.path}: {run.name_at(start)!r} of integers ({run.dtype}) differs from "
                 f"{inputs.base.path}; integers have no average and no difference"
             )
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """The files, in the order of the experts; how long the vectors are, and how alike.
+
+    norms: per expert L2 norms `total`, `relative` (to the base) and one per top-level block.
+    cosines: (N, N); None where a task vector is zero.
+    """
+
+    paths: list[Path]
+    inputs: Inputs
+    norms: Norms
+    cosines: Cosines
+
+
+def task_vector(
+    experts: Sequence[Path], *, base: Path | None = None, output: Path | None = None,
+    run: RunFile | None = None, force: bool = False, progress: Progress = silent,
+) -> TaskVectors:  # fmt: skip
+    """Write each expert's task vector, tv_{i}of{N}.safetensors; measure norms and cosines.
+
+    base: None for that of `run`, or the one beside the experts.   output: the folder; None for
+    beside each expert.
+
+    Raises MissingError, ArtifactError (experts of another base), ConfigError (an output exists).
+    """
+    opened = open_experts(experts, "expert")
+    inputs = open_inputs(find_base(opened, run or RunFile(), base), opened)
+    paths = [
+        (output or expert.path.parent) / f"tv_{expert.record.label}.safetensors"
+        for expert in opened
+    ]
+    num_bytes = sum(spec.num_bytes for spec in inputs.base.tensors.values())
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
+            raise ConfigError(f"two experts would both be written to {path}; choose other folders")
+        require_output(path, force=force)
+        require_space(path, num_bytes * sum(path.parent == other.parent for other in paths))
+
+    def told(label: str, total: int, unit: str) -> Advance:
+        return lambda done: progress(Step(done, total, label, unit))
+
+    size = inputs.base.num_parameters
+    norms, cosines = measure(inputs, told("measuring", size, "parameter"))
+    for index, path in enumerate(paths):
+        write_task_vector(inputs, index, norms[index], path, told(path.name, num_bytes, "byte"))
+    return TaskVectors(paths, inputs, norms, cosines)
+
+
+def block_of(name: str) -> str:
+    """The top-level block of a parameter: down_blocks.0, mid_block, transformer_blocks.3, ...
+
+    Channel projections are one block of their own, and what lies outside of all is `other`.
+    """
+    if is_projection(name):
+        return PROJECTION.rstrip(".")
+    return block_name(name) or "other"
+
+
+def measure(inputs: Inputs, advance: Advance = lambda done: None) -> tuple[Norms, Cosines]:
+    """Norms and pairwise cosines of the experts' task vectors, in one pass over the files.
+
+    Raises NumericsError naming a file and a tensor of it that is not finite, or a base of zeros.
+    """
+    by_block: dict[str, np.ndarray] = {}  # sums of (N + 1, N + 1) inner products
+    base_square = 0.0
+    for name, gram in inner_products(inputs, advance).items():
+        by_block[block_of(name)] = by_block.get(block_of(name), 0) + gram
+        base_square += 0.0 if is_projection(name) else gram[0, 0]  # a projection's base is I
+    if base_square == 0:
+        raise NumericsError(f"{inputs.base.path}: its weights are all zero")
+    dots = sum(by_block.values())[1:, 1:]  # type: ignore[index]  # a base has tensors
+    lengths = np.sqrt(np.diag(dots))
+    norms = [
+        {"total": float(total), "relative": float(total / np.sqrt(base_square)),
+         **{name: float(np.sqrt(by_block[name][i, i])) for name in sorted(by_block)}}
+        for i, total in enumerate(lengths, start=1)
+    ]  # fmt: skip
+    sizes = np.outer(lengths, lengths)
+    cosines: Cosines = [
+        [float(np.clip(dot / size, -1, 1)) if size else None
+         for dot, size in zip(*rows, strict=True)]
+        for rows in zip(dots, sizes, strict=True)
+    ]  # fmt: skip
+    return norms, cosines
+
+
+def write_task_vector(
+    inputs: Inputs, index: int, norms: dict[str, float], output: Path,
+    advance: Advance = lambda done: None,
+) -> TaskVectorRecord:  # fmt: skip
+    """Write tau of the expert number `index` into `output`, in the dtypes of the base.
+
+    Integers must be those of the base; their difference is zero. Raises ArtifactError if not.
+    """
+    expert = inputs.experts[index]
+    alone = Inputs(inputs.base, inputs.base_record, (expert,))
+    fields = asdict(expert.record)
+    fields.pop("created_by")
+    record = TaskVectorRecord(**fields, expert=expert.record.fingerprint, norms=norms)
+    difference = {spec.name: ((1, 1.0), (0, -1.0)) for spec in alone.specs}
+    layout = in_file_order(alone.specs)
+    return write_sums(
+        alone, difference, layout, record, output, is_difference=True, advance=advance
+    )

@@ -1,4 +1,4 @@
-"""`merge`: one network of the base's size from the experts of its ranges (Eq. 8).
+"""`merge`: one network of the base's size from the experts of its ranges (Eq. 8), and its `replay`.
 
 A merge by known coefficients loads no torch. A search evaluates trials, which its journal keeps
 (search.py, journal.py), takes the best, and reports on it with other seeds and images (report.py).
@@ -12,30 +12,37 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.artifacts import MergedRecord, read_record
+from deme_cli.artifacts import MergedRecord, fingerprint_file, read_record, record_of
 from deme_cli.config import MergeConfig
 from deme_cli.console import Progress, Step, silent
 from deme_cli.distributed import ALONE, Lost, World
+from deme_cli.errors import ArtifactError, DemeError, MissingError, NumericsError
+from deme_cli.files import read_header, require_output, write_whole
 from deme_cli.jobs import StopRequests
-from deme_cli.merging.coefficients import Coefficients
+from deme_cli.merging.coefficients import Coefficients, Point
+from deme_cli.merging.combine import merge_inputs
+from deme_cli.merging.inputs import Inputs, find_base, open_experts, open_inputs
+from deme_cli.merging.journal import Journal, Trial
+from deme_cli.merging.methods import METHODS, USES, MethodSettings
+from deme_cli.merging.plan import MergePlan, open_plan
+from deme_cli.merging.power_ema import misfit, snapshots_of
+from deme_cli.merging.search import Evaluate, Search, conclude
 from deme_cli.merging.show_search import ShownSearch, journal_path, show_search
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
     from deme_cli.merging.candidates import Workbench
-    from deme_cli.merging.coefficients import Point
-    from deme_cli.merging.journal import Journal, Trial
     from deme_cli.merging.objectives import Objective
-    from deme_cli.merging.plan import MergePlan
-    from deme_cli.merging.search import Evaluate, Search
 
 MERGED_NAME = "merged.safetensors"
 MOST_SHOWN = 8  # coefficients named in a line about one trial
 WORST_MISFIT = 0.1  # of a profile of an EMA, as a share of its norm
+_CHUNK = 1 << 22  # bytes
 _ASK_SECONDS = 1.0  # between two looks for a process of the launch that has failed
 
 
@@ -86,8 +93,6 @@ def merge(
     Raises ConfigError, MissingError, ArtifactError, NumericsError; then no output appears. Raises
     Stopped after a signal; a search then goes on when it is called again.
     """
-    from deme_cli.merging.plan import open_plan
-
     run = run or RunFile()
     plan = open_plan(
         experts, settings or run.settings(MergeConfig), run=run, output=output, force=force,
@@ -122,8 +127,6 @@ def _origin(plan: MergePlan, given: Coefficients | None) -> dict[str, Any] | Non
     """How the coefficients came about, where an EMA length made them; warns of a bad fit."""
     if plan.ema_length is None or given is None:
         return None
-    from deme_cli.merging.power_ema import misfit, snapshots_of
-
     snapshots = snapshots_of([expert.record for expert in plan.inputs.experts])
     step = max(t for t, _ in snapshots)
     off = misfit(snapshots, given.values, step, plan.ema_length)
@@ -143,8 +146,6 @@ def _write(
     bench: Workbench | None, progress: Progress, soup: Point | None = None,
 ) -> MergedRecord:  # fmt: skip
     """The merged file, after its report where there is to be one."""
-    from deme_cli.merging.combine import merge_inputs
-
     document = None
     if bench is not None:
         from deme_cli.merging.report import make_report
@@ -162,7 +163,6 @@ def _write(
 def _search(plan: MergePlan, world: World, progress: Progress) -> MergeResult:
     """Run the trials that are left, and write the best; only one process of many does the end."""
     from deme_cli.merging.candidates import Workbench
-    from deme_cli.merging.journal import Journal
     from deme_cli.training.examples import fill_caches
 
     search, path, settings = plan.search, journal_path(plan.output), plan.settings
@@ -212,8 +212,6 @@ def _end(
     check: Callable[[], None], progress: Progress,
 ) -> None:  # fmt: skip
     """Write the best, unless another process of this search has."""
-    from deme_cli.merging.search import conclude
-
     plan, space = bench.plan, search.space
     best, record, warnings = conclude(search, journal.trials(), [one.name for one in objectives])
     for text in warnings:
@@ -294,3 +292,105 @@ def _line(search: Search, trial: Trial, label: str) -> str:
         f"trial {trial.index + 1}/{search.expected}{f' ({trial.name})' if trial.name else ''}: "
         f"{label} {value} at {'mean w' if search.space.groups else 'w'} {w} ({trial.seconds:.1f} s)"
     )
+
+
+def replay(
+    merged: Path, output: Path | None = None, *, experts: Sequence[Path] = (),
+    base: Path | None = None, run: RunFile | None = None, force: bool = False,
+) -> MergeResult:  # fmt: skip
+    """Make the merged artifact `merged` again as its record tells it, bit for bit.
+
+    Files are found by name and known by their fingerprint. The new file takes the header of the old
+    one as it stands, and appears only if its weights have the fingerprint that the header tells.
+
+    output: None for {merged}.replayed.safetensors.   experts, base: where they are now, if not
+    where they were.   run: names the base, if not beside the merged file.
+
+    Raises MissingError naming what is not found, ArtifactError naming a file that differs or a
+    method that this deme has not, NumericsError where the result differs although base and experts
+    do not. Then no output appears.
+    """
+    output = output or merged.with_name(f"{merged.stem}.replayed.safetensors")
+    require_output(output, force=force)
+    header = read_header(merged)
+    record = record_of(header)
+    if not isinstance(record, MergedRecord):
+        raise ArtifactError(
+            f"{merged}: expected an artifact of kind 'merged', found {record.kind!r}"
+        )
+    if record.method not in METHODS:
+        raise ArtifactError(
+            f"{merged}: was merged by method {record.method!r}, which this deme does not have "
+            f"({', '.join(METHODS)}); use the file as it is, or the deme that wrote it "
+            f"({record.created_by})"
+        )
+    opened = open_experts(
+        [_find(merged, expert, experts) for expert in record.parents], "expert", "task-vector"
+    )
+    inputs = open_inputs(find_base(opened, run or RunFile(), base, merged.parent), opened)
+    used = {k: v for k, v in record.settings.items() if k in USES.get(record.method, ())}
+    finer = {glob: tuple(values) for glob, values in record.coefficients_for.items()}
+    given = Coefficients(tuple(record.coefficients), finer)
+    method = MethodSettings(record.method, **used)
+    partial = output.with_name(f".{output.name}.replay")
+    try:
+        made = merge_inputs(
+            inputs, None if method.name == "model-stock" else given, partial, method=method,
+            like=header,
+        ).fingerprint  # fmt: skip
+        if made != record.fingerprint:
+            raise _culprit(inputs, merged, record, made)
+        write_whole(output, chain([_header_bytes(merged)], _tensors(partial)))
+    finally:
+        partial.unlink(missing_ok=True)
+    return MergeResult(output)
+
+
+def _find(merged: Path, expert: dict[str, Any], given: Sequence[Path]) -> Path:
+    """The file of a recorded expert: given, at its recorded path, or beside the merged file."""
+    path, wanted, others = Path(expert["path"]), expert["fingerprint"], []
+    for place in (*given, path, merged.parent / path, merged.parent / path.name):
+        if place.is_file():
+            fingerprint = record_of(read_header(place)).fingerprint
+            if fingerprint == wanted:
+                return place
+            if place.name == path.name:
+                others.append(f"{place} ({fingerprint[:12]})")
+    if others:
+        raise ArtifactError(
+            f"{', '.join(dict.fromkeys(others))}: not the expert that {merged} was made from, "
+            f"{wanted[:12]}; give the right file"
+        )
+    raise MissingError(
+        f"{expert['path']}: not found; {merged} was made from it (fingerprint {wanted[:12]}); "
+        f"give its file"
+    )
+
+
+def _culprit(inputs: Inputs, merged: Path, record: MergedRecord, made: str) -> DemeError:
+    """Why the result differs: a file whose weights are not those of its record, or the numbers."""
+    for header in inputs.headers:
+        found, told = fingerprint_file(header.path), record_of(header).fingerprint
+        if found != told:
+            return ArtifactError(
+                f"{header.path}: its weights have the fingerprint {found[:12]}, its record says "
+                f"{told[:12]}; copy or make the file again"
+            )
+    return NumericsError(
+        f"{merged}: made again from the same files its weights have the fingerprint {made[:12]}, "
+        f"its record says {record.fingerprint[:12]}; it was made otherwise than recorded"
+    )
+
+
+def _header_bytes(path: Path) -> bytes:
+    """The length and the JSON before the tensors."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        return prefix + file.read(int.from_bytes(prefix, "little"))
+
+
+def _tensors(path: Path) -> Iterator[bytes]:
+    """What is behind the header, in pieces."""
+    with path.open("rb") as file:
+        file.seek(len(_header_bytes(path)))
+        yield from iter(lambda: file.read(_CHUNK), b"")

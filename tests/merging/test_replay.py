@@ -18,8 +18,8 @@ from deme_cli.files import read_header, tensor_bytes
 from deme_cli.merging.coefficients import Coefficients
 from deme_cli.merging.combine import merge_inputs
 from deme_cli.merging.inputs import open_experts, open_inputs
+from deme_cli.merging.merge import replay
 from deme_cli.merging.methods import MethodSettings
-from deme_cli.merging.replay import replay
 
 W = Coefficients((0.25, 0.75), {"mid_block.*": (1.0, 0.0), "conv_*": (0.5, 0.5)})
 MERGED, AGAIN = Path("merged.safetensors"), Path("again.safetensors")
