@@ -233,14 +233,9 @@ def test_a_wrong_run_file_is_named_where_it_is_wrong(
 ) -> None:
     path = bad_folder / "deme.toml"
     for text, words in (
-        ("[finetune]\nlearning_rate = 1", "unknown key 'learning_rate' in [finetune]"),
-        ("[fine]\np = 1", "unknown table [fine]"),
         ("[finetune", "not valid TOML"),
-        ('[finetune]\np = "a"', "[finetune] p = 'a': expected a number"),
-        ("[split]\nranges = [1, 2]", "[split] ranges = 1: expected a text"),
         ('[split]\nranges = ["0:50", "50:2000"]', "50:2000 needs 0 <= start < stop <= 100"),
         ('[split]\nranges = ["0:50", "50:20"]', "50:20"),
-        ('[merge]\ncoefficients = ["a"]', "[merge] coefficients = 'a': expected a number"),
         ("[finetune]\np = 2.0", "p = 2.0"),
     ):
         path.write_text(text)

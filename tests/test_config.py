@@ -58,6 +58,8 @@ def test_a_wrong_file_is_refused_where_it_is_wrong(tmp_path: Path) -> None:
         ("[finetune]\nsteps = 'many'", "[finetune] steps = 'many': expected a whole number"),
         ("[finetune]\nsteps = true", "expected a whole number"),
         ("[finetune]\np = [1]", "expected a number"),
+        ("[split]\nranges = [1, 2]", "[split] ranges = 1: expected a text"),
+        ('[merge]\ncoefficients = ["a"]', "[merge] coefficients = 'a': expected a number"),
         ("[eval]\nclip_score = 1", "expected true or false"),
         ("finetune = 3", "should be a table"),
         ("[finetune", "not valid TOML"),

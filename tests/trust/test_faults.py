@@ -240,14 +240,3 @@ def test_a_limit_on_the_size_of_files_is_told(name: str, run: Callable, goes_on:
     code, said = go(COMMANDS[name][0], folder, limit_files)
     assert code == 3 or ("folder" in name and code == 0), said  # single pictures are smaller
     goes_on(name, folder)
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_two_writers_of_one_output_leave_one_whole_result(
-    name: str, run: Callable, goes_on: Callable
-) -> None:
-    folder = run()
-    writers = [fork(COMMANDS[name][0], folder) for _ in range(2)]
-    codes = sorted(writer.wait() for writer in writers)
-    assert codes in ([0, 0], [0, 2]), [writer.said.read_text()[-400:] for writer in writers]
-    goes_on(name, folder)

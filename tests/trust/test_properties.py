@@ -1,13 +1,13 @@
 """Laws of what is parsed: ranges, records, deme.toml, coefficients. Made-up input, same each time.
 
-A property is a plain function of drawn values, held on a few in every run of the tests and on many
-in the slow ones.
+Each is held on a few drawn values; on more where DEME_EXAMPLES says so.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -29,20 +29,16 @@ from deme_cli.merging.coefficients import (
 )
 from deme_cli.merging.plan import parse_time
 from deme_cli.run_file import read_run_file, render_run_file
-from deme_cli.timesteps import parse_range, parse_span, require_cover, route, split_uniform
+from deme_cli.timesteps import parse_range, parse_span
 
 SAME = {"derandomize": True, "deadline": None, "database": None,
         "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow,
                                   HealthCheck.filter_too_much]}  # fmt: skip
-PROPERTIES: dict[str, tuple[Callable[..., None], dict[str, st.SearchStrategy]]] = {}
+NUM = int(os.environ.get("DEME_EXAMPLES", "25"))  # of each law; 3,000 now and then
 
 
 def law(**drawn: st.SearchStrategy) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def add(check: Callable[..., None]) -> Callable[..., None]:
-        PROPERTIES[check.__name__] = check, drawn
-        return check
-
-    return add
+    return lambda check: settings(max_examples=NUM, **SAME)(given(**drawn)(check))
 
 
 def only(kind: type[DemeError], work: Callable[..., Any], *arguments: Any) -> Any:
@@ -55,12 +51,6 @@ def only(kind: type[DemeError], work: Callable[..., Any], *arguments: Any) -> An
     return None
 
 
-@st.composite
-def divisions(draw: st.DrawFn) -> tuple[int, int]:
-    total = draw(st.integers(1, 2000))
-    return draw(st.integers(1, min(total, 64))), total
-
-
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 TEXT = st.text(max_size=20)
 # Words that parsers look for, in any order.
@@ -70,29 +60,8 @@ WORDS = ["1", "2", "-", "/", ":", ",", ";", "=", "*", "[", "]", "e", ".", "9" * 
 SCRAWL = st.lists(st.sampled_from(WORDS), max_size=8).map("".join) | TEXT
 
 
-@law(division=divisions(), t=st.floats(-1e6, 1e6), drop=st.integers(0, 63))
-def a_split_covers_the_horizon_once_and_routes_by_floor(
-    division: tuple[int, int], t: float, drop: int
-) -> None:
-    n, total = division
-    ranges = split_uniform(n, total)
-    require_cover(ranges, total)
-    assert [t for span in ranges for t in range(span.start, span.stop)] == list(range(total))
-    for inside in {0, total - 1, total // 2, *(span.start for span in ranges)}:
-        assert route(inside, ranges) == inside * n // total == route(inside + 0.9, ranges)
-    index = route(t, ranges)
-    assert int(t) in ranges[index] or index == (0 if t < 0 else len(ranges) - 1)
-    for index, span in enumerate(ranges, 1):
-        assert parse_range(f"{index}/{n}", total).range == span == parse_span(str(span), "span")
-        assert parse_range(f" {span} ", total, ranges).range == span
-    span = ranges[drop % n]
-    for wrong in ([one for one in ranges if one != span], [*ranges, span]):
-        with pytest.raises(ArtifactError, match=r"no expert covers|two experts cover"):
-            require_cover(wrong, total)
-
-
 @law(text=SCRAWL, total=st.integers(1, 2000))
-def text_that_is_no_range_gives_a_config_error(text: str, total: int) -> None:
+def test_text_that_is_no_range_gives_a_config_error(text: str, total: int) -> None:
     if choice := only(ConfigError, parse_range, text, total):
         assert 0 <= choice.range.start < choice.range.stop <= total
     only(ConfigError, parse_span, text, "span")
@@ -135,7 +104,7 @@ def records(draw: st.DrawFn) -> Record:
 
 
 @law(record=records(), place=st.integers(0, 10_000), piece=st.binary(min_size=1, max_size=3))
-def a_record_survives_its_json_and_damaged_text_is_refused(
+def test_a_record_survives_its_json_and_damaged_text_is_refused(
     record: Record, place: int, piece: bytes
 ) -> None:
     text = record.to_json()
@@ -148,7 +117,7 @@ def a_record_survives_its_json_and_damaged_text_is_refused(
 
 
 @law(record=records(), data=st.data(), value=JSON | st.lists(JSON, max_size=3))
-def a_changed_entry_of_a_record_gives_a_record_or_an_artifact_error(
+def test_a_changed_entry_of_a_record_gives_a_record_or_an_artifact_error(
     record: Record, data: Any, value: Any
 ) -> None:
     document = json.loads(record.to_json())
@@ -176,9 +145,12 @@ def tables(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
 
 
 @law(live=tables())
-def what_is_written_to_deme_toml_is_read_from_it(live: dict[str, dict[str, Any]]) -> None:
-    Path("deme.toml").write_text(render_run_file(live), encoding="utf-8")
-    run = read_run_file(None)
+def test_what_is_written_to_deme_toml_is_read_from_it(
+    tmp_path: Path, live: dict[str, dict[str, Any]]
+) -> None:
+    path = tmp_path / "deme.toml"
+    path.write_text(render_run_file(live), encoding="utf-8")
+    run = read_run_file(path)
     for table, config in TABLES.items():
         assert dict(run.tables.get(table, {})) == live.get(table, {})
         only(ConfigError, run.settings, config)
@@ -196,16 +168,18 @@ TOML = st.lists(
 
 
 @law(text=TOML | st.text(max_size=60) | st.binary(max_size=40))
-def any_text_as_deme_toml_gives_settings_or_a_config_error(text: str | bytes) -> None:
+def test_any_text_as_deme_toml_gives_settings_or_a_config_error(
+    tmp_path: Path, text: str | bytes
+) -> None:
     data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-    Path("deme.toml").write_bytes(data)
-    if run := only(ConfigError, read_run_file, None):
+    (tmp_path / "deme.toml").write_bytes(data)
+    if run := only(ConfigError, read_run_file, tmp_path / "deme.toml"):
         for config in TABLES.values():
             only(ConfigError, run.settings, config)
 
 
 @law(values=st.lists(NUMBERS, min_size=1, max_size=5))
-def numbers_survive_their_text(values: list[float]) -> None:
+def test_numbers_survive_their_text(values: list[float]) -> None:
     text = ",".join(map(str, values))
     assert parse_numbers(text, "-w") == values
     assert parse_coefficients_for([f"mid_block.*={text}"]) == {"mid_block.*": tuple(values)}
@@ -213,7 +187,7 @@ def numbers_survive_their_text(values: list[float]) -> None:
 
 
 @law(text=SCRAWL, num=st.integers(1, 3))
-def text_that_is_no_coefficient_gives_a_config_error(text: str, num: int) -> None:
+def test_text_that_is_no_coefficient_gives_a_config_error(text: str, num: int) -> None:
     numbers = only(ConfigError, parse_numbers, text, "-w") or []
     found = only(ConfigError, Coefficients, tuple(numbers))
     assert found is None or all(map(math.isfinite, found.values))
@@ -229,11 +203,3 @@ def text_that_is_no_coefficient_gives_a_config_error(text: str, num: int) -> Non
     only(ConfigError, require_matches, [text], names)
     chosen = Coefficients((1.0,), {text: (2.0,)})
     assert {chosen.of(name) for name in names} <= {(1.0,), (2.0,)}
-
-
-@pytest.mark.parametrize("name", PROPERTIES)
-@pytest.mark.parametrize("count", [25, pytest.param(3_000, marks=pytest.mark.slow)])
-def test_it_holds(name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    check, drawn = PROPERTIES[name]
-    settings(max_examples=count, **SAME)(given(**drawn)(check))()
