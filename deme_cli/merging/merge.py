@@ -25,19 +25,16 @@ from deme_cli.errors import ArtifactError, DemeError, MissingError, NumericsErro
 from deme_cli.files import read_header, require_output, write_whole
 from deme_cli.jobs import StopRequests
 from deme_cli.merging.coefficients import Coefficients, Point
-from deme_cli.merging.combine import merge_inputs
-from deme_cli.merging.inputs import Inputs, find_base, open_experts, open_inputs
 from deme_cli.merging.journal import Journal, Trial
-from deme_cli.merging.methods import METHODS, USES, MethodSettings
-from deme_cli.merging.plan import MergePlan, open_plan
-from deme_cli.merging.power_ema import misfit, snapshots_of
-from deme_cli.merging.search import Evaluate, Search, conclude
 from deme_cli.merging.show_search import ShownSearch, journal_path, show_search
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
     from deme_cli.merging.candidates import Workbench
+    from deme_cli.merging.inputs import Inputs
     from deme_cli.merging.objectives import Objective
+    from deme_cli.merging.plan import MergePlan
+    from deme_cli.merging.search import Evaluate, Search
 
 MERGED_NAME = "merged.safetensors"
 MOST_SHOWN = 8  # coefficients named in a line about one trial
@@ -93,6 +90,8 @@ def merge(
     Raises ConfigError, MissingError, ArtifactError, NumericsError; then no output appears. Raises
     Stopped after a signal; a search then goes on when it is called again.
     """
+    from deme_cli.merging.plan import open_plan
+
     run = run or RunFile()
     plan = open_plan(
         experts, settings or run.settings(MergeConfig), run=run, output=output, force=force,
@@ -127,6 +126,8 @@ def _origin(plan: MergePlan, given: Coefficients | None) -> dict[str, Any] | Non
     """How the coefficients came about, where an EMA length made them; warns of a bad fit."""
     if plan.ema_length is None or given is None:
         return None
+    from deme_cli.merging.power_ema import misfit, snapshots_of
+
     snapshots = snapshots_of([expert.record for expert in plan.inputs.experts])
     step = max(t for t, _ in snapshots)
     off = misfit(snapshots, given.values, step, plan.ema_length)
@@ -146,6 +147,8 @@ def _write(
     bench: Workbench | None, progress: Progress, soup: Point | None = None,
 ) -> MergedRecord:  # fmt: skip
     """The merged file, after its report where there is to be one."""
+    from deme_cli.merging.combine import merge_inputs
+
     document = None
     if bench is not None:
         from deme_cli.merging.report import make_report
@@ -212,6 +215,8 @@ def _end(
     check: Callable[[], None], progress: Progress,
 ) -> None:  # fmt: skip
     """Write the best, unless another process of this search has."""
+    from deme_cli.merging.search import conclude
+
     plan, space = bench.plan, search.space
     best, record, warnings = conclude(search, journal.trials(), [one.name for one in objectives])
     for text in warnings:
@@ -310,6 +315,10 @@ def replay(
     method that this deme has not, NumericsError where the result differs although base and experts
     do not. Then no output appears.
     """
+    from deme_cli.merging.combine import merge_inputs
+    from deme_cli.merging.inputs import find_base, open_experts, open_inputs
+    from deme_cli.merging.methods import METHODS, USES, MethodSettings
+
     output = output or merged.with_name(f"{merged.stem}.replayed.safetensors")
     require_output(output, force=force)
     header = read_header(merged)
