@@ -37,18 +37,12 @@ from deme_cli.diffusion.denoiser import choose_device
 from deme_cli.diffusion.model_files import read_json
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, is_out_of_memory
 from deme_cli.evaluation.features import full_float32, last_line, load_script, map_images
-from deme_cli.evaluation.references import hub_cache
-from deme_cli.fetch import Asset, cache_folder, offline_reason, sha256_of, stay_offline
+from deme_cli.evaluation.references import CLIP_FILES, clip_asset, hub_cache
+from deme_cli.fetch import Asset, offline_reason, sha256_of, stay_offline
 from deme_cli.files import pickled_names, read_header
 
 LOCAL = "local-dir:"
 CONFIG_NAME = "open_clip_config.json"
-# The files that open_clip takes from a repository or folder, in its order.
-FILE_NAMES = (
-    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
-    "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
-)  # fmt: skip
 # What a tag may say of its images, and how `create_model_and_transforms` takes it.
 _PREPROCESSING = {
     "mean": "image_mean", "std": "image_std", "interpolation": "image_interpolation",
@@ -96,9 +90,9 @@ def find_clip(model: str, weights: str) -> ClipWeights:
                 f"{folder}: no {CONFIG_NAME}; a file of weights alone goes with --clip-weights "
                 f"FILE and --clip-model"
             )
-        path = next((folder / name for name in FILE_NAMES if (folder / name).is_file()), None)
+        path = next((folder / name for name in CLIP_FILES if (folder / name).is_file()), None)
         if path is None:
-            raise MissingError(f"{folder}: no weights of open_clip; expected {FILE_NAMES[0]}")
+            raise MissingError(f"{folder}: no weights of open_clip; expected {CLIP_FILES[0]}")
         name = folder.resolve().name
         return ClipWeights(f"{LOCAL}{folder}", name, path.name, path, sha256_of(path))
     _require_known(model, open_clip.list_models(), "--clip-model", "open_clip architecture")
@@ -116,25 +110,16 @@ def find_clip(model: str, weights: str) -> ClipWeights:
 def published_clip(model: str, tag: str) -> tuple[Asset, dict[str, Any]]:
     """The weights of a tag of open_clip, and what it says of its images.
 
-    They are looked for in a folder of DEME_CACHE called as the hub's repository, then in the hub's
-    cache. Raises ConfigError where open_clip has no tag of this name.
+    Raises ConfigError where open_clip has no tag of this name.
     """
-    from huggingface_hub import try_to_load_from_cache
-
     published = open_clip.get_pretrained_cfg(model, tag)
     if not published:
         tags = open_clip.list_pretrained_tags_by_model(model)
         _require_known(tag, tags, f"--clip-weights for {model}", "tag")
     _require_activation(model, tag, bool(published.get("quick_gelu")))
     repository = "/".join(published["hf_hub"].split("/")[:2])  # a file name may follow
-    own = [cache_folder() / repository.split("/")[-1] / name for name in FILE_NAMES]
-    cached = (
-        try_to_load_from_cache(repository, name, cache_dir=hub_cache()) for name in FILE_NAMES
-    )
-    copies = (*own, *(Path(path) for path in cached if isinstance(path, str)))
-    address = f"https://huggingface.co/{repository}"
     told = {ours: published[name] for name, ours in _PREPROCESSING.items() if name in published}
-    return Asset(f"{model}/{tag}", "CLIP score's weights", address, copies=copies), told
+    return clip_asset(f"{model}/{tag}", repository), told
 
 
 def _fetch(asset: Asset, model: str, tag: str) -> Path:
@@ -199,7 +184,7 @@ def quick_gelu_of(path: Path) -> bool | None:
     if set(names) >= _OPENAI:
         return True
     beside = path.parent / CONFIG_NAME
-    if path.name in FILE_NAMES and beside.is_file():
+    if path.name in CLIP_FILES and beside.is_file():
         return bool(read_json(beside).get("model_cfg", {}).get("quick_gelu"))
     return None
 

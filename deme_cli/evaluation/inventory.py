@@ -1,6 +1,6 @@
 """What is on this machine: libraries, the device, and the files that runs need: where, whence.
 
-Torch is loaded for the CLIP score's weights and for the parts of a pipeline alone.
+Torch is loaded for the device and for the parts of a pipeline alone.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from deme_cli.diffusion.model_files import require_parts
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.evaluation.protocols import library_version
 from deme_cli.evaluation.references import (
+    CLIP_REPOSITORY,
     DIGITS_PATH,
     PUBLISHED_STATISTICS,
+    clip_asset,
     published_weights,
     statistics_asset,
 )
@@ -97,9 +99,9 @@ def device_facts() -> dict[str, Any]:
 
 def known_files() -> Iterator[Item]:
     """Every file that commands know by name, embedded ones first."""
-    package = importlib.util.find_spec("sklearn")
-    origin = package.origin if package else None
-    digits = Path(origin or "sklearn").parent / "datasets" / "data" / "digits.csv.gz"
+    package = importlib.util.find_spec("sklearn")  # not imported: that takes a second
+    sklearn = Path(package.origin if package and package.origin else "sklearn").parent
+    digits = sklearn / "datasets" / "data" / "digits.csv.gz"
     install = "deme itself: install it again"
     for path, needed_for, whence in (
         (BASE_PATH, "the embedded model digits", install),
@@ -116,10 +118,8 @@ def known_files() -> Iterator[Item]:
     assets.append((published_weights("clip", "clean"), "--features clip"))
     for name in KNOWN_PROMPTS:
         assets += [(asset, f"--prompts {name}") for asset in prompt_assets(name)]
-    from deme_cli.evaluation.clip_score import published_clip  # open_clip says what it is called
-
-    default = EvalConfig()
-    assets.append((published_clip(default.clip_model, default.clip_weights)[0], "--clip-score"))
+    clip = f"{EvalConfig().clip_model}/{EvalConfig().clip_weights}"
+    assets.append((clip_asset(clip, CLIP_REPOSITORY), "--clip-score"))
     for asset, needed_for in assets:
         if asset is not None:
             yield _outside(asset, needed_for)

@@ -29,7 +29,7 @@ from deme_cli.data.digits import EMBEDDED
 from deme_cli.data.image_source import FOLDERS_ONLY, find_image_source
 from deme_cli.distributed import ALONE, World, joined
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
-from deme_cli.fetch import Asset, fetch, sha256_of, user_cache
+from deme_cli.fetch import Asset, cache_folder, fetch, sha256_of, user_cache
 from deme_cli.files import read_header, require_output
 from deme_cli.run_file import RunFile
 
@@ -41,6 +41,13 @@ if TYPE_CHECKING:
 
 DIGITS_PATH = EMBEDDED / "digit-features.pt"  # made by examples/digit_features.py
 NAMED = ("inception", "clip", "digits")
+CLIP_REPOSITORY = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"  # of the usual CLIP score
+# The files that open_clip takes from a repository or folder, in its order.
+CLIP_FILES = (
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
+    "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
+)  # fmt: skip
 SPLITS = {"train": "train", "test": "held-out", "held-out": "held-out", "all": "all"}
 _DEFAULT_SPLITS = {"digits": "held-out", "cifar10": "train"}
 # Known datasets whose Inception statistics clean-fid publishes: its name, split, size, image count.
@@ -201,6 +208,20 @@ def hub_cache() -> Path:
     """Where the hub's library keeps what it fetches."""
     home = Path(os.environ.get("HF_HOME") or user_cache() / "huggingface")
     return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+
+
+def clip_asset(name: str, repository: str) -> Asset:
+    """The weights of a CLIP score: in a folder of DEME_CACHE called as the repository of the hub
+    that has them, or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    own = [cache_folder() / repository.split("/")[-1] / file for file in CLIP_FILES]
+    cached = (
+        try_to_load_from_cache(repository, file, cache_dir=hub_cache()) for file in CLIP_FILES
+    )
+    copies = (*own, *(Path(path) for path in cached if isinstance(path, str)))
+    address = f"https://huggingface.co/{repository}"
+    return Asset(name, "CLIP score's weights", address, copies=copies)
 
 
 @dataclass(frozen=True)

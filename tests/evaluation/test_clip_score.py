@@ -16,14 +16,16 @@ from PIL import Image
 from tiny_clip import CONFIG, write_clip
 
 from deme_cli import fetch
+from deme_cli.config import EvalConfig
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.clip_score import (
     ClipScorer,
     find_clip,
     open_clip_scorer,
+    published_clip,
     quick_gelu_of,
 )
-from deme_cli.evaluation.references import hub_cache
+from deme_cli.evaluation.references import CLIP_REPOSITORY, clip_asset, hub_cache
 
 OPENAI = ("input_resolution", "context_length", "vocab_size")  # beside the weights in its files
 PROMPTS = ["a seven", "a red bus in the rain", "a seven", "two dogs, one cat"]
@@ -116,6 +118,9 @@ def test_a_tag_is_found_in_the_cache_folder_before_the_hubs(cache: Path) -> None
     own.write_bytes(b"own")
     found = find_clip("ViT-B-32", "laion2b_s34b_b79k")
     assert (found.path, found.name) == (own, "laion2b_s34b_b79k")
+    usual = EvalConfig()
+    asset, _ = published_clip(usual.clip_model, usual.clip_weights)
+    assert asset == clip_asset(asset.name, CLIP_REPOSITORY)
     assert found.preprocessing["image_interpolation"] == "bicubic"
 
 
