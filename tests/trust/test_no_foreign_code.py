@@ -16,7 +16,7 @@ FORBIDDEN_CALLS = {
     "os.system", "os.popen", "os.execv", "os.execve", "os.execvp", "os.spawnv", "os.posix_spawn",
     "subprocess.getoutput", "subprocess.getstatusoutput",
     "pickle.load", "pickle.loads", "pickle.Unpickler", "torch.hub.load", "importlib.reload",
-    "shutil.unpack_archive",
+    "shutil.unpack_archive", "gather_object", "all_gather_object", "broadcast_object_list",
 }  # fmt: skip
 FORBIDDEN_IMPORTS = {
     "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "pty", "runpy",
@@ -79,6 +79,6 @@ def test_it_would_be_found() -> None:
         "subprocess.run('ls')", "f(shell=True)", "f(shell=flag)", "torch.load(path)",
         "torch.load(path, weights_only=False)", "np.load(p, allow_pickle=True)",
         "tar.extractall(p)", "AutoModel.from_pretrained(p, trust_remote_code=True)",
-        "torch.jit.load(p)", "__import__('x')",
+        "torch.jit.load(p)", "__import__('x')", "gather_object(x)",
     ):  # fmt: skip
         assert len(findings(source)) == 1, source
