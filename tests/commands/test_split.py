@@ -96,16 +96,10 @@ def test_the_embedded_digits_are_the_default(
 def test_a_merged_model_starts_another_round(deme: Deme, source: Path, tmp_path: Path) -> None:
     base = read_record(source, "base")
     record = MergedRecord(
-        source="tiny",
-        model_config=base.model_config,
-        scheduler_config=base.scheduler_config,
-        num_train_timesteps=100,
-        base=base.fingerprint,
-        parents=[],
-        coefficients=[],
-        method="linear",
-        projection="none",
-    )
+        source="tiny", model_config=base.model_config, scheduler_config=base.scheduler_config,
+        num_train_timesteps=100, base=base.fingerprint, parents=[], coefficients=[],
+        method="linear", projection="none",
+    )  # fmt: skip
     weights = build_network(TINY_MODEL).state_dict()
     merged = write_artifact(tmp_path / "merged.safetensors", weights, record)
     assert deme("split", tmp_path / "merged.safetensors", "--data", "digits").exit_code == 0

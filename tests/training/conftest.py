@@ -49,33 +49,20 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base_path(
+def base(
     pipelines: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    """The base artifact of a tiny pipeline by name, each imported once."""
-    made: dict[str, Path] = {}
+) -> Callable[..., Denoiser]:
+    """The denoiser of a tiny pipeline by name, each loaded once; nothing may change it."""
+    made: dict[str, Denoiser] = {}
 
-    def path(name: str, **options: object) -> Path:
+    def denoiser(name: str, **options: object) -> Denoiser:
         key = f"{name} {sorted(options.items())}"
         if key not in made:
             model = import_model(str(pipelines(name, **options)))
-            made[key] = tmp_path_factory.mktemp("base") / "base.safetensors"
-            write_artifact(made[key], model.weights, model.record)
+            path = tmp_path_factory.mktemp("base") / "base.safetensors"
+            write_artifact(path, model.weights, model.record)
+            made[key] = load_denoiser(path)
         return made[key]
-
-    return path
-
-
-@pytest.fixture(scope="session")
-def base(base_path: Callable[..., Path]) -> Callable[..., Denoiser]:
-    """The denoiser of a tiny pipeline by name, each loaded once; nothing may change it."""
-    made: dict[Path, Denoiser] = {}
-
-    def denoiser(name: str, **options: object) -> Denoiser:
-        path = base_path(name, **options)
-        if path not in made:
-            made[path] = load_denoiser(path)
-        return made[path]
 
     return denoiser
 

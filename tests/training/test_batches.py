@@ -163,14 +163,9 @@ def test_draws_differ_between_updates_and_seeds_and_those_of_a_flow_have_times_i
     assert not ((first.t >= 250) & (first.t < 500)).all()  # the shift moves draws and times apart
 
 
-def member(rank: int, size: int) -> World:
-    """A process that has joined nobody: shares can be computed, not exchanged."""
-    return World(rank, size)
-
-
 def test_shares_cover_the_batch_once_and_differ_by_one_at_most() -> None:
     for num, size in [(8, 2), (5, 2), (7, 3), (3, 3)]:
-        shares = [range(num)[share_of(num, member(rank, size))] for rank in range(size)]
+        shares = [range(num)[share_of(num, World(rank, size))] for rank in range(size)]
         assert [image for share in shares for image in share] == list(range(num))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -181,7 +176,7 @@ def compare_with_whole(
     """Shares of three processes, concatenated, are the batch of one (bit for bit)."""
     whole, *parts = (
         BatchSource(examples, QUARTER, schedule, config, flip=True, share=share)
-        for share in (slice(None), *(share_of(config.batch_size, member(k, 3)) for k in range(3)))
+        for share in (slice(None), *(share_of(config.batch_size, World(k, 3)) for k in range(3)))
     )
     for step, micro in ((0, 0), (3, 1)):
         wanted, found = whole.batch(step, micro), [part.batch(step, micro) for part in parts]
@@ -203,7 +198,7 @@ def test_shares_of_pixels_are_those_of_the_whole_batch_and_no_others_are_decoded
     seen: list[int] = []
     batch = data.batch
     monkeypatch.setattr(data, "batch", lambda i, c=None: seen.extend(i) or batch(i, c))
-    share = share_of(7, member(1, 2))
+    share = share_of(7, World(1, 2))
     source = BatchSource(PixelExamples(data), QUARTER, schedule, config, flip=False, share=share)
     source.batch(0, 0)
     assert seen == source.indices(0, 7)[4:]

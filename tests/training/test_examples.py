@@ -11,7 +11,7 @@ from PIL import Image
 from deme_cli.data.images import open_images, to_unit
 from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.training.examples import Examples, name_companions
 
 
@@ -78,20 +78,15 @@ def test_another_column_is_another_caption_and_another_fingerprint(
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize(
-    ("name", "images", "kind", "word"),
-    [
-        ("sd", {"captions": "nothing"}, ArtifactError, "no column nothing"),
-        ("sd", {"captions": "label"}, ArtifactError, "expected text"),
-        ("sd", {"resolution": 17}, ConfigError, "resolution = 17"),
-        ("dit", {"captions": "text"}, ArtifactError, "20 classes, this model knows 10"),
-    ],
-)
 def test_images_that_a_model_cannot_learn_from_are_refused(
-    examples: Callable[..., Examples], name: str, images: dict, kind: type, word: str
+    examples: Callable[..., Examples],
 ) -> None:
-    with pytest.raises(kind, match=word):
-        examples(name, **images)
+    for name, captions, word in [
+        ("sd", "label", "expected text"),
+        ("dit", "text", "20 classes, this model knows 10"),
+    ]:
+        with pytest.raises(ArtifactError, match=word):
+            examples(name, captions=captions)
 
 
 def test_a_base_imported_without_its_pipeline_gets_its_parts_from_another(

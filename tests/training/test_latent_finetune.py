@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,7 @@ from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.timesteps import parse_range
 from deme_cli.training.examples import open_examples
-from deme_cli.training.setup import Run, metrics_path, random_denoiser
+from deme_cli.training.setup import Run, random_denoiser
 from deme_cli.training.train import train
 
 SHORT = FinetuneConfig(
@@ -31,14 +30,13 @@ def run_of(base: Callable[..., Denoiser], captioned: Path, tmp_path: Path) -> Ca
     """A run of a tiny pipeline's base; its cache lies beside the output."""
 
     def run(
-        name: str, *, text: str = "1/2", cache: str = "auto", denoiser: Denoiser | None = None,
-        **settings: object,
-    ) -> Run:  # fmt: skip
+        name: str, *, text: str = "1/2", denoiser: Denoiser | None = None, **settings: object
+    ) -> Run:
         denoiser = denoiser or base(name)
         companions, config = open_companions(denoiser.record), replace(SHORT, **settings)
         images = DataConfig(source=str(captioned), resolution=16)
         train_images, held_out = (
-            open_examples(images, companions, split=split, flips=flips, cache=cache,
+            open_examples(images, companions, split=split, flips=flips, cache="auto",
                           beside=tmp_path)
             for split, flips in (("train", True), ("held-out", False))
         )  # fmt: skip
@@ -50,11 +48,6 @@ def run_of(base: Callable[..., Denoiser], captioned: Path, tmp_path: Path) -> Ca
         )  # fmt: skip
 
     return run
-
-
-def curve(run: Run) -> list[float]:
-    lines = metrics_path(run.output).read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "dit", "sd3", "flux"])
@@ -77,32 +70,6 @@ def test_two_ranges_of_every_backbone_become_experts(
         output = predict(load_denoiser(run.output).network, x_t, torch.tensor(700), conditions)
         assert output.isfinite().all()
     assert any(not torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
-
-
-def test_a_resumed_run_on_latents_equals_an_uninterrupted_one_bit_for_bit(
-    run_of: Callable[..., Run],
-) -> None:
-    settings = {"steps": 6, "checkpoint_every": 2, "accumulation": 2}  # of pixels: test_train.py
-    whole = run_of("sd", **settings)
-    list(train(whole))
-    record, losses = read_record(whole.output, "expert"), curve(whole)
-    whole.output.unlink()
-    for step in train(run_of("sd", **settings)):
-        if step.step == 4:
-            break
-    list(train(run_of("sd", **settings)))
-    assert read_record(whole.output, "expert") == record
-    assert curve(whole) == losses
-
-
-def test_runs_with_and_without_a_cache_have_the_same_losses(run_of: Callable[..., Run]) -> None:
-    losses = {}
-    for cache in ("auto", "off"):
-        run = run_of("sdxl", cache=cache, steps=4, checkpoint_every=1)
-        losses[cache] = [
-            value for step in train(run) for value in (step.loss, step.consistency, step.held_out)
-        ]
-    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-6, abs=1e-6)
 
 
 def test_a_base_of_ones_own_takes_its_frozen_parts_from_a_pipeline(
