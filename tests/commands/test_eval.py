@@ -19,7 +19,7 @@ from typer.testing import Result
 
 from deme_cli.artifacts import SamplesRecord, load_tensors, read_record, write_artifact
 from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
-from deme_cli.errors import ArtifactError, ConfigError, GateError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, GateError, MissingError
 from deme_cli.evaluation.clip_score import find_clip, open_clip_scorer
 from deme_cli.evaluation.protocols import PROTOCOLS
 
@@ -33,6 +33,11 @@ def document(result: Result) -> dict:
     if result.exception is not None:
         raise result.exception
     return json.loads(result.stdout)
+
+
+def refuse(result: Result, kind: type[DemeError], words: str) -> None:
+    assert isinstance(result.exception, kind), result.exception
+    assert words in str(result.exception)
 
 
 def test_the_folder_is_measured_against_the_digits(run_folder: Path, deme: Deme) -> None:
@@ -108,8 +113,7 @@ def test_statistics_of_ones_own_stand_for_the_images(
     value = other["metrics"]["frechet_digits"]["value"]
     assert one["metrics"]["frechet_digits"]["value"] == pytest.approx(value, rel=1e-9)
     refused = deme("eval", "--fid", "ref.safetensors", "--features", stand_in)
-    assert isinstance(refused.exception, ArtifactError)
-    assert "made with digits" in str(refused.exception)
+    refuse(refused, ArtifactError, "made with digits")
 
 
 def test_the_gate_is_met_or_ends_with_a_gate_error(run_folder: Path, deme: Deme) -> None:
@@ -117,10 +121,9 @@ def test_the_gate_is_met_or_ends_with_a_gate_error(run_folder: Path, deme: Deme)
     passed = deme(*arguments, "--max-fid", "1e6", "-o", "figures.json")
     assert (passed.exit_code, passed.stdout.strip()) == (0, "figures.json")
     assert json.loads(Path("figures.json").read_text())["schema_version"] == 1
-    assert isinstance(deme(*arguments, "-o", "figures.json").exception, ConfigError)
+    refuse(deme(*arguments, "-o", "figures.json"), ConfigError, "--force")
     failed = deme(*arguments, "--max-fid", "0.001", "-o", "figures.json", "--force", "--json")
-    assert isinstance(failed.exception, GateError)
-    assert "above --max-fid 0.001: base" in str(failed.exception)
+    refuse(failed, GateError, "above --max-fid 0.001: base")
     assert json.loads(failed.stdout)["rows"], "the figures are shown all the same"
 
 
@@ -163,8 +166,7 @@ def test_the_clip_score_of_samples_that_know_their_prompts_or_are_given_them(
     given = deme("eval", "bare.safetensors", *scoring, "--prompts", "prompts.txt", "--json")
     assert document(given)["rows"][0]["metrics"]["clip_score"]["value"] == score["value"]
     refused = deme("eval", "bare.safetensors", *scoring)
-    assert isinstance(refused.exception, ConfigError)
-    assert "bare: the prompts of its images are not known" in str(refused.exception)
+    refuse(refused, ConfigError, "bare: the prompts of its images are not known")
 
 
 def test_a_text_model_draws_the_prompts_and_is_scored_by_them(
@@ -188,39 +190,25 @@ def test_a_text_model_draws_the_prompts_and_is_scored_by_them(
     assert (protocol["guidance"], protocol["num"], protocol["per_prompt"]) == (3, 4, 2)
     for score in samples:
         assert score["value"] == pytest.approx(own["values"][0])
-    refused = deme("eval", *drawing, *scoring, "-n", "3")
-    assert isinstance(refused.exception, ConfigError)
-    assert "-n says 3" in str(refused.exception)
+    refuse(deme("eval", *drawing, *scoring, "-n", "3"), ConfigError, "-n says 3")
 
 
 def test_rows_of_different_protocols_are_refused_unless_mixed(
     digit_samples: Path, image_folder: Path, deme: Deme
 ) -> None:
+    """Among them fewer images of another seed."""
     arguments = ("eval", "base.safetensors", "drawn.safetensors", "--fid", "digits", *FEW)
-    refused = deme(*arguments)
-    assert isinstance(refused.exception, ConfigError)
-    assert "base and drawn are of different protocols: steps 2 and 50" in str(refused.exception)
-    shown = deme(*arguments, "--mixed", "--json")
-    assert len(document(shown)["rows"]) == 2
-    assert "steps 2 and 50" in " ".join(shown.stderr.split())
-    refused = deme("eval", "base.safetensors", image_folder, "--fid", "digits", *FEW)
-    assert isinstance(refused.exception, ConfigError)
-    assert "no protocol card" in str(refused.exception)
-    assert deme("eval", "base.safetensors", image_folder, "--fid", "digits", *FEW,
-                "--mixed").exit_code == 0  # fmt: skip
-
-
-def test_fewer_samples_of_another_seed_are_measured_with_remarks(
-    run_folder: Path, deme: Deme
-) -> None:
-    words = ("-n", 5, "--steps", 2, "--seed", 4, "-o", "drawn.safetensors")
+    refuse(deme(*arguments), ConfigError, "base and drawn are of different protocols: steps 2 and")
+    words = ("-n", 5, "--steps", 3, "--seed", 4, "-o", "five.safetensors")
     assert deme("sample", "base.safetensors", *words).exit_code == 0
-    arguments = ("eval", "base.safetensors", "drawn.safetensors", "--fid", "digits", *FEW)
-    shown = deme(*arguments, "--mixed", "--json")
-    assert document(shown)["rows"][1]["metrics"]["frechet_digits"]["n"] == 5
+    shown = deme(*arguments, "five.safetensors", "--mixed", "--json")
+    assert [r["metrics"]["frechet_digits"]["n"] for r in document(shown)["rows"]] == [6, 6, 5]
     told = " ".join(shown.stderr.split())
-    assert "drawn has 5 images, not 6" in told
-    assert "base 0, drawn 4" in told
+    for words in ("steps 2 and 50", "five has 5 images, not 6", "base 0, drawn 0, five 4"):
+        assert words in told
+    folder = ("eval", "base.safetensors", image_folder, "--fid", "digits", *FEW)
+    refuse(deme(*folder), ConfigError, "no protocol card")
+    assert deme(*folder, "--mixed").exit_code == 0
 
 
 def test_a_protocol_fixes_what_is_measured_and_how(
@@ -234,9 +222,7 @@ def test_a_protocol_fixes_what_is_measured_and_how(
     clip.touch()
     Path("deme.toml").write_text('[sample]\nsteps = 3\nsampler = "ddpm"\n[eval]\nnum = 5\n')
     arguments = ("eval", pipeline, "--protocol", "imagenet", "--dry-run", "--json")
-    refused = deme(*arguments)
-    assert isinstance(refused.exception, ConfigError)
-    assert "measures against ImageNet-1k" in str(refused.exception)
+    refuse(deme(*arguments), ConfigError, "measures against ImageNet-1k")
     shown = deme(*arguments, "--fid", "imagenet.npz")
     assert document(shown)["protocol"] == "imagenet"
     for words in (
@@ -247,8 +233,7 @@ def test_a_protocol_fixes_what_is_measured_and_how(
     ):
         assert words in shown.stderr
     refused = deme(*arguments, "--fid", "imagenet.npz", "--steps", "50")
-    assert isinstance(refused.exception, ConfigError)
-    assert "--steps 50: the protocol imagenet has 25" in str(refused.exception)
+    refuse(refused, ConfigError, "--steps 50: the protocol imagenet has 25")
 
 
 def test_a_protocols_name_is_on_the_card_of_its_rows(
@@ -293,47 +278,30 @@ def test_bad_input_is_one_clear_line(
 ) -> None:
     (cache / "inception-2015-12-05.pt").write_bytes(stand_in.read_bytes())
     for arguments, kind, words in REFUSED:
-        error = deme("eval", *arguments).exception
-        assert isinstance(error, kind), arguments
-        assert words in str(error)
+        refuse(deme("eval", *arguments), kind, words)
 
 
-def test_cifar10_without_network_or_weights_ends_at_once_with_exit_code_3(
+def test_cifar10_without_network_or_weights_ends_at_once_without_torch(
     run_folder: Path, cache: Path
 ) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
+    code = (
+        "import sys; from typer.testing import CliRunner; from deme_cli.app import app\n"
+        "from deme_cli.__main__ import main\n"
+        "assert CliRunner().invoke(app, ['eval', '--fid', 'digits', '--dry-run']).exit_code == 0\n"
+        "sys.argv = ['deme', 'eval', '--fid', 'cifar10']\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'diffusers', 'cleanfid', 'scipy'} & set(sys.modules)))"
+    )
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}  # as without a network
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "deme_cli", "eval", "--fid", "cifar10"],
-        capture_output=True, text=True, env={**environment, **proxy_to_nowhere()},
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, **nowhere, "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 3
     assert time.monotonic() - began < 7  # under 1 s on a machine with nothing else to do
-    assert done.stdout == ""
+    assert done.stdout == "[]\n"
     assert len(done.stderr.splitlines()) == 1
     for words in ("inception-2015-12-05.pt", "f58cb9b6", "cifar10_clean_train_32.npz", "no answer"):
         assert words in done.stderr
-
-
-def proxy_to_nowhere() -> dict[str, str]:
-    """As if there were no network, wherever the test runs."""
-    root = str(Path(__file__).parents[2])
-    return {
-        "https_proxy": "http://127.0.0.1:9",
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }
-
-
-def test_checks_come_before_torch(run_folder: Path, cache: Path) -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from deme_cli.app import app\n"
-        "found = CliRunner().invoke(app, ['eval', '--fid', 'cifar10'])\n"
-        "assert found.exception.exit_code == 3\n"
-        "assert CliRunner().invoke(app, ['eval', '--fid', 'digits', '--dry-run']).exit_code == 0\n"
-        "print(sorted({'torch', 'diffusers', 'cleanfid', 'scipy'} & set(sys.modules)))"
-    )
-    environment = {**os.environ, **proxy_to_nowhere()}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    assert done.stdout.strip() == "[]"

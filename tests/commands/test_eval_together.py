@@ -19,10 +19,6 @@ Deme = Callable[..., Result]
 pytestmark = pytest.mark.slow
 
 
-def figures(text: str) -> dict:
-    return json.loads(text)
-
-
 def test_distances_of_three_processes_are_those_of_one(run_folder: Path, deme: Deme) -> None:
     drawn = deme("sample", "base.safetensors", "-n", 25, "--steps", 3, "-o", "drawn.safetensors")
     assert drawn.exit_code == 0, drawn.exception
@@ -31,9 +27,9 @@ def test_distances_of_three_processes_are_those_of_one(run_folder: Path, deme: D
         "eval", "base.safetensors", *experts, "drawn.safetensors", "--fid", "digits", "--kid",
         "digits", "-n", 25, "--repeats", 2, "-b", 4, "--steps", 3, "--device", "cpu", "--json",
     ]  # fmt: skip
-    found = figures(succeed(launch(run_folder, *words, "-o", "figures.json", num=3)))
-    assert found == figures(deme(*words).stdout)
-    assert found == figures(Path("figures.json").read_text())
+    found = json.loads(succeed(launch(run_folder, *words, "-o", "figures.json", num=3)))
+    assert found == json.loads(deme(*words).stdout)
+    assert found == json.loads(Path("figures.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["base", "ensemble", "drawn"]
     assert not list(run_folder.glob(".deme-eval*"))
 
@@ -50,8 +46,8 @@ def test_scores_of_two_processes_are_those_of_one(
         "--prompts", "prompts.csv", "--steps", 2, "-b", 2, "--device",
         "cpu", "--json",
     ]  # fmt: skip
-    found = figures(succeed(launch(tmp_path, *words)))
-    assert found == figures(deme(*words).stdout)
+    found = json.loads(succeed(launch(tmp_path, *words)))
+    assert found == json.loads(deme(*words).stdout)
     assert set(found["rows"][0]["metrics"]) == {"clip_score"}
 
 
@@ -76,9 +72,9 @@ def test_what_two_processes_have_measured_one_goes_on_with(run_folder: Path, dem
     assert "measurements are kept" in said[0]
     (ledger,) = run_folder.glob(".deme-eval*.json")
     assert len(json.loads(ledger.read_text())) >= 1
-    resumed = figures(deme(*words).stdout)
+    resumed = json.loads(deme(*words).stdout)
     assert not ledger.exists()
-    assert resumed == figures(deme(*words).stdout)
+    assert resumed == json.loads(deme(*words).stdout)
 
 
 def test_statistics_of_two_processes_are_those_of_one(run_folder: Path, deme: Deme) -> None:
