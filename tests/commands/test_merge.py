@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import write_tiny_expert
 
 from deme_cli import merge
@@ -101,26 +100,6 @@ def test_a_list_goes_by_the_ranges_in_the_run_file_and_by_the_arguments_elsewher
     assert drawn["search"]["bounds"] == [[-1, 2], [0, 2], [0, 1]]
     shown = json.loads(deme("merge", "--show", "g.safetensors", "--json").stdout)
     assert shown["trials"][2]["coefficients"] == {"2of4": 1.5, "3of4": 0.0, "1of4": 0.25}
-
-
-def test_globs_have_coefficients_of_their_own(run_folder: Path, deme: Callable) -> None:
-    result = deme(
-        "merge", *PAIR, "-w", "0.25,0.75", "--coefficients-for", "mid_block.attentions.*=1,0",
-        "--coefficients-for", "mid_block.*=0,1",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.exception
-    theta = load_tensors(run_folder / "base.safetensors")
-    tau = [
-        {name: tensor - theta[name] for name, tensor in load_tensors(run_folder / path).items()}
-        for path in PAIR
-    ]
-    for name, merged in load_tensors(run_folder / "merged.safetensors").items():
-        w = (0.25, 0.75)
-        if name.startswith("mid_block."):
-            w = (1, 0) if name.startswith("mid_block.attentions.") else (0, 1)
-        expected = theta[name] + w[0] * tau[0][name] + w[1] * tau[1][name]
-        torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
-    assert "0.75" in result.stderr
 
 
 @pytest.mark.parametrize("words", [(), ("--search", "grid", "--grid", "0,0.5")])

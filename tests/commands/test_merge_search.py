@@ -129,10 +129,11 @@ def test_objectives_in_turn_judge_fewer_and_fewer(run_folder: Path, deme: Callab
 def test_blocks_and_layers_get_coefficients_of_their_own(
     run_folder: Path, deme: Callable, per: str, search: str
 ) -> None:
-    document = searched(deme, "--search", search, "--evaluations", "2", "--per", per, *FAST,
-                        "--coefficients-for", "mid_block.*=0.75,-0.25")  # fmt: skip
+    given = {"mid_block.attentions.*": [0.5, 0.0], "mid_block.*": [0.75, -0.25]}
+    globs = [f"--coefficients-for={glob}={w[0]},{w[1]}" for glob, w in given.items()]
+    document = searched(deme, "--search", search, "--evaluations", "2", "--per", per, *FAST, *globs)
     finer = document["coefficients_for"]
-    assert finer["mid_block.*"] == [0.75, -0.25], "what is given stays"
+    assert list(finer.items())[:2] == list(given.items()), "what is given stays, and comes first"
     assert all("mid_block" not in label for label in read_journal(JOURNAL)[1])
     assert len(finer) >= (5 if per == "block" else 40)
     theta = load_tensors(run_folder / "base.safetensors")
@@ -140,7 +141,7 @@ def test_blocks_and_layers_get_coefficients_of_their_own(
     merged = load_tensors(run_folder / MERGED)
     for name in ("mid_block.attentions.0.to_q.weight", "up_blocks.1.resnets.0.conv1.bias"):
         group = f"{name.rpartition('.')[0] if per == 'layer' else name.split('.resnets')[0]}.*"
-        w = finer.get(group, [0.75, -0.25])
+        w = finer.get(group, given["mid_block.attentions.*"])
         taus = [expert[name] - theta[name] for expert in experts]
         expected = theta[name] + w[0] * taus[0] + w[1] * taus[1]
         assert merged[name].numpy() == pytest.approx(expected.numpy(), abs=1e-6)
@@ -162,14 +163,6 @@ def test_a_search_keeps_to_bounds_start_and_budgets(run_folder: Path, deme: Call
     Path("deme.toml").write_text(f'{table}time = "0.001s"\n')
     document = searched(deme, *words, "-o", "short.safetensors")
     assert document["evaluations"] == 2
-
-
-def test_ties_is_searched_as_it_is_merged(run_folder: Path, deme: Callable) -> None:
-    words = ("--method", "ties", "--density", "0.3")
-    document = searched(deme, "--search", "gradient", "--evaluations", "3", *words, *FAST)
-    w = ",".join(map(repr, document["coefficients"]))
-    given = searched(deme, "-w", w, *words, "-o", "given.safetensors")
-    assert given["fingerprint"] == document["fingerprint"]
 
 
 def test_one_expert_alone_is_searched_as_well(run_folder: Path, deme: Callable) -> None:

@@ -171,7 +171,6 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
     [
         ("model", None, "loss"),
         ("model", None, "experts"),
-        ("block", None, "loss"),
         ("layer", None, "loss"),
         ("block", {"*.attentions.*": (0.5, -0.25, 0.0)}, "loss"),
         ("model", {"*.bias": (1.0, 0.0, 0.5), "conv_*": (0.0, 0.25, 0.0)}, "loss"),

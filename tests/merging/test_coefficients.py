@@ -113,9 +113,8 @@ def test_the_first_glob_that_matches_decides() -> None:
 
 @pytest.mark.parametrize(
     ("glob", "near"),
-    [("midblock.*", "mid_block.*"), ("up_blocks.7.*", "up_blocks.1.*"), ("conv_in", "conv_in.*"),
-     ("?", ""), ("", "")],
-)  # fmt: skip
+    [("midblock.*", "mid_block.*"), ("conv_in", "conv_in.*"), ("", "")],
+)
 def test_a_glob_that_matches_nothing_is_told_with_near_names(glob: str, near: str) -> None:
     names = list(build_network(TINY_MODEL).state_dict())
     with pytest.raises(ConfigError) as caught:

