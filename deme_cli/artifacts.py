@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, overload
 
 from deme_cli import __version__
@@ -247,8 +246,6 @@ def read_record(path: Path, kind: Literal["merged"], /) -> MergedRecord: ...
 @overload
 def read_record(path: Path, kind: Literal["samples"], /) -> SamplesRecord: ...
 @overload
-def read_record(path: Path, kind: Literal["statistics"], /) -> StatisticsRecord: ...
-@overload
 def read_record(path: Path, kind: _DenoiserKind, /, *others: _DenoiserKind) -> DenoiserRecord: ...
 @overload
 def read_record(path: Path, *kinds: str) -> Record: ...
@@ -370,14 +367,9 @@ class ArtifactWriter(Generic[_Written]):
             self._digests[spec] = self._current.hexdigest()
             self._current, self._filled = hashlib.sha256(), 0
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, failure: object, *about: object) -> None:
         with self._undo:
-            if kind is not None:
+            if failure is not None:
                 return
             assert len(self._digests) == len(self.layout), "the artifact lacks tensors"
             self.record = replace(self.record, fingerprint=combine_digests(self._digests))

@@ -143,39 +143,37 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 class _Display:
     """Steps of one label as they come: a bar on a terminal, else a plain line now and then."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, stack: contextlib.ExitStack) -> None:
         self.label = step.label
-        self._bar: Any = None
+        self.bar: Any = None
         self._began, self._first = time.monotonic(), step.done  # a resumed run starts above 0
         self._shown, self._last = self._began, -1  # when a plain line was printed, and of what
         if not _quiet and sys.stderr.isatty():
             from rich import progress as rich
 
-            self._bar = rich.Progress(
+            self.bar = rich.Progress(
                 rich.TextColumn("{task.description}"), rich.BarColumn(bar_width=None),
                 rich.MofNCompleteColumn(), rich.TextColumn("{task.fields[rate]}"),
                 rich.TextColumn("{task.fields[note]}"), rich.TimeRemainingColumn(),
                 console=_stderr(),
             )  # fmt: skip
-            self._bar.start()
-            self._bar.add_task(step.label, total=step.total, rate="", note="")
+            stack.enter_context(self.bar)
+            self.bar.add_task(step.label, total=step.total, rate="", note="")
 
     def show(self, step: Step) -> None:
         now = time.monotonic()
         elapsed, moved = now - self._began, step.done - self._first
         speed = moved / elapsed if moved and elapsed > 0 else 0.0
         number = f"{speed:.3g}" if speed < 1000 else f"{speed:.0f}"  # no 1.36e+03
-        if speed >= 1e6:
-            number = f"{speed / 1e6:.0f} million"
         rate = f"{number} {step.unit}/s" if speed else ""
-        if self._bar is not None:  # label, counts, rate and time left are shown whole
+        if self.bar is not None:  # label, counts, rate and time left are shown whole
             whole = f"{self.label}  {step.total}/{step.total} {rate}  0:00:00"
-            room = max(self._bar.console.width - len(whole) - _LEAST_BAR, 0)
+            room = max(self.bar.console.width - len(whole) - _LEAST_BAR, 0)
             detail = step.detail
             if len(detail) > room:
                 detail = f"{detail[: max(room - 1, 0)]}…"
-            self._bar.update(
-                self._bar.task_ids[0], completed=step.done, total=step.total, rate=rate, note=detail
+            self.bar.update(
+                self.bar.task_ids[0], completed=step.done, total=step.total, rate=rate, note=detail
             )
             return
         is_time = now - self._shown >= _PLAIN_SECONDS or step.done >= step.total
@@ -183,14 +181,6 @@ class _Display:
             self._shown, self._last = now, step.done
             parts = [f"{self.label}: {step.done}/{step.total}", rate, step.detail]
             print("  ".join(filter(None, parts)), file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """A line that stays, above the bar where there is one."""
-        note(text) if self._bar is None else self._bar.console.print(text)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 @contextlib.contextmanager
@@ -204,8 +194,8 @@ def showing() -> Iterator[Progress]:
 
         def show(step: Step) -> None:
             nonlocal display
-            if step.note:
-                (note if display is None else display.say)(step.note)
+            if step.note:  # a line that stays, above the bar where there is one
+                (display.bar.console.print if display and display.bar else note)(step.note)
             if not step.label:
                 return
             if display is None or display.label != step.label or not step.total:
@@ -213,8 +203,7 @@ def showing() -> Iterator[Progress]:
                 display = None
             if step.total:
                 if display is None:
-                    display = _Display(step)
-                    stack.callback(display.close)
+                    display = _Display(step, stack)
                 display.show(step)
             elif sys.stderr.isatty() and not _quiet:
                 stack.enter_context(_stderr().status(step.label, spinner_style=""))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,14 +57,10 @@ class RunFile:
         except ConfigError as error:
             raise ConfigError(f"[{table}] {error}" if table else str(error)) from error
 
-    def resolve(self, path: str) -> Path:
-        """A path written in this file, seen from its folder."""
-        return self.folder / path
-
     def seen(self, place: str) -> str:
         """A file as given, or, where nothing of that name is here, beside this `deme.toml`."""
-        is_beside = not os.path.exists(place) and os.path.exists(self.resolve(place))  # or too long
-        return str(self.resolve(place)) if is_beside else place
+        beside = os.path.join(self.folder, place)  # os.path: a name may be too long for a file
+        return beside if not os.path.exists(place) and os.path.exists(beside) else place
 
     def pipeline(self, given: str | None = None) -> str | None:
         """The folder or hub id of the frozen parts: as given, else that of this file, if any."""
@@ -73,7 +69,7 @@ class RunFile:
 
     @property
     def base(self) -> Path:
-        return self.resolve(self.settings(ModelConfig).base)
+        return self.folder / self.settings(ModelConfig).base
 
 
 def read_run_file(path: Path | None) -> RunFile:
@@ -156,22 +152,12 @@ def render_run_file(
         lines = [f"{(remarks or {}).get(table, '')}# {title}", f"[{table}]"]
         for item in fields(config):
             choices, values = item.metadata["choices"], live.get(table, {})
-            lines.append(
-                f"# {item.metadata['help']}" + (f" ({', '.join(choices)})" * bool(choices))
-            )
-            is_live = item.name in values
-            value = values[item.name] if is_live else _shown_default(item)
-            text = json.dumps(value, ensure_ascii=False).replace(
-                "\x7f", "\\u007f"
-            )  # as TOML has it
-            lines.append(f"{'' if is_live else '# '}{item.name} = {text}")
+            lines.append(f"# {item.metadata['help']}" + f" ({', '.join(choices)})" * bool(choices))
+            default = item.default
+            if default is None:  # a word that may be chosen, or a value like one
+                default = (*choices, _TYPES[str(item.type).removesuffix(" | None")][1])[0]
+            value = json.dumps(values.get(item.name, default), ensure_ascii=False)
+            value = value.replace("\x7f", "\\u007f")  # as TOML has it
+            lines.append(f"{'' if item.name in values else '# '}{item.name} = {value}")
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
-
-
-def _shown_default(item: Field) -> Any:
-    """The default; where there is none, the first word that may be chosen, or a value like one."""
-    if item.default not in (None, MISSING):
-        return item.default
-    choices = item.metadata["choices"]
-    return choices[0] if choices else _TYPES[str(item.type).removesuffix(" | None")][1]

@@ -23,7 +23,7 @@ from deme_cli.files import read_header
 METRICS, JOURNAL = ".metrics.jsonl", ".trials.jsonl"
 CARD_NAME = "samples.json"  # of a folder of images
 _MAX_BYTES = 1 << 26  # of a JSON document or a curve
-_MAX_PICTURE, _MAX_PIXELS = 4_000_000, 100_000_000  # bytes in a page, pixels in the file
+_MAX_PIXELS = 100_000_000  # of a picture
 _DAMAGED = (
     DemeError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
     RecursionError,
@@ -105,32 +105,24 @@ def text_of(path: Path) -> str:
 
 
 def picture_of(folder: Folder, name: str) -> dict[str, Any] | None:
-    """A PNG file of the folder as a data URI, decoded once to be sure of it, a large one reduced;
-    None where it is not there, or with a note where it cannot be shown."""
-    picture = None
-    if name in folder.files:
-        with folder.noting(name):
-            picture = _decoded(name, folder.files[name].read_bytes())
-    return picture
-
-
-def _decoded(name: str, data: bytes) -> dict[str, Any]:
+    """A PNG file of the folder as a data URI, decoded once to be sure of it; None where it is not
+    there, or with a note where it cannot be shown."""
     from PIL import Image
 
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise ArtifactError(f"{name}: {image.width} x {image.height} pixels, too many")
-            image.load()
-            size, side = image.size, 2400
-            while len(data) > _MAX_PICTURE:
-                copy, stream = image.copy(), io.BytesIO()
-                copy.thumbnail((side, side))
-                copy.save(stream, format="PNG", optimize=True)
-                data, size, side = stream.getvalue(), copy.size, side * 3 // 4
-            return embedded(name, data, size)
-    except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:
-        raise ArtifactError(f"{name}: not a whole PNG file") from error
+    picture = None
+    if name not in folder.files:
+        return picture
+    with folder.noting(name):
+        data = folder.files[name].read_bytes()
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                if image.width * image.height > _MAX_PIXELS:
+                    raise ArtifactError(f"{name}: {image.width} x {image.height} pixels, too many")
+                image.load()
+                picture = embedded(name, data, image.size)
+        except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:
+            raise ArtifactError(f"{name}: not a whole PNG file") from error
+    return picture
 
 
 def embedded(name: str, data: bytes, size: tuple[int, int]) -> dict[str, Any]:

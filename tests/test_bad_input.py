@@ -26,7 +26,7 @@ from deme_cli.artifacts import (
     read_record,
     write_artifact,
 )
-from deme_cli.errors import DemeError
+from deme_cli.errors import DemeError, MissingError
 from deme_cli.jobs import claim
 
 Deme = Callable[..., Result]
@@ -301,6 +301,25 @@ def test_a_loss_that_is_not_finite_ends_with_5_and_keeps_no_output(
     assert getattr(result.exception, "exit_code", None) == 5, result.exception
     assert "lower --lr" in str(result.exception)
     assert {name for name in set(contents(run_folder)) - before if "metrics" not in name} == set()
+
+
+def test_a_missing_frozen_part_is_named_by_every_command_that_needs_it(
+    deme: Deme, pipelines: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert deme("split", pipelines("sd"), "-n", 2, "--data", "digits").exit_code == 0
+    shutil.copytree(pipelines("sd"), "broken")
+    shutil.rmtree("broken/text_encoder")
+    before = contents(tmp_path)
+    for words in (
+        (*FINETUNE, "--pipeline", "broken"), ("export", BASE[1], "out", "--pipeline", "broken"),
+        (*BASE, *SAMPLE, "--prompt", "a boat", "--pipeline", "broken"),
+        ("split", "broken", "-o", "again"),
+    ):  # fmt: skip
+        error = deme(*words).exception
+        assert isinstance(error, MissingError), error
+        assert "the text_encoder is missing" in str(error)
+    assert contents(tmp_path) == before
 
 
 def test_what_is_not_here_is_missing_at_once_without_network(
