@@ -56,16 +56,17 @@ PANELS = {
 COMMANDS = [name for lines in PANELS.values() for name in lines]
 PARTS = {"analyze": ("losses", "gradients", "activations", "landscape", "task-vectors")}
 # What the processes of a launch do together; each of these meets the others itself.
+HOME = {"ensemble-sample": "sample"}  # commands in the file, and with the settings, of another
 JOINT = {"finetune", "merge", "sample", "ensemble-sample", "eval", "stats"}
 
 
 def build(name: str) -> Any:
-    """Import a command, a function of its name in the file of its name, and make its options.
+    """Import a command, a function of its name in the file of its name or HOME; make its options.
 
     A group's own function is its help alone; each of its parts is a function beside it.
     """
     plain = name.replace("-", "_")
-    module = import_module(f"deme_cli.commands.{plain}")
+    module = import_module(f"deme_cli.commands.{HOME.get(name, plain)}")
     function = getattr(module, {"eval": "evaluate"}.get(plain, plain))
     one = typer.Typer(**SETTINGS, cls=Group, add_completion=False, no_args_is_help=True)
     if name in PARTS:
@@ -152,7 +153,7 @@ def _usage_told(context: Any, error: Any) -> str:
     if hasattr(error, "possibilities"):
         text = f"no option {error.option_name}"
         name = error.option_name.lstrip("-").replace("-", "_")
-        table = TABLES.get({"ensemble-sample": "sample"}.get(command, command), Settings)
+        table = TABLES.get(HOME.get(command, command), Settings)
         if name in [item.name for item in fields(table) if not item.metadata["option"]]:
             return f"{where}{text}; set {name} under [{command}] in deme.toml"
         flags = [flag for item in context.command.params for flag in item.opts]

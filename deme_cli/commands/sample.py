@@ -1,4 +1,4 @@
-"""`deme sample`: draw images from one model, and what it shares with `deme ensemble-sample`."""
+"""`deme sample` and `deme ensemble-sample`: draw images of one model, or of experts in turn."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from deme_cli.distributed import meet
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.protocols import apply_protocol, find_protocol
 from deme_cli.run_file import RunFile
+from deme_cli.sampling.sample import ENSEMBLE_NAME
 
 if TYPE_CHECKING:
     from deme_cli import Images
@@ -67,21 +68,59 @@ def sample(
 
     Example: deme sample merged.safetensors -n 64
     """
-    from deme_cli import sample
+    import deme_cli
 
     console.set_quiet(quiet)
     meet(device)
     run = begin(config, quiet=quiet)
-    settings = sample_settings(run, given, prompt=prompt, protocol=protocol)
+    settings = _settings(run, given, prompt=prompt, protocol=protocol)
     with console.showing() as progress:
-        images = sample(
+        images = deme_cli.sample(
             model, settings, output=output, run=run, pipeline=pipeline, device=device, dtype=dtype,
             compile=compile, force=force, dry_run=dry_run, progress=progress,
         )  # fmt: skip
-    tell(images, dry_run=dry_run, as_json=as_json)
+    _tell(images, dry_run=dry_run, as_json=as_json)
 
 
-def sample_settings(
+@takes_settings
+def ensemble_sample(
+    experts: Annotated[list[Path], typer.Argument(
+        metavar="EXPERT...", help="Experts of one base whose ranges cover all timesteps.",
+        show_default=False,
+    )],
+    given: Annotated[Given, OptionsOf(SampleConfig)],
+    prompt: Prompt = None,
+    protocol: Protocol = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help=f"{OUTPUT_HELP}.")
+    ] = Path(ENSEMBLE_NAME),
+    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
+    dtype: Dtype = "fp32", compile: Compile = "auto", force: Force = False,
+    dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Draw images from an ensemble of experts (Eq. 7); run the same command again to continue.
+
+    Timestep t goes to the expert whose range holds it. It costs what one model
+    costs. Processes of one launch (torchrun, accelerate launch, srun) share the
+    batches.
+
+    Example: deme ensemble-sample ft_*.safetensors -n 64
+    """
+    import deme_cli
+
+    console.set_quiet(quiet)
+    meet(device)
+    run = begin(config, quiet=quiet)
+    settings = _settings(run, given, prompt=prompt, protocol=protocol)
+    with console.showing() as progress:
+        images = deme_cli.ensemble_sample(
+            experts, settings, output=output, run=run, pipeline=pipeline, device=device,
+            dtype=dtype, compile=compile, force=force, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+    _tell(images, dry_run=dry_run, as_json=as_json)
+
+
+def _settings(
     run: RunFile, given: Given, *, prompt: str | None, protocol: str | None
 ) -> SampleConfig:
     """The settings of [sample] with options and a named protocol.
@@ -103,7 +142,7 @@ def sample_settings(
     return settings
 
 
-def tell(images: Images, *, dry_run: bool, as_json: bool) -> None:
+def _tell(images: Images, *, dry_run: bool, as_json: bool) -> None:
     """What was drawn, or what would be."""
     card, (height, width, channels) = images.protocol, images.shape
     if not dry_run:

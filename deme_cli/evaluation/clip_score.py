@@ -38,7 +38,7 @@ from deme_cli.diffusion.model_files import read_json
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, is_out_of_memory
 from deme_cli.evaluation.features import full_float32, last_line, load_script, map_images
 from deme_cli.evaluation.references import CLIP_FILES, clip_asset, hub_cache
-from deme_cli.fetch import Asset, offline_reason, sha256_of, stay_offline
+from deme_cli.fetch import offline_reason, sha256_of, stay_offline
 from deme_cli.files import pickled_names, read_header
 
 LOCAL = "local-dir:"
@@ -102,43 +102,38 @@ def find_clip(model: str, weights: str) -> ClipWeights:
         return ClipWeights(model, model, path.name, path, sha256_of(path))
     if path.suffix or len(path.parts) > 1:
         raise MissingError(f"{weights}: no such file of CLIP weights")
-    asset, told = published_clip(model, weights)
-    path = asset.find() or _fetch(asset, model, weights)
-    return ClipWeights(model, model, weights, path, sha256_of(path), told)
+    return _find_tag(model, weights)
 
 
-def published_clip(model: str, tag: str) -> tuple[Asset, dict[str, Any]]:
-    """The weights of a tag of open_clip, and what it says of its images.
+def _find_tag(model: str, tag: str) -> ClipWeights:
+    """The weights of a tag of open_clip, with what it says of its images.
 
-    Raises ConfigError where open_clip has no tag of this name.
+    Raises MissingError within seconds where nobody answers.
     """
+    from huggingface_hub.utils import disable_progress_bars
+
     published = open_clip.get_pretrained_cfg(model, tag)
     if not published:
         tags = open_clip.list_pretrained_tags_by_model(model)
         _require_known(tag, tags, f"--clip-weights for {model}", "tag")
     _require_activation(model, tag, bool(published.get("quick_gelu")))
     repository = "/".join(published["hf_hub"].split("/")[:2])  # a file name may follow
+    asset = clip_asset(f"{model}/{tag}", repository)
+    if (path := asset.find()) is None:
+        if reason := offline_reason():
+            raise MissingError(
+                f"{asset.name}: the {asset.what} are not on this machine, and {reason}; connect to "
+                f"the network, put the files of {asset.url} into {asset.copies[0].parent} "
+                f"(DEME_CACHE chooses another folder), or give --clip-weights FILE or {LOCAL}FOLDER"
+            )
+        console.note(f"fetching {asset.url}, for the CLIP score")
+        disable_progress_bars()
+        try:
+            path = Path(open_clip.download_pretrained(published, cache_dir=str(hub_cache())))
+        except OSError as error:
+            raise MissingError(f"{asset.url}: could not be fetched: {error}") from error
     told = {ours: published[name] for name, ours in _PREPROCESSING.items() if name in published}
-    return clip_asset(f"{model}/{tag}", repository), told
-
-
-def _fetch(asset: Asset, model: str, tag: str) -> Path:
-    """The file in the hub's cache. Raises MissingError, within seconds where nobody answers."""
-    from huggingface_hub.utils import disable_progress_bars
-
-    if reason := offline_reason():
-        raise MissingError(
-            f"{asset.name}: the {asset.what} are not on this machine, and {reason}; connect to the "
-            f"network, put the files of {asset.url} into {asset.copies[0].parent} (DEME_CACHE "
-            f"chooses another folder), or give --clip-weights FILE or {LOCAL}FOLDER"
-        )
-    console.note(f"fetching {asset.url}, for the CLIP score")
-    disable_progress_bars()
-    published = open_clip.get_pretrained_cfg(model, tag)
-    try:
-        return Path(open_clip.download_pretrained(published, cache_dir=str(hub_cache())))
-    except OSError as error:
-        raise MissingError(f"{asset.url}: could not be fetched: {error}") from error
+    return ClipWeights(model, model, tag, path, sha256_of(path), told)
 
 
 def _require_known(word: str, known: list[str], option: str, what: str) -> None:
@@ -240,18 +235,10 @@ class ClipScorer:
         with full_float32(self.device):
             features = self.model.encode_text(tokens.to(self.device)).cpu().double()
         chosen = torch.tensor([unique.index(prompt) for prompt in prompts])
-        is_cut = cut_short(self.tokenizer, unique, tokens)
+        # with room for one more token, one that was cut has a word where the mark of the end stood
+        longer = self.tokenizer(unique, context_length=tokens.shape[1] + 1)
+        is_cut = (longer[:, :-1] != tokens).any(dim=1)
         return functional.normalize(features, dim=-1)[chosen], is_cut[chosen]
-
-
-def cut_short(tokenizer: Callable[..., Tensor], prompts: Sequence[str], tokens: Tensor) -> Tensor:
-    """Which prompts have more tokens than the context takes: bool (B,).  tokens: (B, L)
-
-    With room for one more token their beginning is another: at its end stands a word, not the mark
-    of the end.
-    """
-    longer = tokenizer(list(prompts), context_length=tokens.shape[1] + 1)
-    return (longer[:, :-1] != tokens).any(dim=1)
 
 
 def open_clip_scorer(

@@ -195,10 +195,9 @@ def _load_clip(path: Path, device: str) -> tuple[Network, Resizer]:
         )
     weights = ClipWeights(CLIP_MODEL, CLIP_MODEL, path.name, path, "")
     tower = open_clip_scorer(weights, device=device).model.visual
-    of_pixels = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     mean, std = (
-        torch.tensor(of_pixels[name], device=choose_device(device)).view(3, 1, 1)
-        for name in ("mean", "std")
+        torch.tensor(values, device=choose_device(device)).view(3, 1, 1)
+        for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     )
     steps = Compose([Resize(CLIP_SIZE, InterpolationMode.BICUBIC), CenterCrop(CLIP_SIZE)])
     return (

@@ -30,7 +30,7 @@ from deme_cli.evaluation.references import (
     published_weights,
     statistics_asset,
 )
-from deme_cli.fetch import Asset, cache_folder, is_hub_id, is_model_cached, sha256_of
+from deme_cli.fetch import cache_folder, is_hub_id, is_model_cached, sha256_of
 from deme_cli.run_file import RunFile
 
 LIBRARIES = (
@@ -122,7 +122,10 @@ def known_files() -> Iterator[Item]:
     assets.append((clip_asset(clip, CLIP_REPOSITORY), "--clip-score"))
     for asset, needed_for in assets:
         if asset is not None:
-            yield _outside(asset, needed_for)
+            copy, intact = asset.find(), None
+            if copy is not None and copy.suffix == Path(asset.name).suffix and asset.sha256:
+                intact = sha256_of(copy) == asset.sha256
+            yield Item(asset.name, needed_for, copy, asset.url, asset.sha256, intact)
 
 
 def companions_of(base: Path, pipeline: str | None) -> Iterator[Item]:
@@ -147,11 +150,3 @@ def companions_of(base: Path, pipeline: str | None) -> Iterator[Item]:
             require_parts(folder, [part])
             path = folder / part
         yield Item(part, f"{base}: sampling and finetuning", path, source)
-
-
-def _outside(asset: Asset, needed_for: str) -> Item:
-    path = asset.find()
-    intact = None
-    if path is not None and path.suffix == Path(asset.name).suffix and asset.sha256:
-        intact = sha256_of(path) == asset.sha256
-    return Item(asset.name, needed_for, path, asset.url, asset.sha256, intact)
