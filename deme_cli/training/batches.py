@@ -57,7 +57,7 @@ class Batch:
         return Batch(self.x0[chosen], self.eps[chosen], self.t[chosen], conditions)
 
     def on(self, device: torch.device) -> Batch:
-        """The batch on a GPU, without waiting for it, as copies from pinned memory do not."""
+        """The batch on a device; a GPU is not waited for, as copies from pinned memory do not."""
         tensors = {"x0": self.x0, "eps": self.eps, "t": self.t, **self.conditions}
         for name, tensor in tensors.items():
             is_here = device.type == "cuda" and tensor.device.type == "cpu"

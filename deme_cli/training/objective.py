@@ -30,15 +30,9 @@ class Losses:
 
 
 def draw_timesteps(
-    num: int,
-    span: TimestepRange,
-    num_train_timesteps: int,
-    *,
-    p: float,
-    per_batch: bool = False,
-    antithetic: bool = False,
-    generator: torch.Generator,
-) -> Tensor:
+    num: int, span: TimestepRange, num_train_timesteps: int, *, p: float, per_batch: bool = False,
+    antithetic: bool = False, generator: torch.Generator,
+) -> Tensor:  # fmt: skip
     """t ~ U(span) with probability 1 - p, t ~ U[0, T) with probability p (Eq. 6).  -> (num,) int64
 
     Each image decides for itself; `per_batch` decides once for all, and `antithetic` draws pairs
@@ -67,16 +61,9 @@ def draw_by_cluster(
 
 
 def expert_losses(
-    network: nn.Module,
-    base: nn.Module | None,
-    schedule: Schedule,
-    *,
-    x0: Tensor,
-    eps: Tensor,
-    t: Tensor,
-    conditions: Conditions | None = None,
-    consistency: float,
-) -> Losses:
+    network: nn.Module, base: nn.Module | None, schedule: Schedule, *, x0: Tensor, eps: Tensor,
+    t: Tensor, conditions: Conditions | None = None, consistency: float,
+) -> Losses:  # fmt: skip
     """Eq. 5 on one batch: denoising plus `consistency` times the distance to the base's output.
 
     x0, eps: (B, C, H, W)   t: (B,) draws of the schedule   conditions: (B, ...) each   base: None

@@ -10,6 +10,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,20 +58,17 @@ def variant_path(output: Path, *, step: int | None = None, length: float | None 
     return output.with_name(f"{output.stem}.snapshots") / f"{'.'.join(words)}{output.suffix}"
 
 
+def snapshot_steps(config: FinetuneConfig) -> range:
+    """The updates after which a snapshot is made; not the last one, which makes the result."""
+    every = config.snapshot_every
+    return range(every, config.steps, every) if every else range(0)
+
+
 def variant_paths(output: Path, config: FinetuneConfig) -> list[Path]:
     """Every file that a run writes besides `output`."""
-    paths, every, lengths = [], config.snapshot_every, config.ema_lengths or []
-    for step in range(every, config.steps, every) if every else ():
-        paths += [variant_path(output, step=step, length=length) for length in (None, *lengths)]
-    for length in lengths:
-        paths.append(variant_path(output, length=length))
-    return paths
-
-
-def is_snapshot(step: int, config: FinetuneConfig) -> bool:
-    """Whether `step` updates make a snapshot; the end does not, for it is the result."""
-    every = config.snapshot_every
-    return every is not None and 0 < step < config.steps and step % every == 0
+    ends = product((*snapshot_steps(config), None), (None, *(config.ema_lengths or [])))
+    paths = [variant_path(output, step=step, length=length) for step, length in ends]
+    return [path for path in paths if path != output]
 
 
 @dataclass(frozen=True)
@@ -420,12 +418,9 @@ def random_denoiser(
         network = build_network(model, "[model]")
     schedule = read_schedule(scheduler, "[scheduler]")
     record = BaseRecord(
-        source=source,
-        model_config={**config_of(network), "_class_name": model["_class_name"]},
-        scheduler_config=scheduler,
-        num_train_timesteps=schedule.num_train_timesteps,
-        companions=companions,
-        fingerprint=fingerprint(network.state_dict()),
-    )
+        source=source, model_config={**config_of(network), "_class_name": model["_class_name"]},
+        scheduler_config=scheduler, num_train_timesteps=schedule.num_train_timesteps,
+        companions=companions, fingerprint=fingerprint(network.state_dict()),
+    )  # fmt: skip
     network.to(choose_device(device)).eval().requires_grad_(False)
     return Denoiser(network, schedule, record)

@@ -128,11 +128,6 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def warmed_up(decay: float, t: int) -> float:
-    """`decay`, approached as 1 - t^(-3/4): diffusers' EMAModel with the warm-up of its recipe."""
-    return min(decay, 1 - t**-0.75)
-
-
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord(Record):
     """The header of a checkpoint: the run it belongs to and how far it is. Not an artifact kind."""
@@ -162,13 +157,10 @@ class TrainingState:
         if own := list(reduction.parameters()):
             groups.append({"params": own, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=1e-8,  # the released recipe of the paper
+            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8,  # as the paper's
             weight_decay=config.weight_decay,
             fused=True,  # on processors 4 to 6 times as fast as foreach
-        )
+        )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
         self.averages: dict[float | None, list[Tensor]] = {}
         for length in (*(config.ema_lengths or []), *([None] if config.ema_decay else [])):
@@ -189,8 +181,8 @@ class TrainingState:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         for length, average in self.averages.items():
-            if length is None:
-                decay = warmed_up(self.config.ema_decay, self.step)
+            if length is None:  # diffusers' EMAModel with the warm-up of its recipe
+                decay = min(self.config.ema_decay, 1 - self.step**-0.75)
             else:
                 decay = beta(self.step, gamma_of(length))
             # one pass over the weights, where EMAModel.step makes three

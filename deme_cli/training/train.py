@@ -58,7 +58,7 @@ from deme_cli.training.batches import (
 from deme_cli.training.examples import fill_caches
 from deme_cli.training.objective import expert_losses
 from deme_cli.training.power_profile import gamma_of
-from deme_cli.training.setup import Run, checkpoint_path, is_snapshot, metrics_path, variant_path
+from deme_cli.training.setup import Run, checkpoint_path, metrics_path, snapshot_steps, variant_path
 from deme_cli.training.sharding import add_up_gradients, gather, holding, joint_passes
 from deme_cli.training.state import TrainingState, learning_rate, open_state
 
@@ -91,7 +91,7 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
     another process writes the same output, Lost where a process of `world` has ended. Caches that
     are not full yet are filled first.
     """
-    config = run.config
+    config, snapshots = run.config, snapshot_steps(run.config)
     fill_caches(run.examples, run.held_out, world=world)
     with ExitStack() as stack:
         world.require_same({**run.identity, "output": str(run.output), "shard": run.shard})
@@ -111,7 +111,7 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
                 compile_network(network, run.compile, num_forwards=num_forwards)
         gradients = Gradients(run, state, base, source, world)
         while state.step < config.steps:
-            if is_snapshot(state.step, config):  # its state is saved: a resumed run comes here too
+            if state.step in snapshots:  # its state is saved: a resumed run comes here too
                 files.write_results(step=state.step)
             gradients.of_update()
             requests.exchange()
@@ -121,7 +121,7 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
                 state.update()
             at_end = state.step == config.steps
             at_checkpoint = (  # also before further results are written, to continue from
-                state.step % config.checkpoint_every == 0 or is_snapshot(state.step, config)
+                state.step % config.checkpoint_every == 0 or state.step in snapshots
                 or bool(at_end and config.ema_lengths)
             )  # fmt: skip
             if state.step % _REPORT_EVERY == 0 or at_checkpoint or at_end:
@@ -209,18 +209,18 @@ class Gradients:
 
     def _of_part(self, batch: Batch, micro: int) -> Tensor:
         run, state, config, device = self.run, self.state, self.run.config, self.state.device
-        t = batch.t.to(device, non_blocking=True)
+        batch = batch.on(device)
         with torch.autocast(device.type, TORCH_DTYPES[run.dtype], enabled=run.dtype != "fp32"):
             losses = expert_losses(
-                state.network, self.base, self.schedule, t=t, consistency=config.consistency,
-                x0=batch.x0.to(device, non_blocking=True),
-                eps=batch.eps.to(device, non_blocking=True),
+                state.network, self.base, self.schedule, x0=batch.x0, eps=batch.eps, t=batch.t,
                 conditions=to(batch.conditions, device, torch.float32),
+                consistency=config.consistency,
             )  # fmt: skip
-        num_parts = config.batch_size / len(t)  # 2.5 for two images of five
+        num_parts = config.batch_size / len(batch.t)  # 2.5 for two images of five
         order = derived_generator(config.seed, run.choice.range, state.step, micro, "order")
         total = state.reduction.backward(
-            losses.total, t, list(state.network.parameters()), step=state.step, generator=order,
+            losses.total, batch.t, list(state.network.parameters()), step=state.step,
+            generator=order,
             scale=lambda loss: state.scaler.scale(loss / (config.accumulation * num_parts)),
         )  # fmt: skip
         parts = (total, losses.denoising.mean(), losses.consistency.mean())
