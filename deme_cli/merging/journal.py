@@ -242,23 +242,22 @@ class Journal:
         )  # fmt: skip
         return self._storage.create_new_trial(self._study, template)
 
-    def finish(self, trial: int, value: float, slopes: Sequence[float] | None = None) -> None:
-        """Note the objective of a trial that this process has started; not finite: a broken one."""
+    def finish(
+        self, trial: int, value: float | None, slopes: Sequence[float] | None = None
+    ) -> None:
+        """Note the objective of a trial that this process has started; not finite: a broken one;
+        None: it will not be finished, and its point is free again."""
         with self._locked():
             if slopes is not None:
                 self._storage.set_trial_user_attr(trial, "slopes", list(slopes))
-            self._end(trial, value if math.isfinite(value) else math.inf)
-
-    def give_back(self, trial: int) -> None:
-        """Free the point of a trial that this process will not finish."""
-        with self._locked():
-            self._end(trial, None)
+            self._end(trial, value)
 
     def _end(self, trial: int, value: float | None) -> None:
         from optuna.trial import TrialState
 
         state = TrialState.FAIL if value is None else TrialState.COMPLETE
-        self._storage.set_trial_state_values(trial, state, None if value is None else [value])
+        values = None if value is None else [value if math.isfinite(value) else math.inf]
+        self._storage.set_trial_state_values(trial, state, values)
 
     @contextmanager
     def ending(self, check: Callable[[], None]) -> Iterator[bool]:

@@ -326,7 +326,7 @@ class Search:
             try:
                 value, slopes = evaluate(*step)
             except BaseException:
-                journal.give_back(trial)
+                journal.finish(trial, None)
                 raise
             journal.finish(trial, value, slopes)
             yield trial

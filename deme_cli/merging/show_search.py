@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,29 +62,23 @@ def show_search(path: Path) -> ShownSearch:
     search, labels, trials, merged = read_journal(journal)
     shown = ShownSearch(journal, search, labels, trials, merged is not None)
     done = [trial for trial in trials if trial.is_done]
-    if not any(math.isfinite(trial.value) for trial in done):
+    top = max((trial.stage for trial in done if math.isfinite(trial.value)), default=None)
+    if top is None:
         return shown
+    best = ranked([trial for trial in done if trial.stage == top])[0]
     picture = journal.with_name(f"{journal.name.removesuffix('.trials.jsonl')}.search.png")
-    write_whole(picture, [draw_search(done, labels, shown.objectives)])
-    return ShownSearch(journal, search, labels, trials, shown.is_finished, best_of(done), picture)
+    write_whole(picture, [_draw(done, best, labels, shown.objectives)])
+    return replace(shown, best=best, picture=picture)
 
 
-def best_of(trials: Sequence[Trial]) -> Trial:
-    """The best trial of the highest stage where any is finite."""
-    top = max((trial.stage for trial in trials if math.isfinite(trial.value)), default=0)
-    return ranked([trial for trial in trials if trial.stage == top])[0]
-
-
-def draw_search(trials: Sequence[Trial], labels: Sequence[str], objectives: Sequence[str]) -> bytes:
-    """A search as a PNG. labels: of the D numbers; objectives: what each stage minimised.
-
-    Raises NumericsError where nothing was finite.
-    """
+def _draw(
+    trials: Sequence[Trial], best: Trial, labels: Sequence[str], objectives: Sequence[str]
+) -> bytes:
+    """A search as a PNG. labels: of the D numbers; objectives: what each stage minimised."""
     import matplotlib
     import numpy as np
     from matplotlib.figure import Figure
 
-    best = best_of(trials)
     first, last = ([t for t in trials if t.stage == stage] for stage in (0, best.stage))
     with matplotlib.rc_context({"font.size": 8.5}):
         figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=160)

@@ -20,15 +20,12 @@ PAIR = ("ft_1of4.safetensors", "ft_3of4.safetensors")
 ALL = tuple(f"ft_{index}of4.safetensors" for index in range(1, 5))
 MERGED = Path("merged.safetensors")
 WAYS = {
-    "linear": (*ALL, "-w", "0.1,0.2,0.3,0.4"),
     "ties": (*ALL, "--method", "ties", "--density", "0.2", "-w", "1,1,0.5,1"),
     "dare": (*ALL, "--method", "dare", "--density", "0.4", "-w", "1,1,0,1"),
     "slerp": (*PAIR, "--method", "slerp", "-w", "0.3,0.7"),
     "model-stock": (*ALL, "--method", "model-stock"),
     "globs": (*ALL, "-w", "1,0,0,0", "--coefficients-for", "mid_block.*=0,1,0,0"),
-    "blocks": (*PAIR, "--search", "gradient", "--per", "block", "--evaluations", "2", "--num",
-               "16"),
-}  # fmt: skip
+}
 
 
 def run_file(merge: str) -> None:
@@ -46,7 +43,7 @@ def merged(deme: Callable, *words: object) -> dict:
 def test_a_merged_file_is_made_again_byte_by_byte(
     run_folder: Path, deme: Callable, way: str
 ) -> None:
-    run_file('trim = "tensor"\nmask_seed = 3\nreport_num = 8\nreport_repeats = 2')
+    run_file('trim = "tensor"\nmask_seed = 3')
     document = merged(deme, *WAYS[way])
     assert document["method"] == read_record(MERGED).method
     result = deme("merge", "--replay", MERGED)

@@ -91,7 +91,7 @@ def test_broken_trials_are_done_and_those_given_back_are_free_again(path: Path) 
     with opened(path) as journal:
         with journal.asking():
             number = journal.start(0, POINT)
-        journal.give_back(number)
+        journal.finish(number, None)
         assert len(journal.trials()) == 3
         assert all(trial.is_done for trial in journal.trials())
 

@@ -59,24 +59,3 @@ def test_masks_have_the_density_and_depend_on_seed_expert_and_tensor_alone() -> 
     assert np.array_equal(whole, words < 0.3 * 2**32), "element e takes the e-th word"
     denser = keeps(0, 100_000, seed=0, expert="a", name="w", density=0.5)
     assert (denser | ~whole).all()  # a larger density only adds elements
-
-
-def test_the_expectation_is_the_linear_merge(make_family: Callable) -> None:
-    known, w = make_family(2), [0.5, 0.5]
-    _, linear = known.merge(w, MethodSettings())
-    draws = [
-        known.merge(w, MethodSettings("dare", density=0.5, seed=seed))[1]["conv.weight"]
-        for seed in range(200)
-    ]
-    mean = torch.stack(draws).mean(dim=0)
-    error = torch.stack(draws).std(dim=0) / 200**0.5
-    assert ((mean - linear["conv.weight"]).abs() <= 5 * error + 1e-6).all()
-
-
-def test_stored_vectors_have_the_masks_of_their_experts(
-    make_family: Callable, as_vectors: Callable
-) -> None:
-    known, method = make_family(3), MethodSettings("dare", density=0.5, seed=1)
-    record, _ = known.merge([0.2, 0.3, 0.4], method)
-    vectors, _ = as_vectors(known).merge([0.2, 0.3, 0.4], method)
-    assert vectors.fingerprint == record.fingerprint

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from deme_cli.merging import combine, tensor_stream
 from deme_cli.merging.coefficients import Coefficients
@@ -41,3 +42,17 @@ def test_coefficients_by_glob_are_those_merged_tensor_by_tensor(
         assert (found[tensor] == alone).all(), tensor
     assert record.coefficients == [0.5, 0.5]
     assert record.coefficients_for == {glob: list(values) for glob, values in by_glob.items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stored_vectors_stand_for_their_experts(
+    make_family: Callable, as_vectors: Callable, name: str
+) -> None:
+    known, method = make_family(2, scale=1.0), MethodSettings(name, density=0.5, seed=1)
+    w = None if name == "model-stock" else [0.4, 0.6]
+    record, found = known.merge(w, method)
+    vectors, others = as_vectors(known).merge(w, method)
+    if name in ("ties", "dare"):
+        assert vectors.fingerprint == record.fingerprint
+    for tensor in known.names:
+        torch.testing.assert_close(others[tensor], found[tensor], rtol=1e-5, atol=1e-5)

@@ -99,13 +99,6 @@ def test_one_expert_whole_is_that_expert_bit_for_bit(make_family: Callable) -> N
     assert record.fingerprint == known.inputs.base_record.fingerprint
 
 
-def test_stored_vectors_change_nothing(make_family: Callable, as_vectors: Callable) -> None:
-    known, method = make_family(3), MethodSettings("ties", density=0.4)
-    record, _ = known.merge([0.2, 0.3, 0.4], method)
-    vectors, _ = as_vectors(known).merge([0.2, 0.3, 0.4], method)
-    assert vectors.fingerprint == record.fingerprint
-
-
 @pytest.mark.parametrize("share", [1e-9, 0.001, 0.3, 0.5, 0.999, 1.0])
 def test_thresholds_are_the_sorted_ones(share: float) -> None:
     rng = np.random.default_rng(0)
