@@ -173,10 +173,6 @@ KINDS: dict[str, type[Record]] = {
     "base": BaseRecord, "expert": ExpertRecord, "task-vector": TaskVectorRecord,
     "merged": MergedRecord, "samples": SamplesRecord, "statistics": StatisticsRecord,
 }  # fmt: skip
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,), "int": (int,), "float": (int, float), "dict": (dict,), "list": (list,),
-    "None": (type(None),),
-}  # fmt: skip
 
 
 def parse_record(text: str, where: str) -> Record:
@@ -220,7 +216,8 @@ def _fits(value: Any, declared: str) -> bool:
     """Whether a JSON value is of a declared type, as `list[int] | None`; of tables no more."""
     for option in declared.split(" | "):
         name, _, entry = option.removesuffix("]").partition("[")
-        if type(value) in _JSON_TYPES[name]:  # no bool passes for an int
+        names = {"float": ("int", "float"), "None": ("NoneType",)}.get(name, (name,))
+        if type(value).__name__ in names:  # no bool passes for an int
             return name != "list" or all(_fits(each, entry) for each in value)
     return False
 

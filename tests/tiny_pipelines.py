@@ -104,12 +104,11 @@ def stable_diffusion(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     scheduler = diffusers.PNDMScheduler(
         **_LINEAR, skip_prk_steps=True, steps_offset=1, prediction_type=prediction_type
     )
-    pipeline = diffusers.StableDiffusionPipeline(
+    diffusers.StableDiffusionPipeline(
         vae=vae(), text_encoder=clip_text(), tokenizer=clip_tokenizer(folder / "tokenizer"),
         unet=_unet(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.save_pretrained(folder)
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
@@ -119,13 +118,12 @@ def stable_diffusion_xl(folder: Path) -> Path:
         cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 16, transformer_layers_per_block=1,
     )  # fmt: skip
-    pipeline = diffusers.StableDiffusionXLPipeline(
+    diffusers.StableDiffusionXLPipeline(
         vae=vae(), text_encoder=clip_text(), text_encoder_2=clip_text(projected=True, seed=1),
         tokenizer=clip_tokenizer(folder / "tokenizer"),
         tokenizer_2=clip_tokenizer(folder / "tokenizer_2"),
         unet=unet, scheduler=diffusers.DDIMScheduler(**_LINEAR, clip_sample=False),
-    )  # fmt: skip
-    pipeline.save_pretrained(folder)
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
@@ -139,12 +137,11 @@ def dit(folder: Path, *, num_classes: int = NUM_CLASSES, learned_variance: bool 
     )  # fmt: skip
     for parameter in transformer.parameters():  # adaLN-zero starts at 0: blocks would do nothing
         torch.nn.init.normal_(parameter, std=0.05)
-    pipeline = diffusers.DiTPipeline(
+    diffusers.DiTPipeline(
         transformer=transformer.eval(),
         vae=vae(),
         scheduler=diffusers.DDIMScheduler(clip_sample=False),
-    )
-    pipeline.save_pretrained(folder)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -156,15 +153,14 @@ def stable_diffusion_3(folder: Path, *, shift: float = 3.0) -> Path:
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16,
         pooled_projection_dim=32, out_channels=4, pos_embed_max_size=16,
     )  # fmt: skip
-    pipeline = diffusers.StableDiffusion3Pipeline(
+    diffusers.StableDiffusion3Pipeline(
         transformer=transformer.eval(), vae=vae(shift=0.1),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
         text_encoder=clip_text(projected=True), text_encoder_2=clip_text(projected=True, seed=1),
         text_encoder_3=t5_encoder(),
         tokenizer=clip_tokenizer(folder / "tokenizer"),
         tokenizer_2=clip_tokenizer(folder / "tokenizer_2"), tokenizer_3=t5_tokenizer(),
-    )  # fmt: skip
-    pipeline.save_pretrained(folder)
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
@@ -177,12 +173,11 @@ def flux(folder: Path, *, distilled: bool = True) -> Path:
         axes_dims_rope=[2, 2, 4], guidance_embeds=distilled,
     )  # fmt: skip
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=distilled)
-    pipeline = diffusers.FluxPipeline(
+    diffusers.FluxPipeline(
         transformer=transformer.eval(), vae=vae(shift=0.1), scheduler=flow,
         text_encoder=clip_text(), tokenizer=clip_tokenizer(folder / "tokenizer"),
         text_encoder_2=t5_encoder(), tokenizer_2=t5_tokenizer(),
-    )  # fmt: skip
-    pipeline.save_pretrained(folder)
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
@@ -198,7 +193,7 @@ def wan(folder: Path, *, scheduler: str = "unipc") -> Path:
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32,
         freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=64,
     )  # fmt: skip
-    pipeline = WanPipeline(
+    WanPipeline(
         transformer=transformer.eval(), text_encoder=t5_encoder(transformers.UMT5EncoderModel),
         tokenizer=t5_tokenizer(),
         vae=AutoencoderKLWan(
@@ -210,8 +205,7 @@ def wan(folder: Path, *, scheduler: str = "unipc") -> Path:
         else diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
-    )  # fmt: skip
-    pipeline.save_pretrained(folder)
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
