@@ -111,30 +111,18 @@ def sizes(captioned: Path) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("sd", {}),
+        *((name, {}) for name in ("sd", "sdxl", "dit", "sd3", "wan")),
         ("sd", {"prediction_type": "v_prediction"}),
-        ("sdxl", {}),
-        ("dit", {}),
-        ("sd3", {}),
-        ("flux", {"distilled": True}),
-        ("flux", {"distilled": False}),
-        ("wan", {}),
+        *(("flux", {"distilled": distilled}) for distilled in (True, False)),
     ],
 )
 def test_a_step_has_the_loss_and_the_gradient_of_one_written_with_diffusers(
-    name: str,
-    options: dict,
-    pipelines: Callable[..., Path],
-    base: Callable[..., Denoiser],
-    captioned: Path,
-    companions,
-) -> None:
+    name: str, options: dict, pipelines: Callable[..., Path], base: Callable[..., Denoiser],
+    captioned: Path, companions: Callable,
+) -> None:  # fmt: skip
     denoiser = base(name, **options)
-    own = open_examples(
-        DataConfig(source=str(captioned), resolution=SIZE),
-        companions(name, **options),
-        split="train",
-    )
+    images = DataConfig(source=str(captioned), resolution=SIZE)
+    own = open_examples(images, companions(name, **options), split="train")
     generator = torch.Generator().manual_seed(4)
     x0, conditions = own.draw(INDICES, flip=None, generator=generator)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(4))

@@ -23,12 +23,16 @@ METHODS = ("uw", "nashmtl", "pcgrad")
 NUM_TASKS = 3
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 class Toy(nn.Module):
     """Three tasks that quarrel over a body; the last layer serves the first task only."""
 
     def __init__(self) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded(0)
         self.body = nn.Parameter(torch.randn(6, 4, generator=generator))
         self.head = nn.Parameter(torch.randn(4, generator=generator))
         wanted = torch.randn(NUM_TASKS, 6, 4, generator=generator)
@@ -36,8 +40,7 @@ class Toy(nn.Module):
 
     def losses(self, seed: int = 0) -> Tensor:
         """(3,) with their graph, on a batch of its own for each seed."""
-        generator = torch.Generator().manual_seed(100 + seed)
-        x = torch.randn(NUM_TASKS, 8, 6, generator=generator)
+        x = torch.randn(NUM_TASKS, 8, 6, generator=seeded(100 + seed))
         distances = (x @ (self.body - self.wanted)).square().mean((1, 2))
         served = (x[0] @ self.body @ self.head).square().mean()
         return torch.stack([distances[0] + served, *distances[1:]])
@@ -56,16 +59,11 @@ class Toy(nn.Module):
 
 
 def backward(
-    tasks: nn.Module,
-    network: nn.Module,
-    losses: Tensor,
-    *,
-    step: int = 0,
+    tasks: nn.Module, network: nn.Module, losses: Tensor, *, step: int = 0,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
-) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
+) -> Tensor:  # fmt: skip
     parameters = list(network.parameters())
-    return tasks.backward(losses, parameters, step=step, generator=generator, scale=scale)
+    return tasks.backward(losses, parameters, step=step, generator=seeded(step), scale=scale)
 
 
 def grads(network: nn.Module) -> list[Tensor | None]:
@@ -135,7 +133,7 @@ def test_nash_keeps_alpha_where_there_is_no_solution() -> None:
 def test_pcgrad_adds_the_projected_gradients() -> None:
     toy = Toy()
     products = gram(toy.gradients())
-    c = pcgrad_weights(products, torch.Generator().manual_seed(7))
+    c = pcgrad_weights(products, seeded(7))
     assert (c != 1).any(), "the toy's tasks quarrel"
     losses = toy.losses()
     total = backward(ProjectedGradients(), toy, losses, step=7)
@@ -187,7 +185,7 @@ def test_an_overflow_reaches_the_gradients_and_leaves_the_weights(method: str) -
 
 def vectors(k: int, seed: int, *, shared: float = 0.0, size: int = 30) -> Tensor:
     """k random gradients of very different lengths, (k, size); `shared` pulls them together."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     own = torch.randn(k, size, generator=generator, dtype=torch.float64)
     common = torch.randn(size, generator=generator, dtype=torch.float64)
     lengths = 10 ** (4 * torch.rand(k, 1, generator=generator, dtype=torch.float64) - 2)
@@ -205,10 +203,6 @@ def published_update(gradients: Tensor, generator: torch.Generator) -> Tensor:
                 projected = projected - (projected @ other) / other.norm() ** 2 * other
         total = total + projected
     return total
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_the_gram_matrix_is_exact_in_float64_and_a_missing_gradient_counts_as_zeros() -> None:

@@ -113,17 +113,12 @@ def test_the_two_terms_have_the_gradient_of_one_mse_against_the_mean_target() ->
     assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_without_consistency_the_base_is_not_run() -> None:
+def test_an_expert_without_a_base_or_equal_to_it_has_no_consistency_loss() -> None:
     network, _, schedule, batch = _parts()
-    loss = expert_losses(network, None, schedule, **batch, consistency=0.0)
-    assert loss.consistency.tolist() == [0] * 4
-    assert torch.equal(loss.total, loss.denoising)
-
-
-def test_an_expert_equal_to_its_base_has_no_consistency_loss() -> None:
-    network, _, schedule, batch = _parts()
-    losses = expert_losses(network, network, schedule, **batch, consistency=1.0)
-    assert losses.consistency.tolist() == [0] * 4
+    for base, consistency in ((None, 0.0), (network, 1.0)):
+        loss = expert_losses(network, base, schedule, **batch, consistency=consistency)
+        assert loss.consistency.tolist() == [0] * 4
+        assert torch.equal(loss.total, loss.denoising)
 
 
 @pytest.mark.parametrize("consistency", [0.0, 0.5])
