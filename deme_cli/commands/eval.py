@@ -116,9 +116,8 @@ def _show(measured: Evaluation) -> None:
         columns.append((metric, _values(column)))
         if paired:
             columns.append((f"minus {first}", _differences(column, has_room=has_room)))
-    any_figures = [next(iter(row.values())) for row in figures.values()]
-    times = [f" x {len(figure.values)}" if len(figure.values) > 1 else "" for figure in any_figures]
-    counts = [f"{figure.n}{text}" for figure, text in zip(any_figures, times, strict=True)]
+    for_counts = [next(iter(row.values())) for row in figures.values()]
+    counts = [f"{one.n} x {len(one.values)}".removesuffix(" x 1") for one in for_counts]
     columns.append(("images", counts))
     names, cells = zip(*columns, strict=True)
     console.table("", names, list(zip(*cells, strict=True)))
