@@ -58,28 +58,19 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 _BLOCKS = 3  # buffers that go round: one is filled while others are written
 
 
-def merge_artifacts(
-    base: Path, experts: Sequence[Path], coefficients: Sequence[float], output: Path
-) -> MergedRecord:
-    """Merge experts or task vectors with their base into `output` (Eq. 8).
-
-    Raises ArtifactError, ConfigError or NumericsError; then no output appears.
-    """
-    inputs = open_inputs(base, open_experts(experts, "expert", "task-vector"))
-    return merge_inputs(inputs, coefficients, output)
-
-
 def merge_inputs(
     inputs: Inputs, coefficients: Coefficients | Sequence[float] | None, output: Path, *,
     method: MethodSettings = LINEAR, search: dict[str, Any] | None = None,
     report: dict[str, Any] | None = None, like: Header | None = None,
     advance: Advance = lambda done: None,
 ) -> MergedRecord:  # fmt: skip
-    """The same for checked headers, by any method, with coefficients that may differ by tensor.
+    """Merge experts or task vectors with their base into `output` (Eq. 8), by any method.
 
     coefficients: None for 1/N each, and for a method that finds its own.   `search` and `report` go
     into the record.   like: a merged file whose order of tensors is taken.   `advance` is told the
     number of bytes written so far.
+
+    Raises ArtifactError, ConfigError or NumericsError; then no output appears.
     """
     given = fit_coefficients(inputs, coefficients, method)
     opened = open_method(inputs, method)

@@ -105,9 +105,11 @@ def _loop_synced(paths: list[Path], coefficients: list[float], folder: Path) -> 
 
 
 def _deme(paths: list[Path], coefficients: list[float], folder: Path) -> None:
-    from deme_cli.merging.combine import merge_artifacts
+    from deme_cli.merging.combine import merge_inputs
+    from deme_cli.merging.inputs import open_experts, open_inputs
 
-    merge_artifacts(paths[0], paths[1:], coefficients, folder / "out.safetensors")
+    inputs = open_inputs(paths[0], open_experts(paths[1:], "expert"))
+    merge_inputs(inputs, coefficients, folder / "out.safetensors")
 
 
 def _mergekit_linear(paths: list[Path], coefficients: list[float], folder: Path) -> None:

@@ -21,7 +21,8 @@ from deme_cli.config import MergeConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.errors import ConfigError, Stopped
-from deme_cli.merging.combine import merge_artifacts
+from deme_cli.merging.combine import merge_inputs
+from deme_cli.merging.inputs import open_experts, open_inputs
 from deme_cli.merging.journal import read_journal
 from deme_cli.merging.objectives import HeldOutLoss
 from deme_cli.merging.plan import SEARCH
@@ -90,10 +91,11 @@ def test_a_search_finds_what_brute_force_finds_and_tells_of_it(
     base = load_denoiser(Path("base.safetensors"))
     data = open_images("digits", shape=base.sample_shape, split="held-out")
     loss = HeldOutLoss(PixelExamples(data), base.schedule, MergeConfig(num=16), SEARCH)
+    inputs = open_inputs(Path("base.safetensors"), open_experts(list(map(Path, PAIR)), "expert"))
     values = {}
     for point in ((0, 0), (0.5, 0), (0, 1), (0.5, 1), (0.5, 0.5)):
         path = Path("candidate.safetensors")
-        merge_artifacts(Path("base.safetensors"), list(map(Path, PAIR)), point, path)
+        merge_inputs(inputs, point, path)
         values[point] = loss(single(load_denoiser(path)), lambda: None)
     winner = min(values, key=values.__getitem__)
     assert tuple(document["coefficients"]) == winner

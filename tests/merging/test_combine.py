@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from deme_cli.artifacts import fingerprint_file, load_tensors, read_record
+from deme_cli.artifacts import MergedRecord, fingerprint_file, load_tensors, read_record
 from deme_cli.diffusion.projection import PREFIX
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
 from deme_cli.merging.coefficients import Coefficients
-from deme_cli.merging.combine import measure, merge_artifacts, merge_inputs, write_task_vector
+from deme_cli.merging.combine import measure, merge_inputs, write_task_vector
 from deme_cli.merging.inputs import PROJECTION, open_experts, open_inputs
 from deme_cli.merging.methods.linear import linear_terms
 
@@ -26,6 +26,13 @@ ROUNDOFF = {
     torch.bfloat16: (2.0**-8, 0.0),
 }
 W = [0.1, -0.35, 1.7]
+
+
+def merge_artifacts(
+    base: Path, experts: list[Path], coefficients: list[float], output: Path
+) -> MergedRecord:
+    inputs = open_inputs(base, open_experts(experts, "expert", "task-vector"))
+    return merge_inputs(inputs, coefficients, output)
 
 
 def write_vectors(base: Path, experts: list[Path]) -> list[Path]:

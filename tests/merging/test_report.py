@@ -17,7 +17,7 @@ from deme_cli.config import MergeConfig
 from deme_cli.diffusion.denoiser import load_denoiser, predict
 from deme_cli.errors import NumericsError
 from deme_cli.merging.candidates import Workbench
-from deme_cli.merging.combine import merge_artifacts
+from deme_cli.merging.combine import merge_inputs
 from deme_cli.merging.objectives import HeldOutLoss
 from deme_cli.merging.plan import REPORT, open_plan
 from deme_cli.merging.report import Metric, Sample, measure_rows, verdict
@@ -93,7 +93,7 @@ def plain_errors(objective: HeldOutLoss, paths: Sequence[Path]) -> np.ndarray:
 def test_every_figure_is_that_of_a_plain_computation(bench: Workbench) -> None:
     metric, path = open_metric(bench), Path("merged.safetensors")
     experts = [expert.path for expert in bench.inputs.experts]
-    merge_artifacts(bench.inputs.base.path, experts, W, path)
+    merge_inputs(bench.inputs, W, path)
     rows = measured(bench, metric)
     files = {"base": [bench.inputs.base.path], "ensemble": experts, "merged": [path]}
     errors = {
