@@ -162,12 +162,6 @@ def _usage_told(context: Any, error: Any) -> str:
     elif hasattr(error.__cause__, "errors"):  # pydantic's, which converts the values
         (first, *_) = error.__cause__.errors()
         expected = first["msg"].partition(",")[0].replace("Input should be", "expected")
-        for theirs, ours in {
-            "valid integer": "whole number",
-            "valid ": "",
-            "expected g": "expected a number g",
-        }.items():
-            expected = expected.replace(theirs, ours)
         text = f"{error.param.opts[0]} {first['input']}: {expected}"
     return f"{where}{text}; see {' '.join(['deme', *command.split(), '--help'])}"
 

@@ -106,9 +106,9 @@ def test_a_wrong_word_is_one_line_that_names_the_right_one(deme) -> None:
         ("analyze losses --num_samples 3", "analyze losses: no option --num_samples; did you mean"),
         ("finetune --xyzzy", "finetune: no option --xyzzy; see deme finetune --help"),
         ("sample", "sample: missing argument 'MODEL'; see deme sample --help"),
-        ("sample x --steps abc", "sample: --steps abc: expected a whole number; see deme"),
-        ("finetune --jobs 0", "--jobs 0: expected a number greater than or equal to 1; see deme"),
-        ("sample x --eta y", "sample: --eta y: expected a number; see deme sample --help"),
+        ("sample x --steps abc", "sample: --steps abc: expected a valid integer; see deme"),
+        ("finetune --jobs 0", "--jobs 0: expected greater than or equal to 1; see deme"),
+        ("sample x --eta y", "sample: --eta y: expected a valid number; see deme sample --help"),
         ("finetune 2/4", "unexpected extra argument(s) (2/4); see deme finetune --help"),
         ("--xyzzy", "no option --xyzzy; see deme --help"),
     ):
