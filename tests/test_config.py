@@ -86,6 +86,10 @@ def test_a_config_that_exists_can_run() -> None:
         (MergeConfig, {"density": 0.0}, "a share above 0"),
         (SampleConfig, {"eta": -0.5}, "0 or more"),
         (SampleConfig, {"sampler": "magic"}, "ddim"),
+        (SampleConfig, {"num": 0}, "num = 0"),
+        (SampleConfig, {"guidance": -1.0}, "guidance = -1"),
+        (SampleConfig, {"resize": 0}, "resize = 0"),
+        (EvalConfig, {"resize": "bicubic"}, "resize = 'bicubic'"),
         (EvalConfig, {"repeats": 0}, "above 0"),
     ):
         with pytest.raises(ConfigError, match=word):
