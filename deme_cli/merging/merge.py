@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -184,7 +184,11 @@ def _search(plan: MergePlan, world: World, progress: Progress) -> MergeResult:
         path, search.space.labels, plan.describe(objectives), force=plan.force and world.is_first
     )
     world.require_same({"output": str(plan.output), **journal.search})
-    with _opened(journal, world), StopRequests() as stop:
+    world.wait()  # nothing is begun before all agree
+    with ExitStack() as opened:
+        with world.first_before_others():  # where it was asked to, the first one empties it
+            opened.enter_context(journal)
+        stop = opened.enter_context(StopRequests())
         asked_at = time.monotonic()
 
         def kept() -> str:
@@ -240,19 +244,6 @@ def _end(
             progress, search.soup(journal.trials()),
         )  # fmt: skip
         journal.mark_merged(made.fingerprint)
-
-
-@contextmanager
-def _opened(journal: Journal, world: World) -> Iterator[None]:
-    """The first process opens it, and where it was asked to, empties it; and none ends the search
-    before all have looked at its output."""
-    world.wait()  # nothing is begun before all agree
-    with world.first_before_others():
-        journal.__enter__()
-    try:
-        yield
-    finally:
-        journal.__exit__()
 
 
 def _run_trials(

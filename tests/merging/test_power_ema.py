@@ -91,8 +91,6 @@ def test_the_coefficients_come_from_the_records_in_their_order() -> None:
     ("other", "word"),
     [
         (record(50, 0.05, range=[25, 50]), "range is"),
-        (record(50, 0.05, seed=1), "seed is 0 and 1"),
-        (record(50, 0.05, base="c" * 64), "base is"),
         (record(50, 0.05, data={"fingerprint": "e"}), "data is"),
         (record(50, 0.05, training={"lr": 0.2, "ema_gamma": 17.0}), "lr is 0.1 and 0.2"),
         (record(50, None), "no power-function EMA"),
@@ -102,9 +100,3 @@ def test_experts_that_are_not_of_one_run_are_refused(other: ExpertRecord, word: 
     with pytest.raises(ConfigError, match=word) as error:
         coefficients_for_length([record(100, 0.05), other], 0.07)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("length", [0, -0.1, 0.2887, float("nan")])
-def test_a_length_that_no_profile_has_is_refused(length: float) -> None:
-    with pytest.raises(ConfigError, match="above 0, below"):
-        coefficients_for_length([record(100, 0.05)], length)

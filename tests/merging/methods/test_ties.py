@@ -16,6 +16,7 @@ from deme_cli.merging.methods import MethodSettings
 from deme_cli.merging.methods.sparsify import kth_largest
 
 TIES = MethodSettings("ties")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def sign(x: float) -> int:
@@ -51,11 +52,10 @@ def algorithm_1(theta: list[float], taus: list[list[float]], scale: float) -> li
 @pytest.mark.parametrize(
     ("dtype", "trim", "density"),
     [
-        *((torch.float32, trim, density) for trim in ("model", "tensor")
-          for density in (0.2, 0.7, 1.0)),
-        *((dtype, "tensor", 0.7) for dtype in (torch.float64, torch.float16, torch.bfloat16)),
+        *((torch.float32, "model", density) for density in (0.2, 0.7, 1.0)),
+        *((dtype, "tensor", 0.7) for dtype in DTYPES),
     ],
-)  # fmt: skip
+)
 def test_equal_coefficients_give_the_published_algorithm(
     make_family: Callable, taus_of: Callable, dtype: torch.dtype, trim: str, density: float
 ) -> None:
@@ -99,7 +99,7 @@ def test_one_expert_whole_is_that_expert_bit_for_bit(make_family: Callable) -> N
     assert record.fingerprint == known.inputs.base_record.fingerprint
 
 
-@pytest.mark.parametrize("share", [1e-9, 0.001, 0.3, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("share", [1e-9, 0.3, 0.999, 1.0])
 def test_thresholds_are_the_sorted_ones(share: float) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((3, 5000)) * 10.0 ** rng.integers(-40, 30, (3, 5000))
