@@ -6,6 +6,7 @@ from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.timesteps import (
     TimestepRange,
     parse_range,
+    parse_span,
     require_cover,
     route,
     split_uniform,
@@ -21,6 +22,7 @@ def test_a_split_covers_every_timestep_once_and_routes_by_floor(n: int, total: i
 
 def test_a_fraction_names_the_same_range_as_its_span() -> None:
     assert parse_range("2/4", 1000).range == parse_range("250:500", 1000).range
+    assert parse_range(" 250:500 ", 1000).range == parse_span("250:500 ", "span")
     assert parse_range("2/4", 1000).label == "2of4"
     assert parse_range("250:500", 1000).label == "250-500"
     assert parse_range("1/1", 1000).range == TimestepRange(0, 1000)
