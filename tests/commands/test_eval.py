@@ -41,6 +41,9 @@ def refuse(result: Result, kind: type[DemeError], words: str) -> None:
 
 
 def test_the_folder_is_measured_against_the_digits(run_folder: Path, deme: Deme) -> None:
+    planned = deme("eval", "--fid", "digits", "--dry-run", "--json")
+    assert [row["name"] for row in document(planned)["rows"]] == ["base", "ensemble"]
+    assert "would measure frechet_digits of base, ensemble against digits" in planned.stderr
     shown = deme("eval", "--fid", "digits", *FEW, "--repeats", "2", "--json")
     found = document(shown)
     assert found["schema_version"] == 1
@@ -125,12 +128,6 @@ def test_the_gate_is_met_or_ends_with_a_gate_error(run_folder: Path, deme: Deme)
     failed = deme(*arguments, "--max-fid", "0.001", "-o", "figures.json", "--force", "--json")
     refuse(failed, GateError, "above --max-fid 0.001: base")
     assert json.loads(failed.stdout)["rows"], "the figures are shown all the same"
-
-
-def test_a_dry_run_says_what_would_be_measured(run_folder: Path, deme: Deme) -> None:
-    shown = deme("eval", "--fid", "digits", "--dry-run", "--json")
-    assert [row["name"] for row in document(shown)["rows"]] == ["base", "ensemble"]
-    assert "would measure frechet_digits of base, ensemble against digits" in shown.stderr
 
 
 @pytest.fixture

@@ -38,7 +38,9 @@ def test_the_reference_of_the_digits_is_their_test_split() -> None:
     np.testing.assert_allclose(statistics.sigma, np.cov(expected, rowvar=False), atol=1e-6)
 
 
-def test_published_statistics_are_read_from_the_cache(cache: Path) -> None:
+def test_published_statistics_are_read_from_the_cache_and_what_is_not_there_is_named(
+    cache: Path,
+) -> None:
     (asset,) = reference_assets("cifar10", "inception", "legacy_tensorflow")
     assert asset.name == "cifar10_legacy_tensorflow_train_32.npz"
     assert reference_assets("cifar10", "clip", "clean") == []
@@ -46,9 +48,6 @@ def test_published_statistics_are_read_from_the_cache(cache: Path) -> None:
     reference = find_reference("cifar10", "inception")
     assert (reference.kind, reference.n) == ("published", 50_000)
     assert open_reference(reference, load_extractor("digits")).statistics.mu.shape == (5,)
-
-
-def test_a_reference_that_is_not_there_is_named(cache: Path) -> None:
     for source, words in (
         ("lsun-church", r"lsun_church_clean_train_256\.npz"),
         ("parti", r"prompts without images.*--clip-score"),
