@@ -85,6 +85,8 @@ def test_the_coefficients_come_from_the_records_in_their_order() -> None:
     records[1] = replace(records[1], training=other)  # what leaves the weights alone may differ
     assert coefficients_for_length(records, 0.07) == expected
     assert coefficients_for_length(records, 0.10) == pytest.approx([1, 0, 0, 0], abs=1e-12)
+    with pytest.raises(ConfigError, match="above 0, below"):
+        coefficients_for_length(records, float("nan"))
 
 
 @pytest.mark.parametrize(
