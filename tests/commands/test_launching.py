@@ -87,10 +87,12 @@ def test_the_first_process_is_alone_from_then_on(monkeypatch: pytest.MonkeyPatch
 
 
 def wait_for_trials(processes: list[subprocess.Popen]) -> None:
-    """Until every process has begun a trial, and some are done."""
+    """Until every process, just launched, has begun a trial, and some are done."""
+    before = workers_of(JOURNAL.read_text()) if JOURNAL.exists() else set()
     while True:
         text = JOURNAL.read_text() if JOURNAL.exists() else ""
-        if len(workers_of(text)) == len(processes) and text.count('"op_code":6') > 3:
+        begun = workers_of(text) - before
+        if len(begun) == len(processes) and text.count('"op_code":6') > 3:
             return
         assert all(process.poll() is None for process in processes), ends(processes)
         time.sleep(0.05)
