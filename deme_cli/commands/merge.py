@@ -12,6 +12,7 @@ import typer
 
 from deme_cli import console
 from deme_cli.commands.options import (
+    Base,
     ConfigPath,
     Device,
     DryRun,
@@ -78,12 +79,7 @@ def merge(
             show_default=False,
         ),
     ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            help=r"Their base \[default: that of deme.toml, or beside them].", show_default=False
-        ),
-    ] = None,
+    base: Base = None,
     output: Annotated[
         Path | None,
         typer.Option(

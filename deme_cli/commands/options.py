@@ -132,6 +132,12 @@ Device = Annotated[str, common("--device", help=_DEVICES, takes=r"auto|cpu|mps|c
 Dtype = Annotated[str, common("--dtype", help=_PRECISION, takes="|".join(DTYPES))]
 Compile = Annotated[str, common("--compile", help=_COMPILE, takes="|".join(COMPILE))]
 Pipeline = Annotated[str | None, option(ModelConfig, "pipeline")]
+Base = Annotated[
+    Path | None,
+    common(
+        "--base", help=r"Their base \[default: that of deme.toml, or beside them].", default=False
+    ),
+]
 Force = Annotated[bool, common("--force", help="Replace an existing output.")]
 Json = Annotated[bool, common("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, common("--quiet", "-q", help="Only results and errors.")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deme_cli import console
-from deme_cli.commands.options import ConfigPath, Force, Json, Quiet, begin
+from deme_cli.commands.options import Base, ConfigPath, Force, Json, Quiet, begin
 
 if TYPE_CHECKING:
     from deme_cli import TaskVectors
@@ -19,12 +19,7 @@ def task_vector(
         list[Path],
         typer.Argument(metavar="EXPERT", help="Experts of one base.", show_default=False),
     ],
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            help=r"Their base \[default: that of deme.toml, or beside them].", show_default=False
-        ),
-    ] = None,
+    base: Base = None,
     output: Annotated[
         Path | None,
         typer.Option(

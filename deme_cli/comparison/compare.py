@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.artifacts import read_record
-from deme_cli.comparison.plan import PLAIN, Plan, RowPlan, read_plan
+from deme_cli.comparison.plan import PLAIN, Plan, RowPlan, naming, read_plan
 from deme_cli.config import CONFIG_NAME, SplitConfig
 from deme_cli.console import Progress, Step, silent
-from deme_cli.errors import ArtifactError, ConfigError, DemeError
+from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.evaluation.protocols import compare as differences
 from deme_cli.evaluation.protocols import describe_cards
 from deme_cli.files import write_whole
@@ -148,11 +148,8 @@ def _check_measures(stage: Stage) -> None:
     for one in stage.measures:
         tables = {"model": stage.tables["model"], "sample": one["sample"], "eval": one["eval"]}
         run = RunFile(tables=tables)
-        try:
+        with naming(f"measure {one['name']!r}" if one["name"] else "[eval]"):
             evaluate([stage.base], run=run, device=stage.device, dry_run=True)
-        except DemeError as error:
-            where = f"measure {one['name']!r}" if one["name"] else "[eval]"
-            raise type(error)(f"{where}: {error}") from error
 
 
 def _tell_jobs(stage: Stage, todo: Mapping[str, Sequence[Job]], progress: Progress) -> None:

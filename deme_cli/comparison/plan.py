@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deme_cli.config import DIVISIONS, TABLES
-from deme_cli.errors import ConfigError, MissingError, reading
+from deme_cli.errors import ConfigError, DemeError, MissingError, reading
 from deme_cli.run_file import checked_fields, checked_table
 
 SHIPPED = Path(__file__).parent / "plans"
@@ -97,11 +97,11 @@ class Plan:
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Let a ConfigError begin with what it is about."""
+    """Let an error that a user can mend begin with what it is about."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    except DemeError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def read_plan(name: str) -> Plan:

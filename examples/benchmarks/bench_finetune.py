@@ -33,8 +33,14 @@ from deme_cli.training.train import train
 WIDE = {"block_out_channels": [16, 32], "norm_num_groups": 8}
 
 
-def hand_written(denoiser: Denoiser, images: torch.Tensor, config: FinetuneConfig) -> float:
-    """Seconds for `config.steps` updates of range 2/4 as one would write them in a notebook."""
+def hand_written(
+    denoiser: Denoiser, images: torch.Tensor, config: FinetuneConfig, *, bf16: bool = False
+) -> float:
+    """Seconds for `config.steps` updates of range 2/4 as one would write them in a notebook.
+
+    images: uint8 (n, C, H, W), on the device of the denoiser.   bf16: networks under autocast.
+    """
+    device = images.device
     network = copy.deepcopy(denoiser.network).train().requires_grad_(True)
     base, scheduler = denoiser.network, DDPMScheduler.from_config(denoiser.record.scheduler_config)
     parameters = list(network.parameters())
@@ -42,20 +48,25 @@ def hand_written(denoiser: Denoiser, images: torch.Tensor, config: FinetuneConfi
     ema = EMAModel(parameters, decay=0.9999, use_ema_warmup=True, power=0.75, foreach=True)
     start = time.perf_counter()
     for _ in range(config.steps):
-        x0 = to_unit(images[torch.randint(len(images), (config.batch_size,))])
+        x0 = to_unit(images[torch.randint(len(images), (config.batch_size,), device=device)])
         eps = torch.randn_like(x0)
-        inside = torch.randint(250, 500, (len(x0),))
-        t = torch.where(torch.rand(len(x0)) < config.p, torch.randint(0, 1000, (len(x0),)), inside)
+        inside, everywhere = (
+            torch.randint(*span, (len(x0),), device=device) for span in ((250, 500), (0, 1000))
+        )
+        t = torch.where(torch.rand(len(x0), device=device) < config.p, everywhere, inside)
         x_t = scheduler.add_noise(x0, eps, t)
-        output = network(x_t, t).sample
-        with torch.no_grad():
-            target = base(x_t, t).sample
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            output = network(x_t, t).sample
+            with torch.no_grad():
+                target = base(x_t, t).sample
         loss = (output - eps).square().mean() + (output - target).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.step(parameters)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -21,13 +21,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_features import StandIn, clean_fid_way, draw_images, write_folder
+from bench_finetune import hand_written
 from bench_sample import competitors
 from random_models import SMALL_CIFAR, ddpm_cifar10, random_denoiser, write_images, write_pipeline
 from rounds import machine, timed_rounds
@@ -124,7 +125,7 @@ def train(lab: Lab) -> Figures:
         rates = [r for line in lines if (r := json.loads(line).get("images_per_second"))]
         figures[f"images/s, compile {compiled}"] = statistics.median(rates[len(rates) // 2 :])
     best = max(value for name, value in figures.items() if name.startswith("images/s"))
-    figures["images/s, plain diffusers loop"] = plain = plain_loop(lab, steps, batch)
+    figures["images/s, plain diffusers loop"] = plain = plain_loop(lab, settings)
     figures["speed over diffusers"] = best / plain
     network = random_denoiser(lab.model, device=lab.device).network
     shape = (1, 3, lab.model["sample_size"], lab.model["sample_size"])
@@ -137,36 +138,15 @@ def train(lab: Lab) -> Figures:
     return figures
 
 
-def plain_loop(lab: Lab, steps: int, batch: int) -> float:
+def plain_loop(lab: Lab, settings: FinetuneConfig) -> float:
     """Images per second of the same objective in diffusers' words, the images in memory."""
-    from diffusers import DDPMScheduler
-    from diffusers.training_utils import EMAModel
-
-    network = random_denoiser(lab.model, device=lab.device).network.requires_grad_(True).train()
-    base = random_denoiser(lab.model, device=lab.device).network
-    parameters = list(network.parameters())
-    scheduler: Any = DDPMScheduler()
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
-    ema = EMAModel(parameters, decay=0.9999, use_ema_warmup=True, power=0.75)
-    size = lab.model["sample_size"]
-    pool = torch.rand(max(batch, 64), 3, size, size, device=lab.device) * 2 - 1
-
-    def update() -> None:
-        x0 = pool[torch.randint(len(pool), (batch,), device=lab.device)]
-        eps, t = torch.randn_like(x0), torch.randint(250, 500, (batch,), device=lab.device)
-        x_t = scheduler.add_noise(x0, eps, t)
-        with torch.autocast(lab.device.split(":")[0], torch.bfloat16, enabled=not lab.tiny):
-            output = network(x_t, t).sample
-            with torch.no_grad():
-                target = base(x_t, t).sample
-        loss = (output - eps).square().mean() + (output - target).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(parameters)
-
-    return batch / lab.seconds(update, max(2, steps // 2))
+    denoiser = random_denoiser(lab.model, device=lab.device)
+    drawn = draw_images(max(settings.batch_size, 64), lab.model["sample_size"], 1)
+    images = torch.from_numpy(drawn).permute(0, 3, 1, 2).to(lab.device)
+    settings = replace(settings, steps=max(2, settings.steps // 2))
+    hand_written(denoiser, images, replace(settings, steps=2), bf16=not lab.tiny)  # to warm up
+    seconds = hand_written(denoiser, images, settings, bf16=not lab.tiny)
+    return settings.batch_size * settings.steps / seconds
 
 
 def sample(lab: Lab, compiled: str = "off") -> Figures:
