@@ -102,17 +102,19 @@ def digits_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits_run(digits_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """A run from that base, for its second quarter, in a folder of its own; all share the base."""
-    denoiser = load_denoiser(digits_base)
+    """A run from that base, for its second quarter, in a folder of its own.
+
+    Each loads the base anew: a run compiles its network in place, or moves it.
+    """
     train, held_out = (
-        PixelExamples(open_images("digits", shape=denoiser.sample_shape, split=split))
+        PixelExamples(open_images("digits", shape=(1, 8, 8), split=split))
         for split in ("train", "held-out")
     )
 
     def make(config: FinetuneConfig, text: str = "2/4", **own: object) -> Run:
         choice = parse_range(text, 100)
         return Run(
-            denoiser, choice, train, held_out if config.held_out else None, flip=False,
+            load_denoiser(digits_base), choice, train, held_out if config.held_out else None, flip=False,
             config=config, output=tmp_path_factory.mktemp("run") / f"ft_{choice.label}.safetensors",
             **own,
         )  # fmt: skip
