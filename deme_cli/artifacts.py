@@ -92,7 +92,8 @@ class ExpertRecord(DenoiserRecord):
     """A denoiser finetuned on one range. `base` is the fingerprint of what it started from.
 
     `projection` is `block`, `fold` or `none`; an expert trained with `fold` is already folded.
-    `training` holds every setting; `data` names the images and their fingerprint.
+    `training` holds every setting; `data` names the images and their fingerprint. Of one that was
+    trained elsewhere nothing is known of these, and `imported` tells what it was made of.
     """
 
     kind: ClassVar[str] = "expert"
@@ -100,12 +101,13 @@ class ExpertRecord(DenoiserRecord):
     index: int | None = None
     of: int | None = None
     base: str
-    p: float
-    steps: int
-    seed: int
-    projection: str
-    data: dict[str, Any]
-    training: dict[str, Any]
+    p: float | None = None
+    steps: int | None = None
+    seed: int | None = None
+    projection: str = "none"
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    imported: dict[str, Any] | None = None
 
     @property
     def timesteps(self) -> TimestepRange:

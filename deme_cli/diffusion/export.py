@@ -215,6 +215,10 @@ _LICENCE = """\
 Unknown: the weights inherit the terms of the model they started from and of the training images.
 Fill this in, here and in the lines at the top, before you share it."""
 
+_IMPORTED = (
+    "Elsewhere, before `deme import` took the weights; how is not known here. They came from:"
+)
+
 _CAVEATS = {
     "merged": """\
 - A merged model is not the ensemble of its experts: it may gain less, or lose. No quality is
@@ -267,9 +271,13 @@ def model_card(record: DenoiserRecord, path: Path) -> str:
         told = list(_merge_parts(record))
     if isinstance(record, ExpertRecord):
         facts |= {"fingerprint of the base": record.base,
-                  "range of timesteps": record.timesteps, "p": record.p, "updates": record.steps,
-                  "seed": record.seed, "projection": record.projection}  # fmt: skip
-        told = ["## Training\n\n" + _block({**record.training, "data": record.data})]
+                  "range of timesteps": record.timesteps}  # fmt: skip
+        if record.imported:
+            told = ["## Training\n\n" + _IMPORTED + "\n\n" + _block(record.imported)]
+        else:
+            facts |= {"p": record.p, "updates": record.steps, "seed": record.seed,
+                      "projection": record.projection}  # fmt: skip
+            told = ["## Training\n\n" + _block({**record.training, "data": record.data})]
     parts = [
         "\n".join(front),
         f"# {path.stem}",

@@ -161,7 +161,7 @@ class MergePlan:
     def images(self) -> DataConfig:
         """The run's images, or those that all experts were trained on."""
         images = self.run.settings(DataConfig)
-        sources = {expert.record.data.get("source") for expert in self.inputs.experts}
+        sources = {expert.record.data.get("source") for expert in self.inputs.experts} - {None}
         source = images.source or (sources.pop() if len(sources) == 1 else None)
         if not source:
             raise ConfigError("no images to search with: set [data] source in deme.toml")

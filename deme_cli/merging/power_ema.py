@@ -91,7 +91,7 @@ def snapshots_of(records: Sequence[ExpertRecord]) -> list[Snapshot]:
                     f"{_name(records[0])} and {_name(record)} are not of one run: {key} is "
                     f"{first.get(key)!r} and {other.get(key)!r}; an EMA length needs one run"
                 )
-    return [(record.steps, record.training["ema_gamma"]) for record in records]
+    return [(record.steps or 0, record.training["ema_gamma"]) for record in records]
 
 
 def _name(record: ExpertRecord) -> str:

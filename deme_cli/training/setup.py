@@ -269,11 +269,13 @@ def _require_same_settings(plan: Plan, base: BaseRecord) -> None:
     from deme_cli.diffusion.backbones import backbone_of
 
     record, images = read_record(plan.output, "expert"), plan.images
+    anew = "add --force to train all ranges anew, or move it away"
+    if record.imported:
+        raise ConfigError(f"{plan.output} exists, imported and not trained here; {anew}")
     data = open_images(
         images.source, shape=(3, 8, 8), split="train", wants=backbone_of(base.model_config).wants,
         captions=images.captions, keep=False,
     )  # fmt: skip
-    anew = "add --force to train all ranges anew, or move it away"
     if data.fingerprint != record.data.get("fingerprint"):
         raise ConfigError(
             f"{plan.output} exists, trained on other images or captions ({record.data['source']}) "
