@@ -35,7 +35,54 @@ assert "_answers" not in dir(torch._dynamo) and torch._dynamo.disable.__module__
 assert torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
 """
 
+ADAPTERS_WAIT = """
+import sys
+from deme_cli.deferred import _Waiting, defer_imports
+defer_imports()
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.hooks import layerwise_casting
+from diffusers.training_utils import EMAModel
+from diffusers.utils import USE_PEFT_BACKEND
+from transformers import CLIPTextModel
+
+small = dict(block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1,
+    cross_attention_dim=4, attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+network = UNet2DConditionModel(8, 4, 4, **small)
+Accelerator(cpu=True).prepare(network)
+network(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 2, 4))
+loaded = {name for name in sys.modules if name.split(".")[0] == "peft"}
+assert USE_PEFT_BACKEND and loaded <= {
+    "peft", "peft.helpers", "peft.tuners", "peft.tuners.tuners_utils"}, loaded
+assert isinstance(sys.modules["peft"], _Waiting)
+
+before = layerwise_casting.BaseTunerLayer, layerwise_casting.disable_input_dtype_casting
+assert not isinstance(network, before[0])
+import peft
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+assert peft.tuners.tuners_utils.BaseTunerLayer is BaseTunerLayer is not before[0]
+assert issubclass(LoraLayer, BaseTunerLayer) and not isinstance(sys.modules["peft"], _Waiting)
+assert peft.PeftModel.__module__ == "peft.peft_model" and "_answers" not in dir(peft)
+network.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+assert layers and all(isinstance(layer, before[0]) for layer in layers)
+with before[1](network):
+    assert not layers[0].cast_input_dtype_enabled
+assert layers[0].cast_input_dtype_enabled
+"""
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_peft_waits_until_a_network_has_an_adapter_and_is_then_itself() -> None:
+    run(ADAPTERS_WAIT)
+
 
 def test_packages_wait_until_they_are_asked_and_are_then_themselves() -> None:
-    done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(WAITS)
