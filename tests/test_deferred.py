@@ -48,7 +48,8 @@ from diffusers.utils import USE_PEFT_BACKEND
 from transformers import CLIPTextModel
 
 small = dict(block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1,
-    cross_attention_dim=4, attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    cross_attention_dim=4, attention_head_dim=2,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
 network = UNet2DConditionModel(8, 4, 4, **small)
 Accelerator(cpu=True).prepare(network)
