@@ -1,7 +1,7 @@
 """From images to features: Inception as clean-fid runs it, CLIP's visual tower, any TorchScript.
 
 B batch, C channels (1 or 3), H x W pixels, d features. Images come as uint8 (B, H, W, C); grey
-ones are repeated to three channels, and clean-fid's own resizers bring each to the network's size.
+ones are repeated to three channels; each is resized as clean-fid resizes, by Pillow or torch.
 Features go out as float64 (B, d), computed in float32. clean-fid prints, downloads and warns on its
 own: here it is kept from all three, and its networks read the files that we chose. Nothing is
 unpickled but tensors.
@@ -37,16 +37,17 @@ from deme_cli.sampling.sampler import Shares
 CLIP_MODEL = "ViT-B-32-quickgelu"  # OpenAI trained with QuickGELU
 CLIP_SIZE = 224
 Network = Callable[[Tensor], Tensor]  # float32 (B, 3, H, W) in [0, 255] -> (B, d)
-Resizer = Callable[[np.ndarray], np.ndarray]  # one image (H, W, 3) -> (H', W', 3)
+Resizer = Callable[[np.ndarray], np.ndarray]  # uint8 (B, H, W, C) -> (B, C, H', W')
+INCEPTION_SIZE = (299, 299)
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A loaded feature network, and what brings an image to its size: None where it goes as is."""
+    """A loaded feature network, and what brings images to its size: None where they go as is."""
 
     weights: FeatureWeights
     network: Network
-    resize_image: Resizer | None
+    resize: Resizer | None
     device: torch.device
     batch_size: int = 128
 
@@ -65,10 +66,8 @@ class Extractor:
 
     @torch.inference_mode()
     def _forward(self, images: np.ndarray) -> np.ndarray:
-        if self.resize_image is not None:
-            coloured = np.broadcast_to(images, (*images.shape[:3], 3))
-            images = map_images(self.resize_image, coloured)
-        x = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2)
+        x = self.resize(images) if self.resize else images.transpose(0, 3, 1, 2)
+        x = torch.from_numpy(np.require(x, requirements=["C", "W"])).to(self.device)
         x = x.float().expand(-1, 3, -1, -1).contiguous()
         try:
             with full_float32(self.device):
@@ -133,15 +132,13 @@ def open_extractor(
 
     Inception goes to its last pooling, with the normalisation of clean-fid's resize mode.
     """
-    place, path, resize_image = choose_device(device), weights.path, None
+    place, path = choose_device(device), weights.path
     network: Network
+    resize: Resizer | None = None
     if weights.family == "inception" and weights.resize != "legacy_tensorflow":
-        with quiet_clean_fid():
-            from cleanfid.resize import build_resizer
-
-            resize_image = build_resizer(weights.resize)
+        resize = resize_clean if weights.resize == "clean" else resize_bilinear
     if weights.family == "clip":
-        network, resize_image = _load_clip(path, device)
+        network, resize = _load_clip(path, device)
     elif weights.resize == "legacy_pytorch":
         inception = _load_pytorch_inception(path).to(place)
         network = lambda x: inception(x / 255)[0]  # noqa: E731
@@ -156,7 +153,7 @@ def open_extractor(
                     f"of images to features goes with --features FILE"
                 )
             network = lambda x: script.layers((x - 128) / 128)  # noqa: E731
-    return Extractor(weights, network, resize_image, place, batch_size)
+    return Extractor(weights, network, resize, place, batch_size)
 
 
 def _load_pytorch_inception(path: Path) -> nn.Module:
@@ -200,10 +197,37 @@ def _load_clip(path: Path, device: str) -> tuple[Network, Resizer]:
         for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     )
     steps = Compose([Resize(CLIP_SIZE, InterpolationMode.BICUBIC), CenterCrop(CLIP_SIZE)])
-    return (
-        lambda x: tower((x / 255 - mean) / std),
-        lambda image: np.asarray(steps(Image.fromarray(image))),
-    )
+
+    def resize(images: np.ndarray) -> np.ndarray:
+        coloured = np.broadcast_to(images, (*images.shape[:3], 3))
+        resized = map_images(lambda image: np.asarray(steps(Image.fromarray(image))), coloured)
+        return resized.transpose(0, 3, 1, 2)
+
+    return lambda x: tower((x / 255 - mean) / std), resize
+
+
+def resize_clean(images: np.ndarray) -> np.ndarray:
+    """Bicubic with antialiasing, each channel in float32: clean-fid's `clean` (Parmar et al. 2022).
+
+    Straight into one array, where clean-fid copies each image four times.
+    """
+    resized = np.empty((len(images), images.shape[3], *INCEPTION_SIZE), np.float32)
+
+    def fill(place: tuple[int, ...]) -> None:
+        index, channel = place
+        plane = Image.fromarray(images[index, :, :, channel].astype(np.float32))
+        resized[place] = plane.resize(INCEPTION_SIZE, Image.Resampling.BICUBIC)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(fill, np.ndindex(*resized.shape[:2])))
+    return resized.clip(0, 255, out=resized)
+
+
+def resize_bilinear(images: np.ndarray) -> np.ndarray:
+    """Bilinear without antialiasing, as pytorch-fid and clean-fid's `legacy_pytorch`."""
+    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
+    x = nn.functional.interpolate(x, INCEPTION_SIZE, mode="bilinear", align_corners=False)
+    return x.numpy()
 
 
 def map_images(change: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:

@@ -16,10 +16,13 @@ from deme_cli.artifacts import StatisticsRecord, write_artifact
 from deme_cli.data.images import open_images
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.evaluation.features import (
+    Resizer,
     full_float32,
     load_extractor,
     look_at,
     quiet_clean_fid,
+    resize_bilinear,
+    resize_clean,
 )
 from deme_cli.evaluation.references import (
     DIGITS_PATH,
@@ -50,6 +53,18 @@ def clean_fid_features(folder: Path, network: object, mode: str) -> np.ndarray:
     return fid.get_folder_features(
         str(folder), network, num_workers=0, batch_size=2, device="cpu", mode=mode, verbose=False
     )
+
+
+@pytest.mark.parametrize("resize", [resize_clean, resize_bilinear])
+def test_images_are_resized_as_clean_fid_resizes_them_to_the_last_bit(resize: Resizer) -> None:
+    from cleanfid.resize import build_resizer
+
+    mode = "clean" if resize is resize_clean else "legacy_pytorch"
+    images = np.random.default_rng(0).integers(0, 256, (3, 17, 400, 3), dtype=np.uint8)
+    with quiet_clean_fid():
+        expected = np.stack([build_resizer(mode)(image) for image in images])
+    assert (resize(images) == expected.transpose(0, 3, 1, 2)).all()
+    np.testing.assert_allclose(resize(images[..., :1]), resize(images)[:, :1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow"])

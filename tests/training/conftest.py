@@ -114,9 +114,9 @@ def digits_run(digits_base: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     def make(config: FinetuneConfig, text: str = "2/4", **own: object) -> Run:
         choice = parse_range(text, 100)
         return Run(
-            load_denoiser(digits_base), choice, train, held_out if config.held_out else None, flip=False,
-            config=config, output=tmp_path_factory.mktemp("run") / f"ft_{choice.label}.safetensors",
-            **own,
+            load_denoiser(digits_base), choice, train, held_out if config.held_out else None,
+            flip=False, config=config, **own,
+            output=tmp_path_factory.mktemp("run") / f"ft_{choice.label}.safetensors",
         )  # fmt: skip
 
     return make
