@@ -66,6 +66,15 @@ WRITERS: dict[str, Callable[[str], tuple]] = {
     "task-vector": lambda out: ("task-vector", EXPERTS[0], "-o", out),
     "split": lambda out: ("split", "digits", "-o", out),
 }
+RUN_FILES = {
+    "torn.toml": ("[finetune", "not valid TOML"),
+    "p.toml": ("[finetune]\np = 2.0", "p = 2.0"),
+    "past.toml": (
+        '[split]\nranges = ["0:50", "50:2000"]',
+        "50:2000 needs 0 <= start < stop <= 100",
+    ),
+    "empty.toml": ('[split]\nranges = ["0:50", "50:20"]', "50:20"),
+}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -105,6 +114,8 @@ def bad_folder(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         (folder / "out").mkdir(exist_ok=True)
         (folder / "out" / name).write_text("")
     (folder / "none").mkdir()
+    for name, (text, _) in RUN_FILES.items():
+        (folder / name).write_text(text)
     (folder / "loop").symlink_to("loop")
     (folder / "images").mkdir()
     for index in range(3):
@@ -189,6 +200,8 @@ def rows() -> Iterator[tuple[int, str, tuple]]:
         ("nan,0,0,0", "expected finite numbers"),
     ):  # fmt: skip
         yield 2, words, ("merge", *EXPERTS, "-w", text)
+    for name, (_, words) in RUN_FILES.items():
+        yield 2, words, (*TUNE, "--range", "2/2", "--config", name)
     for arguments in (
         FINETUNE, ("task-vector", *EXPERTS), ("merge", *EXPERTS), BASE,
         ("ensemble-sample", *EXPERTS), ("eval", "--fid", "digits"),
@@ -228,36 +241,32 @@ def test_it_is_refused_in_one_line(
     refuse(exit_code, words, *arguments)
 
 
-def test_a_wrong_run_file_is_named_where_it_is_wrong(
-    refuse: Callable[..., None], bad_folder: Path
+EARLY = (
+    "finetune --range 1/2 --dtype=fp23", "merge x --device=toaster", "sample x --dtype=fp23",
+    "stats x -o y --device=toaster", "ensemble-sample x --dtype=fp23", "eval --dtype=fp23",
+    "split nowhere", "split a/b", "split base.safetensors -o x -n 0", "merge --show nowhere",
+    "split base.safetensors -o x -n 101", "report --output report.pdf", "compare nowhere",
+    "inspect text.safetensors", "analyze losses --data digits --split test",
+    "analyze gradients --data digits --buckets 1", "analyze landscape --data digits --points 2",
+    "analyze activations base.safetensors --data digits", "analyze task-vectors base.safetensors",
+)  # fmt: skip
+
+
+def test_what_names_headers_and_settings_tell_is_said_before_torch_is_loaded(
+    bad_folder: Path,
 ) -> None:
-    path = bad_folder / "deme.toml"
-    for text, words in (
-        ("[finetune", "not valid TOML"),
-        ('[split]\nranges = ["0:50", "50:2000"]', "50:2000 needs 0 <= start < stop <= 100"),
-        ('[split]\nranges = ["0:50", "50:20"]', "50:20"),
-        ("[finetune]\np = 2.0", "p = 2.0"),
-    ):
-        path.write_text(text)
-        refuse(2, words, *TUNE, "--range", "2/2")
-    path.unlink()
-
-
-def test_precision_and_device_are_checked_before_torch_is_loaded(tmp_path: Path) -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from deme_cli.app import app\n"
-        "for words in ('finetune --range 1/2', 'merge x', 'sample x', 'stats x -o y',"
-        " 'ensemble-sample x', 'eval --fid digits'):\n"
-        "    for option in ('--dtype=fp23', '--device=toaster'):\n"
-        "        done = CliRunner().invoke(app, [*words.split(), option])\n"
-        "        assert getattr(done.exception, 'exit_code', done.exit_code) == 2, done.exception\n"
-        "print(sorted({'torch', 'numpy', 'diffusers'} & set(sys.modules)))"
+        f"for words in {EARLY}:\n"
+        "    done = CliRunner().invoke(app, words.split())\n"
+        "    assert getattr(done.exception, 'exit_code', 1) > 1, (words, done.exception)\n"
+        "    assert 'torch' not in sys.modules, words"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=bad_folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
-    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_a_full_disk_is_told_and_nothing_is_written(

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from deme_cli import console
-from deme_cli.commands.options import Json, Quiet
+from deme_cli.commands.options import command, flag
 from deme_cli.config import FinetuneConfig, SampleConfig
 from deme_cli.console import Step
 from deme_cli.errors import ConfigError, writing
@@ -29,25 +29,22 @@ QUICK = {"steps": 4, "candidates": 20, "num": 80, "repeats": 3, "buckets": 8, "d
 FULL_METHOD = "with one of weight 1, as in the paper: ensemble 2.36, merged 2.72"
 
 
+@command()
 def demo(
     context: typer.Context,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to make and work in.")
-    ] = Path("deme-demo"),
+    output: Annotated[Path, flag("--output -o", "Folder to make and work in.")] = Path("deme-demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="A trial run in a minute; its figures mean nothing.")
+        bool, flag("--quick", "A trial run in a minute; its figures mean nothing.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Work in a folder that exists, replacing its files.")
+        bool, flag("--force", "Work in a folder that exists, replacing its files.")
     ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: bool = False,
 ) -> None:
     """Split, finetune, merge and measure the embedded digits model; ends in a table and a picture.
 
     Example: deme demo
     """
-    console.set_quiet(quiet)
     if output.exists() and not force:
         raise ConfigError(f"{output} exists; add --force to work in it, or choose another --output")
     with writing(output):
@@ -107,12 +104,12 @@ def _train_experts_beside_control(steps: int) -> None:
     }
     outputs = {"experts": EXPERTS, "control": ["control.safetensors"]}
     processes = []
-    for label, command in commands.items():
-        console.note(f"\n$ deme {command}      # {label}, both at once")
+    for label, line in commands.items():
+        console.note(f"\n$ deme {line}      # {label}, both at once")
         curves = [metrics_path(Path(name)) for name in outputs[label]]
         for curve in curves:
             curve.unlink(missing_ok=True)
-        processes.append(RangeProcess(label, [*shlex.split(command), "--quiet"], curves))
+        processes.append(RangeProcess(label, [*shlex.split(line), "--quiet"], curves))
     with console.showing() as progress:
         for done in run_jobs(processes, at_once=len(processes)):
             detail = "  ".join(f"{label} {step}" for label, step in done.items())

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import deme_cli
 from deme_cli import console
-from deme_cli.commands.options import Json, Quiet, begin
+from deme_cli.commands.options import command
+from deme_cli.run_file import read_run_file
 
 
-def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
+@command()
+def doctor(as_json: bool = False) -> None:
     """List the libraries, the device, and the files that runs need: there or missing, whence.
 
     In a run's folder also the parts of the pipeline (VAE, text encoders) that its base needs.
 
     Example: deme doctor
     """
-    import deme_cli
-
-    found = deme_cli.take_inventory(begin(None, quiet=quiet))
+    found = deme_cli.take_inventory(read_run_file(None))
     console.note("  ".join(f"{k} {version or 'MISSING'}" for k, version in found.versions.items()))
     console.note("device " + "  ".join(f"{key} {value}" for key, value in found.device.items()))
     for item in found.items:
@@ -35,11 +36,5 @@ def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
             {**asdict(item), "present": bool(item.path), "path": item.path and str(item.path)}
             for item in found.items
         ]
-        console.result_json(
-            {
-                "versions": found.versions,
-                "device": found.device,
-                "cache": str(found.cache),
-                "items": items,
-            }
-        )
+        facts = {"versions": found.versions, "device": found.device, "cache": str(found.cache)}
+        console.result_json({**facts, "items": items})

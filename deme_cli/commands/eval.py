@@ -5,62 +5,42 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
-
+import deme_cli
 from deme_cli import console
-from deme_cli.commands.options import (
-    Compile,
-    ConfigPath,
-    Device,
-    DryRun,
-    Dtype,
-    Force,
-    Given,
-    Json,
-    OptionsOf,
-    Pipeline,
-    Quiet,
-    begin,
-    takes_settings,
-)
+from deme_cli.commands.options import Given, OptionsOf, argument, command, flag
 from deme_cli.config import EvalConfig, SampleConfig
-from deme_cli.distributed import meet
+from deme_cli.distributed import joined
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.protocols import describe_cards, settings_under_protocol
 from deme_cli.files import require_output, write_whole
 
-if TYPE_CHECKING:
-    from deme_cli import Evaluation, Figure
 
-
-@takes_settings
+@command("pipeline config device dtype compile force dry_run", meets=True)
 def evaluate(
-    models: Annotated[list[str] | None, typer.Argument(
-        metavar="MODEL|EXPERT|SAMPLES", show_default=False,
-        help="Artifacts, diffusers folders, hub ids, folders of images. Experts that cover all "
-        "timesteps are one row. Without any: base, experts and merged of this folder.",
-    )] = None,
-    *,
     given: Annotated[Given, OptionsOf(EvalConfig, without=("batch_size",))],
     of_sampling: Annotated[Given, OptionsOf(SampleConfig, without=("num", "batch_size", "seed"))],
-    weights: Annotated[Path | None, typer.Option(
-        "--weights", help="File of the Inception or CLIP features.", show_default=False,
+    common: Given,
+    models: Annotated[list[str] | None, argument(
+        "MODEL|EXPERT|SAMPLES",
+        "Artifacts, diffusers folders, hub ids, folders of images. Experts that cover all "
+        "timesteps are one row. Without any: base, experts and merged of this folder.",
     )] = None,
-    max_fid: Annotated[float | None, typer.Option(
-        "--max-fid", help="Largest distance allowed; exit code 6 if a row has more.",
+    weights: Annotated[
+        Path | None, flag("--weights", "File of the Inception or CLIP features.")
+    ] = None,
+    max_fid: Annotated[float | None, flag(
+        "--max-fid", "Largest distance allowed; exit code 6 if a row has more.",
     )] = None,
-    batch_size: Annotated[int | None, typer.Option(
-        "--batch-size", "-b", show_default=False,
-        help="Images denoised, and images looked at, per forward; does not change the images.",
+    batch_size: Annotated[int | None, flag(
+        "--batch-size -b",
+        "Images denoised, and images looked at, per forward; does not change the images.",
     )] = None,
-    output: Annotated[Path | None, typer.Option(
-        "--output", "-o", help="Write the JSON document to a file, too.",
-    )] = None,
-    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
-    dtype: Dtype = "fp32", compile: Compile = "auto", force: Force = False,
-    dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
+    output: Annotated[
+        Path | None, flag("--output -o", "Write the JSON document to a file, too.")
+    ] = None,
+    as_json: bool = False,
 ) -> None:  # fmt: skip
     """Measure images of models: distances to reference images, CLIP score.
 
@@ -70,22 +50,17 @@ def evaluate(
 
     Example: deme eval base.safetensors merged.safetensors --fid digits -n 2000 --repeats 3
     """
-    import deme_cli
-
-    console.set_quiet(quiet)
-    world = meet(device)
-    run = begin(config, quiet=quiet)
+    run, force, dry_run = common["run"], common.pop("force"), common["dry_run"]
     size = {"batch_size": batch_size}
     settings, sampling = settings_under_protocol(run, {**given, **size}, {**of_sampling, **size})
     if max_fid is not None and not settings.fid:
         raise ConfigError("--max-fid needs --fid")
-    if output is not None and world.is_first:
+    if output is not None and joined().is_first:
         require_output(output, force=force)
     with console.showing() as progress:
         measured = deme_cli.evaluate(
-            models or (), settings, sampling=sampling, weights=weights, run=run, pipeline=pipeline,
-            device=device, dtype=dtype, compile=compile, dry_run=dry_run, progress=progress,
-        )  # fmt: skip
+            models or (), settings, sampling=sampling, weights=weights, progress=progress, **common
+        )
     if dry_run and measured is not None and as_json:
         rows = [{"name": name} for name in measured.kinds]
         console.result_json({"dry_run": True, "rows": rows, "protocol": settings.protocol})
@@ -101,10 +76,10 @@ def evaluate(
             console.result_paths([output], as_json=False)
         if max_fid is not None:
             measured.require_at_most(max_fid)
-    world.wait()  # nobody ends well where the gate does not open
+    joined().wait()  # nobody ends well where the gate does not open
 
 
-def _show(measured: Evaluation) -> None:
+def _show(measured: deme_cli.Evaluation) -> None:
     """The table on stderr, and under it what its figures depend on."""
     figures = measured.figures
     first = next(iter(figures))
@@ -135,7 +110,7 @@ def _show(measured: Evaluation) -> None:
         )
 
 
-def _values(figures: Sequence[Figure]) -> list[str]:
+def _values(figures: Sequence[deme_cli.Figure]) -> list[str]:
     """A column of figures with their standard deviation over repeats."""
     known = [figure.sd for figure in figures if figure.sd]
     digits = console.decimals(known or [figure.value for figure in figures], 2 if known else 4)
@@ -145,7 +120,7 @@ def _values(figures: Sequence[Figure]) -> list[str]:
     ]
 
 
-def _differences(figures: Sequence[Figure], *, has_room: bool) -> list[str]:
+def _differences(figures: Sequence[deme_cli.Figure], *, has_room: bool) -> list[str]:
     """A column of differences to the first row; their interval where the terminal has room."""
     differences = [figure.difference for figure in figures]
     digits = console.decimals([one.sd for one in differences if one], 2)

@@ -5,39 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+import deme_cli
 from deme_cli import console
 from deme_cli.artifacts import read_record
-from deme_cli.commands.options import Force, Json, Pipeline, Quiet
-
-Merged = Annotated[
-    Path,
-    typer.Argument(
-        metavar="MERGED", help="A merged artifact; a base or an expert also.", show_default=False
-    ),
-]
-Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The pipeline folder to write.", show_default=False)
-]
+from deme_cli.commands.options import Given, argument, command
 
 
+@command("pipeline force")
 def export(
-    merged: Merged,
-    folder: Folder,
-    pipeline: Pipeline = None,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    merged: Annotated[Path, argument("MERGED", "A merged artifact; a base or an expert also.")],
+    folder: Annotated[Path, argument("DIR", "The pipeline folder to write.")],
+    common: Given,
+    as_json: bool = False,
 ) -> None:
     """Write a diffusers pipeline folder with a model card, and check it against the artifact.
 
     Example: deme export merged.safetensors my-ddpm
     """
-    import deme_cli as deme
-
-    console.set_quiet(quiet)
-    check = deme.export(merged, folder, pipeline=pipeline, force=force)
+    check = deme_cli.export(merged, folder, **common)
     console.note(
         f"check: the pipeline, loaded again, differs from {merged} by at most "
         f"{check.max_difference:.3g} at timesteps {', '.join(map(str, check.timesteps))} (float32)"

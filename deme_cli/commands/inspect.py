@@ -6,33 +6,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
+import deme_cli
 from deme_cli import console
-from deme_cli.commands.options import Json, Quiet
-
-Files = Annotated[
-    list[Path], typer.Argument(metavar="FILE", help="Artifacts of any kind.", show_default=False)
-]
-Verify = Annotated[
-    bool, typer.Option("--verify", help="Recompute each fingerprint; exit 4 if one differs.")
-]
+from deme_cli.commands.options import argument, command, flag
 
 _MOST_LINES, _WIDTH = 40, 92  # of a fact with many parts; columns of what is nested in one
 _NOTHING: tuple[Any, ...] = (None, {}, [], ())
 _UNSHOWN = ("created_by", "fingerprint", "model_config", "scheduler_config", "prompts")
 
 
+@command()
 def inspect(
-    files: Files, verify: Verify = False, as_json: Json = False, quiet: Quiet = False
+    files: Annotated[list[Path], argument("FILE", "Artifacts of any kind.")],
+    verify: Annotated[
+        bool, flag("--verify", "Recompute each fingerprint; exit 4 if one differs.")
+    ] = False,
+    as_json: bool = False,
 ) -> None:
     """Show kind, size, fingerprint, range, norms, parents and coefficients of artifacts.
 
     Example: deme inspect --verify base.safetensors
     """
-    import deme_cli
-
-    console.set_quiet(quiet)
     with console.showing() as progress:
         artifacts = [
             {

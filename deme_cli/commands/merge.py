@@ -6,89 +6,47 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
-
+import deme_cli
 from deme_cli import console
-from deme_cli.commands.options import (
-    Base,
-    ConfigPath,
-    Device,
-    DryRun,
-    Dtype,
-    Force,
-    Given,
-    Json,
-    OptionsOf,
-    Quiet,
-    begin,
-    flags_of,
-    takes_settings,
-)
+from deme_cli.commands.options import Given, OptionsOf, argument, command, flag, flags_of
 from deme_cli.config import MergeConfig, parse_numbers
-from deme_cli.distributed import ALONE, meet, only_first
+from deme_cli.distributed import joined, meet, only_first
 from deme_cli.errors import ConfigError
-
-if TYPE_CHECKING:
-    from deme_cli import MergeResult, ShownSearch
-    from deme_cli.merging.journal import Trial
+from deme_cli.merging.journal import Trial
 
 _SHOWN = 10  # trials of each stage
 _OF_SEARCH = ("objective", "grid", "num", "steps", "seed", "evaluations")
 _OF_ROWS = ("objective", "num", "steps")  # what a report alone reads as well
 
 
-@takes_settings
+@command("base config device dtype force dry_run")
 def merge(
-    experts: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="EXPERT|VECTOR...", help="Experts or task vectors of one base.",
-            show_default=False,
-        ),
-    ] = None, *,
     given: Annotated[Given, OptionsOf(MergeConfig)],
-    coefficients_for: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB=w1,w2,...", show_default=False,
-            help="Other coefficients for the tensors whose names match, as in "
-            "'mid_block.*=0.5,0,0,1'; may be repeated, the first match counts.",
-        ),
-    ] = None,
-    ema_length: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel="Method", show_default=False,
-            help="The arguments are snapshots of one run's power-function averages: combine them "
-            "into the average of this relative length (EDM2, post-hoc EMA).",
-        ),
-    ] = None,
-    show: Annotated[
-        Path | None,
-        typer.Option(
-            help="Print and draw the trials of a search, by its journal or merged file, and stop.",
-            show_default=False,
-        ),
-    ] = None,
-    replay: Annotated[
-        Path | None,
-        typer.Option(
-            help="Build a merged file again from its experts, bit for bit, and stop.",
-            show_default=False,
-        ),
-    ] = None,
-    base: Base = None,
+    common: Given,
+    experts: Annotated[list[Path] | None, argument(
+        "EXPERT|VECTOR...", "Experts or task vectors of one base."
+    )] = None,
+    coefficients_for: Annotated[list[str] | None, flag(
+        "--coefficients-for", "Other coefficients for the tensors whose names match, as in "
+        "'mid_block.*=0.5,0,0,1'; may be repeated, the first match counts.",
+        metavar="GLOB=w1,w2,...",
+    )] = None,
+    ema_length: Annotated[float | None, flag(
+        "--ema-length", "The arguments are snapshots of one run's power-function averages: combine "
+        "them into the average of this relative length (EDM2, post-hoc EMA).", "Method",
+    )] = None,
+    show: Annotated[Path | None, flag(
+        "--show", "Print and draw the trials of a search, by its journal or merged file, and stop.",
+    )] = None,
+    replay: Annotated[Path | None, flag(
+        "--replay", "Build a merged file again from its experts, bit for bit, and stop.",
+    )] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help=r"Artifact to write \[default: merged.safetensors].",
-            show_default=False,
-        ),
+        Path | None, flag("--output -o", "Artifact to write [default: merged.safetensors].")
     ] = None,
-    config: ConfigPath = None, device: Device = "auto", dtype: Dtype = "fp32",
-    force: Force = False, dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
+    as_json: bool = False,
 ) -> None:  # fmt: skip
     """Merge experts or task vectors into one model of the base's size (Eq. 8).
 
@@ -98,24 +56,20 @@ def merge(
 
     Example: deme merge ft_*.safetensors --search grid
     """
-    import deme_cli
-
-    run = begin(config, quiet=quiet)
-    world = ALONE  # known before the settings are, so that one process speaks of what is wrong
+    run, dry_run = common["run"], common["dry_run"]
     wanted = given["search"] or run.tables.get("merge", {}).get("search", MergeConfig.search)
     if wanted == "none" or given["coefficients"] or dry_run or show or replay:
-        only_first()
+        only_first()  # known before the settings are, so that one process speaks of what is wrong
     else:
-        world = meet(device)
+        common["device"] = meet(common["device"]).device or common["device"]
     if dry_run and (show or replay):
         raise ConfigError("--dry-run goes with a merge, not with --show or --replay")
     if show is not None:
         _show_search(deme_cli.show_search(show), as_json=as_json)
         return
     if replay is not None:
-        built = deme_cli.replay(
-            replay, output, experts=experts or [], base=base, run=run, force=force
-        )
+        of_files = {name: common[name] for name in ("base", "run", "force")}
+        built = deme_cli.replay(replay, output, experts=experts or [], **of_files)
         fingerprint = built.record.fingerprint
         console.note(f"{built.path}: equal to {replay}, fingerprint {fingerprint[:12]}")
         console.result_paths(
@@ -131,9 +85,7 @@ def merge(
     with console.showing() as progress:
         merged = deme_cli.merge(
             experts, settings, coefficients_for=_parse_coefficients_for(coefficients_for or []),
-            ema_length=ema_length, base=base, output=target, run=run,
-            device=world.device or device, dtype=dtype, force=force, world=world, dry_run=dry_run,
-            progress=progress,
+            ema_length=ema_length, output=target, world=joined(), progress=progress, **common,
         )  # fmt: skip
     if merged.is_written:
         _show_merged(merged, as_json=as_json)
@@ -174,7 +126,7 @@ def _require_use(settings: MergeConfig, given: Mapping[str, Any]) -> None:
             raise ConfigError(f"{flags_of(item)[0]} belongs to {what}")
 
 
-def _show_search(search: ShownSearch, *, as_json: bool) -> None:
+def _show_search(search: deme_cli.ShownSearch, *, as_json: bool) -> None:
     """The trials of a search, and the best so far: `--show`."""
     done = [trial for trial in search.trials if trial.is_done]
     console.note(
@@ -200,7 +152,7 @@ def _show_search(search: ShownSearch, *, as_json: bool) -> None:
     )  # fmt: skip
 
 
-def _show_stage(search: ShownSearch, stage: int) -> None:
+def _show_stage(search: deme_cli.ShownSearch, stage: int) -> None:
     """The best trials of a stage as a table, below them the base and the mean with their places; of
     groups their mean."""
     groups = search.search["groups"]
@@ -223,7 +175,7 @@ def _show_stage(search: ShownSearch, stage: int) -> None:
         )  # fmt: skip
 
 
-def _show_merged(merged: MergeResult, *, as_json: bool) -> None:
+def _show_merged(merged: deme_cli.MergeResult, *, as_json: bool) -> None:
     """The merged file, what it was made of, the files beside it, and what it is worth."""
     record, search = merged.record, merged.record.search
     if merged.search:

@@ -1,4 +1,4 @@
-"""Options that several commands share, as `Annotated` aliases, and what all of them do first.
+"""How a function becomes a command: its options, those that commands share, and what comes first.
 
 Most options are settings: the table of settings says what they are called, what they mean and where
 `--help` lists them, and a command takes them all in one parameter.
@@ -18,10 +18,12 @@ import typer
 
 from deme_cli import console
 from deme_cli.config import COMPILE, DTYPES, ModelConfig, Settings
+from deme_cli.distributed import meet
 from deme_cli.errors import ConfigError
-from deme_cli.run_file import RunFile, read_run_file
+from deme_cli.run_file import read_run_file
 
-Given = dict[str, Any]  # values of settings, by name; None where an option was not given
+Given = dict[str, Any]  # values of options by name; of a setting None where it was not given
+Function = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -43,46 +45,15 @@ class OptionsOf:
             if is_named and item.metadata["option"]:
                 kind: Any = str if item.metadata["parse"] else kinds[item.name]
                 is_listed = not self.listed or item.name in self.listed
-                one = option(self.config, item.name, listed=is_listed)
+                one = Annotated[kind | None, option(self.config, item.name, listed=is_listed)]
                 flag = flags_of(item)[0].partition("/")[0].removeprefix("--").replace("-", "_")
-                found[item] = inspect.Parameter(
-                    flag, inspect.Parameter.KEYWORD_ONLY, default=None,
-                    annotation=Annotated[kind | None, one],
-                )  # fmt: skip
+                found[item] = _parameter(flag, one, None)
         return found
 
 
-def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command say `given: Annotated[Given, OptionsOf(FinetuneConfig)]` for all its options.
-
-    Typer sees an option for each setting in place of such a parameter. Raises ConfigError for a
-    text that cannot be read.
-    """
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, dict[Field[Any], inspect.Parameter]] = {}
-    taken: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        if group := [extra for extra in get_args(hints[name]) if isinstance(extra, OptionsOf)]:
-            groups[name] = group[0].parameters()
-            taken += groups[name].values()
-        else:
-            taken.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
-
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        for name, group in groups.items():
-            given = {item: values.pop(parameter.name) for item, parameter in group.items()}
-            values[name] = {
-                item.name: parse(value, flags_of(item)[0])
-                if value is not None and (parse := item.metadata["parse"])
-                else value
-                for item, value in given.items()
-            }
-        command(**values)
-
-    run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]  # what Typer reads
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
-    return run
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
 def flags_of(item: Field[Any]) -> list[str]:
@@ -100,53 +71,100 @@ def option(config: type[Settings], name: str, *, listed: bool = True) -> Any:
         text += f" ({', '.join(item.metadata['choices'])})"
     if item.default not in (None, MISSING, "") and not isinstance(item.default, bool):
         text += f" [default: {item.default}]"
-    text = text.replace("[", r"\[")  # else rich takes [default: 4] for markup
-    panels = [title for title, names in config.PANELS.items() if name in names.split()]
-    return typer.Option(
-        *flags_of(item), help=f"{text[0].upper()}{text[1:]}.", show_default=False,
-        rich_help_panel=panels[0] if panels else None, hidden=not listed,
+    panels = (title for title, names in config.PANELS.items() if name in names.split())
+    return flag(
+        " ".join(flags_of(item)), f"{text[0].upper()}{text[1:]}.", next(panels, None),
+        show_default=False, hidden=not listed,
     )  # fmt: skip
 
 
-def common(*flags: str, help: str, takes: str = "", default: bool = True) -> Any:
-    """An option that commands have in common; `takes` is a pattern, checked before torch loads."""
+def flag(flags: str, help: str, panel: str | None = None, **more: Any) -> Any:
+    """A Typer option of these flags, separated by spaces; more: as Typer calls it."""
+    help = help.replace("[", r"\[")  # else rich takes [default: 4] for markup
+    return typer.Option(*flags.split(), help=help, rich_help_panel=panel, **more)
 
-    def check(value: Any) -> Any:
-        if takes and not re.fullmatch(takes, value):
+
+def argument(metavar: str, help: str) -> Any:
+    return typer.Argument(metavar=metavar, help=help.replace("[", r"\["))
+
+
+def _one_of(flags: str, help: str, pattern: str) -> Any:
+    """An option that is checked before torch loads, by a pattern."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
             expected = help.rpartition(": ")[2].rstrip(".")
-            raise ConfigError(f"{flags[0]} {value}: expected {expected}")
+            raise ConfigError(f"{flags} {value}: expected {expected}")
         return value
 
-    return typer.Option(
-        *flags, help=help, callback=check, rich_help_panel="Common", show_default=default
-    )
+    return flag(flags, help, "Common", callback=check)
 
 
-ConfigPath = Annotated[
-    Path | None,
-    common("--config", help=r"The deme.toml to read \[default: ./deme.toml].", default=False),
-]
-_DEVICES, _PRECISION = "auto, cpu, cuda, cuda:i or mps.", f"Precision: {', '.join(DTYPES)}."
+# What commands have in common: an option's type, and its value where it is not given.
+_BASE = "Their base [default: that of deme.toml, or beside them]."
+_CONFIG = "The deme.toml to read [default: ./deme.toml]."
+_DEVICE = _one_of("--device", "auto, cpu, cuda, cuda:i or mps.", r"auto|cpu|mps|cuda(:\d+)?")
+_DTYPE = _one_of("--dtype", f"Precision: {', '.join(DTYPES)}.", "|".join(DTYPES))
 _COMPILE = "torch.compile: on, off, or auto (on GPUs, for long work)."
-Device = Annotated[str, common("--device", help=_DEVICES, takes=r"auto|cpu|mps|cuda(:\d+)?")]
-Dtype = Annotated[str, common("--dtype", help=_PRECISION, takes="|".join(DTYPES))]
-Compile = Annotated[str, common("--compile", help=_COMPILE, takes="|".join(COMPILE))]
-Pipeline = Annotated[str | None, option(ModelConfig, "pipeline")]
-Base = Annotated[
-    Path | None,
-    common(
-        "--base", help=r"Their base \[default: that of deme.toml, or beside them].", default=False
-    ),
-]
-Force = Annotated[bool, common("--force", help="Replace an existing output.")]
-Json = Annotated[bool, common("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, common("--quiet", "-q", help="Only results and errors.")]
-DryRun = Annotated[
-    bool, common("--dry-run", help="Check everything, say what would run, and stop.")
-]
+_JSON = "Print one JSON document on stdout."
+_DRY_RUN = "Check everything, say what would run, and stop."
+COMMON: dict[str, tuple[Any, Any]] = {
+    "base": (Annotated[Path | None, flag("--base", _BASE, "Common")], None),
+    "pipeline": (Annotated[str | None, option(ModelConfig, "pipeline")], None),
+    "config": (Annotated[Path | None, flag("--config", _CONFIG, "Common")], None),
+    "device": (Annotated[str, _DEVICE], "auto"),
+    "dtype": (Annotated[str, _DTYPE], "fp32"),
+    "compile": (Annotated[str, _one_of("--compile", _COMPILE, "|".join(COMPILE))], "auto"),
+    "force": (Annotated[bool, flag("--force", "Replace an existing output.", "Common")], False),
+    "dry_run": (Annotated[bool, flag("--dry-run", _DRY_RUN, "Common")], False),
+    "as_json": (Annotated[bool, flag("--json", _JSON, "Common")], False),
+    "quiet": (Annotated[bool, flag("--quiet -q", "Only results and errors.", "Common")], False),
+}  # fmt: skip
 
 
-def begin(config: Path | None, *, quiet: bool) -> RunFile:
-    """What every command does first: mind --quiet, read deme.toml."""
-    console.set_quiet(quiet)
-    return read_run_file(config)
+def command(common: str = "", *, meets: bool = False) -> Callable[[Function], Function]:
+    """Make a function a command that Typer reads.
+
+    It gets, besides what it declares: for `given: Annotated[Given, OptionsOf(FinetuneConfig)]` all
+    these options in one; in `common` the options that are named here, by their names in COMMON, as
+    verbs take them, with the deme.toml as `run` in place of `config`; and `as_json`. meets: the
+    other processes of a launch come first. Raises ConfigError for a text that cannot be read.
+    """
+
+    def wrap(function: Function) -> Function:
+        hints = get_type_hints(function, include_extras=True)
+        groups: dict[str, dict[Field[Any], inspect.Parameter]] = {}
+        taken: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(function).parameters.items():
+            if group := [extra for extra in get_args(hints[name]) if isinstance(extra, OptionsOf)]:
+                groups[name] = group[0].parameters()
+                taken += groups[name].values()
+            elif name not in ("common", "as_json"):
+                taken.append(_parameter(name, hints[name], parameter.default))
+        taken += [_parameter(name, *COMMON[name]) for name in (*names, "as_json", "quiet")]
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            console.set_quiet(values.pop("quiet"))
+            if meets:
+                meet(values["device"])
+            if names:
+                values["common"] = shared = {name: values.pop(name) for name in names}
+                if "config" in shared:
+                    shared["run"] = read_run_file(shared.pop("config"))
+            for name, group in groups.items():
+                given = {item: values.pop(parameter.name) for item, parameter in group.items()}
+                values[name] = {
+                    item.name: parse(value, flags_of(item)[0])
+                    if value is not None and (parse := item.metadata["parse"])
+                    else value
+                    for item, value in given.items()
+                }
+            function(**values)
+
+        run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]  # Typer reads it
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
+        return run
+
+    names = common.split()
+    return wrap

@@ -5,27 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+import deme_cli
 from deme_cli import console
-from deme_cli.commands.options import Force, Json, Quiet
-
-_OUTPUT = r"HTML file to write \[default: report.html in FOLDER]."
-_TITLE = r"Title of the page \[default: the folder's name]."
-_ONE = {"searches": "search"}
+from deme_cli.commands.options import Given, argument, command, flag
 
 
+@command("force")
 def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="The folder that deme worked in.")
-    ] = Path("."),
+    common: Given,
+    folder: Annotated[Path, argument("FOLDER", "The folder that deme worked in.")] = Path("."),
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help=_OUTPUT, show_default=False)
+        Path | None, flag("--output -o", "HTML file to write [default: report.html in FOLDER].")
     ] = None,
-    title: Annotated[str | None, typer.Option("--title", help=_TITLE, show_default=False)] = None,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    title: Annotated[
+        str | None, flag("--title", "Title of the page [default: the folder's name].")
+    ] = None,
+    as_json: bool = False,
 ) -> None:
     """Make one HTML file of a run folder: tables, protocols, curves, search, figures, samples.
 
@@ -33,19 +28,17 @@ def report(
 
     Example: deme report --title "Digits, four experts"
     """
-    import deme_cli
-
-    console.set_quiet(quiet)
-    made = deme_cli.report(folder, output=output, title=title, force=force)
+    made = deme_cli.report(folder, output=output, title=title, **common)
     counts = {name: count for name, count in made.counts.items() if count}
-    told = [f"{n} {_ONE.get(name, name[:-1]) if n == 1 else name}" for name, n in counts.items()]
+    ones = {"searches": "search"}
+    told = [f"{n} {ones.get(name, name[:-1]) if n == 1 else name}" for name, n in counts.items()]
     console.note(f"{folder}: {', '.join(told)}")
-    for what, command in made.missing:
-        console.note(f"not there: {what} ({command})")
+    for what, line in made.missing:
+        console.note(f"not there: {what} ({line})")
     for name, reason in made.unread.items():
         console.warn(f"{name}: not shown: {reason}")
     console.result_paths(
         [made.path], as_json=as_json, bytes=made.num_bytes, sections=made.counts,
-        missing=[{"what": what, "command": command} for what, command in made.missing],
+        missing=[{"what": what, "command": line} for what, line in made.missing],
         unread=[{"name": name, "reason": reason} for name, reason in made.unread.items()],
     )  # fmt: skip

@@ -4,61 +4,36 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
-
+import deme_cli
 from deme_cli import console
-from deme_cli.commands.options import (
-    Compile,
-    ConfigPath,
-    Device,
-    DryRun,
-    Dtype,
-    Force,
-    Given,
-    Json,
-    OptionsOf,
-    Pipeline,
-    Quiet,
-    begin,
-    option,
-    takes_settings,
-)
+from deme_cli.commands.options import Given, OptionsOf, argument, command, flag, option
 from deme_cli.config import EvalConfig, SampleConfig
-from deme_cli.distributed import meet
 from deme_cli.errors import ConfigError
 from deme_cli.evaluation.protocols import apply_protocol, find_protocol
 from deme_cli.run_file import RunFile
 from deme_cli.sampling.sample import ENSEMBLE_NAME
 
-if TYPE_CHECKING:
-    from deme_cli import Images
-
-Prompt = Annotated[
-    str | None,
-    typer.Option("--prompt", help="One prompt for all images.", rich_help_panel="What is shown",
-                 show_default=False),
-]  # fmt: skip
+_COMMON = "pipeline config device dtype compile force dry_run"
+_OUTPUT = "A .safetensors artifact, or a folder for PNG files"
+Prompt = Annotated[str | None, flag("--prompt", "One prompt for all images.", "What is shown")]
 Protocol = Annotated[str | None, option(EvalConfig, "protocol")]
-OUTPUT_HELP = "A .safetensors artifact, or a folder for PNG files"
 
 
-@takes_settings
+@command(_COMMON, meets=True)
 def sample(
-    model: Annotated[str, typer.Argument(
-        metavar="MODEL", help="An artifact, a diffusers folder, a hub id, or digits.",
-        show_default=False,
+    model: Annotated[str, argument(
+        "MODEL", "An artifact, a diffusers folder, a hub id, or digits."
     )],
     given: Annotated[Given, OptionsOf(SampleConfig)],
+    common: Given,
     prompt: Prompt = None,
     protocol: Protocol = None,
-    output: Annotated[Path | None, typer.Option(
-        "--output", "-o", help=rf"{OUTPUT_HELP} \[default: {{model}}-samples.safetensors].",
-    )] = None,
-    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
-    dtype: Dtype = "fp32", compile: Compile = "auto", force: Force = False,
-    dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
+    output: Annotated[
+        Path | None, flag("--output -o", f"{_OUTPUT} [default: {{model}}-samples.safetensors].")
+    ] = None,
+    as_json: bool = False,
 ) -> None:  # fmt: skip
     """Draw images from one model; run the same command again to continue.
 
@@ -68,35 +43,23 @@ def sample(
 
     Example: deme sample merged.safetensors -n 64
     """
-    import deme_cli
-
-    console.set_quiet(quiet)
-    meet(device)
-    run = begin(config, quiet=quiet)
-    settings = _settings(run, given, prompt=prompt, protocol=protocol)
+    settings = _settings(common["run"], given, prompt=prompt, protocol=protocol)
     with console.showing() as progress:
-        images = deme_cli.sample(
-            model, settings, output=output, run=run, pipeline=pipeline, device=device, dtype=dtype,
-            compile=compile, force=force, dry_run=dry_run, progress=progress,
-        )  # fmt: skip
-    _tell(images, dry_run=dry_run, as_json=as_json)
+        images = deme_cli.sample(model, settings, output=output, progress=progress, **common)
+    _tell(images, dry_run=common["dry_run"], as_json=as_json)
 
 
-@takes_settings
+@command(_COMMON, meets=True)
 def ensemble_sample(
-    experts: Annotated[list[Path], typer.Argument(
-        metavar="EXPERT...", help="Experts of one base whose ranges cover all timesteps.",
-        show_default=False,
+    experts: Annotated[list[Path], argument(
+        "EXPERT...", "Experts of one base whose ranges cover all timesteps."
     )],
     given: Annotated[Given, OptionsOf(SampleConfig)],
+    common: Given,
     prompt: Prompt = None,
     protocol: Protocol = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help=f"{OUTPUT_HELP}.")
-    ] = Path(ENSEMBLE_NAME),
-    pipeline: Pipeline = None, config: ConfigPath = None, device: Device = "auto",
-    dtype: Dtype = "fp32", compile: Compile = "auto", force: Force = False,
-    dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False,
+    output: Annotated[Path, flag("--output -o", f"{_OUTPUT}.")] = Path(ENSEMBLE_NAME),
+    as_json: bool = False,
 ) -> None:  # fmt: skip
     """Draw images from an ensemble of experts (Eq. 7); run the same command again to continue.
 
@@ -106,18 +69,12 @@ def ensemble_sample(
 
     Example: deme ensemble-sample ft_*.safetensors -n 64
     """
-    import deme_cli
-
-    console.set_quiet(quiet)
-    meet(device)
-    run = begin(config, quiet=quiet)
-    settings = _settings(run, given, prompt=prompt, protocol=protocol)
+    settings = _settings(common["run"], given, prompt=prompt, protocol=protocol)
     with console.showing() as progress:
         images = deme_cli.ensemble_sample(
-            experts, settings, output=output, run=run, pipeline=pipeline, device=device,
-            dtype=dtype, compile=compile, force=force, dry_run=dry_run, progress=progress,
-        )  # fmt: skip
-    _tell(images, dry_run=dry_run, as_json=as_json)
+            experts, settings, output=output, progress=progress, **common
+        )
+    _tell(images, dry_run=common["dry_run"], as_json=as_json)
 
 
 def _settings(
@@ -142,7 +99,7 @@ def _settings(
     return settings
 
 
-def _tell(images: Images, *, dry_run: bool, as_json: bool) -> None:
+def _tell(images: deme_cli.Images, *, dry_run: bool, as_json: bool) -> None:
     """What was drawn, or what would be."""
     card, (height, width, channels) = images.protocol, images.shape
     if not dry_run:

@@ -3,87 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
-
+import deme_cli
 from deme_cli import console
-from deme_cli.commands.options import (
-    DryRun,
-    Force,
-    Given,
-    Json,
-    OptionsOf,
-    Pipeline,
-    Quiet,
-    option,
-    takes_settings,
-)
+from deme_cli.commands.options import Given, OptionsOf, argument, command, flag, option
 from deme_cli.config import AFFINITY_NAME, CONFIG_NAME, DataConfig, ModelConfig, SplitConfig
 from deme_cli.run_file import RunFile
 
-if TYPE_CHECKING:
-    from deme_cli import SplitResult
 
-Model = Annotated[
-    str | None,
-    typer.Argument(metavar="MODEL", show_default=False,
-                   help="digits, a diffusers folder, a hub id, or a base or merged artifact "
-                        r"\[default: digits]."),
-]  # fmt: skip
-Data = Annotated[str | None, option(DataConfig, "source")]
-Gradients = Annotated[
-    Path | None,
-    typer.Option("--gradients", show_default=False,
-                 help="For --by gradient: what `deme analyze gradients` wrote "
-                      rf"\[default: {AFFINITY_NAME} in the output folder]."),
-]  # fmt: skip
-Variant = Annotated[
-    str | None,
-    typer.Option("--variant", show_default=False,
-                 help="Of a folder with several sets of weights: which, as fp16 or non_ema."),
-]  # fmt: skip
-Output = Annotated[
-    Path, typer.Option("--output", "-o", help=f"Folder for {CONFIG_NAME} and {ModelConfig.base}.")
-]
-
-
-@takes_settings
+@command("pipeline force dry_run")
 def split(
-    model: Model = None,
-    *,
     given: Annotated[Given, OptionsOf(SplitConfig, ("n", "by"))],
-    data: Data = None,
-    gradients: Gradients = None,
-    pipeline: Pipeline = None,
-    variant: Variant = None,
-    output: Output = Path("."),
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    common: Given,
+    model: Annotated[str | None, argument(
+        "MODEL", "digits, a diffusers folder, a hub id, or a base or merged artifact "
+        "[default: digits].",
+    )] = None,
+    data: Annotated[str | None, option(DataConfig, "source")] = None,
+    gradients: Annotated[Path | None, flag(
+        "--gradients", "For --by gradient: what `deme analyze gradients` wrote "
+        f"[default: {AFFINITY_NAME} in the output folder].",
+    )] = None,
+    variant: Annotated[str | None, flag(
+        "--variant", "Of a folder with several sets of weights: which, as fp16 or non_ema.",
+    )] = None,
+    output: Annotated[Path, flag(
+        "--output -o", f"Folder for {CONFIG_NAME} and {ModelConfig.base}."
+    )] = Path("."),
+    as_json: bool = False,
+) -> None:  # fmt: skip
     """Import a pretrained model and divide its timesteps into ranges, one expert each.
 
     Example: deme split digits -n 4
     """
-    import deme_cli as deme
-
-    console.set_quiet(quiet)
-    settings = RunFile().settings(SplitConfig, **given)
+    settings, dry_run = RunFile().settings(SplitConfig, **given), common["dry_run"]
     with console.showing() as progress:
         progress(console.Step(label="loading the libraries and the model"))
-        done = deme.split(
-            model, settings, data=data, gradients=gradients, pipeline=pipeline, variant=variant,
-            output=output, force=force, dry_run=dry_run,
+        done = deme_cli.split(
+            model, settings, data=data, gradients=gradients, variant=variant, output=output,
+            **common,
         )  # fmt: skip
-    _show(done)
-    paths = [] if dry_run else [done.base, done.config]
-    console.result_paths(paths, as_json=as_json, dry_run=dry_run, **done.facts)
-
-
-def _show(done: SplitResult) -> None:
-    """What was read, and the ranges with the signal-to-noise ratios at their ends."""
     record, facts, parts = done.record, done.facts, done.parts
     for assumed in facts["notes"]:
         console.warn(assumed)
@@ -105,3 +65,5 @@ def _show(done: SplitResult) -> None:
             for index, part in enumerate(parts, start=1)
         ],
     )  # fmt: skip
+    paths = [] if dry_run else [done.base, done.config]
+    console.result_paths(paths, as_json=as_json, dry_run=dry_run, **facts)

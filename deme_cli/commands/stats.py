@@ -5,50 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+import deme_cli
 from deme_cli import console
-from deme_cli.commands.options import (
-    ConfigPath,
-    Device,
-    Force,
-    Given,
-    Json,
-    OptionsOf,
-    Quiet,
-    begin,
-    takes_settings,
-)
+from deme_cli.commands.options import Given, OptionsOf, argument, command, flag
 from deme_cli.config import EvalConfig
-from deme_cli.distributed import meet
 from deme_cli.files import read_header
 
 
-@takes_settings
+@command("config device force", meets=True)
 def stats(
-    data: Annotated[str, typer.Argument(
-        metavar="DATA", show_default=False,
-        help="Images: a folder, parquet file, hub dataset id, samples, digits or cifar10.",
+    data: Annotated[str, argument(
+        "DATA", "Images: a folder, parquet file, hub dataset id, samples, digits or cifar10.",
     )],
     given: Annotated[Given, OptionsOf(EvalConfig, ("features", "resize", "batch_size"))],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The statistics artifact.")],
-    split: Annotated[str | None, typer.Option(
-        "--split", show_default=False,
-        help=r"train, test or all \[default: test for digits, train for cifar10, else all].",
+    common: Given,
+    output: Annotated[Path, flag("--output -o", "The statistics artifact.")],
+    split: Annotated[str | None, flag(
+        "--split",
+        "train, test or all [default: test for digits, train for cifar10, else all].",
     )] = None,
-    size: Annotated[int | None, typer.Option(
-        "--size", show_default=False,
-        help=r"Bring images to SIZE x SIZE pixels first, scaled and cropped \[default: their own "
-        r"size].",
+    size: Annotated[int | None, flag(
+        "--size", "Bring images to SIZE x SIZE pixels first, scaled and cropped [default: their "
+        "own size].",
     )] = None,
-    squeeze: Annotated[bool, typer.Option(
-        "--squeeze", help="Squeeze images to SIZE x SIZE without cropping (BK-SDM's COCO).",
+    squeeze: Annotated[bool, flag(
+        "--squeeze", "Squeeze images to SIZE x SIZE without cropping (BK-SDM's COCO).",
     )] = False,
-    weights: Annotated[Path | None, typer.Option(
-        "--weights", help="File of the Inception or CLIP weights.", show_default=False,
+    weights: Annotated[Path | None, flag(
+        "--weights", "File of the Inception or CLIP weights.",
     )] = None,
-    config: ConfigPath = None, device: Device = "auto", force: Force = False,
-    as_json: Json = False, quiet: Quiet = False,
+    as_json: bool = False,
 ) -> None:  # fmt: skip
     """Make reference statistics of images: mean and covariance of their features.
 
@@ -56,16 +42,11 @@ def stats(
 
     Example: deme stats digits -o digits-train.safetensors --split train
     """
-    import deme_cli
-
-    console.set_quiet(quiet)
-    meet(device)
-    run = begin(config, quiet=quiet)
-    settings = run.settings(EvalConfig, **given)
+    settings = common.pop("run").settings(EvalConfig, **given)
     with console.showing() as progress:
         made = deme_cli.reference_statistics(
             data, output, settings, split=split, size=size, squeeze=squeeze, weights=weights,
-            device=device, force=force, progress=progress,
+            progress=progress, **common,
         )  # fmt: skip
     if made is not None:
         num_features = read_header(output).tensors["mu"].num_elements

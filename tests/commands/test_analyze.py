@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,26 +133,6 @@ def test_bad_input_is_told_before_anything_runs(
     assert isinstance(result.exception, error), result.exception
     assert message in str(result.exception)
     assert sorted(Path().iterdir()) == before
-
-
-def test_what_headers_and_settings_tell_is_said_before_torch_is_loaded(spoilt_folder: Path) -> None:
-    late = ("midblock", "no plane", "another shape", "given twice", "none.safetensors")
-    early = [row for row in REFUSALS if not any(word in f"{row[1]} {row[3]}" for word in late)]
-    calls = [words(kind, text) for kind, text, *_ in early if kind != "losses" or "split" in text]
-    code = f"""if True:
-        import sys
-        from typer.testing import CliRunner
-        from deme_cli.app import app
-        for words in {calls}:
-            assert CliRunner().invoke(app, words).exit_code, words
-            assert "torch" not in sys.modules, words
-        fine = ["analyze", "task-vectors", "{FIRST}", "--dry-run"]
-        assert CliRunner().invoke(app, fine).exit_code == 0
-        assert "torch" not in sys.modules
-    """
-    assert len(calls) > 20
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_split_by_gradient_takes_the_measured_ranges(deme: Deme, run_folder: Path) -> None:

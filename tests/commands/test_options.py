@@ -13,33 +13,35 @@ import typer
 from typer.testing import CliRunner
 
 from deme_cli.app import COMMANDS, build
-from deme_cli.commands.options import Given, OptionsOf, takes_settings
+from deme_cli.commands.options import Given, OptionsOf, command
 from deme_cli.config import TABLES, EvalConfig, MergeConfig, SampleConfig
 from deme_cli.errors import OTHER_WORDS, ConfigError, closest
 
 seen: dict[str, Any] = {}
 
 
-@takes_settings
+@command()
 def merging(
     given: Annotated[Given, OptionsOf(MergeConfig)],
     own: Annotated[bool, typer.Option("--own")] = False,
+    as_json: bool = False,
 ) -> None:
     seen.update(given, own=own)
 
 
-@takes_settings
+@command()
 def measuring(
     of_rows: Annotated[Given, OptionsOf(EvalConfig, ("num", "resize"))],
     of_images: Annotated[Given, OptionsOf(SampleConfig, without=("num", "seed", "batch_size"))],
+    as_json: bool,
 ) -> None:
     seen.update(of_rows=of_rows, of_images=of_images)
 
 
-def call(command: Any, *words: str) -> dict[str, Any]:
+def call(tried: Any, *words: str) -> dict[str, Any]:
     seen.clear()
     app = typer.Typer()
-    app.command()(command)
+    app.command()(tried)
     outcome = CliRunner().invoke(app, words)
     if outcome.exception and not isinstance(outcome.exception, SystemExit):
         raise outcome.exception
@@ -77,13 +79,13 @@ def test_settings_of_two_tables_with_one_name_go_by_their_flags() -> None:
 
 
 def test_two_options_of_one_name_are_a_mistake_that_is_seen_at_once() -> None:
-    def command(
+    def twice(
         first: Annotated[Given, OptionsOf(EvalConfig, ("num",))],
         second: Annotated[Given, OptionsOf(SampleConfig, ("num",))],
     ) -> None: ...
 
     with pytest.raises(ValueError, match="duplicate parameter name"):
-        takes_settings(command)
+        command()(twice)
 
 
 def test_a_wrong_word_is_one_line_that_names_the_right_one(deme) -> None:

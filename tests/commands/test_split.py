@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -159,22 +157,6 @@ def test_what_cannot_be_split_is_told(deme: Deme, source: Path) -> None:
         assert isinstance(result.exception, error), result.exception
         assert message in str(result.exception)
         assert list(Path().iterdir()) == []
-
-
-def test_wrong_arguments_fail_before_torch_is_imported(source: Path) -> None:
-    wrong = [["nowhere"], ["a/b"], [str(source), "-n", "0"], [str(source), "-n", "101"]]
-    program = (
-        "import sys; from typer.testing import CliRunner; from deme_cli.app import app\n"
-        f"for words in {wrong}: print(CliRunner().invoke(app, ['split', *words]).exception)\n"
-        "print([name for name in ('torch', 'diffusers') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    *said, imported = done.stdout.splitlines()
-    assert imported == "[]"
-    for line, word in zip(said, ("nowhere", "a/b", "n = 0", "into 101 ranges"), strict=True):
-        assert word in line
 
 
 def test_every_setting_is_in_the_run_file_and_can_be_switched_on(tmp_path: Path) -> None:
