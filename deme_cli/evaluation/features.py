@@ -66,8 +66,8 @@ class Extractor:
 
     @torch.inference_mode()
     def _forward(self, images: np.ndarray) -> np.ndarray:
-        x = self.resize(images) if self.resize else images.transpose(0, 3, 1, 2)
-        x = torch.from_numpy(np.require(x, requirements=["C", "W"])).to(self.device)
+        resized = self.resize(images) if self.resize else images.transpose(0, 3, 1, 2)
+        x = torch.from_numpy(np.require(resized, requirements=["C", "W"])).to(self.device)
         x = x.float().expand(-1, 3, -1, -1).contiguous()
         try:
             with full_float32(self.device):
@@ -216,7 +216,7 @@ def resize_clean(images: np.ndarray) -> np.ndarray:
     def fill(place: tuple[int, ...]) -> None:
         index, channel = place
         plane = Image.fromarray(images[index, :, :, channel].astype(np.float32))
-        resized[place] = plane.resize(INCEPTION_SIZE, Image.Resampling.BICUBIC)
+        resized[place] = np.asarray(plane.resize(INCEPTION_SIZE, Image.Resampling.BICUBIC))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, np.ndindex(*resized.shape[:2])))

@@ -64,7 +64,7 @@ def test_images_are_resized_as_clean_fid_resizes_them_to_the_last_bit(resize: Re
     with quiet_clean_fid():
         expected = np.stack([build_resizer(mode)(image) for image in images])
     assert (resize(images) == expected.transpose(0, 3, 1, 2)).all()
-    np.testing.assert_allclose(resize(images[..., :1]), resize(images)[:, :1], rtol=1e-5)
+    np.testing.assert_allclose(resize(images[..., :1]), resize(images)[:, :1], atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow"])
