@@ -216,6 +216,25 @@ def layout_of(tensors: Mapping[str, Any]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
 
 
+SAVE_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
+def cast_specs(specs: Iterable[TensorSpec], save_dtype: str | None) -> list[TensorSpec]:
+    """`specs` with their floating-point tensors in a dtype of SAVE_DTYPES; None for as they are.
+
+    Raises ConfigError for another name.
+    """
+    if save_dtype is None:
+        return list(specs)
+    if save_dtype not in SAVE_DTYPES:
+        raise ConfigError(f"save_dtype {save_dtype!r}: expected {', '.join(SAVE_DTYPES)}")
+    floats, code = ("F64", *SAVE_DTYPES.values()), SAVE_DTYPES[save_dtype]
+    return [
+        TensorSpec(spec.name, code if spec.dtype in floats else spec.dtype, spec.shape)
+        for spec in specs
+    ]
+
+
 def tensor_bytes(tensor: torch.Tensor | np.ndarray) -> memoryview:
     """The little-endian bytes of a tensor, without a copy where it is contiguous on the CPU."""
     import numpy as np

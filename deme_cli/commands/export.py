@@ -11,7 +11,7 @@ from deme_cli.artifacts import read_record
 from deme_cli.commands.options import Given, argument, command
 
 
-@command("pipeline force")
+@command("pipeline save_dtype force")
 def export(
     merged: Annotated[Path, argument("MERGED", "A merged artifact; a base or an expert also.")],
     folder: Annotated[Path, argument("DIR", "The pipeline folder to write.")],

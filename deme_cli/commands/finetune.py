@@ -13,13 +13,13 @@ from deme_cli.distributed import joined
 from deme_cli.errors import ConfigError
 
 LISTED = (  # of the settings; the others are options as well, and have their sentence in deme.toml
-    "p", "steps", "batch_size", "accumulation", "lr", "lr_schedule", "warmup", "consistency",
+    "p", "steps", "batch_size", "accumulation", "lr", "lr_schedule", "consistency",
     "projection", "loss_weighting", "multitask", "checkpoint_every",
     "gradient_checkpointing", "seed", "source", "resolution",
 )  # fmt: skip
 
 
-@command("pipeline config device dtype compile force dry_run", meets=True)
+@command("pipeline config device dtype save_dtype compile force dry_run", meets=True)
 def finetune(
     range: Annotated[
         str, flag("--range", "i/N, start:stop, 1/1 (the plain control), or all.")

@@ -21,7 +21,7 @@ _OF_SEARCH = ("objective", "grid", "num", "steps", "seed", "evaluations")
 _OF_ROWS = ("objective", "num", "steps")  # what a report alone reads as well
 
 
-@command("base config device dtype force dry_run")
+@command("base config device dtype save_dtype force dry_run")
 def merge(
     given: Annotated[Given, OptionsOf(MergeConfig)],
     common: Given,

@@ -91,8 +91,8 @@ def argument(metavar: str, help: str) -> Any:
 def _one_of(flags: str, help: str, pattern: str) -> Any:
     """An option that is checked before torch loads, by a pattern."""
 
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
+    def check(value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(pattern, value):
             expected = help.rpartition(": ")[2].rstrip(".")
             raise ConfigError(f"{flags} {value}: expected {expected}")
         return value
@@ -105,6 +105,7 @@ _BASE = "Their base [default: that of deme.toml, or beside them]."
 _CONFIG = "The deme.toml to read [default: ./deme.toml]."
 _DEVICE = _one_of("--device", "auto, cpu, cuda, cuda:i or mps.", r"auto|cpu|mps|cuda(:\d+)?")
 _DTYPE = _one_of("--dtype", f"Precision: {', '.join(DTYPES)}.", "|".join(DTYPES))
+_SAVED = f"Of the weights in the file, else as they come: {', '.join(DTYPES)}."
 _COMPILE = "torch.compile: on, off, or auto (on GPUs, for long work)."
 _JSON = "Print one JSON document on stdout."
 _DRY_RUN = "Check everything, say what would run, and stop."
@@ -114,6 +115,9 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "config": (Annotated[Path | None, flag("--config", _CONFIG, "Common")], None),
     "device": (Annotated[str, _DEVICE], "auto"),
     "dtype": (Annotated[str, _DTYPE], "fp32"),
+    "save_dtype": (
+        Annotated[str | None, _one_of("--save-dtype", _SAVED, "|".join(DTYPES))], None
+    ),
     "compile": (Annotated[str, _one_of("--compile", _COMPILE, "|".join(COMPILE))], "auto"),
     "force": (Annotated[bool, flag("--force", "Replace an existing output.", "Common")], False),
     "dry_run": (Annotated[bool, flag("--dry-run", _DRY_RUN, "Common")], False),

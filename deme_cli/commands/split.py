@@ -12,7 +12,7 @@ from deme_cli.config import AFFINITY_NAME, CONFIG_NAME, DataConfig, ModelConfig,
 from deme_cli.run_file import RunFile
 
 
-@command("pipeline force dry_run")
+@command("pipeline save_dtype force dry_run")
 def split(
     given: Annotated[Given, OptionsOf(SplitConfig, ("n", "by"))],
     common: Given,

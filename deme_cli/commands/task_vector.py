@@ -10,7 +10,7 @@ from deme_cli import console
 from deme_cli.commands.options import Given, argument, command, flag
 
 
-@command("base config force")
+@command("base config save_dtype force")
 def task_vector(
     experts: Annotated[list[Path], argument("EXPERT", "Experts of one base.")],
     common: Given,

@@ -1,9 +1,10 @@
 """Models from outside: a diffusers pipeline folder, a bare unet folder, a hub id, an artifact.
 
 One door for what `deme split` imports and for any MODEL argument. Weights come out under the names
-of the installed diffusers (it renames the attention layers of old checkpoints), in float32; T and
-the noise schedule are the checkpoint's own. Pickled weights are read with `weights_only=True`
-(diffusers' loader does), so that no code in them runs.
+of the installed diffusers (it renames the attention layers of old checkpoints), in the dtypes of
+the files (float8 as bfloat16, which holds it); T and the noise schedule are the checkpoint's own.
+Pickled weights are read with `weights_only=True` (diffusers' loader does), so that no code in them
+runs.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.backbones.backbone import Backbone
 from deme_cli.diffusion.denoiser import (
     GUESSED,
+    TORCH_DTYPES,
     Denoiser,
     assemble,
     build_network,
     load_denoiser,
     load_weights_into,
     require_finite,
+    stored_in,
 )
 from deme_cli.diffusion.model_files import (
     INDEX,
@@ -49,12 +52,12 @@ from deme_cli.diffusion.model_files import (
 from deme_cli.diffusion.projection import has_projections
 from deme_cli.diffusion.schedule import FLOW_SCHEDULER, read_schedule
 from deme_cli.errors import ArtifactError, MissingError
-from deme_cli.files import read_header
+from deme_cli.files import DTYPES, read_header
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A denoiser's float32 weights and their record; `notes` tell what was assumed."""
+    """A denoiser's weights and their record; `notes` tell what was assumed."""
 
     weights: dict[str, Tensor]
     record: BaseRecord
@@ -62,17 +65,26 @@ class ImportedModel:
 
 
 def import_model(
-    source: str, pipeline: str | None = None, variant: str | None = None
-) -> ImportedModel:
+    source: str, pipeline: str | None = None, variant: str | None = None,
+    save_dtype: str | None = None,
+) -> ImportedModel:  # fmt: skip
     """The model that `digits`, a diffusers folder, a hub id, or a base or merged artifact names.
 
-    pipeline: where its frozen parts are, if not there.   variant: of a folder's weights. Raises
-    MissingError where nothing is there, ArtifactError for what is broken or not supported.
+    pipeline: where its frozen parts are, if not there.   variant: of a folder's weights.
+    save_dtype: what to round them to. Raises MissingError where nothing is there, ArtifactError for
+    what is broken or not supported.
     """
     place = locate_model(source, variant)
     if place.is_dir():
-        return _import_folder(place, source, pipeline, variant)
-    return _import_artifact(place, source)
+        model = _import_folder(place, source, pipeline, variant)
+    else:
+        model = _import_artifact(place, source)
+    if save_dtype is None:
+        return model
+    weights = stored_in(model.weights, save_dtype, source)
+    return replace(
+        model, weights=weights, record=replace(model.record, fingerprint=fingerprint(weights))
+    )
 
 
 def open_denoiser(
@@ -219,5 +231,28 @@ def _load_network(
             raise ArtifactError(f"{folder}: the weights {what} {sorted(report[kind])[0]!r}")
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     require_finite(weights, str(folder / chosen.files[0]))
+    weights = _as_stored(weights, folder, chosen)
     config = {k: v for k, v in backbone.corrected(network.config).items() if not k.startswith("_")}
     return weights, json.loads(json.dumps({"_class_name": backbone.class_name, **config}))
+
+
+def _as_stored(weights: dict[str, Tensor], folder: Path, chosen: WeightSet) -> dict[str, Tensor]:
+    """float32 weights in the dtypes of their files again, those renamed in the widest of these."""
+    kinds: dict[str, torch.dtype] = {}
+    for name in chosen.files:
+        if chosen.ending == "safetensors":
+            specs = read_header(folder / name).tensors.values()
+            kinds |= {spec.name: getattr(torch, DTYPES[spec.dtype][1]) for spec in specs}
+        else:
+            pickled = torch.load(folder / name, map_location="meta", weights_only=True)
+            kinds |= {name: tensor.dtype for name, tensor in pickled.items()}
+    floats = [kind for kind in kinds.values() if kind.is_floating_point]
+    widest = max(floats, key=lambda kind: kind.itemsize, default=torch.float32)
+    return {name: tensor.to(_kept(kinds.get(name, widest))) for name, tensor in weights.items()}
+
+
+def _kept(stored: torch.dtype) -> torch.dtype:
+    """The dtype that weights stored in another are kept in: one that merges compute with."""
+    if stored.itemsize == 1:
+        return torch.bfloat16
+    return stored if stored in TORCH_DTYPES.values() else torch.float32

@@ -22,6 +22,7 @@ from deme_cli.diffusion.conditions import Conditions
 from deme_cli.diffusion.projection import attach_projections, backbone_of_network, has_projections
 from deme_cli.diffusion.schedule import Schedule, read_schedule
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
+from deme_cli.files import cast_specs
 
 Weights = Mapping[str, Tensor]
 GUESSED = (
@@ -113,6 +114,25 @@ def require_finite(weights: Weights, where: str) -> None:
                 f"{where}: {name!r} holds numbers that are not finite (NaN or Inf); get or make "
                 f"the weights anew"
             )
+
+
+def stored_in(weights: Weights, save_dtype: str | None, where: str) -> dict[str, Tensor]:
+    """Weights with their floating-point tensors rounded to `save_dtype`; None for as they are.
+
+    Raises NumericsError for the first tensor with a number that the dtype cannot hold, ConfigError
+    for a dtype that is none of SAVE_DTYPES.
+    """
+    cast_specs((), save_dtype)
+    if save_dtype is None:
+        return dict(weights)
+    kind, stored = TORCH_DTYPES[save_dtype], {}
+    for name, tensor in weights.items():
+        stored[name] = tensor.to(kind) if tensor.is_floating_point() else tensor
+        if not stored[name].isfinite().all() and tensor.isfinite().all():
+            raise NumericsError(
+                f"{where}: {name!r} is too large for {save_dtype}; use bf16 or fp32"
+            )
+    return stored
 
 
 def assemble(

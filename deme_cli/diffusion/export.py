@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
-from deme_cli.artifacts import DenoiserRecord, ExpertRecord, MergedRecord, read_record
+from deme_cli.artifacts import DenoiserRecord, ExpertRecord, MergedRecord, load_tensors, read_record
 from deme_cli.diffusion.model_files import INDEX, read_json, read_scheduler, silence_libraries
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError, writing
 from deme_cli.fetch import is_hub_id
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deme_cli.diffusion.companions import Companions
-    from deme_cli.diffusion.denoiser import Denoiser
+    from deme_cli.diffusion.denoiser import Denoiser, Weights
 
 LARGEST_DIFFERENCE = 1e-5
 _LATENT_SIDE = 32  # pixels of x_t for the check, at most: it is the weights that are compared
@@ -45,12 +45,14 @@ class ExportCheck:
 
 
 def export(
-    artifact: Path, folder: Path, *, pipeline: str | None = None, force: bool = False
-) -> ExportCheck:
+    artifact: Path, folder: Path, *, pipeline: str | None = None, save_dtype: str | None = None,
+    force: bool = False,
+) -> ExportCheck:  # fmt: skip
     """Write a diffusers pipeline folder with a model card; load it again and compare.
 
     artifact: a merged artifact, a base or an expert.   pipeline: where the frozen parts of a latent
-    model are; None for where it came from. Raises ArtifactError (block projections, another kind of
+    model are; None for where it came from.   save_dtype: of the denoiser's weights, None for the
+    artifact's own. Raises ArtifactError (block projections, another kind of
     artifact), ConfigError (the folder exists), MissingError, NumericsError if the denoiser, loaded
     again, does not give the same outputs; then nothing is written.
     """
@@ -72,17 +74,19 @@ def export(
     require_space(folder, artifact.stat().st_size)
 
     from deme_cli.diffusion.companions import open_companions
-    from deme_cli.diffusion.denoiser import load_denoiser
+    from deme_cli.diffusion.denoiser import assemble, stored_in
 
     silence_libraries()
-    companions, denoiser = open_companions(record, pipeline=pipeline), load_denoiser(artifact)
+    companions = open_companions(record, pipeline=pipeline)
+    weights = stored_in(load_tensors(artifact), save_dtype, str(artifact))
+    denoiser = assemble(record, weights, str(artifact))
     backbone = denoiser.backbone
     with writing(folder), _whole_folder(folder, force=force) as partial:
         if companions.folder is None:
-            _write_pixel_pipeline(denoiser, partial)
+            _write_pixel_pipeline(denoiser, weights, partial)
         else:
             companions.require_same()
-            _write_parts(denoiser, companions, companions.folder, partial)
+            _write_parts(denoiser, weights, companions, companions.folder, partial)
         (partial / "README.md").write_text(model_card(record, artifact), encoding="utf-8")
         kind = backbone.network_class
         check = compare(
@@ -130,7 +134,18 @@ def compare(denoiser: Denoiser, network: nn.Module) -> ExportCheck:
     return ExportCheck(largest, timesteps)
 
 
-def _write_pixel_pipeline(denoiser: Denoiser, target: Path) -> None:
+@contextmanager
+def _in_dtypes_of(weights: Weights, network: nn.Module) -> Iterator[None]:
+    """Inside, what is stored of the float32 `network` has the dtypes that `weights` have."""
+    own = network.state_dict(keep_vars=True)
+    for name, tensor in own.items():
+        tensor.data = tensor.data.to(weights[name].dtype)
+    yield
+    for tensor in own.values():
+        tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
+
+
+def _write_pixel_pipeline(denoiser: Denoiser, weights: Weights, target: Path) -> None:
     """DDIMPipeline for a DDIM checkpoint; anything else is sampled by DDPM, as it was trained."""
     from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 
@@ -138,7 +153,8 @@ def _write_pixel_pipeline(denoiser: Denoiser, target: Path) -> None:
 
     config = denoiser.record.scheduler_config
     kind: Any = DDIMPipeline if config.get("_class_name") == "DDIMScheduler" else DDPMPipeline
-    kind(denoiser.network, scheduler_of(config, DDPMScheduler)).save_pretrained(target)
+    with _in_dtypes_of(weights, denoiser.network):
+        kind(denoiser.network, scheduler_of(config, DDPMScheduler)).save_pretrained(target)
     if config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler"):
         _write_scheduler(config, target)
 
@@ -151,7 +167,9 @@ def _write_scheduler(config: Mapping[str, Any], target: Path) -> None:
     (folder / "scheduler_config.json").write_text(text, encoding="utf-8")
 
 
-def _write_parts(denoiser: Denoiser, companions: Companions, source: Path, target: Path) -> None:
+def _write_parts(
+    denoiser: Denoiser, weights: Weights, companions: Companions, source: Path, target: Path
+) -> None:
     """The pipeline's index and frozen parts as they are, with this denoiser in its place."""
     from deme_cli.diffusion.schedule import complete_config
 
@@ -174,7 +192,8 @@ def _write_parts(denoiser: Denoiser, companions: Companions, source: Path, targe
     index[backbone.part] = ["diffusers", backbone.class_name]
     index["scheduler"] = ["diffusers", config["_class_name"]]
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    network.save_pretrained(target / backbone.part)
+    with _in_dtypes_of(weights, network):
+        network.save_pretrained(target / backbone.part)
     is_same = complete_config(read_scheduler(source)[0]) == complete_config(config)
     if is_same and (source / "scheduler").is_dir():
         shutil.copytree(source / "scheduler", target / "scheduler")

@@ -22,12 +22,20 @@ import numpy as np
 from deme_cli.artifacts import ArtifactWriter, MergedRecord, Record, TaskVectorRecord
 from deme_cli.console import Progress, Step, silent
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
-from deme_cli.files import DTYPE_BYTES, Header, TensorSpec, require_output, require_space
+from deme_cli.files import (
+    DTYPE_BYTES,
+    Header,
+    TensorSpec,
+    cast_specs,
+    require_output,
+    require_space,
+)
 from deme_cli.merging.coefficients import Coefficients, block_name
 from deme_cli.merging.inputs import (
     COMPUTED_IN,
     INTEGERS,
     PROJECTION,
+    Expert,
     Inputs,
     find_base,
     is_projection,
@@ -61,13 +69,14 @@ _BLOCKS = 3  # buffers that go round: one is filled while others are written
 def merge_inputs(
     inputs: Inputs, coefficients: Coefficients | Sequence[float] | None, output: Path, *,
     method: MethodSettings = LINEAR, search: dict[str, Any] | None = None,
-    report: dict[str, Any] | None = None, like: Header | None = None,
+    report: dict[str, Any] | None = None, like: Header | None = None, save_dtype: str | None = None,
     advance: Advance = lambda done: None,
 ) -> MergedRecord:  # fmt: skip
     """Merge experts or task vectors with their base into `output` (Eq. 8), by any method.
 
     coefficients: None for 1/N each, and for a method that finds its own.   `search` and `report` go
-    into the record.   like: a merged file whose order of tensors is taken.   `advance` is told the
+    into the record.   like: a merged file whose order and dtypes of tensors are taken.
+    save_dtype: of floating-point tensors, None for those of the base.   `advance` is told the
     number of bytes written so far.
 
     Raises ArtifactError, ConfigError or NumericsError; then no output appears.
@@ -76,7 +85,8 @@ def merge_inputs(
     opened = open_method(inputs, method)
     terms = {spec.name: opened.terms(spec.name, given.of(spec.name)) for spec in inputs.specs}
     moves = any(terms[spec.name] != BASE for spec in inputs.projections)
-    layout = in_file_order(inputs.specs if moves else inputs.base.tensors.values())
+    specs = inputs.specs if moves else inputs.base.tensors.values()
+    layout = in_file_order(cast_specs(specs, save_dtype))
     if like is not None:
         if like.tensors.keys() != {spec.name for spec in layout}:
             raise ArtifactError(f"{like.path}: does not have the tensors of its base and parents")
@@ -153,8 +163,10 @@ def write_sums(
 
 def _fill(stream: TensorStream, terms: Terms, run: Run, start: int, out: np.ndarray) -> None:
     """Put sum_k c_k y_k of the elements of `run` from `start` on into the bytes `out`."""
-    if len(terms) == 1 and terms[0][1] == 1 and (stream.transform is None or terms == BASE):
-        stream.read(terms[0][0], run, start, out)  # bit for bit
+    source, c = terms[0] if len(terms) == 1 else (0, 0.0)
+    is_copy = c == 1 and (stream.transform is None or terms == BASE)
+    if is_copy and run.dtypes[source] == run.dtype:
+        stream.read(source, run, start, out)  # bit for bit
         return
     size = PIECE * DTYPE_BYTES[run.dtype]
     for offset in range(0, out.size, size):
@@ -212,12 +224,14 @@ class TaskVectors:
 
 def task_vector(
     experts: Sequence[Path], *, base: Path | None = None, output: Path | None = None,
-    run: RunFile | None = None, force: bool = False, progress: Progress = silent,
+    run: RunFile | None = None, save_dtype: str | None = None, force: bool = False,
+    progress: Progress = silent,
 ) -> TaskVectors:  # fmt: skip
     """Write each expert's task vector, tv_{i}of{N}.safetensors; measure norms and cosines.
 
     base: None for that of `run`, or the one beside the experts.   output: the folder; None for
-    beside each expert.
+    beside each expert.   save_dtype: of floating-point tensors; None for that of expert or base,
+    the wider one.
 
     Raises MissingError, ArtifactError (experts of another base), ConfigError (an output exists).
     """
@@ -227,12 +241,14 @@ def task_vector(
         (output or expert.path.parent) / f"tv_{expert.record.label}.safetensors"
         for expert in opened
     ]
-    num_bytes = sum(spec.num_bytes for spec in inputs.base.tensors.values())
+    layouts = [_difference_layout(inputs, expert, save_dtype) for expert in opened]
+    sizes = [sum(spec.num_bytes for spec in layout) for layout in layouts]
     for index, path in enumerate(paths):
         if path in paths[:index]:
             raise ConfigError(f"two experts would both be written to {path}; choose other folders")
         require_output(path, force=force)
-        require_space(path, num_bytes * sum(path.parent == other.parent for other in paths))
+        beside = (n for n, one in zip(sizes, paths, strict=True) if one.parent == path.parent)
+        require_space(path, sum(beside))
 
     def told(label: str, total: int, unit: str) -> Advance:
         return lambda done: progress(Step(done, total, label, unit))
@@ -240,8 +256,21 @@ def task_vector(
     size = inputs.base.num_parameters
     norms, cosines = measure(inputs, told("measuring", size, "parameter"))
     for index, path in enumerate(paths):
-        write_task_vector(inputs, index, norms[index], path, told(path.name, num_bytes, "byte"))
+        advance = told(path.name, sizes[index], "byte")
+        write_task_vector(inputs, index, norms[index], path, layout=layouts[index], advance=advance)
     return TaskVectors(paths, inputs, norms, cosines)
+
+
+def _difference_layout(
+    inputs: Inputs, expert: Expert, save_dtype: str | None = None
+) -> list[TensorSpec]:
+    """The tensors of a task vector: in `save_dtype`, else in the wider of the two dtypes."""
+    theirs = expert.header.tensors
+    wider = (
+        max(spec, theirs[spec.name], key=lambda one: DTYPE_BYTES[one.dtype])
+        for spec in inputs.specs
+    )
+    return in_file_order(cast_specs(wider, save_dtype))
 
 
 def block_of(name: str) -> str:
@@ -283,12 +312,13 @@ def measure(inputs: Inputs, advance: Advance = lambda done: None) -> tuple[Norms
 
 
 def write_task_vector(
-    inputs: Inputs, index: int, norms: dict[str, float], output: Path,
-    advance: Advance = lambda done: None,
+    inputs: Inputs, index: int, norms: dict[str, float], output: Path, *,
+    layout: list[TensorSpec] | None = None, advance: Advance = lambda done: None,
 ) -> TaskVectorRecord:  # fmt: skip
-    """Write tau of the expert number `index` into `output`, in the dtypes of the base.
+    """Write tau of the expert number `index` into `output`, with the tensors of `layout`.
 
-    Integers must be those of the base; their difference is zero. Raises ArtifactError if not.
+    layout: None for the wider dtype of base and expert, tensor by tensor.   Integers must be those
+    of the base; their difference is zero. Raises ArtifactError if not.
     """
     expert = inputs.experts[index]
     alone = Inputs(inputs.base, inputs.base_record, (expert,))
@@ -296,7 +326,7 @@ def write_task_vector(
     fields.pop("created_by")
     record = TaskVectorRecord(**fields, expert=expert.record.fingerprint, norms=norms)
     difference = {spec.name: ((1, 1.0), (0, -1.0)) for spec in alone.specs}
-    layout = in_file_order(alone.specs)
+    layout = layout or _difference_layout(inputs, expert)
     return write_sums(
         alone, difference, layout, record, output, is_difference=True, advance=advance
     )

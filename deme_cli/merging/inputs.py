@@ -174,7 +174,7 @@ def open_inputs(base: Path, experts: Sequence[Expert]) -> Inputs:
 
 
 def _require_same_tensors(first: Header, other: Header, *, projections: bool) -> None:
-    """Check names, dtypes and shapes of the projections, or of all but these."""
+    """Check names and shapes of the projections, or of all but these; dtypes but for floats."""
     left, right = (
         {name: spec for name, spec in header.tensors.items() if is_projection(name) == projections}
         for header in (first, other)
@@ -186,7 +186,8 @@ def _require_same_tensors(first: Header, other: Header, *, projections: bool) ->
         if name not in left:
             raise ArtifactError(f"{other.path}: has {name!r}, which {first.path} lacks{hint}")
         expected, found = left[name], right[name]
-        if (expected.dtype, expected.shape) != (found.dtype, found.shape):
+        is_float = expected.dtype in COMPUTED_IN and found.dtype in COMPUTED_IN
+        if expected.shape != found.shape or (expected.dtype != found.dtype and not is_float):
             raise ArtifactError(
                 f"{other.path}: {name!r} is {found.dtype} {list(found.shape)}, "
                 f"{first.path} has {expected.dtype} {list(expected.shape)}"

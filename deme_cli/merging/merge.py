@@ -70,8 +70,9 @@ def merge(
     experts: Sequence[Path], settings: MergeConfig | None = None, *,
     coefficients_for: Mapping[str, Sequence[float]] | None = None, ema_length: float | None = None,
     base: Path | None = None, output: Path = Path(MERGED_NAME), run: RunFile | None = None,
-    pipeline: str | None = None, device: str = "auto", dtype: str = "fp32", force: bool = False,
-    dry_run: bool = False, world: World = ALONE, progress: Progress = silent,
+    pipeline: str | None = None, device: str = "auto", dtype: str = "fp32",
+    save_dtype: str | None = None, force: bool = False, dry_run: bool = False, world: World = ALONE,
+    progress: Progress = silent,
 ) -> MergeResult:  # fmt: skip
     """theta + sum_i w_i tau_i of experts or task vectors of one base, as one artifact (Eq. 8).
 
@@ -81,8 +82,9 @@ def merge(
     coefficients_for: other coefficients by glob of tensor names.
     ema_length: take `experts` as snapshots of one run and make the average of that length (EDM2).
     base: None for that of `run`, or the one beside the experts.   run: the settings of a deme.toml,
-    of which a search reads images and sampling; the defaults without.   dry_run: check, and say
-    what would be done.   world: processes that share the trials of a search.
+    of which a search reads images and sampling; the defaults without.   save_dtype: of the merged
+    weights, None for that of the base.   dry_run: check, and say what would be done.   world:
+    processes that share the trials of a search.
 
     A search chooses the coefficients on one set of seeds and images and, unless `settings.report`
     is False, reports them on another: `record.search`, `record.report`.
@@ -96,7 +98,7 @@ def merge(
     plan = open_plan(
         experts, settings or run.settings(MergeConfig), run=run, output=output, force=force,
         base=base, fixed=coefficients_for, ema_length=ema_length, device=device, dtype=dtype,
-        pipeline=run.pipeline(pipeline),
+        save_dtype=save_dtype, pipeline=run.pipeline(pipeline),
     )  # fmt: skip
     given = None if plan.searches else plan.coefficients
     count = len(experts)
@@ -156,10 +158,10 @@ def _write(
 
         fill_caches(bench.examples, progress=progress)
         document = make_report(bench, given, soup, progress)
-    num_bytes = sum(spec.num_bytes for spec in plan.inputs.base.tensors.values())
     return merge_inputs(
         plan.inputs, given, plan.output, method=plan.method, search=origin, report=document,
-        advance=lambda done: progress(Step(done, num_bytes, "merging", "byte")),
+        save_dtype=plan.save_dtype,
+        advance=lambda done: progress(Step(done, plan.num_bytes, "merging", "byte")),
     )  # fmt: skip
 
 

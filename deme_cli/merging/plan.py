@@ -27,7 +27,7 @@ from deme_cli.evaluation.references import (
     find_reference,
     find_weights,
 )
-from deme_cli.files import require_output, require_space
+from deme_cli.files import cast_specs, require_output, require_space
 from deme_cli.merging.coefficients import (
     Coefficients,
     Grid,
@@ -64,7 +64,15 @@ class MergePlan:
     pipeline: str | None = None  # folder or hub id of the frozen parts
     device: str = "cpu"
     dtype: str = "fp32"
+    save_dtype: str | None = None  # of the merged weights; None for that of the base
     force: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the merged weights."""
+        return sum(
+            s.num_bytes for s in cast_specs(self.inputs.base.tensors.values(), self.save_dtype)
+        )
 
     @property
     def method(self) -> MethodSettings:
@@ -222,9 +230,9 @@ def open_plan(
     require_output(output, force=force)
     opened = open_experts(paths, "expert", "task-vector")
     inputs = open_inputs(find_base(opened, run, base), opened)
-    require_space(output, sum(spec.num_bytes for spec in inputs.base.tensors.values()))
     by_glob = {glob: tuple(values) for glob, values in (fixed or {}).items()}
     plan = MergePlan(run, inputs, settings, output, by_glob, force=force, **options)
+    require_space(output, plan.num_bytes)
     for is_wrong, message in _contradictions(plan):
         if is_wrong:
             raise ConfigError(message)

@@ -30,11 +30,13 @@ BLOCK = 8 * PIECE  # elements handed over to be written at once
 class Run:
     """Tensors of one dtype that lie side by side, in one order, in every file that has them.
 
-    begins: where the run begins in each file; None in a file that lacks it.
+    begins: where the run begins in each file; None in a file that lacks it.   dtypes: what it is
+    there, which may be another dtype than that of the specs.
     """
 
     specs: tuple[TensorSpec, ...]
     begins: tuple[int | None, ...]
+    dtypes: tuple[str, ...]
 
     @property
     def dtype(self) -> str:
@@ -72,17 +74,18 @@ def plan_runs(
     for spec in layout:
         places = [header.tensors.get(spec.name) for header in headers]
         begins = tuple(None if place is None else place.begin for place in places)
+        dtypes = tuple(spec.dtype if place is None else place.dtype for place in places)
         joins = (
             begins == ends
-            and spec.dtype == runs[-1].dtype
+            and (spec.dtype, dtypes) == (runs[-1].dtype, runs[-1].dtypes)
             and spec.dtype in COMPUTED_IN
             and group(spec) == group(runs[-1].specs[-1])
             and None not in begins
         )
         if joins:
-            runs[-1] = Run((*runs[-1].specs, spec), runs[-1].begins)
+            runs[-1] = Run((*runs[-1].specs, spec), runs[-1].begins, dtypes)
         else:
-            runs.append(Run((spec,), begins))
+            runs.append(Run((spec,), begins, dtypes))
         ends = tuple(None if place is None else place.end for place in places)
     return runs
 
@@ -127,7 +130,7 @@ class TensorStream:
         if begin is None:
             _fill_identity(run.specs[0], start, out)
             return
-        file, position = self._files[source], begin + start * DTYPE_BYTES[run.dtype]
+        file, position = self._files[source], begin + start * DTYPE_BYTES[run.dtypes[source]]
         if file.tell() != position:
             file.seek(position)
         view = out.data
@@ -139,9 +142,10 @@ class TensorStream:
 
     def numbers(self, source: int, run: Run, start: int, size: int) -> np.ndarray:
         """What one file holds (n,), in float32, float64 for F64."""
-        raw = self._raw[: size * DTYPE_BYTES[run.dtype]]
+        dtype = run.dtypes[source]
+        raw = self._raw[: size * DTYPE_BYTES[dtype]]
         self.read(source, run, start, raw)
-        return to_numbers(raw, run.dtype, self._scratch)
+        return to_numbers(raw, dtype, self._scratch)
 
     def vectors(
         self, run: Run, start: int, stop: int, dtype: np.dtype | None = None

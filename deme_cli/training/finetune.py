@@ -37,15 +37,16 @@ def finetune(
     range: str, settings: FinetuneConfig | None = None, *, images: DataConfig | None = None,
     base: Path | None = None, output: Path | None = None, run: RunFile | None = None,
     jobs: int = 1, pipeline: str | None = None, device: str = "auto", dtype: str = "fp32",
-    compile: str = "auto", shard: bool = False, force: bool = False, resume: bool = False,
-    dry_run: bool = False, world: World = ALONE, progress: Progress = silent,
+    compile: str = "auto", shard: bool = False, save_dtype: str | None = None, force: bool = False,
+    resume: bool = False, dry_run: bool = False, world: World = ALONE, progress: Progress = silent,
 ) -> list[Path]:  # fmt: skip
     """Train the expert of a range; a stopped run goes on when the same is asked again.
 
     range: `i/N`, `start:stop`, `1/1` (the plain control), or `all` of the run's ranges, of which
     `jobs` are trained at a time, each in a process of its own.   settings, images, base: those of
     `run` if None.   output: None for ft_{i}of{N}.safetensors.   shard: divide the network among the
-    processes of `world`.   resume: fail where no run is kept.   dry_run: check, and say what would
+    processes of `world`.   save_dtype: of what is written; None for float32, in which is trained.
+    resume: fail where no run is kept.   dry_run: check, and say what would
     run.
 
     Returns every file that was written or was done before: experts, averages, snapshots. Raises
@@ -61,7 +62,8 @@ def finetune(
     plan = Plan(
         base or run.base, images or run.settings(DataConfig),
         settings or run.settings(FinetuneConfig), device=world.device or device, dtype=dtype,
-        compile=compile, shard=shard, pipeline=run.pipeline(pipeline), force=force,
+        compile=compile, shard=shard, save_dtype=save_dtype, pipeline=run.pipeline(pipeline),
+        force=force,
     )  # fmt: skip
     require_processes(plan, world.size)
     split = run.settings(SplitConfig)
@@ -78,7 +80,8 @@ def train_base(
     description: Path, settings: FinetuneConfig | None = None, *,
     images: DataConfig | None = None, output: Path | None = None, run: RunFile | None = None,
     pipeline: str | None = None, device: str = "auto", dtype: str = "fp32", compile: str = "auto",
-    shard: bool = False, force: bool = False, resume: bool = False, dry_run: bool = False,
+    shard: bool = False, save_dtype: str | None = None, force: bool = False, resume: bool = False,
+    dry_run: bool = False,
     world: World = ALONE, progress: Progress = silent,
 ) -> list[Path]:  # fmt: skip
     """Train a base from random weights, over all timesteps; the rest is as for `finetune`.
@@ -89,7 +92,7 @@ def train_base(
     plan = Plan(
         run.base, images or run.settings(DataConfig), settings or run.settings(FinetuneConfig),
         device=world.device or device, dtype=dtype, compile=compile, shard=shard,
-        pipeline=run.pipeline(pipeline), force=force,
+        save_dtype=save_dtype, pipeline=run.pipeline(pipeline), force=force,
     )  # fmt: skip
     require_processes(plan, world.size)
     plan = plan_base(plan, description, output or Path(ModelConfig.base))
@@ -160,6 +163,7 @@ def _train_side_by_side(
         words = ["--base", plan.base, "--config", config, "--device", plan.device]
         words += ["--dtype", plan.dtype, "--compile", plan.compile]
         words += ["--pipeline", plan.pipeline] if plan.pipeline else []
+        words += ["--save-dtype", plan.save_dtype] if plan.save_dtype else []
         words += ["--force"] if plan.force else []
         children = [
             RangeProcess(

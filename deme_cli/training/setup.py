@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from deme_cli.artifacts import BaseRecord, DenoiserRecord, fingerprint, read_record
 from deme_cli.config import AFFINITY_NAME, NOT_RESULT, DataConfig, FinetuneConfig, SplitConfig
 from deme_cli.errors import ConfigError, MissingError, nearest, reading
-from deme_cli.files import require_output, require_space
+from deme_cli.files import cast_specs, read_header, require_output, require_space
 from deme_cli.timesteps import RangeChoice, TimestepRange, parse_range
 
 if TYPE_CHECKING:
@@ -88,9 +88,13 @@ class Plan:
     dtype: str = "fp32"
     compile: str = "auto"
     shard: bool = False
+    save_dtype: str | None = None
     pipeline: str | None = None
     force: bool = False
     is_done: bool = False
+
+    def __post_init__(self) -> None:
+        cast_specs((), self.save_dtype)  # known now, not when the weights are written
 
     @property
     def range_text(self) -> str:
@@ -138,6 +142,7 @@ class Run:
     clusters: Sequence[TimestepRange] = ()
     compile: str = "off"
     shard: bool = False
+    save_dtype: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -260,7 +265,7 @@ def _require_free(plan: Plan) -> None:
             require_output(path, force=plan.force or is_kept)
         num_files += not path.exists()
     if plan.choice is not None:
-        require_space(plan.output, num_files * plan.base.stat().st_size)
+        require_space(plan.output, num_files * 4 * read_header(plan.base).num_parameters)
 
 
 def _require_same_settings(plan: Plan, base: BaseRecord) -> None:
@@ -283,10 +288,10 @@ def _require_same_settings(plan: Plan, base: BaseRecord) -> None:
             f"every byte); {anew}"
         )
     wanted = {**_results_of(plan.config), "base": base.fingerprint, "crop": images.crop}
-    wanted |= {"dtype": plan.dtype, "flip": images.horizontal_flip}
+    wanted |= {"dtype": plan.dtype, "flip": images.horizontal_flip, "save_dtype": plan.save_dtype}
     wanted["resolution"] = images.resolution and [images.resolution] * 2
     unset = asdict(FinetuneConfig())  # records leave out what is unset, old ones what was not there
-    kept = {**unset, **record.training, "base": record.base}
+    kept = {**unset, "save_dtype": None, **record.training, "base": record.base}
     for name, value in wanted.items():
         is_free = name in ("flip", "resolution") and value is None  # as the images have it
         if name in kept and kept[name] != value and not is_free:
@@ -362,6 +367,7 @@ def prepare(plan: Plan) -> Run:
         denoiser, choice, examples, held_out, examples.can_flip if flip is None else flip,
         plan.config, plan.output, dtype=plan.dtype, from_scratch=plan.choice is None,
         clusters=clusters, compile=plan.compile, shard=plan.shard,
+        save_dtype=plan.save_dtype,
     )  # fmt: skip
 
 

@@ -61,14 +61,16 @@ class SplitResult:
 def split(
     model: str | None = None, settings: SplitConfig | None = None, *, data: str | None = None,
     gradients: Path | None = None, pipeline: str | None = None, variant: str | None = None,
-    output: Path = Path("."), force: bool = False, dry_run: bool = False,
+    save_dtype: str | None = None, output: Path = Path("."), force: bool = False,
+    dry_run: bool = False,
 ) -> SplitResult:  # fmt: skip
     """Import a pretrained model and divide its timesteps [0, T) into ranges, one expert each.
 
     model: digits (also if None), a diffusers folder, a hub id, or a base or merged artifact.
     data: where its training images are; None for a guess from the model's name.   gradients: for
     by = gradient, what `deme analyze gradients` wrote.   variant: of a folder's weights, as fp16.
-    output: the folder of base.safetensors and deme.toml; a base that lies there already is kept as
+    save_dtype: of the base's weights; None for the model's own.   output: the folder of
+    base.safetensors and deme.toml; a base that lies there already is kept as
     it is. With `dry_run` all is checked and nothing is written.
 
     Raises MissingError, ArtifactError or ConfigError; then neither file appears.
@@ -78,7 +80,7 @@ def split(
     with writing(base):  # whether the base that is to be written is the one that is read
         path = Path(model).expanduser()
         is_in_place = base.is_file() and path.is_file() and base.samefile(path)
-    is_in_place = is_in_place and read_record(base).kind == "base"
+    is_in_place = is_in_place and read_record(base).kind == "base" and save_dtype is None
     for path in (config,) if is_in_place else (base, config):
         require_output(path, force=force)
     if num_timesteps := peek_timesteps(locate_model(model, variant), pipeline):
@@ -100,7 +102,7 @@ def split(
     from deme_cli.diffusion.companions import open_companions
     from deme_cli.diffusion.schedule import read_schedule
 
-    imported = import_model(model, pipeline, variant)
+    imported = import_model(model, pipeline, variant, save_dtype)
     record = imported.record
     backbone, schedule = backbone_of(record.model_config), read_schedule(record.scheduler_config)
     ranges = _divide(settings, schedule, record, measured, command)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from deme_cli.artifacts import BaseRecord, DenoiserRecord, ExpertRecord, write_artifact
 from deme_cli.diffusion.conditions import Conditions, to
-from deme_cli.diffusion.denoiser import TORCH_DTYPES
+from deme_cli.diffusion.denoiser import TORCH_DTYPES, stored_in
 from deme_cli.diffusion.execution import (
     compile_network,
     fitting_number,
@@ -336,6 +336,7 @@ class RunFiles:
                 continue
             if run.config.projection == "fold":
                 weights = fold_weights(weights, self.state.network)
+            weights = stored_in(weights, run.save_dtype, str(run.output))
             path = variant_path(run.output, step=step, length=length)
             averaging: dict[str, Any] = {} if path == run.output else {"step": self.state.step}
             if length is not None:
@@ -357,6 +358,8 @@ class RunFiles:
         settings = {name: value for name, value in asdict(config).items() if value is not None}
         settings |= {"dtype": run.dtype, "flip": run.flip, "crop": examples.crop}
         settings |= {"resolution": list(examples.image_shape[1:]), **averaging}
+        if run.save_dtype:
+            settings["save_dtype"] = run.save_dtype
         if run.clusters:
             settings["cluster_ranges"] = [str(cluster) for cluster in run.clusters]
         if run.from_scratch:

@@ -205,7 +205,7 @@ def test_what_does_not_belong_together_is_named(
         r"'conv.bias' is F32 \[3\], .*base.* has F32 \[17\]": [
             {**cut, "conv.bias": torch.zeros(3)}
         ],
-        "'scale' is F16": [{**cut, "scale": cut["scale"].half()}],
+        "'scale' is I64": [{**cut, "scale": cut["scale"].long()}],
         "lacks 'chan.* the same --projection": [projected(cut, 1), cut],
         f"'{square}' has shape": [{**cut, **wide}],
         "has .*a.weight', which .* lacks": [projected(cut, 1), {**cut, square: torch.eye(2)}],
