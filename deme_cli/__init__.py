@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from deme_cli.console import set_quiet as set_quiet
     from deme_cli.diffusion.export import ExportCheck as ExportCheck
     from deme_cli.diffusion.export import export as export
+    from deme_cli.diffusion.foreign import import_expert as import_expert
     from deme_cli.evaluation.evaluate import Evaluation as Evaluation
     from deme_cli.evaluation.evaluate import evaluate as evaluate
     from deme_cli.evaluation.inventory import Inventory as Inventory

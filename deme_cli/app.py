@@ -36,6 +36,7 @@ PANELS = {
         "finetune": "Train the expert of one range (Eq. 3-6).",
         "task-vector": "Subtract the base from experts; norms, cosines.",
         "merge": "Merge experts into one model (Eq. 8).",
+        "import": "Take weights trained elsewhere as an expert.",
     },
     "Sample and measure": {
         "sample": "Draw images from one model.",
@@ -56,7 +57,8 @@ PANELS = {
 COMMANDS = [name for lines in PANELS.values() for name in lines]
 PARTS = {"analyze": ("losses", "gradients", "activations", "landscape", "task-vectors")}
 # What the processes of a launch do together; each of these meets the others itself.
-HOME = {"ensemble-sample": "sample"}  # commands in the file, and with the settings, of another
+# commands in the file, and with the settings, of another
+HOME = {"ensemble-sample": "sample", "import": "import_expert"}
 JOINT = {"finetune", "merge", "sample", "ensemble-sample", "eval", "stats"}
 
 
@@ -67,7 +69,7 @@ def build(name: str) -> Any:
     """
     plain = name.replace("-", "_")
     module = import_module(f"deme_cli.commands.{HOME.get(name, plain)}")
-    function = getattr(module, {"eval": "evaluate"}.get(plain, plain))
+    function = getattr(module, {"eval": "evaluate", "import": "import_expert"}.get(plain, plain))
     one = typer.Typer(**SETTINGS, cls=Group, add_completion=False, no_args_is_help=True)
     if name in PARTS:
         one.callback()(function)

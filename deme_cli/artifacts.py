@@ -28,8 +28,10 @@ from deme_cli.errors import ArtifactError, shown, writing
 from deme_cli.files import (
     Header,
     TensorSpec,
+    foreign_kind,
     foreign_message,
     layout_of,
+    pickled_names,
     read_header,
     require_intact,
     require_space,
@@ -404,23 +406,29 @@ def write_artifact(path: Path, tensors: Mapping[str, Any], record: _Written) -> 
 
 @dataclass(frozen=True)
 class Inspected:
-    """An artifact's header and the record in it."""
+    """A file's header and the record in it; of one that deme did not write, what it is instead.
+
+    A pickle has no header that could be read: its own is empty.
+    """
 
     header: Header
-    record: Record
+    record: Record | None
+    foreign: str = ""
+    todo: str = ""
 
 
 def inspect(
     files: Sequence[Path], *, verify: bool = False, progress: Progress = silent
 ) -> list[Inspected]:
-    """Read the headers and records of artifacts of any kind.
+    """Read the headers and records of artifacts of any kind; tell what other files of weights are.
 
     verify: compute every fingerprint again, which reads all tensors. Raises ArtifactError for a
-    file that is no artifact, or whose tensors are not those of its record; MissingError.
+    file without tensors, or whose tensors are not those of its record; MissingError.
     """
-    headers = [read_header(Path(path)) for path in files]
-    artifacts = [Inspected(header, record_of(header)) for header in headers]
-    for one in artifacts if verify else ():
+    found = [_inspect(Path(path)) for path in files]
+    for one in found if verify else ():
+        if one.record is None:
+            continue
         path, computed = one.header.path, fingerprint_file(one.header.path)
         if computed != one.record.fingerprint:
             raise ArtifactError(
@@ -428,4 +436,16 @@ def inspect(
                 f"{one.record.fingerprint}; the file was altered or damaged, make it again"
             )
         progress(Step(note=f"{path}: the fingerprint is right"))
-    return artifacts
+    return found
+
+
+def _inspect(path: Path) -> Inspected:
+    try:
+        header = read_header(path)
+    except ArtifactError:
+        if not path.is_file() or not (names := pickled_names(path)):
+            raise
+        return Inspected(Header(path, {}, {}), None, *foreign_kind(names))
+    if "deme" in header.metadata:
+        return Inspected(header, record_of(header))
+    return Inspected(header, None, *foreign_kind(header.tensors))

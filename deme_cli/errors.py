@@ -162,7 +162,7 @@ OTHER_WORDS = {
     "sampler": "scheduler noise_scheduler",
     "seed": "random_seed manual_seed",
     "source": "data train_data_dir dataset_name",
-    "split": "import init convert",
+    "split": "init convert",
     "steps": "max_train_steps train_steps training_steps updates iterations num_inference_steps "
     "inference_steps sampling_steps",
     "warmup": "lr_warmup_steps num_warmup_steps",

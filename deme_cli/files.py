@@ -256,7 +256,12 @@ _FUSE = (
     "fuse it in diffusers (pipeline.load_lora_weights(FILE); pipeline.fuse_lora(); "
     "pipeline.unload_lora_weights(); pipeline.save_pretrained(DIR)) and give DIR"
 )
-_FOLDER = "give the folder that holds them beside config.json"
+_EXPERT = "as an expert: deme import FILE --base BASE --range START:STOP"
+_FOLDER = f"give the folder that holds them beside config.json, or take them {_EXPERT}"
+_UNKNOWN = (
+    "a model is an artifact, a hub id, or a diffusers folder: weights alone do not tell their "
+    f"network, {_FOLDER}"
+)
 _ANOTHER = "deme takes the networks of diffusers pipelines alone"
 # What is part of some tensor's name, what then the file is, what to do. The first that fits.
 _KINDS = (
@@ -281,21 +286,30 @@ _KINDS = (
      "give its diffusers folder or hub id, as facebook/DiT-XL-2-256"),
     (r"\bencoder\.conv_in\.|\bquant_conv\.", "a VAE alone", _ANOTHER),
     (r"\btext_model\.|\bshared\.weight", "a text encoder alone", _ANOTHER),
-    (r"\bdown_blocks\.|transformer_blocks\.|\bcondition_embedder\.",
-     "the weights of a diffusers network alone", _FOLDER),
+    (r"\badd_embedding\.", "the weights of a UNet2DConditionModel alone (SDXL)", _FOLDER),
+    (r"\bdown_blocks\..*attn2\.", "the weights of a UNet2DConditionModel alone", _FOLDER),
+    (r"\bdown_blocks\.", "the weights of a UNet2DModel alone", _FOLDER),
+    (r"single_transformer_blocks\.", "the weights of a FluxTransformer2DModel alone", _FOLDER),
+    (r"transformer_blocks\..*attn\.add_q_proj",
+     "the weights of an SD3Transformer2DModel alone", _FOLDER),
+    (r"\btransformer_blocks\.", "the weights of a DiTTransformer2DModel alone", _FOLDER),
+    (r"\bcondition_embedder\.", "the weights of a WanTransformer3DModel alone", _FOLDER),
 )  # fmt: skip
 
 
 def foreign_message(path: Path, names: Iterable[str]) -> str:
     """The message that refuses a file with tensors of these names."""
+    what, todo = foreign_kind(names)
+    return f"{path}: {what}, not written by deme; {todo}"
+
+
+def foreign_kind(names: Iterable[str]) -> tuple[str, str]:
+    """What a file with tensors of these names is, and what to do with it."""
     text = "\n".join(names)
     for part, what, todo in _KINDS:
         if re.search(part, text):
-            return f"{path}: {what}, not written by deme; {todo}"
-    return (
-        f"{path}: not written by deme, and no model that it knows; a model is an artifact, a hub "
-        f"id, or a diffusers folder: weights alone do not tell their network, {_FOLDER}"
-    )
+            return what, todo
+    return "no model that deme knows", _UNKNOWN
 
 
 def pickled_names(path: Path) -> list[str]:

@@ -51,6 +51,7 @@ READERS: dict[str, Callable[[str], tuple]] = {
     "eval": lambda file: ("eval", file, *FID),
     "eval --fid": lambda file: ("eval", "base.safetensors", "--fid", file, "-n", 2, *EXTRACTOR),
     "stats": lambda file: ("stats", file, "-o", "ref.safetensors"),
+    "import --base": lambda file: ("import", EXPERTS[0], "--range", "1/2", "--base", file),
     "inspect": lambda file: ("inspect", file),
     "export": lambda file: ("export", file, "pipeline"),
     "split": lambda file: ("split", file, "-o", "run"),
@@ -58,6 +59,7 @@ READERS: dict[str, Callable[[str], tuple]] = {
 WRITERS: dict[str, Callable[[str], tuple]] = {
     "finetune": lambda out: (*FINETUNE, "-o", out),
     "merge": lambda out: ("merge", *EXPERTS, "-o", out),
+    "import": lambda out: ("import", EXPERTS[0], "--range", "1/4", "-o", out),
     "sample": lambda out: (*BASE, *SAMPLE, "-o", out),
     "ensemble-sample": lambda out: ("ensemble-sample", *EXPERTS, *SAMPLE, "-o", out),
     "stats": lambda out: ("stats", "digits", "--split", "test", *CPU, "-o", out),

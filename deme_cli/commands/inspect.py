@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import deme_cli
 from deme_cli import console
 from deme_cli.commands.options import argument, command, flag
+
+if TYPE_CHECKING:
+    from deme_cli import Inspected
 
 _MOST_LINES, _WIDTH = 40, 92  # of a fact with many parts; columns of what is nested in one
 _NOTHING: tuple[Any, ...] = (None, {}, [], ())
@@ -17,7 +21,7 @@ _UNSHOWN = ("created_by", "fingerprint", "model_config", "scheduler_config", "pr
 
 @command()
 def inspect(
-    files: Annotated[list[Path], argument("FILE", "Artifacts of any kind.")],
+    files: Annotated[list[Path], argument("FILE", "Artifacts, or other weights.")],
     verify: Annotated[
         bool, flag("--verify", "Recompute each fingerprint; exit 4 if one differs.")
     ] = False,
@@ -25,40 +29,53 @@ def inspect(
 ) -> None:
     """Show kind, size, fingerprint, range, norms, parents and coefficients of artifacts.
 
+    Of a file that deme did not write: what it is, as far as its names tell.
+
     Example: deme inspect --verify base.safetensors
     """
     with console.showing() as progress:
-        artifacts = [
-            {
-                "path": str(one.header.path),
-                "kind": one.record.kind,
-                "parameters": one.header.num_parameters,
-                "tensors": len(one.header.tensors),
-                "fingerprint": one.record.fingerprint,
-                "record": asdict(one.record),
-            }
-            for one in deme_cli.inspect(files, verify=verify, progress=progress)
-        ]
+        found = deme_cli.inspect(files, verify=verify, progress=progress)
+    artifacts = [
+        {
+            "path": str(one.header.path),
+            "kind": one.record.kind if one.record else "foreign",
+            "parameters": one.header.num_parameters,
+            "tensors": len(one.header.tensors),
+            "fingerprint": one.record.fingerprint if one.record else None,
+            "record": asdict(one.record) if one.record else _foreign(one),
+        }
+        for one in found
+    ]
     if as_json:
         console.result_json({"artifacts": artifacts})
     else:
         print("\n\n".join(map(_as_text, artifacts)))
 
 
+def _foreign(one: Inspected) -> dict[str, Any]:
+    """What can be told of a file that deme did not write, in place of its record."""
+    counts = Counter(spec.dtype for spec in one.header.tensors.values())
+    return {
+        "what": one.foreign, "dtypes": dict(counts), "metadata": dict(one.header.metadata),
+        "use": one.todo,
+    }  # fmt: skip
+
+
 def _as_text(artifact: dict[str, Any]) -> str:
     """Facts in lines, the record's last; what no person reads is left to --json."""
     record = artifact["record"]
-    facts = {
-        "kind": artifact["kind"],
-        "parameters": f"{artifact['parameters']:,} in {artifact['tensors']} tensors",
-        "fingerprint": artifact["fingerprint"],
-    }
+    facts = {"kind": artifact["kind"]}
+    if artifact["tensors"]:
+        facts["parameters"] = f"{artifact['parameters']:,} in {artifact['tensors']} tensors"
+    if artifact["fingerprint"]:
+        facts["fingerprint"] = artifact["fingerprint"]
     if model_config := record.get("model_config"):
         facts["model"] = str(model_config.get("_class_name", "unknown"))
     for name, value in record.items():
         if name not in _UNSHOWN and value is not None:
             facts[name.replace("_", " ")] = _as_fact(name, value)
-    facts["created by"] = record["created_by"]
+    if created_by := record.get("created_by"):
+        facts["created by"] = created_by
     width = max(map(len, facts))
     return "\n".join([artifact["path"], *(f"  {k:<{width}}  {text}" for k, text in facts.items())])
 

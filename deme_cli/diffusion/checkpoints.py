@@ -104,6 +104,15 @@ def open_denoiser(
     return assemble(model.record, model.weights, argument, device=device, dtype=dtype)
 
 
+def read_network(
+    place: Path, variant: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and complete config of the network in a folder, alone."""
+    chosen = weights_of(place, variant)
+    require_same_weights(place, chosen.variant)
+    return _load_network(place, backbone_of(read_json(place / "config.json"), str(place)), chosen)
+
+
 def _import_artifact(path: Path, source: str) -> ImportedModel:
     """A base as it is, with its own source; a merged model as the base of another round."""
     record = read_record(path, "base", "merged")

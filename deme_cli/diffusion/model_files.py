@@ -29,7 +29,7 @@ from deme_cli.files import read_header
 INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")  # the part that is trained
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _ROOT = (INDEX, "config.json", "scheduler_config.json")
 _NOTHING = [None, None]  # a part that a pipeline has not
 _SECONDS = 10.0
@@ -204,7 +204,7 @@ def find_folder(source: str, variant: str | None = None) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if not is_hub_id(source) or path.suffix in (".safetensors", *_PICKLED):
+    if not is_hub_id(source) or path.suffix in (".safetensors", *PICKLED):
         raise MissingError(
             f"{source}: no such file or folder; a model is an artifact, a diffusers folder, "
             f"a hub id (owner/name) or digits"
@@ -239,7 +239,7 @@ def denoiser_folder(folder: Path) -> Path:
             if place != folder and average.exists():
                 console.note_once(f"{place}: taken, not the average; to take that, name {average}")
             return place
-    for file in sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", *_PICKLED)):
+    for file in sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", *PICKLED)):
         record_of(read_header(file))  # that says so of a LoRA or a single-file checkpoint
     raise MissingError(
         f"{folder}: not a diffusers model: it has no unet/config.json, transformer/config.json or "
@@ -403,7 +403,7 @@ def _download(hub_id: str, variant: str | None) -> Path:
         if INDEX in names:  # so that what is refused is, before gigabytes are fetched
             read_index(Path(hf_hub_download(hub_id, INDEX, etag_timeout=_SECONDS)).parent)
         if not any(name.rpartition("/")[2] == "config.json" for name in names):
-            weights = [name for name in held if name.endswith((".safetensors", *_PICKLED))]
+            weights = [name for name in held if name.endswith((".safetensors", *PICKLED))]
             raise MissingError(
                 f"{hub_id}: holds no diffusers model (unet/config.json, transformer/config.json or "
                 f"config.json), but {', '.join(weights[:3]) or 'no weights'}; take the repository "

@@ -1,0 +1,236 @@
+"""What was trained elsewhere becomes an expert of a base, checked, and is taken as any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base
+from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
+from typer.testing import Result
+
+from deme_cli.artifacts import fingerprint, load_tensors, read_record
+from deme_cli.diffusion.denoiser import build_network
+from deme_cli.errors import DemeError
+from deme_cli.fetch import sha256_of
+
+Deme = Callable[..., Result]
+Weights = dict[str, torch.Tensor]
+OPTIONS = ("--base", "base.safetensors", "--range", "75:100")
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(7)
+    return build_network(TINY_MODEL)
+
+
+@pytest.fixture
+def trained(run_folder: Path) -> Weights:
+    """Weights for the base of the current folder, from elsewhere."""
+    return network().state_dict()
+
+
+def below(prefix: str, weights: Weights) -> Weights:
+    return {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+
+
+def checkpoint(path: str, weights: Weights) -> None:
+    """As Lightning leaves them, with an optimizer's state and more of a pipeline."""
+    more = {"vae.encoder.conv_in.weight": torch.zeros(2), "text_model.x": torch.zeros(1)}
+    state = {"state_dict": {**below("module.unet.", weights), **more}, "epoch": 3}
+    torch.save({**state, "optimizer_states": [{"lr": 0.1}]}, path)
+
+
+def average(path: str, weights: Weights) -> None:
+    own = network()
+    own.load_state_dict(weights)
+    torch.save(EMAModel(own.parameters()).state_dict(), path)
+
+
+def average_folder(path: str, weights: Weights) -> None:
+    own = network()
+    kind = type(own)
+    EMAModel(own.parameters(), model_cls=kind, model_config=own.config).save_pretrained(path)
+
+
+def pipeline(path: str, weights: Weights) -> None:
+    DDPMPipeline(network(), DDPMScheduler.from_config(TINY_SCHEDULER)).save_pretrained(path)
+
+
+FORMS: dict[str, Callable[[str, Weights], Any]] = {
+    "plain.safetensors": lambda path, weights: save_file(weights, path),
+    "compiled.safetensors": lambda path, w: save_file(below("_orig_mod.", w), path),
+    "checkpoint.ckpt": checkpoint,
+    "ema.pt": average,
+    "legacy.bin": lambda path, w: torch.save(w, path, _use_new_zipfile_serialization=False),
+    "unet": lambda path, weights: network().save_pretrained(path, safe_serialization=False),
+    "unet_ema": average_folder,
+    "pipeline": pipeline,
+    "alone": lambda path, w: (Path(path).mkdir(), save_file(w, f"{path}/model.safetensors")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_same_weights_has_the_fingerprint_that_split_gives(
+    form: str, trained: Weights, deme: Deme
+) -> None:
+    FORMS[form](form, trained)
+    result = deme("import", form, *OPTIONS)
+    assert result.exit_code == 0, result.exception
+    assert result.stdout == "ft_75-100.safetensors\n"
+    record = read_record(Path("ft_75-100.safetensors"), "expert")
+    pipeline("of-split", trained)
+    deme("split", "of-split", "-o", "run", "--data", "digits")
+    assert record.fingerprint == read_record(Path("run/base.safetensors")).fingerprint
+    assert record.base == read_record(Path("base.safetensors")).fingerprint
+    assert (record.p, record.steps, record.seed, record.training) == (None, None, None, {})
+    assert record.imported["source"] == form
+    if Path(form).is_file():
+        assert record.imported["sha256"] == sha256_of(Path(form))
+
+
+def test_an_imported_expert_is_taken_as_any_other(trained: Weights, deme: Deme) -> None:
+    save_file(trained, "theirs.safetensors")
+    Path("ft_4of4.safetensors").unlink()
+    assert deme("import", "theirs.safetensors", "--range", "4/4").exit_code == 0
+    experts = [f"ft_{index}of4.safetensors" for index in range(1, 5)]
+    draw = ("-n", 2, "--steps", 2, "--device", "cpu")
+    for words in (
+        ("task-vector", *experts), ("analyze", "task-vectors"), ("merge", *experts),
+        ("inspect", "ft_4of4.safetensors", "tv_4of4.safetensors"),
+        ("ensemble-sample", *experts, *draw), ("export", "ft_4of4.safetensors", "exported"),
+        ("analyze", "losses", "base.safetensors", *experts, "--data", "digits", "-n", 4),
+        ("eval", *experts, "--fid", "digits", "--features", "digits", *draw), ("report",),
+    ):  # fmt: skip
+        result = deme(*words)
+        assert result.exit_code == 0, (words, result.exception, result.output)
+    card = Path("exported/README.md").read_text()
+    assert "theirs.safetensors" in card
+    assert "None" not in card.partition("## Training")[2]
+    assert "| p |" not in card
+    assert "75:100" in Path("report.html").read_text()
+    alone = ("merge", "ft_4of4.safetensors", "-o", "alone.safetensors", "-w")
+    assert deme(*alone, "0").exit_code == 0
+    merged = fingerprint(load_tensors(Path("alone.safetensors")))
+    assert merged == read_record(Path("base.safetensors")).fingerprint
+    assert deme(*alone, "1", "--force").exit_code == 0
+    assert fingerprint(load_tensors(Path("alone.safetensors"))) == fingerprint(trained)
+    train = ("finetune", "--range", "all", "--data", "digits", "--steps", 1)
+    shutil.copy("ft_4of4.safetensors", "ft_1of4.safetensors")
+    assert "imported and not trained here" in str(deme(*train).exception)
+
+
+def test_weights_come_in_the_dtype_of_the_base(trained: Weights, deme: Deme) -> None:
+    save_file({name: tensor.double() for name, tensor in trained.items()}, "wide.safetensors")
+    result = deme("import", "wide.safetensors", *OPTIONS)
+    assert "float64 to float32" in result.stderr
+    assert fingerprint(load_tensors(Path("ft_75-100.safetensors"))) == fingerprint(trained)
+    result = deme("import", "base.safetensors", *OPTIONS, "-o", "same.safetensors")
+    assert "its task vector will be zero" in result.stderr
+
+
+def changed(path: str, weights: Weights, change: Callable[[Weights], Any]) -> None:
+    weights = dict(weights)
+    change(weights)
+    save_file(weights, path)
+
+
+def other_config(path: str, weights: Weights) -> None:
+    build_network({**TINY_MODEL, "attention_head_dim": 4}).save_pretrained(path)
+
+
+def other_schedule(path: str, weights: Weights) -> None:
+    scheduler = DDPMScheduler.from_config(TINY_SCHEDULER, prediction_type="v_prediction")
+    DDPMPipeline(network(), scheduler).save_pretrained(path)
+
+
+def code(path: str, weights: Weights) -> None:
+    torch.save({**weights, "config": Path("x")}, path)
+
+
+REFUSED: dict[str, tuple[int, str, Callable[[str, Weights], Any]]] = {
+    "lacks.safetensors": (4, "lacks 'conv_in.bias', which base.safetensors has; the nearest name "
+        "there: 'conv_in.biass'", lambda path, w: changed(path, w, lambda weights:
+        weights.update({"conv_in.biass": weights.pop("conv_in.bias")}))),
+    "partial.safetensors": (4, "lacks 'conv_in.bias', which base.safetensors has",
+        lambda path, w: changed(path, w, lambda weights: weights.pop("conv_in.bias"))),
+    "more.safetensors": (4, "has 'conv_out.bia', which base.safetensors lacks; the nearest name of "
+        "it: 'conv_out.bias'", lambda path, w: changed(path, w, lambda weights:
+        weights.update({"conv_out.bia": torch.zeros(1)}))),
+    "shape.safetensors": (4, "'conv_in.bias' has shape [9], base.safetensors has [8]",
+        lambda path, w: changed(path, w, lambda weights:
+        weights.update({"conv_in.bias": torch.zeros(9)}))),
+    "kind.safetensors": (4, "'conv_in.bias' is torch.int64", lambda path, w: changed(path, w,
+        lambda weights: weights.update({"conv_in.bias": torch.zeros(8, dtype=torch.long)}))),
+    "nan.safetensors": (5, "'conv_in.bias' holds numbers that are not finite", lambda path, w:
+        changed(path, w, lambda weights: weights.update(
+        {"conv_in.bias": torch.full((8,), torch.nan)}))),
+    "twice.pt": (4, "more than once, below 'model.', 'ema.'",
+        lambda path, w: torch.save({"model": w, "ema": w}, path)),
+    "wan.safetensors": (4, "the weights of a WanTransformer3DModel alone; none of its tensors is",
+        lambda path, w: save_file({"condition_embedder.x": torch.zeros(1)}, path)),
+    "lora.safetensors": (4, "a LoRA, not a whole model", lambda path, w: save_file(
+        {"unet.conv_in.lora_A.weight": torch.zeros(1)}, path)),
+    "code.pt": (4, "a pickle of more than tensors (nothing in it was run)", code),
+    "text.bin": (4, "the weights cannot be read", lambda path, w: Path(path).write_text("none")),
+    "heads": (4, "attention_head_dim = 4, the base has 8", other_config),
+    "velocity": (4, "another noise schedule or prediction than the base's", other_schedule),
+    "nowhere": (3, "no such file or folder", lambda path, weights: None),
+    "empty": (3, "not a diffusers model", lambda path, weights: Path(path).mkdir()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_of_the_base_is_refused_by_name(
+    name: str, trained: Weights, deme: Deme
+) -> None:
+    exit_code, words, write = REFUSED[name]
+    write(name, trained)
+    error = deme("import", name, *OPTIONS).exception
+    assert isinstance(error, DemeError), repr(error)
+    assert error.exit_code == exit_code, error
+    assert words in str(error)
+    assert name in str(error)
+    assert not Path("ft_75-100.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "words", "options"),
+    [
+        (2, "50:200 needs 0 <= start < stop <= 100", ("--range", "50:200")),
+        (2, "--range all: weights are the expert of one range", ("--range", "all")),
+        (2, "ft_4of4.safetensors exists; add --force", ("--range", "4/4")),
+        (3, "none.safetensors: no base there", ("--range", "1/2", "--base", "none.safetensors")),
+        (4, "'base', found 'expert'", ("--range", "1/2", "--base", "ft_1of4.safetensors")),
+        (4, "which other.safetensors lacks", ("--range", "1/2", "--base", "other.safetensors")),
+    ],
+)
+def test_a_range_or_a_base_that_does_not_fit_is_told(
+    exit_code: int, words: str, options: tuple, trained: Weights, deme: Deme
+) -> None:
+    write_tiny_base(Path("other.safetensors"), block_out_channels=[16, 16])
+    save_file(trained, "theirs.safetensors")
+    error = deme("import", "theirs.safetensors", *options).exception
+    assert isinstance(error, DemeError), repr(error)
+    assert error.exit_code == exit_code, error
+    assert words in str(error)
+
+
+def test_inspect_tells_what_a_foreign_file_is(trained: Weights, deme: Deme) -> None:
+    save_file(trained, "theirs.safetensors", {"modelspec.title": "a fox"})
+    torch.save({"lora_up.weight": torch.zeros(1)}, "lora.pt")
+    result = deme("inspect", "theirs.safetensors", "lora.pt", "base.safetensors")
+    assert result.exit_code == 0, result.exception
+    for words in ("a UNet2DModel alone", "F32 = ", "a fox", "deme import", "a LoRA, not a whole"):
+        assert words in result.stdout
+    result = deme("inspect", "--json", "--verify", "theirs.safetensors", "lora.pt")
+    ours, lora = json.loads(result.stdout)["artifacts"]
+    assert (ours["kind"], ours["tensors"]) == ("foreign", len(trained))
+    assert (lora["kind"], lora["fingerprint"]) == ("foreign", None)
