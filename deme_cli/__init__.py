@@ -62,7 +62,6 @@ if TYPE_CHECKING:
     from deme_cli.sampling.sample import ensemble_sample as ensemble_sample
     from deme_cli.sampling.sample import sample as sample
     from deme_cli.training.finetune import finetune as finetune
-    from deme_cli.training.finetune import train_base as train_base
     from deme_cli.training.split import SplitResult as SplitResult
     from deme_cli.training.split import split as split
 

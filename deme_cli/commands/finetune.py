@@ -10,7 +10,6 @@ from deme_cli import console
 from deme_cli.commands.options import Given, OptionsOf, command, flag
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.distributed import joined
-from deme_cli.errors import ConfigError
 
 LISTED = (  # of the settings; the others are options as well, and have their sentence in deme.toml
     "p", "steps", "batch_size", "accumulation", "lr", "lr_schedule", "consistency",
@@ -53,23 +52,11 @@ def finetune(
     Example: deme finetune --range 2/4 --p 0.1
     """
     run = common["run"]
-    settings = run.settings(FinetuneConfig, **given)
-    if bool(range) == bool(from_scratch):
-        raise ConfigError(
-            "finetune takes either --range (as in 2/4, or all) or --from-scratch FILE"
-        )
-    if resume and common["force"]:
-        raise ConfigError("--resume continues a kept run, --force starts anew; give one of them")
-    common |= {
-        "images": run.settings(DataConfig, **of_images), "output": output, "shard": shard,
-        "resume": resume, "world": joined(),
-    }  # fmt: skip
     with console.showing() as progress:
-        if from_scratch:
-            paths = deme_cli.train_base(from_scratch, settings, **common, progress=progress)
-        else:
-            paths = deme_cli.finetune(
-                range, settings, base=base, jobs=jobs, **common, progress=progress
-            )
+        paths = deme_cli.finetune(
+            range, run.settings(FinetuneConfig, **given), from_scratch=from_scratch,
+            images=run.settings(DataConfig, **of_images), base=base, output=output, jobs=jobs,
+            shard=shard, resume=resume, world=joined(), **common, progress=progress,
+        )  # fmt: skip
     if not common["dry_run"]:
         console.result_paths(paths, as_json=as_json)

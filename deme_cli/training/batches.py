@@ -58,12 +58,16 @@ class Batch:
 
     def on(self, device: torch.device) -> Batch:
         """The batch on a device; a GPU is not waited for, as copies from pinned memory do not."""
-        tensors = {"x0": self.x0, "eps": self.eps, "t": self.t, **self.conditions}
-        for name, tensor in tensors.items():
-            is_here = device.type == "cuda" and tensor.device.type == "cpu"
-            pinned = tensor.pin_memory() if is_here else tensor
-            tensors[name] = pinned.to(device, non_blocking=True)
-        return Batch(tensors.pop("x0"), tensors.pop("eps"), tensors.pop("t"), tensors)
+
+        def moved(tensor: Tensor) -> Tensor:
+            is_copied = device.type == "cuda" and tensor.device.type == "cpu"
+            return (tensor.pin_memory() if is_copied else tensor).to(device, non_blocking=True)
+
+        conditions = {name: moved(value) for name, value in self.conditions.items()}
+        return Batch(moved(self.x0), moved(self.eps), moved(self.t), conditions)
+
+
+Draw = Callable[[int, int], Batch]  # of update `step` (from 0), accumulation part `micro`
 
 
 def derived_generator(*parts: object) -> torch.Generator:
@@ -73,7 +77,7 @@ def derived_generator(*parts: object) -> torch.Generator:
 
 
 class BatchSource:
-    """Draws the batches of one run. `micro` counts batches within an accumulated update.
+    """Draws the batches of one run.
 
     With `clusters` of draws the timesteps come from those in equal parts. `share`: the images of
     every batch that are wanted, all by default. `device`: the GPU that they are for, where eps is
@@ -137,7 +141,7 @@ def share_of(num: int, world: World) -> slice:
 
 
 @contextmanager
-def open_batches(run: Run, world: World, device: torch.device) -> Iterator[BatchSource | Ahead]:
+def open_batches(run: Run, world: World, device: torch.device) -> Iterator[Draw]:
     """The batches of `run`, as far as this process shares in them, for a network on `device`."""
     gpu = device if device.type == "cuda" else None
     source = BatchSource(
@@ -145,42 +149,36 @@ def open_batches(run: Run, world: World, device: torch.device) -> Iterator[Batch
         clusters=run.clusters, share=share_of(run.config.batch_size, world), device=gpu,
     )  # fmt: skip
     if gpu is None or run.examples.runs_vae:  # two threads do not share a VAE
-        yield source
+        yield source.batch
         return
-    with Ahead(source, run.config.steps, run.config.accumulation, gpu) as ahead:
-        yield ahead
+    with made_ahead(source.batch, run.config, gpu) as draw:
+        yield draw
 
 
-class Ahead:
-    """The batches of `source`, each made by a thread while the one before it is used.
+@contextmanager
+def made_ahead(draw: Draw, config: FinetuneConfig, device: torch.device) -> Iterator[Draw]:
+    """`draw`, of which a thread makes each batch while the one before it is used.
 
     Batches may be asked for in any order; those in the order of training are made ahead.
     """
+    # a thread begins on the first GPU, where pinning would open a context for nothing
+    first = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+    pool = ThreadPoolExecutor(1, "deme-batch", *first)
+    ready: dict[tuple[int, int], Future[Batch]] = {}
 
-    def __init__(
-        self, source: BatchSource, steps: int, accumulation: int, device: torch.device
-    ) -> None:
-        self._source, self._steps, self._accumulation = source, steps, accumulation
-        # a thread begins on the first GPU, where pinning would open a context for nothing
-        first = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
-        self._pool = ThreadPoolExecutor(1, "deme-batch", *first)
-        self._ready: dict[tuple[int, int], Future[Batch]] = {}
-
-    def __enter__(self) -> Ahead:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def batch(self, step: int, micro: int) -> Batch:
-        """The batch of update `step` (from 0), accumulation part `micro`."""
-        ready = self._ready.pop((step, micro), None)  # none at first, or where an update is redone
-        batch = (ready or self._pool.submit(self._source.batch, step, micro)).result()
-        following = (step, micro + 1) if micro + 1 < self._accumulation else (step + 1, 0)
-        self._ready.clear()
-        if following[0] < self._steps:
-            self._ready[following] = self._pool.submit(self._source.batch, *following)
+    def next_batch(step: int, micro: int) -> Batch:
+        waiting = ready.pop((step, micro), None)  # none at first, or where an update is redone
+        batch = (waiting or pool.submit(draw, step, micro)).result()
+        following = (step, micro + 1) if micro + 1 < config.accumulation else (step + 1, 0)
+        ready.clear()
+        if following[0] < config.steps:
+            ready[following] = pool.submit(draw, *following)
         return batch
+
+    try:
+        yield next_batch
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -209,15 +207,14 @@ class FixedDraws:
         On the draws `chosen` (all by default). The network is run in its own dtype, the rest in
         float32, the sums in float64.
         """
-        chosen = torch.arange(len(self.t)) if chosen is None else chosen
-        errors = torch.zeros(len(chosen), dtype=torch.float64)
-        for place in torch.arange(len(chosen)).split(self.batch_size):
+        errors = []
+        for part in (self._all if chosen is None else chosen).split(self.batch_size):
             if check:
                 check()
-            inputs, target = self._batch(chosen[place], network)
+            inputs, target = self._batch(part, network)
             error = predict(network, *inputs).float().cpu() - target
-            errors[place] = error.square().flatten(1).mean(dim=1, dtype=torch.float64)
-        return errors
+            errors.append(error.square().flatten(1).mean(dim=1, dtype=torch.float64))
+        return torch.cat(errors)
 
     def loss(self, network: nn.Module, *, check: Check | None = None) -> float:
         """Mean squared error over draws and elements; see `errors`."""
@@ -228,9 +225,9 @@ class FixedDraws:
         network.requires_grad_(True)
         network.zero_grad(set_to_none=True)
         total, size = 0.0, len(self.t) * math.prod(self.examples.shape)
-        for chosen in torch.arange(len(self.t)).split(self.batch_size):
+        for part in self._all.split(self.batch_size):
             check()
-            inputs, target = self._batch(chosen, network)
+            inputs, target = self._batch(part, network)
             output = predict(network, *inputs).float()
             loss = (output - target.to(output.device)).square().sum() / size
             loss.backward()
@@ -241,9 +238,12 @@ class FixedDraws:
     @torch.no_grad()
     def outputs(self, network: nn.Module, chosen: Tensor) -> Tensor:
         """What `network` says at the draws `chosen`: (len(chosen), C, H, W) float32."""
-        parts = chosen.split(self.batch_size)
-        inputs = (self._batch(part, network)[0] for part in parts)
+        inputs = (self._batch(part, network)[0] for part in chosen.split(self.batch_size))
         return torch.cat([predict(network, *one).float().cpu() for one in inputs])
+
+    @property
+    def _all(self) -> Tensor:
+        return torch.arange(len(self.t))
 
     def _batch(
         self, chosen: Tensor, network: nn.Module

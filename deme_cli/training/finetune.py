@@ -1,4 +1,4 @@
-"""`finetune` and `train_base`: experts of timestep ranges (Eq. 3-6), and a base from scratch.
+"""`finetune`: experts of timestep ranges (Eq. 3-6), or a base from scratch.
 
 A run leaves one artifact, and those that `ema_lengths` and `snapshot_every` add. Beside it, hidden,
 lies the checkpoint from which the same call continues; `metrics.jsonl` beside it keeps the curve.
@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deme_cli import console
-from deme_cli.artifacts import read_record
 from deme_cli.config import CONFIG_NAME, DataConfig, FinetuneConfig, ModelConfig, SplitConfig
 from deme_cli.console import Progress, Step, silent
 from deme_cli.distributed import ALONE, World
@@ -34,31 +33,38 @@ from deme_cli.training.setup import (
 
 
 def finetune(
-    range: str, settings: FinetuneConfig | None = None, *, images: DataConfig | None = None,
-    base: Path | None = None, output: Path | None = None, run: RunFile | None = None,
-    jobs: int = 1, pipeline: str | None = None, device: str = "auto", dtype: str = "fp32",
-    compile: str = "auto", shard: bool = False, save_dtype: str | None = None, force: bool = False,
-    resume: bool = False, dry_run: bool = False, world: World = ALONE, progress: Progress = silent,
+    range: str = "", settings: FinetuneConfig | None = None, *, from_scratch: Path | None = None,
+    images: DataConfig | None = None, base: Path | None = None, output: Path | None = None,
+    run: RunFile | None = None, jobs: int = 1, pipeline: str | None = None, device: str = "auto",
+    dtype: str = "fp32", compile: str = "auto", shard: bool = False, save_dtype: str | None = None,
+    force: bool = False, resume: bool = False, dry_run: bool = False, world: World = ALONE,
+    progress: Progress = silent,
 ) -> list[Path]:  # fmt: skip
     """Train the expert of a range; a stopped run goes on when the same is asked again.
 
     range: `i/N`, `start:stop`, `1/1` (the plain control), or `all` of the run's ranges, of which
-    `jobs` are trained at a time, each in a process of its own.   settings, images, base: those of
-    `run` if None.   output: None for ft_{i}of{N}.safetensors.   shard: divide the network among the
-    processes of `world`.   save_dtype: of what is written; None for float32, in which is trained.
-    resume: fail where no run is kept.   dry_run: check, and say what would
-    run.
+    `jobs` are trained at a time, each in a process of its own.   from_scratch: in place of a range,
+    a TOML or JSON file with the diffusers configs [model] and [scheduler]: a base is trained from
+    random weights, over all timesteps.   settings, images, base: those of `run` if None.   output:
+    None for ft_{i}of{N}.safetensors.   shard: divide the network among the processes of `world`.
+    save_dtype: of what is written; None for float32, in which is trained.   resume: fail where no
+    run is kept.   dry_run: check, and say what would run.
 
     Returns every file that was written or was done before: experts, averages, snapshots. Raises
     ConfigError, MissingError or ArtifactError before anything is loaded; MissingError (memory,
     disk), NumericsError and Stopped from training, with the last checkpoint kept.
     """
     run = run or RunFile()
-    if jobs > 1 and not world.is_alone:
-        raise ConfigError(
-            f"--jobs {jobs} starts processes of its own; the {world.size} of this launch train one "
-            f"range after another: leave it out"
-        )
+    for is_refused, why in (
+        (bool(range) == bool(from_scratch),
+         "finetune takes either --range (as in 2/4, or all) or --from-scratch FILE"),
+        (resume and force, "--resume continues a kept run, --force starts anew; give one of them"),
+        (jobs > 1 and not world.is_alone,
+         f"--jobs {jobs} starts processes of its own; the {world.size} of this launch train one "
+         f"range after another: leave it out"),
+    ):  # fmt: skip
+        if is_refused:
+            raise ConfigError(why)
     plan = Plan(
         base or run.base, images or run.settings(DataConfig),
         settings or run.settings(FinetuneConfig), device=world.device or device, dtype=dtype,
@@ -67,58 +73,25 @@ def finetune(
     )  # fmt: skip
     require_processes(plan, world.size)
     split = run.settings(SplitConfig)
-    plans = plan_experts(plan, split, range, output)
-    waiting = _begin(plans, resume=resume, dry_run=dry_run, progress=progress)
+    if from_scratch:
+        plans = [plan_base(plan, from_scratch, output or Path(ModelConfig.base))]
+    else:
+        plans = plan_experts(plan, split, range, output)
+    waiting = [plan for plan in plans if not plan.is_done]
+    for plan in waiting:
+        if resume and not checkpoint_path(plan.output).exists():
+            raise MissingError(f"{plan.output}: no unfinished run is kept here; leave out --resume")
+    if dry_run:
+        if waiting and waiting[0].has_companions:  # whether images and captions can be opened
+            open_plan_examples(waiting[0])
+        for plan in plans:
+            progress(Step(note=plan.describe()))
+        return []
     if jobs > 1 and len(waiting) > 1:
         _train_side_by_side(waiting, split, jobs, progress)
     else:
         _train_in_turn(waiting, world, progress)
-    return [] if dry_run else [path for plan in plans for path in plan.outputs]
-
-
-def train_base(
-    description: Path, settings: FinetuneConfig | None = None, *,
-    images: DataConfig | None = None, output: Path | None = None, run: RunFile | None = None,
-    pipeline: str | None = None, device: str = "auto", dtype: str = "fp32", compile: str = "auto",
-    shard: bool = False, save_dtype: str | None = None, force: bool = False, resume: bool = False,
-    dry_run: bool = False,
-    world: World = ALONE, progress: Progress = silent,
-) -> list[Path]:  # fmt: skip
-    """Train a base from random weights, over all timesteps; the rest is as for `finetune`.
-
-    description: a TOML or JSON file with the diffusers configs [model] and [scheduler].
-    """
-    run = run or RunFile()
-    plan = Plan(
-        run.base, images or run.settings(DataConfig), settings or run.settings(FinetuneConfig),
-        device=world.device or device, dtype=dtype, compile=compile, shard=shard,
-        save_dtype=save_dtype, pipeline=run.pipeline(pipeline), force=force,
-    )  # fmt: skip
-    require_processes(plan, world.size)
-    plan = plan_base(plan, description, output or Path(ModelConfig.base))
-    _train_in_turn(
-        _begin([plan], resume=resume, dry_run=dry_run, progress=progress), world, progress
-    )
-    return [] if dry_run else plan.outputs
-
-
-def _begin(plans: Sequence[Plan], *, resume: bool, dry_run: bool, progress: Progress) -> list[Plan]:
-    """The plans that are to be carried out; in a dry run none, and all are told."""
-    waiting = [plan for plan in plans if not plan.is_done]
-    for plan in waiting if resume else ():
-        if not checkpoint_path(plan.output).exists():
-            raise MissingError(f"{plan.output}: no unfinished run is kept here; leave out --resume")
-    if not dry_run:
-        return waiting
-    if waiting and _has_companions(waiting[0]):  # whether images and captions can be opened
-        open_plan_examples(waiting[0])
-    for plan in plans:
-        progress(Step(note=plan.describe()))
-    return []
-
-
-def _has_companions(plan: Plan) -> bool:
-    return plan.choice is not None and bool(read_record(plan.base, "base").companions)
+    return [path for plan in plans for path in plan.outputs]
 
 
 def _train_in_turn(plans: Sequence[Plan], world: World, progress: Progress) -> None:
@@ -138,8 +111,7 @@ def _train_in_turn(plans: Sequence[Plan], world: World, progress: Progress) -> N
                     f"out of memory: {record.halved_to} images at a time from here on, as with "
                     f"--micro-batch {record.halved_to} (the same batches, more slowly)"
                 )
-            detail = f"loss {record.loss:.4g}"
-            progress(Step(record.step, steps, label, "update", detail=detail))
+            progress(Step(record.step, steps, label, "update", detail=f"loss {record.loss:.4g}"))
 
 
 def _train_side_by_side(
@@ -147,27 +119,26 @@ def _train_side_by_side(
 ) -> None:
     """Train each run in a process of its own: `deme finetune`, settings in a file of theirs."""
     plan, steps = plans[0], plans[0].config.steps
-    if _has_companions(plan):  # once for all of them, rather than each a part unseen
+    if plan.has_companions:  # once for all of them, rather than each a part unseen
         from deme_cli.training.examples import fill_caches
 
         _, *examples = open_plan_examples(plan)
         fill_caches(*examples, progress=progress)
     with tempfile.TemporaryDirectory() as folder:
-        tables = {"split": split, "data": plan.images, "finetune": plan.config}
         live = {
             name: {key: value for key, value in asdict(table).items() if value is not None}
-            for name, table in tables.items()
+            for name, table in (("split", split), ("data", plan.images), ("finetune", plan.config))
         }
         config = Path(folder, CONFIG_NAME)
         config.write_text(render_run_file(live), encoding="utf-8")
-        words = ["--base", plan.base, "--config", config, "--device", plan.device]
+        words = ["--base", str(plan.base), "--config", str(config), "--device", plan.device]
         words += ["--dtype", plan.dtype, "--compile", plan.compile]
         words += ["--pipeline", plan.pipeline] if plan.pipeline else []
         words += ["--save-dtype", plan.save_dtype] if plan.save_dtype else []
         words += ["--force"] if plan.force else []
         children = [
             RangeProcess(
-                one.range_text, ["finetune", "--range", one.range_text, *map(str, words)],
+                one.range_text, ["finetune", "--range", one.range_text, *words],
                 [metrics_path(one.output)],
             )
             for one in plans

@@ -22,6 +22,7 @@ from deme_cli.timesteps import RangeChoice, TimestepRange, parse_range
 
 if TYPE_CHECKING:
     from deme_cli.diffusion.denoiser import Denoiser
+    from deme_cli.training.clusters import Affinity
     from deme_cli.training.examples import Examples
 
 _FILES_BESIDE = 5  # of the base's size: a checkpoint (weights, average, two moments), the expert
@@ -109,6 +110,11 @@ class Plan:
         paths = [self.output, *variant_paths(self.output, self.config)]
         return list(filter(Path.exists, paths)) if self.is_done else paths
 
+    @property
+    def has_companions(self) -> bool:
+        """Whether the base has frozen parts around it."""
+        return self.choice is not None and bool(read_record(self.base, "base").companions)
+
     def describe(self) -> str:
         """One line that says what would run."""
         config = self.config
@@ -182,19 +188,23 @@ def plan_experts(
             raise ConfigError("--output names one file, but --range all writes one for each range")
         num_ranges = len(split.timestep_ranges) or split.n
         texts = [f"{index}/{num_ranges}" for index in range(1, num_ranges + 1)]
-    plans = []
+    plans, config = [], plan.config
     for text in texts:
         choice = parse_range(text, record.num_train_timesteps, split.timestep_ranges)
-        path = output or Path(f"ft_{choice.label}.safetensors")
+        path, span = output or Path(f"ft_{choice.label}.safetensors"), choice.range
         is_done = range_text == "all" and not plan.force and path.exists()
         plans.append(one := replace(plan, output=path, choice=choice, is_done=is_done))
         if is_done:
             _require_same_settings(one, record)
             continue
-        if plan.config.multitask != "none":
-            _require_tasks(one, record, choice.range)
+        if config.multitask != "none" and config.p > 0 and len(span) < record.num_train_timesteps:
+            raise ConfigError(
+                f"multitask = {config.multitask!r} divides range {span} into clusters, and "
+                f"p = {config.p} draws outside them; use --p 0 or --range 1/1"
+            )
+        _read_affinity(plan, record)
         _require_free(one)
-    if record.companions and not all(one.is_done for one in plans):
+    if not all(one.is_done for one in plans):
         require_companions(record, plan.pipeline)
     return plans
 
@@ -239,18 +249,13 @@ def require_companions(record: DenoiserRecord, pipeline: str | None) -> None:
         locate_parts(pipeline or record.source, list(record.companions))
 
 
-def _require_tasks(plan: Plan, record: BaseRecord, span: TimestepRange) -> None:
-    """What clusters of timesteps need: draws from the range alone, and gradients to go by."""
-    config = plan.config
-    if config.p > 0 and len(span) < record.num_train_timesteps:
-        raise ConfigError(
-            f"multitask = {config.multitask!r} divides range {span} into clusters, and "
-            f"p = {config.p} draws outside them; use --p 0 or --range 1/1"
-        )
-    if config.cluster_by == "gradient":
-        from deme_cli.training.clusters import read_affinity
+def _read_affinity(plan: Plan, record: DenoiserRecord) -> Affinity | None:
+    """The gradients by which timesteps are clustered, where they are to be."""
+    if plan.config.multitask == "none" or plan.config.cluster_by != "gradient":
+        return None
+    from deme_cli.training.clusters import read_affinity
 
-        read_affinity(affinity_path(plan.base), record.fingerprint)
+    return read_affinity(affinity_path(plan.base), record.fingerprint)
 
 
 def _require_free(plan: Plan) -> None:
@@ -353,21 +358,17 @@ def prepare(plan: Plan) -> Run:
         denoiser = replace(load_denoiser(plan.base, device=device), record=record)
     schedule, config, clusters = denoiser.schedule, plan.config, list[TimestepRange]()
     if config.multitask != "none":
-        from deme_cli.training.clusters import cluster_draws, read_affinity
+        from deme_cli.training.clusters import cluster_draws
 
-        affinity = None
-        if config.cluster_by == "gradient":
-            affinity = read_affinity(affinity_path(plan.base), record.fingerprint)
-        draws = schedule.indices(choice.range)
+        draws, affinity = schedule.indices(choice.range), _read_affinity(plan, record)
         clusters = cluster_draws(draws, config.clusters, config.cluster_by, schedule, affinity)
     if plan.force:
         checkpoint_path(plan.output).unlink(missing_ok=True)
     flip = plan.images.horizontal_flip
     return Run(
-        denoiser, choice, examples, held_out, examples.can_flip if flip is None else flip,
-        plan.config, plan.output, dtype=plan.dtype, from_scratch=plan.choice is None,
-        clusters=clusters, compile=plan.compile, shard=plan.shard,
-        save_dtype=plan.save_dtype,
+        denoiser, choice, examples, held_out, examples.can_flip if flip is None else flip, config,
+        plan.output, dtype=plan.dtype, from_scratch=plan.choice is None, clusters=clusters,
+        compile=plan.compile, shard=plan.shard, save_dtype=plan.save_dtype,
     )  # fmt: skip
 
 
@@ -378,19 +379,18 @@ def open_plan_examples(
     from deme_cli.diffusion.companions import open_companions
     from deme_cli.training.examples import name_companions, open_examples
 
-    images, pipeline, num, held_out = plan.images, plan.pipeline, plan.config.held_out, None
-    record = record or name_companions(read_record(plan.base, "base"), pipeline)
-    companions = open_companions(record, pipeline=pipeline, device=plan.device, dtype=plan.dtype)
-    beside = (plan.output if plan.choice is None else plan.base).parent
-    train = open_examples(
-        images, companions, split="train", flips=images.horizontal_flip, cache=plan.config.cache,
-        beside=beside,
-    )  # fmt: skip
+    images, config = plan.images, plan.config
+    record = record or name_companions(read_record(plan.base, "base"), plan.pipeline)
+    companions = open_companions(
+        record, pipeline=plan.pipeline, device=plan.device, dtype=plan.dtype
+    )
+    cache: dict[str, Any] = {
+        "cache": config.cache, "beside": (plan.base if plan.choice else plan.output).parent,
+    }  # fmt: skip
+    flips, num, held_out = images.horizontal_flip, config.held_out, None
+    train = open_examples(images, companions, split="train", flips=flips, **cache)
     if num:
-        held_out = open_examples(
-            images, companions, split="held-out", cache=plan.config.cache, beside=beside,
-            num_needed=num,
-        )  # fmt: skip
+        held_out = open_examples(images, companions, split="held-out", num_needed=num, **cache)
     return record, train, held_out
 
 

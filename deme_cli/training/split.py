@@ -70,8 +70,8 @@ def split(
     data: where its training images are; None for a guess from the model's name.   gradients: for
     by = gradient, what `deme analyze gradients` wrote.   variant: of a folder's weights, as fp16.
     save_dtype: of the base's weights; None for the model's own.   output: the folder of
-    base.safetensors and deme.toml; a base that lies there already is kept as
-    it is. With `dry_run` all is checked and nothing is written.
+    base.safetensors and deme.toml; a base that lies there already is kept as it is. With `dry_run`
+    all is checked and nothing is written.
 
     Raises MissingError, ArtifactError or ConfigError; then neither file appears.
     """

@@ -1,9 +1,10 @@
 """What a training run consists of between two updates, and its checkpoint on disk.
 
-Two networks: the one under training, with its projections, and the frozen base. Beside the first,
-what weighs its losses, moving averages, AdamW's moments, loss scale, number of updates. The
-learning rate is a function of the update and every random draw of (seed, update), so nothing else
-needs to be kept. A checkpoint appears whole or not at all and is verified when read.
+Two networks: the one under training, with its projections, and the frozen base. What is trained of
+the first is what wants gradients; beside it what weighs the losses, moving averages, AdamW's
+moments, the loss scale, the number of updates. The learning rate is a function of the update and
+every random draw of (seed, update), so nothing else needs to be kept. A checkpoint appears whole
+or not at all and is verified when read.
 
 In half precision (autocast) the weights under training stay float32. The base's would be cast anew
 at every forward, for autocast remembers only casts of weights that get gradients: what it would
@@ -40,20 +41,6 @@ if TYPE_CHECKING:
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by autocast, on every device
-
-
-def open_state(run: Run, world: World) -> tuple[TrainingState, nn.Module | None]:
-    """What is trained, as it is at the start or in the checkpoint that is kept; the frozen base."""
-    network, base = open_networks(run)
-    if run.shard:
-        shard(network, world)
-        if base is not None:
-            shard(base, world)
-    reduction = Reduction(run.config, run.denoiser.schedule, run.clusters)
-    state = TrainingState(network, reduction, run.config, scale_loss=run.dtype == "fp16")
-    if (checkpoint := checkpoint_path(run.output)).exists():
-        state.restore(checkpoint, run.identity, run.output)
-    return state, base
 
 
 def open_networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
@@ -120,12 +107,9 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
     """The rate of update `step` (from 0): warm-up, then constant, or down to 0 (linear, cosine)."""
     if step < config.warmup:
         return config.lr * (step + 1) / (config.warmup + 1)
-    if config.lr_schedule == "constant":
-        return config.lr
     done = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    if config.lr_schedule == "linear":
-        return config.lr * (1 - done)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    falls = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return config.lr * falls.get(config.lr_schedule, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,21 +123,25 @@ class CheckpointRecord(Record):
 
 
 class TrainingState:
-    """The network under training with everything that `step` updates change.
+    """The network under training with everything that `step` updates change, and the frozen base.
 
-    `averages` of the weights, theta_hat(t) = beta_t theta_hat(t - 1) + (1 - beta_t) theta(t), by
-    the length of their power function, under None the usual one: beta_1 = 0 forgets where the run
-    started. In float32 whatever the weights are: 4 bytes more per parameter and average.
+    `parameters`: what is trained of the network, by name; its other weights are the base's, and no
+    checkpoint or result holds them. `averages` of these, theta_hat(t) = beta_t theta_hat(t - 1) +
+    (1 - beta_t) theta(t), by the length of their power function, under None the usual one: beta_1 =
+    0 forgets where the run started. In float32 whatever the weights are: 4 bytes more for each.
     """
 
     def __init__(
-        self, network: nn.Module, reduction: Reduction, config: FinetuneConfig, *, scale_loss: bool
-    ) -> None:
+        self, network: nn.Module, reduction: Reduction, config: FinetuneConfig, *,
+        scale_loss: bool, base: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         self.device = next(network.parameters()).device
-        self.network, self.reduction = network, reduction.to(self.device)
+        self.network, self.base, self.reduction = network, base, reduction.to(self.device)
         self.config, self.step = config, 0
-        parameters = list(network.parameters())
-        groups: list[dict[str, Any]] = [{"params": parameters}]
+        named = dict(network.named_parameters())
+        self.parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self._frozen = named.keys() - self.parameters.keys()
+        groups: list[dict[str, Any]] = [{"params": list(self.parameters.values())}]
         if own := list(reduction.parameters()):
             groups.append({"params": own, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(
@@ -162,13 +150,15 @@ class TrainingState:
             fused=True,  # on processors 4 to 6 times as fast as foreach
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
-        self.averages: dict[float | None, list[Tensor]] = {}
-        for length in (*(config.ema_lengths or []), *([None] if config.ema_decay else [])):
-            self.averages[length] = [p.detach().float().clone() for p in parameters]
+        lengths = [*(config.ema_lengths or []), *([None] if config.ema_decay else [])]
+        self.averages: dict[float | None, dict[str, Tensor]] = {
+            length: {name: p.detach().float().clone() for name, p in self.parameters.items()}
+            for length in lengths
+        }
 
     def update(self) -> None:
         """One optimizer update from the gradients at hand, then the moving averages."""
-        parameters = list(self.network.parameters())
+        parameters = list(self.parameters.values())
         if self.config.grad_clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
@@ -186,36 +176,36 @@ class TrainingState:
             else:
                 decay = beta(self.step, gamma_of(length))
             # one pass over the weights, where EMAModel.step makes three
-            torch._foreach_lerp_(average, [p.detach().float() for p in parameters], 1 - decay)
+            weights = [p.detach().float() for p in parameters]
+            torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
 
-    def averaged_weights(self, length: float | None = None) -> dict[str, Tensor]:
-        """The weights under the power-function average of `length`; None for the usual weights.
+    def weights(self, length: float | None = None) -> dict[str, Tensor]:
+        """What a result holds: the averages of this length in place of what is trained.
 
-        Those are what the run is for: the moving average, or the last ones without it.
+        length: of a power function; None for what the run is for: the usual moving average, or the
+        last weights without it.
         """
-        weights = dict(self.network.state_dict())
-        if average := self.averages.get(length):
-            weights |= zip(dict(self.network.named_parameters()), average, strict=True)
-        return weights
+        return self._last_weights() | self.averages.get(length, {})
 
-    def trained(self) -> list[tuple[str, nn.Parameter]]:
+    def _last_weights(self) -> dict[str, Tensor]:
+        state = self.network.state_dict()
+        return {name: value for name, value in state.items() if name not in self._frozen}
+
+    def trained(self) -> dict[str, nn.Parameter]:
         """Every parameter that the optimizer moves, the network's first."""
-        own = self.reduction.named_parameters(prefix="reduction")
-        return [*self.network.named_parameters(), *own]
+        return {**self.parameters, **dict(self.reduction.named_parameters(prefix="reduction"))}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by its name there."""
-        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        tensors |= {f"reduction.{name}": v for name, v in self.reduction.state_dict().items()}
-        for name, parameter in self.trained():
-            if parameter in self.optimizer.state:
-                for key in (*_MOMENTS, "step"):
-                    tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
+        parts: dict[str, dict[str, Any]] = {
+            "network": self._last_weights(), "reduction": self.reduction.state_dict(),
+        }  # fmt: skip
+        moved = {name: self.optimizer.state.get(p) for name, p in self.trained().items()}
+        for key in (*_MOMENTS, "step"):
+            parts[key] = {name: known[key] for name, known in moved.items() if known}
         for length, average in self.averages.items():
-            prefix = "ema" if length is None else f"power_ema_{length}"
-            for (name, _), tensor in zip(self.network.named_parameters(), average, strict=True):
-                tensors[f"{prefix}.{name}"] = tensor
-        return tensors
+            parts["ema" if length is None else f"power_ema_{length}"] = average
+        return {f"{part}.{n}": value for part, named in parts.items() for n, value in named.items()}
 
     def save(self, path: Path, identity: dict[str, Any], world: World = ALONE) -> None:
         """Write the checkpoint of the run that `identity` describes; all processes, one file."""
@@ -235,7 +225,7 @@ class TrainingState:
         require_same_run(document["identity"], identity, output)
         if fingerprint_file(path) != document["fingerprint"]:
             raise ArtifactError(f"{path}: the checkpoint is corrupt; --force starts the run anew")
-        for name, parameter in self.trained():
+        for name, parameter in self.trained().items():
             if f"step.{name}" in header.tensors:
                 moments = {key: torch.zeros_like(parameter) for key in _MOMENTS}
                 count = torch.zeros((), device=parameter.device)
@@ -250,8 +240,21 @@ class TrainingState:
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether every weight that this process holds is a number (asks the device once)."""
-        norms = torch._foreach_norm(list(map(own_part, self.network.parameters())))
+        norms = torch._foreach_norm(list(map(own_part, self.parameters.values())))
         return bool(torch.isfinite(torch.stack(norms)).all())
+
+
+def open_state(run: Run, world: World) -> TrainingState:
+    """A run at its start, or where the checkpoint that is kept has it."""
+    network, base = open_networks(run)
+    for one in (network, base) if run.shard else ():
+        if one is not None:
+            shard(one, world)
+    reduction = Reduction(run.config, run.denoiser.schedule, run.clusters)
+    state = TrainingState(network, reduction, run.config, scale_loss=run.dtype == "fp16", base=base)
+    if (checkpoint := checkpoint_path(run.output)).exists():
+        state.restore(checkpoint, run.identity, run.output)
+    return state
 
 
 def require_same_run(kept: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deme_cli.artifacts import BaseRecord, DenoiserRecord, ExpertRecord, write_artifact
 from deme_cli.diffusion.conditions import Conditions, to
@@ -48,9 +48,8 @@ from deme_cli.errors import (
 from deme_cli.files import write_whole
 from deme_cli.jobs import claim
 from deme_cli.training.batches import (
-    Ahead,
     Batch,
-    BatchSource,
+    Draw,
     derived_generator,
     draws_of_range,
     open_batches,
@@ -92,6 +91,11 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
     are not full yet are filled first.
     """
     config, snapshots = run.config, snapshot_steps(run.config)
+    too_many_weights = (
+        f"{run.denoiser.record.source}: the weights with their moments and averages do not fit "
+        f"into the device's memory; use fewer --ema-lengths, divide the network among more "
+        f"processes with --shard, or use a device with more memory"
+    )
     fill_caches(run.examples, run.held_out, world=world)
     with ExitStack() as stack:
         world.require_same({**run.identity, "output": str(run.output), "shard": run.shard})
@@ -100,24 +104,24 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
         requests = stack.enter_context(JointStopRequests(world))
         world.wait()  # the output is ours, and what --force drops is gone
         stack.enter_context(using_threads(_fitting_threads(run)))
-        with out_of_memory_as(_too_many_weights(run)):
-            state, base = open_state(run, world)
+        with out_of_memory_as(too_many_weights):
+            state = open_state(run, world)
         world.require_same({"updates done": state.step})
         files = RunFiles(run, state, world)
-        source = stack.enter_context(open_batches(run, world, state.device))
-        for network in (state.network, base):
+        draw = stack.enter_context(open_batches(run, world, state.device))
+        for network in (state.network, state.base):
             if network is not None and not run.shard:  # its blocks are gathered one by one
                 num_forwards = (config.steps - state.step) * config.accumulation
                 compile_network(network, run.compile, num_forwards=num_forwards)
-        gradients = Gradients(run, state, base, source, world)
+        gradients = Gradients(run, state, draw, world)
         while state.step < config.steps:
             if state.step in snapshots:  # its state is saved: a resumed run comes here too
                 files.write_results(step=state.step)
             gradients.of_update()
             requests.exchange()
-            with out_of_memory_as(_too_many_weights(run)):
+            with out_of_memory_as(too_many_weights):
                 if not world.is_alone:
-                    add_up_gradients([parameter for _, parameter in state.trained()], world)
+                    add_up_gradients(state.trained().values(), world)
                 state.update()
             at_end = state.step == config.steps
             at_checkpoint = (  # also before further results are written, to continue from
@@ -141,18 +145,24 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
         files.write_results()
 
 
+def _fitting_threads(run: Run) -> int:
+    def inputs() -> tuple[Tensor, Conditions]:
+        x0, conditions = run.examples.draw([0], flip=None, generator=None)
+        return x0.float(), to(conditions, x0.device, torch.float32)
+
+    num_images = run.config.micro_batch or run.config.batch_size
+    return fitting_number(run.denoiser.network, inputs, num_images=num_images)
+
+
 class Gradients:
     """What the losses of `run` say about the weights of `state`, batch by batch.
 
     `at_once`: the most images that go through the network at a time, fewer where memory ran out.
     """
 
-    def __init__(
-        self, run: Run, state: TrainingState, base: nn.Module | None,
-        source: BatchSource | Ahead, world: World = ALONE,
-    ) -> None:  # fmt: skip
-        self.run, self.state, self.base, self.source = run, state, base, source
-        self.world, self._largest_share = world, -(-run.config.batch_size // world.size)
+    def __init__(self, run: Run, state: TrainingState, draw: Draw, world: World = ALONE) -> None:
+        self.run, self.state, self.draw, self.world = run, state, draw, world
+        self._largest_share = -(-run.config.batch_size // world.size)
         self.at_once = min(run.config.micro_batch or self._largest_share, self._largest_share)
         self.schedule = run.denoiser.schedule
         if state.device.type != "cpu":  # so that looking up draws there copies nothing
@@ -168,10 +178,11 @@ class Gradients:
         Raises MissingError where not one image fits into the device's memory, and where the
         network is divided, whose processes cannot go back in step, at the first lack of it.
         """
+        run = self.run
         while True:
             try:
-                with joint_passes(self.world) if self.run.shard else nullcontext():
-                    losses = [self.of_batch(micro) for micro in range(self.run.config.accumulation)]
+                with joint_passes(self.world) if run.shard else nullcontext():
+                    losses = [self._of_batch(micro) for micro in range(run.config.accumulation)]
                 self._losses += losses
                 return losses
             except RuntimeError as error:
@@ -181,50 +192,47 @@ class Gradients:
             self.state.optimizer.zero_grad(set_to_none=True)
             if self.state.device.type != "cpu":  # blocks of the sizes that did not fit
                 torch.get_device_module(self.state.device).empty_cache()
-            if self.at_once == 1 or self.run.clusters or self.run.shard:
+            if self.at_once == 1 or run.clusters or run.shard:
                 raise MissingError(
-                    f"{self.run.denoiser.record.source}: training does not fit into the device's "
+                    f"{run.denoiser.record.source}: training does not fit into the device's "
                     f"memory with {self.at_once} images at a time; use --gradient-checkpointing, "
                     f"--dtype bf16, a smaller --micro-batch (with --multitask: --batch-size) or "
                     f"--resolution, more processes, or a device with more memory"
                 )
             self.at_once = (self.at_once + 1) // 2
 
-    def of_batch(self, micro: int) -> Tensor:
+    def _of_batch(self, micro: int) -> Tensor:
         """(Minimised, denoising, consistency) losses of one batch, or of this process's share.
 
         Over the parts and the processes, losses and gradients add up to the batch's. Those that
         gather a divided network together go in the same number of parts, each with an image.
         """
-        batch, losses = self.source.batch(self.state.step, micro), []
+        batch = self.draw(self.state.step, micro)
         num = len(batch.t)
         num_parts = -(-num // self.at_once)
         if self.run.shard:
             smallest_share = self.run.config.batch_size // self.world.size
             num_parts = min(-(-self._largest_share // self.at_once), smallest_share)
-        for i in range(num_parts):
-            chosen = slice(num * i // num_parts, num * (i + 1) // num_parts)
-            losses.append(self._of_part(batch if num_parts == 1 else batch.part(chosen), micro))
-        return torch.stack(losses).sum(0)
+        edges = [num * i // num_parts for i in range(num_parts + 1)]
+        parts = [slice(*edges[i : i + 2]) for i in range(num_parts)]
+        return torch.stack([self._of_part(batch.part(part), micro) for part in parts]).sum(0)
 
     def _of_part(self, batch: Batch, micro: int) -> Tensor:
         run, state, config, device = self.run, self.state, self.run.config, self.state.device
         batch = batch.on(device)
         with torch.autocast(device.type, TORCH_DTYPES[run.dtype], enabled=run.dtype != "fp32"):
             losses = expert_losses(
-                state.network, self.base, self.schedule, x0=batch.x0, eps=batch.eps, t=batch.t,
+                state.network, state.base, self.schedule, x0=batch.x0, eps=batch.eps, t=batch.t,
                 conditions=to(batch.conditions, device, torch.float32),
                 consistency=config.consistency,
             )  # fmt: skip
         num_parts = config.batch_size / len(batch.t)  # 2.5 for two images of five
-        order = derived_generator(config.seed, run.choice.range, state.step, micro, "order")
         total = state.reduction.backward(
-            losses.total, batch.t, list(state.network.parameters()), step=state.step,
-            generator=order,
+            losses.total, batch.t, list(state.parameters.values()), step=state.step,
+            generator=derived_generator(config.seed, run.choice.range, state.step, micro, "order"),
             scale=lambda loss: state.scaler.scale(loss / (config.accumulation * num_parts)),
         )  # fmt: skip
-        parts = (total, losses.denoising.mean(), losses.consistency.mean())
-        return torch.stack(parts) / num_parts
+        return torch.stack([total, losses.denoising.mean(), losses.consistency.mean()]) / num_parts
 
     def record(self) -> TrainStep:
         """The means of the losses since the last record, the same in all processes.
@@ -234,38 +242,18 @@ class Gradients:
         step, config = self.state.step, self.run.config
         means = torch.stack(self._losses).mean(0).cpu()
         self.world.add_up(means)
+        loss, denoising, consistency = means.tolist()
         if not means.isfinite().all():
             raise NumericsError(
-                f"the loss became {means[0].item()} by update {step}; only a good checkpoint is "
+                f"the loss became {loss} by update {step}; only a good checkpoint is "
                 f"kept, if any: lower --lr, or use --dtype bf16 or fp32, with --force to start anew"
             )
         now, least = time.monotonic(), -self.world.largest(-self.at_once)
         rate = len(self._losses) * config.batch_size / max(now - self._start, 1e-9)
         halved_to = least if least < self._told else None
         self._losses, self._start, self._told = [], now, least
-        loss, denoising, consistency = means.tolist()
         lr = learning_rate(step - 1, config)
         return TrainStep(step, loss, denoising, consistency, lr, rate, halved_to=halved_to)
-
-
-def _fitting_threads(run: Run) -> int:
-    """Threads on a processor for the passes of the images that go through at a time."""
-
-    def inputs() -> tuple[Tensor, Conditions]:
-        x0, conditions = run.examples.draw([0], flip=None, generator=None)
-        return x0.float(), to(conditions, x0.device, torch.float32)
-
-    num_images = run.config.micro_batch or run.config.batch_size
-    return fitting_number(run.denoiser.network, inputs, num_images=num_images)
-
-
-def _too_many_weights(run: Run) -> str:
-    """What to say of a lack of memory where smaller parts would not help."""
-    return (
-        f"{run.denoiser.record.source}: the weights with their moments and averages do not fit "
-        f"into the device's memory; use fewer --ema-lengths, divide the network among more "
-        f"processes with --shard, or use a device with more memory"
-    )
 
 
 class RunFiles:
@@ -278,16 +266,11 @@ class RunFiles:
     def __init__(self, run: Run, state: TrainingState, world: World) -> None:
         self.run, self.state, self.world = run, state, world
         self._takes_part = world.is_first or run.shard  # has slices of what is written
-        self._draws = None
-        if run.held_out is not None and self._takes_part:
-            self._draws = draws_of_range(
-                run.held_out, run.choice.range, run.denoiser.schedule, run.config.held_out
-            )
         self._curve = metrics_path(run.output)
         if world.is_first:  # what a killed run wrote after its checkpoint is done again
             lines = self._curve.read_text().splitlines() if self._curve.exists() else []
-            kept = "".join(f"{line}\n" for line in lines if _step_of(line) <= state.step)
-            write_whole(self._curve, [kept.encode()])
+            kept = (f"{line}\n" for line in lines if _step_of(line) <= state.step)
+            write_whole(self._curve, "".join(kept))
 
     def log(self, record: TrainStep) -> None:
         """Add a point to the curve, and let it reach those who watch."""
@@ -303,15 +286,17 @@ class RunFiles:
         self.world.wait()
 
     def held_out_loss(self, at_once: int) -> float | None:
-        """Of the averaged weights; at_once: the images of which a pass fits into memory.
+        """Of what the run is for, in passes of `at_once` images.
 
         A divided network is asked by all processes, for the same.
         """
-        loss, network = None, self.state.network  # compiled for other batches
-        if self._draws is not None:
-            joint = joint_passes(self.world) if self.run.shard else nullcontext()
-            draws = replace(self._draws, batch_size=at_once)
-            with holding(network, self.state.averaged_weights()), uncompiled(network), joint:
+        run, network, loss = self.run, self.state.network, None
+        if run.held_out is not None and self._takes_part:
+            span, schedule, num = run.choice.range, run.denoiser.schedule, run.config.held_out
+            draws = replace(draws_of_range(run.held_out, span, schedule, num), batch_size=at_once)
+            joint = joint_passes(self.world) if run.shard else nullcontext()
+            # it is compiled for other batches
+            with holding(network, self.state.weights()), uncompiled(network), joint:
                 loss = draws.loss(network)
         self.world.wait()
         return loss
@@ -331,7 +316,7 @@ class RunFiles:
         """
         run = self.run
         for length in (*(run.config.ema_lengths or []), None) if self._takes_part else ():
-            weights = gather(self.state.averaged_weights(length), self.world)
+            weights = gather(self.state.weights(length), self.world)
             if not self.world.is_first:
                 continue
             if run.config.projection == "fold":
@@ -341,35 +326,33 @@ class RunFiles:
             averaging: dict[str, Any] = {} if path == run.output else {"step": self.state.step}
             if length is not None:
                 averaging |= {"ema_length": length, "ema_gamma": gamma_of(length)}
-            write_artifact(path, weights, self._record(averaging))
+            write_artifact(path, weights, result_record(run, self.state.step, averaging))
         if step is None and self.world.is_first:
             checkpoint_path(run.output).unlink(missing_ok=True)
         self.world.wait()
 
-    def _record(self, averaging: dict[str, Any]) -> DenoiserRecord:
-        """The header of a result: every setting that is set, and what was averaged how."""
-        run, config, examples = self.run, self.run.config, self.run.examples
-        record = run.denoiser.record
-        fields = ("source", "model_config", "scheduler_config", "num_train_timesteps", "companions")
-        model: dict[str, Any] = {name: getattr(record, name) for name in fields}
-        data = {
-            "source": examples.source, "fingerprint": examples.fingerprint, "num": len(examples),
-        }  # fmt: skip
-        settings = {name: value for name, value in asdict(config).items() if value is not None}
-        settings |= {"dtype": run.dtype, "flip": run.flip, "crop": examples.crop}
-        settings |= {"resolution": list(examples.image_shape[1:]), **averaging}
-        if run.save_dtype:
-            settings["save_dtype"] = run.save_dtype
-        if run.clusters:
-            settings["cluster_ranges"] = [str(cluster) for cluster in run.clusters]
-        if run.from_scratch:
-            return BaseRecord(**model, training={**settings, "data": data})
-        span, index, of = run.choice.range, run.choice.index, run.choice.of
-        return ExpertRecord(
-            **model, range=[span.start, span.stop], index=index, of=of, base=record.fingerprint,
-            p=config.p, steps=self.state.step, seed=config.seed, projection=config.projection,
-            data=data, training=settings,
-        )  # fmt: skip
+
+def result_record(run: Run, steps: int, averaging: dict[str, Any]) -> DenoiserRecord:
+    """The header of a result after `steps` updates: every setting that is set, and `averaging`."""
+    config, examples, record = run.config, run.examples, run.denoiser.record
+    fields = ("source", "model_config", "scheduler_config", "num_train_timesteps", "companions")
+    model: dict[str, Any] = {name: getattr(record, name) for name in fields}
+    data = {"source": examples.source, "fingerprint": examples.fingerprint, "num": len(examples)}
+    settings = {name: value for name, value in asdict(config).items() if value is not None}
+    settings |= {"dtype": run.dtype, "flip": run.flip, "crop": examples.crop}
+    settings |= {"resolution": list(examples.image_shape[1:]), **averaging}
+    if run.save_dtype:
+        settings["save_dtype"] = run.save_dtype
+    if run.clusters:
+        settings["cluster_ranges"] = list(map(str, run.clusters))
+    if run.from_scratch:
+        return BaseRecord(**model, training={**settings, "data": data})
+    span, index, of = run.choice.range, run.choice.index, run.choice.of
+    return ExpertRecord(
+        **model, range=[span.start, span.stop], index=index, of=of, base=record.fingerprint,
+        p=config.p, steps=steps, seed=config.seed, projection=config.projection, data=data,
+        training=settings,
+    )  # fmt: skip
 
 
 def _step_of(line: str) -> float:

@@ -49,7 +49,7 @@ def networks_of(denoiser: Denoiser, count: int) -> list[nn.Module]:
 def deme_way(network: nn.Module, denoiser: Denoiser) -> tuple[Update, list[Tensor]]:
     """What `deme finetune` does between two batches, and its moving average."""
     state = TrainingState(network, Reduction(CONFIG, denoiser.schedule), CONFIG, scale_loss=False)
-    return state.update, state.averages[None]
+    return state.update, list(state.averages[None].values())
 
 
 def plain_way(network: nn.Module, *, ema: str) -> tuple[Update, list[Tensor]]:

@@ -16,7 +16,6 @@ TWO = "ft_1of4.safetensors ft_2of4.safetensors"
 VERBS = {
     "split": "split digits -o run",
     "finetune": "finetune --range 1/4 --data digits --steps 1 --held-out 0",
-    "train_base": "finetune --from-scratch unet.toml --data digits",
     "import_expert": "import unet --range 1/4",
     "task_vector": f"task-vector {TWO}",
     "merge": f"merge {TWO} -w 0.5,0.5",

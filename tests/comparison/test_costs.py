@@ -67,13 +67,13 @@ def run_of(base: Path) -> Callable[..., Run]:
 def count_updates(run: Run, num: int) -> int:
     """FLOPs of the first `num` updates of a run, less those of its Gram matrices."""
     config = run.config
-    state, base = open_state(run, ALONE)
+    state = open_state(run, ALONE)
     measured = {"pcgrad": num * config.accumulation, "nashmtl": -(-num // config.multitask_every)}
     counter = FlopCounterMode(display=False)
     batches = open_batches(run, ALONE, state.device)
-    with batches as source, sdpa_kernel(SDPBackend.MATH), counter:
+    with batches as draw, sdpa_kernel(SDPBackend.MATH), counter:
         for _ in range(num):
-            Gradients(run, state, base, source).of_update()
+            Gradients(run, state, draw).of_update()
             state.update()
     size = sum(parameter.numel() for parameter in state.network.parameters())
     gram = 2 * len(run.clusters) ** 2 * size  # one matrix product of (k, size) with its transpose

@@ -39,10 +39,10 @@ def run(digits_run: Callable[..., Run]) -> Run:
 def update_of(run: Run, world: World = ALONE, **settings: object) -> tuple[list[Tensor], Tensor]:
     """The gradients of the first update of a run with other settings, and its batches' losses."""
     run = replace(run, config=replace(run.config, **settings))
-    state, base = open_state(run, world)
-    with open_batches(run, world, state.device) as source:
-        losses = Gradients(run, state, base, source, world).of_update()
-    return [p.grad for _, p in state.trained()], torch.stack(losses)
+    state = open_state(run, world)
+    with open_batches(run, world, state.device) as draw:
+        losses = Gradients(run, state, draw, world).of_update()
+    return [p.grad for p in state.trained().values()], torch.stack(losses)
 
 
 def require_same(found: tuple[list[Tensor], Tensor], wanted: tuple[list[Tensor], Tensor]) -> None:

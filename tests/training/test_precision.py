@@ -141,7 +141,7 @@ def test_the_moving_average_is_that_of_diffusers(run: Run) -> None:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         state.update()
         theirs.step(network.parameters())
-    for one, other in zip(state.averages[None], theirs.shadow_params, strict=True):
+    for one, other in zip(state.averages[None].values(), theirs.shadow_params, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
@@ -186,9 +186,10 @@ def test_an_update_asks_the_device_nothing(run: Run, settings: dict) -> None:
     reduction = Reduction(config, schedule, clusters)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor
-        source.batch = lambda step, micro: Batch(*map(fake, (drawn.x0, drawn.eps, drawn.t)), {})
-        state = TrainingState(network, reduction, config, scale_loss=False)
-        (losses,) = Gradients(run, state, base, source).of_update()
+        state = TrainingState(network, reduction, config, scale_loss=False, base=base)
+        (losses,) = Gradients(
+            run, state, lambda *_: Batch(*map(fake, (drawn.x0, drawn.eps, drawn.t)), {})
+        ).of_update()
         state.update()
         with pytest.raises(DataDependentOutputException):
             losses.sum().item()
