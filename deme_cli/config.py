@@ -447,6 +447,10 @@ class EvalConfig(Settings):
         "reference of the Fréchet distance: digits, cifar10, a folder, samples, statistics, .npz",
     )
     kid: str | None = setting(None, "reference of the kernel distance: images, as for fid")
+    prc: str | None = setting(
+        None, "reference of precision, recall, density and coverage: images, as for fid"
+    )
+    neighbours: int = setting(3, "k of precision, recall, density and coverage")
     clip_score: bool = setting(False, "measure the CLIP score of prompts and images")
     clip_model: str = setting("ViT-g-14", "architecture of the CLIP score, as open_clip calls it")
     clip_weights: str = setting(
@@ -454,8 +458,8 @@ class EvalConfig(Settings):
     )
     features: str | None = setting(
         None,
-        "what a distance is taken on: inception, clip, digits or a TorchScript file; unset: digits "
-        "for digits, else inception",
+        "what a distance is taken on: inception, clip, dinov2, digits or a TorchScript file; "
+        "unset: digits for digits, else inception",
     )
     resize: str = setting("clean", "how images come to the extractor's size", choices=RESIZES)
     num: int | None = setting(

@@ -56,8 +56,10 @@ _OF_ROWS = (  # settings of [finetune] that are what rows differ in, or follow f
     "clusters", "cluster_by", "multitask_lr", "multitask_every", "seed", "snapshot_every",
     "ema_lengths",
 )  # fmt: skip
-_PLACES = ("source", "pipeline", "cache", "prompts", "fid", "kid", "features", "clip_weights")
-_NAMES = {*KNOWN_DATASETS, *KNOWN_PROMPTS, "digits", "auto", "off", "inception", "clip"}
+_PLACES = (
+    "source", "pipeline", "cache", "prompts", "fid", "kid", "prc", "features", "clip_weights",
+)  # fmt: skip
+_NAMES = {*KNOWN_DATASETS, *KNOWN_PROMPTS, "digits", "auto", "off", "inception", "clip", "dinov2"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def _measures(plan: Plan, run: RunFile, tables: Tables) -> list[dict[str, Any]]:
     """Where a plan has several, each names its own reference: other prompts have another."""
     common = {name: dict(tables[name]) for name in ("sample", "eval")}
     if len(plan.measures) > 1:
-        common["eval"] = {k: v for k, v in common["eval"].items() if k not in ("fid", "kid")}
+        common["eval"] = {k: v for k, v in common["eval"].items() if k not in ("fid", "kid", "prc")}
     measures = []
     for one in plan.measures:
         with naming(f"measure {one.name!r}"):

@@ -24,6 +24,7 @@ from deme_cli.evaluation.protocols import (
     under_protocol,
 )
 from deme_cli.evaluation.references import (
+    DISTANCES,
     FeatureWeights,
     Reference,
     choose_features,
@@ -160,7 +161,7 @@ def evaluate(
     )
     if not world.is_first:
         return None
-    distance = features.metric_name if features is not None and settings.fid else None
+    distance = features.name_of("fid") if features is not None and settings.fid else None
     return Evaluation({row.name: row.kind for row in rows}, summarise(measured), cards, distance)
 
 
@@ -168,32 +169,31 @@ def _find_features(
     run: RunFile, settings: EvalConfig, weights_path: Path | None, progress: Progress
 ) -> tuple[FeatureWeights | None, dict[str, Reference]]:
     """The features of the distances that are asked for, and the references by metric."""
-    asked = {"fid": settings.fid, "kid": settings.kid}
+    asked = {name: getattr(settings, name) for name in DISTANCES}
     sources = {metric: run.seen(source) for metric, source in asked.items() if source}
     if not sources:
         if not settings.clip_score:
             raise ConfigError(
-                "nothing to measure: add --fid REF or --kid REF, as in --fid digits, or "
+                "nothing to measure: add --fid, --kid or --prc REF, as in --fid digits, or "
                 "--clip-score"
             )
         if weights_path is not None:
             raise ConfigError(
-                "--weights goes with --fid or --kid; those of CLIP are --clip-weights"
+                "--weights goes with --fid, --kid or --prc; those of CLIP are --clip-weights"
             )
         return None, {}
     features, resize = choose_features(settings.features, [*sources.values()]), settings.resize
     assets = weights_assets(features, resize, weights_path)
     for metric, source in sources.items():
-        published = reference_assets(source, features, resize, kernel=metric == "kid")
+        published = reference_assets(source, features, resize, needs_images=metric != "fid")
         if not published:  # what cannot be a reference is told before missing weights
-            find_reference(source, features, resize, kernel=metric == "kid")
+            find_reference(source, features, resize, needs_images=metric != "fid")
         assets += published
     fetch(assets, progress)
     weights = find_weights(features, resize, weights_path)
-    names = {"fid": weights.metric_name, "kid": weights.kernel_name}
     return weights, {
-        names[metric]: find_reference(
-            source, features, resize, weights=weights, kernel=metric == "kid"
+        weights.name_of(metric): find_reference(
+            source, features, resize, weights=weights, needs_images=metric != "fid"
         )
         for metric, source in sources.items()
     }

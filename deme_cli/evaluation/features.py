@@ -1,4 +1,4 @@
-"""From images to features: Inception as clean-fid runs it, CLIP's visual tower, any TorchScript.
+"""From images to features: Inception as clean-fid runs it, CLIP, DINOv2, any TorchScript.
 
 B batch, C channels (1 or 3), H x W pixels, d features. Images come as uint8 (B, H, W, C); grey
 ones are repeated to three channels; each is resized as clean-fid resizes, by Pillow or torch.
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from deme_cli.sampling.sampler import Shares
 
 CLIP_MODEL = "ViT-B-32-quickgelu"  # OpenAI trained with QuickGELU
 CLIP_SIZE = 224
+DINO_SIZE = 224
 Network = Callable[[Tensor], Tensor]  # float32 (B, 3, H, W) in [0, 255] -> (B, d)
 Resizer = Callable[[np.ndarray], np.ndarray]  # uint8 (B, H, W, C) -> (B, C, H', W')
 INCEPTION_SIZE = (299, 299)
@@ -139,6 +141,8 @@ def open_extractor(
         resize = resize_clean if weights.resize == "clean" else resize_bilinear
     if weights.family == "clip":
         network, resize = _load_clip(path, device)
+    elif weights.family == "dinov2":
+        network = _load_dinov2(path, place)
     elif weights.resize == "legacy_pytorch":
         inception = _load_pytorch_inception(path).to(place)
         network = lambda x: inception(x / 255)[0]  # noqa: E731
@@ -204,6 +208,43 @@ def _load_clip(path: Path, device: str) -> tuple[Network, Resizer]:
         return resized.transpose(0, 3, 1, 2)
 
     return lambda x: tower((x / 255 - mean) / std), resize
+
+
+def _load_dinov2(path: Path, device: torch.device) -> Network:
+    """The class token of DINOv2, of images resized as in EDM2's FD-DINOv2 (Karras et al. 2024).
+
+    Its config is the one beside the file, as transformers saves it, else that of ViT-L/14.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import Dinov2Config, Dinov2Model
+
+    large: dict[str, Any] = {
+        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518,
+        "patch_size": 14,
+    }  # fmt: skip
+    beside = path.with_name("config.json")
+    config = Dinov2Config.from_json_file(beside) if beside.exists() else Dinov2Config(**large)
+    try:
+        loaded: Any = Dinov2Model.from_pretrained(  # which knows the names of old versions
+            None, config=config, state_dict=load_file(path), output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise ArtifactError(f"{path}: not the weights of DINOv2 ({last_line(error)})") from error
+    network, told = loaded
+    if lacking := sorted(told["missing_keys"]):
+        raise ArtifactError(f"{path}: not the weights of DINOv2 (it lacks {lacking[0]})")
+    network.to(device).eval()
+    mean, std = (
+        torch.tensor(values, device=device).view(3, 1, 1)
+        for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet
+    )
+
+    def features(x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(x, (DINO_SIZE, DINO_SIZE), mode="bicubic", antialias=True)
+        return network((x / 255 - mean) / std).pooler_output
+
+    return features
 
 
 def resize_clean(images: np.ndarray) -> np.ndarray:

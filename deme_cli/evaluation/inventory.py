@@ -115,7 +115,8 @@ def known_files() -> Iterator[Item]:
     ]
     for dataset, resize in product(PUBLISHED_STATISTICS, RESIZES):
         assets.append((statistics_asset(dataset, resize), f"--fid {dataset} (resize {resize})"))
-    assets.append((published_weights("clip", "clean"), "--features clip"))
+    for features in ("clip", "dinov2"):
+        assets.append((published_weights(features, "clean"), f"--features {features}"))
     for name in KNOWN_PROMPTS:
         assets += [(asset, f"--prompts {name}") for asset in prompt_assets(name)]
     clip = f"{EvalConfig().clip_model}/{EvalConfig().clip_weights}"

@@ -30,6 +30,7 @@ from deme_cli.errors import NumericsError
 from deme_cli.evaluation.features import Extractor, open_extractor
 from deme_cli.evaluation.frechet import RunningStatistics, frechet_distance
 from deme_cli.evaluation.kid import kernel_distance
+from deme_cli.evaluation.neighbours import neighbour_metrics
 from deme_cli.evaluation.references import FeatureWeights, Reference, open_reference
 from deme_cli.evaluation.rows import Row
 from deme_cli.files import write_whole
@@ -49,12 +50,13 @@ if TYPE_CHECKING:
 class Metrics:
     """All that measures images, loaded: features and what they are compared with, and CLIP.
 
-    references: opened, by the names of their metrics.
+    references: opened, by the names of their metrics.   neighbours: k of precision and recall.
     """
 
     extractor: Extractor | None = None
     references: Mapping[str, Reference] = field(default_factory=dict)
     clip: ClipScorer | None = None
+    neighbours: int = EvalConfig.neighbours
 
     @property
     def card(self) -> dict[str, Any]:
@@ -69,6 +71,8 @@ class Metrics:
                 "resize": weights.resize,
                 "references": {name: one.card for name, one in self.references.items()},
             }
+            if any(name.startswith("prc") for name in self.references):
+                told["neighbours"] = self.neighbours
         if self.clip is not None:
             told["clip_score"] = self.clip.weights.card
         return told
@@ -95,15 +99,15 @@ def open_metrics(
     if features is not None:
         extractor = open_extractor(features, device=device, batch_size=config.batch_size)
         for metric, reference in references.items():
-            kernel = metric == features.kernel_name
             opened[metric] = open_reference(
-                reference, extractor, shape, kernel=kernel, world=joined(), progress=progress
-            )
+                reference, extractor, shape, needs_images=metric != features.name_of("fid"),
+                world=joined(), progress=progress,
+            )  # fmt: skip
     if clip is not None:
         from deme_cli.evaluation.clip_score import open_clip_scorer
 
         scorer = open_clip_scorer(clip, device=device, batch_size=config.batch_size)
-    return Metrics(extractor, opened, scorer)
+    return Metrics(extractor, opened, scorer, config.neighbours)
 
 
 @dataclass(frozen=True)
@@ -204,13 +208,13 @@ def _measure_row(
         )
 
     running, kept, pairs = RunningStatistics(), [], []
-    has_kernel = any(one.features is not None for one in metrics.references.values())
+    needs_images = any(one.features is not None for one in metrics.references.values())
     for done, _, parts in shares.gather(records, partial(metrics.look, row)):
         for part in parts:
             features, pair = np.split(part, [part.shape[1] - 2 * bool(metrics.clip)], axis=1)
             running.add(features)
             pairs.append(pair)
-            if has_kernel:
+            if needs_images:
                 kept.append(features.astype(np.float32))
         yield done
     if not world.is_first:
@@ -220,6 +224,10 @@ def _measure_row(
         if (other := reference.statistics) is not None:
             own = running.statistics(row.name)
             values[metric] = frechet_distance(own.mu, own.sigma, other.mu, other.sigma)
+        elif reference.features is not None and metric.startswith("prc"):
+            k, made = metrics.neighbours, np.concatenate(kept)
+            for name, value in neighbour_metrics(made, reference.features, k).items():
+                values[name + metric.removeprefix("prc")] = value
         elif reference.features is not None:
             values[metric] = kernel_distance(np.concatenate(kept), reference.features, seed=seed)
     if metrics.clip is not None:

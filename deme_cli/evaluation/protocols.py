@@ -288,7 +288,8 @@ def _measured_with(card: Card) -> Iterator[str]:
         parts = [reference["file"], reference["split"]]
         parts = [part for part in parts if part and part != reference["source"]]
         count = f"{reference['n']} images" if reference["n"] else "images not counted"
-        yield f"{metric} against {', '.join([reference['source'], *parts, count])}"
+        k = f", {card['neighbours']} neighbours" if metric.startswith("prc") else ""
+        yield f"{metric} against {', '.join([reference['source'], *parts, count])}{k}"
     if clip := card.get("clip_score"):
         yield f"clip_score by {clip['model']}, {clip['weights']}, sha256 {clip['sha256'][:12]}"
 

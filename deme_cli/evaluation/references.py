@@ -1,9 +1,9 @@
 """What figures are taken on and against: a feature network by its file, and reference images.
 
-`inception`, `clip` and `digits` are networks known by name; anything else is a TorchScript file of
-float32 images (B, 3, H, W) in [0, 255] -> (B, d). Only a distance on Inception features is called
-FID. A reference is a named dataset, images, or statistics somebody made before: that of CIFAR-10 is
-the train split (50,000 images), that of the digits the test split. `find_weights` and
+`inception`, `clip`, `dinov2` and `digits` are known by name; anything else is a TorchScript file of
+float32 images (B, 3, H, W) in [0, 255] -> (B, d). Only a distance on Inception features is
+called FID. A reference is a named dataset, images, or statistics somebody made before: that of
+CIFAR-10 is the train split (50,000 images), that of the digits the test split. `find_weights` and
 `find_reference` tell at once, without torch, whether they can be had and fit each other;
 `open_reference` reads statistics, or looks at images; `reference_statistics` makes statistics to be
 kept.
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from deme_cli.evaluation.frechet import Statistics
 
 DIGITS_PATH = EMBEDDED / "digit-features.pt"  # made by examples/digit_features.py
-NAMED = ("inception", "clip", "digits")
+NAMED = ("inception", "clip", "dinov2", "digits")
+DISTANCES = {"fid": ("fid", "frechet"), "kid": ("kid", "kernel"), "prc": ("prc", "prc")}
 CLIP_REPOSITORY = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"  # of the usual CLIP score
 # The files that open_clip takes from a repository or folder, in its order.
 CLIP_FILES = (
@@ -71,15 +72,10 @@ class FeatureWeights:
     sha256: str
     published: bool | None
 
-    @property
-    def metric_name(self) -> str:
-        """What a Fréchet distance on these features is called."""
-        return "fid" if self.family == "inception" else f"frechet_{self.name}"
-
-    @property
-    def kernel_name(self) -> str:
-        """What a kernel distance on these features is called."""
-        return "kid" if self.family == "inception" else f"kernel_{self.name}"
+    def name_of(self, distance: str) -> str:
+        """What `fid`, `kid` or `prc` on these features is called, as `frechet_digits`."""
+        usual, other = DISTANCES[distance]
+        return usual if self.family == "inception" else f"{other}_{self.name}"
 
     @property
     def extractor(self) -> dict[str, str]:
@@ -112,9 +108,9 @@ def weights_assets(features: str, resize: str, weights: Path | None) -> list[Ass
         raise MissingError(
             f"--features {features}: no such file; expected {', '.join(NAMED)} or a TorchScript"
         )
-    if weights is not None and features not in ("inception", "clip"):
+    if weights is not None and features not in ("inception", "clip", "dinov2"):
         raise ConfigError(
-            "--weights goes with --features inception or clip; others bring their own"
+            "--weights goes with --features inception, clip or dinov2; others bring their own"
         )
     if resize != "clean" and features != "inception":
         raise ConfigError(f"--resize {resize} goes with --features inception, not {features}")
@@ -143,7 +139,7 @@ def find_weights(
     if features not in NAMED:
         name = re.sub(r"\W+", "_", path.stem).strip("_").lower()
         return FeatureWeights("file", name, "none", path, digest, known)
-    way = {"inception": resize, "clip": "clip", "digits": "none"}[features]
+    way = {"inception": resize, "digits": "none"}.get(features, features)
     return FeatureWeights(features, features, way, path, digest, known)
 
 
@@ -167,8 +163,16 @@ def published_weights(features: str, resize: str) -> Asset | None:
     Of Inception as clean-fid takes it for a resize mode: the TorchScript of NVIDIA's StyleGAN2-ADA
     for `clean` and `legacy_tensorflow`, the state dict of pytorch-fid for `legacy_pytorch`. Of
     CLIP ViT-B/32, as in clean-fid's `clip_vit_b_32`, OpenAI's file, or the copy that open_clip has
-    fetched from the hub.
+    fetched from the hub. Of DINOv2 ViT-L/14, as in EDM2's FD-DINOv2, that of transformers.
     """
+    if features == "dinov2":
+        repository = "models--facebook--dinov2-large/snapshots/*/model.safetensors"
+        return Asset(
+            "dinov2-large.safetensors",
+            "DINOv2 ViT-L/14 weights",
+            "https://huggingface.co/facebook/dinov2-large/resolve/main/model.safetensors",
+            copies=tuple(sorted(hub_cache().glob(repository))),
+        )
     if features == "clip":
         digest = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
         copies = hub_cache().glob(
@@ -230,7 +234,7 @@ class Reference:
 
     `split` is of images; `n` how many images stand behind statistics, where that is known. Once
     opened, `sha256` is of the file, or the fingerprint of the images, and there are `statistics`
-    for a Fréchet distance, or `features` (n, d) for a kernel distance; a process that has looked at
+    for a Fréchet distance, or `features` (n, d) for what needs images; a process that has looked at
     images for another one has neither.
     """
 
@@ -268,10 +272,10 @@ def statistics_asset(dataset: str, resize: str) -> Asset:
 
 
 def reference_assets(
-    source: str, features: str, resize: str, *, kernel: bool = False
+    source: str, features: str, resize: str, *, needs_images: bool = False
 ) -> list[Asset]:
     """What `find_reference` will look for outside: clean-fid's statistics of a known dataset."""
-    if source in PUBLISHED_STATISTICS and features == "inception" and not kernel:
+    if source in PUBLISHED_STATISTICS and features == "inception" and not needs_images:
         return [statistics_asset(source, resize)]
     return []
 
@@ -282,16 +286,16 @@ def find_reference(
     resize: str = "clean",
     *,
     weights: FeatureWeights | None = None,
-    kernel: bool = False,
+    needs_images: bool = False,
     split: str | None = None,
 ) -> Reference:
     """The reference that an argument names, with its headers checked.
 
-    weights: what statistics must have been made with, if that is to be checked now. kernel: for a
-    kernel distance, which needs images. split: of images, `train`, `test` or `all`.
+    weights: what statistics must have been made with, if that is to be checked now. needs_images:
+    as the kernel distance and precision do. split: of images, `train`, `test` or `all`.
     Raises MissingError where something is missing, ArtifactError for statistics of other features.
     """
-    for asset in reference_assets(source, features, resize, kernel=kernel):
+    for asset in reference_assets(source, features, resize, needs_images=needs_images):
         if (published := asset.find()) is None:
             raise MissingError(f"{source}: {asset.name} is missing; fetch {asset.url}")
         _require_npz(published)
@@ -318,10 +322,8 @@ def find_reference(
     else:
         _require_npz(path)
         found = Reference(source, "npz", path)
-    if kernel:
-        raise ConfigError(
-            f"--kid {source}: holds a mean and covariance; a kernel distance needs images"
-        )
+    if needs_images:
+        raise ConfigError(f"{source}: holds a mean and covariance; --kid and --prc need images")
     return found
 
 
@@ -355,11 +357,11 @@ def open_reference(
     extractor: Extractor,
     shape: tuple[int, int, int] | None = None,
     *,
-    kernel: bool = False,
+    needs_images: bool = False,
     world: World = ALONE,
     progress: Progress = silent,
 ) -> Reference:
-    """The reference with its statistics, or for a kernel distance with its features.
+    """The reference with its statistics, or with its features, where images are needed.
 
     shape: (C, H, W) that images come at; None for their own size. Processes of `world` share the
     images. Raises ArtifactError if statistics have another number of features.
@@ -380,11 +382,11 @@ def open_reference(
 
     data = open_images(reference.source, shape=shape, split=reference.split or "all")
     label = f"reference {reference.source}"
-    running, kept = look_at(data, extractor, label, world, progress, keep=kernel)
+    running, kept = look_at(data, extractor, label, world, progress, keep=needs_images)
     opened = replace(reference, n=len(data), sha256=data.fingerprint)
     if not world.is_first:
         return opened
-    if kernel:
+    if needs_images:
         return replace(opened, features=np.concatenate(kept))
     return replace(opened, statistics=running.statistics(reference.source))
 

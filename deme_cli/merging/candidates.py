@@ -210,7 +210,7 @@ class Workbench:
         is_kernel = stage.name == "kid"
         shape = conditioning.image_shape if is_kernel or conditioning.has_latents else None
         reference = plan.reference(stage.name, part)
-        opened = open_reference(reference, self.extractor, shape, kernel=is_kernel)
+        opened = open_reference(reference, self.extractor, shape, needs_images=is_kernel)
         return GeneratedDistance(self.extractor, opened, sample=sample, conditioning=conditioning)
 
     def _prompts(self) -> PromptSet:

@@ -158,7 +158,7 @@ class GeneratedDistance:
         self._sample, self._conditioning = sample, conditioning
         self.is_kernel = reference.features is not None
         weights = extractor.weights
-        self.name = weights.kernel_name if self.is_kernel else weights.metric_name
+        self.name = weights.name_of("kid" if self.is_kernel else "fid")
         self.protocol: dict[str, Any] = {
             "name": self.name,
             "extractor": weights.extractor,

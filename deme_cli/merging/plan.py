@@ -195,7 +195,7 @@ class MergePlan:
         if part == REPORT and named and named != source:
             source, split = self.run.seen(named), None
         return find_reference(
-            source, self.features, config.resize, kernel=distance == "kid", split=split,
+            source, self.features, config.resize, needs_images=distance == "kid", split=split,
             weights=find_weights(self.features, config.resize),
         )  # fmt: skip
 

@@ -111,8 +111,12 @@ def test_statistics_of_ones_own_stand_for_the_images(
     quiet = deme("eval", "--fid", "ref.safetensors", *arguments, "--quiet")
     assert quiet.stderr == ""
     (one,) = document(quiet)["rows"]
-    (other,) = document(deme("eval", "--fid", "digits", "--kid", "digits", *arguments))["rows"]
-    assert set(other["metrics"]) == {"frechet_digits", "kernel_digits"}
+    refs = ("--fid", "digits", "--kid", "digits", "--prc", "digits")
+    (other,) = document(deme("eval", *refs, *arguments))["rows"]
+    shares = {f"{name}_digits" for name in ("precision", "recall", "density", "coverage")}
+    assert set(other["metrics"]) == {"frechet_digits", "kernel_digits", *shares}
+    assert all(0 <= other["metrics"][name]["value"] <= 2 for name in shares)
+    assert other["protocol"]["neighbours"] == 3
     value = other["metrics"]["frechet_digits"]["value"]
     assert one["metrics"]["frechet_digits"]["value"] == pytest.approx(value, rel=1e-9)
     refused = deme("eval", "--fid", "ref.safetensors", "--features", stand_in)
@@ -260,7 +264,7 @@ REFUSED = [
     (("--fid", "digits", "--features", "nothing.pt"), MissingError, "no such file"),
     (("--fid", "digits", "-o", "nowhere/x.json", "-n", "1"), ConfigError, "at least 2 images"),
     (("--fid", "imagenet"), MissingError, "deme stats"),
-    ((), ConfigError, "add --fid REF"),
+    ((), ConfigError, "as in --fid digits"),
     (("--protocol", "parti"), MissingError, "PartiPrompts.tsv"),
     (("--clip-score",), MissingError, "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"),
     (("--fid", "digits", "base.safetensors", "base.safetensors"), ConfigError, "given twice"),

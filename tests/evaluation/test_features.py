@@ -132,7 +132,7 @@ def test_clip_features_are_those_of_open_clip(tmp_path: Path) -> None:
     x = torch.stack([preprocess(Image.fromarray(image)) for image in images])
     with torch.inference_mode():
         expected = model.encode_image(x).double().numpy()
-    assert extractor.weights.metric_name == "frechet_clip"
+    assert extractor.weights.name_of("fid") == "frechet_clip"
     np.testing.assert_allclose(extractor.features(images), expected, rtol=1e-3, atol=1e-5)
     save_file({"visual.proj": state["visual.proj"]}, path)
     with pytest.raises(ArtifactError, match="not the weights of CLIP"):
@@ -141,6 +141,32 @@ def test_clip_features_are_those_of_open_clip(tmp_path: Path) -> None:
         published_weights("clip", "clean").url
         == open_clip.get_pretrained_cfg("ViT-B-32", "openai")["url"]
     )
+
+
+def test_dinov2_features_are_the_class_token_of_transformers(tmp_path: Path) -> None:
+    from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=70, patch_size=14
+    )
+    network = Dinov2Model(config).eval()
+    network.save_pretrained(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 40, 3), dtype=np.uint8)
+    prepare = Compose([
+        Resize((224, 224), InterpolationMode.BICUBIC, antialias=True),
+        Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ])  # fmt: skip
+    with torch.inference_mode():
+        x = prepare(torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255))
+        expected = network(x).last_hidden_state[:, 0]
+    extractor = load_extractor("dinov2", weights=tmp_path / "model.safetensors")
+    np.testing.assert_allclose(extractor.features(images), expected, rtol=1e-4, atol=1e-5)
+    assert extractor.weights.name_of("fid") == "frechet_dinov2"
+    (tmp_path / "config.json").unlink()  # then ViT-L/14's is expected
+    with pytest.raises(ArtifactError, match="not the weights of DINOv2"):
+        load_extractor("dinov2", weights=tmp_path / "model.safetensors")
 
 
 def test_any_torchscript_of_images_to_features_will_do(
@@ -153,7 +179,7 @@ def test_any_torchscript_of_images_to_features_will_do(
     extractor = load_extractor(str(save_script(Mean(), tmp_path / "my mean.pt")))
     images = np.full((2, 4, 6, 3), (10, 20, 250), np.uint8)
     np.testing.assert_allclose(extractor.features(images), [[10, 20, 250]] * 2, rtol=1e-6)
-    assert extractor.weights.metric_name == "frechet_my_mean"
+    assert extractor.weights.name_of("fid") == "frechet_my_mean"
     assert extractor.num_features((3, 4, 6)) == 3
     assert capfd.readouterr() == ("", "")
 
@@ -227,10 +253,10 @@ def test_only_published_inception_weights_give_a_distance_called_fid(
     cache: Path, stand_in: Path
 ) -> None:
     given = find_weights("inception", weights=stand_in)
-    assert (given.metric_name, given.kernel_name, given.published) == ("fid", "kid", False)
-    assert find_weights("digits").metric_name == "frechet_digits"
+    assert (given.name_of("fid"), given.name_of("kid"), given.published) == ("fid", "kid", False)
+    assert find_weights("digits").name_of("fid") == "frechet_digits"
     named = find_weights(str(stand_in.rename(stand_in.with_name("inception.pt"))))
-    assert (named.metric_name, named.kernel_name) == ("frechet_inception", "kernel_inception")
+    assert (named.name_of("fid"), named.name_of("kid")) == ("frechet_inception", "kernel_inception")
     named.path.rename(cache / "inception-2015-12-05.pt")
     found = find_weights("inception")
     assert (found.sha256, found.path.parent) == (given.sha256, cache)

@@ -68,8 +68,8 @@ def test_a_statistics_artifact_stands_for_its_images(tmp_path: Path, stand_in: P
     assert frechet_distance(made.mu, made.sigma, seen.mu, seen.sigma) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ArtifactError, match="made with digits"):
         find_reference(str(path), "file", weights=find_weights(str(stand_in)))
-    with pytest.raises(ConfigError, match="a kernel distance needs images"):
-        find_reference(str(path), "digits", kernel=True)
+    with pytest.raises(ConfigError, match="--prc need images"):
+        find_reference(str(path), "digits", needs_images=True)
     with pytest.raises(ConfigError, match="split 'dev'"):
         find_images("digits", "dev")
 
@@ -101,7 +101,7 @@ def test_reference_images_come_at_the_size_of_the_rows(image_folder: Path) -> No
     data = open_images(str(image_folder), shape=(3, 8, 8), split="all", keep=False)
     assert reference.sha256 == data.fingerprint
     assert reference.features is None
-    kernel = opened(image_folder, shape=(1, 8, 8), kernel=True)
+    kernel = opened(image_folder, shape=(1, 8, 8), needs_images=True)
     assert kernel.statistics is None
     assert kernel.features.shape == (10, 64)
     with pytest.raises(ArtifactError, match="fails on 16x16"):
