@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from deme_cli.html_report import report as report
     from deme_cli.merging.combine import TaskVectors as TaskVectors
     from deme_cli.merging.combine import task_vector as task_vector
+    from deme_cli.merging.low_rank import export_lora as export_lora
     from deme_cli.merging.merge import MergeResult as MergeResult
     from deme_cli.merging.merge import merge as merge
     from deme_cli.merging.merge import replay as replay

@@ -47,10 +47,14 @@ _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # that change W b
 
 @dataclass(frozen=True)
 class LowRank:
-    """The factors of one layer's change, float32, alpha / r in them."""
+    """The factors of one layer's change, alpha / r in them."""
 
     down: Tensor  # (r, in, *kernel)
     up: Tensor  # (out, r)
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        return self.down, self.up
 
     def change(self) -> Tensor:
         """B A, in the shape of the layer's weight."""

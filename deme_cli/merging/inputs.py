@@ -111,14 +111,20 @@ def open_experts(paths: Sequence[Path], *kinds: str) -> list[Expert]:
 def find_base(
     experts: Sequence[Expert], run: RunFile, given: Path | None, beside: Path | None = None
 ) -> Path:
-    """The base the experts were finetuned from: `given`, else the run's, else one beside them.
+    """The base the experts were finetuned from, as `locate_base` finds it."""
+    return locate_base(experts[0].path, experts[0].record.base, run, given, beside)
 
-    beside: another folder to look in.   Raises ArtifactError if what is found is another base,
-    MissingError if nothing is found.
+
+def locate_base(
+    path: Path, wanted: str, run: RunFile, given: Path | None, beside: Path | None = None
+) -> Path:
+    """The base of the artifact at `path`: `given`, else the run's, else one beside it.
+
+    wanted: its fingerprint.   beside: another folder to look in.   Raises ArtifactError if what is
+    found is another base, MissingError if nothing is found.
     """
-    wanted = experts[0].record.base
     places = [given] if given else [run.base]
-    for folder in () if given else dict.fromkeys((beside, experts[0].path.parent)):
+    for folder in () if given else dict.fromkeys((beside, path.parent)):
         if folder is not None:
             places += [folder / BASE_NAME, *sorted(folder.glob("*base*.safetensors"))]
     others = []
@@ -129,11 +135,11 @@ def find_base(
         others.append(f"{place} ({record.kind} {record.fingerprint[:12]})")
     if others:
         raise ArtifactError(
-            f"{experts[0].path}: was finetuned from base {wanted[:12]}, found "
+            f"{path}: was finetuned from base {wanted[:12]}, found "
             f"{', '.join(dict.fromkeys(others))}; name the right one with --base"
         )
     raise MissingError(
-        f"{given or run.base}: no such file; {experts[0].path} was finetuned from base "
+        f"{given or run.base}: no such file; {path} was finetuned from base "
         f"{wanted[:12]}; name its file with --base"
     )
 
@@ -154,8 +160,8 @@ def open_inputs(base: Path, experts: Sequence[Expert]) -> Inputs:
                 f"{expert.path}: was finetuned from base {expert.record.base[:12]}, "
                 f"{base} is {record.fingerprint[:12]}; merge experts of one base"
             )
-        _require_same_tensors(header, expert.header, projections=False)
-        _require_same_tensors(experts[0].header, expert.header, projections=True)
+        require_same_tensors(header, expert.header, projections=False)
+        require_same_tensors(experts[0].header, expert.header, projections=True)
     for spec in inputs.specs:
         if spec.dtype not in COMPUTED_IN and (
             spec.dtype not in INTEGERS or is_projection(spec.name)
@@ -173,7 +179,7 @@ def open_inputs(base: Path, experts: Sequence[Expert]) -> Inputs:
     return inputs
 
 
-def _require_same_tensors(first: Header, other: Header, *, projections: bool) -> None:
+def require_same_tensors(first: Header, other: Header, *, projections: bool) -> None:
     """Check names and shapes of the projections, or of all but these; dtypes but for floats."""
     left, right = (
         {name: spec for name, spec in header.tensors.items() if is_projection(name) == projections}

@@ -26,6 +26,7 @@ VERBS = {
     "evaluate": "eval base.safetensors --fid digits -n 2 --steps 1",
     "reference_statistics": "stats digits -o x.safetensors",
     "export": "export base.safetensors out",
+    "export_lora": "export ft_1of4.safetensors x.safetensors --lora 2",
     "analyze_losses": "analyze losses base.safetensors",
     "analyze_gradients": "analyze gradients base.safetensors",
     "analyze_activations": "analyze activations ft_1of4.safetensors",
