@@ -69,17 +69,12 @@ def setting(
 ) -> Any:
     """A field with its one-sentence help and the words or numbers that it takes.
 
-    flags: of its option, separated by spaces, as `--num -n` or `--flip/--no-flip`; by default its
-    name.   parse: the value of a text on the command line and the flag before it, for what is more
-    than one word or number.   option: whether there is one, or the setting is one of deme.toml
-    alone.   instead_of: the setting whose value in deme.toml no longer counts where this one is
-    given.
+    flags: of its option, as `-n` or `--flip/--no-flip`; a long one is its name where none is given.
+    parse: the value of a text on the command line and the flag before it, for what is more than one
+    word or number.   option: whether there is one, or the setting is one of deme.toml alone.
+    instead_of: the setting whose value in deme.toml no longer counts where this one is given.
     """
-    about = {
-        "help": help, "choices": tuple(choices), "within": within, "flags": flags,
-        "parse": parse, "option": option, "instead_of": instead_of,
-    }  # fmt: skip
-    return field(default=default, metadata=about)
+    return field(default=default, metadata=locals())
 
 
 class FromFile(list[Any]):
@@ -133,7 +128,7 @@ class ModelConfig(Settings):
     source: str = setting("", "what `deme split` imported")
     base: str = setting("base.safetensors", "the imported base, beside this file")
     pipeline: str | None = setting(
-        None, "folder or hub id with the VAE and text encoders; unset: where the model came from"
+        None, "folder or hub id of VAE and text encoders; unset: the source's"
     )
     PANELS: ClassVar = {"Common": "pipeline"}
 
@@ -143,13 +138,13 @@ class DataConfig(Settings):
     """[data]: the training images."""
 
     source: str = setting(
-        "", "known name, folder of images, hub dataset id, or samples artifact", flags="--data"
+        "", "known name, folder of images, hub dataset or samples", flags="--data"
     )
     horizontal_flip: bool | None = setting(
-        None, "mirror images at random; unset: yes, but for digits", flags="--flip/--no-flip"
+        None, "mirror at random; unset: all but digits", flags="--flip/--no-flip"
     )
     captions: str | None = setting(
-        None, "column of the captions or classes; unset: text, caption, prompt, or label"
+        None, "column of captions or classes; unset: text, caption, prompt or label"
     )
     crop: str = setting("centre", "what of an image is kept in training", choices=CROPS)
     resolution: int | None = setting(None, "pixels per side in training; unset: the model's own")
@@ -173,23 +168,17 @@ class SplitConfig(Settings):
 class FinetuneConfig(Settings):
     """[finetune]: what one expert minimises and how (Eq. 3-6, rates of the released recipe)."""
 
-    p: float = setting(
-        0.3, "probability of drawing a timestep from all of [0, T) (Eq. 6)", within=PROBABILITY
-    )
+    p: float = setting(0.3, "probability that t is from all of [0, T) (Eq. 6)", within=PROBABILITY)
     steps: int = setting(20_000, "optimizer updates")
-    batch_size: int = setting(
-        64, "images per optimizer update, before accumulation", flags="--batch-size -b"
-    )
+    batch_size: int = setting(64, "images per optimizer update, before accumulation", flags="-b")
     accumulation: int = setting(1, "batches whose gradients make one update")
     lr: float = setting(5e-5, "peak learning rate")
     lr_schedule: str = setting("constant", "learning rate over the run", choices=LR_SCHEDULES)
     warmup: int = setting(0, "updates over which the learning rate rises from 0", within=FROM_0)
     consistency: float = setting(
-        1.0, "weight of the consistency loss (Eq. 4); 0 turns it off", within=FROM_0
+        1.0, "weight of the consistency loss (Eq. 4); 0: none", within=FROM_0
     )
-    projection: str = setting(
-        "fold", "placement of the channel-wise projection", choices=PROJECTIONS
-    )
+    projection: str = setting("fold", "place of the channel-wise projection", choices=PROJECTIONS)
     timesteps: str = setting(
         "per-sample",
         "what p is drawn for: each image, or a batch as in the official code",
@@ -207,7 +196,7 @@ class FinetuneConfig(Settings):
         choices=WEIGHTINGS,
     )
     weighting_gamma: float | None = setting(
-        None, "gamma of min-snr, soft-min-snr (unset: 5) and p2 (unset: 1)"
+        None, "gamma of min-snr, soft-min-snr, p2; unset: 5, 5, 1"
     )
     weighting_k: float = setting(1.0, "the k of p2")
     normalise_weighting: bool = setting(
@@ -216,17 +205,15 @@ class FinetuneConfig(Settings):
         flags="--normalise-weighting/--raw-weighting",
     )
     multitask: str = setting(
-        "none", "how clusters of timesteps share an update (ANT)", choices=MULTITASK
+        "none", "how clusters of timesteps share updates (ANT)", choices=MULTITASK
     )
     clusters: int = setting(5, "clusters of timesteps for --multitask")
     cluster_by: str = setting(
-        "uniform", "what the timesteps of a cluster have in common", choices=DIVISIONS
+        "uniform", "what timesteps of a cluster have in common", choices=DIVISIONS
     )
     multitask_lr: float = setting(0.025, "learning rate of the task weights of uw")
     multitask_every: int = setting(25, "updates between new task weights of nashmtl")
-    ema_decay: float = setting(
-        0.9999, "largest decay of the weights' moving average; 0 turns it off", within=DECAY
-    )
+    ema_decay: float = setting(0.9999, "largest decay of the weights' EMA; 0: none", within=DECAY)
     ema_lengths: list[float] | None = setting(
         None,
         "relative lengths of power-function EMAs to write as well, as 0.05,0.1; unset: none",
@@ -238,16 +225,14 @@ class FinetuneConfig(Settings):
     grad_clip: float = setting(1.0, "largest gradient norm; 0 turns clipping off", within=FROM_0)
     checkpoint_every: int = setting(1000, "updates between checkpoints")
     snapshot_every: int | None = setting(
-        None, "updates between experts written on the way, to be merged; unset: none"
+        None, "updates between experts kept on the way; unset: none"
     )
-    held_out: int = setting(
-        512, "held-out draws whose loss is logged at checkpoints", within=FROM_0
-    )
+    held_out: int = setting(512, "held-out draws for the loss at checkpoints", within=FROM_0)
     caption_dropout: float = setting(
-        0.1, "share of captions or classes left out, for guidance", within=PROBABILITY
+        0.1, "share of captions or classes left out", within=PROBABILITY
     )
     cache: str = setting(
-        "auto", "latents and text embeddings on disk: auto (beside the base), off, or a folder"
+        "auto", "latents and embeddings on disk: auto (beside the base), off, a folder"
     )
     gradient_checkpointing: bool = setting(
         False,
@@ -313,7 +298,7 @@ class MergeConfig(Settings):
         None,
         "the w_i, as in 0.1,0.1,0.2,0.5, in the order of the arguments (in deme.toml: of the "
         "ranges); unset: 1/N each",
-        flags="--coefficients -w",
+        flags="-w",
         parse=parse_numbers,
         instead_of="search",
     )
@@ -354,13 +339,9 @@ class MergeConfig(Settings):
     start: list[float] | None = setting(
         None, "where a search begins; unset: 1/N each", option=False
     )
-    evaluations: int | None = setting(
-        None, "most candidates to evaluate; unset: what the search usually needs"
-    )
+    evaluations: int | None = setting(None, "most candidates; unset: what the search usually needs")
     time: str | None = setting(None, "most time to search, as 90s, 30m or 2h", option=False)
-    num: int = setting(
-        2048, "held-out draws (loss, experts) or images (kid, fid) per candidate", flags="--num -n"
-    )
+    num: int = setting(2048, "draws (loss, experts) or images (kid, fid) per candidate", flags="-n")
     steps: int = setting(20, "sampling steps per candidate image (kid, fid)")
     batch_size: int = setting(256, "images denoised at a time", option=False)
     seed: int = setting(
@@ -375,7 +356,7 @@ class MergeConfig(Settings):
         flags="--report/--no-report",
     )
     report_num: int | None = setting(
-        None, "draws or images per row of the report; unset: num", option=False
+        None, "draws or images per row of it; unset: num", option=False
     )
     report_repeats: int = setting(3, "seeds of the report", option=False)
     report_seed: int = setting(2_000_003, "first seed of the report", option=False, within=FROM_0)
@@ -394,9 +375,7 @@ class MergeConfig(Settings):
 class SampleConfig(Settings):
     """[sample]: how images are drawn."""
 
-    num: int | None = setting(
-        None, "number of images; unset: 64, or those of the prompts", flags="--num -n"
-    )
+    num: int | None = setting(None, "images; unset: 64, or those of the prompts", flags="-n")
     sampler: str | None = setting(
         None,
         "diffusers scheduler that denoises; unset: the checkpoint's own, or the next that fits "
@@ -406,7 +385,7 @@ class SampleConfig(Settings):
     steps: int = setting(50, "denoising steps")
     eta: float = setting(0.0, "noise added by DDIM: 0 none, 1 as much as DDPM", within=FROM_0)
     spacing: str | None = setting(
-        None, "spacing of the steps in [0, T); unset: the checkpoint's own", choices=SPACINGS
+        None, "spacing in [0, T); unset: the checkpoint's own", choices=SPACINGS
     )
     guidance: float | None = setting(
         None,
@@ -416,18 +395,12 @@ class SampleConfig(Settings):
     prompts: str | None = setting(
         None, "prompts: a file (txt, csv, tsv, json), parti, coco, imagenet, digits, or text:PROMPT"
     )
-    prompt_column: str | None = setting(
-        None, "column of the prompts in a table; unset: prompt, caption or text"
-    )
-    classes: str | None = setting(
-        None, "classes to draw in turn, as 0,3,7 or 0-9; unset: all that the model knows"
-    )
+    prompt_column: str | None = setting(None, "column of prompts; unset: prompt, caption or text")
+    classes: str | None = setting(None, "classes drawn in turn, as 0,3,7 or 0-9; unset: all")
     per_prompt: int = setting(1, "images of each prompt")
     resolution: int | None = setting(None, "pixels per side that the model draws; unset: its own")
     resize: int | None = setting(None, "pixels per side of the images kept", flags="--resize-to")
-    batch_size: int = setting(
-        256, "images denoised at a time, which changes none", flags="--batch-size -b"
-    )
+    batch_size: int = setting(256, "images denoised at a time; changes none", flags="-b")
     seed: int = setting(0, "seed of the noise; image i depends on (seed, i) alone", within=FROM_0)
     PANELS: ClassVar = {
         "What is shown": "prompts prompt_column classes per_prompt",
@@ -440,7 +413,7 @@ class EvalConfig(Settings):
     """[eval]: what is measured, against what, on how many images. Sampling follows [sample]."""
 
     protocol: str | None = setting(
-        None, "a published protocol that fixes sampler, counts and extractor", choices=PROTOCOLS
+        None, "published sampler, counts and extractor", choices=PROTOCOLS
     )
     fid: str | None = setting(
         None,
@@ -465,10 +438,10 @@ class EvalConfig(Settings):
     num: int | None = setting(
         None,
         f"images per row and repeat; unset: {EVAL_NUM:,}, or as many as the prompts make",
-        flags="--num -n",
+        flags="-n",
     )
     repeats: int = setting(1, "independent seeds per row; their mean and sd are shown")
-    batch_size: int = setting(128, "images per forward of the extractor", flags="--batch-size -b")
+    batch_size: int = setting(128, "images per forward of the extractor", flags="-b")
     seed: int = setting(0, "first seed; repeat r uses seed + r", within=FROM_0)
     mixed: bool = setting(False, "allow rows that were drawn under different protocols")
 

@@ -58,8 +58,9 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 def flags_of(item: Field[Any]) -> list[str]:
     """The flags of the option of a setting, the long one first, as `--flip/--no-flip`."""
-    flags = item.metadata["flags"].split() or [f"--{item.name.replace('_', '-')}"]
-    return sorted(flags, key=lambda flag: not flag.startswith("--"))
+    long, short = f"--{item.name.replace('_', '-')}", item.metadata["flags"].split()
+    own = [flag for flag in short if flag.startswith("--")]
+    return [*(own or [long]), *(flag for flag in short if flag not in own)]
 
 
 def option(config: type[Settings], name: str, *, listed: bool = True) -> Any:
