@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from deme_cli.artifacts import BaseRecord, ExpertRecord, load_tensors, read_record, write_artifact
 from deme_cli.diffusion.denoiser import build_network
+from deme_cli.errors import DemeError
 from deme_cli.timesteps import split_uniform
 
 torch.set_num_threads(1)
@@ -153,6 +154,30 @@ def deme() -> Callable[..., Result]:
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def refuse(deme: Callable[..., Result]) -> Callable[..., None]:
+    """Check that a command line ends with a code and one line with some words, and changes nothing
+    in the current folder."""
+
+    def check(exit_code: int, words: str, *arguments: object) -> None:
+        before = contents(Path())
+        result = deme(*arguments)
+        error = result.exception
+        assert isinstance(error, DemeError), repr(error) or result.output
+        assert error.exit_code == exit_code, error
+        assert words in str(error)
+        assert "\n" not in str(error)
+        assert result.stdout == ""
+        assert contents(Path()) == before
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +200,10 @@ def folder_annotations(
         counts = [int(match[1]) if match else 1 for match in kohya]
         repeats = _repeats(source, files, counts) if wants == "text" else ()
         return RawAnnotations(shown, "the files beside the images", repeats=repeats)
-    branches = {folder: _branch(source, folder) for folder in {f.parent for f in source.files}}
+    branches = {}  # by folder, the names of the folders on the way to it, without those of splits
+    for folder in {file.parent for file in source.files}:
+        way = [one for one in (folder, *folder.parents) if source.path in one.parents]
+        branches[folder] = tuple(o.name for o in reversed(way) if o not in source.split_folders)
     if wants == "class" and column is None and any(branches.values()):
         captions = {path.suffix.lower() for path in source.others} & {*_BESIDE["text"]}
         if captions and all(kohya):
@@ -315,21 +317,13 @@ def _repeats(source: ImageSource, files: Sequence[Path], counts: Sequence[int]) 
     return repeats
 
 
-def _branch(source: ImageSource, folder: Path) -> tuple[str, ...]:
-    """The names of the folders on the way to `folder`, without those of splits."""
-    above = [folder, *folder.parents]
-    below = above[: above.index(source.path)]
-    return tuple(one.name for one in reversed(below) if one not in source.split_folders)
-
-
 def _folder_names(
     source: ImageSource, files: Sequence[Path], branches: Mapping[Path, tuple[str, ...]]
 ) -> RawAnnotations:
     """The folder each image lies in, None for an image at the root: its class.
 
     Where images lie at several depths, it is the folder at the root, as torchvision has it; where
-    at one, the innermost level of more than one name, as `datasets` has it. Levels that only cut a
-    data set into parts are passed over.
+    at one, the innermost level of more than one name, as `datasets` has it.
     """
     depths = {len(branch) for branch in branches.values()}
     levels = [0] if len(depths) > 1 else range(max(depths) - 1, -1, -1)
@@ -337,30 +331,7 @@ def _folder_names(
         {folder: (*branch, None)[min(level, len(branch))] for folder, branch in branches.items()}
         for level in levels
     ]
-    named = [names for names in named if not _are_parts([(names[f.parent], f) for f in files])]
-    if not named:
-        raise NoAnnotations(
-            f"{source.name}: no classes: its sub-folders {files[0].parent.name}, … are parts of "
-            f"one data set, for the numbers of the images run on from one to the next; give "
-            f"dataset.json or metadata with a column label"
-        )
     names = next((several for several in named if len({*several.values()}) > 1), named[0])
     where = "the names of sub-folders (there is no metadata)"
     everything = [name for name in names.values() if name is not None]
     return RawAnnotations([names[file.parent] for file in files], where, everything, are_names=True)
-
-
-def _are_parts(files: Sequence[tuple[str | None, Path]]) -> bool:
-    """Whether folders such as 00000, 00001 hold one run of numbered images, cut into parts.
-
-    So do those of StyleGAN, FFHQ and img2dataset; in folders of classes the numbers start anew.
-    """
-    numbers: dict[str, list[int]] = {}
-    for folder, path in files:
-        number = re.search("[0-9]+(?=[^0-9]*$)", path.stem)
-        if not number or not re.fullmatch("[0-9]{5,}", folder or ""):
-            return False
-        numbers.setdefault(folder or "", []).append(int(number[0]))
-    ordered = [numbers[folder] for folder in sorted(numbers)]
-    follow = all(max(one) < min(next_) for one, next_ in pairwise(ordered))
-    return follow and len({len(folder) for folder in numbers}) == 1

@@ -20,10 +20,8 @@ EMBEDDED = Path(__file__).parent / "embedded"
 BASE_PATH = EMBEDDED / "digits-base.safetensors"
 LARGEST_LEVEL = 16
 TEST_EVERY = 5
-DIGIT_CAPTIONS = tuple(
-    f"a {word}"
-    for word in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-)
+_WORDS = "zero one two three four five six seven eight nine"
+DIGIT_CAPTIONS = tuple(f"a {word}" for word in _WORDS.split())
 
 # What `deme split digits` writes live into deme.toml, by table: settings for a model this small,
 # and what is said of them there.
@@ -62,8 +60,6 @@ def load_digits(split: str) -> tuple[np.ndarray, list[int]]:
             "the digits come with scikit-learn; install it: pip install scikit-learn"
         )
     path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    if not path.exists():
-        raise MissingError(f"{path}: scikit-learn's digits are missing; install scikit-learn again")
     table = np.loadtxt(path, delimiter=",")  # 64 levels and the label
     levels, labels = table[:, :-1].reshape(-1, 8, 8, 1), table[:, -1].astype(int)
     images = np.rint(levels * (255 / LARGEST_LEVEL)).astype(np.uint8)

@@ -193,12 +193,9 @@ def _open_split(source: ImageSource, split: str) -> tuple[Images, Sequence[int]]
 
 def _samples(source: ImageSource) -> Images:
     """The images of a samples artifact; the prompts they were drawn for are their captions."""
-    images = load_tensors(source.path).get("images")
-    if images is None or images.dtype != torch.uint8 or images.ndim != 4:
-        raise ArtifactError(f"{source.name}: expected a uint8 tensor `images` (n, H, W, C)")
-    if images.shape[-1] not in (1, 3):
-        raise ArtifactError(f"{source.name}: {images.shape[-1]} channels; expected 1 or 3")
-    record = read_record(source.path, "samples")
+    record, images = read_record(source.path, "samples"), load_tensors(source.path).get("images")
+    if images is None or images.dtype != torch.uint8 or images.shape[3:] not in ((1,), (3,)):
+        raise ArtifactError(f"{source.name}: expected a uint8 tensor `images` (n, H, W, 1 or 3)")
     return array_images(source.name, images.numpy(), captions=record.prompts, labels=record.classes)
 
 

@@ -74,8 +74,8 @@ def read_text_table(path: Path) -> TextTable:
             if line.strip():
                 row = parse_json(line, f"{path}: line {number} is")
                 if not isinstance(row, dict):
-                    told = f"expected a JSON object, found {line.strip()}"
-                    raise ArtifactError(f"{path}: line {number}: {told}")
+                    where = f"{path}: line {number}"
+                    raise ArtifactError(f"{where}: expected a JSON object, found {line.strip()}")
                 rows.append(row)
         return TextTable(path, rows)
     lines = io.StringIO(text, newline="")
@@ -225,18 +225,17 @@ def _of_file(source: str, path: Path, column: str | None) -> PromptSet:
         raise ConfigError(f"{source}: prompts are a file in {', '.join(PROMPT_SUFFIXES)}")
     if suffix not in (".txt", ".json"):
         return _of_table(source, read_text_table(path), column)
-    prompts: Any = lines_of(read_text(path)) if suffix == ".txt" else None
-    if suffix == ".json":
-        prompts = parse_json(read_text(path), f"{source}:")
-        if isinstance(prompts, dict) and isinstance(prompts.get("annotations"), list):
-            return _of_coco(source, path, prompts, column)
-        if isinstance(prompts, list) and all(isinstance(entry, dict) for entry in prompts):
-            return _of_table(source, TextTable(path, prompts), column)
-        if not isinstance(prompts, list) or not all(isinstance(entry, str) for entry in prompts):
-            raise ArtifactError(
-                f"{source}: expected COCO captions (an object with `annotations`), or a list of "
-                f"strings or of objects"
-            )
+    text = read_text(path)
+    prompts: Any = lines_of(text) if suffix == ".txt" else parse_json(text, f"{source}:")
+    if isinstance(prompts, dict) and isinstance(prompts.get("annotations"), list):
+        return _of_coco(source, path, prompts, column)
+    if isinstance(prompts, list) and all(isinstance(entry, dict) for entry in prompts):
+        return _of_table(source, TextTable(path, prompts), column)
+    if not isinstance(prompts, list) or not all(isinstance(entry, str) for entry in prompts):
+        raise ArtifactError(
+            f"{source}: expected COCO captions (an object with `annotations`), or a list of "
+            f"strings or of objects"
+        )
     _refuse_column(source, column)
     prompts = tuple(prompt.strip() for prompt in prompts if prompt.strip())
     if not prompts:
@@ -296,22 +295,20 @@ def _of_coco(source: str, path: Path, document: dict[str, Any], column: str | No
     for number, entry in enumerate(document["annotations"], 1):
         entry = entry if isinstance(entry, dict) else {}
         image, own = entry.get("image_id"), entry.get("id")
-        if (
-            type(image) is not int
-            or type(own) is not int
-            or not str(entry.get(field) or "").strip()
-        ):
-            kind = ConfigError if column else ArtifactError
-            raise kind(
+        is_caption = type(image) is type(own) is int and str(entry.get(field) or "").strip()
+        if not is_caption:
+            raise (ConfigError if column else ArtifactError)(
                 f"{source}: annotation {number} is no caption: expected image_id, id and {field}, "
                 f"found {', '.join(entry) or 'none of them'}; take the file of captions"
             )
         if image not in first or own < first[image]["id"]:
             first[image] = entry
-    images = [image for image in document.get("images") or () if isinstance(image, dict)]
-    names = {image.get("id"): image.get("file_name") for image in images}
+    names = {
+        image.get("id"): image.get("file_name")
+        for image in document.get("images") or () if isinstance(image, dict)
+    }  # fmt: skip
     rows = [
-        {"prompt": str(first[image][field]), **({"file_name": names.get(image)} if names else {})}
-        for image in sorted(first)
+        {"prompt": str(entry[field])} | ({"file_name": names.get(image)} if names else {})
+        for image, entry in sorted(first.items())
     ]
     return _of_table(source, TextTable(path, rows), None)

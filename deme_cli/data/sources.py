@@ -94,10 +94,9 @@ def _open(name: str, encoded: Path | io.BytesIO | Image.Image) -> Iterator[Image
     try:
         with encoded if isinstance(encoded, Image.Image) else Image.open(encoded) as image:
             yield image
-    except FileNotFoundError as error:
-        raise MissingError(f"{name}: no such file") from error
-    except PermissionError as error:
-        raise MissingError(f"{name}: no permission to read it") from error
+    except (FileNotFoundError, PermissionError) as error:
+        what = "no permission to read it" if isinstance(error, PermissionError) else "no such file"
+        raise MissingError(f"{name}: {what}") from error
     except UnidentifiedImageError as error:
         raise ArtifactError(f"{name}: not a readable image; remove or mend it") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -167,7 +166,11 @@ def table_images(label: str, table: Dataset, splits: Iterable[Dataset] = ()) -> 
 
     features = table.features
     declared = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
-    usable = declared or [name for name, kind in features.items() if _holds_bytes(kind)]
+    usable = declared or [  # which `datasets` can read as images
+        name for name, kind in features.items()
+        if getattr(kind, "dtype", None) in ("binary", "large_binary")
+        or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
+    ]  # fmt: skip
     column = next((name for name in ("image", "img", *usable) if name in usable), None)
     if column is None:
         raise ArtifactError(f"{label}: no column holds images; columns: {', '.join(features)}")
@@ -265,13 +268,6 @@ def _json_object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _holds_bytes(kind: object) -> bool:
-    """Whether `datasets` can read a column as images."""
-    if isinstance(kind, dict):
-        return set(kind) == {"bytes", "path"}
-    return getattr(kind, "dtype", None) in ("binary", "large_binary")
-
-
 def _is_fetched(path: str) -> bool:
     """Whether a file lies where `datasets` puts what it fetches: the images of a hub's folder."""
     import datasets
@@ -324,18 +320,14 @@ def read_tables(source: ImageSource) -> Mapping[str, Dataset]:
         raise ArtifactError(f"{source.name}: broken or not {source.kind}: {cause}") from error
     except OSError as error:
         raise MissingError(f"{source.name}: cannot be read: {error}") from error
-    return {name: _downloaded(source.name, table) for name, table in tables.items()}
-
-
-def _downloaded(source: str, table: Dataset) -> Dataset:
-    """The rows without those that img2dataset could not download, which it keeps in its tables."""
-    if not {"key", "status", "url"} <= set(table.column_names):
-        return table
-    kept = [index for index, status in enumerate(table["status"]) if status == "success"]
-    if kept and len(kept) < len(table):
-        failed = len(table) - len(kept)
-        console.note_once(f"{source}: left out are {failed} images that were not downloaded")
-    return table.select(kept) if kept else table
+    for split, table in tables.items():  # img2dataset keeps rows that it could not download
+        if {"key", "status", "url"} <= set(table.column_names):
+            kept = [index for index, status in enumerate(table["status"]) if status == "success"]
+            if kept and (failed := len(table) - len(kept)):
+                note = f"{source.name}: left out are {failed} images that were not downloaded"
+                console.note_once(note)
+                tables[split] = table.select(kept)
+    return tables
 
 
 def _read_shards(files: Mapping[str, list[str]], name: str) -> Mapping[str, Dataset]:
@@ -370,14 +362,13 @@ def _samples(shards: Sequence[str], name: str) -> Iterator[dict[str, Any]]:
     has_images = False
     for shard in shards:
         with tarfile.open(shard) as archive:
-            shown = (m for m in archive if m.isfile() and not _path(m).name.startswith("."))
-            for _, members in groupby(
-                shown, lambda m: (_path(m).parent, _path(m).name.split(".")[0])
-            ):
+            files = ((PurePosixPath(m.name), m) for m in archive if m.isfile())
+            shown = ((path, member) for path, member in files if not path.name.startswith("."))
+            for _, members in groupby(shown, lambda f: (f[0].parent, f[0].name.split(".")[0])):
                 sample: dict[str, Any] = dict.fromkeys(("image", *_FIELDS))
                 fewest = sys.maxsize
-                for member in members:
-                    kind, dots = _path(member).suffix.lower(), member.name.count(".")
+                for path, member in members:
+                    kind, dots = path.suffix.lower(), member.name.count(".")
                     field = "txt" if kind in (".text", ".caption") else kind[1:]
                     file = archive.extractfile(member)
                     assert file is not None, "a plain file"
@@ -391,7 +382,3 @@ def _samples(shards: Sequence[str], name: str) -> Iterator[dict[str, Any]]:
                     yield sample
     if not has_images:
         raise ValueError("no images")
-
-
-def _path(member: tarfile.TarInfo) -> PurePosixPath:
-    return PurePosixPath(member.name)

@@ -13,7 +13,7 @@ from typer.testing import Result
 from deme_cli.analysis.settings import ANALYSES
 from deme_cli.artifacts import write_artifact
 from deme_cli.diffusion.checkpoints import import_model
-from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
+from deme_cli.errors import ArtifactError
 
 Deme = Callable[..., Result]
 BASE, FIRST, LAST = "base.safetensors", "ft_1of4.safetensors", "ft_4of4.safetensors"
@@ -65,42 +65,42 @@ def test_each_writes_a_document_and_a_picture_once(deme: Deme, run_folder: Path,
 
 
 REFUSALS = [
-    ("losses", "--buckets 0", ConfigError, "buckets = 0"),
-    ("losses", "--buckets 101", ConfigError, "this model has 100 timesteps"),
-    ("losses", "--split test", ConfigError, "--split test: expected one of train, held-out"),
-    ("losses", f"{BASE} {BASE}", ConfigError, "given twice"),
-    ("losses", f"{BASE} other.safetensors", ArtifactError, "another shape of x_t"),
-    ("losses", "none.safetensors", MissingError, "no such file"),
-    ("losses", f"{BASE} --config bad.toml", ConfigError, "50:200 reaches past the 100 timesteps"),
-    ("gradients", "--buckets 1", ConfigError, "expected at least 2"),
-    ("gradients", "--buckets 3 -n 4", ConfigError, "4 ranges of 3 buckets"),
-    ("gradients", "-o x.png", ConfigError, "ends in .json"),
-    ("gradients", "--data nowhere", MissingError, "nowhere"),
-    ("gradients", "--config none.toml", MissingError, "none.toml"),
-    ("activations", f"{FIRST} --num 0", ConfigError, "num = 0: expected a number above 0"),
-    ("activations", f"{FIRST} --range 50:200", ConfigError, "stop <= 100"),
-    ("activations", f"{FIRST} --block midblock", ConfigError, "did you mean 'mid_block'"),
-    ("activations", f"{FIRST} -o taken.json", ConfigError, "taken.json exists; add --force"),
-    ("activations", f"{BASE} {BASE} {BASE}", ConfigError, "3 models given: expected [BASE] EXPERT"),
-    ("activations", BASE, ArtifactError, "found 'base'; name both: deme analyze"),
-    ("activations", "lone/ft_1of4.safetensors --config lone.toml", MissingError,
+    ("losses", "--buckets 0", 2, "buckets = 0"),
+    ("losses", "--buckets 101", 2, "this model has 100 timesteps"),
+    ("losses", "--split test", 2, "--split test: expected one of train, held-out"),
+    ("losses", f"{BASE} {BASE}", 2, "given twice"),
+    ("losses", f"{BASE} other.safetensors", 4, "another shape of x_t"),
+    ("losses", "none.safetensors", 3, "no such file"),
+    ("losses", f"{BASE} --config bad.toml", 2, "50:200 reaches past the 100 timesteps"),
+    ("gradients", "--buckets 1", 2, "expected at least 2"),
+    ("gradients", "--buckets 3 -n 4", 2, "4 ranges of 3 buckets"),
+    ("gradients", "-o x.png", 2, "ends in .json"),
+    ("gradients", "--data nowhere", 3, "nowhere"),
+    ("gradients", "--config none.toml", 3, "none.toml"),
+    ("activations", f"{FIRST} --num 0", 2, "num = 0: expected a number above 0"),
+    ("activations", f"{FIRST} --range 50:200", 2, "stop <= 100"),
+    ("activations", f"{FIRST} --block midblock", 2, "did you mean 'mid_block'"),
+    ("activations", f"{FIRST} -o taken.json", 2, "taken.json exists; add --force"),
+    ("activations", f"{BASE} {BASE} {BASE}", 2, "3 models given: expected [BASE] EXPERT"),
+    ("activations", BASE, 4, "found 'base'; name both: deme analyze"),
+    ("activations", "lone/ft_1of4.safetensors --config lone.toml", 3,
      "name both: deme analyze activations BASE lone/ft_1of4.safetensors"),
-    ("activations", f"{BASE} {BASE}", ArtifactError, "have the same weights"),
-    ("activations", f"other.safetensors {FIRST}", ArtifactError,
+    ("activations", f"{BASE} {BASE}", 4, "have the same weights"),
+    ("activations", f"other.safetensors {FIRST}", 4,
      "ft_1of4.safetensors: another shape of x_t than other.safetensors"),
-    ("landscape", f"{BASE} {FIRST}", ConfigError, "2 models given: expected one"),
-    ("landscape", f"--mark {BASE}", ConfigError, "--mark: models are marked on the plane"),
-    ("landscape", "--points 2", ConfigError, "points = 2: expected at least 3"),
-    ("landscape", "-n 101", ConfigError, "cannot divide 100 timesteps into 101 ranges"),
-    ("landscape", f"{BASE} {FIRST} {FIRST}", ArtifactError, "no plane: their cosine is 1.000000"),
-    ("landscape", "--data=", ConfigError, "no images"),
-    ("losses", "--config empty/deme.toml", MissingError, "no models in"),
-    ("gradients", "--config empty/deme.toml", MissingError, "name a MODEL"),
-    ("task-vectors", "--config empty/deme.toml", MissingError, "finetune --range all"),
-    ("task-vectors", BASE, ArtifactError, "expected an artifact of kind 'expert'"),
-    ("task-vectors", f"{FIRST} {FIRST}", ConfigError, "are the same expert"),
-    ("task-vectors", "--base wide.safetensors", ArtifactError, "was finetuned from base"),
-    ("task-vectors", f"{FIRST} ft_1of1.safetensors", ArtifactError, "was finetuned from base"),
+    ("landscape", f"{BASE} {FIRST}", 2, "2 models given: expected one"),
+    ("landscape", f"--mark {BASE}", 2, "--mark: models are marked on the plane"),
+    ("landscape", "--points 2", 2, "points = 2: expected at least 3"),
+    ("landscape", "-n 101", 2, "cannot divide 100 timesteps into 101 ranges"),
+    ("landscape", f"{BASE} {FIRST} {FIRST}", 4, "no plane: their cosine is 1.000000"),
+    ("landscape", "--data=", 2, "no images"),
+    ("losses", "--config empty/deme.toml", 3, "no models in"),
+    ("gradients", "--config empty/deme.toml", 3, "name a MODEL"),
+    ("task-vectors", "--config empty/deme.toml", 3, "finetune --range all"),
+    ("task-vectors", BASE, 4, "expected an artifact of kind 'expert'"),
+    ("task-vectors", f"{FIRST} {FIRST}", 2, "are the same expert"),
+    ("task-vectors", "--base wide.safetensors", 4, "was finetuned from base"),
+    ("task-vectors", f"{FIRST} ft_1of1.safetensors", 4, "was finetuned from base"),
 ]  # fmt: skip
 
 
@@ -119,20 +119,11 @@ def spoilt_folder(run_folder: Path) -> Path:
     return run_folder
 
 
-def words(kind: str, arguments: str) -> list[str]:
-    data = [] if "--data" in arguments or kind == "task-vectors" else ["--data", "digits"]
-    return ["analyze", kind, *data, *arguments.split()]
-
-
-@pytest.mark.parametrize(("kind", "arguments", "error", "message"), REFUSALS)
-def test_bad_input_is_told_before_anything_runs(
-    deme: Deme, spoilt_folder: Path, kind: str, arguments: str, error: type[DemeError], message: str
-) -> None:
-    before = sorted(Path().iterdir())
-    result = deme(*words(kind, arguments))
-    assert isinstance(result.exception, error), result.exception
-    assert message in str(result.exception)
-    assert sorted(Path().iterdir()) == before
+def test_bad_input_is_told_before_anything_runs(refuse: Callable, spoilt_folder: Path) -> None:
+    for kind, arguments, exit_code, message in REFUSALS:
+        has_data = "--data" in arguments or kind == "task-vectors"
+        data = [] if has_data else ["--data", "digits"]
+        refuse(exit_code, message, "analyze", kind, *data, *arguments.split())
 
 
 def test_a_split_by_gradient_takes_the_measured_ranges(deme: Deme, run_folder: Path) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import deme_cli
 from deme_cli.app import app
 from deme_cli.artifacts import read_record
-from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
+from deme_cli.errors import ArtifactError, DemeError, MissingError
 
 Deme = Callable[..., Result]
 COMMON = """
@@ -288,27 +288,21 @@ def test_a_failure_is_remembered_by_later_tables(folder: Path, deme: Deme) -> No
     assert compare(deme).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "kind", "word"),
-    [
-        (["--seeds", "1,x"], ConfigError, "--seeds '1,x': expected whole numbers"),
-        (["--seeds", "1,1"], ConfigError, "seeds = [1, 1]"),
-        (["--updates", 0], ConfigError, "--updates 0"),
-        (["--jobs", 0], ConfigError, "--jobs 0"),
-        (["--only", "Nothing"], ConfigError, "no row of that name; there are 'Before', 'Merged'"),
-        (["--model", "nowhere"], MissingError, "nowhere"),
-        (["--data", "nowhere"], MissingError, "nowhere"),
-        (["--config", "nowhere.toml"], MissingError, "nowhere.toml"),
-    ],
-)
-def test_wrong_input_is_one_clear_line(
-    empty: Path, deme: Deme, options: list, kind: type, word: str
-) -> None:
-    done = compare(deme, "--dry-run", *options)
-    assert isinstance(done.exception, kind), done.exception
-    assert word in str(done.exception)
-    assert "\n" not in str(done.exception)
-    assert [path.name for path in empty.iterdir()] == ["tiny.toml"]
+REFUSED = [
+    (["--seeds", "1,x"], 2, "--seeds '1,x': expected whole numbers"),
+    (["--seeds", "1,1"], 2, "seeds = [1, 1]"),
+    (["--updates", 0], 2, "--updates 0"),
+    (["--jobs", 0], 2, "--jobs 0"),
+    (["--only", "Nothing"], 2, "no row of that name; there are 'Before', 'Merged'"),
+    (["--model", "nowhere"], 3, "nowhere"),
+    (["--data", "nowhere"], 3, "nowhere"),
+    (["--config", "nowhere.toml"], 3, "nowhere.toml"),
+]
+
+
+def test_wrong_input_is_one_clear_line(empty: Path, refuse: Callable) -> None:
+    for options, exit_code, word in REFUSED:
+        refuse(exit_code, word, "compare", "tiny.toml", "--dry-run", *options)
 
 
 def test_a_reference_that_is_not_there_is_missed_before_anything_trains(

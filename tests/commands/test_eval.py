@@ -19,7 +19,7 @@ from typer.testing import Result
 
 from deme_cli.artifacts import SamplesRecord, load_tensors, read_record, write_artifact
 from deme_cli.data.digits import DIGIT_CAPTIONS, load_digits
-from deme_cli.errors import ArtifactError, ConfigError, DemeError, GateError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError, DemeError, GateError
 from deme_cli.evaluation.clip_score import find_clip, open_clip_scorer
 from deme_cli.evaluation.protocols import PROTOCOLS
 
@@ -35,7 +35,7 @@ def document(result: Result) -> dict:
     return json.loads(result.stdout)
 
 
-def refuse(result: Result, kind: type[DemeError], words: str) -> None:
+def require_error(result: Result, kind: type[DemeError], words: str) -> None:
     assert isinstance(result.exception, kind), result.exception
     assert words in str(result.exception)
 
@@ -120,7 +120,7 @@ def test_statistics_of_ones_own_stand_for_the_images(
     value = other["metrics"]["frechet_digits"]["value"]
     assert one["metrics"]["frechet_digits"]["value"] == pytest.approx(value, rel=1e-9)
     refused = deme("eval", "--fid", "ref.safetensors", "--features", stand_in)
-    refuse(refused, ArtifactError, "made with digits")
+    require_error(refused, ArtifactError, "made with digits")
 
 
 def test_the_gate_is_met_or_ends_with_a_gate_error(run_folder: Path, deme: Deme) -> None:
@@ -128,9 +128,9 @@ def test_the_gate_is_met_or_ends_with_a_gate_error(run_folder: Path, deme: Deme)
     passed = deme(*arguments, "--max-fid", "1e6", "-o", "figures.json")
     assert (passed.exit_code, passed.stdout.strip()) == (0, "figures.json")
     assert json.loads(Path("figures.json").read_text())["schema_version"] == 1
-    refuse(deme(*arguments, "-o", "figures.json"), ConfigError, "--force")
+    require_error(deme(*arguments, "-o", "figures.json"), ConfigError, "--force")
     failed = deme(*arguments, "--max-fid", "0.001", "-o", "figures.json", "--force", "--json")
-    refuse(failed, GateError, "above --max-fid 0.001: base")
+    require_error(failed, GateError, "above --max-fid 0.001: base")
     assert json.loads(failed.stdout)["rows"], "the figures are shown all the same"
 
 
@@ -167,7 +167,7 @@ def test_the_clip_score_of_samples_that_know_their_prompts_or_are_given_them(
     given = deme("eval", "bare.safetensors", *scoring, "--prompts", "prompts.txt", "--json")
     assert document(given)["rows"][0]["metrics"]["clip_score"]["value"] == score["value"]
     refused = deme("eval", "bare.safetensors", *scoring)
-    refuse(refused, ConfigError, "bare: the prompts of its images are not known")
+    require_error(refused, ConfigError, "bare: the prompts of its images are not known")
 
 
 def test_a_text_model_draws_the_prompts_and_is_scored_by_them(
@@ -191,7 +191,7 @@ def test_a_text_model_draws_the_prompts_and_is_scored_by_them(
     assert (protocol["guidance"], protocol["num"], protocol["per_prompt"]) == (3, 4, 2)
     for score in samples:
         assert score["value"] == pytest.approx(own["values"][0])
-    refuse(deme("eval", *drawing, *scoring, "-n", "3"), ConfigError, "-n says 3")
+    require_error(deme("eval", *drawing, *scoring, "-n", "3"), ConfigError, "-n says 3")
 
 
 def test_rows_of_different_protocols_are_refused_unless_mixed(
@@ -199,7 +199,9 @@ def test_rows_of_different_protocols_are_refused_unless_mixed(
 ) -> None:
     """Among them fewer images of another seed."""
     arguments = ("eval", "base.safetensors", "drawn.safetensors", "--fid", "digits", *FEW)
-    refuse(deme(*arguments), ConfigError, "base and drawn are of different protocols: steps 2 and")
+    require_error(
+        deme(*arguments), ConfigError, "base and drawn are of different protocols: steps 2 and"
+    )
     words = ("-n", 5, "--steps", 3, "--seed", 4, "-o", "five.safetensors")
     assert deme("sample", "base.safetensors", *words).exit_code == 0
     shown = deme(*arguments, "five.safetensors", "--mixed", "--json")
@@ -208,7 +210,7 @@ def test_rows_of_different_protocols_are_refused_unless_mixed(
     for words in ("steps 2 and 50", "five has 5 images, not 6", "base 0, drawn 0, five 4"):
         assert words in told
     folder = ("eval", "base.safetensors", image_folder, "--fid", "digits", *FEW)
-    refuse(deme(*folder), ConfigError, "no protocol card")
+    require_error(deme(*folder), ConfigError, "no protocol card")
     assert deme(*folder, "--mixed").exit_code == 0
 
 
@@ -223,7 +225,7 @@ def test_a_protocol_fixes_what_is_measured_and_how(
     clip.touch()
     Path("deme.toml").write_text('[sample]\nsteps = 3\nsampler = "ddpm"\n[eval]\nnum = 5\n')
     arguments = ("eval", pipeline, "--protocol", "imagenet", "--dry-run", "--json")
-    refuse(deme(*arguments), ConfigError, "measures against ImageNet-1k")
+    require_error(deme(*arguments), ConfigError, "measures against ImageNet-1k")
     shown = deme(*arguments, "--fid", "imagenet.npz")
     assert document(shown)["protocol"] == "imagenet"
     for words in (
@@ -234,7 +236,7 @@ def test_a_protocol_fixes_what_is_measured_and_how(
     ):
         assert words in shown.stderr
     refused = deme(*arguments, "--fid", "imagenet.npz", "--steps", "50")
-    refuse(refused, ConfigError, "--steps 50: the protocol imagenet has 25")
+    require_error(refused, ConfigError, "--steps 50: the protocol imagenet has 25")
 
 
 def test_a_protocols_name_is_on_the_card_of_its_rows(
@@ -254,29 +256,29 @@ def test_a_protocols_name_is_on_the_card_of_its_rows(
 
 
 REFUSED = [
-    (("--clip-score", "--clip-model", "ViT"), ConfigError, "no such open_clip architecture"),
-    (("--clip-score", "--clip-weights", "x.pt"), MissingError, "no such file of CLIP weights"),
-    (("--protocol", "coco"), ConfigError, "protocol = 'coco'"),
-    (("--clip-score", "--weights", "x.pt"), ConfigError, "--weights goes with --fid"),
-    (("--clip-score", "--prompts", "x.txt"), MissingError, "x.txt: no such file"),
-    (("--fid", "digits", "--dtype", "fp8"), ConfigError, "--dtype fp8"),
-    (("--kid", "digits", "--max-fid", "3"), ConfigError, "--max-fid needs --fid"),
-    (("--fid", "digits", "--features", "nothing.pt"), MissingError, "no such file"),
-    (("--fid", "digits", "-o", "nowhere/x.json", "-n", "1"), ConfigError, "at least 2 images"),
-    (("--fid", "imagenet"), MissingError, "deme stats"),
-    ((), ConfigError, "as in --fid digits"),
-    (("--protocol", "parti"), MissingError, "PartiPrompts.tsv"),
-    (("--clip-score",), MissingError, "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"),
-    (("--fid", "digits", "base.safetensors", "base.safetensors"), ConfigError, "given twice"),
+    (("--clip-score", "--clip-model", "ViT"), 2, "no such open_clip architecture"),
+    (("--clip-score", "--clip-weights", "x.pt"), 3, "no such file of CLIP weights"),
+    (("--protocol", "coco"), 2, "protocol = 'coco'"),
+    (("--clip-score", "--weights", "x.pt"), 2, "--weights goes with --fid"),
+    (("--clip-score", "--prompts", "x.txt"), 3, "x.txt: no such file"),
+    (("--fid", "digits", "--dtype", "fp8"), 2, "--dtype fp8"),
+    (("--kid", "digits", "--max-fid", "3"), 2, "--max-fid needs --fid"),
+    (("--fid", "digits", "--features", "nothing.pt"), 3, "no such file"),
+    (("--fid", "digits", "-o", "nowhere/x.json", "-n", "1"), 2, "at least 2 images"),
+    (("--fid", "imagenet"), 3, "deme stats"),
+    ((), 2, "as in --fid digits"),
+    (("--protocol", "parti"), 3, "PartiPrompts.tsv"),
+    (("--clip-score",), 3, "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"),
+    (("--fid", "digits", "base.safetensors", "base.safetensors"), 2, "given twice"),
 ]
 
 
 def test_bad_input_is_one_clear_line(
-    run_folder: Path, cache: Path, stand_in: Path, deme: Deme
+    run_folder: Path, cache: Path, stand_in: Path, refuse: Callable
 ) -> None:
     (cache / "inception-2015-12-05.pt").write_bytes(stand_in.read_bytes())
-    for arguments, kind, words in REFUSED:
-        refuse(deme("eval", *arguments), kind, words)
+    for arguments, exit_code, words in REFUSED:
+        refuse(exit_code, words, "eval", *arguments)
 
 
 def test_cifar10_without_network_or_weights_ends_at_once_without_torch(

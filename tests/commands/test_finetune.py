@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base, write_tiny_expert
+from conftest import TINY_MODEL, TINY_SCHEDULER, write_tiny_base
 from diffusers import UNet2DModel
 from PIL import Image
 from torch import Tensor
 
-import deme_cli.training.finetune
 from deme_cli.artifacts import read_record
 from deme_cli.config import DataConfig, FinetuneConfig, SplitConfig
 from deme_cli.diffusion.companions import Companions
-from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
-from deme_cli.jobs import RangeProcess
-from deme_cli.run_file import RunFile, read_run_file
+from deme_cli.errors import ConfigError, MissingError
 from deme_cli.timesteps import split_uniform
 from deme_cli.training.clusters import Affinity
 from deme_cli.training.setup import Plan, plan_experts, prepare
@@ -33,18 +30,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_tiny_base(tmp_path / "base.safetensors")
     return tmp_path
-
-
-def refuse(deme: Callable, exit_code: int, word: str, *options: object) -> None:
-    """finetune ends with `exit_code` and one line with `word`; nothing is written."""
-    before = sorted(Path.cwd().iterdir())
-    done = deme("finetune", *QUICK, *options)
-    error = done.exception
-    assert isinstance(error, DemeError), repr(error) or done.output
-    assert error.exit_code == exit_code, error
-    assert word in str(error)
-    assert "\n" not in str(error)
-    assert sorted(Path.cwd().iterdir()) == before
 
 
 HALF = ["--range", "1/2", "--p", 0, "--clusters", 2]
@@ -64,7 +49,7 @@ def test_a_range_becomes_an_expert_and_its_path_is_the_result(deme, folder: Path
 
 
 def test_all_ranges_follow_the_split_and_finished_ones_are_kept_where_nothing_changed(
-    deme, folder: Path, image_folder: Path
+    deme, refuse, folder: Path, image_folder: Path
 ) -> None:
     (folder / "deme.toml").write_text('[split]\nn = 2\nranges = ["0:20", "20:100"]\n')
     words = ["finetune", *QUICK, "--data", image_folder, "--range"]
@@ -74,21 +59,22 @@ def test_all_ranges_follow_the_split_and_finished_ones_are_kept_where_nothing_ch
     assert done.stdout.split() == ["ft_1of2.safetensors", "ft_2of2.safetensors"]
     assert (folder / "ft_1of2.safetensors").stat().st_mtime_ns == before
     assert read_record(folder / "ft_2of2.safetensors").range == [20, 100]
-    refuse(deme, 2, "another lr", *words[1:], "all", "--lr", 1e-3)
+    refuse(2, "another lr", "finetune", *QUICK, *words[1:], "all", "--lr", 1e-3)
     Image.new("L", (8, 8), 9).save(image_folder / "03.png")
-    refuse(deme, 2, "trained on other images or captions", *words[1:], "all")
+    refuse(2, "trained on other images or captions", "finetune", *QUICK, *words[1:], "all")
 
 
 @pytest.mark.slow
 def test_ranges_side_by_side_equal_ranges_one_after_another(deme, folder: Path) -> None:
-    (folder / "deme.toml").write_text("[split]\nn = 2\n")
-    words = [*QUICK, "--p", 0, "--multitask", "uw", "--clusters", 2, "--multitask-lr", 0.5]
+    """Every setting reaches a range that runs in a process of its own."""
+    (folder / "deme.toml").write_text("[split]\nn = 2\n[finetune]\nmultitask_lr = 0.5\n")
+    words = [*QUICK, "--p", 0, "--multitask", "uw", "--clusters", 2, "--no-flip"]
     done = deme("finetune", "--range", "all", "--jobs", 2, *words)
     assert done.exit_code == 0, done.exception
     path = folder / "ft_2of2.safetensors"
-    together = read_record(path).fingerprint
+    together = read_record(path)
     deme("finetune", "--range", "2/2", "--force", *words)
-    assert read_record(path).fingerprint == together
+    assert read_record(path) == together
 
 
 def test_a_lack_of_memory_is_told_with_what_is_done_about_it(
@@ -181,15 +167,11 @@ def test_a_base_of_ones_own_is_trained_from_a_description(deme, folder: Path) ->
 
 REFUSED = [
     ([], 2, "either --range"),
-    (["--range", "5/4"], 2, "1 <= i <= N"),
-    (["--range", "0:2000"], 2, "<= 100"),
-    (["--range", "1/2", "--device", "toaster"], 2, "--device toaster"),
     (["--range", "1/2", "--resume"], 3, "no unfinished run"),
     (["--range", "1/2", "--resume", "--force"], 2, "give one of them"),
     (["--range", "1/2", "--shard"], 2, "this is one alone"),
     (["--range", "all", "-o", "x.safetensors"], 2, "--range all writes one for each"),
     (["--range", "1/2", "--base", "none.safetensors"], 3, "no base there"),
-    (["--range", "1/2", "--base", "wrong.safetensors"], 4, "kind 'base'"),
     (["--range", "1/2", "--data", ""], 2, "no training images"),
     (["--range", "1/2", "--data", "nowhere"], 3, "nowhere"),
     (["--from-scratch", "none.toml"], 3, "none.toml: no such file"),
@@ -217,8 +199,7 @@ REFUSED = [
 ]
 
 
-def test_wrong_input_is_one_clear_line_and_writes_nothing(deme, folder: Path) -> None:
-    write_tiny_expert(folder / "wrong.safetensors", folder / "base.safetensors", index=1, of=2)
+def test_wrong_input_is_one_clear_line_and_writes_nothing(deme, refuse, folder: Path) -> None:
     (folder / "half.toml").write_text("[model]\nsample_size = 8\n")
     (folder / "bad.toml").write_text("[model")
     tiny = {"model": TINY_MODEL, "scheduler": TINY_SCHEDULER}
@@ -227,7 +208,7 @@ def test_wrong_input_is_one_clear_line_and_writes_nothing(deme, folder: Path) ->
     (folder / "slip.json").write_text(json.dumps(slip))
     for options, exit_code, word in REFUSED:
         own = ["-o", "own.safetensors"] if "--from-scratch" in options else []
-        refuse(deme, exit_code, word, *own, *options)
+        refuse(exit_code, word, "finetune", *QUICK, *own, *options)
 
 
 LATENT = [
@@ -285,12 +266,10 @@ def test_a_latent_model_is_finetuned_and_its_latents_are_cached_once(
 
 
 def test_a_crop_a_resolution_and_another_place_of_the_parts_are_options(
-    deme, latent_folder: Path
+    deme, refuse, latent_folder: Path
 ) -> None:
     (latent_folder / "sd").rename(latent_folder / "elsewhere")
-    done = deme("finetune", "--range", "1/2", *LATENT)
-    assert isinstance(done.exception, MissingError)
-    assert "--pipeline" in str(done.exception)
+    refuse(3, "--pipeline", "finetune", "--range", "1/2", *LATENT)
     done = deme(
         "finetune", "--range", "1/2", "--pipeline", "elsewhere", "--crop", "random",
         "--resolution", 24, "--flip", *LATENT,
@@ -298,55 +277,27 @@ def test_a_crop_a_resolution_and_another_place_of_the_parts_are_options(
     assert done.exit_code == 0, done.exception
     record = read_record(latent_folder / "ft_1of2.safetensors", "expert")
     assert (record.training["resolution"], record.training["crop"]) == ([24, 24], "random")
-    again = deme("finetune", "--range", "all", "--pipeline", "elsewhere", *LATENT)
-    assert "exists with another crop" in str(again.exception)
+    words = ("--range", "all", "--pipeline", "elsewhere")
+    refuse(2, "exists with another crop", "finetune", *words, *LATENT)
+
+
+LATENT_REFUSED = [
+    (["--captions", "words"], 4, "no column words"),
+    (["--resolution", 17], 2, "resolution = 17"),
+    (["--crop", "left"], 2, "centre, random"),
+    (["--pipeline", "nowhere"], 3, "nowhere"),
+    (["--pipeline", "images"], 3, "--pipeline"),
+    (["--pipeline", "part"], 3, "the vae is missing"),
+]
 
 
 def test_wrong_input_for_a_latent_model_is_one_clear_line_in_a_dry_run(
-    deme, latent_folder: Path
+    deme, refuse, latent_folder: Path
 ) -> None:
     shutil.copytree(latent_folder / "sd", latent_folder / "part")
     shutil.rmtree(latent_folder / "part" / "vae")
-    for options, kind, word in [
-        (["--captions", "words"], ArtifactError, "no column words"),
-        (["--resolution", 17], ConfigError, "resolution = 17"),
-        (["--crop", "left"], ConfigError, "centre, random"),
-        (["--pipeline", "nowhere"], MissingError, "nowhere"),
-        (["--pipeline", "images"], MissingError, "--pipeline"),
-        (["--pipeline", "part"], MissingError, "the vae is missing"),
-    ]:
-        done = deme("finetune", "--range", "1/2", "--dry-run", *LATENT, *options)
-        assert isinstance(done.exception, kind), done.exception
-        assert word in str(done.exception)
-        assert "\n" not in str(done.exception)
-    assert not (latent_folder / ".deme-cache").exists()
-
-
-def test_a_range_of_its_own_process_gets_every_setting(
-    folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[FinetuneConfig, DataConfig, SplitConfig]] = []
-    images = DataConfig(
-        str(image_folder), captions="alt", crop="random", resolution=64, horizontal_flip=False
-    )
-    settings = FinetuneConfig(
-        caption_dropout=0.2, cache="latents", ema_lengths=[0.05, 0.1], snapshot_every=500,
-        loss_weighting="p2", weighting_gamma=0.5, weighting_k=2.0, normalise_weighting=True,
-        antithetic=True, gradient_checkpointing=True, micro_batch=2,
-    )  # fmt: skip
-    run = RunFile(tables={"split": {"n": 2}, "finetune": {"loss_weighting": "min-snr"}})
-
-    def read(jobs: list[RangeProcess], at_once: int) -> list[dict]:
-        for one in jobs:
-            given = read_run_file(Path(one.arguments[one.arguments.index("--config") + 1]))
-            seen.append(tuple(given.settings(t) for t in (FinetuneConfig, DataConfig, SplitConfig)))
-            assert one.arguments[:3] == ["finetune", "--range", one.label]
-            assert "on" in one.arguments
-        return []
-
-    monkeypatch.setattr(deme_cli.training.finetune, "run_jobs", read)
-    deme_cli.finetune("all", settings, images=images, run=run, jobs=2, compile="on")
-    assert seen == [(settings, images, SplitConfig(n=2))] * 2
+    for options, exit_code, word in LATENT_REFUSED:
+        refuse(exit_code, word, "finetune", "--range", "1/2", "--dry-run", *LATENT, *options)
 
 
 def write_gradients(path: Path, fingerprint: str) -> None:
@@ -361,10 +312,10 @@ def write_gradients(path: Path, fingerprint: str) -> None:
     path.write_text(affinity.to_json())
 
 
-def test_clusters_by_gradient_need_the_gradients_of_this_base(deme, folder: Path) -> None:
+def test_clusters_by_gradient_need_the_gradients_of_this_base(deme, refuse, folder: Path) -> None:
     path, base = folder / "gradients.json", read_record(folder / "base.safetensors")
     write_gradients(path, "0" * 64)
-    refuse(deme, 4, "measured on another model", *HALF, *BY_GRADIENT, "--dry-run")
+    refuse(4, "measured on another model", "finetune", *QUICK, *HALF, *BY_GRADIENT, "--dry-run")
     write_gradients(path, base.fingerprint)
     done = deme("finetune", *QUICK, *HALF, *BY_GRADIENT)
     assert done.exit_code == 0, done.exception
@@ -378,7 +329,9 @@ def test_clusters_by_gradient_need_the_gradients_of_this_base(deme, folder: Path
     assert done.exit_code == 0, done.exception
 
 
-def test_the_record_of_an_expert_tells_how_timesteps_were_weighed(deme, folder: Path) -> None:
+def test_the_record_of_an_expert_tells_how_timesteps_were_weighed(
+    deme, refuse, folder: Path
+) -> None:
     (folder / "deme.toml").write_text("[split]\nn = 1\n")
     words = ["--loss-weighting", "min-snr", "--weighting-gamma", 3, "--multitask", "nashmtl"]
     words = [*HALF, "--range", "all", *words, "--multitask-every", 2, "--cluster-by", "log-snr"]
@@ -389,4 +342,12 @@ def test_the_record_of_an_expert_tells_how_timesteps_were_weighed(deme, folder: 
     assert [training.get(key) for key in told] == ["min-snr", 3.0, "nashmtl", 2, "log-snr"]
     assert training["multitask_every"] == 2
     # and is not taken for one that would be weighed otherwise
-    refuse(deme, 2, "another weighting_gamma, 3.0 and not 4.0", *words, "--weighting-gamma", 4)
+    refuse(
+        2,
+        "another weighting_gamma, 3.0 and not 4.0",
+        "finetune",
+        *QUICK,
+        *words,
+        "--weighting-gamma",
+        4,
+    )

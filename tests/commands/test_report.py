@@ -6,10 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from typer.testing import Result
 
-from deme_cli.errors import ConfigError, MissingError
+from deme_cli.errors import ConfigError
 
 Deme = Callable[..., Result]
 
@@ -50,18 +49,11 @@ def test_a_report_goes_into_its_folder_and_replaces_nothing_unasked(
     assert (run_folder / "report.html").read_bytes() == first
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    (["nowhere"], MissingError, "nowhere: no such folder"),
-    (["base.safetensors"], MissingError, "is a file, not a run folder"),
-    (["empty"], MissingError, "empty: nothing of deme's here; a run begins with"),
-    (["-o", "report.pdf"], ConfigError, "expected a name that ends in .html"),
-])  # fmt: skip
-def test_bad_input_is_told_and_nothing_is_written(
-    deme: Deme, run_folder: Path, arguments: list[str], error: type, message: str
-) -> None:
+def test_bad_input_is_told_and_nothing_is_written(refuse: Callable, run_folder: Path) -> None:
     Path("empty").mkdir()
-    before = sorted(Path().rglob("*"))
-    result = deme("report", *arguments)
-    assert isinstance(result.exception, error), result.exception
-    assert message in str(result.exception)
-    assert sorted(Path().rglob("*")) == before
+    for exit_code, message, argument in (
+        (3, "nowhere: no such folder", "nowhere"), (2, "ends in .html", "--output=report.pdf"),
+        (3, "is a file, not a run folder", "base.safetensors"),
+        (3, "empty: nothing of deme's here; a run begins with", "empty"),
+    ):  # fmt: skip
+        refuse(exit_code, message, "report", argument)
