@@ -295,8 +295,8 @@ def _of_coco(source: str, path: Path, document: dict[str, Any], column: str | No
     for number, entry in enumerate(document["annotations"], 1):
         entry = entry if isinstance(entry, dict) else {}
         image, own = entry.get("image_id"), entry.get("id")
-        is_caption = type(image) is type(own) is int and str(entry.get(field) or "").strip()
-        if not is_caption:
+        caption = str(entry.get(field) or "").strip()
+        if not (isinstance(image, int) and isinstance(own, int) and caption):
             raise (ConfigError if column else ArtifactError)(
                 f"{source}: annotation {number} is no caption: expected image_id, id and {field}, "
                 f"found {', '.join(entry) or 'none of them'}; take the file of captions"
