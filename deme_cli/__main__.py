@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 
 from deme_cli import console, distributed
 from deme_cli.deferred import defer_imports
@@ -50,5 +52,31 @@ def main() -> None:
         distributed.joined().leave(has_failed=has_failed)
 
 
+def run() -> None:
+    """`main` as a process, which ends at once: to take torch apart would cost it half a second.
+
+    What is to run at exit runs. One that failed, is profiled or traced, or whose threads go on,
+    ends as ever.
+    """
+    try:
+        main()
+    except SystemExit as done:
+        if done.code:
+            raise
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12
+    tools = map(monitoring.get_tool, range(6)) if monitoring else ()
+    is_watched = sys.getprofile() or sys.gettrace() or any(tools)
+    others = [one for one in threading.enumerate() if one is not threading.main_thread()]
+    if is_watched or sys.flags.interactive or not all(one.daemon for one in others):
+        return
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # nobody reads on: Python has its own words for that
+        return
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    main()
+    run()

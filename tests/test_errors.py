@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,3 +58,29 @@ def test_a_lack_of_memory_that_nobody_mends_is_one_line(
     assert ended.value.code == 3
     line = capfd.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("deme: this does not fit into the memory of the device; use a smal")
+
+
+AT_THE_END = r"""
+import atexit, sys, tempfile
+from deme_cli.__main__ import run
+folder = tempfile.TemporaryDirectory()
+atexit.register(print, "exits run")
+print(folder.name, end="\n" * 100_000)
+sys.argv = ["deme", "--version"]
+run()
+"""
+
+
+def test_a_process_that_ends_at_once_has_written_all_and_cleared_up() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True)
+    folder, *_, said = done.stdout.split()
+    assert (done.returncode, said, done.stderr) == (0, "run", "")
+    assert done.stdout.endswith("exits run\n")
+    assert not Path(folder).exists()
+
+
+def test_a_profiled_command_tells_its_profile() -> None:
+    command = [sys.executable, "-m", "cProfile", "-m", "deme_cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "function calls" in done.stdout
