@@ -181,20 +181,28 @@ def flux(folder: Path, *, distilled: bool = True) -> Path:
     return folder
 
 
-def wan(folder: Path, *, scheduler: str = "unipc") -> Path:
-    """Wan 2.1: a video transformer and its VAE, UniPC on a shifted flow as published, or Euler."""
+def wan(folder: Path, *, scheduler: str = "unipc", boundary: float | None = None) -> Path:
+    """Wan 2.1: a video transformer and its VAE, UniPC on a shifted flow as published, or Euler.
+
+    With a boundary_ratio Wan 2.2: another transformer for the times below.
+    """
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
     factors = {"scale_factor_temporal": 2, "scale_factor_spatial": FACTOR}
     if "scale_factor_spatial" not in signature(AutoencoderKLWan.__init__).parameters:
         factors = {}  # in diffusers 0.33 they follow from the levels
-    torch.manual_seed(9)
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32,
-        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=64,
-    )  # fmt: skip
+
+    def transformer(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+            text_dim=32, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=64,
+        ).eval()  # fmt: skip
+
+    second = {"transformer_2": transformer(10), "boundary_ratio": boundary} if boundary else {}
     WanPipeline(
-        transformer=transformer.eval(), text_encoder=t5_encoder(transformers.UMT5EncoderModel),
+        transformer=transformer(9), **second,
+        text_encoder=t5_encoder(transformers.UMT5EncoderModel),
         tokenizer=t5_tokenizer(),
         vae=AutoencoderKLWan(
             base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],

@@ -11,10 +11,10 @@ from deme_cli.artifacts import read_record
 from deme_cli.commands.options import Given, argument, command, flag
 
 
-@command("config force")
+@command("config save_dtype force")
 def import_expert(
     source: Annotated[str, argument(
-        "FILE|DIR", "A file with a state dict, or a diffusers folder or hub id."
+        "FILE|DIR", "A state dict, a LoRA, or a diffusers folder or hub id."
     )],
     range: Annotated[str, flag("--range", "Its timesteps: i/N as in 2/4, or start:stop.")],
     common: Given,

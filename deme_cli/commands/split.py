@@ -28,6 +28,9 @@ def split(
     variant: Annotated[str | None, flag(
         "--variant", "Of a folder with several sets of weights: which, as fp16 or non_ema.",
     )] = None,
+    as_base: Annotated[str | None, flag(
+        "--as-base", "Of two denoisers (Wan 2.2 A14B): low, high or mean [default: low].",
+    )] = None,
     output: Annotated[Path, flag(
         "--output -o", f"Folder for {CONFIG_NAME} and {ModelConfig.base}."
     )] = Path("."),
@@ -41,8 +44,8 @@ def split(
     with console.showing() as progress:
         progress(console.Step(label="loading the libraries and the model"))
         done = deme_cli.split(
-            model, settings, data=data, gradients=gradients, variant=variant, output=output,
-            **common,
+            model, settings, data=data, gradients=gradients, variant=variant,
+            as_base=as_base, output=output, **common,
         )  # fmt: skip
     record, facts, parts = done.record, done.facts, done.parts
     for assumed in facts["notes"]:
@@ -65,5 +68,5 @@ def split(
             for index, part in enumerate(parts, start=1)
         ],
     )  # fmt: skip
-    paths = [] if dry_run else [done.base, done.config]
+    paths = [] if dry_run else [done.base, done.config, *done.experts]
     console.result_paths(paths, as_json=as_json, dry_run=dry_run, **facts)

@@ -66,15 +66,16 @@ class ImportedModel:
 
 def import_model(
     source: str, pipeline: str | None = None, variant: str | None = None,
-    save_dtype: str | None = None,
+    save_dtype: str | None = None, *, takes_two: bool = False,
 ) -> ImportedModel:  # fmt: skip
     """The model that `digits`, a diffusers folder, a hub id, or a base or merged artifact names.
 
     pipeline: where its frozen parts are, if not there.   variant: of a folder's weights.
-    save_dtype: what to round them to. Raises MissingError where nothing is there, ArtifactError for
-    what is broken or not supported.
+    save_dtype: what to round them to.   takes_two: of a pipeline of two denoisers, take
+    `transformer`. Raises MissingError where nothing is there, ArtifactError for what is broken or
+    not supported.
     """
-    place = locate_model(source, variant)
+    place = locate_model(source, variant, takes_two=takes_two)
     if place.is_dir():
         model = _import_folder(place, source, pipeline, variant)
     else:

@@ -24,6 +24,7 @@ from deme_cli.diffusion.backbones.backbone import Config, Shape
 from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, cast, choose_device
 from deme_cli.diffusion.model_files import (
+    SECOND,
     UNUSED_PARTS,
     digest_of_part,
     file_names,
@@ -89,7 +90,8 @@ class Companions:
         self.require_same()
         silence_libraries()
         kind, index = getattr(diffusers, self.backbone.pipeline), read_index(self._whole)
-        left_out = [self.backbone.part, *(name for name in UNUSED_PARTS if name in index)]
+        left_out = [self.backbone.part]
+        left_out += [name for name in (SECOND, *UNUSED_PARTS) if name in index]
         given = {**dict.fromkeys(left_out), **self.unusual_parts(index)}
         pipeline = kind.from_pretrained(self._whole, local_files_only=True, **given)
         for name, part in pipeline.components.items():

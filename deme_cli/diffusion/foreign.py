@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +29,46 @@ from deme_cli.artifacts import (
     write_artifact,
 )
 from deme_cli.config import SplitConfig
-from deme_cli.diffusion.checkpoints import read_network
-from deme_cli.diffusion.denoiser import build_network, require_finite
+from deme_cli.diffusion.backbones import backbone_of
+from deme_cli.diffusion.checkpoints import ImportedModel, import_model, read_network
+from deme_cli.diffusion.denoiser import build_network, require_finite, stored_in
+from deme_cli.diffusion.lora import adapter_settings, fuse, is_lora, low_rank_factors
 from deme_cli.diffusion.model_files import (
     PICKLED,
+    SECOND,
     denoiser_folder,
     digest_of_part,
     find_folder,
+    own_ranges,
     read_scheduler,
 )
 from deme_cli.diffusion.schedule import NoiseSchedule, read_schedule
-from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
 from deme_cli.fetch import sha256_of
-from deme_cli.files import DTYPES, Header, foreign_kind, read_header, require_output, require_space
+from deme_cli.files import (
+    DTYPES,
+    Header,
+    cast_specs,
+    foreign_kind,
+    read_header,
+    require_output,
+    require_space,
+)
 from deme_cli.run_file import RunFile
-from deme_cli.timesteps import parse_range
+from deme_cli.timesteps import RangeChoice, parse_range
 
 _FREE = ("sample_size", "upcast_attention")  # in which the configs of one network may differ
 
 
 def import_expert(
     source: str | Path, range: str, *, base: Path | None = None, output: Path | None = None,
-    run: RunFile | None = None, force: bool = False,
+    run: RunFile | None = None, save_dtype: str | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
     """Write weights that were trained elsewhere as the expert of a range of `base`; returns where.
 
-    source: a file with a state dict, or a diffusers folder or hub id.   range: `i/N`,
+    source: a file with a state dict or a LoRA, or a diffusers folder or hub id.   range: `i/N`,
     `start:stop`, or `1/1` for all timesteps.   base: None for that of `run`.   output: None for
-    ft_{i}of{N}.safetensors. Floating-point tensors come in the dtypes of the base.
+    ft_{i}of{N}.safetensors.   save_dtype: of floating-point tensors; None for the base's.
 
     Raises ConfigError for a range that the base has not, MissingError, ArtifactError naming the
     first parameter that is not the base's, NumericsError for one that is not finite.
@@ -76,18 +89,50 @@ def import_expert(
     require_output(output, force=force)
     require_space(output, sum(spec.num_bytes for spec in header.tensors.values()))
     weights, imported = _read(str(source), header, record)
-    weights = _fitted(weights, header, str(source))
+    weights = _fitted(weights, header, save_dtype, str(source))
     require_finite(weights, str(source))
     if fingerprint(weights) == record.fingerprint:
         console.warn(f"{source}: the very weights of {header.path}; its task vector will be zero")
-    expert = ExpertRecord(
+    write_artifact(output, weights, _expert_of(record, choice, imported))
+    return output
+
+
+def _expert_of(record: BaseRecord, choice: RangeChoice, imported: dict[str, Any]) -> ExpertRecord:
+    return ExpertRecord(
         source=record.source, model_config=record.model_config,
         scheduler_config=record.scheduler_config, num_train_timesteps=record.num_train_timesteps,
         companions=record.companions, range=[choice.range.start, choice.range.stop],
         index=choice.index, of=choice.of, base=record.fingerprint, imported=imported,
     )  # fmt: skip
-    write_artifact(output, weights, expert)
-    return output
+
+
+def read_pair(
+    source: str, as_base: str, pipeline: str | None = None, variant: str | None = None,
+    save_dtype: str | None = None,
+) -> tuple[ImportedModel, list[tuple[dict[str, Tensor], ExpertRecord]]]:  # fmt: skip
+    """A base of the two denoisers of a pipeline, and each of them as an expert of it.
+
+    as_base: which becomes the base: `low`, `high`, or the `mean` of the two. The experts are those
+    of low and of high noise. Raises what `import_model` raises, ArtifactError where the two are
+    not of one network.
+    """
+    high = import_model(source, pipeline, variant, save_dtype, takes_two=True)
+    folder = find_folder(source, variant)
+    weights, config = read_network(folder / SECOND, variant)
+    _require_same_config(config, high.record, folder / SECOND)
+    low = stored_in(weights, save_dtype, str(folder / SECOND))
+    weights = {"low": low, "high": high.weights}.get(as_base) or {
+        name: (low[name].float() + high.weights[name].float()).div(2).to(low[name].dtype)
+        for name in low
+    }
+    record = replace(high.record, fingerprint=fingerprint(weights))
+    experts = []
+    for index, (own, part) in enumerate(((low, SECOND), (high.weights, "transformer"))):
+        told = {"source": source, "form": f"{part} of a pipeline of two"}
+        told["sha256"] = digest_of_part(folder, part)
+        choice = RangeChoice(own_ranges(folder)[index], index + 1, 2)
+        experts.append((own, _expert_of(record, choice, told)))
+    return replace(high, weights=weights, record=record), experts
 
 
 def _read(
@@ -102,8 +147,15 @@ def _read(
         return _read_folder(find_folder(source), source, record)
     tensors = read_state_dict(path, record)
     what, todo = foreign_kind(tensors)
-    if what.startswith(("a LoRA", "a single-file")):
+    if what.startswith("a single-file"):
         raise ArtifactError(f"{path}: {what}; {todo}")
+    if is_lora(tensors) or what.startswith("a LoRA"):
+        part = backbone_of(record.model_config).part
+        told = adapter_settings(path, part)
+        factors = low_rank_factors(tensors, record.model_config, str(path), told)
+        weights = fuse({n: t.float() for n, t in load_tensors(base.path).items()}, factors)
+        form = f"LoRA of {len(factors)} layers, fused"
+        return weights, {"source": source, "form": form, "sha256": sha256_of(path)}
     weights, prefix = _below_prefix(tensors, base, path)
     form = f"state dict, below {prefix!r}" if prefix else "state dict"
     return weights, {"source": source, "form": form, "sha256": sha256_of(path)}
@@ -114,13 +166,12 @@ def _read_folder(
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """A pipeline's folder, or that of a network alone."""
     place = denoiser_folder(folder)
+    if own_ranges(folder):
+        raise ArtifactError(
+            f"{folder}: a pipeline of two denoisers; name one of them, {place} or {folder / SECOND}"
+        )
     weights, config = read_network(place)
-    for name, value in record.model_config.items():
-        if name in config and name not in _FREE and config[name] != value:
-            raise ArtifactError(
-                f"{place / 'config.json'}: {name} = {config[name]!r}, the base has {value!r}: "
-                f"another network"
-            )
+    _require_same_config(config, record, place)
     stated, where = read_scheduler(folder)
     if stated:
         theirs, own = read_schedule(stated, str(where)), read_schedule(record.scheduler_config)
@@ -136,6 +187,15 @@ def _read_folder(
             )
     digest = digest_of_part(place.parent, place.name)
     return weights, {"source": source, "form": "diffusers folder", "sha256": digest}
+
+
+def _require_same_config(config: Mapping[str, Any], record: BaseRecord, place: Path) -> None:
+    for name, value in record.model_config.items():
+        if name in config and name not in _FREE and config[name] != value:
+            raise ArtifactError(
+                f"{place / 'config.json'}: {name} = {config[name]!r}, the base has {value!r}: "
+                f"another network"
+            )
 
 
 def read_state_dict(path: Path, record: BaseRecord) -> dict[str, Tensor]:
@@ -200,8 +260,13 @@ def _below_prefix(
     return weights, prefix
 
 
-def _fitted(weights: Mapping[str, Tensor], base: Header, where: str) -> dict[str, Tensor]:
-    """The weights in the dtypes of the base; raises ArtifactError for the first that is not its."""
+def _fitted(
+    weights: Mapping[str, Tensor], base: Header, save_dtype: str | None, where: str
+) -> dict[str, Tensor]:
+    """The weights in the dtypes of the base or in `save_dtype`.
+
+    Raises ArtifactError for the first that is not the base's.
+    """
     for name in sorted(base.tensors.keys() ^ weights.keys()):
         lacks = name in base.tensors
         others = weights.keys() - base.tensors.keys() if lacks else base.tensors.keys()
@@ -211,9 +276,10 @@ def _fitted(weights: Mapping[str, Tensor], base: Header, where: str) -> dict[str
             f"{where}: {'lacks' if lacks else 'has'} {name!r}, which {base.path} "
             f"{'has' if lacks else 'lacks'}{hint}"
         )
-    rounded = set()
-    for name, spec in base.tensors.items():
-        tensor, dtype = weights[name], getattr(torch, DTYPES[spec.dtype][1])
+    fitted, rounded = {}, set()
+    for spec in cast_specs(base.tensors.values(), save_dtype):
+        name, tensor = spec.name, weights[spec.name]
+        dtype = getattr(torch, DTYPES[spec.dtype][1])
         if tuple(tensor.shape) != spec.shape:
             raise ArtifactError(
                 f"{where}: {name!r} has shape {list(tensor.shape)}, {base.path} has "
@@ -222,10 +288,10 @@ def _fitted(weights: Mapping[str, Tensor], base: Header, where: str) -> dict[str
         if tensor.is_floating_point() != dtype.is_floating_point:
             raise ArtifactError(f"{where}: {name!r} is {tensor.dtype}, {base.path} has {dtype}")
         if torch.promote_types(tensor.dtype, dtype) != dtype:
-            rounded.add(f"{str(tensor.dtype).removeprefix('torch.')} to {DTYPES[spec.dtype][1]}")
+            rounded.add(f"{tensor.dtype} to {dtype}".replace("torch.", ""))
+        fitted[name] = tensor.to(dtype).contiguous()
+        if not fitted[name].isfinite().all() and tensor.isfinite().all():
+            raise NumericsError(f"{where}: {name!r} is too large for {dtype}; add --save-dtype")
     if rounded:
-        console.note(f"{where}: rounded to the dtype of the base, {', '.join(sorted(rounded))}")
-    return {
-        name: weights[name].to(getattr(torch, DTYPES[spec.dtype][1])).contiguous()
-        for name, spec in base.tensors.items()
-    }
+        console.note(f"{where}: rounded, {', '.join(sorted(rounded))}")
+    return fitted

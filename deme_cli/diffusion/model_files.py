@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from deme_cli.data.prompts import parse_json, read_text
 from deme_cli.errors import ArtifactError, MissingError, reading
 from deme_cli.fetch import is_hub_id, is_model_cached, offline_reason, sha256_of
 from deme_cli.files import read_header
+from deme_cli.timesteps import TimestepRange
 
 INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")  # the part that is trained
+SECOND = "transformer_2"  # beside `transformer`, for the timesteps of low noise
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _ROOT = (INDEX, "config.json", "scheduler_config.json")
@@ -169,7 +171,7 @@ def wanted_files(names: Iterable[str], variant: str | None = None) -> list[str]:
     keep = set(by_folder) - set(UNUSED_PARTS) if INDEX in root else {part, "scheduler"}
     for folder, files in sorted(by_folder.items()):
         if folder in keep and "/" not in folder:
-            needed = _needed(files, variant if folder == part else None)
+            needed = _needed(files, variant if folder in (part, SECOND) else None)
             chosen += [f"{folder}/{name}" for name in sorted(needed)]
     return chosen
 
@@ -177,11 +179,12 @@ def wanted_files(names: Iterable[str], variant: str | None = None) -> list[str]:
 # models
 
 
-def locate_model(source: str, variant: str | None = None) -> Path:
+def locate_model(source: str, variant: str | None = None, *, takes_two: bool = False) -> Path:
     """The artifact (base, expert or merged) or diffusers folder that a MODEL argument names.
 
-    variant: of a folder's weights. Raises MissingError where nothing is there, within seconds where
-    the hub is out of reach; ArtifactError for a file or folder that holds no model.
+    variant: of a folder's weights.   takes_two: whether it may be a pipeline of two denoisers.
+    Raises MissingError where nothing is there, within seconds where the hub is out of reach;
+    ArtifactError for a file or folder that holds no model.
     """
     if source == "digits":
         return BASE_PATH
@@ -192,6 +195,11 @@ def locate_model(source: str, variant: str | None = None) -> Path:
         read_record(path, "base", "expert", "merged")
         return path
     folder = find_folder(source, variant)
+    if own_ranges(folder) and not takes_two:
+        raise ArtifactError(
+            f"{source}: a pipeline of two denoisers, each for its part of the timesteps; "
+            f"`deme split` makes a base and two experts of it"
+        )
     weights_of(denoiser_folder(folder), variant)
     return folder
 
@@ -275,6 +283,28 @@ def peek_timesteps(place: Path, pipeline: str | None = None) -> int | None:
     return number if type(number) is int else None
 
 
+def own_ranges(folder: Path) -> list[TimestepRange]:
+    """The timesteps of `transformer_2` and of `transformer`, where a pipeline has both; else [].
+
+    WanPipeline gives `transformer` those at and above boundary_ratio * T, the high noise. Raises
+    ArtifactError for a boundary that is between two timesteps.
+    """
+    if not (folder / INDEX).is_file() or not _has(read_index(folder), SECOND):
+        return []
+    total, ratio = peek_timesteps(folder) or 1000, read_json(folder / INDEX)["boundary_ratio"]
+    boundary = round(ratio * total) if type(ratio) is float else 0
+    if not 0 < boundary < total or abs(boundary - ratio * total) > 1e-6:
+        raise ArtifactError(
+            f"{folder / INDEX}: boundary_ratio = {ratio!r}: expected a share of the {total} "
+            f"timesteps that falls on one of them, as 0.875"
+        )
+    return [TimestepRange(0, boundary), TimestepRange(boundary, total)]
+
+
+def _has(index: Mapping[str, Any], part: str) -> bool:
+    return index.get(part) not in (None, _NOTHING)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON table. Raises ArtifactError if it is none, MissingError if it cannot be read."""
     document = parse_json(read_text(path), f"{path}:")
@@ -307,15 +337,17 @@ def read_index(folder: Path) -> dict[str, Any]:
                 f"{folder / INDEX}: {name} = {json.dumps(value)} may be code that comes with the "
                 f"pipeline, which deme does not run; expected a class of diffusers or transformers"
             )
-    two = [n for n in ("transformer_2", "boundary_ratio") if index.get(n) not in (None, _NOTHING)]
-    wan = "deme takes Wan 2.1, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    kind, two, ratio = index.get("_class_name"), _has(index, SECOND), index.get("boundary_ratio")
     refused = {
         "the SDXL refiner, which goes on from what another model drew; deme takes SDXL's base":
             index.get("requires_aesthetics_score"),
         "a pipeline with 'vqvae'; deme takes pixels and VAE latents": "vqvae" in index,
-        f"a pipeline of two denoisers ({', '.join(two)}), as Wan 2.2 A14B; {wan}": two,
-        f"a pipeline with a time for each token (expand_timesteps), Wan 2.2 5B; {wan}":
-            index.get("expand_timesteps"),
+        f"a {kind} of two denoisers; deme takes those of WanPipeline, as Wan 2.2 T2V A14B":
+            two and kind != "WanPipeline",
+        f"one of {SECOND} and boundary_ratio without the other; both say who denoises what":
+            two != (ratio is not None),
+        "a pipeline with a time for each token (expand_timesteps), Wan 2.2 5B; deme takes Wan 2.1 "
+        "and Wan 2.2 T2V A14B": index.get("expand_timesteps"),
     }  # fmt: skip
     for reason, holds in refused.items():
         if holds:
@@ -367,7 +399,7 @@ def require_parts(folder: Path, parts: Iterable[str]) -> None:
 
 def digests_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of every part of a pipeline folder that is neither trained nor replaced."""
-    left_out = {"scheduler", *DENOISERS, *UNUSED_PARTS}
+    left_out = {"scheduler", *DENOISERS, SECOND, *UNUSED_PARTS}
     listed = {n for n, value in read_index(folder).items() if isinstance(value, list) and value[0]}
     parts = sorted(listed - left_out)
     for part in parts:

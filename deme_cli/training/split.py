@@ -6,7 +6,7 @@ What can be told from options and headers is checked before a heavy library is i
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from deme_cli.artifacts import read_record, write_artifact
 from deme_cli.config import AFFINITY_NAME, CONFIG_NAME, ModelConfig, SampleConfig, SplitConfig
 from deme_cli.data.digits import DIGITS_REMARK, DIGITS_SETTINGS
 from deme_cli.data.image_source import KNOWN_DATASETS, find_image_source
-from deme_cli.diffusion.model_files import locate_model, peek_timesteps
+from deme_cli.diffusion.model_files import locate_model, own_ranges, peek_timesteps
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, writing
 from deme_cli.files import require_output, write_whole
 from deme_cli.run_file import RunFile, read_run_file, render_run_file
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deme_cli.artifacts import BaseRecord
     from deme_cli.diffusion.schedule import Schedule
 
+AS_BASE = ("low", "high", "mean")  # of the denoisers of low and of high noise
 # Training data guessed from a model's name, by a word in it.
 _DATA_BY_NAME = {
     "digits": "digits", "cifar10": "cifar10", "cifar-10": "cifar10", "church": "lsun-church",
@@ -51,6 +52,7 @@ class SplitResult:
     record: BaseRecord
     parts: list[Part]
     facts: dict[str, Any]
+    experts: list[Path]  # of a model that has them already
 
     @property
     def run(self) -> RunFile:
@@ -61,17 +63,18 @@ class SplitResult:
 def split(
     model: str | None = None, settings: SplitConfig | None = None, *, data: str | None = None,
     gradients: Path | None = None, pipeline: str | None = None, variant: str | None = None,
-    save_dtype: str | None = None, output: Path = Path("."), force: bool = False,
-    dry_run: bool = False,
+    as_base: str | None = None, save_dtype: str | None = None, output: Path = Path("."),
+    force: bool = False, dry_run: bool = False,
 ) -> SplitResult:  # fmt: skip
     """Import a pretrained model and divide its timesteps [0, T) into ranges, one expert each.
 
     model: digits (also if None), a diffusers folder, a hub id, or a base or merged artifact.
     data: where its training images are; None for a guess from the model's name.   gradients: for
     by = gradient, what `deme analyze gradients` wrote.   variant: of a folder's weights, as fp16.
-    save_dtype: of the base's weights; None for the model's own.   output: the folder of
-    base.safetensors and deme.toml; a base that lies there already is kept as it is. With `dry_run`
-    all is checked and nothing is written.
+    as_base: of a pipeline of two denoisers, which becomes the base, low (also if None), high, or
+    the mean; both are written as its experts, of their own ranges.   save_dtype: of the weights;
+    None for the model's own.   output: the folder of base.safetensors and deme.toml; a base that
+    lies there already is kept as it is. With `dry_run` all is checked and nothing is written.
 
     Raises MissingError, ArtifactError or ConfigError; then neither file appears.
     """
@@ -81,28 +84,27 @@ def split(
         path = Path(model).expanduser()
         is_in_place = base.is_file() and path.is_file() and base.samefile(path)
     is_in_place = is_in_place and read_record(base).kind == "base" and save_dtype is None
-    for path in (config,) if is_in_place else (base, config):
+    place = locate_model(model, variant, takes_two=True)
+    settings = _with_own_ranges(settings, own := own_ranges(place), model, as_base)
+    experts = [output / f"ft_{index}of{len(own)}.safetensors" for index in range(1, len(own) + 1)]
+    for path in (config, *experts) if is_in_place else (base, config, *experts):
         require_output(path, force=force)
-    if num_timesteps := peek_timesteps(locate_model(model, variant), pipeline):
+    if num_timesteps := peek_timesteps(place, pipeline):
         split_uniform(settings.n, num_timesteps)
     measured = gradients or output / AFFINITY_NAME
-    words = ["deme", "analyze", "gradients", model, "--data", data or _guess_data(model) or "DATA"]
-    command = shlex.join(
-        words if measured == Path(AFFINITY_NAME) else [*words, "-o", str(measured)]
-    )
-    if settings.by == "gradient":
-        from deme_cli.training.clusters import read_affinity
-
-        read_affinity(measured, None, command=command)
-    elif gradients is not None:
-        raise ConfigError(f"--gradients {gradients} is read by --by gradient alone")
+    command = _require_gradients(settings, gradients, measured, model, data)
 
     from deme_cli.diffusion.backbones import backbone_of
     from deme_cli.diffusion.checkpoints import import_model
     from deme_cli.diffusion.companions import open_companions
+    from deme_cli.diffusion.foreign import read_pair
     from deme_cli.diffusion.schedule import read_schedule
 
-    imported = import_model(model, pipeline, variant, save_dtype)
+    if own:
+        choice = as_base or AS_BASE[0]
+        imported, halves = read_pair(model, choice, pipeline, variant, save_dtype)
+    else:
+        imported, halves = import_model(model, pipeline, variant, save_dtype), []
     record = imported.record
     backbone, schedule = backbone_of(record.model_config), read_schedule(record.scheduler_config)
     ranges = _divide(settings, schedule, record, measured, command)
@@ -126,13 +128,15 @@ def split(
     if not dry_run:
         if not is_in_place:
             record = write_artifact(base, imported.weights, record)
+        for path, (weights, expert) in zip(experts, halves, strict=True):
+            write_artifact(path, weights, expert)
         write_whole(config, [text.encode()])
     decibels = (10 * schedule.snr.log10()).tolist()
     parts = [
         Part(span, len(drawn), decibels[drawn.start], decibels[drawn.stop - 1])
         for span, drawn in zip(ranges, map(schedule.indices, ranges), strict=True)
     ]
-    return SplitResult(base, config, record, parts, facts)
+    return SplitResult(base, config, record, parts, facts, experts)
 
 
 def _default_model(data: str | None, pipeline: str | None) -> str:
@@ -144,6 +148,39 @@ def _default_model(data: str | None, pipeline: str | None) -> str:
             f"{option}` (digits for the embedded one, of grey 8 x 8 images)"
         )
     return "digits"
+
+
+def _require_gradients(
+    settings: SplitConfig, given: Path | None, measured: Path, model: str, data: str | None
+) -> str:
+    """Check that --by gradient has what it goes by; gives the command that measures it."""
+    words = ["deme", "analyze", "gradients", model, "--data", data or _guess_data(model) or "DATA"]
+    words += [] if measured == Path(AFFINITY_NAME) else ["-o", str(measured)]
+    if settings.by == "gradient":
+        from deme_cli.training.clusters import read_affinity
+
+        read_affinity(measured, None, command=shlex.join(words))
+    elif given is not None:
+        raise ConfigError(f"--gradients {given} is read by --by gradient alone")
+    return shlex.join(words)
+
+
+def _with_own_ranges(
+    settings: SplitConfig, own: list[TimestepRange], model: str, as_base: str | None
+) -> SplitConfig:
+    """The settings with the ranges that a model's denoisers have already, if any."""
+    if as_base not in (None, *AS_BASE):
+        raise ConfigError(f"--as-base {as_base}: expected {', '.join(AS_BASE)}")
+    if not own:
+        if as_base:
+            raise ConfigError(f"--as-base is for pipelines of two denoisers, {model} has one")
+        return settings
+    told = ", ".join(map(str, own))
+    if settings.n not in (SplitConfig.n, len(own)) or settings.by != SplitConfig.by:
+        raise ConfigError(
+            f"{model}: its denoisers divide the timesteps, {told}; leave out -n, --by"
+        )
+    return replace(settings, n=len(own), ranges=list(map(str, own)))
 
 
 def _divide(

@@ -132,8 +132,24 @@ def test_weights_come_in_the_dtype_of_the_base(trained: Weights, deme: Deme) -> 
     result = deme("import", "wide.safetensors", *OPTIONS)
     assert "float64 to float32" in result.stderr
     assert fingerprint(load_tensors(Path("ft_75-100.safetensors"))) == fingerprint(trained)
+    half = ("--save-dtype", "fp16", "-o", "half.safetensors")
+    assert deme("import", "wide.safetensors", *OPTIONS, *half).exit_code == 0
+    assert {t.dtype for t in load_tensors(Path("half.safetensors")).values()} == {torch.float16}
     result = deme("import", "base.safetensors", *OPTIONS, "-o", "same.safetensors")
     assert "its task vector will be zero" in result.stderr
+
+
+def test_a_lora_is_fused_into_the_base(run_folder: Path, deme: Deme) -> None:
+    down, up = torch.randn(2, 1, 3, 3), torch.randn(8, 2, 1, 1)
+    factors = {"conv_in.lora_A.weight": down, "conv_in.lora_B.weight": up}
+    save_file(below("unet.", factors), "lora.safetensors")
+    assert deme("import", "lora.safetensors", *OPTIONS).exit_code == 0
+    base, expert = map(load_tensors, (Path("base.safetensors"), Path("ft_75-100.safetensors")))
+    change = (up.flatten(1) @ down.flatten(1)).view(8, 1, 3, 3)
+    assert torch.allclose(expert.pop("conv_in.weight"), base.pop("conv_in.weight") + change)
+    assert fingerprint(expert) == fingerprint(base)
+    imported = read_record(Path("ft_75-100.safetensors"), "expert").imported
+    assert imported["form"] == "LoRA of 1 layers, fused"
 
 
 def changed(path: str, weights: Weights, change: Callable[[Weights], Any]) -> None:
@@ -176,8 +192,11 @@ REFUSED: dict[str, tuple[int, str, Callable[[str, Weights], Any]]] = {
         lambda path, w: torch.save({"model": w, "ema": w}, path)),
     "wan.safetensors": (4, "the weights of a WanTransformer3DModel alone; none of its tensors is",
         lambda path, w: save_file({"condition_embedder.x": torch.zeros(1)}, path)),
-    "lora.safetensors": (4, "a LoRA, not a whole model", lambda path, w: save_file(
-        {"unet.conv_in.lora_A.weight": torch.zeros(1)}, path)),
+    "lora.safetensors": (4, "conv_im' is no linear layer", lambda path, w: save_file(
+        {"unet.conv_im.lora_A.weight": torch.ones(1, 1), "unet.conv_im.lora_B.weight":
+         torch.ones(8, 1)}, path)),
+    "loha.safetensors": (4, "is LoHa; deme takes pairs", lambda path, w: save_file(
+        {"lora_unet_conv_in.hada_w1_a": torch.ones(1, 1)}, path)),
     "code.pt": (4, "a pickle of more than tensors (nothing in it was run)", code),
     "text.bin": (4, "the weights cannot be read", lambda path, w: Path(path).write_text("none")),
     "heads": (4, "attention_head_dim = 4, the base has 8", other_config),
