@@ -245,7 +245,6 @@ def plain(value: float | None) -> str:
 
 def size_of(num_bytes: int) -> str:
     """Bytes as a person reads them."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes} bytes"
+    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+    unit = next((unit for unit, size in units.items() if num_bytes >= size), "")
+    return f"{num_bytes / units[unit]:.3g} {unit}" if unit else f"{num_bytes} bytes"

@@ -38,7 +38,7 @@ _NO_STEP = 0xFFFFFFF0  # SLURM numbers batch scripts and interactive shells from
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Process `rank` of `world_size`, `local_rank` of `local_world_size` on its machine.
+    """Process `rank` of `world_size`, of which `local_world_size` are on its machine.
 
     `variables` is what torch and accelerate read of it. binds_gpus: whether the launcher may show
     each process a GPU of its own.
@@ -46,7 +46,6 @@ class Launch:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     local_world_size: int = 1
     variables: Mapping[str, str] = field(default_factory=dict)
     binds_gpus: bool = False
@@ -69,15 +68,15 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
                 f"{name} is not set, by which {size} processes would meet; start them with "
                 f"torchrun, accelerate launch or srun, or put WORLD_SIZE=1 before `deme`"
             )
-    local = _number(variables, "LOCAL_RANK", 0), _number(variables, "LOCAL_WORLD_SIZE", 1)
-    variables["LOCAL_RANK"] = str(local[0])  # accelerate asks for it
+    local = max(_number(variables, "LOCAL_WORLD_SIZE", 1), 1)
+    variables.setdefault("LOCAL_RANK", "0")  # accelerate asks for it
     has_mask = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count() or 1
-    threads = _number(environ, "SLURM_CPUS_PER_TASK", max(1, cores // max(local[1], 1)))
+    threads = _number(environ, "SLURM_CPUS_PER_TASK", max(1, cores // local))
     variables.setdefault("OMP_NUM_THREADS", str(threads))
     variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stack trace where a peer has gone
     changed = {name: text for name, text in variables.items() if environ.get(name) != text}
-    return Launch(rank, size, *local, variables=changed, binds_gpus=is_step)
+    return Launch(rank, size, local, changed, is_step)
 
 
 def _torch_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -284,25 +283,31 @@ def joined() -> World:
     return _joined
 
 
-def join(launch: Launch, device: str) -> World:
-    """Meet the other processes of `launch`, through accelerate; returns when all have come.
+def meet(device: str, environ: Mapping[str, str] = os.environ) -> World:
+    """Join the other processes of this launch, if there are any, through accelerate; returns when
+    all have come. The first speaks for all.
 
     device: `auto`, `cpu` or `cuda`; each process gets the GPU of its number on its machine. Raises
     ConfigError or MissingError on another device, too few GPUs, or where they do not meet.
     """
     global _joined
+    launch = read_launch(environ)
     if launch.world_size == 1:
         return ALONE
-    os.environ.update(launch.variables)  # before torch reads how many threads it may have
-    import torch
-    import torch.distributed as dist
-    from accelerate import PartialState
-
+    if launch.rank > 0:
+        console.mute()
+    else:
+        console.note(f"{launch.world_size} processes work together; waiting for all to come")
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(
             f"--device {device}: {launch.world_size} processes each take one of their own; use "
             f"--device cuda, cpu or auto"
         )
+    os.environ.update(launch.variables)  # before torch reads how many threads it may have
+    import torch
+    import torch.distributed as dist
+    from accelerate import PartialState
+
     num, needed = torch.cuda.device_count(), launch.local_world_size
     has_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if has_gpu and num < needed and not (launch.binds_gpus and num == 1):
@@ -313,14 +318,11 @@ def join(launch: Launch, device: str) -> World:
     try:
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
         store.set_timeout(_PATIENCE)
+        backend = "cuda:nccl,cpu:gloo" if has_gpu else "gloo"
         state = PartialState(
-            cpu=not has_gpu,
-            backend="cuda:nccl,cpu:gloo" if has_gpu else "gloo",
-            store=dist.PrefixStore("group", store),
-            rank=rank,
-            world_size=size,
-            timeout=_PATIENCE,
-        )
+            cpu=not has_gpu, backend=backend, store=dist.PrefixStore("group", store), rank=rank,
+            world_size=size, timeout=_PATIENCE,
+        )  # fmt: skip
         # of its own, for modules of torch hold on to the default group, whose connections then
         # outlive it, and a process that fails would not be noticed before it ends
         control = dist.new_group(backend="gloo", timeout=_WORK)
@@ -336,24 +338,9 @@ def join(launch: Launch, device: str) -> World:
     return _joined
 
 
-def meet(device: str) -> World:
-    """Join the other processes of this launch, if there are any; the first speaks for all.
-
-    Raises what `read_launch` and `join` raise.
-    """
-    launch = read_launch(os.environ)
-    if launch.rank > 0:
-        console.mute()
-    elif launch.world_size > 1:
-        console.note(f"{launch.world_size} processes work together; waiting for all to come")
-    return join(launch, device)
-
-
 def only_first() -> None:
-    """Go on in the first process of this launch, which is alone from here on; end the others.
-
-    They end well and without a word. Raises what `read_launch` raises.
-    """
+    """Go on in the first process of this launch, which is alone from here on; end the others, well
+    and without a word. Raises what `read_launch` raises."""
     launch = read_launch(os.environ)
     if launch.rank > 0:
         raise SystemExit(0)

@@ -65,21 +65,17 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-_STORAGE = {
-    errno.ENOSPC: "no space left on the disk; free some",
-    errno.EDQUOT: "the disk quota is used up; free some",
-    errno.EACCES: "no permission to write there",
-    errno.EPERM: "no permission to write there",
-    errno.EROFS: "the file system is read-only",
-    errno.EFBIG: "the file system takes no file this large",
-    errno.EEXIST: "part of this path is a file, not a folder",
-    errno.ENOTDIR: "part of this path is a file, not a folder",
-    errno.EISDIR: "a folder of this name exists",
-    errno.ENOTEMPTY: "a folder of this name exists",
-    errno.ENOENT: "this place takes no files",
-    errno.EINVAL: "this place takes no files",
-    errno.ELOOP: "links in this path go in a circle",
-    errno.ENAMETOOLONG: "the name is too long for the disk",
+_STORAGE = {  # by the names of what the operating system says
+    "ENOSPC": "no space left on the disk; free some",
+    "EDQUOT": "the disk quota is used up; free some",
+    "EACCES EPERM": "no permission to write there",
+    "EROFS": "the file system is read-only",
+    "EFBIG": "the file system takes no file this large",
+    "EEXIST ENOTDIR": "part of this path is a file, not a folder",
+    "EISDIR ENOTEMPTY": "a folder of this name exists",
+    "ENOENT EINVAL": "this place takes no files",
+    "ELOOP": "links in this path go in a circle",
+    "ENAMETOOLONG": "the name is too long for the disk",
 }
 
 
@@ -89,9 +85,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if (what := _STORAGE.get(error.errno or 0)) is None:
-            raise
-        raise MissingError(f"{path}: {what}; choose another --output") from error
+        name = errno.errorcode.get(error.errno or 0)
+        for names, what in _STORAGE.items():
+            if name in names.split():
+                raise MissingError(f"{path}: {what}; choose another --output") from error
+        raise
 
 
 @contextmanager

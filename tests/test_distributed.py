@@ -11,7 +11,7 @@ from deme_cli.distributed import (
     JointStopRequests,
     Lost,
     World,
-    join,
+    meet,
     read_launch,
 )
 from deme_cli.errors import ConfigError, DemeError
@@ -33,7 +33,7 @@ BATCH_SCRIPT = {
 
 def test_a_slurm_step_is_put_into_the_words_of_torch() -> None:
     launch = read_launch(STEP)
-    assert (launch.rank, launch.world_size, launch.local_rank) == (3, 5, 1)
+    assert (launch.rank, launch.world_size) == (3, 5)
     assert (launch.local_world_size, launch.binds_gpus) == (2, True)
     words = dict(launch.variables)
     assert 15000 <= int(words.pop("MASTER_PORT")) < 30000
@@ -47,8 +47,7 @@ def test_a_slurm_step_is_put_into_the_words_of_torch() -> None:
     assert same[0] == same[1] != other
     assert read_launch({**STEP, "MASTER_PORT": "1234"}).variables.get("MASTER_PORT") is None
     launch = read_launch({**STEP, **TORCHRUN})  # torchrun within a step
-    found = (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size)
-    assert found == (3, 4, 1, 2)
+    assert (launch.rank, launch.world_size, launch.local_world_size) == (3, 4, 2)
     assert not launch.binds_gpus
 
 
@@ -64,7 +63,7 @@ def test_a_process_that_nobody_started_with_others_is_alone() -> None:
     ):
         launch = read_launch(environ)
         assert (launch.rank, launch.world_size, dict(launch.variables)) == (0, 1, {})
-        assert join(launch, "auto") is ALONE
+        assert meet("auto", environ) is ALONE
 
 
 def test_the_processes_meet_on_the_first_host() -> None:
@@ -90,7 +89,7 @@ def test_an_environment_without_sense_is_refused() -> None:
 
 def test_processes_share_no_device_of_one_name() -> None:
     with pytest.raises(ConfigError, match="--device cuda:1: 4 processes each take one"):
-        join(read_launch(TORCHRUN), "cuda:1")
+        meet("cuda:1", {**TORCHRUN, "RANK": "0"})
 
 
 def test_alone_everything_is_as_it_was() -> None:
@@ -123,8 +122,8 @@ def test_a_lack_of_memory_in_talking_is_not_taken_for_a_lost_process(
 
 def test_who_is_alone_imports_nothing_for_others() -> None:
     code = (
-        "import sys; from deme_cli.distributed import join, read_launch\n"
-        "join(read_launch({}), 'auto'); print({'torch', 'accelerate'} & set(sys.modules))"
+        "import sys; from deme_cli.distributed import meet\n"
+        "meet('auto', {}); print({'torch', 'accelerate'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
