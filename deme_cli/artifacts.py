@@ -427,9 +427,10 @@ def inspect(
     """
     found = [_inspect(Path(path)) for path in files]
     for one in found if verify else ():
-        if one.record is None:
-            continue
-        path, computed = one.header.path, fingerprint_file(one.header.path)
+        path = one.header.path
+        if one.record is None:  # also a damaged name of the record
+            raise ArtifactError(f"{path}: {one.foreign}, without a fingerprint to verify")
+        computed = fingerprint_file(path)
         if computed != one.record.fingerprint:
             raise ArtifactError(
                 f"{path}: its tensors have fingerprint {computed}, its record says "

@@ -30,26 +30,16 @@ pytest_plugins = ["stand_ins"]
 
 NUM_TRAIN_TIMESTEPS = 100
 TINY_MODEL = {
-    "_class_name": "UNet2DModel",
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
+    "_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1,
+    "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-}
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 8,
+}  # fmt: skip
 TINY_SCHEDULER = {
-    "_class_name": "DDPMScheduler",
-    "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
-    "beta_start": 0.001,
-    "beta_end": 0.2,
-    "beta_schedule": "linear",
-    "prediction_type": "epsilon",
-    "clip_sample": True,
-}
+    "_class_name": "DDPMScheduler", "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+    "beta_start": 0.001, "beta_end": 0.2, "beta_schedule": "linear",
+    "prediction_type": "epsilon", "clip_sample": True,
+}  # fmt: skip
 
 
 def write_tiny_base(path: Path, *, seed: int = 0, **model_config: object) -> BaseRecord:
@@ -58,11 +48,9 @@ def write_tiny_base(path: Path, *, seed: int = 0, **model_config: object) -> Bas
     torch.manual_seed(seed)
     network = build_network(config)
     record = BaseRecord(
-        source="tiny",
-        model_config=config,
-        scheduler_config=TINY_SCHEDULER,
+        source="tiny", model_config=config, scheduler_config=TINY_SCHEDULER,
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
-    )
+    )  # fmt: skip
     return write_artifact(path, network.state_dict(), record)
 
 
@@ -79,19 +67,10 @@ def write_tiny_expert(
     span = split_uniform(of, base.num_train_timesteps)[index - 1]
     fields = {key: asdict(base)[key] for key in ("source", "model_config", "scheduler_config")}
     record = ExpertRecord(
-        **fields,
-        num_train_timesteps=base.num_train_timesteps,
-        range=[span.start, span.stop],
-        index=index,
-        of=of,
-        base=base.fingerprint,
-        p=0.3,
-        steps=0,
-        seed=0,
-        projection="none",
-        data={"source": "digits", "fingerprint": ""},
-        training={},
-    )
+        **fields, num_train_timesteps=base.num_train_timesteps, range=[span.start, span.stop],
+        index=index, of=of, base=base.fingerprint, p=0.3, steps=0, seed=0, projection="none",
+        data={"source": "digits", "fingerprint": ""}, training={},
+    )  # fmt: skip
     return write_artifact(path, weights, record)
 
 

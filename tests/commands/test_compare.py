@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import deme_cli
 from deme_cli.app import app
 from deme_cli.artifacts import read_record
-from deme_cli.errors import ArtifactError, DemeError, MissingError
+from deme_cli.errors import ArtifactError, DemeError
 
 Deme = Callable[..., Result]
 COMMON = """
@@ -301,15 +301,8 @@ REFUSED = [
 
 
 def test_wrong_input_is_one_clear_line(empty: Path, refuse: Callable) -> None:
+    """A reference that is not there is missed before anything trains."""
+    (empty / "far.toml").write_text(PLAN.replace('fid = "digits"', 'fid = "no/such/folder"'))
+    refuse(3, "[eval]: ", "compare", "far.toml")
     for options, exit_code, word in REFUSED:
         refuse(exit_code, word, "compare", "tiny.toml", "--dry-run", *options)
-
-
-def test_a_reference_that_is_not_there_is_missed_before_anything_trains(
-    empty: Path, deme: Deme
-) -> None:
-    (empty / "tiny.toml").write_text(PLAN.replace('fid = "digits"', 'fid = "no/such/folder"'))
-    done = compare(deme)
-    assert isinstance(done.exception, MissingError)
-    assert "[eval]: " in str(done.exception)
-    assert not (empty / "tiny" / "trainings").exists()

@@ -16,7 +16,6 @@ from deme_cli.artifacts import BaseRecord, SamplesRecord, write_artifact
 from deme_cli.data import image_source, images
 from deme_cli.data.digits import load_digits
 from deme_cli.data.fitting import crop_corner, fit
-from deme_cli.data.image_source import natural_order
 from deme_cli.data.images import ImageData, open_images, to_unit
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 
@@ -61,11 +60,6 @@ def test_digits_split_as_the_embedded_set_does() -> None:
     assert held_out.shape == (1, 8, 8)
     assert not held_out.can_flip
     assert to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
-
-
-@pytest.mark.parametrize("names", [[f"img{n:03d}_a" for n in range(0, 999, 7)], ["", "a", "a-1"]])
-def test_names_without_bare_numbers_keep_their_text_order(names: list[str]) -> None:
-    assert sorted(names, key=natural_order) == sorted(names)
 
 
 def test_every_fiftieth_image_is_held_out_of_a_source_without_a_test_split(tmp_path: Path) -> None:
@@ -369,15 +363,6 @@ def test_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("os.scandir", refuse)  # what the system does; root may read everything
     with pytest.raises(MissingError, match="cannot be read: Permission denied"):
         open_images(str(tmp_path), shape=None)
-
-
-def test_a_folder_of_parquet_files_splits_by_their_names(tmp_path: Path) -> None:
-    pixels = colour_pixels(6)
-    write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", pixels[:4])
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", pixels[4:])
-    for split, expected in (("train", pixels[:4]), ("held-out", pixels[4:]), ("all", pixels)):
-        data = open_images(str(tmp_path), shape=None, split=split)
-        assert torch.equal(all_images(data), torch.from_numpy(expected).permute(0, 3, 1, 2))
 
 
 def test_a_folder_that_bears_a_known_name_is_taken(

@@ -88,15 +88,6 @@ def test_a_flipped_bit_or_a_cut_at_every_hundredth_of_a_file_is_found(artifact: 
     require_found(artifact, whole + b"\0", "a byte more")
 
 
-@pytest.mark.slow
-def test_every_flipped_bit_and_every_cut_of_a_file_is_found(artifact: Path) -> None:
-    whole = artifact.read_bytes()
-    for place in range(len(whole)):
-        require_found(artifact, whole[:place], f"cut to {place} bytes")
-        for bit in range(8):
-            require_found(artifact, flipped(whole, place, bit), f"byte {place}, bit {bit}")
-
-
 def test_a_damaged_record_is_refused_by_every_reader_not_by_verify_alone(artifact: Path) -> None:
     artifact.write_bytes(artifact.read_bytes().replace(b"deme 0", b"deme 9"))
     for read in (read_header, read_record):
