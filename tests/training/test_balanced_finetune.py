@@ -1,11 +1,8 @@
-"""Runs of every loss weighting and every balance of clusters: averages, stops, rates, clipping."""
+"""One update of every loss weighting and every balance of clusters: rates, decay, clipping."""
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -13,12 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.artifacts import load_tensors
 from deme_cli.config import MULTITASK, WEIGHTINGS, FinetuneConfig
-from deme_cli.errors import ConfigError, Stopped
-from deme_cli.files import read_header
 from deme_cli.timesteps import TimestepRange
-from deme_cli.training.setup import Run, checkpoint_path
+from deme_cli.training.setup import Run
 from deme_cli.training.state import TrainingState, learning_rate
 from deme_cli.training.train import train
 from deme_cli.training.weighting import Reduction
@@ -31,6 +26,8 @@ QUICK = FinetuneConfig(
 BRANCHES = {name: {"loss_weighting": name} for name in WEIGHTINGS}
 BRANCHES |= {method: {"multitask": method} for method in MULTITASK if method != "none"}
 BRANCHES["min-snr uw"] = {"loss_weighting": "min-snr", "multitask": "uw"}
+UNCERTAINTY = {"loss_weighting": "uncertainty"}
+FALLING = {"lr_schedule": "cosine", "warmup": 2, "steps": 6, "weight_decay": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +37,17 @@ def run_of(digits_run: Callable[..., Run]) -> Callable[..., Run]:
     def make(**settings: object) -> Run:
         config = replace(QUICK, **settings)
         return digits_run(config, "1/2", clusters=CLUSTERS if config.multitask != "none" else ())
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def state_of(run_of: Callable[..., Run]) -> Callable[..., TrainingState]:
+    def make(*, scale_loss: bool = False, **settings: object) -> TrainingState:
+        run = run_of(**settings)
+        network = copy.deepcopy(run.denoiser.network).train().requires_grad_(True)
+        reduction = Reduction(run.config, run.denoiser.schedule, run.clusters)
+        return TrainingState(network, reduction, run.config, scale_loss=scale_loss)
 
     return make
 
@@ -63,70 +71,6 @@ def test_every_branch_trains_to_weights_of_its_own(run_of: Callable[..., Run]) -
             assert (ends[one] - ends[other]).abs().max() > 1e-5, (one, other)
 
 
-UNCERTAINTY = {"loss_weighting": "uncertainty"}
-TO_BE_STOPPED = {
-    # alpha is solved at the updates from 0, 4 and 8; the run is stopped before that from 6
-    "steps": 10, "checkpoint_every": 3, "multitask_every": 4,
-    "lr_schedule": "cosine", "warmup": 3,
-}  # fmt: skip
-
-
-def train_and_read(run: Run, step: int) -> dict[str, Tensor]:
-    """Train to the end; returns all that the checkpoint of update `step` holds."""
-    kept = {}
-    for record in train(run):
-        if record.step == step:
-            kept = {n: v.clone() for n, v in load_tensors(checkpoint_path(run.output)).items()}
-    return kept
-
-
-def train_and_stop(run: Run, step: int) -> None:
-    """Train, and send this process a SIGTERM after update `step`."""
-    records = train(run)
-    while next(records).step < step:
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(Stopped):
-        next(records)
-
-
-@pytest.mark.parametrize(
-    ("settings", "learned", "at_first"),
-    [
-        (UNCERTAINTY, "reduction.uncertainty.weight", 0),
-        ({"multitask": "nashmtl", "accumulation": 2}, "reduction.tasks.alpha", 1),
-        ({"multitask": "uw"}, "reduction.tasks.log_variances", 0),
-    ],
-)
-def test_a_stopped_run_continues_bit_for_bit_its_learned_weights_included(
-    run_of: Callable[..., Run], settings: dict, learned: str, at_first: int
-) -> None:
-    whole, stopped = (run_of(**TO_BE_STOPPED, **settings) for _ in range(2))
-    expected = train_and_read(whole, 9)
-    train_and_stop(stopped, 6)
-    checkpoint = checkpoint_path(stopped.output)
-    assert json.loads(read_header(checkpoint).metadata["deme"])["step"] == 6
-    assert (load_tensors(checkpoint)[learned] != at_first).any(), "something has been learned"
-    found = train_and_read(stopped, 9)
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
-    assert read_record(stopped.output, "expert") == read_record(whole.output, "expert")
-
-
-def test_a_kept_run_is_not_continued_in_other_clusters(run_of: Callable[..., Run]) -> None:
-    run = run_of(multitask="uw", checkpoint_every=1)
-    next(train(run))
-    moved = replace(run, clusters=[TimestepRange(0, 30), TimestepRange(30, 50)])
-    with pytest.raises(ConfigError, match="0:20"):
-        list(train(moved))
-
-
-def state_of(run: Run, *, scale_loss: bool = False) -> TrainingState:
-    network = copy.deepcopy(run.denoiser.network).train().requires_grad_(True)
-    reduction = Reduction(run.config, run.denoiser.schedule, run.clusters)
-    return TrainingState(network, reduction, run.config, scale_loss=scale_loss)
-
-
 def give_gradients(state: TrainingState, network: float, own: float) -> None:
     """The same number as every gradient of the network, another as that of what is learned."""
     for module, value in ((state.network, network), (state.reduction, own)):
@@ -134,14 +78,10 @@ def give_gradients(state: TrainingState, network: float, own: float) -> None:
             parameter.grad = torch.full_like(parameter, value)
 
 
-FALLING = {"lr_schedule": "cosine", "warmup": 2, "steps": 6, "weight_decay": 0.5}
-
-
 def test_uw_learns_at_a_rate_of_its_own_while_that_of_the_network_falls(
-    run_of: Callable[..., Run],
+    state_of: Callable[..., TrainingState],
 ) -> None:
-    multitask_lr = 0.5
-    state = state_of(run_of(multitask="uw", multitask_lr=multitask_lr, **FALLING))
+    state = state_of(multitask="uw", multitask_lr=0.5, **FALLING)
     s = state.reduction.tasks.log_variances
     rates = []
     for _ in range(6):
@@ -150,59 +90,54 @@ def test_uw_learns_at_a_rate_of_its_own_while_that_of_the_network_falls(
         state.update()
         network, own = state.optimizer.param_groups
         rates.append(network["lr"])
-        assert own["lr"] == multitask_lr
+        assert own["lr"] == 0.5
         # the step of Adam under a constant gradient is its rate
-        torch.testing.assert_close(before - s, torch.full((2,), multitask_lr), rtol=1e-4, atol=0)
+        torch.testing.assert_close(before - s, torch.full((2,), 0.5), rtol=1e-4, atol=0)
     assert rates == [learning_rate(step, state.config) for step in range(6)]
     assert rates[0] < rates[2] == QUICK.lr > rates[5]
 
 
 def test_weight_decay_shrinks_the_network_and_leaves_what_is_learned(
-    run_of: Callable[..., Run],
+    state_of: Callable[..., TrainingState],
 ) -> None:
-    state = state_of(run_of(**UNCERTAINTY, **FALLING))
+    state = state_of(**UNCERTAINTY, **FALLING)
     for parameter in state.reduction.parameters():
         parameter.data.fill_(1.5)
-    before = flat(state.network.state_dict())
-    kept = 1.0
+    before, kept = flat(state.network.state_dict()), 1.0
     for step in range(6):
         give_gradients(state, network=0.0, own=0.0)
         state.update()
         kept *= 1 - 0.5 * learning_rate(step, state.config)
     torch.testing.assert_close(flat(state.network.state_dict()), before * kept)
-    for parameter in state.reduction.parameters():
-        assert (parameter == 1.5).all()
+    assert all((parameter == 1.5).all() for parameter in state.reduction.parameters())
 
 
 @pytest.mark.parametrize(
     ("settings", "scale_loss"), [({"multitask": "uw"}, False), (UNCERTAINTY, True)]
 )
 def test_the_gradient_of_the_network_alone_is_clipped(
-    run_of: Callable[..., Run], settings: dict, scale_loss: bool
+    state_of: Callable[..., TrainingState], settings: dict, scale_loss: bool
 ) -> None:
-    run = run_of(**settings, grad_clip=0.5)
     for size in (0.2, 7.0):  # norms below and above the clip
-        state = state_of(run, scale_loss=scale_loss)
+        state = state_of(**settings, grad_clip=0.5, scale_loss=scale_loss)
         factor = float(state.scaler.scale(torch.ones(())))
         num = sum(parameter.numel() for parameter in state.network.parameters())
         give_gradients(state, network=size / num**0.5 * factor, own=100.0 * factor)
         state.update()
-
-        def gradient(module: torch.nn.Module, state: TrainingState = state) -> Tensor:
-            """What AdamW saw: its first moment after one update is (1 - beta1) of it."""
-            moments = [state.optimizer.state[p]["exp_avg"].flatten() for p in module.parameters()]
-            return torch.cat(moments) / (1 - state.config.beta1)
-
-        norm = gradient(state.network).norm().item()
-        assert norm == pytest.approx(min(size, 0.5), rel=1e-3)
-        own = gradient(state.reduction)
+        # what AdamW saw: its first moment after one update is (1 - beta1) of it
+        network, own = (
+            torch.cat([state.optimizer.state[p]["exp_avg"].flatten() for p in module.parameters()])
+            / (1 - state.config.beta1)
+            for module in (state.network, state.reduction)
+        )
+        assert network.norm().item() == pytest.approx(min(size, 0.5), rel=1e-3)
         torch.testing.assert_close(own, torch.full_like(own, 100.0))
 
 
 def test_an_overflow_of_fp16_skips_the_update_of_what_is_learned_too(
-    run_of: Callable[..., Run],
+    state_of: Callable[..., TrainingState],
 ) -> None:
-    state = state_of(run_of(multitask="uw"), scale_loss=True)
+    state = state_of(multitask="uw", scale_loss=True)
     factor = float(state.scaler.scale(torch.ones(())))
     before = flat(state.network.state_dict())
     give_gradients(state, network=float("inf"), own=1.0)
@@ -210,3 +145,24 @@ def test_an_overflow_of_fp16_skips_the_update_of_what_is_learned_too(
     assert torch.equal(flat(state.network.state_dict()), before)
     assert state.reduction.tasks.log_variances.tolist() == [0, 0]
     assert state.scaler.get_scale() < factor
+
+
+def test_what_is_frozen_is_no_part_of_what_is_trained_kept_or_written(
+    state_of: Callable[..., TrainingState], run_of: Callable[..., Run]
+) -> None:
+    state = state_of(ema_lengths=[0.1])
+    names = {name for name, _ in state.network.named_parameters() if name.startswith("mid_block.")}
+    for name, parameter in state.network.named_parameters():
+        parameter.requires_grad_(name in names)
+    run = run_of(ema_lengths=[0.1])
+    state = TrainingState(state.network, state.reduction, run.config, scale_loss=False)
+    before = {name: p.clone() for name, p in state.network.named_parameters()}
+    for name in names:
+        state.parameters[name].grad = torch.ones_like(before[name])
+    state.update()
+    moved = {n for n, p in state.network.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == names == set(state.weights()) == set(state.weights(0.1)) == set(state.trained())
+    path = run.output.with_name("checkpoint")
+    state.save(path, run.identity)
+    assert {name[name.index("mid_block.") :] for name in load_tensors(path)} == names
+    state.restore(path, run.identity, run.output)
