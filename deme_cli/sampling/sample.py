@@ -7,7 +7,7 @@ order. So the files are those of one process, and any number of processes goes o
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +25,8 @@ from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
     from deme_cli.sampling.ensemble import SamplingExpert
+
+    Opened = tuple[Sequence[SamplingExpert], Sequence[DenoiserRecord]]
 
 ENSEMBLE_NAME = "ensemble.safetensors"
 
@@ -47,10 +49,7 @@ class Images:
 
 
 def sample(
-    model: str | Path,
-    settings: SampleConfig | None = None,
-    *,
-    output: Path | None = None,
+    model: str | Path, settings: SampleConfig | None = None, *, output: Path | None = None,
     run: RunFile | None = None, pipeline: str | None = None, device: str = "auto",
     dtype: str = "fp32", compile: str = "auto", force: bool = False, dry_run: bool = False,
     progress: Progress = silent,
@@ -67,87 +66,79 @@ def sample(
     signal: finished batches are kept; NumericsError where the model makes images that are not
     finite, Lost where another process has ended.
     """
-    run, device = run or RunFile(), joined().device or device
+
+    def open_model(pipeline: str | None, device: str) -> Opened:
+        from deme_cli.sampling.ensemble import open_single
+
+        experts, record = open_single(str(model), pipeline=pipeline, device=device, dtype=dtype)
+        if isinstance(record, ExpertRecord) and len(record.timesteps) < record.num_train_timesteps:
+            console.warn(
+                f"{model} is the expert of timesteps {record.timesteps} and will denoise all "
+                f"{record.num_train_timesteps}; deme ensemble-sample takes each expert for its own"
+            )
+        return experts, [record]
+
     if output is None:
         name = Path(model).expanduser().resolve().name.removesuffix(".safetensors")
         output = Path(f"{name}-samples.safetensors")
-    config = _prepare(settings, run, output, force=force, progress=progress)
-
-    from deme_cli.sampling.ensemble import open_single
-
-    pipeline = run.pipeline(pipeline)
-    experts, record = open_single(str(model), pipeline=pipeline, device=device, dtype=dtype)
-    if isinstance(record, ExpertRecord) and len(record.timesteps) < record.num_train_timesteps:
-        console.warn(
-            f"{model} is the expert of timesteps {record.timesteps} and will denoise all "
-            f"{record.num_train_timesteps}; deme ensemble-sample takes each expert for its own"
-        )
     return _draw(
-        experts, [record], config, output=output, pipeline=pipeline, device=device, dtype=dtype,
-        compile=compile, force=force, dry_run=dry_run, progress=progress,
+        open_model, settings, output=output, run=run, pipeline=pipeline, device=device,
+        dtype=dtype, compile=compile, force=force, dry_run=dry_run, progress=progress,
     )  # fmt: skip
 
 
 def ensemble_sample(
-    experts: Sequence[Path],
-    settings: SampleConfig | None = None,
-    *,
-    output: Path = Path(ENSEMBLE_NAME),
-    run: RunFile | None = None, pipeline: str | None = None, device: str = "auto",
-    dtype: str = "fp32", compile: str = "auto", force: bool = False, dry_run: bool = False,
-    progress: Progress = silent,
+    experts: Sequence[Path], settings: SampleConfig | None = None, *,
+    output: Path = Path(ENSEMBLE_NAME), run: RunFile | None = None, pipeline: str | None = None,
+    device: str = "auto", dtype: str = "fp32", compile: str = "auto", force: bool = False,
+    dry_run: bool = False, progress: Progress = silent,
 ) -> Images:  # fmt: skip
     """Draw images with each expert denoising the timesteps of its own range (Eq. 7).
 
     experts: of one base, their ranges covering all timesteps. The rest is as for `sample`.
     """
-    run, device = run or RunFile(), joined().device or device
-    config = _prepare(settings, run, output, force=force, progress=progress)
 
-    from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
+    def open_experts(pipeline: str | None, device: str) -> Opened:
+        from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
 
-    records = [member.record for member in read_ensemble(experts)]
+        records = [member.record for member in read_ensemble(experts)]
+        return open_ensemble(experts, device=device, dtype=dtype), records
+
     return _draw(
-        open_ensemble(experts, device=device, dtype=dtype), records, config, output=output,
-        pipeline=run.pipeline(pipeline), device=device, dtype=dtype, compile=compile, force=force,
-        dry_run=dry_run, progress=progress,
+        open_experts, settings, output=output, run=run, pipeline=pipeline, device=device,
+        dtype=dtype, compile=compile, force=force, dry_run=dry_run, progress=progress,
     )  # fmt: skip
 
 
-def _prepare(
-    settings: SampleConfig | None, run: RunFile, output: Path, *, force: bool, progress: Progress
-) -> SampleConfig:
-    """The settings, after what can be told before anything heavy is loaded; fetches prompts.
+def _draw(
+    open_models: Callable[[str | None, str], Opened], settings: SampleConfig | None, *,
+    output: Path, run: RunFile | None, pipeline: str | None, device: str, dtype: str, compile: str,
+    force: bool, dry_run: bool, progress: Progress,
+) -> Images:  # fmt: skip
+    """Draw what is missing of the images of experts, whose records are those of one base.
 
     Prompts that are not here lie beside the file of the run. The first process of a launch goes
-    first, and it alone looks at the output.
+    first, and it alone looks at the output and writes.
     """
-    from deme_cli.sampling.store import is_folder
+    from deme_cli.sampling.store import (
+        PREVIEWED,
+        Samples,
+        is_folder,
+        open_store,
+        preview_path,
+        write_preview,
+    )
 
+    world, run = joined(), run or RunFile()
     config = settings or run.settings(SampleConfig)
     config = replace(config, prompts=config.prompts and run.seen(config.prompts))
-    world = joined()
     with world.first_before_others():
         if world.is_first and not is_folder(output):
             require_output(output, force=force)
         if config.prompts:
             fetch(prompt_assets(config.prompts), progress)
     progress(Step(label="loading the libraries and the model"))
-    return config
 
-
-def _draw(
-    experts: Sequence[SamplingExpert],
-    records: Sequence[DenoiserRecord],
-    config: SampleConfig,
-    *,
-    output: Path, pipeline: str | None, device: str, dtype: str, compile: str, force: bool,
-    dry_run: bool, progress: Progress,
-) -> Images:  # fmt: skip
-    """The images of opened experts, whose records are those of one base; what is missing is drawn.
-
-    Of several processes the first writes.
-    """
     from deme_cli.sampling.conditioning import open_conditioning, protocol_card
     from deme_cli.sampling.sampler import (
         CompiledSteps,
@@ -156,8 +147,9 @@ def _draw(
         image_seed,
         sample_images,
     )
-    from deme_cli.sampling.store import PREVIEWED, Samples, open_store, preview_path, write_preview
 
+    pipeline, device = run.pipeline(pipeline), world.device or device
+    experts, records = open_models(pipeline, device)
     about = open_conditioning(records[0], config, pipeline=pipeline, device=device, dtype=dtype)
     card = protocol_card(records, config, conditioning=about, dtype=dtype)
     channels, height, width = about.image_shape
@@ -169,7 +161,7 @@ def _draw(
     samples = Samples(
         output, card, shape, seeds, config.batch_size, force, about.prompts, about.classes
     )
-    began, world = time.monotonic(), joined()
+    began = time.monotonic()
     with ExitStack() as stack:
         world.require_same({"output": str(output), "batch_size": config.batch_size, **card})
         store = stack.enter_context(open_store(samples)) if world.is_first else None
@@ -178,9 +170,8 @@ def _draw(
             require_output(preview, force=force)
         first = world.largest(store.first if store else 0)  # the output is ours
         shares = Shares(num, config.batch_size, first, world)
-        compiled = CompiledSteps(
-            compile, num_forwards=len(shares.own) * config.steps, num_loads=len(experts)
-        )
+        num_forwards = len(shares.own) * config.steps
+        compiled = CompiledSteps(compile, num_forwards=num_forwards, num_loads=len(experts))
         drawing = sample_images(
             experts, config, conditioning=about, first=first, world=world, compiled=compiled
         )

@@ -189,14 +189,10 @@ class ImageBatch:
 
 
 def sample_images(
-    experts: Sequence[SamplingExpert],
-    config: SampleConfig,
-    *,
-    conditioning: Conditioning | None = None,
-    first: int = 0,
-    world: World = ALONE,
+    experts: Sequence[SamplingExpert], config: SampleConfig, *,
+    conditioning: Conditioning | None = None, first: int = 0, world: World = ALONE,
     compiled: CompiledSteps = UNCOMPILED,
-) -> Iterator[int | ImageBatch]:
+) -> Iterator[int | ImageBatch]:  # fmt: skip
     """Draw the images first .. num - 1 of `config.seed`, in order.
 
     Yields after every forward how much is done, in images, those before `first` included, and an
@@ -242,9 +238,7 @@ def sample_images(
 
 
 def _fitting_threads(denoiser: Denoiser, about: Conditioning, config: SampleConfig) -> int:
-    """Threads for the forwards of a batch, which has every image twice for a guidance pair."""
-
-    def inputs() -> tuple[Tensor, Conditions]:
+    def inputs() -> tuple[Tensor, Conditions]:  # every image comes twice for a guidance pair
         x_t = torch.zeros(1 + about.is_paired, *about.latent_shape, dtype=denoiser.dtype)
         return x_t, to(about.conditions(0, 1), x_t.device, denoiser.dtype)
 
@@ -298,18 +292,15 @@ def draw_batch(
     num = len(span)
     rows = [*range(num), *[num - 1] * (size - num)]
     generators = image_generators(config.seed, [span[row] for row in rows])
-    noise = torch.stack([torch.randn(about.latent_shape, generator=one) for one in generators])
+    noise = torch.stack([torch.randn(about.latent_shape, generator=own) for own in generators])
     halves = [*rows, *(num + row for row in rows)] if about.is_paired else rows
     conditions = select(about.conditions(span.start, span.stop), halves)
     return Batch(
-        start=span.start,
-        num=num,
-        generators=generators,
-        scheduler=copy.deepcopy(scheduler),
+        span.start, num, generators, copy.deepcopy(scheduler),
         x_t=noise.to(like.device) * getattr(scheduler, "init_noise_sigma", 1.0),
         conditions=to(conditions, like.device, like.dtype),
         guidance=about.guidance if about.is_paired else None,
-    )
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -319,7 +310,7 @@ def finish_images(batch: Batch, about: Conditioning, config: SampleConfig) -> np
     ->  uint8 (B, H, W, C).  Raises NumericsError if one is not finite.
     """
     at_once = max(1, DECODED_PIXELS // math.prod(about.drawn_shape[1:]))
-    images = []
+    images: list[np.ndarray] = []
     for part in batch.x_t[: batch.num].split(at_once):
         decoded = about.companions.decode(part)
         if not torch.isfinite(decoded).all():
@@ -329,20 +320,13 @@ def finish_images(batch: Batch, about: Conditioning, config: SampleConfig) -> np
                 f"too narrow for them"
             )
         levels = (decoded / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)  # as diffusers
-        images += list(levels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
-    if about.resize is not None:
-        images = [_resized(image, about.resize) for image in images]
+        images.extend(levels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+    if side := about.resize:  # by Pillow's bicubic filter, as BK-SDM (Kim et al. 2023, generate.py)
+        for i, image in enumerate(images):
+            picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+            small = picture.resize((side, side), Image.Resampling.BICUBIC)
+            images[i] = np.asarray(small).reshape(side, side, -1)
     return np.stack(images)
-
-
-def _resized(image: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, C) -> (side, side, C) by Pillow's bicubic filter, as BK-SDM does.
-
-    (Kim et al. 2023, generate.py.) C is 1 or 3.
-    """
-    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    small = picture.resize((side, side), Image.Resampling.BICUBIC)
-    return np.asarray(small).reshape(side, side, -1)
 
 
 @dataclass(frozen=True)
@@ -398,9 +382,7 @@ class DrawingStops(JointStopRequests):
     round may take longer than a batch system waits.
     """
 
-    def __init__(self, world: World) -> None:
-        super().__init__(world)
-        self._listened_at = 0.0
+    _listened_at = 0.0
 
     def go_on(self, message: str) -> None:
         """Raises Stopped with `message` if this process was asked to stop, Lost if one has ended.

@@ -74,8 +74,7 @@ class Samples:
 
     def require_same(self, card: Mapping[str, Any], where: Path) -> None:
         """Check that the card at `where` promises these images, however many of them."""
-        name = first_difference(self.card, card)
-        if name is not None:
+        if (name := first_difference(self.card, card)) is not None:
             raise ConfigError(
                 f"{where}: holds images with {name} = {card.get(name)}, this run has "
                 f"{self.card.get(name)}; run the command that began it, choose another --output, "
@@ -123,14 +122,21 @@ def _open_file(samples: Samples) -> Iterator[SamplesFile]:
     require_output(samples.path, force=samples.force)
     unfinished = samples.path.parent / f".{samples.path.name}.unfinished"
     with claim(unfinished):
-        line, first = _find_images(samples, unfinished)
-        require_space(samples.path, (2 * samples.num - first) * samples.image_bytes)
+        line, first = json.dumps({"protocol": samples.card}).encode() + b"\n", 0
         with writing(unfinished):
-            file = unfinished.open("r+b" if first else "w+b")
-            if not first:
-                file.write(line)
-            file.truncate(len(line) + first * samples.image_bytes)
+            file = unfinished.open("r+b" if unfinished.exists() else "w+b")
         try:
+            kept = file.readline(1 << 20)
+            card = _card_in(kept) if kept.endswith(b"\n") else None  # else a crash cut it short
+            if card is not None and not (samples.force and first_difference(samples.card, card)):
+                line = kept
+                samples.require_same(card, unfinished)
+                first = samples.kept((file.seek(0, 2) - len(line)) // samples.image_bytes)
+            require_space(samples.path, (2 * samples.num - first) * samples.image_bytes)
+            with writing(unfinished):
+                file.seek(0)
+                file.write(line)
+                file.truncate(len(line) + first * samples.image_bytes)
             yield SamplesFile(samples, first, file, len(line))
             file.close()
             unfinished.unlink()
@@ -139,19 +145,6 @@ def _open_file(samples: Samples) -> Iterator[SamplesFile]:
                 file.close()
             if unfinished.exists() and unfinished.stat().st_size <= len(line):
                 unfinished.unlink()  # holds no image yet
-
-
-def _find_images(samples: Samples, unfinished: Path) -> tuple[bytes, int]:
-    """The line that the unfinished file begins with, and how many images after it are kept."""
-    if unfinished.exists():
-        with unfinished.open("rb") as file:
-            line = file.readline(1 << 20)
-            num_bytes = file.seek(0, 2) - len(line)
-        card = _card_in(line) if line.endswith(b"\n") else None  # else a crash cut it short
-        if card is not None and not (samples.force and first_difference(samples.card, card)):
-            samples.require_same(card, unfinished)
-            return line, samples.kept(num_bytes // samples.image_bytes)
-    return json.dumps({"protocol": samples.card}).encode() + b"\n", 0
 
 
 class SamplesFile:
@@ -197,7 +190,7 @@ def _open_folder(samples: Samples) -> Iterator[SamplesFolder]:
         first = _make_room(samples)
         require_space(samples.path, (samples.num - first) * samples.image_bytes)
         text = json.dumps({"schema_version": 1, "protocol": samples.card}, indent=2)
-        write_whole(card_path, [text.encode(), b"\n"])
+        write_whole(card_path, text + "\n")
         try:
             yield SamplesFolder(samples, first)
         except BaseException:
@@ -208,8 +201,7 @@ def _open_folder(samples: Samples) -> Iterator[SamplesFolder]:
 
 def _make_room(samples: Samples) -> int:
     """How many images that are there are kept; those that are to be replaced are gone."""
-    folder = samples.path
-    paths = _numbered(folder)
+    folder, paths = samples.path, _numbered(samples.path)
     if not paths:
         return 0
     card = _card_in((folder / CARD_NAME).read_bytes()) if (folder / CARD_NAME).is_file() else None
@@ -302,7 +294,7 @@ def preview_path(output: Path) -> Path:
 
 def write_preview(path: Path, images: np.ndarray) -> None:
     """Write images, uint8 (n, H, W, C), side by side as one PNG file."""
-    write_whole(path, [_png(grid(images))])
+    write_whole(path, _png(grid(images)))
 
 
 def grid(images: np.ndarray) -> np.ndarray:

@@ -54,10 +54,7 @@ def test_gradients_are_added_up_in_their_places_one_bucket_a_dtype() -> None:
         assert (parameter.grad is None) == (gradient is None)
         if gradient is not None:
             assert torch.equal(parameter.grad, 2 * gradient)
-
-
-def test_a_bucket_is_full_before_the_next_one() -> None:
-    tensors = [torch.zeros(n) for n in (10, 10, 30, 1, 1)]
+    tensors = [torch.zeros(n) for n in (10, 10, 30, 1, 1)]  # a bucket is full before the next one
     sizes = [[len(t) for t in bucket] for bucket in buckets(tensors, num_bytes=80)]
     assert sizes == [[10, 10], [30], [1, 1]]
 
@@ -122,21 +119,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-def test_two_processes_stop_together_and_one_goes_on_to_the_same_expert(deme, folder: Path) -> None:
-    words = [*WORDS, "--steps", "40", "--checkpoint-every", "5"]
-    is_kept = (folder / ".ft_1of2.checkpoint").exists
-    codes, said = stop_when(is_kept, launch(folder, *words), rank=1)  # the other one is not asked
-    assert (codes, len(said)) == ([75, 75], 1), said
-    assert "run the same command again" in said[0]
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"base.safetensors", ".ft_1of2.checkpoint", "ft_1of2.metrics.jsonl"}
-    done = deme(*words, "--resume")
-    assert done.exit_code == 0, done.exception
-    assert steps_of(folder) == list(range(5, 41, 5))
-    require_close(folder / "ft_1of2.safetensors", alone(deme, folder, *words))
-
-
 def require_same_curves(folder: Path) -> None:
     curves = [
         [json.loads(line) for line in path.read_text().splitlines()]
@@ -149,50 +131,44 @@ def require_same_curves(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(deme, folder: Path) -> None:
-    words = [*WORDS, "--loss-weighting", "uncertainty", "--accumulation", "2", "--steps", "50"]
-    words += ["--checkpoint-every", "25"]
-    output = succeed(launch(folder, *words, "--json"))
-    assert json.loads(output)["paths"] == ["ft_1of2.safetensors"]
-    require_close(folder / "ft_1of2.safetensors", alone(deme, folder, *words))
-    require_same_curves(folder)
-
-
-SHORT = ["--steps", "20", "--checkpoint-every", "10"]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
-        ["--ema-lengths", "0.1", "--snapshot-every", "10"],
-        ["--projection", "block", "--micro-batch", "1", "--accumulation", "2"],
+        ["--loss-weighting", "uncertainty", "--accumulation", "2"],
+        ["--shard", "--ema-lengths", "0.1", "--snapshot-every", "10"],
+        ["--shard", "--projection", "block", "--micro-batch", "1", "--accumulation", "2"],
     ],
 )
-def test_a_divided_network_is_trained_to_the_expert_of_one_process(
+def test_processes_train_what_one_does_also_where_they_divide_the_network(
     deme, folder: Path, settings: list[str]
 ) -> None:
-    words = [*WORDS, *settings, *SHORT]
-    assert ends(launch(folder, *words, "--shard")) == ([0, 0], [])
-    wanted = alone(deme, folder, *words)
-    require_close(folder / "ft_1of2.safetensors", wanted)
-    others = list((folder / "ft_1of2.snapshots").glob("*"))
-    assert len(others) == (3 if "--ema-lengths" in settings else 0)
-    for path in others:
-        require_close(path, folder / "alone.snapshots" / path.name)
+    words = [*WORDS, "--steps", "20", "--checkpoint-every", "10", *settings]
+    output = succeed(launch(folder, *words, "--json"))
+    paths = json.loads(output)["paths"]
+    assert paths[0] == "ft_1of2.safetensors"
+    assert len(paths) == (4 if "--ema-lengths" in settings else 1)
+    wanted = alone(deme, folder, *(word for word in words if word != "--shard"))
+    require_close(folder / paths[0], wanted)
+    for path in paths[1:]:
+        require_close(folder / path, folder / "alone.snapshots" / Path(path).name)
     require_same_curves(folder)
 
 
 @pytest.mark.slow
-def test_a_divided_run_goes_on_undivided_and_the_other_way_round(deme, folder: Path) -> None:
+def test_a_stopped_run_goes_on_divided_undivided_and_alone_to_the_same_expert(
+    deme, folder: Path
+) -> None:
     words = [*WORDS, "--steps", "40", "--checkpoint-every", "5", "--projection", "block"]
-    for num, more in ((2, ["--shard"]), (1, [])):
-        enough = len(steps_of(folder)) + 2
+    for num, more in ((2, []), (2, ["--shard"]), (1, [])):
+        enough = len(steps_of(folder)) + 1
         codes, said = stop_when(
             lambda enough=enough: len(steps_of(folder)) >= enough,
-            launch(folder, *words, *more, num=num), rank=num - 1,
+            launch(folder, *words, *more, num=num), rank=num - 1,  # the others are not asked
         )  # fmt: skip
         assert (codes, len(said)) == ([75] * num, 1), said
+        assert "run the same command again" in said[0]
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"base.safetensors", ".ft_1of2.checkpoint", "ft_1of2.metrics.jsonl"}
     assert steps_of(folder)[-1] < 40
     assert ends(launch(folder, *words, "--shard", "--resume", num=3)) == ([0, 0, 0], [])
     assert steps_of(folder) == list(range(5, 41, 5))
