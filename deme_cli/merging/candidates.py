@@ -9,16 +9,15 @@ N experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from deme_cli.artifacts import load_tensors
-from deme_cli.config import EvalConfig, FinetuneConfig, MergeConfig
+from deme_cli.config import EvalConfig, FinetuneConfig, MergeConfig, SampleConfig
 from deme_cli.data.images import open_images
 from deme_cli.data.prompts import PromptSet, read_prompts
 from deme_cli.diffusion.backbones import backbone_of
@@ -32,8 +31,8 @@ from deme_cli.merging.coefficients import Coefficients, Point
 from deme_cli.merging.inputs import COMPUTED_IN, Inputs
 from deme_cli.merging.methods import LINEAR, MethodSettings, fit_coefficients, open_method
 from deme_cli.merging.objectives import ExpertsLoss, GeneratedDistance, HeldOutLoss, Objective
-from deme_cli.merging.plan import SEARCH, MergePlan, ensemble_of
-from deme_cli.merging.search import SOUP_NAME, Stage
+from deme_cli.merging.plan import SEARCH, MergePlan
+from deme_cli.merging.search import SOUP_NAME, Evaluate, Stage
 from deme_cli.merging.tensor_stream import PIECE, Run, TensorStream, float_runs
 from deme_cli.sampling.conditioning import open_conditioning
 from deme_cli.sampling.ensemble import SamplingExpert, single
@@ -87,22 +86,18 @@ class CandidateNetwork:
         slopes = {}
         for stream, run in self._runs():
             name = run.specs[0].name
-            grad = parameters[name].grad if name in parameters else None
-            if grad is not None:
-                slopes[name] = self._slope(stream, run, grad.reshape(-1))
+            if name not in parameters or (grad := parameters[name].grad) is None:
+                continue
+            flat, total = grad.reshape(-1), np.zeros(len(self._inputs.experts))
+            for start, stop in run.spans(PIECE):
+                if self._method.transform:
+                    _, taus = stream.counted(run, start, stop)
+                else:
+                    _, taus = stream.vectors(run, start, stop, np.dtype(np.float64))
+                piece = flat[start:stop].to("cpu", torch.float64).numpy()
+                total += [float((tau * piece).sum()) for tau in taus]
+            slopes[name] = tuple(total.tolist())
         return slopes
-
-    def _slope(self, stream: TensorStream, run: Run, grad: Tensor) -> tuple[float, ...]:
-        """<grad, tau_i> for the experts of one tensor."""
-        total = np.zeros(len(self._inputs.experts))
-        for start, stop in run.spans(PIECE):
-            if self._method.transform:
-                _, taus = stream.counted(run, start, stop)
-            else:
-                _, taus = stream.vectors(run, start, stop, np.dtype(np.float64))
-            piece = grad[start:stop].to("cpu", torch.float64).numpy()
-            total += [float((tau * piece).sum()) for tau in taus]
-        return tuple(total.tolist())
 
     def _runs(self) -> Iterator[tuple[TensorStream, Run]]:
         """The floating-point tensors one by one, with the open files."""
@@ -120,46 +115,44 @@ class Workbench:
     def __init__(self, plan: MergePlan) -> None:
         self.plan, self.inputs = plan, plan.inputs
         self.record = name_companions(plan.inputs.base_record, plan.pipeline)
+        self._networks: dict[MethodSettings, CandidateNetwork] = {}
 
-    @cached_property
-    def network(self) -> CandidateNetwork:
-        return self._network(self.plan.method)
-
-    @cached_property
-    def _linear(self) -> CandidateNetwork:
-        """The network of linear combinations, whatever the method."""
-        return self.network if self.plan.method.name == "linear" else self._network(LINEAR)
-
-    def _network(self, method: MethodSettings) -> CandidateNetwork:
-        plan = self.plan
-        return CandidateNetwork(self.inputs, method=method, device=plan.device, dtype=plan.dtype)
+    def network(self, method: MethodSettings | None = None) -> CandidateNetwork:
+        """The network that combines by the plan's method, or another."""
+        plan, method = self.plan, method or self.plan.method
+        if method not in self._networks:
+            self._networks[method] = CandidateNetwork(
+                self.inputs, method=method, device=plan.device, dtype=plan.dtype
+            )
+        return self._networks[method]
 
     def at(self, coefficients: Coefficients | None) -> list[SamplingExpert]:
         """The method's network for these coefficients, None for those it finds itself or 1/N; valid
         until the next one is asked for."""
-        return single(self.network.at(coefficients))
+        return single(self.network().at(coefficients))
 
     def linear(self, coefficients: Sequence[float]) -> list[SamplingExpert]:
         """theta + sum_i w_i tau_i with the same N coefficients everywhere; valid until the next."""
-        return single(self._linear.at(coefficients))
+        return single(self.network(LINEAR).at(coefficients))
 
     def ensemble(self) -> list[SamplingExpert]:
         """The experts, each in its range, taking turns in the one network (Eq. 7).
 
         Raises ArtifactError where they do not cover [0, T) once.
         """
-        chosen = ensemble_of(self.inputs)
-        if chosen is None:
+        if self.inputs.ensemble is None:
             raise ArtifactError(
                 "the experts do not cover all timesteps once: there is no ensemble to compare with"
             )
-        return [
-            SamplingExpert(self.inputs.experts[index].record.timesteps, partial(self._alone, index))
-            for index in chosen
-        ]
+        experts = self.inputs.experts
 
-    def _alone(self, index: int) -> Denoiser:
-        return self._linear.at([float(i == index) for i in range(len(self.inputs.experts))])
+        def load(index: int) -> Denoiser:
+            return self.linear([float(i == index) for i in range(len(experts))])[0].load()
+
+        return [
+            SamplingExpert(experts[index].record.timesteps, partial(load, index))
+            for index in self.inputs.ensemble
+        ]
 
     @cached_property
     def examples(self) -> Examples:
@@ -189,20 +182,32 @@ class Workbench:
         return ExpertsLoss(self.examples, schedule, config, self.ensemble(), part)
 
     def _distance(self, stage: Stage, config: MergeConfig, part: int) -> GeneratedDistance:
-        """Candidates draw classes in turn, prompts in turn, or nothing in particular.
+        """Candidates draw classes in turn; prompts in turn, those of [sample], else the captions of
+        the training images from the first on; or nothing in particular.
 
         Images of a reference come at their own size, or, where a VAE has a size of its own, at that
         of what is drawn.
         """
         plan, prompts = self.plan, None
-        sample = replace(
-            plan.sample, num=config.num, steps=config.steps, seed=config.seed,
+        sample = plan.run.settings(
+            SampleConfig, num=config.num, steps=config.steps, seed=config.seed,
             batch_size=config.batch_size,
         )  # fmt: skip
+        if sample.prompts:
+            sample = replace(sample, prompts=plan.run.seen(sample.prompts))
         sample = name_sampler(self.record, sample)
         if backbone_of(self.record.model_config).wants == "text":
-            sample = replace(sample, per_prompt=1)
-            prompts = self._prompts()
+            sample, images = replace(sample, per_prompt=1), plan.images
+            if sample.prompts:
+                given = read_prompts(sample.prompts, column=sample.prompt_column)
+                prompts = replace(given, cycles=True)
+            else:
+                data = open_images(
+                    images.source, shape=(3, 8, 8), wants="text", captions=images.captions,
+                    keep=False,
+                )  # fmt: skip
+                captions = tuple(data.captions(range(len(data))))
+                prompts = PromptSet(f"captions of {images.source}", captions, cycles=True)
         conditioning = open_conditioning(
             self.record, sample, prompts=prompts, pipeline=plan.pipeline,
             device=plan.device, dtype=plan.dtype,
@@ -213,30 +218,19 @@ class Workbench:
         opened = open_reference(reference, self.extractor, shape, needs_images=is_kernel)
         return GeneratedDistance(self.extractor, opened, sample=sample, conditioning=conditioning)
 
-    def _prompts(self) -> PromptSet:
-        """The prompts of [sample], else the captions of the training images, from the first on."""
-        sample, images = self.plan.sample, self.plan.images
-        if sample.prompts:
-            return replace(read_prompts(sample.prompts, column=sample.prompt_column), cycles=True)
-        data = open_images(
-            images.source, shape=(3, 8, 8), wants="text", captions=images.captions, keep=False
-        )
-        captions = data.captions(range(len(data)))
-        return PromptSet(f"captions of {images.source}", tuple(captions), cycles=True)
-
-    def evaluator(
-        self, objectives: Sequence[Objective], check: Check
-    ) -> Callable[[int, Point, str], tuple[float, list[float] | None]]:
+    def evaluator(self, objectives: Sequence[Objective], check: Check) -> Evaluate:
         """What gives the objective of a stage at a point, and in a descent its slopes."""
-        space, descends = self.plan.space, self.plan.settings.search == "gradient"
+        search = self.plan.search
+        assert search, "only a search has points"
 
         def evaluate(stage: int, point: Point, name: str) -> tuple[float, list[float] | None]:
-            objective, denoiser = objectives[stage], self.network.at(space.coefficients(point))
-            if stage or not descends or name == SOUP_NAME:
+            objective = objectives[stage]
+            denoiser = self.network().at(search.space.coefficients(point))
+            if stage or search.method != "gradient" or name == SOUP_NAME:
                 return objective(single(denoiser), check), None
             assert isinstance(objective, HeldOutLoss)
             value = objective.draws.loss_and_gradient(denoiser.network, check)
-            slopes = space.slopes(self.network.slopes()) if math.isfinite(value) else None
+            slopes = search.space.slopes(self.network().slopes()) if math.isfinite(value) else None
             return value, slopes
 
         return evaluate

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deme_cli.artifacts import BaseRecord, ExpertRecord, TaskVectorRecord, recor
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.files import Header, TensorSpec, read_header
 from deme_cli.run_file import RunFile
+from deme_cli.timesteps import TimestepRange, require_cover
 
 BASE_NAME = "base.safetensors"
 PROJECTION = "channel_projection."  # diffusion.projection.PREFIX, which lies behind torch
@@ -79,6 +81,19 @@ class Inputs:
     def by_range(self) -> list[int]:
         """Numbers of the experts, sorted by their ranges of timesteps."""
         return sorted(range(len(self.experts)), key=lambda i: self.experts[i].record.range)
+
+    @cached_property
+    def ensemble(self) -> list[int] | None:
+        """Numbers of the experts that make the ensemble, in the order of their ranges, the first of
+        each; None where these do not cover [0, T) once."""
+        first: dict[TimestepRange, int] = {}
+        for index in self.by_range:
+            first.setdefault(self.experts[index].record.timesteps, index)
+        try:
+            require_cover(list(first), self.base_record.num_train_timesteps)
+        except ArtifactError:
+            return None
+        return list(first.values())
 
 
 def is_projection(name: str) -> bool:

@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -37,34 +37,21 @@ _OPERATION = b'{"op_code"'  # how every line of optuna's begins
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One evaluation: a point of the space and its objective, None while it is being evaluated and
-    infinite where it was not finite.
+    """One evaluation: a point of the space and its objective, infinite where it was not finite or
+    is still being evaluated.
 
     `stage` counts the objectives of successive halving from 0; `name` tells what a reference point
-    is; `began` and `ended` are seconds since the epoch; `slopes` is the gradient at the point.
+    is; `slopes` is the gradient at the point.
     """
 
     index: int
     stage: int
     point: Point
-    objective: float | None
+    value: float = math.inf
+    is_done: bool = False
     name: str = ""
-    began: float = 0.0
-    ended: float = 0.0
+    seconds: float = 0.0
     slopes: tuple[float, ...] | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return self.objective is not None
-
-    @property
-    def value(self) -> float:
-        """The objective, infinite where there is none (yet)."""
-        return math.inf if self.objective is None else self.objective
-
-    @property
-    def seconds(self) -> float:
-        return max(self.ended - self.began, 0.0)
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
@@ -92,7 +79,6 @@ class Journal:
         self.path, self.labels, self._force = path, list(labels), force
         self.search = json.loads(json.dumps(search))
         self.worker = uuid.uuid4().hex[:12]
-        self._is_open = False
 
     def __enter__(self) -> Self:
         """Take over the trials of this search, or begin a new journal.
@@ -137,8 +123,9 @@ class Journal:
             ) from error
         try:
             with writing(self.path):
-                if self._is_open:
-                    _cut_torn_line(self.path)
+                data = self.path.read_bytes()
+                if data.startswith(_OPERATION):  # what a killed process left of a line
+                    os.truncate(self.path, data.rfind(b"\n") + 1)
                 yield
         finally:
             self._lock.release()
@@ -172,16 +159,17 @@ class Journal:
         if damaged:
             console.warn(f"{self.path}: line {damaged} is damaged; the trials before it are kept")
             self._put_aside("damaged", keep=sound)
-        _cut_torn_line(self.path)
+        os.truncate(self.path, sound)
         self._storage = storage = _open_storage(self.path, self._lock)
-        self._is_open = True
         try:
             self._study = storage.get_study_id_from_name(STUDY)
         except KeyError:
             self._study = storage.create_new_study([StudyDirection.MINIMIZE], STUDY)
-        attributes = storage.get_study_user_attrs(self._study)
-        found = attributes.get("search", self.search)
-        differing = [k for k in {**found, **self.search} if found.get(k) != self.search.get(k)]
+        found = storage.get_study_user_attrs(self._study).get("search")
+        differing = [
+            key for key in {**(found or {}), **self.search}
+            if found is not None and found.get(key) != self.search.get(key)
+        ]  # fmt: skip
         if self._force and (differing or self.merged):
             self._put_aside("old")
             self._open()
@@ -190,7 +178,7 @@ class Journal:
                 f"{self.path} holds the trials of another search (they differ in "
                 f"{', '.join(differing)}); add --force to start anew, or choose another --output"
             )
-        elif "search" not in attributes:
+        elif found is None:
             storage.set_study_user_attr(self._study, "labels", self.labels)
             storage.set_study_user_attr(self._study, "search", self.search)
 
@@ -224,20 +212,20 @@ class Journal:
             living = {self.worker} | (self._living() if running else set())
             for frozen in running:
                 if frozen.user_attrs["worker"] not in living:
-                    self._end(frozen._trial_id, None)
+                    self.finish(frozen._trial_id, None)
             yield self.trials()
 
     def start(self, stage: int, point: Sequence[float], name: str = "") -> int:
         """Note that this process evaluates `point`; returns the trial's id. While asking."""
-        from optuna.distributions import BaseDistribution, FloatDistribution
+        from optuna.distributions import FloatDistribution
         from optuna.trial import TrialState, create_trial
 
         params = dict(zip(self.labels, point, strict=True))
-        wide: dict[str, BaseDistribution] = {
-            label: FloatDistribution(min(-1.0, w), max(2.0, w)) for label, w in params.items()
-        }
         template = create_trial(
-            state=TrialState.RUNNING, params=params, distributions=wide,
+            state=TrialState.RUNNING, params=params,
+            distributions={
+                label: FloatDistribution(min(-1.0, w), max(2.0, w)) for label, w in params.items()
+            },
             user_attrs={"rung": stage, "name": name, "worker": self.worker},
         )  # fmt: skip
         return self._storage.create_new_trial(self._study, template)
@@ -247,30 +235,26 @@ class Journal:
     ) -> None:
         """Note the objective of a trial that this process has started; not finite: a broken one;
         None: it will not be finished, and its point is free again."""
+        from optuna.trial import TrialState
+
         with self._locked():
             if slopes is not None:
                 self._storage.set_trial_user_attr(trial, "slopes", list(slopes))
-            self._end(trial, value)
-
-    def _end(self, trial: int, value: float | None) -> None:
-        from optuna.trial import TrialState
-
-        state = TrialState.FAIL if value is None else TrialState.COMPLETE
-        values = None if value is None else [value if math.isfinite(value) else math.inf]
-        self._storage.set_trial_state_values(trial, state, values)
+            if value is None:
+                self._storage.set_trial_state_values(trial, TrialState.FAIL)
+            else:
+                values = [value if math.isfinite(value) else math.inf]
+                self._storage.set_trial_state_values(trial, TrialState.COMPLETE, values)
 
     @contextmanager
     def ending(self, check: Callable[[], None]) -> Iterator[bool]:
         """While entered no other process writes the end; gives whether one has. `check` is called
         while another is at it, and raises to stop."""
         lock = file_lock(self._hidden("end"))
-        while True:
+        while not lock.is_locked:
             check()
-            try:
+            with suppress(TimeoutError):
                 lock.acquire(timeout=_WAIT_SECONDS)
-                break
-            except TimeoutError:
-                continue
         try:
             yield self.merged is not None
         finally:
@@ -311,14 +295,11 @@ def _trials_of(storage: JournalStorage, study: int, labels: Sequence[str]) -> li
     trials = []
     for frozen in storage.get_all_trials(study, deepcopy=False):
         if frozen.state != TrialState.FAIL:
-            began, ended = (
-                moment.timestamp() if moment else 0.0
-                for moment in (frozen.datetime_start, frozen.datetime_complete)
-            )
-            told = frozen.user_attrs
+            told, duration = frozen.user_attrs, frozen.duration
             trials.append(Trial(
                 frozen.number, told["rung"], tuple(frozen.params[label] for label in labels),
-                frozen.values[0] if frozen.values else None, told["name"], began, ended,
+                frozen.values[0] if frozen.values else math.inf, frozen.values is not None,
+                told["name"], max(duration.total_seconds(), 0.0) if duration else 0.0,
                 tuple(told["slopes"]) if "slopes" in told else None,
             ))  # fmt: skip
     return trials
@@ -337,15 +318,6 @@ def _open_storage(path: Path, lock: Any) -> JournalStorage:
         raise ArtifactError(
             f"{path}: not a whole journal of trials ({error}); restore it, or add --force"
         ) from error
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Cut off what a killed process has left of a line."""
-    with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size and (file.seek(size - 1), file.read())[1] != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _sound_bytes(path: Path) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +23,17 @@ from deme_cli.distributed import ALONE, Lost, World
 from deme_cli.errors import ArtifactError, DemeError, MissingError, NumericsError
 from deme_cli.files import read_header, require_output, write_whole
 from deme_cli.jobs import StopRequests
-from deme_cli.merging.coefficients import Coefficients, Point
-from deme_cli.merging.journal import Journal, Trial
+from deme_cli.merging.coefficients import Coefficients
+from deme_cli.merging.journal import Journal
 from deme_cli.merging.show_search import ShownSearch, journal_path, show_search
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
     from deme_cli.merging.candidates import Workbench
     from deme_cli.merging.inputs import Inputs
-    from deme_cli.merging.objectives import Objective
     from deme_cli.merging.plan import MergePlan
-    from deme_cli.merging.search import Evaluate, Search
+    from deme_cli.merging.search import Search
+    from deme_cli.training.batches import Check
 
 MERGED_NAME = "merged.safetensors"
 MOST_SHOWN = 8  # coefficients named in a line about one trial
@@ -100,18 +99,17 @@ def merge(
         base=base, fixed=coefficients_for, ema_length=ema_length, device=device, dtype=dtype,
         save_dtype=save_dtype, pipeline=run.pipeline(pipeline),
     )  # fmt: skip
-    given = None if plan.searches else plan.coefficients
-    count = len(experts)
+    given, search, count = plan.given, plan.search, len(experts)
     if dry_run:
         values = ", ".join(f"{w:g}" for w in (given.values if given else [1 / count] * count))
         what = f"method {plan.method.name}, coefficients {values}"
-        if plan.searches:
-            tried = f"the grid {plan.grid}" if plan.grid else plan.settings.search
+        if search:
+            tried = f"the grid {search.grid}" if search.grid else search.method
             what = f"the best of {tried} by {plan.settings.objective} on {plan.images.source}"
         progress(Step(note=f"would merge {count} artifacts into {output}: {what}"))
         return MergeResult(output, is_written=False)
-    if plan.searches:
-        return _search(plan, world, progress)
+    if search:
+        return _search(plan, search, world, progress)
     if given is None and plan.method.name != "model-stock":
         note = f"no coefficients given: 1/{count} each; --search grid looks for better ones"
         progress(Step(note=note))
@@ -120,33 +118,29 @@ def merge(
         from deme_cli.merging.candidates import Workbench
 
         bench = Workbench(plan)
-    _write(plan, given, _origin(plan, given), bench, progress)
+    origin = None
+    if ema_length is not None and given is not None:
+        from deme_cli.merging.power_ema import misfit, snapshots_of
+
+        snapshots = snapshots_of([expert.record for expert in plan.inputs.experts])
+        step = max(t for t, _ in snapshots)
+        off = misfit(snapshots, given.values, step, ema_length)
+        if off > WORST_MISFIT:
+            console.warn(
+                f"these snapshots meet the profile of length {ema_length:g} only up to "
+                f"{100 * off:.0f} %; save more of them, or ask for a length between theirs"
+            )
+        origin = {
+            "method": "post-hoc EMA", "ema_length": ema_length, "step": step, "misfit": off,
+            "best": None, "evaluations": 0,
+        }  # fmt: skip
+    _write(plan, given, origin, bench, progress)
     return MergeResult(output)
-
-
-def _origin(plan: MergePlan, given: Coefficients | None) -> dict[str, Any] | None:
-    """How the coefficients came about, where an EMA length made them; warns of a bad fit."""
-    if plan.ema_length is None or given is None:
-        return None
-    from deme_cli.merging.power_ema import misfit, snapshots_of
-
-    snapshots = snapshots_of([expert.record for expert in plan.inputs.experts])
-    step = max(t for t, _ in snapshots)
-    off = misfit(snapshots, given.values, step, plan.ema_length)
-    if off > WORST_MISFIT:
-        console.warn(
-            f"these snapshots meet the profile of length {plan.ema_length:g} only up to "
-            f"{100 * off:.0f} %; save more of them, or ask for a length between theirs"
-        )
-    return {
-        "method": "post-hoc EMA", "ema_length": plan.ema_length, "step": step, "misfit": off,
-        "best": None, "evaluations": 0,
-    }  # fmt: skip
 
 
 def _write(
     plan: MergePlan, given: Coefficients | None, origin: dict[str, Any] | None,
-    bench: Workbench | None, progress: Progress, soup: Point | None = None,
+    bench: Workbench | None, progress: Progress,
 ) -> MergedRecord:  # fmt: skip
     """The merged file, after its report where there is to be one."""
     from deme_cli.merging.combine import merge_inputs
@@ -157,7 +151,7 @@ def _write(
         from deme_cli.training.examples import fill_caches
 
         fill_caches(bench.examples, progress=progress)
-        document = make_report(bench, given, soup, progress)
+        document = make_report(bench, given, progress)
     return merge_inputs(
         plan.inputs, given, plan.output, method=plan.method, search=origin, report=document,
         save_dtype=plan.save_dtype,
@@ -165,12 +159,13 @@ def _write(
     )  # fmt: skip
 
 
-def _search(plan: MergePlan, world: World, progress: Progress) -> MergeResult:
+def _search(plan: MergePlan, search: Search, world: World, progress: Progress) -> MergeResult:
     """Run the trials that are left, and write the best; only one process of many does the end."""
     from deme_cli.merging.candidates import Workbench
+    from deme_cli.merging.search import conclude
     from deme_cli.training.examples import fill_caches
 
-    search, path, settings = plan.search, journal_path(plan.output), plan.settings
+    path, settings = journal_path(plan.output), plan.settings
     is_default = " (the default)" if settings.objective == MergeConfig.objective else ""
     progress(
         Step(note=f"search {search.method}, about {search.expected} trials, by "
@@ -181,10 +176,10 @@ def _search(plan: MergePlan, world: World, progress: Progress) -> MergeResult:
     if not all(stage.is_distance for stage in plan.stages):
         fill_caches(bench.examples, world=world, progress=progress)
     objectives = [bench.open(stage, settings) for stage in plan.stages]
-    _ = bench.network  # loaded now
-    journal = Journal(
-        path, search.space.labels, plan.describe(objectives), force=plan.force and world.is_first
-    )
+    bench.network()  # loaded now
+    protocols = [{**one.protocol, "dtype": plan.dtype} for one in objectives]
+    what = _decides(plan, search, protocols)
+    journal = Journal(path, search.space.labels, what, force=plan.force and world.is_first)
     world.require_same({"output": str(plan.output), **journal.search})
     world.wait()  # nothing is begun before all agree
     with ExitStack() as opened:
@@ -193,103 +188,93 @@ def _search(plan: MergePlan, world: World, progress: Progress) -> MergeResult:
         stop = opened.enter_context(StopRequests())
         asked_at = time.monotonic()
 
-        def kept() -> str:
-            done = sum(trial.is_done for trial in journal.trials())
-            return f"{done} trials are saved in {path}; run the same command again to continue"
-
         def check(*done: int) -> None:
             nonlocal asked_at
-            if stop.asked:
-                raise stop.stopped(kept())
+            is_lost = 0
             if time.monotonic() - asked_at >= _ASK_SECONDS:  # each question is a message
-                asked_at = time.monotonic()
-                if world.failure():
-                    raise Lost(f"another process of this launch has ended; {kept()}")
+                asked_at, is_lost = time.monotonic(), world.failure()
+            if stop.asked or is_lost:
+                num = sum(trial.is_done for trial in journal.trials())
+                kept = f"{num} trials are saved in {path}; run the same command again to continue"
+                if stop.asked:
+                    raise stop.stopped(kept)
+                raise Lost(f"another process of this launch has ended; {kept}")
 
-        labels = [objective.name for objective in objectives]
-        evaluate = bench.evaluator(objectives, check)
-        _run_trials(search, journal, evaluate, labels, world, check, progress)
+        names = [one.name for one in objectives]
+        tell = _teller(search, journal, names, progress)
+        search.run(journal, bench.evaluator(objectives, check), lambda: tell(check))
         asked_at = math.inf  # the others may be gone
         if not world.is_first:
             return MergeResult(plan.output, is_written=False)
-        _end(bench, search, journal, objectives, check, progress)
+        best, record, warnings = conclude(search, journal.trials(), names)
+        for text in warnings:
+            console.warn(text)
+        with journal.ending(check) as is_over:
+            if is_over and plan.output.exists():
+                note = f"{plan.output} was written by another process of this search"
+                progress(Step(note=note))
+            else:
+                given, measures = search.space.coefficients(best.point), plan.reports
+                origin = {
+                    "method": search.method, **record, "grid": search.grid,
+                    "bounds": None if search.grid else search.space.bounds, "per": settings.per,
+                    "seed": settings.seed, "num": plan.stages[-1].num, "protocol": protocols[-1],
+                }  # fmt: skip
+                made = _write(plan, given, origin, bench if measures else None, progress)
+                journal.mark_merged(made.fingerprint)
     return MergeResult(plan.output, show_search(path))
 
 
-def _end(
-    bench: Workbench, search: Search, journal: Journal, objectives: Sequence[Objective],
-    check: Callable[[], None], progress: Progress,
-) -> None:  # fmt: skip
-    """Write the best, unless another process of this search has."""
-    from deme_cli.merging.search import conclude
-
-    plan, space = bench.plan, search.space
-    best, record, warnings = conclude(search, journal.trials(), [one.name for one in objectives])
-    for text in warnings:
-        console.warn(text)
-    origin = {
+def _decides(plan: MergePlan, search: Search, protocols: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that the trials depend on; budgets are left out."""
+    space, base = search.space, plan.inputs.base_record
+    return {
         "method": search.method,
-        **record,
-        "grid": plan.grid and [list(values) for values in plan.grid],
-        "bounds": None if plan.grid else [list(pair) for pair in space.bounds],
-        "per": plan.settings.per,
+        "parents": [expert.record.fingerprint for expert in plan.inputs.experts],
+        "base": base.fingerprint,
+        "combination": {"name": plan.method.name, **plan.method.used},
+        "groups": list(space.all_groups),
+        "fixed": {glob: list(w) for glob, w in space.fixed.items()},
+        "grid": search.grid,
+        "bounds": None if search.grid else space.bounds,
+        "start": list(space.start),
         "seed": plan.settings.seed,
-        "num": plan.stages[-1].num,
-        "protocol": {**objectives[-1].protocol, "dtype": plan.dtype},
+        "objectives": protocols,
+        "keep": [stage.keep for stage in plan.stages[:-1]],
     }
-    with journal.ending(check) as is_over:
-        if is_over and plan.output.exists():
-            progress(Step(note=f"{plan.output} was written by another process of this search"))
-            return
-        made = _write(
-            plan, space.coefficients(best.point), origin, bench if plan.reports else None,
-            progress, search.soup(journal.trials()),
-        )  # fmt: skip
-        journal.mark_merged(made.fingerprint)
 
 
-def _run_trials(
-    search: Search, journal: Journal, evaluate: Evaluate, labels: Sequence[str], world: World,
-    check: Callable[[], None], progress: Progress,
-) -> None:  # fmt: skip
-    """Evaluate the trials that are left, told as they come: each as a line, and the best so far."""
+def _teller(
+    search: Search, journal: Journal, labels: Sequence[str], progress: Progress
+) -> Callable[[Check], None]:
+    """What tells of the trials as they come, whoever makes them, and then checks: each as a line,
+    as `trial 17/64: loss 0.09312 at w 0.200 0.100 (1.2 s)`, and the best so far."""
     told = {trial.index for trial in journal.trials() if trial.is_done}
     if told:
         progress(Step(note=f"{journal.path}: continuing after {len(told)} trials"))
     progress(Step(len(told), search.expected, search.method, "trial"))
 
-    def tell() -> None:
+    def tell(check: Check) -> None:
         done = [trial for trial in journal.trials() if trial.is_done]
-        for trial in done:
-            if trial.index not in told:
-                told.add(trial.index)
-                progress(Step(note=_line(search, trial, labels[trial.stage])))
+        for trial in [trial for trial in done if trial.index not in told]:
+            told.add(trial.index)
+            values = search.space.summary(trial.point)
+            w = " ".join(f"{value:.3f}" for value in values[:MOST_SHOWN])
+            more = f" and {len(values) - MOST_SHOWN} more" if len(values) > MOST_SHOWN else ""
+            value = f"{trial.value:#.5g}" if math.isfinite(trial.value) else "not finite"
+            name = f" ({trial.name})" if trial.name else ""
+            progress(Step(note=(
+                f"trial {trial.index + 1}/{search.expected}{name}: {labels[trial.stage]} {value} "
+                f"at {'mean w' if search.space.groups else 'w'} {w}{more} ({trial.seconds:.1f} s)"
+            )))  # fmt: skip
         if done:
             stage = max(trial.stage for trial in done)
             best = min(trial.value for trial in done if trial.stage == stage)
             detail = f"best {labels[stage]} {best:#.5g}"
             progress(Step(len(done), search.expected, search.method, "trial", detail=detail))
-
-    def between() -> None:
         check()
-        if not world.is_alone:
-            tell()  # also while this one waits for others
 
-    for _ in search.run(journal, evaluate, between):
-        tell()
-    tell()
-
-
-def _line(search: Search, trial: Trial, label: str) -> str:
-    """`trial 17/64: held-out loss 0.09312 at w 0.200 0.100 (1.2 s)`."""
-    values = search.space.summary(trial.point)
-    more = f" and {len(values) - MOST_SHOWN} more" if len(values) > MOST_SHOWN else ""
-    w = " ".join(f"{value:.3f}" for value in values[:MOST_SHOWN]) + more
-    value = f"{trial.value:#.5g}" if math.isfinite(trial.value) else "not finite"
-    return (
-        f"trial {trial.index + 1}/{search.expected}{f' ({trial.name})' if trial.name else ''}: "
-        f"{label} {value} at {'mean w' if search.space.groups else 'w'} {w} ({trial.seconds:.1f} s)"
-    )
+    return tell
 
 
 def replay(
@@ -342,7 +327,7 @@ def replay(
         ).fingerprint  # fmt: skip
         if made != record.fingerprint:
             raise _culprit(inputs, merged, record, made)
-        write_whole(output, chain([_header_bytes(merged)], _tensors(partial)))
+        write_whole(output, _joined(merged, partial))
     finally:
         partial.unlink(missing_ok=True)
     return MergeResult(output)
@@ -384,15 +369,10 @@ def _culprit(inputs: Inputs, merged: Path, record: MergedRecord, made: str) -> D
     )
 
 
-def _header_bytes(path: Path) -> bytes:
-    """The length and the JSON before the tensors."""
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        return prefix + file.read(int.from_bytes(prefix, "little"))
-
-
-def _tensors(path: Path) -> Iterator[bytes]:
-    """What is behind the header, in pieces."""
-    with path.open("rb") as file:
-        file.seek(len(_header_bytes(path)))
-        yield from iter(lambda: file.read(_CHUNK), b"")
+def _joined(merged: Path, made: Path) -> Iterator[bytes]:
+    """The header of one file and the tensors of another, in pieces."""
+    with merged.open("rb") as old, made.open("rb") as new:
+        length = old.read(8)
+        yield length + old.read(int.from_bytes(length, "little"))
+        new.seek(8 + int.from_bytes(new.read(8), "little"))
+        yield from iter(lambda: new.read(_CHUNK), b"")

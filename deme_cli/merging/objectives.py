@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,15 +30,6 @@ from deme_cli.sampling.sampler import ImageBatch, sample_images, seeded_noise
 from deme_cli.timesteps import TimestepRange, parse_span, route
 from deme_cli.training.batches import Check, FixedDraws
 from deme_cli.training.examples import Examples
-
-
-class Objective(Protocol):
-    """A number per model, smaller is better; not finite where the candidate is broken."""
-
-    name: str  # as JSON has it
-    protocol: dict[str, Any]  # everything the number depends on, besides the candidate
-
-    def __call__(self, experts: Sequence[SamplingExpert], check: Check) -> float: ...
 
 
 class HeldOutLoss:
@@ -68,7 +59,6 @@ class HeldOutLoss:
             span = parse_span(config.loss_range, "loss_range")
         rows = schedule.indices(span)
         strata = rows.start + (torch.arange(config.num) + place) / config.num * len(rows)
-        self.examples = examples
         self.draws = FixedDraws(
             examples,
             schedule,
@@ -77,6 +67,7 @@ class HeldOutLoss:
             noise=lambda draws: seeded_noise(config.seed, examples.shape, draws.tolist()),
             batch_size=config.batch_size,
         )
+        self.times = schedule.times(self.draws.t)  # that the network is told in each draw: (n,)
         self.protocol: dict[str, Any] = {
             "name": self.name,
             "data": examples.source,
@@ -103,11 +94,6 @@ class HeldOutLoss:
         times = self.times.clamp(max=self.draws.schedule.num_train_timesteps - 1)
         return (times >= span.start) & (times < span.stop)
 
-    @property
-    def times(self) -> Tensor:
-        """The time that the network is told in each draw: (n,)."""
-        return self.draws.schedule.times(self.draws.t)
-
     def _turns(self, experts: Sequence[SamplingExpert]) -> Iterator[tuple[nn.Module, Tensor]]:
         """The network of each expert with the draws whose time it owns, where there are any."""
         if len(experts) == 1:
@@ -133,15 +119,10 @@ class ExpertsLoss(HeldOutLoss):
         experts: Sequence[SamplingExpert], part: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(examples, schedule, config, part)
-        self.draws = replace(self.draws, targets=self._say(experts))
-
-    @torch.no_grad()
-    def _say(self, experts: Sequence[SamplingExpert]) -> Tensor:
-        """What the expert of each draw says: (n, C, H, W) float32."""
-        said = torch.zeros(len(self.draws.t), *self.examples.shape)
+        targets = torch.zeros(len(self.times), *examples.shape)
         for network, chosen in self._turns(experts):
-            said[chosen] = self.draws.outputs(network, chosen)
-        return said
+            targets[chosen] = self.draws.outputs(network, chosen)
+        self.draws = replace(self.draws, targets=targets)
 
 
 class GeneratedDistance:
@@ -196,3 +177,6 @@ class GeneratedDistance:
         running.add(features)
         own = running.statistics()
         return frechet_distance(own.mu, own.sigma, other.mu, other.sigma)
+
+
+Objective = HeldOutLoss | GeneratedDistance  # `name` and `protocol` are as JSON has them

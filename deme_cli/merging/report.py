@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ from deme_cli.console import Progress, Step
 from deme_cli.errors import NumericsError
 from deme_cli.jobs import StopRequests
 from deme_cli.merging.candidates import Workbench
-from deme_cli.merging.coefficients import Coefficients, Point
-from deme_cli.merging.objectives import GeneratedDistance, HeldOutLoss, Objective
-from deme_cli.merging.plan import REPORT, ensemble_of
+from deme_cli.merging.coefficients import Coefficients
+from deme_cli.merging.objectives import HeldOutLoss, Objective
+from deme_cli.merging.plan import REPORT
 from deme_cli.merging.search import Stage
 from deme_cli.sampling.ensemble import SamplingExpert
 from deme_cli.timesteps import TimestepRange
@@ -53,22 +54,30 @@ class Sample:
 Samples = dict[str, list[Sample]]  # by metric, one for each seed
 
 
-def make_report(
-    bench: Workbench, given: Coefficients | None, soup: Point | None, progress: Progress
-) -> dict[str, Any]:
-    """Measure base, ensemble, plain means, single experts and the model merged with `given`.
+def make_report(bench: Workbench, given: Coefficients | None, progress: Progress) -> dict[str, Any]:
+    """Measure base, ensemble, plain means, the soup, single experts and what `given` merges.
 
+    The loss with its ranges is taken in any case, and the last stage if another, for every seed.
     Raises NumericsError where the base is not finite.
     """
-    plan, metrics, rows = bench.plan, open_metrics(bench), report_rows(bench, given, soup)
-    if ensemble_of(plan.inputs) is None:
+    plan, settings, last = bench.plan, bench.plan.settings, bench.plan.stages[-1]
+    num = settings.report_num or last.num
+    stages = [Stage("loss", settings.report_num or max(num, settings.num), 1)]
+    has_ensemble = plan.inputs.ensemble is not None
+    if last.is_distance or (last.name == "experts" and has_ensemble):
+        stages.append(replace(last, num=num))
+    seeds = [replace(settings, loss_range=None, seed=settings.report_seed + repeat)
+             for repeat in range(settings.report_repeats)]  # fmt: skip
+    metrics = [[bench.open(stage, config, REPORT) for config in seeds] for stage in stages]
+    if not has_ensemble:
         note = "the experts do not cover all timesteps: no ensemble, no share of its gain"
         progress(Step(note=note))
+    rows = report_rows(bench, given)
     progress(Step(0, len(rows), "report", "row"))
     ranges = sorted({expert.record.timesteps for expert in plan.inputs.experts})
     documents: list[dict[str, Any]] = []
     rivals: dict[str, list[Sample]] = {}
-    deciding, merged = metrics[-1][0].name, list[Sample]()
+    deciding = metrics[-1][0].name
     with StopRequests() as stop:
 
         def check(*done: int) -> None:
@@ -78,9 +87,7 @@ def make_report(
         for document, samples in measure_rows(rows, metrics, ranges, check):
             documents.append(document)
             progress(Step(len(documents), len(rows), "report", "row", detail=document["name"]))
-            merged = samples[deciding]
-            if document["name"] in RIVALS:
-                rivals[document["name"]] = merged
+            rivals[document["name"]] = samples[deciding]
     low, _ = documents[-1]["metrics"][deciding]["interval"]
     if low is not None and low > 0:
         console.warn(
@@ -90,44 +97,26 @@ def make_report(
     return {
         "rows": documents,
         "protocols": [{**one[0].protocol, "seeds": len(one)} for one in metrics],
-        "selection_seed": plan.settings.seed,
-        "verdict": verdict(deciding, merged, rivals),
+        "selection_seed": settings.seed,
+        "verdict": verdict(deciding, rivals.pop(MERGED), rivals),
     }
 
 
-def report_rows(bench: Workbench, given: Coefficients | None, soup: Point | None) -> list[Row]:
+def report_rows(bench: Workbench, given: Coefficients | None) -> list[Row]:
     """Base, ensemble, 1/N each, all 1, the soup, each expert alone, and the merged model."""
-    space, count = bench.plan.space, len(bench.inputs.experts)
-
-    def at(name: str, values: Sequence[float]) -> Row:
-        return name, list(values), lambda: bench.linear(values)
-
-    rows: list[Row] = [at(BASE, [0.0] * count)]
-    if ensemble_of(bench.inputs) is not None:
-        rows.append((ENSEMBLE, None, bench.ensemble))
-    rows.append(at("1/N each", [1 / count] * count))
-    if count > 1:
-        rows.append(at("1 each", [1.0] * count))
-        if soup is not None:
-            rows.append((SOUP, space.summary(soup), lambda: bench.at(space.coefficients(soup))))
-        for index, name in enumerate(bench.plan.expert_names):
-            rows.append(at(f"expert {name}", [float(i == index) for i in range(count)]))
-    return [*rows, (MERGED, given.values if given else None, lambda: bench.at(given))]
-
-
-def open_metrics(bench: Workbench) -> list[Metric]:
-    """The loss with its ranges in any case, and the last stage if another, for every seed."""
-    settings, last = bench.plan.settings, bench.plan.stages[-1]
-    num = settings.report_num or last.num
-    stages = [Stage("loss", settings.report_num or max(num, settings.num), 1)]
-    if last.is_distance or (last.name == "experts" and ensemble_of(bench.inputs) is not None):
-        stages.append(replace(last, num=num))
-    whole = replace(settings, loss_range=None)
-    return [
-        [bench.open(stage, replace(whole, seed=settings.report_seed + repeat), REPORT)
-         for repeat in range(settings.report_repeats)]
-        for stage in stages
-    ]  # fmt: skip
+    search, names, count = bench.plan.search, bench.plan.names, len(bench.plan.names)
+    alone = [(f"expert {name}", [float(i == k) for i in range(count)])
+             for k, name in enumerate(names)]  # fmt: skip
+    plain = [(BASE, [0.0] * count), ("1/N each", [1 / count] * count), ("1 each", [1.0] * count)]
+    shown = [*plain, *alone] if count > 1 else plain[:2]
+    rows: list[Row] = [(name, w, partial(bench.linear, w)) for name, w in shown]
+    if count > 1 and search and search.soup:
+        found = search.space.coefficients(search.soup)
+        values = list(search.space.summary(search.soup))
+        rows.insert(len(plain), (SOUP, values, partial(bench.at, found)))
+    if bench.inputs.ensemble is not None:
+        rows.insert(1, (ENSEMBLE, None, bench.ensemble))
+    return [*rows, (MERGED, given.values if given else None, partial(bench.at, given))]
 
 
 def measure_rows(
@@ -143,8 +132,9 @@ def measure_rows(
     gains: dict[str, float] = {}
     for name, coefficients, model in rows:
         samples: Samples = {}
-        for objectives in metrics:
-            samples |= _samples(objectives, model, ranges, check)
+        for objective in [one for metric in metrics for one in metric]:
+            for key, sample in _samples(objective, model(), ranges, check):
+                samples.setdefault(key, []).append(sample)
         base = base or samples
         if (
             base is samples
@@ -159,51 +149,41 @@ def measure_rows(
 
 
 def _samples(
-    objectives: Metric, model: Model, ranges: Sequence[TimestepRange], check: Check
-) -> Samples:
-    """The samples of one row."""
-    found: Samples = {}
-    for objective in objectives:
-        if isinstance(objective, GeneratedDistance):
-            found.setdefault(objective.name, []).append(_of_distance(objective, model(), check))
-            continue
-        assert isinstance(objective, HeldOutLoss)
-        errors = objective.errors(model(), check).numpy()
-        images = objective.draws.images.numpy()
-        found.setdefault(objective.name, []).append(_of_errors(errors, images))
-        for span in ranges if len(ranges) > 1 else ():
-            mine = objective.draws_in(span).numpy()  # a t may belong to no expert
-            if mine.any():
-                own = _of_errors(errors[mine], images[mine])
-                found.setdefault(f"{objective.name} {span}", []).append(own)
-    return found
+    objective: Objective, model: Sequence[SamplingExpert], ranges: Sequence[TimestepRange],
+    check: Check,
+) -> Iterator[tuple[str, Sample]]:  # fmt: skip
+    """What a model gives for one seed: of a loss the whole and each range, of a distance the one.
 
-
-def _of_errors(errors: np.ndarray, images: np.ndarray) -> Sample:
-    """A mean over draws; the bootstrap draws images, with all their draws in every seed."""
-    known, place = np.unique(images, return_inverse=True)
-    totals, counts = np.bincount(place, weights=errors), np.bincount(place)
-
-    def again(chosen: np.ndarray) -> float:
-        return float(totals[chosen].sum() / counts[chosen].sum())
-
-    return Sample(float(errors.mean()), len(known), again, units=tuple(known.tolist()))
-
-
-def _of_distance(
-    objective: GeneratedDistance, model: Sequence[SamplingExpert], check: Check
-) -> Sample:
-    """A distance of generated images; the bootstrap draws among them."""
+    Of a mean over draws the bootstrap draws images, with all their draws; of a distance among the
+    generated ones.
+    """
+    if isinstance(objective, HeldOutLoss):
+        errors, images = objective.errors(model, check).numpy(), objective.draws.images.numpy()
+        spans = {f"{objective.name} {span}": objective.draws_in(span).numpy() for span in ranges}
+        whole = {objective.name: np.ones(len(errors), bool)}
+        for key, mine in (whole | spans if len(ranges) > 1 else whole).items():
+            if mine.any():  # a t may belong to no expert
+                known, place = np.unique(images[mine], return_inverse=True)
+                sums, counts = np.bincount(place, weights=errors[mine]), np.bincount(place)
+                again = partial(_mean_again, sums, counts)
+                value, units = float(errors[mine].mean()), tuple(known.tolist())
+                yield key, Sample(value, len(known), again, units=units)
+        return
     try:
         features = objective.features(model, check)
     except NumericsError:
-        return Sample(float("nan"), 1, lambda chosen: float("nan"), 1)
+        yield objective.name, Sample(float("nan"), 1, lambda chosen: float("nan"), 1)
+        return
     # of a kernel distance, too: a mean over many subsets costs as much as a hundred
     few = objective.is_kernel or features.shape[1] > WIDE
-    return Sample(
+    yield objective.name, Sample(
         objective.distance(features), len(features),
         lambda chosen: objective.distance(features[chosen]), WIDE_RESAMPLES if few else RESAMPLES,
     )  # fmt: skip
+
+
+def _mean_again(sums: np.ndarray, counts: np.ndarray, chosen: np.ndarray) -> float:
+    return float(sums[chosen].sum() / counts[chosen].sum())
 
 
 def _figures(row: list[Sample], base: list[Sample], gain: float | None) -> dict[str, Any]:
@@ -237,12 +217,12 @@ def _difference(row: list[Sample], base: list[Sample]) -> tuple[float, float]:
     return difference, 1.96 * float(np.std(resampled, ddof=1))
 
 
-def verdict(metric: str, merged: list[Sample], rivals: dict[str, list[Sample]]) -> str:
+def verdict(metric: str, merged: list[Sample], rows: dict[str, list[Sample]]) -> str:
     """One line: what the merged model is worth on other seeds, and against whom that is sure."""
     value = float(np.mean([sample.value for sample in merged]))
     if not np.isfinite(value):
         return f"on other seeds and images: {metric} is not finite"
-    against = {rival: _difference(merged, samples) for rival, samples in rivals.items()}
+    against = {name: _difference(merged, rows[name]) for name in rows if name in RIVALS}
     halves = [half for _, half in against.values() if np.isfinite(half)]
     places = console.decimals(halves, 2) if any(halves) else 4
     words = []

@@ -132,7 +132,7 @@ def float64_loss(bench: Workbench, objective: Objective) -> Callable[[Sequence[f
         {name: value - theta[name] for name, value in load_tensors(expert.path).items()}
         for expert in bench.inputs.experts
     ]
-    network, space = bench.network.at([0.0] * 3).network, bench.plan.space
+    network, space = bench.network().at([0.0] * 3).network, bench.plan.search.space
 
     @torch.no_grad()
     def loss(point: Sequence[float]) -> float:
@@ -180,10 +180,10 @@ def test_the_gradient_is_that_of_central_differences(
     triple: list[Path], per: str, fixed: dict | None, objective: str
 ) -> None:
     bench, opened, evaluate = open_bench(triple, fixed=fixed, per=per, objective=objective)
-    count, generator = len(bench.plan.space.labels), np.random.default_rng(0)
+    count, generator = len(bench.plan.search.space.labels), np.random.default_rng(0)
     point = tuple(map(float, generator.uniform(-0.5, 1.0, count)))
     found = evaluate(0, point, "")  # as shipped: a network in float32
-    bench.network._denoiser.network.double()
+    bench.network()._denoiser.network.double()
     exact, loss = evaluate(0, point, ""), float64_loss(bench, opened)
     places = generator.permutation(count)[:12]
     expected = central_differences(loss, point, places, STEP)
@@ -199,12 +199,12 @@ def test_what_a_method_makes_of_the_task_vectors_has_slopes_too(
     triple: list[Path], method: str
 ) -> None:
     bench, opened, evaluate = open_bench(triple, method=method, density=0.3)
-    bench.network._denoiser.network.double()
+    bench.network()._denoiser.network.double()
     point = (0.5, 0.75, 0.25)
     found = evaluate(0, point, "")[1]
 
     def loss(w: Sequence[float]) -> float:
-        return opened.draws.errors(bench.network.at(w).network).mean().item()
+        return opened.draws.errors(bench.network().at(w).network).mean().item()
 
     expected = central_differences(loss, point, np.arange(3), 0.01)
     assert distance(np.array(found), expected) < 1e-3

@@ -71,7 +71,7 @@ def open_bench(base: Path, **tables: dict) -> Workbench:
     header = read_header(base)
     run = RunFile(tables={"data": {"source": "digits"}, **tables})
     inputs = Inputs(header, record_of(header), ())
-    return Workbench(MergePlan(run, inputs, MergeConfig(), Path("merged.safetensors"), {}))
+    return Workbench(MergePlan(run, inputs, MergeConfig(), Path("merged.safetensors")))
 
 
 def open_distance(
@@ -83,7 +83,7 @@ def open_distance(
 
 def draws_of(objective: HeldOutLoss) -> Iterator[tuple[Tensor, Tensor, int]]:
     """x_t, eps and t of each draw, one by one and by the formulas."""
-    data, schedule = objective.examples.data, objective.draws.schedule
+    data, schedule = objective.draws.examples.data, objective.draws.schedule
     for index, (image, t) in enumerate(
         zip(objective.draws.images.tolist(), objective.draws.t.tolist(), strict=True)
     ):
@@ -179,7 +179,7 @@ def test_the_distance_to_the_experts_is_that_of_outputs_on_their_own_timesteps(
 ) -> None:
     plain = held_out_loss(denoiser, num=15, batch_size=4, seed=3)
     objective = ExpertsLoss(
-        plain.examples, denoiser.schedule, MergeConfig(num=15, batch_size=4, seed=3), experts
+        plain.draws.examples, denoiser.schedule, MergeConfig(num=15, batch_size=4, seed=3), experts
     )
     assert objective(experts, go_on) == 0
     networks = [expert.load().network for expert in experts]
@@ -302,7 +302,7 @@ def test_the_loss_of_a_latent_model_is_told_what_its_images_show(
     denoiser = load_denoiser(base)
     bench = open_bench(base, data={"source": str(captioned)})
     objective = bench.open(Stage("loss", 5, 1), MergeConfig(batch_size=2, seed=3))
-    fill_caches(objective.examples)
+    fill_caches(objective.draws.examples)
     companions = open_companions(denoiser.record)
     data = open_images(
         str(captioned), shape=(3, 16, 16), split="held-out", wants=companions.wants

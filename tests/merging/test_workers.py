@@ -16,14 +16,14 @@ import pytest
 
 from deme_cli.merging.coefficients import Point, Space
 from deme_cli.merging.journal import Journal, Trial, read_journal
-from deme_cli.merging.search import Search, Stage, open_search
+from deme_cli.merging.search import Search, Stage
 
 SPACE = Space(("1of3", "2of3", "3of3"), ((-0.5, 1.5),) * 3, (1 / 3,) * 3)
 STAGES = [Stage("loss", 64, 12), Stage("kid", 64, 1)]
 
 
 def search_of(name: str) -> Search:
-    return open_search(
+    return Search(
         name, SPACE, STAGES, grid=((0.0, 0.3, 0.6, 1.0),) * 3 if name == "grid" else None, seed=3,
         evaluations=None, with_soup=True,
     )  # fmt: skip
@@ -45,8 +45,7 @@ def work(path: Path, name: str, seconds: float) -> None:
         return objective(stage, point), list(point)
 
     with Journal(path, SPACE.labels, {"search": name}) as journal:
-        for _ in search_of(name).run(journal, evaluate, lambda: None):
-            pass
+        search_of(name).run(journal, evaluate, lambda: None)
     assert "torch" not in sys.modules
 
 
@@ -55,7 +54,7 @@ def run_with_kills(path: Path, name: str, kills: int, seed: int, seconds: float)
     search, expected = search_of(name), list[Trial]()
     while (step := search.next(expected)) is not None:
         stage, point, role = step
-        expected.append(Trial(len(expected), stage, point, objective(stage, point), role))
+        expected.append(Trial(len(expected), stage, point, objective(stage, point), True, role))
 
     def start() -> subprocess.Popen:
         command = [sys.executable, __file__, str(path), name, str(seconds)]
