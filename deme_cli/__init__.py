@@ -49,14 +49,14 @@ if TYPE_CHECKING:
     from deme_cli.evaluation.references import reference_statistics as reference_statistics
     from deme_cli.html_report import WrittenReport as WrittenReport
     from deme_cli.html_report import report as report
-    from deme_cli.merging.combine import TaskVectors as TaskVectors
-    from deme_cli.merging.combine import task_vector as task_vector
     from deme_cli.merging.low_rank import export_lora as export_lora
     from deme_cli.merging.merge import MergeResult as MergeResult
     from deme_cli.merging.merge import merge as merge
     from deme_cli.merging.merge import replay as replay
     from deme_cli.merging.show_search import ShownSearch as ShownSearch
     from deme_cli.merging.show_search import show_search as show_search
+    from deme_cli.merging.task_vectors import TaskVectors as TaskVectors
+    from deme_cli.merging.task_vectors import task_vector as task_vector
     from deme_cli.run_file import RunFile as RunFile
     from deme_cli.run_file import read_run_file as read_run_file
     from deme_cli.sampling.sample import Images as Images

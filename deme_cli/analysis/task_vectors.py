@@ -23,8 +23,8 @@ from deme_cli.errors import ArtifactError, MissingError, NumericsError
 from deme_cli.files import TensorSpec
 from deme_cli.jobs import claim
 from deme_cli.merging.coefficients import network_order
-from deme_cli.merging.combine import block_of
 from deme_cli.merging.inputs import Inputs, find_base, is_projection, open_experts, open_inputs
+from deme_cli.merging.task_vectors import block_of
 from deme_cli.merging.tensor_stream import COMPUTED_IN, PIECE, TensorStream, float_runs, float_specs
 from deme_cli.run_file import RunFile
 

@@ -29,7 +29,7 @@ from deme_cli.evaluation.features import Extractor, load_extractor
 from deme_cli.evaluation.references import open_reference
 from deme_cli.merging.coefficients import Coefficients, Point
 from deme_cli.merging.inputs import COMPUTED_IN, Inputs
-from deme_cli.merging.methods import LINEAR, MethodSettings, fit_coefficients, open_method
+from deme_cli.merging.methods import LINEAR, METHODS, MethodSettings, fit_coefficients
 from deme_cli.merging.objectives import ExpertsLoss, GeneratedDistance, HeldOutLoss, Objective
 from deme_cli.merging.plan import SEARCH, MergePlan
 from deme_cli.merging.search import SOUP_NAME, Evaluate, Stage
@@ -48,7 +48,7 @@ class CandidateNetwork:
         self, inputs: Inputs, *, device: str, dtype: str, method: MethodSettings = LINEAR
     ) -> None:
         self._inputs, self._settings = inputs, method
-        self._method = open_method(inputs, method)
+        self._method = METHODS[method.name](inputs, method)
         theta = load_tensors(inputs.base.path)
         for spec in inputs.projections:
             theta[spec.name] = torch.eye(spec.shape[0])
@@ -90,10 +90,8 @@ class CandidateNetwork:
                 continue
             flat, total = grad.reshape(-1), np.zeros(len(self._inputs.experts))
             for start, stop in run.spans(PIECE):
-                if self._method.transform:
-                    _, taus = stream.counted(run, start, stop)
-                else:
-                    _, taus = stream.vectors(run, start, stop, np.dtype(np.float64))
+                wide = None if stream.transform else np.dtype(np.float64)
+                _, taus = stream.vectors(run, start, stop, wide)
                 piece = flat[start:stop].to("cpu", torch.float64).numpy()
                 total += [float((tau * piece).sum()) for tau in taus]
             slopes[name] = tuple(total.tolist())

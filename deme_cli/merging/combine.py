@@ -1,10 +1,10 @@
-"""Task vectors tau_i = theta_i - theta, and theta + sum_i w_i tau_i (Eq. 8), from files to a file.
+"""theta + sum_i w_i tau_i with tau_i = theta_i - theta (Eq. 8), from files to a file.
 
 What varies between methods is the list of terms of each tensor, and what becomes of the tau_i
 before (methods/); the rest is one engine, which subtracts as well. Sums are carried in float32
-(float64 tensors in float64) and rounded once to the base's dtype; integers are never averaged.
-Block projections count as identity matrices in the base: the vector of W_i is W_i - I. Norms and
-cosines are summed in float64 over pieces of the files. Nothing is held whole. No torch.
+(float64 tensors in float64) and rounded once to the dtype that is stored; integers are never
+averaged. Block projections count as identity matrices in the base: the vector of W_i is W_i - I.
+Nothing is held whole. No torch.
 N experts.
 """
 
@@ -13,36 +13,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from deme_cli.artifacts import ArtifactWriter, MergedRecord, Record, TaskVectorRecord
-from deme_cli.console import Progress, Step, silent
-from deme_cli.errors import ArtifactError, ConfigError, NumericsError
-from deme_cli.files import (
-    DTYPE_BYTES,
-    Header,
-    TensorSpec,
-    cast_specs,
-    require_output,
-    require_space,
-)
-from deme_cli.merging.coefficients import Coefficients, block_name
-from deme_cli.merging.inputs import (
-    COMPUTED_IN,
-    INTEGERS,
-    PROJECTION,
-    Expert,
-    Inputs,
-    find_base,
-    is_projection,
-    open_experts,
-    open_inputs,
-)
-from deme_cli.merging.methods import LINEAR, MethodSettings, fit_coefficients, open_method
+from deme_cli.artifacts import ArtifactWriter, MergedRecord, Record
+from deme_cli.errors import ArtifactError, NumericsError
+from deme_cli.files import DTYPE_BYTES, Header, TensorSpec, cast_specs
+from deme_cli.merging.coefficients import Coefficients
+from deme_cli.merging.inputs import COMPUTED_IN, INTEGERS, Inputs
+from deme_cli.merging.methods import LINEAR, METHODS, MethodSettings, fit_coefficients
 from deme_cli.merging.methods.linear import BASE
 from deme_cli.merging.tensor_stream import (
     BLOCK,
@@ -52,16 +33,12 @@ from deme_cli.merging.tensor_stream import (
     Terms,
     Transform,
     in_file_order,
-    inner_products,
     plan_runs,
     to_bytes,
     to_numbers,
 )
-from deme_cli.run_file import RunFile
 
 Advance = Callable[[int], None]
-Norms = list[dict[str, float]]
-Cosines = list[list[float | None]]
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 _BLOCKS = 3  # buffers that go round: one is filled while others are written
 
@@ -82,7 +59,7 @@ def merge_inputs(
     Raises ArtifactError, ConfigError or NumericsError; then no output appears.
     """
     given = fit_coefficients(inputs, coefficients, method)
-    opened = open_method(inputs, method)
+    opened = METHODS[method.name](inputs, method)
     terms = {spec.name: opened.terms(spec.name, given.of(spec.name)) for spec in inputs.specs}
     moves = any(terms[spec.name] != BASE for spec in inputs.projections)
     specs = inputs.specs if moves else inputs.base.tensors.values()
@@ -142,55 +119,49 @@ def write_sums(
         ThreadPoolExecutor(1, "deme-write") as pool,
         np.errstate(over="ignore", invalid="ignore"),  # looked for in the result
     ):
-        for run in runs:
-            for start, stop in run.spans(BLOCK):
-                if len(under_way) == _BLOCKS:
-                    under_way.popleft().result()  # its block is free again
-                block = blocks[number % _BLOCKS][: (stop - start) * DTYPE_BYTES[run.dtype]]
-                if run.dtype in INTEGERS:
-                    _copy_equal(stream, inputs, run, start, block)
-                    block *= not is_difference
-                else:
-                    _fill(stream, terms[run.specs[0].name], run, start, block)
-                    _require_finite(run, start, block, output)
-                under_way.append(pool.submit(writer.write, block))
-                number, written = number + 1, written + block.size
-                advance(written)
+        for run, (start, stop) in [(one, span) for one in runs for span in one.spans(BLOCK)]:
+            if len(under_way) == _BLOCKS:
+                under_way.popleft().result()  # its block is free again
+            block = blocks[number % _BLOCKS][: (stop - start) * DTYPE_BYTES[run.dtype]]
+            if run.dtype in INTEGERS:
+                _copy_equal(stream, inputs, run, start, block)
+                block *= not is_difference
+            else:
+                place = _fill(stream, terms[run.specs[0].name], run, start, block)
+                if place is not None:
+                    raise NumericsError(
+                        f"{output}: {run.name_at(place)!r} would not be finite in {run.dtype}; "
+                        f"look for NaN in the experts, or take smaller coefficients"
+                    )
+            under_way.append(pool.submit(writer.write, block))
+            number, written = number + 1, written + block.size
+            advance(written)
         for future in under_way:
             future.result()
     return writer.record
 
 
-def _fill(stream: TensorStream, terms: Terms, run: Run, start: int, out: np.ndarray) -> None:
-    """Put sum_k c_k y_k of the elements of `run` from `start` on into the bytes `out`."""
+def _fill(stream: TensorStream, terms: Terms, run: Run, start: int, out: np.ndarray) -> int | None:
+    """Put sum_k c_k y_k of the elements of `run` from `start` on into the bytes `out`; gives the
+    first that is not finite, if there is one."""
     source, c = terms[0] if len(terms) == 1 else (0, 0.0)
     is_copy = c == 1 and (stream.transform is None or terms == BASE)
-    if is_copy and run.dtypes[source] == run.dtype:
-        stream.read(source, run, start, out)  # bit for bit
-        return
-    size = PIECE * DTYPE_BYTES[run.dtype]
+    is_wide, size = run.dtype in ("F32", "F64"), PIECE * DTYPE_BYTES[run.dtype]
+    scratch, sums = np.empty((2, PIECE), np.float32)
     for offset in range(0, out.size, size):
         piece = out[offset : offset + size]
-        is_wide = run.dtype in ("F32", "F64")
-        total = piece.view(COMPUTED_IN[run.dtype]) if is_wide else stream.total[: piece.size // 2]
-        stream.add_up(run, start, terms, total)
-        if not is_wide:
-            to_bytes(total, run.dtype, piece)
-        start += PIECE
-
-
-def _require_finite(run: Run, start: int, out: np.ndarray, output: Path) -> None:
-    """Raises NumericsError naming the first tensor with a number in `out` that is not."""
-    size, scratch = PIECE * DTYPE_BYTES[run.dtype], np.empty(PIECE, np.float32)
-    for offset in range(0, out.size, size):
-        finite = np.isfinite(to_numbers(out[offset : offset + size], run.dtype, scratch))
+        if is_copy and run.dtypes[source] == run.dtype:
+            stream.read(source, run, start, piece)  # bit for bit
+        else:
+            total = piece.view(COMPUTED_IN[run.dtype]) if is_wide else sums[: piece.size // 2]
+            stream.add_up(run, start, terms, total)
+            if not is_wide:
+                to_bytes(total, run.dtype, piece)
+        finite = np.isfinite(to_numbers(piece, run.dtype, scratch))
         if not finite.all():
-            name = run.name_at(start + int(finite.argmin()))
-            raise NumericsError(
-                f"{output}: {name!r} would not be finite in {run.dtype}; "
-                f"look for NaN in the experts, or take smaller coefficients"
-            )
+            return start + int(finite.argmin())
         start += PIECE
+    return None
 
 
 def _copy_equal(
@@ -206,127 +177,3 @@ def _copy_equal(
                 f"{expert.path}: {run.name_at(start)!r} of integers ({run.dtype}) differs from "
                 f"{inputs.base.path}; integers have no average and no difference"
             )
-
-
-@dataclass(frozen=True)
-class TaskVectors:
-    """The files, in the order of the experts; how long the vectors are, and how alike.
-
-    norms: per expert L2 norms `total`, `relative` (to the base) and one per top-level block.
-    cosines: (N, N); None where a task vector is zero.
-    """
-
-    paths: list[Path]
-    inputs: Inputs
-    norms: Norms
-    cosines: Cosines
-
-
-def task_vector(
-    experts: Sequence[Path], *, base: Path | None = None, output: Path | None = None,
-    run: RunFile | None = None, save_dtype: str | None = None, force: bool = False,
-    progress: Progress = silent,
-) -> TaskVectors:  # fmt: skip
-    """Write each expert's task vector, tv_{i}of{N}.safetensors; measure norms and cosines.
-
-    base: None for that of `run`, or the one beside the experts.   output: the folder; None for
-    beside each expert.   save_dtype: of floating-point tensors; None for that of expert or base,
-    the wider one.
-
-    Raises MissingError, ArtifactError (experts of another base), ConfigError (an output exists).
-    """
-    opened = open_experts(experts, "expert")
-    inputs = open_inputs(find_base(opened, run or RunFile(), base), opened)
-    paths = [
-        (output or expert.path.parent) / f"tv_{expert.record.label}.safetensors"
-        for expert in opened
-    ]
-    layouts = [_difference_layout(inputs, expert, save_dtype) for expert in opened]
-    sizes = [sum(spec.num_bytes for spec in layout) for layout in layouts]
-    for index, path in enumerate(paths):
-        if path in paths[:index]:
-            raise ConfigError(f"two experts would both be written to {path}; choose other folders")
-        require_output(path, force=force)
-        beside = (n for n, one in zip(sizes, paths, strict=True) if one.parent == path.parent)
-        require_space(path, sum(beside))
-
-    def told(label: str, total: int, unit: str) -> Advance:
-        return lambda done: progress(Step(done, total, label, unit))
-
-    size = inputs.base.num_parameters
-    norms, cosines = measure(inputs, told("measuring", size, "parameter"))
-    for index, path in enumerate(paths):
-        advance = told(path.name, sizes[index], "byte")
-        write_task_vector(inputs, index, norms[index], path, layout=layouts[index], advance=advance)
-    return TaskVectors(paths, inputs, norms, cosines)
-
-
-def _difference_layout(
-    inputs: Inputs, expert: Expert, save_dtype: str | None = None
-) -> list[TensorSpec]:
-    """The tensors of a task vector: in `save_dtype`, else in the wider of the two dtypes."""
-    theirs = expert.header.tensors
-    wider = (
-        max(spec, theirs[spec.name], key=lambda one: DTYPE_BYTES[one.dtype])
-        for spec in inputs.specs
-    )
-    return in_file_order(cast_specs(wider, save_dtype))
-
-
-def block_of(name: str) -> str:
-    """The top-level block of a parameter: down_blocks.0, mid_block, transformer_blocks.3, ...
-
-    Channel projections are one block of their own, and what lies outside of all is `other`.
-    """
-    if is_projection(name):
-        return PROJECTION.rstrip(".")
-    return block_name(name) or "other"
-
-
-def measure(inputs: Inputs, advance: Advance = lambda done: None) -> tuple[Norms, Cosines]:
-    """Norms and pairwise cosines of the experts' task vectors, in one pass over the files.
-
-    Raises NumericsError naming a file and a tensor of it that is not finite, or a base of zeros.
-    """
-    by_block: dict[str, np.ndarray] = {}  # sums of (N + 1, N + 1) inner products
-    base_square = 0.0
-    for name, gram in inner_products(inputs, advance).items():
-        by_block[block_of(name)] = by_block.get(block_of(name), 0) + gram
-        base_square += 0.0 if is_projection(name) else gram[0, 0]  # a projection's base is I
-    if base_square == 0:
-        raise NumericsError(f"{inputs.base.path}: its weights are all zero")
-    dots = sum(by_block.values())[1:, 1:]  # type: ignore[index]  # a base has tensors
-    lengths = np.sqrt(np.diag(dots))
-    norms = [
-        {"total": float(total), "relative": float(total / np.sqrt(base_square)),
-         **{name: float(np.sqrt(by_block[name][i, i])) for name in sorted(by_block)}}
-        for i, total in enumerate(lengths, start=1)
-    ]  # fmt: skip
-    sizes = np.outer(lengths, lengths)
-    cosines: Cosines = [
-        [float(np.clip(dot / size, -1, 1)) if size else None
-         for dot, size in zip(*rows, strict=True)]
-        for rows in zip(dots, sizes, strict=True)
-    ]  # fmt: skip
-    return norms, cosines
-
-
-def write_task_vector(
-    inputs: Inputs, index: int, norms: dict[str, float], output: Path, *,
-    layout: list[TensorSpec] | None = None, advance: Advance = lambda done: None,
-) -> TaskVectorRecord:  # fmt: skip
-    """Write tau of the expert number `index` into `output`, with the tensors of `layout`.
-
-    layout: None for the wider dtype of base and expert, tensor by tensor.   Integers must be those
-    of the base; their difference is zero. Raises ArtifactError if not.
-    """
-    expert = inputs.experts[index]
-    alone = Inputs(inputs.base, inputs.base_record, (expert,))
-    fields = asdict(expert.record)
-    fields.pop("created_by")
-    record = TaskVectorRecord(**fields, expert=expert.record.fingerprint, norms=norms)
-    difference = {spec.name: ((1, 1.0), (0, -1.0)) for spec in alone.specs}
-    layout = layout or _difference_layout(inputs, expert)
-    return write_sums(
-        alone, difference, layout, record, output, is_difference=True, advance=advance
-    )

@@ -26,8 +26,8 @@ from deme_cli.diffusion.denoiser import TORCH_DTYPES
 from deme_cli.diffusion.lora import LowRank, layers_of
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.files import Header, read_header, require_output, write_whole
-from deme_cli.merging.combine import block_of
 from deme_cli.merging.inputs import is_projection, locate_base, require_same_tensors
+from deme_cli.merging.task_vectors import block_of
 from deme_cli.run_file import RunFile
 
 FORMATS = ("diffusers", "kohya")

@@ -186,30 +186,16 @@ def _search(plan: MergePlan, search: Search, world: World, progress: Progress) -
         with world.first_before_others():  # where it was asked to, the first one empties it
             opened.enter_context(journal)
         stop = opened.enter_context(StopRequests())
-        asked_at = time.monotonic()
-
-        def check(*done: int) -> None:
-            nonlocal asked_at
-            is_lost = 0
-            if time.monotonic() - asked_at >= _ASK_SECONDS:  # each question is a message
-                asked_at, is_lost = time.monotonic(), world.failure()
-            if stop.asked or is_lost:
-                num = sum(trial.is_done for trial in journal.trials())
-                kept = f"{num} trials are saved in {path}; run the same command again to continue"
-                if stop.asked:
-                    raise stop.stopped(kept)
-                raise Lost(f"another process of this launch has ended; {kept}")
-
         names = [one.name for one in objectives]
         tell = _teller(search, journal, names, progress)
+        check = _checker(stop, journal, world)
         search.run(journal, bench.evaluator(objectives, check), lambda: tell(check))
-        asked_at = math.inf  # the others may be gone
         if not world.is_first:
             return MergeResult(plan.output, is_written=False)
         best, record, warnings = conclude(search, journal.trials(), names)
         for text in warnings:
             console.warn(text)
-        with journal.ending(check) as is_over:
+        with journal.ending(_checker(stop, journal, ALONE)) as is_over:  # others may be gone
             if is_over and plan.output.exists():
                 note = f"{plan.output} was written by another process of this search"
                 progress(Step(note=note))
@@ -242,6 +228,27 @@ def _decides(plan: MergePlan, search: Search, protocols: list[dict[str, Any]]) -
         "objectives": protocols,
         "keep": [stage.keep for stage in plan.stages[:-1]],
     }
+
+
+def _checker(stop: StopRequests, journal: Journal, world: World) -> Check:
+    """What raises where the search is to stop, and says what is kept of it."""
+    asked_at = time.monotonic()
+
+    def check(*done: int) -> None:
+        nonlocal asked_at
+        is_lost = 0
+        if time.monotonic() - asked_at >= _ASK_SECONDS:  # each question is a message
+            asked_at, is_lost = time.monotonic(), world.failure()
+        if stop.asked or is_lost:
+            kept = (
+                f"{sum(trial.is_done for trial in journal.trials())} trials are saved in "
+                f"{journal.path}; run the same command again to continue"
+            )
+            if stop.asked:
+                raise stop.stopped(kept)
+            raise Lost(f"another process of this launch has ended; {kept}")
+
+    return check
 
 
 def _teller(

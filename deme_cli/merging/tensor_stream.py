@@ -2,21 +2,22 @@
 
 Pieces are small enough (PIECE elements) that a sum over many files stays in the processor's cache,
 and every buffer is used again, so memory does not grow with the files or their number. Floats are
-computed in float32, float64 tensors in float64. A projection that the base lacks counts as the
-identity there. No torch, and bfloat16 without a library: it is the upper half of a float32.
+computed in float32, float64 tensors in float64. `TensorStream.numbers` is the one door by which an
+input comes in: what it says of a tensor, or stands for where its file lacks it. No torch, and
+bfloat16 without a library: it is the upper half of a float32.
 N experts or task vectors, n elements of a piece, at most PIECE.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from io import FileIO
 from typing import Self
 
 import numpy as np
 
-from deme_cli.errors import ArtifactError, MissingError, NumericsError
+from deme_cli.errors import ArtifactError, NumericsError, reading
 from deme_cli.files import DTYPE_BYTES, Header, TensorSpec
 from deme_cli.merging.inputs import COMPUTED_IN, INTEGERS, Inputs
 
@@ -34,22 +35,16 @@ class Run:
     there, which may be another dtype than that of the specs.
     """
 
+    dtype: str
     specs: tuple[TensorSpec, ...]
     begins: tuple[int | None, ...]
     dtypes: tuple[str, ...]
 
-    @property
-    def dtype(self) -> str:
-        return self.specs[0].dtype
-
-    @property
-    def num_elements(self) -> int:
-        return sum(spec.num_elements for spec in self.specs)
-
     def spans(self, num_elements: int) -> Iterator[tuple[int, int]]:
         """[start, stop) of consecutive spans of at most `num_elements` elements."""
-        for start in range(0, self.num_elements, num_elements):
-            yield start, min(start + num_elements, self.num_elements)
+        size = sum(spec.num_elements for spec in self.specs)
+        for start in range(0, size, num_elements):
+            yield start, min(start + num_elements, size)
 
     def name_at(self, element: int) -> str:
         """The tensor that holds this element."""
@@ -61,7 +56,7 @@ class Run:
 
 
 def plan_runs(
-    layout: Sequence[TensorSpec],
+    layout: Iterable[TensorSpec],
     headers: Sequence[Header],
     group: Callable[[TensorSpec], object] = lambda spec: None,
 ) -> list[Run]:
@@ -71,22 +66,17 @@ def plan_runs(
     """
     runs: list[Run] = []
     ends: tuple[int | None, ...] = ()
+    last = None
     for spec in layout:
         places = [header.tensors.get(spec.name) for header in headers]
-        begins = tuple(None if place is None else place.begin for place in places)
-        dtypes = tuple(spec.dtype if place is None else place.dtype for place in places)
-        joins = (
-            begins == ends
-            and (spec.dtype, dtypes) == (runs[-1].dtype, runs[-1].dtypes)
-            and spec.dtype in COMPUTED_IN
-            and group(spec) == group(runs[-1].specs[-1])
-            and None not in begins
-        )
-        if joins:
-            runs[-1] = Run((*runs[-1].specs, spec), runs[-1].begins, dtypes)
+        begins = tuple(place and place.begin for place in places)
+        dtypes = tuple(place.dtype if place else spec.dtype for place in places)
+        kind = (spec.dtype, dtypes, group(spec))
+        if kind == last and begins == ends and spec.dtype in COMPUTED_IN and None not in begins:
+            runs[-1] = Run(spec.dtype, (*runs[-1].specs, spec), runs[-1].begins, dtypes)
         else:
-            runs.append(Run((spec,), begins, dtypes))
-        ends = tuple(None if place is None else place.end for place in places)
+            runs.append(Run(spec.dtype, (spec,), begins, dtypes))
+        last, ends = kind, tuple(place and place.end for place in places)
     return runs
 
 
@@ -100,37 +90,48 @@ class TensorStream:
 
     def __init__(self, inputs: Inputs, transform: Transform | None = None) -> None:
         self._inputs, self.transform = inputs, transform
-        self._are_vectors = [expert.is_vector for expert in inputs.experts]
-        self._files: list[FileIO] = []
         self._raw = np.empty(PIECE * max(DTYPE_BYTES.values()), np.uint8)
         self._scratch = np.empty(PIECE, np.float32)
         self._buffers: dict[np.dtype, np.ndarray] = {}
-        self.total = np.empty(PIECE, np.float32)  # for a sum that is not taken where it is stored
 
     def __enter__(self) -> Self:
-        try:
-            for header in self._inputs.headers:
-                self._files.append(open(header.path, "rb", buffering=0))
-        except OSError as error:
-            self.__exit__()
-            raise MissingError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        with ExitStack() as opened:
+            self._files = []
+            for path in [header.path for header in self._inputs.headers]:
+                with reading(path):
+                    self._files.append(opened.enter_context(open(path, "rb", buffering=0)))
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file in self._files:
-            file.close()
+        self._opened.close()
+
+    def numbers(self, source: int, run: Run, start: int, size: int) -> np.ndarray:
+        """What an input says of the run's elements from `start` on: (n,) float32, float64 for F64.
+
+        An expert gives its weights, a task vector its differences (`Expert.is_vector`); where the
+        file lacks the run, it stands for an identity matrix (a projection the base has not).
+        """
+        dtype = run.dtypes[source]
+        if run.begins[source] is None:
+            numbers, width = np.zeros(size, COMPUTED_IN[dtype]), run.specs[0].shape[0]
+            numbers[-start % (width + 1) :: width + 1] = 1
+            return numbers
+        raw = self._raw[: size * DTYPE_BYTES[dtype]]
+        self.read(source, run, start, raw)
+        return to_numbers(raw, dtype, self._scratch)
 
     def read(self, source: int, run: Run, start: int, out: np.ndarray) -> None:
-        """Fill the uint8 array `out` with the run's bytes in file `source`, from element `start`.
+        """Fill the uint8 array `out` with the bytes of an input from element `start` of the run on.
 
-        Where the file lacks the run, it stands for an identity matrix (a projection the base has
-        not). Raises ArtifactError if the file ends too early.
+        Raises ArtifactError if the file ends too early.
         """
-        begin = run.begins[source]
+        begin, dtype = run.begins[source], run.dtypes[source]
         if begin is None:
-            _fill_identity(run.specs[0], start, out)
+            size = out.size // DTYPE_BYTES[dtype]
+            to_bytes(self.numbers(source, run, start, size), dtype, out)
             return
-        file, position = self._files[source], begin + start * DTYPE_BYTES[run.dtypes[source]]
+        file, position = self._files[source], begin + start * DTYPE_BYTES[dtype]
         if file.tell() != position:
             file.seek(position)
         view = out.data
@@ -140,55 +141,44 @@ class TensorStream:
                 raise ArtifactError(f"{file.name}: ended while {run.name_at(start)!r} was read")
             view = view[count:]
 
-    def numbers(self, source: int, run: Run, start: int, size: int) -> np.ndarray:
-        """What one file holds (n,), in float32, float64 for F64."""
-        dtype = run.dtypes[source]
-        raw = self._raw[: size * DTYPE_BYTES[dtype]]
-        self.read(source, run, start, raw)
-        return to_numbers(raw, dtype, self._scratch)
-
     def vectors(
         self, run: Run, start: int, stop: int, dtype: np.dtype | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """theta (n,) and the tau_i (N, n), not transformed, of at most PIECE elements.
+        """theta (n,) and the tau_i (N, n) of at most PIECE elements, transformed if they are to be;
+        then the run is of one tensor.
 
         Experts are subtracted from, stored task vectors read as they are.   dtype: what to compute
         in; unset: float32, float64 for F64.
         """
         kind = COMPUTED_IN[run.dtype] if dtype is None else dtype
+        experts = self._inputs.experts
         if kind not in self._buffers:
-            self._buffers[kind] = np.empty((len(self._are_vectors) + 1, PIECE), kind)
-        numbers = self._buffers[kind][:, : stop - start]
-        for source, row in enumerate(numbers):
-            row[:] = self.numbers(source, run, start, stop - start)
-            if source and not self._are_vectors[source - 1]:
-                row -= numbers[0]
-        return numbers[0], numbers[1:]
-
-    def counted(self, run: Run, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """theta (n,) and the transformed tau_i (N, n) of a run of one tensor."""
-        theta, taus = self.vectors(run, start, stop)
+            self._buffers[kind] = np.empty((len(experts) + 1, PIECE), kind)
+        theta, *taus = rows = self._buffers[kind][:, : stop - start]
+        theta[:] = self.numbers(0, run, start, stop - start)
+        for source, (expert, tau) in enumerate(zip(experts, taus, strict=True), start=1):
+            tau[:] = self.numbers(source, run, start, stop - start)
+            if not expert.is_vector:
+                tau -= theta
         if self.transform is not None:
-            self.transform(run.specs[0].name, start, taus)
-        return theta, taus
+            self.transform(run.specs[0].name, start, rows[1:])
+        return theta, rows[1:]
 
     def add_up(self, run: Run, start: int, terms: Terms, total: np.ndarray) -> None:
         """Put sum_k c_k y_k of the run's elements from `start` on into `total` (n,).
 
-        y_0 is the base, y_i what file i holds or, with a transform, the transformed tau_i.
+        y_0 is the base, y_i what input i says or, with a transform, the transformed tau_i.
         total: float32, float64 for F64. Without a transform the files are read one after another.
         """
         if self.transform is not None:
-            theta, taus = self.counted(run, start, start + len(total))
+            theta, taus = self.vectors(run, start, start + len(total))
         for place, (source, c) in enumerate(terms):
             if self.transform is not None:
                 numbers = taus[source - 1] if source else theta
             else:
                 numbers = self.numbers(source, run, start, len(total))
-            if place == 0:
-                np.multiply(numbers, c, out=total)
-            else:
-                np.multiply(numbers, c, out=numbers)
+            np.multiply(numbers, c, out=numbers if place else total)
+            if place:
                 np.add(total, numbers, out=total)
 
 
@@ -235,14 +225,6 @@ def inner_products(
                     raise NumericsError(f"{header.path}: {name!r} is not finite")
             products[name] = np.tril(gram) + np.tril(gram, -1).T
     return products
-
-
-def _fill_identity(spec: TensorSpec, start: int, out: np.ndarray) -> None:
-    """Elements `start` ... of the flattened identity matrix of the spec's shape, as its bytes."""
-    width = spec.shape[0]
-    values = np.zeros(out.size // DTYPE_BYTES[spec.dtype], COMPUTED_IN[spec.dtype])
-    values[-start % (width + 1) :: width + 1] = 1
-    to_bytes(values, spec.dtype, out)
 
 
 def to_numbers(raw: np.ndarray, dtype: str, scratch: np.ndarray) -> np.ndarray:

@@ -17,8 +17,8 @@ from deme_cli.analysis.task_vectors import analyze_task_vectors
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
 from deme_cli.errors import ArtifactError, NumericsError
 from deme_cli.files import read_header
-from deme_cli.merging.combine import measure, write_task_vector
 from deme_cli.merging.inputs import open_experts, open_inputs
+from deme_cli.merging.task_vectors import measure, write_task_vector
 
 PROJECTION = "channel_projection.mid_block.weight"
 

@@ -14,9 +14,10 @@ from deme_cli.artifacts import MergedRecord, fingerprint_file, load_tensors, rea
 from deme_cli.diffusion.projection import PREFIX
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
 from deme_cli.merging.coefficients import Coefficients
-from deme_cli.merging.combine import measure, merge_inputs, write_task_vector
+from deme_cli.merging.combine import merge_inputs
 from deme_cli.merging.inputs import PROJECTION, open_experts, open_inputs
 from deme_cli.merging.methods.linear import linear_terms
+from deme_cli.merging.task_vectors import measure, write_task_vector
 
 # unit roundoff of what is stored, and the largest absolute error of its smallest numbers
 ROUNDOFF = {

@@ -10,8 +10,8 @@ import torch
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.diffusion.projection import PREFIX
 from deme_cli.errors import ArtifactError, MissingError, NumericsError
-from deme_cli.merging.combine import block_of, measure, write_task_vector
 from deme_cli.merging.inputs import find_base, open_experts, open_inputs
+from deme_cli.merging.task_vectors import block_of, measure, write_task_vector
 from deme_cli.run_file import read_run_file
 
 NAMES = {

@@ -36,6 +36,7 @@ class MethodSettings:
 
 
 USES = {"ties": ("density", "trim"), "dare": ("density", "seed")}
+# What opens a method for these files; all but linear and dare read them once or twice here.
 METHODS: dict[str, Callable[[Inputs, MethodSettings], Method]] = {
     "linear": lambda inputs, settings: linear(inputs),
     "ties": lambda inputs, settings: ties(inputs, density=settings.density, trim=settings.trim),
@@ -44,11 +45,6 @@ METHODS: dict[str, Callable[[Inputs, MethodSettings], Method]] = {
     "model-stock": lambda inputs, settings: model_stock(inputs),
 }
 LINEAR = MethodSettings()
-
-
-def open_method(inputs: Inputs, settings: MethodSettings = LINEAR) -> Method:
-    """The method for these files; all but linear and dare read them once or twice here."""
-    return METHODS[settings.name](inputs, settings)
 
 
 def fit_coefficients(

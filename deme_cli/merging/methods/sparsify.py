@@ -49,7 +49,7 @@ def ties(inputs: Inputs, *, density: float, trim: str) -> Method:
 
 def _thresholds(inputs: Inputs, density: float, trim: str) -> dict[str, np.ndarray]:
     """The least magnitude kept of each expert (N,), float32, by tensor."""
-    tensors = [run for run in float_runs(inputs) if run.num_elements]
+    tensors = [run for run in float_runs(inputs) if run.specs[0].num_elements]
     if trim == "tensor":
         return {run.specs[0].name: _threshold(inputs, density, [run]) for run in tensors}
     shared = _threshold(inputs, density, float_runs(inputs, by_tensor=False))

@@ -101,7 +101,7 @@ def taus_of() -> Callable[[Known], list[dict[str, list[float]]]]:
 
 def stored_vectors(known: Known) -> Known:
     """The same inputs with task vectors in place of its experts."""
-    from deme_cli.merging.combine import measure, write_task_vector
+    from deme_cli.merging.task_vectors import measure, write_task_vector
 
     paths = []
     for index, norms in enumerate(measure(known.inputs)[0]):
