@@ -124,14 +124,13 @@ class Workbench:
             )
         return self._networks[method]
 
-    def at(self, coefficients: Coefficients | None) -> list[SamplingExpert]:
-        """The method's network for these coefficients, None for those it finds itself or 1/N; valid
-        until the next one is asked for."""
-        return single(self.network().at(coefficients))
-
-    def linear(self, coefficients: Sequence[float]) -> list[SamplingExpert]:
-        """theta + sum_i w_i tau_i with the same N coefficients everywhere; valid until the next."""
-        return single(self.network(LINEAR).at(coefficients))
+    def at(
+        self, coefficients: Coefficients | Sequence[float] | None,
+        method: MethodSettings | None = None,
+    ) -> list[SamplingExpert]:  # fmt: skip
+        """The network for these coefficients, None for those its method finds itself or 1/N; valid
+        until the next one is asked for. method: another than the plan's."""
+        return single(self.network(method).at(coefficients))
 
     def ensemble(self) -> list[SamplingExpert]:
         """The experts, each in its range, taking turns in the one network (Eq. 7).
@@ -145,7 +144,7 @@ class Workbench:
         experts = self.inputs.experts
 
         def load(index: int) -> Denoiser:
-            return self.linear([float(i == index) for i in range(len(experts))])[0].load()
+            return self.network(LINEAR).at([float(i == index) for i in range(len(experts))])
 
         return [
             SamplingExpert(experts[index].record.timesteps, partial(load, index))

@@ -156,23 +156,9 @@ class Space:
         """Lower and upper bound of each of the D numbers."""
         return list(self.bounds) * len(self.all_groups)
 
-    def holds(self, point: Point) -> bool:
-        """Whether a point lies within the bounds."""
-        return all(low <= w <= high for w, (low, high) in zip(point, self.box, strict=True))
-
     def everywhere(self, coefficients: Sequence[float]) -> Point:
         """The point that gives every group the same N coefficients."""
         return tuple(float(w) for w in coefficients) * len(self.all_groups)
-
-    @property
-    def base(self) -> Point:
-        """All 0: the base itself, where nothing is fixed to something else."""
-        return self.everywhere([0.0] * len(self.experts))
-
-    @property
-    def mean(self) -> Point:
-        """1/N each."""
-        return self.everywhere([1 / len(self.experts)] * len(self.experts))
 
     def coefficients(self, point: Point) -> Coefficients:
         """What a point stands for; without a rest, its place is taken by the mean over groups."""

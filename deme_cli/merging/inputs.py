@@ -30,24 +30,20 @@ INTEGERS = frozenset({"I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOO
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert or a task vector: its header and its record."""
+    """An expert or its task vector: its header, its record, and how it is read.
+
+    fingerprint: of the expert, also where only its task vector is at hand.   is_vector: whether its
+    tensors are the differences to the base (see `TensorStream.numbers`).
+    """
 
     header: Header
     record: ExpertRecord
+    fingerprint: str
+    is_vector: bool = False
 
     @property
     def path(self) -> Path:
         return self.header.path
-
-    @property
-    def is_vector(self) -> bool:
-        return isinstance(self.record, TaskVectorRecord)
-
-    @property
-    def expert_fingerprint(self) -> str:
-        """Fingerprint of the expert, also where only its task vector is at hand."""
-        record = self.record
-        return record.expert if isinstance(record, TaskVectorRecord) else record.fingerprint
 
 
 @dataclass(frozen=True)
@@ -115,11 +111,12 @@ def open_experts(paths: Sequence[Path], *kinds: str) -> list[Expert]:
                 f"{path}: expected an artifact of kind {expected}, found {record.kind!r}"
             )
         assert isinstance(record, ExpertRecord)
+        is_vector = record.kind == "task-vector"
+        fingerprint = record.expert if isinstance(record, TaskVectorRecord) else record.fingerprint
         for other in experts:
-            same = Expert(header, record).expert_fingerprint == other.expert_fingerprint
-            if same and record.range == other.record.range:
+            if (fingerprint, record.range) == (other.fingerprint, other.record.range):
                 raise ConfigError(f"{other.path} and {path} are the same expert; give it once")
-        experts.append(Expert(header, record))
+        experts.append(Expert(header, record, fingerprint, is_vector))
     return experts
 
 

@@ -25,6 +25,7 @@ from deme_cli.errors import NumericsError
 from deme_cli.jobs import StopRequests
 from deme_cli.merging.candidates import Workbench
 from deme_cli.merging.coefficients import Coefficients
+from deme_cli.merging.methods import LINEAR
 from deme_cli.merging.objectives import HeldOutLoss, Objective
 from deme_cli.merging.plan import REPORT
 from deme_cli.merging.search import Stage
@@ -109,7 +110,7 @@ def report_rows(bench: Workbench, given: Coefficients | None) -> list[Row]:
              for k, name in enumerate(names)]  # fmt: skip
     plain = [(BASE, [0.0] * count), ("1/N each", [1 / count] * count), ("1 each", [1.0] * count)]
     shown = [*plain, *alone] if count > 1 else plain[:2]
-    rows: list[Row] = [(name, w, partial(bench.linear, w)) for name, w in shown]
+    rows: list[Row] = [(name, w, partial(bench.at, w, LINEAR)) for name, w in shown]
     if count > 1 and search and search.soup:
         found = search.space.coefficients(search.soup)
         values = list(search.space.summary(search.soup))

@@ -19,9 +19,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -234,10 +232,6 @@ def greedy_soup(space: Space) -> Generator[list[Wanted], Sequence[Trial], Point]
     return soup
 
 
-class _Spent(Exception):
-    """The sampler's budget is used up."""
-
-
 class Search:
     """What is searched. `evaluations` and `seconds` (of all trials together) limit the sampler, not
     the stages above it; `with_soup` adds the greedy soup to the candidates, which `soup` tells once
@@ -250,17 +244,19 @@ class Search:
         self, method: str, space: Space, stages: Sequence[Stage], *, grid: Grid | None, seed: int,
         evaluations: int | None, seconds: float = math.inf, with_soup: bool = False,
     ) -> None:  # fmt: skip
-        if not space.box:
+        if not space.all_groups:
             raise ConfigError(
                 "--coefficients-for sets every tensor, which leaves nothing to search for; leave "
                 "out --search, or narrow the globs"
             )
         self.method, self.space, self.stages, self.seconds = method, space, stages, seconds
-        self.grid, self.with_soup = grid, with_soup
+        self.grid, self.with_soup, count = grid, with_soup, len(space.experts)
+        self.base = space.everywhere([0.0] * count)  # itself, where nothing is fixed otherwise
+        self.mean = space.everywhere([1 / count] * count)
         self.soup: Point | None = None
         if grid is not None:
             points = grid_points(grid, len(space.all_groups))
-            points = [point for point in points if point not in (space.base, space.mean)]
+            points = [point for point in points if point not in (self.base, self.mean)]
             num, self._sampler = evaluations or len(points), sample(points)
         elif method == "gradient":
             num = evaluations or DESCENT_STEPS * (2 if space.groups else 1)
@@ -272,7 +268,7 @@ class Search:
                 else evolve(space, seed) if method == "cmaes" else estimate(space, seed)
             )  # fmt: skip
         self.evaluations = num
-        soup_size = 2 * len(space.experts) - 1 if with_soup else 0
+        soup_size = 2 * count - 1 if with_soup else 0
         # how many trials it will take, about
         self.expected = 2 + num + soup_size + sum(stage.keep + 2 for stage in stages[:-1])
         self._steps = self._run_through()
@@ -280,9 +276,8 @@ class Search:
 
     def _run_through(self) -> Steps:
         """The whole search."""
-        trials = yield [(0, self.space.base, BASE_NAME), (0, self.space.mean, MEAN_NAME)]
-        with suppress(_Spent):
-            yield from self._sampler
+        yield [(0, self.base, BASE_NAME), (0, self.mean, MEAN_NAME)]
+        yield from self._sampler
         if self.with_soup:
             self.soup = yield from greedy_soup(self.space)
         for stage, below in enumerate(self.stages[:-1]):
@@ -304,17 +299,16 @@ class Search:
             is_sampled = not any(stage or name for stage, _, name in self._wanted[:1])
             begun = of_sampler if is_sampled else known  # a soup teaches the sampler nothing
             free = next((one for one in self._wanted if one[:2] not in begun), None)
-            go_on = partial(self._steps.send, trials)
             if free and not (is_sampled and is_spent):
                 return free
             if free and not is_running:
-                go_on = partial(self._steps.throw, _Spent())
+                self._sampler.close()  # its budget is used up
             elif free or not (
                 all(begun[one[:2]] for one in self._wanted) or (is_sampled and self.method == "tpe")
             ):
                 return "wait"
             try:
-                self._wanted = go_on()
+                self._wanted = self._steps.send(trials)
             except StopIteration:
                 self._wanted = None
         return "wait" if is_running else None
@@ -369,7 +363,9 @@ def conclude(
     if not any(best.point) and not search.space.fixed:
         notes.append("no candidate is better than the base; the merged model is the base itself")
     for index, (stage, metric) in enumerate(zip(search.stages, metrics, strict=True)):
-        rho, shared = rank_correlation(*by_stage[index : index + 2])
+        rho, shared = None, 0
+        if index + 1 < len(by_stage):
+            rho, shared = rank_correlation(by_stage[index], by_stage[index + 1])
         if rho is not None and rho < WEAK_RHO and shared >= ENOUGH:
             notes.append(
                 f"{metric} and {metrics[index + 1]} rank the candidates differently (Spearman's "
@@ -392,9 +388,7 @@ def conclude(
     return best, record, notes
 
 
-def rank_correlation(
-    lower: Sequence[Trial], upper: Sequence[Trial] = ()
-) -> tuple[float | None, int]:
+def rank_correlation(lower: Sequence[Trial], upper: Sequence[Trial]) -> tuple[float | None, int]:
     """Spearman's rho of two stages over the candidates that both have judged, and how many these
     are; None for fewer than 3 or where one gives all the same."""
     values = {trial.point: trial.value for trial in lower}

@@ -29,21 +29,17 @@ WHISKER = 1.5  # quartile ranges above the third quartile from which a value is 
 
 @dataclass(frozen=True)
 class ShownSearch:
-    """The trials of a journal, `labels` of their numbers; best: a trial of the last stage. Without
-    a finite trial there is none, nor a picture."""
+    """The trials of a journal, `labels` of their numbers; objectives: what each stage measures;
+    best: a trial of the last stage. Without a finite trial there is none, nor a picture."""
 
     journal: Path
     search: Mapping[str, Any]
     labels: Sequence[str]
     trials: Sequence[Trial]
+    objectives: Sequence[str]
     is_finished: bool
     best: Trial | None = None
     picture: Path | None = None
-
-    @property
-    def objectives(self) -> list[str]:
-        """What each stage measures."""
-        return [objective["name"] for objective in self.search["objectives"]]
 
 
 def journal_path(output: Path) -> Path:
@@ -60,21 +56,22 @@ def show_search(path: Path) -> ShownSearch:
     if not journal.is_file() and journal != path:
         raise MissingError(f"{path}: no journal of its search beside it ({journal.name})")
     search, labels, trials, merged = read_journal(journal)
-    shown = ShownSearch(journal, search, labels, trials, merged is not None)
+    names = [objective["name"] for objective in search["objectives"]]
+    shown = ShownSearch(journal, search, labels, trials, names, merged is not None)
     done = [trial for trial in trials if trial.is_done]
     top = max((trial.stage for trial in done if math.isfinite(trial.value)), default=None)
     if top is None:
         return shown
     best = ranked([trial for trial in done if trial.stage == top])[0]
     picture = journal.with_name(f"{journal.name.removesuffix('.trials.jsonl')}.search.png")
-    write_whole(picture, [_draw(done, best, labels, shown.objectives)])
+    write_whole(picture, _draw(done, best, labels, names))
     return replace(shown, best=best, picture=picture)
 
 
 def _draw(
     trials: Sequence[Trial], best: Trial, labels: Sequence[str], objectives: Sequence[str]
 ) -> bytes:
-    """A search as a PNG. labels: of the D numbers; objectives: what each stage minimised."""
+    """A search as a PNG."""
     import matplotlib
     import numpy as np
     from matplotlib.figure import Figure
@@ -103,9 +100,10 @@ def _draw(
             cmap="viridis", vmin=low, vmax=high,
         )  # fmt: skip
         right.plot(places[0], best.point, "*", color=BEST, markersize=8, label="best")
+        right.set(ylabel="coefficient", xlabel="coefficients")
         if len(labels) <= MOST_NAMED:
             right.set_xticks(places[0], labels, rotation=30, ha="right")
-        right.set(ylabel="coefficient", xlabel="" if len(labels) <= MOST_NAMED else "coefficients")
+            right.set_xlabel("")
         right.legend(loc="upper right", fontsize="small")
         figure.colorbar(drawn, label=objectives[0])
         stream = io.BytesIO()

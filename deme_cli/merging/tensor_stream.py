@@ -69,14 +69,14 @@ def plan_runs(
     last = None
     for spec in layout:
         places = [header.tensors.get(spec.name) for header in headers]
-        begins = tuple(place and place.begin for place in places)
+        begins = tuple(place.begin if place else None for place in places)
         dtypes = tuple(place.dtype if place else spec.dtype for place in places)
         kind = (spec.dtype, dtypes, group(spec))
         if kind == last and begins == ends and spec.dtype in COMPUTED_IN and None not in begins:
             runs[-1] = Run(spec.dtype, (*runs[-1].specs, spec), runs[-1].begins, dtypes)
         else:
             runs.append(Run(spec.dtype, (spec,), begins, dtypes))
-        last, ends = kind, tuple(place and place.end for place in places)
+        last, ends = kind, tuple(place.end if place else None for place in places)
     return runs
 
 

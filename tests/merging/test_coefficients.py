@@ -139,10 +139,6 @@ def test_every_number_of_a_point_has_a_name_bounds_and_a_group(space: Space) -> 
         values = found.finer[group] if group not in ("", "*") else found.values
         assert values[expert] == point[index]
     assert space.summary(start) == pytest.approx(START)
-    assert space.base == (0.0,) * count
-    assert space.mean == (1 / 3,) * count
-    assert space.holds(start)
-    assert not space.holds(space.everywhere((2.0, 0.5, 0.0)))
 
 
 def test_what_is_fixed_is_decided_first_and_without_a_rest_the_mean_is_shown() -> None:

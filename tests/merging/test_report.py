@@ -18,6 +18,7 @@ from deme_cli.diffusion.denoiser import load_denoiser, predict
 from deme_cli.errors import NumericsError
 from deme_cli.merging.candidates import Workbench
 from deme_cli.merging.combine import merge_inputs
+from deme_cli.merging.methods import LINEAR
 from deme_cli.merging.objectives import HeldOutLoss
 from deme_cli.merging.plan import REPORT, open_plan
 from deme_cli.merging.report import Metric, Sample, measure_rows, verdict
@@ -59,10 +60,10 @@ def measured(
 ) -> dict[str, dict[str, Any]]:
     """Figures of base, ensemble, and the linear merge at w, by row and metric."""
     zero = [0.0] * len(w)
-    rows = [("base", zero, lambda: bench.linear(zero))]
+    rows = [("base", zero, lambda: bench.at(zero, LINEAR))]
     if ensemble:
         rows.append(("ensemble", None, bench.ensemble))
-    rows.append(("merged", list(w), lambda: bench.linear(w)))
+    rows.append(("merged", list(w), lambda: bench.at(w, LINEAR)))
     ranges = sorted(expert.record.timesteps for expert in bench.inputs.experts)
     documents = [document for document, _ in measure_rows(rows, metrics, ranges, go_on)]
     assert documents[-1]["coefficients"] == list(w)
@@ -135,7 +136,7 @@ def test_a_timestep_without_an_expert_counts_for_no_range(run_folder: Path) -> N
     metric = open_metric(pair, num=400, seeds=SEEDS[:1])
     row = measured(pair, metric, ensemble=False, w=(1.0, 0.5))["merged"]
     (objective,) = metric
-    errors = objective.errors(pair.linear((1.0, 0.5)), go_on).numpy()
+    errors = objective.errors(pair.at((1.0, 0.5), LINEAR), go_on).numpy()
     times = objective.draws.t.numpy()
     for start in (0, 50):
         inside = (times >= start) & (times < start + 25)
@@ -151,8 +152,8 @@ def test_the_interval_is_that_of_a_bootstrap_over_images_with_all_their_draws(
     merged = measured(bench, metric, ensemble=False)["merged"]["loss"]
     pairs = []
     for objective in metric:
-        base = objective.errors(bench.linear([0.0] * 4), go_on).numpy()
-        pairs.append((objective.errors(bench.linear(W), go_on).numpy() - base,
+        base = objective.errors(bench.at([0.0] * 4, LINEAR), go_on).numpy()
+        pairs.append((objective.errors(bench.at(W, LINEAR), go_on).numpy() - base,
                       objective.draws.images.numpy()))  # fmt: skip
     draw, means = np.random.default_rng(1), []
     for _ in range(1000):
@@ -188,7 +189,7 @@ def test_distances_are_those_of_the_objective_and_their_interval_that_of_images_
 ) -> None:
     opened = open_metric(bench, name, num=40)
     row = measured(bench, opened, ensemble=False)["merged"][metric]
-    made = [[o.features(bench.linear(w), go_on) for o in opened] for w in (W, [0.0] * 4)]
+    made = [[o.features(bench.at(w, LINEAR), go_on) for o in opened] for w in (W, [0.0] * 4)]
     values, zero = ([o.distance(f) for o, f in zip(opened, fs, strict=True)] for fs in made)
     assert row["values"] == pytest.approx(values, rel=1e-6)
     assert row["difference"] == pytest.approx(np.mean(values) - np.mean(zero), rel=1e-4)
@@ -218,7 +219,7 @@ def test_a_row_that_is_not_finite_has_no_figures_and_a_base_that_is_not_ends_it(
         assert broken["interval"] == [None, None]
     assert rows["ensemble"]["loss"]["value"] is None, "the second expert owns a range"
     assert math.isfinite(rows["ensemble"]["loss 0:25"]["value"])
-    bad = [("base", None, lambda: spoilt.linear((0.0, 1.0, 0.0, 0.0)))]
+    bad = [("base", None, lambda: spoilt.at((0.0, 1.0, 0.0, 0.0), LINEAR))]
     for metric in metrics:
         with pytest.raises(NumericsError, match="the base's own figures are not finite"):
             list(measure_rows(bad, [metric], RANGES, go_on))

@@ -247,7 +247,7 @@ def test_the_greedy_soup_is_that_of_the_recipe(seed: int) -> None:
     asked = drive(search, function)
     assert search.soup == soup
     beside = {one.point for one in asked if one.name == SOUP_NAME}
-    assert beside <= set(tried) <= beside | {search.space.base, search.space.mean}
+    assert beside <= set(tried) <= beside | {search.base, search.mean}
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -355,7 +355,7 @@ def climb(objectives: Callable[[int, Point], float] = staged) -> tuple[Search, l
 def test_each_stage_judges_what_the_one_before_kept_and_the_references() -> None:
     search, asked = climb()
     stages = [points_of(asked, stage) for stage in range(3)]
-    references = {search.space.base, search.space.mean}
+    references = {search.base, search.mean}
 
     def best(points: list[Point], stage: int, keep: int) -> set[Point]:
         own = [point for point in points if point not in references]
@@ -384,7 +384,7 @@ def test_the_last_stage_decides_and_the_record_tells_of_all() -> None:
     ]
     assert record == {
         "objective": "fid", "evaluations": 39, "best": best.value, "seconds": 39,
-        "values": {"base": staged(2, search.space.base), "mean": staged(2, search.space.mean),
+        "values": {"base": staged(2, search.base), "mean": staged(2, search.mean),
                    "best": best.value},
         "rungs": [
             {"objective": "loss", "num": 64, "evaluations": 26, "keep": 6, "rho_to_next": rhos[0]},

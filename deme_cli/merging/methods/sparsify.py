@@ -135,7 +135,7 @@ def dare(inputs: Inputs, *, density: float, seed: int) -> Method:
     def drop_and_rescale(name: str, start: int, taus: np.ndarray) -> None:
         for expert, tau in zip(inputs.experts, taus, strict=True):
             tau *= keeps(
-                start, len(tau), seed=seed, expert=expert.expert_fingerprint, name=name,
+                start, len(tau), seed=seed, expert=expert.fingerprint, name=name,
                 density=density,
             )  # fmt: skip
             tau *= 1 / density

@@ -27,7 +27,7 @@ def test_a_merge_drops_and_rescales_element_by_element(
                 0,
                 len(tau[name]),
                 seed=4,
-                expert=expert.expert_fingerprint,
+                expert=expert.fingerprint,
                 name=name,
                 density=density,
             )
