@@ -26,7 +26,7 @@ from deme_cli.run_file import RunFile, read_run_file
 if TYPE_CHECKING:
     from deme_cli.comparison.jobs import Failure, Job
     from deme_cli.comparison.stage import Stage
-    from deme_cli.comparison.table import Comparison, Result, Row
+    from deme_cli.comparison.table import Comparison
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,14 @@ def compare(
 
         stage = open_stage(chosen, run, folder, base=run.base, device=device, dtype=dtype)
         rows = jobs_of(stage)
-        asked = {name: list(rows[name].values()) for name in _asked(list(rows), only)}
+        for pattern in only:
+            if not any(fnmatchcase(name, pattern) for name in rows):
+                shown = ", ".join(map(repr, rows))
+                raise ConfigError(f"--only {pattern!r}: no row of that name; there are {shown}")
+        asked = {
+            name: list(row.values()) for name, row in rows.items()
+            if not only or any(fnmatchcase(name, pattern) for pattern in only)
+        }  # fmt: skip
         todo = {
             name: [*(job.needs for job in row if job.needs and not job.is_done), *row]
             for name, row in asked.items()  # without the trainings whose results are there
@@ -92,8 +99,15 @@ def compare(
         if not table and not all(job.is_done for job in every):
             _check_measures(stage)
         if dry_run:
-            _tell_jobs(stage, todo, progress)
-            return Compared(num_jobs=len({job.folder for job in every}))
+            seen, by_name = set[Path](), {one.name: one for one in chosen.rows}
+            for name, row in todo.items():
+                cost = stage.flops(by_name[name]) * stage.updates[name] / 1e12
+                told = f": {cost:.3g} TFLOP of training per seed" if cost else ""
+                progress(Step(note=f"{name}{told}"))
+                for job in [job for job in row if job.folder not in seen]:
+                    progress(Step(note=f"  {job.title}: {'done' if job.is_done else 'to do'}"))
+                    seen.add(job.folder)
+            return Compared(num_jobs=len(seen))
         if not table:
             work_off(every, jobs, progress)
         found, failures = collect(stage, rows), []
@@ -132,15 +146,6 @@ def _run_of(
     return read_run_file(place / CONFIG_NAME)
 
 
-def _asked(names: Sequence[str], only: Sequence[str]) -> list[str]:
-    """The rows whose names match. Raises ConfigError for a pattern that matches none."""
-    for pattern in only:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            shown = ", ".join(map(repr, names))
-            raise ConfigError(f"--only {pattern!r}: no row of that name; there are {shown}")
-    return [name for name in names if not only or any(fnmatchcase(name, p) for p in only)]
-
-
 def _check_measures(stage: Stage) -> None:
     """What an evaluation checks of every measure, before hours of training."""
     from deme_cli.evaluation.evaluate import evaluate
@@ -150,18 +155,6 @@ def _check_measures(stage: Stage) -> None:
         run = RunFile(tables=tables)
         with naming(f"measure {one['name']!r}" if one["name"] else "[eval]"):
             evaluate([stage.base], run=run, device=stage.device, dry_run=True)
-
-
-def _tell_jobs(stage: Stage, todo: Mapping[str, Sequence[Job]], progress: Progress) -> None:
-    """Say the jobs of the rows asked for, each once, and what their training costs."""
-    seen: set[Path] = set()
-    for row in [row for row in stage.plan.rows if row.name in todo]:
-        flops = stage.flops(row) * stage.updates[row.name] / 1e12
-        cost = f": {flops:.3g} TFLOP of training per seed" if flops else ""
-        progress(Step(note=f"{row.name}{cost}"))
-        for job in [job for job in todo[row.name] if job.folder not in seen]:
-            progress(Step(note=f"  {job.title}: {'done' if job.is_done else 'to do'}"))
-            seen.add(job.folder)
 
 
 def _concluded(
@@ -193,13 +186,21 @@ def collect(stage: Stage, rows: Mapping[str, Mapping[int | None, Job]]) -> Compa
     Raises ArtifactError where a finished job has left a file that cannot be read, or rows were
     trained or measured on images that are not the same any more.
     """
-    from deme_cli.comparison.table import Column, Comparison, Result
+    from deme_cli.comparison.table import Column, Comparison, Result, Row
 
     plan, columns, cards = stage.plan, dict[Column, None](), dict[str, Any]()
     images, found = dict[str, Any](), []
+
+    def require_same(path: Path, name: str, theirs: Any, ours: Any) -> None:
+        if theirs != ours:
+            raise ArtifactError(
+                f"{path}: made with {name} = {theirs}, other rows with {ours}; remove its folder, "
+                f"and it is made again, or choose another --output"
+            )
+
     for row in plan.rows:
-        results = []
-        for seed, job in rows[row.name].items():
+        jobs, results = rows[row.name], []
+        for seed, job in jobs.items():
             if not job.is_done:
                 continue
             values, merged = {}, job.folder / "merged.safetensors"
@@ -208,22 +209,25 @@ def collect(stage: Stage, rows: Mapping[str, Mapping[int | None, Job]]) -> Compa
                 first = cards.setdefault(measure.name, card)
                 for key, ours, theirs in differences(first, card, first["num"], card["num"]) or ():
                     if key != "versions":
-                        _refuse(job.folder / name, key, theirs, ours)
+                        require_same(job.folder / name, key, theirs, ours)
                 for metric, numbers in metrics.items():
                     columns[column := Column(metric, measure.name)] = None
                     values[column.title] = numbers
             if job.needs and (expert := job.needs.folder / job.needs.outputs[-1]).exists():
                 data = read_record(expert, "expert").data
                 images = images or data
-                if data != images:
-                    _refuse(expert, "images", data, images)
+                require_same(expert, "images", data, images)
             result = Result(seed, values, _seconds(job.needs))
             if merged.exists():
                 record = read_record(merged, "merged")
                 search = record.search and _search_cost(record.search)
                 result = replace(result, coefficients=record.coefficients, search=search)
             results.append(result)
-        found.append(_row(row, stage, rows[row.name], results))
+        failures = [failure.message for job in jobs.values() if (failure := job.failure)]
+        found.append(Row(
+            row.name, row.kind, results=results, published=row.published, failures=failures,
+            pending=len(jobs) - len(results) - len(failures), **_training_of(row, stage),
+        ))  # fmt: skip
     equal = "as many updates" if plan.budget == "updates" else "as many training FLOPs"
     protocol = [
         f"every row that trains: {equal} (in whole updates of each range), the same images, and "
@@ -234,13 +238,6 @@ def collect(stage: Stage, rows: Mapping[str, Mapping[int | None, Job]]) -> Compa
                  f"{card['num']:,} images of every row and evaluation seed"]  # fmt: skip
         protocol += [f"{name}: {line}" if name else line for line in lines]
     return Comparison(plan.title, list(columns), found, protocol, plan.published, cards)
-
-
-def _refuse(path: Path, name: str, theirs: Any, ours: Any) -> None:
-    raise ArtifactError(
-        f"{path}: made with {name} = {theirs}, other rows with {ours}; remove its folder, and it "
-        f"is made again, or choose another --output"
-    )
 
 
 def _measured(path: Path) -> tuple[dict[str, list[float]], dict[str, Any]]:
@@ -255,32 +252,20 @@ def _measured(path: Path) -> tuple[dict[str, list[float]], dict[str, Any]]:
         ) from error
 
 
-def _row(
-    row: RowPlan, stage: Stage, jobs: Mapping[int | None, Job], results: Sequence[Result]
-) -> Row:
-    from deme_cli.comparison.table import Row
-
-    failures = [failure.message for job in jobs.values() if (failure := job.failure)]
-    told: dict[str, Any] = {}
-    if row.kind != "base":
-        config = stage.finetune(row)
-        updates = row.n * config.steps
-        told = {
-            "num_ranges": row.n,
-            "updates": updates,
-            "images": updates * config.batch_size * config.accumulation,
-            "flops": updates * stage.flops(row),
-        }
-        apart = dict(row.finetune)
-        if row.kind != "finetune":
-            apart = {**{name: getattr(config, name) for name in PLAIN}, **apart, "by": row.by}
-        if row.kind == "merged":
-            apart |= {"search": stage.merge(row).search, **row.merge}
-        told["settings"] = apart
-    return Row(
-        row.name, row.kind, results=results, published=row.published, failures=failures,
-        pending=len(jobs) - len(results) - len(failures), **told,
-    )  # fmt: skip
+def _training_of(row: RowPlan, stage: Stage) -> dict[str, Any]:
+    """What a row's training takes, and what sets the row apart."""
+    if row.kind == "base":
+        return {}
+    config, apart = stage.finetune(row), dict(row.finetune)
+    if row.kind != "finetune":
+        apart = {**{name: getattr(config, name) for name in PLAIN}, **apart, "by": row.by}
+    if row.kind == "merged":
+        apart |= {"search": stage.merge(row).search, **row.merge}
+    updates = row.n * config.steps
+    return {
+        "num_ranges": row.n, "updates": updates, "flops": updates * stage.flops(row),
+        "images": updates * config.batch_size * config.accumulation, "settings": apart,
+    }  # fmt: skip
 
 
 def _seconds(job: Job | None) -> float:
@@ -304,11 +289,7 @@ def _seconds(job: Job | None) -> float:
 
 def _search_cost(search: Mapping[str, Any]) -> dict[str, Any]:
     """What the search of coefficients took, besides training."""
-    images = sum(
-        one["evaluations"] * one["num"]
-        for one in search.get("rungs", [])
-        if not one["objective"].startswith(("loss", "experts"))
-    )
-    return {name: search[name] for name in ("evaluations", "seconds", "objective")} | {
-        "images": images
-    }
+    images = [one["evaluations"] * one["num"] for one in search.get("rungs", [])
+              if not one["objective"].startswith(("loss", "experts"))]  # fmt: skip
+    told = {name: search[name] for name in ("evaluations", "seconds", "objective")}
+    return {**told, "images": sum(images)}

@@ -243,77 +243,65 @@ def columns_of(comparison: Comparison, *, brief: bool = False) -> list[tuple[str
     table: list[tuple[str, list[str]]] = [("row", names)]
     for column in comparison.columns:
         cells = [cell_of(row, column, rows[0]) for row in rows]
-        digits = _digits([cell for cell in cells if cell])
-        texts = [_figure(cell, digits) for cell in cells]
+        known = [cell for cell in cells if cell]
+        spreads = [spread for cell in known if (spread := cell.sd or cell.repeats_sd)]
+        spreads = spreads or [cell.mean / 100 for cell in known] or [0]
+        digits = decimals([float(np.median(spreads))], 2)  # two figures of the typical spread
+        texts = [_texts(cell, digits, brief=brief) for cell in cells]
+        figures, differences = [text for text, _ in texts], [text for _, text in texts]
         if not brief and len(rows) > 1 and (found := best_of(rows, column)):
-            texts[rows.index(found[0])] = f"**{texts[rows.index(found[0])]}**"
+            place = rows.index(found[0])
+            figures[place] = f"**{figures[place]}**"
         arrow = "\N{DOWNWARDS ARROW}" if column.lower_is_better else "\N{UPWARDS ARROW}"
-        table.append((f"{mark(column.title)} {arrow}", texts))
+        table.append((f"{mark(column.title)} {arrow}", figures))
         if not brief or len(comparison.columns) == 1:
             first = "first" if brief else f"{mark(rows[0].name)} [95 % interval]"
-            told = [_difference(cell, digits, brief=brief) for cell in cells]
-            table.append((f"minus {first}", told))
-    unit, scale = _unit(max(row.flops for row in rows))
-    seconds = [_mean([result.seconds for result in row.results]) for row in rows]
+            table.append((f"minus {first}", differences))
+    flops = max(row.flops for row in rows)
+    unit, scale = next((unit for unit in _UNITS if flops >= unit[1]), _UNITS[-1])
     table += [
         ("updates", [f"{row.updates:,}" if row.updates else "" for row in rows]),
         ("images", [f"{row.images:,}" if row.images else "" for row in rows]),
-        (unit, [_short(row.flops / scale) for row in rows]),
-        ("seconds of training", list(map(_short, seconds))),
-        ("search", [_search(row) for row in rows]),
+        (unit, [_short([row.flops / scale]) for row in rows]),
+        ("seconds of training", [_short([one.seconds for one in row.results]) for row in rows]),
+        ("search", [_search([one.search for one in row.results if one.search]) for row in rows]),
         ("state", [mark(row.state) for row in rows]),
     ]
     left_out = {"images", "search", "state"} if brief else set()
     return [(title, texts) for title, texts in table if title not in left_out and any(texts)]
 
 
-def _digits(cells: Sequence[Cell]) -> int:
-    """Digits after the point for a whole column: two figures of its typical spread."""
-    spreads = [spread for cell in cells if (spread := cell.sd or cell.repeats_sd)]
-    return decimals([float(np.median(spreads or [cell.mean / 100 for cell in cells] or [0]))], 2)
-
-
-def _unit(flops: float) -> tuple[str, float]:
-    return next((unit for unit in _UNITS if flops >= unit[1]), _UNITS[-1])
-
-
-def _figure(cell: Cell | None, digits: int) -> str:
-    """mean ± sd over training seeds, or with a dagger over evaluation seeds."""
+def _texts(cell: Cell | None, digits: int, *, brief: bool) -> tuple[str, str]:
+    """mean ± sd; and the difference to the first row with its interval, or (brief) ± half of that.
+    The dagger is at what is over evaluation seeds."""
     if cell is None:
-        return ""
-    sd = cell.repeats_sd if cell.sd is None else cell.sd
-    spread = "" if sd is None else f" ± {sd:.{digits}f}" + DAGGER * (cell.sd is None)
-    return f"{cell.mean:.{digits}f}{spread}"
-
-
-def _difference(cell: Cell | None, digits: int, *, brief: bool) -> str:
-    """The difference to the first row with its interval, or (brief) ± half of that."""
-    if cell is None or (minus := cell.difference) is None:
-        return ""
+        return "", ""
+    sd, figure = cell.repeats_sd if cell.sd is None else cell.sd, f"{cell.mean:.{digits}f}"
+    if sd is not None:
+        figure += f" ± {sd:.{digits}f}{DAGGER * (cell.sd is None)}"
+    if (minus := cell.difference) is None:
+        return figure, ""
     low, high = minus.interval
-    mark = DAGGER * (minus.over == OVER_EVALUATION)
-    if brief:
-        return f"{minus.mean:+.{digits}f} ± {(high - low) / 2:.{digits}f}{mark}"
-    return f"{minus.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{mark}"
+    ends = f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+    ends = f"± {(high - low) / 2:.{digits}f}" if brief else ends
+    return figure, f"{minus.mean:+.{digits}f} {ends}{DAGGER * (minus.over == OVER_EVALUATION)}"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else 0.0
+def _short(values: Sequence[float]) -> str:
+    """Their mean in three figures, and never a power of ten; empty for none."""
+    mean = float(np.mean(values)) if values else 0.0
+    return "" if not mean else f"{mean:,.0f}" if mean >= 100 else f"{mean:.3g}"
 
 
-def _short(value: float) -> str:
-    """Three figures, and never a power of ten; empty for none."""
-    return "" if not value else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _search(row: Row) -> str:
+def _search(costs: Sequence[Mapping[str, Any]]) -> str:
     """What the search of coefficients took, a mean over training seeds; empty if none."""
-    costs = [result.search for result in row.results if result.search]
-    candidates, images, seconds = (
-        _mean([cost[name] for cost in costs]) for name in ("evaluations", "images", "seconds")
+    if not costs:
+        return ""
+    candidates, images = (
+        np.mean([one[name] for one in costs]) for name in ("evaluations", "images")
     )
-    told = f"{candidates:,.0f} candidates, {images:,.0f} images, {_short(seconds)} s"
-    return told if costs else ""
+    seconds = _short([one["seconds"] for one in costs])
+    return f"{candidates:,.0f} candidates, {images:,.0f} images, {seconds} s"
 
 
 def markdown(comparison: Comparison) -> str:

@@ -125,26 +125,6 @@ def test_the_loss_of_an_ensemble_is_that_of_each_expert_on_its_own_timesteps(
     )
 
 
-def test_the_loss_and_its_gradient_are_those_of_autograd(denoiser: Denoiser) -> None:
-    objective = held_out_loss(denoiser, num=11, batch_size=4, seed=3)
-    parameters = dict(denoiser.network.named_parameters())
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    losses = [
-        (eps - predict(denoiser.network, x_t, torch.tensor([t]))).square().mean()
-        for x_t, eps, t in draws_of(objective)
-    ]
-    loss = torch.stack(losses).mean()
-    expected = torch.autograd.grad(loss, list(parameters.values()))
-    for _ in range(2):  # nothing of the first is left
-        found = objective.draws.loss_and_gradient(denoiser.network, go_on)
-        assert found == pytest.approx(loss.item(), rel=1e-5)
-        for parameter, gradient in zip(parameters.values(), expected, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
-    assert found == pytest.approx(objective(single(denoiser), go_on), rel=1e-5)
-    assert not any(parameter.requires_grad for parameter in parameters.values())
-
-
 def test_search_and_report_see_two_halves_of_the_held_out_images(
     denoiser: Denoiser, tmp_path: Path
 ) -> None:
@@ -190,13 +170,6 @@ def test_the_distance_to_the_experts_is_that_of_outputs_on_their_own_timesteps(
         errors.append((said - predict(denoiser.network, x_t, time)).square().mean())
     expected = torch.stack(errors).double().mean().item()
     assert objective(single(denoiser), go_on) == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_same_candidate_has_the_same_loss_whatever_the_batch_size(denoiser: Denoiser) -> None:
-    first = held_out_loss(denoiser, num=40, batch_size=7)(single(denoiser), go_on)
-    whole = held_out_loss(denoiser, num=40, batch_size=40)(single(denoiser), go_on)
-    assert whole == pytest.approx(first)
-    assert held_out_loss(denoiser, num=40, seed=1)(single(denoiser), go_on) != pytest.approx(first)
 
 
 def features_of(experts: Sequence[SamplingExpert], num: int) -> np.ndarray:

@@ -23,14 +23,8 @@ def test_a_merge_drops_and_rescales_element_by_element(
     for name in known.names:
         expected[name] = known.theta[name].double().flatten().tolist()
         for c, tau, expert in zip(w, taus, known.inputs.experts, strict=True):
-            mask = keeps(
-                0,
-                len(tau[name]),
-                seed=4,
-                expert=expert.fingerprint,
-                name=name,
-                density=density,
-            )
+            told = {"seed": 4, "expert": expert.fingerprint, "name": name, "density": density}
+            mask = keeps(0, len(tau[name]), **told)
             for place, x in enumerate(tau[name]):
                 expected[name][place] += c * (x / density if mask[place] else 0.0)
     known.require_close(found, expected)
