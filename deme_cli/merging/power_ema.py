@@ -76,32 +76,25 @@ def snapshots_of(records: Sequence[ExpertRecord]) -> list[Snapshot]:
 
     Raises ConfigError as `coefficients_for_length` does.
     """
-    for record in records:
+    names = [
+        f"expert {one.label} of update {one.steps} ({one.fingerprint[:12]})" for one in records
+    ]
+    runs = [
+        {"range": one.range, "seed": one.seed, "base": one.base,
+         "data": one.data.get("fingerprint"),
+         **{k: v for k, v in one.training.items() if k not in (*_OWN, *NOT_RESULT)}}
+        for one in records
+    ]  # fmt: skip
+    for name, run, record in zip(names, runs, records, strict=True):
         if "ema_gamma" not in record.training:
             raise ConfigError(
-                f"{_name(record)} is no power-function EMA; an EMA length needs experts that "
+                f"{name} is no power-function EMA; an EMA length needs experts that "
                 f"`deme finetune --ema-lengths` wrote"
             )
-    first = _run_of(records[0])
-    for record in records[1:]:
-        other = _run_of(record)
-        for key in [*first, *other]:
-            if first.get(key) != other.get(key):
+        for key in [*runs[0], *run]:
+            if runs[0].get(key) != run.get(key):
                 raise ConfigError(
-                    f"{_name(records[0])} and {_name(record)} are not of one run: {key} is "
-                    f"{first.get(key)!r} and {other.get(key)!r}; an EMA length needs one run"
+                    f"{names[0]} and {name} are not of one run: {key} is {runs[0].get(key)!r} and "
+                    f"{run.get(key)!r}; an EMA length needs one run"
                 )
     return [(record.steps or 0, record.training["ema_gamma"]) for record in records]
-
-
-def _name(record: ExpertRecord) -> str:
-    return f"expert {record.label} of update {record.steps} ({record.fingerprint[:12]})"
-
-
-def _run_of(record: ExpertRecord) -> dict[str, object]:
-    """What the experts of one run share."""
-    settings = {k: v for k, v in record.training.items() if k not in (*_OWN, *NOT_RESULT)}
-    return {
-        "range": record.range, "seed": record.seed, "base": record.base,
-        "data": record.data.get("fingerprint"), **settings,
-    }  # fmt: skip

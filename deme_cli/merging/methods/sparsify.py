@@ -38,22 +38,19 @@ def ties(inputs: Inputs, *, density: float, trim: str) -> Method:
     """Trimmed, agreeing task vectors; opening it reads the files twice for the thresholds."""
     if density == 1 and len(inputs.experts) == 1:
         return linear(inputs)  # nothing is trimmed and nothing disagrees
-    thresholds = _thresholds(inputs, density, trim)
+    tensors = [run for run in float_runs(inputs) if run.specs[0].num_elements]
+    if trim == "tensor":
+        of_each = [_threshold(inputs, density, [run]) for run in tensors]
+    else:
+        shared = _threshold(inputs, density, float_runs(inputs, by_tensor=False))
+        of_each = [shared] * len(tensors)
+    thresholds = {run.specs[0].name: one for run, one in zip(tensors, of_each, strict=True)}
 
     def trim_and_elect(name: str, start: int, taus: np.ndarray) -> None:
         taus *= magnitudes(taus) >= thresholds[name][:, None]
         agreeing_mean(taus)
 
     return Method(vector_terms, trim_and_elect)
-
-
-def _thresholds(inputs: Inputs, density: float, trim: str) -> dict[str, np.ndarray]:
-    """The least magnitude kept of each expert (N,), float32, by tensor."""
-    tensors = [run for run in float_runs(inputs) if run.specs[0].num_elements]
-    if trim == "tensor":
-        return {run.specs[0].name: _threshold(inputs, density, [run]) for run in tensors}
-    shared = _threshold(inputs, density, float_runs(inputs, by_tensor=False))
-    return {run.specs[0].name: shared for run in tensors}
 
 
 def _threshold(inputs: Inputs, density: float, runs: list[Run]) -> np.ndarray:
