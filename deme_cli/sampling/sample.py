@@ -24,7 +24,9 @@ from deme_cli.files import require_output
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
+    from deme_cli.sampling.conditioning import Conditioning
     from deme_cli.sampling.ensemble import SamplingExpert
+    from deme_cli.sampling.store import Samples
 
     Opened = tuple[Sequence[SamplingExpert], Sequence[DenoiserRecord]]
 
@@ -120,14 +122,7 @@ def _draw(
     Prompts that are not here lie beside the file of the run. The first process of a launch goes
     first, and it alone looks at the output and writes.
     """
-    from deme_cli.sampling.store import (
-        PREVIEWED,
-        Samples,
-        is_folder,
-        open_store,
-        preview_path,
-        write_preview,
-    )
+    from deme_cli.sampling.store import Samples, is_folder, preview_path
 
     world, run = joined(), run or RunFile()
     config = settings or run.settings(SampleConfig)
@@ -140,34 +135,41 @@ def _draw(
     progress(Step(label="loading the libraries and the model"))
 
     from deme_cli.sampling.conditioning import open_conditioning, protocol_card
-    from deme_cli.sampling.sampler import (
-        CompiledSteps,
-        DrawingStops,
-        Shares,
-        image_seed,
-        sample_images,
-    )
+    from deme_cli.sampling.sampler import image_seed
 
     pipeline, device = run.pipeline(pipeline), world.device or device
     experts, records = open_models(pipeline, device)
     about = open_conditioning(records[0], config, pipeline=pipeline, device=device, dtype=dtype)
     card = protocol_card(records, config, conditioning=about, dtype=dtype)
     channels, height, width = about.image_shape
-    shape, num, preview = (height, width, channels), about.num, preview_path(output)
-    images = Images(output, preview, shape, num, protocol=card)
+    shape = height, width, channels
+    images = Images(output, preview_path(output), shape, about.num, protocol=card)
     if dry_run:
         return images
-    seeds = [image_seed(config.seed, index) for index in range(num)]
+    seeds = [image_seed(config.seed, index) for index in range(about.num)]
     samples = Samples(
         output, card, shape, seeds, config.batch_size, force, about.prompts, about.classes
     )
     began = time.monotonic()
+    num_kept = _write(samples, experts, config, about, compile=compile, progress=progress)
+    return replace(images, num_kept=num_kept, seconds=round(time.monotonic() - began, 3))
+
+
+def _write(
+    samples: Samples, experts: Sequence[SamplingExpert], config: SampleConfig,
+    about: Conditioning, *, compile: str, progress: Progress,
+) -> int:  # fmt: skip
+    """Draw what is missing of `samples`; returns how many images were there."""
+    from deme_cli.sampling.sampler import CompiledSteps, DrawingStops, Shares, sample_images
+    from deme_cli.sampling.store import PREVIEWED, open_store, preview_path, write_preview
+
+    world, output, num, preview = joined(), samples.path, samples.num, preview_path(samples.path)
     with ExitStack() as stack:
-        world.require_same({"output": str(output), "batch_size": config.batch_size, **card})
+        world.require_same({"output": str(output), "batch_size": config.batch_size, **samples.card})
         store = stack.enter_context(open_store(samples)) if world.is_first else None
         stop = stack.enter_context(DrawingStops(world))
         if store is not None and not store.first:
-            require_output(preview, force=force)
+            require_output(preview, force=samples.force)
         first = world.largest(store.first if store else 0)  # the output is ours
         shares = Shares(num, config.batch_size, first, world)
         num_forwards = len(shares.own) * config.steps
@@ -188,4 +190,4 @@ def _draw(
             write_preview(preview, store.head(PREVIEWED))
             store.finish()
     world.wait()  # nobody ends well before the images are there
-    return replace(images, num_kept=first, seconds=round(time.monotonic() - began, 3))
+    return first
