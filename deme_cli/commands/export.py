@@ -19,7 +19,9 @@ _SHOWN = 3  # names of tensors that a LoRA cannot hold
 
 @command("base pipeline config save_dtype force")
 def export(
-    merged: Annotated[Path, argument("MERGED", "A merged artifact; a base or an expert also.")],
+    artifacts: Annotated[list[Path], argument(
+        "MERGED", "A merged artifact; a base, an expert, or two (WanPipeline)."
+    )],
     output: Annotated[Path, argument("DIR|FILE", "The pipeline folder, or the LoRA's file.")],
     common: Given,
     lora: Annotated[int | None, flag(
@@ -40,10 +42,13 @@ def export(
 
     Example: deme export merged.safetensors my-ddpm
     """
+    merged = artifacts[0]
     run, base, pipeline = (common.pop(name) for name in ("run", "base", "pipeline"))
     if lora is not None or explained is not None:
         if pipeline:
             raise ConfigError("--pipeline names frozen parts, which a LoRA has not; leave it out")
+        if len(artifacts) > 1:
+            raise ConfigError("a LoRA is the difference of one model; name one, or merge them")
         with console.showing() as progress:
             made = deme_cli.export_lora(
                 merged, output, rank=lora, explained=explained, format=lora_format, base=base,
@@ -58,15 +63,17 @@ def export(
     if base or lora_format != "diffusers":
         given = "--base" if base else "--lora-format"
         raise ConfigError(f"{given} is for a LoRA; add --lora RANK or --explained SHARE")
-    check = deme_cli.export(merged, output, pipeline=run.pipeline(pipeline), **common)
+    check = deme_cli.export(artifacts, output, pipeline=run.pipeline(pipeline), **common)
     console.note(
-        f"check: the pipeline, loaded again, differs from {merged} by at most "
+        f"check: the pipeline, loaded again, differs from "
+        f"{', '.join(map(str, artifacts))} by at most "
         f"{check.max_difference:.3g} at timesteps {', '.join(map(str, check.timesteps))} (float32)"
     )
     console.note(f"fill in the licence in {output / 'README.md'} before you share it")
     console.result_paths(
         [output], as_json=as_json, max_difference=check.max_difference, timesteps=check.timesteps,
         fingerprint=read_record(merged).fingerprint,
+        **({"experts": list(map(str, artifacts))} if len(artifacts) > 1 else {}),
     )  # fmt: skip
 
 

@@ -10,21 +10,29 @@ exported without them. The model card tells only what the artifact's record says
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from deme_cli import console
 from deme_cli.artifacts import DenoiserRecord, ExpertRecord, MergedRecord, load_tensors, read_record
-from deme_cli.diffusion.model_files import INDEX, read_json, read_scheduler, silence_libraries
+from deme_cli.diffusion.model_files import (
+    INDEX,
+    SECOND,
+    read_json,
+    read_scheduler,
+    silence_libraries,
+)
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError, writing
 from deme_cli.fetch import is_hub_id
 from deme_cli.files import read_header, require_space
+from deme_cli.timesteps import require_cover
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,24 +53,20 @@ class ExportCheck:
 
 
 def export(
-    artifact: Path, folder: Path, *, pipeline: str | None = None, save_dtype: str | None = None,
-    force: bool = False,
+    artifact: Path | Sequence[Path], folder: Path, *, pipeline: str | None = None,
+    save_dtype: str | None = None, force: bool = False,
 ) -> ExportCheck:  # fmt: skip
     """Write a diffusers pipeline folder with a model card; load it again and compare.
 
-    artifact: a merged artifact, a base or an expert.   pipeline: where the frozen parts of a latent
+    artifact: a merged artifact, a base or an expert; or two experts that divide the timesteps, for
+    a pipeline that gives each its own (WanPipeline).   pipeline: where the frozen parts of a latent
     model are; None for where it came from.   save_dtype: of the denoiser's weights, None for the
-    artifact's own. Raises ArtifactError (block projections, another kind of
-    artifact), ConfigError (the folder exists), MissingError, NumericsError if the denoiser, loaded
-    again, does not give the same outputs; then nothing is written.
+    artifact's own. Raises ArtifactError (block projections, another kind of artifact), ConfigError
+    (the folder exists), MissingError, NumericsError if a denoiser, loaded again, does not give the
+    same outputs; then nothing is written.
     """
-    record = read_record(artifact, "base", "expert", "merged")
-    if any(name.startswith("channel_projection.") for name in read_header(artifact).tensors):
-        raise ArtifactError(
-            f"{artifact}: carries block projections, which no diffusers network has and which "
-            f"cannot be folded into one (skips are taken before them); finetune with "
-            f"--projection fold to export, or use it with `deme sample`"
-        )
+    artifacts = _by_noise([artifact] if isinstance(artifact, Path) else artifact)
+    records = [_require_plain(path) for path in artifacts]
     with writing(folder):
         is_there = folder.exists()
     if is_there and not force:
@@ -71,35 +75,78 @@ def export(
         raise ConfigError(
             f"{folder} is no diffusers pipeline and is not replaced; choose another DIR"
         )
-    require_space(folder, artifact.stat().st_size)
+    require_space(folder, sum(path.stat().st_size for path in artifacts))
 
     from deme_cli.diffusion.companions import open_companions
     from deme_cli.diffusion.denoiser import assemble, stored_in
 
     silence_libraries()
-    companions = open_companions(record, pipeline=pipeline)
-    weights = stored_in(load_tensors(artifact), save_dtype, str(artifact))
-    denoiser = assemble(record, weights, str(artifact))
-    backbone = denoiser.backbone
+    companions = open_companions(records[0], pipeline=pipeline)
+    backbone, checks = companions.backbone, []
     with writing(folder), _whole_folder(folder, force=force) as partial:
-        if companions.folder is None:
-            _write_pixel_pipeline(denoiser, weights, partial)
-        else:
+        for path, record, part in zip(artifacts, records, (backbone.part, SECOND), strict=False):
+            weights = stored_in(load_tensors(path), save_dtype, str(path))
+            denoiser = assemble(record, weights, str(path))
+            with _in_dtypes_of(weights, denoiser.network):
+                if companions.folder is None:
+                    _write_pixel_pipeline(denoiser, partial)
+                else:
+                    cast(Any, denoiser.network).save_pretrained(partial / part)
+            again = backbone.network_class.from_pretrained(partial / part, local_files_only=True)
+            checks.append(compare(denoiser, again))
+            if not checks[-1].max_difference <= LARGEST_DIFFERENCE:
+                raise NumericsError(
+                    f"{folder}: the exported pipeline differs from {path} by "
+                    f"{checks[-1].max_difference:.3g}; nothing was written"
+                )
+        if companions.folder is not None:
             companions.require_same()
-            _write_parts(denoiser, weights, companions, companions.folder, partial)
-        (partial / "README.md").write_text(model_card(record, artifact), encoding="utf-8")
-        kind = backbone.network_class
-        check = compare(
-            denoiser, kind.from_pretrained(partial / backbone.part, local_files_only=True)
+            _write_parts(records, companions, companions.folder, partial)
+        (partial / "README.md").write_text(model_card(records, artifacts[0]), encoding="utf-8")
+    if isinstance(record := records[-1], ExpertRecord) and len(records) == 1:
+        console.warn(f"{artifacts[0]} is the expert of timesteps {record.timesteps} only")
+    return max(checks, key=lambda check: check.max_difference)
+
+
+def _by_noise(artifacts: Sequence[Path]) -> list[Path]:
+    """One artifact; or the two experts that divide the timesteps, that of the high noise first.
+
+    Raises ArtifactError for others, and where their model's pipeline takes one denoiser alone.
+    """
+    if len(artifacts) == 1:
+        return [*artifacts]
+    records = {path: read_record(path, "expert") for path in artifacts}
+    one, *others = records.values()
+    if len(others) != 1 or one.base != others[0].base or one.companions != others[0].companions:
+        raise ArtifactError(
+            f"{len(artifacts)} artifacts, {', '.join(map(str, artifacts))}: expected one, or two "
+            f"experts of one base"
         )
-        if not check.max_difference <= LARGEST_DIFFERENCE:
-            raise NumericsError(
-                f"{folder}: the exported pipeline differs from the artifact by "
-                f"{check.max_difference:.3g}; nothing was written"
-            )
-    if isinstance(record, ExpertRecord):
-        console.warn(f"{artifact} is the expert of timesteps {record.timesteps} only")
-    return check
+    require_cover([record.timesteps for record in records.values()], one.num_train_timesteps)
+
+    import diffusers
+
+    from deme_cli.diffusion.backbones import backbone_of
+
+    name = backbone_of(one.model_config).pipeline
+    if SECOND not in inspect.signature(getattr(diffusers, name)).parameters:
+        raise ArtifactError(
+            f"a {name} of diffusers {diffusers.__version__} takes one denoiser; merge the experts "
+            f"first, or draw with `deme ensemble-sample`"
+        )
+    return sorted(records, key=lambda path: records[path].timesteps, reverse=True)
+
+
+def _require_plain(artifact: Path) -> DenoiserRecord:
+    """The record of a denoiser without block projections. Raises ArtifactError."""
+    record = read_record(artifact, "base", "expert", "merged")
+    if any(name.startswith("channel_projection.") for name in read_header(artifact).tensors):
+        raise ArtifactError(
+            f"{artifact}: carries block projections, which no diffusers network has and which "
+            f"cannot be folded into one (skips are taken before them); finetune with "
+            f"--projection fold to export, or use it with `deme sample`"
+        )
+    return record
 
 
 def compare(denoiser: Denoiser, network: nn.Module) -> ExportCheck:
@@ -145,7 +192,7 @@ def _in_dtypes_of(weights: Weights, network: nn.Module) -> Iterator[None]:
         tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
 
 
-def _write_pixel_pipeline(denoiser: Denoiser, weights: Weights, target: Path) -> None:
+def _write_pixel_pipeline(denoiser: Denoiser, target: Path) -> None:
     """DDIMPipeline for a DDIM checkpoint; anything else is sampled by DDPM, as it was trained."""
     from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 
@@ -153,8 +200,7 @@ def _write_pixel_pipeline(denoiser: Denoiser, weights: Weights, target: Path) ->
 
     config = denoiser.record.scheduler_config
     kind: Any = DDIMPipeline if config.get("_class_name") == "DDIMScheduler" else DDPMPipeline
-    with _in_dtypes_of(weights, denoiser.network):
-        kind(denoiser.network, scheduler_of(config, DDPMScheduler)).save_pretrained(target)
+    kind(denoiser.network, scheduler_of(config, DDPMScheduler)).save_pretrained(target)
     if config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler"):
         _write_scheduler(config, target)
 
@@ -168,18 +214,17 @@ def _write_scheduler(config: Mapping[str, Any], target: Path) -> None:
 
 
 def _write_parts(
-    denoiser: Denoiser, weights: Weights, companions: Companions, source: Path, target: Path
+    records: Sequence[DenoiserRecord], companions: Companions, source: Path, target: Path
 ) -> None:
-    """The pipeline's index and frozen parts as they are, with this denoiser in its place."""
+    """The pipeline's index and frozen parts as they are, with these denoisers in their places."""
     from deme_cli.diffusion.schedule import complete_config
 
-    network: Any = denoiser.network
-    backbone, config = denoiser.backbone, denoiser.record.scheduler_config
+    backbone, config = companions.backbone, records[0].scheduler_config
     index = read_json(source / INDEX)
     unusual = companions.unusual_parts(index)
     for name, value in index.items():
         listed = isinstance(value, list) and bool(value[0])
-        if not listed or name in (backbone.part, "scheduler"):
+        if not listed or name in (backbone.part, SECOND, "scheduler"):
             continue
         if name in unusual:
             unusual[name].save_pretrained(target / name)
@@ -191,9 +236,13 @@ def _write_parts(
         index["requires_safety_checker"] = False
     index[backbone.part] = ["diffusers", backbone.class_name]
     index["scheduler"] = ["diffusers", config["_class_name"]]
+    high = records[0] if len(records) > 1 else None
+    if isinstance(high, ExpertRecord):
+        index[SECOND] = index[backbone.part]
+        index["boundary_ratio"] = high.range[0] / high.num_train_timesteps
+    elif SECOND in index:
+        index |= {SECOND: [None, None], "boundary_ratio": None}
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    with _in_dtypes_of(weights, network):
-        network.save_pretrained(target / backbone.part)
     is_same = complete_config(read_scheduler(source)[0]) == complete_config(config)
     if is_same and (source / "scheduler").is_dir():
         shutil.copytree(source / "scheduler", target / "scheduler")
@@ -248,6 +297,9 @@ _CAVEATS = {
     "expert": """\
 - This is one expert, finetuned for a part of the timesteps only. Used alone for all of them it is
   expected to be worse than the model it came from.""",
+    "experts": """\
+- Each of the two denoisers is for its part of the timesteps only. Together they cost at inference
+  what one of them does, and twice the memory.""",
     "base": """\
 - This is the starting point of finetuning, not a merged model.""",
 }
@@ -260,11 +312,12 @@ _CALLS = {
 }
 
 
-def model_card(record: DenoiserRecord, path: Path) -> str:
-    """The README.md of a pipeline made from the artifact at `path`."""
+def model_card(records: Sequence[DenoiserRecord], path: Path) -> str:
+    """The README.md of a pipeline made from the artifact at `path`, and another expert if any."""
     from deme_cli.diffusion.backbones import backbone_of
     from deme_cli.diffusion.schedule import alphas_config, flow_config, read_schedule
 
+    record, kind = records[0], "experts" if len(records) > 1 else records[0].kind
     backbone, scheduler = backbone_of(record.model_config), record.scheduler_config
     shown, task = _CALLS[backbone.wants]
     front = [  # what the hub reads
@@ -289,14 +342,10 @@ def model_card(record: DenoiserRecord, path: Path) -> str:
                   "projection while finetuning": record.projection}  # fmt: skip
         told = list(_merge_parts(record))
     if isinstance(record, ExpertRecord):
-        facts |= {"fingerprint of the base": record.base,
-                  "range of timesteps": record.timesteps}  # fmt: skip
-        if record.imported:
-            told = ["## Training\n\n" + _IMPORTED + "\n\n" + _block(record.imported)]
-        else:
-            facts |= {"p": record.p, "updates": record.steps, "seed": record.seed,
-                      "projection": record.projection}  # fmt: skip
-            told = ["## Training\n\n" + _block({**record.training, "data": record.data})]
+        experts = [one for one in records if isinstance(one, ExpertRecord)]
+        facts["fingerprint of the base"] = record.base
+        facts["range of timesteps"] = ", ".join(str(one.timesteps) for one in experts)
+        told = list(map(_training, experts))
     parts = [
         "\n".join(front),
         f"# {path.stem}",
@@ -307,10 +356,21 @@ def model_card(record: DenoiserRecord, path: Path) -> str:
         "## Use\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
         'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
         f"image = {backbone.call.format(shown)}\n```",
-        "## Caveats\n\n" + _CAVEATS[record.kind],
+        "## Caveats\n\n" + _CAVEATS[kind],
         "## Licence\n\n" + _LICENCE,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _training(record: ExpertRecord) -> str:
+    """How an expert came about, as far as its record tells."""
+    title = f"## Training, timesteps {record.timesteps}"
+    if record.imported:
+        source = _public_name(str(record.imported["source"]))
+        return f"{title}\n\n{_IMPORTED}\n\n{_block({**record.imported, 'source': source})}"
+    facts = {"p": record.p, "updates": record.steps, "seed": record.seed,
+             "projection": record.projection}  # fmt: skip
+    return f"{title}\n\n{_block({**facts, **record.training, 'data': record.data})}"
 
 
 def _merge_parts(record: MergedRecord) -> Iterator[str]:

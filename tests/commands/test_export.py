@@ -111,7 +111,7 @@ def test_the_card_tells_coefficients_by_pattern_the_method_and_the_report(merged
         settings={"num": 64, "data": "/home/me/images"},
         report={"rows": rows},
     )
-    card = model_card(record, merged)
+    card = model_card([record], merged)
     assert "hold for the tensors that none of the following patterns matches" in card
     assert (
         "| tensors | 0:50 | 50:100 |\n| --- | --- | --- |\n| `mid_block.*` | 1.5 | -0.5 |" in card

@@ -100,7 +100,9 @@ def draw(experts: list[Path], config: SampleConfig, monkeypatch: Any) -> tuple[A
     return seeded_noise(config.seed, about.latent_shape, range(about.num)), torch.cat(kept)
 
 
-def theirs(folder: Path, noise: torch.Tensor, prompts: list[str], **options: Any) -> torch.Tensor:
+def theirs(
+    folder: Path | str, noise: torch.Tensor, prompts: list[str], **options: Any
+) -> torch.Tensor:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     size = LATENT * FACTOR
@@ -207,3 +209,59 @@ def test_the_published_sizes_fit(tmp_path: Path) -> None:
     scheduler.set_timesteps(40)
     for t in scheduler.timesteps:
         assert route(t.item(), ranges) == int(t >= 0.875 * 1000)
+
+
+def test_exported_pipelines_draw_what_deme_draws(
+    folder: Path, deme: Deme, monkeypatch: Any
+) -> None:
+    assert deme("split", folder, "--data", "digits").exit_code == 0
+    assert deme("merge", *EXPERTS, "-w", "0.5,0.5").exit_code == 0
+    Path("prompts.txt").write_text("a red fox")
+    config = SampleConfig(prompts="prompts.txt", steps=4, sampler="unipc", resolution=16)
+    noise, ours = draw(EXPERTS, config, monkeypatch)
+    result = deme("export", *reversed(EXPERTS), "two")
+    assert result.exit_code == 0, result.exception
+    assert "only" not in result.stderr
+    assert deme("export", "merged.safetensors", "one").exit_code == 0
+    told = {"num_inference_steps": 4, "guidance_scale": 5.0}
+    assert torch.equal(*(theirs(place, noise, ["a red fox"], **told) for place in (folder, "two")))
+    assert torch.allclose(theirs("two", noise, ["a red fox"], **told), ours, rtol=0, atol=1e-5)
+    one = diffusers.DiffusionPipeline.from_pretrained("one")
+    assert (one.transformer_2, one.config.boundary_ratio) == (None, None)
+    merged = fingerprint(load_tensors(Path("merged.safetensors")))
+    assert fingerprint(one.transformer.state_dict()) == merged
+    card = Path("two/README.md").read_text()
+    assert "## Training, timesteps 0:500" in card
+    assert "| range of timesteps | 500:1000, 0:500 |" in card
+    assert str(folder) not in card
+
+
+def test_two_experts_of_a_wan_2_1_become_a_pipeline_of_two(
+    pipelines: Callable[..., Path], folder: Path, deme: Deme
+) -> None:
+    assert deme("split", pipelines("wan"), "-n", 2, "--data", "digits").exit_code == 0
+    for part, span in (("transformer_2", "0:300"), ("transformer", "300:1000")):
+        path = f"{part}.safetensors"
+        assert deme("import", folder / part, "--range", span, "-o", path).exit_code == 0
+    ours = ("transformer.safetensors", "transformer_2.safetensors")
+    assert deme("export", *ours, "two").exit_code == 0
+    pipeline = diffusers.DiffusionPipeline.from_pretrained("two")
+    assert pipeline.config.boundary_ratio == 0.3
+    for part in ("transformer", "transformer_2"):
+        own = getattr(pipeline, part).state_dict()
+        assert fingerprint(own) == fingerprint(weights_of(folder, part))
+    deme("import", folder / "transformer", "--range", "1/2")
+    for words, arguments in (
+        ("two experts cover timesteps 0:300", (ours[1], EXPERTS[0])),
+        ("expected one, or two experts of one base", (*ours, EXPERTS[0])),
+        ("a LoRA is the difference of one model", (*ours, "--lora", 2)),
+    ):
+        assert words in str(deme("export", *arguments, "out").exception)
+
+
+def test_experts_of_other_models_are_not_a_pipeline_of_two(run_folder: Path, deme: Deme) -> None:
+    weights = {"base.safetensors": "0:50", "ft_1of4.safetensors": "50:100"}
+    for index, (path, span) in enumerate(weights.items()):
+        deme("import", path, "--range", span, "-o", f"{index}.safetensors")
+    error = deme("export", "0.safetensors", "1.safetensors", "out").exception
+    assert "a DDPMPipeline of diffusers" in str(error)

@@ -151,7 +151,7 @@ def test_the_card_of_an_export_asks_for_one_frame(
     monkeypatch.chdir(tmp_path)
     assert deme("split", pipelines("wan"), "--data", "digits").exit_code == 0
     assert 'sampler = "unipc"' in Path("deme.toml").read_text()
-    card = model_card(read_record(Path("base.safetensors"), "base"), Path("wan"))
+    card = model_card([read_record(Path("base.safetensors"), "base")], Path("wan"))
     call = next(line for line in card.splitlines() if line.startswith("image = "))
     assert "num_frames=1" in call
     assert "| beta schedule | None |" in card
