@@ -26,7 +26,7 @@ HAND_ON_NAMES = {
     "diffusers.models.unets",
 }
 # Their files need the package whole.
-WHOLE = {"scipy.stats", "torch._dynamo"}
+WHOLE = {"scipy.integrate", "scipy.stats", "torch._dynamo"}
 # Of peft, what is asked of it where no network has an adapter.
 ADAPTERS: dict[str, tuple[str, ...]] = {
     "peft": ("PeftMixedModel", "PeftModel", "set_peft_model_state_dict"),

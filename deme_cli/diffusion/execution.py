@@ -19,9 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from deme_cli import console
 from deme_cli.diffusion.conditions import Conditions
@@ -43,7 +41,11 @@ def fitting_number(network: nn.Module, inputs: Callable[[], Inputs], *, num_imag
     most = torch.get_num_threads()
     if most == 1 or next(network.parameters()).device.type != "cpu":
         return most
-    work = forward_flops(network, *inputs()) * num_images
+    x_t, conditions = inputs()
+    num_uses = sum(weight.numel() for weight in network.parameters()) * x_t[0, 0].numel()
+    if not conditions and 2 * num_uses * num_images < FLOPS_PER_THREAD:  # were each used everywhere
+        return 1
+    work = forward_flops(network, x_t, conditions) * num_images
     return max(1, min(most, round(work / FLOPS_PER_THREAD)))
 
 
@@ -52,6 +54,9 @@ def forward_flops(network: nn.Module, x_t: Tensor, conditions: Conditions) -> in
 
     Of convolutions, matrix products and attention, which is nearly all there is.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # these take half a second
+    from torch.utils.flop_counter import FlopCounterMode
+
     counter, fake = FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), fake, counter:
         predict(network, x_t, torch.zeros(len(x_t), dtype=torch.long), conditions)
