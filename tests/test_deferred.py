@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from deme_cli.data.digits import BASE_PATH
 
 WAITS = """
 import sys
@@ -87,3 +93,37 @@ def test_peft_waits_until_a_network_has_an_adapter_and_is_then_itself() -> None:
 
 def test_packages_wait_until_they_are_asked_and_are_then_themselves() -> None:
     run(WAITS)
+
+
+HEAVY = {
+    "cleanfid", "datasets", "diffusers.models.unets.unet_2d_condition", "matplotlib.pyplot",
+    "open_clip", "optuna", "pandas", "peft.tuners.lora", "pyarrow", "scipy.integrate._quadrature",
+    "scipy.optimize", "scipy.stats._stats_py", "sklearn", "sympy", "torch", "torch._inductor",
+    "torch.distributed.tensor", "torch.utils.flop_counter", "torchvision",
+    "transformers.modeling_utils", "triton",
+}  # fmt: skip
+COMMAND = f"""
+import atexit, sys
+from deme_cli.__main__ import run
+atexit.register(lambda: print("loaded", *sorted(sys.modules.keys() & {HEAVY!r}), file=sys.stderr))
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "sample base.safetensors --steps 1 -n 2",
+        "finetune --range 1/2 --steps 1 -b 2 --held-out 4",
+        "eval base.safetensors --fid digits --steps 1 -n 40",
+    ],
+)
+def test_of_what_is_heavy_a_command_on_pixels_loads_torch_alone(
+    arguments: str, tmp_path: Path
+) -> None:
+    (tmp_path / "base.safetensors").symlink_to(BASE_PATH)
+    (tmp_path / "deme.toml").write_text('[data]\nsource = "digits"\n[split]\nn = 2\n')
+    command = [sys.executable, "-c", COMMAND, *arguments.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # as many as are tried, and counted
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "loaded torch")

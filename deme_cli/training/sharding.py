@@ -19,17 +19,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deme_cli.artifacts import ArtifactWriter, Record
 from deme_cli.distributed import Lost, World
 from deme_cli.errors import is_out_of_memory
 from deme_cli.files import layout_of, tensor_bytes
+
+if TYPE_CHECKING:  # takes a second, and most runs divide nothing
+    from torch.distributed.tensor import DTensor
 
 BUCKET_BYTES = 128 << 20  # copied and sent at a time: the memory that adding up costs
 _BLOCKS = (  # diffusers' classes that a network repeats; of nested ones the outermost counts
@@ -48,7 +49,7 @@ def add_up_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     """
     whole: list[Tensor] = []
     for gradient in (p.grad for p in parameters if p.grad is not None):
-        if isinstance(gradient, DTensor):
+        if _is_divided(gradient):
             gradient.to_local().mul_(world.size)
         else:
             whole.append(gradient)
@@ -83,6 +84,9 @@ def shard(network: nn.Module, world: World) -> None:
     It is gathered block by block when it is called; what is outside of blocks stays gathered until
     the backward pass is over. Every process has to make the same calls.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     blocks = [name for name, one in network.named_modules() if type(one).__name__ in _BLOCKS]
     for name in blocks:
@@ -91,14 +95,18 @@ def shard(network: nn.Module, world: World) -> None:
     fully_shard(network, mesh=mesh)
 
 
+def _is_divided(tensor: Tensor) -> TypeGuard[DTensor]:
+    return hasattr(tensor, "to_local")
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_divided(tensor) else tensor
 
 
 def whole(tensor: Tensor, world: World) -> Tensor:
     """`tensor` with the slices of all processes, which all have to ask. Raises Lost."""
-    if not isinstance(tensor, DTensor):
+    if not _is_divided(tensor):
         return tensor
     world.wait()  # where one that has gone is noticed, which the gathering itself may not
     return tensor.full_tensor()
@@ -107,7 +115,9 @@ def whole(tensor: Tensor, world: World) -> Tensor:
 @torch.no_grad()
 def put(own: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one of which this process may hold a slice."""
-    if isinstance(own, DTensor):
+    if _is_divided(own):
+        from torch.distributed.tensor import distribute_tensor
+
         mesh, places = own.device_mesh, own.placements
         value = distribute_tensor(value.to(own.device), mesh, places, src_data_rank=None)
     own_part(own).copy_(own_part(value))
@@ -151,8 +161,8 @@ def holding(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
     finally:
         for name, tensor in state.items():
             tensor.copy_(own[name])
-        if isinstance(network, FSDPModule):
-            network.reshard()  # else what lies outside of blocks would stay gathered as it was
+        if reshard := getattr(network, "reshard", None):  # of FSDPModule
+            reshard()  # else what lies outside of blocks would stay gathered as it was
 
 
 @contextmanager
