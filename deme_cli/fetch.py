@@ -64,20 +64,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_assets(assets: Sequence[Asset]) -> list[Asset]:
-    """Of `assets`, those that have to be fetched first, which their hosts offer now.
-
-    Raises MissingError that names every missing file, its checksum, its address and its place.
-    """
-    absent = [asset for asset in assets if asset.find() is None]
-    if absent and _is_offline():
-        raise missing(absent, f"{_OFFLINE} is set")
-    for asset in absent:
-        if not 200 <= _status(asset.url, _ANSWER_SECONDS) < 300:
-            raise missing(absent, f"no answer from {asset.url.split('/')[2]}")
-    return absent
-
-
 def missing(assets: Sequence[Asset], reason: str) -> MissingError:
     """The error that names files, their checksums, addresses and place, and why they are absent."""
     wanted = [
@@ -115,13 +101,20 @@ def _status(url: str, seconds: float) -> int:
 def fetch(assets: Sequence[Asset], progress: Progress = silent) -> None:
     """See to it that every asset is on this machine.
 
-    Raises MissingError within two seconds where one is neither here nor within reach.
+    Raises MissingError that names every missing file, its checksum, its address and its place,
+    within two seconds, before anything is fetched; and what `download` raises.
     """
-    for asset in require_assets(assets):
+    absent = [asset for asset in assets if asset.find() is None]
+    if absent and _is_offline():
+        raise missing(absent, f"{_OFFLINE} is set")
+    for asset in absent:
+        if not 200 <= _status(asset.url, _ANSWER_SECONDS) < 300:
+            raise missing(absent, f"no answer from {asset.url.split('/')[2]}")
+    for asset in absent:
         download(asset, progress)
 
 
-def download(asset: Asset, progress: Progress = silent) -> Path:
+def download(asset: Asset, progress: Progress) -> Path:
     """Fetch a file into the cache folder, whole or not at all.
 
     Raises MissingError if the connection fails, ArtifactError if the checksum is another.

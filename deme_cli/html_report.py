@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -33,6 +34,7 @@ from deme_cli.evaluation.protocols import WHO_AND_WHENCE
 from deme_cli.files import require_output, write_whole
 from deme_cli.run_folder import (
     CARD_NAME,
+    DAMAGED,
     JOURNAL,
     METRICS,
     Folder,
@@ -356,14 +358,12 @@ def _curves(folder: Folder) -> tuple[dict[str, Any] | None, list[str]]:
     curves: dict[str, np.ndarray] = {}  # (records, 3): update, loss, held-out loss
     for name in [name for name in folder.files if name.endswith(METRICS)]:
         with folder.noting(name):
-            records: dict[int, list[float]] = {}
+            records: dict[int, list[float]] = {}  # one that was logged twice counts as logged last
             for text in text_of(folder.files[name]).splitlines():
-                try:
+                with suppress(*DAMAGED):  # torn by a kill
                     record = json.loads(text)
-                    numbers = [record["step"], record.get("loss"), record.get("held_out")]
+                    numbers = (record["step"], record.get("loss"), record.get("held_out"))
                     records[int(record["step"])] = list(map(_number, numbers))
-                except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
-                    continue  # torn by a kill; one that was logged twice counts as logged last
             if not records:
                 raise ArtifactError(f"{name}: holds no record of training")
             curves[name.removesuffix(METRICS)] = np.array(sorted(records.values()))

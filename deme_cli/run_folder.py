@@ -24,7 +24,7 @@ METRICS, JOURNAL = ".metrics.jsonl", ".trials.jsonl"
 CARD_NAME = "samples.json"  # of a folder of images
 _MAX_BYTES = 1 << 26  # of a JSON document or a curve
 _MAX_PIXELS = 100_000_000  # of a picture
-_DAMAGED = (
+DAMAGED = (
     DemeError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
     RecursionError,
 )  # fmt: skip
@@ -50,7 +50,7 @@ class Folder:
         """Note a file that cannot be shown, and go on."""
         try:
             yield
-        except _DAMAGED as error:
+        except DAMAGED as error:
             text = str(error) if isinstance(error, (DemeError, OSError)) else f"damaged ({error!r})"
             path = self.path / name
             text = text.removeprefix(f"{path}: ").replace(str(path), name).removeprefix(f"{name}: ")
@@ -109,9 +109,8 @@ def picture_of(folder: Folder, name: str) -> dict[str, Any] | None:
     there, or with a note where it cannot be shown."""
     from PIL import Image
 
-    picture = None
     if name not in folder.files:
-        return picture
+        return None
     with folder.noting(name):
         data = folder.files[name].read_bytes()
         try:
@@ -119,10 +118,10 @@ def picture_of(folder: Folder, name: str) -> dict[str, Any] | None:
                 if image.width * image.height > _MAX_PIXELS:
                     raise ArtifactError(f"{name}: {image.width} x {image.height} pixels, too many")
                 image.load()
-                picture = embedded(name, data, image.size)
+                return embedded(name, data, image.size)
         except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:
             raise ArtifactError(f"{name}: not a whole PNG file") from error
-    return picture
+    return None
 
 
 def embedded(name: str, data: bytes, size: tuple[int, int]) -> dict[str, Any]:

@@ -18,12 +18,10 @@ from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.fetch import (
     Asset,
     cache_folder,
-    download,
     is_dataset_cached,
     is_hub_id,
     is_model_cached,
     offline_reason,
-    require_assets,
 )
 
 CONTENT = bytes(range(256)) * 20
@@ -66,7 +64,7 @@ def test_the_cache_folder_wins_over_the_librarys_own_place(
     assert asset.find() == own
     (cache / "weights.pt").touch()
     assert asset.find() == cache / "weights.pt"
-    assert require_assets([asset]) == [], "what is there needs no network"
+    fetch.fetch([asset])  # what is there needs no network
     monkeypatch.delenv("DEME_CACHE")
     assert cache_folder() == cache / "deme"
 
@@ -77,26 +75,25 @@ def test_an_unreachable_host_is_told_within_two_seconds(
     monkeypatch.delenv("HF_HUB_OFFLINE")
     began = time.monotonic()
     with pytest.raises(MissingError, match=r"no answer from 192\.0\.2\.1"):
-        require_assets([Asset("a.pt", "weights", "http://192.0.2.1/a.pt")])  # TEST-NET-1
+        fetch.fetch([Asset("a.pt", "weights", "http://192.0.2.1/a.pt")])  # TEST-NET-1
     assert time.monotonic() - began < 6
 
 
 def test_a_missing_file_is_fetched_where_its_host_answers(cache: Path, server: str) -> None:
     digest = hashlib.sha256(CONTENT).hexdigest()
     asset = Asset("a.pt", "weights", f"{server}/whole", digest)
-    assert require_assets([asset]) == [asset]
     steps: list[Step] = []
-    path = download(asset, steps.append)
-    assert path == cache / "a.pt" == asset.find()
-    assert path.read_bytes() == CONTENT
+    fetch.fetch([asset], steps.append)
+    assert asset.find() == cache / "a.pt"
+    assert (cache / "a.pt").read_bytes() == CONTENT
     assert (steps[-1].label, steps[-1].total) == ("fetching a.pt", 1)
 
 
 def test_a_file_that_is_not_what_was_promised_is_not_kept(cache: Path, server: str) -> None:
     with pytest.raises(ArtifactError, match="expected 0000"):
-        download(Asset("a.pt", "weights", f"{server}/whole", "0" * 64))
+        fetch.fetch([Asset("a.pt", "weights", f"{server}/whole", "0" * 64)])
     with pytest.raises(MissingError, match=r"a\.pt"):
-        download(Asset("a.pt", "weights", f"{server}/broken"))
+        fetch.fetch([Asset("a.pt", "weights", f"{server}/broken")])
     assert list(cache.iterdir()) == []
 
 

@@ -32,7 +32,7 @@ from deme_cli.evaluation.references import (
     require_same_extractor,
     statistics_asset,
 )
-from deme_cli.fetch import require_assets
+from deme_cli.fetch import fetch
 
 
 @pytest.fixture
@@ -296,6 +296,6 @@ def test_files_are_named_as_clean_fid_names_them_and_each_that_lacks_is_told(cac
     assert church.name == "lsun_church_legacy_pytorch_train_256.npz"
     assert church.copies == (Path(cleanfid.__path__[0]) / "stats" / church.name,)
     with pytest.raises(MissingError) as raised:
-        require_assets([pytorch, church])
+        fetch([pytorch, church])
     for words in (pytorch.name, pytorch.url, pytorch.sha256, church.name, church.url, str(cache)):
         assert words in str(raised.value)
