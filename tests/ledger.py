@@ -146,15 +146,8 @@ def record() -> dict[str, Any]:
     ledger["search: grid"] = [found["coefficients"], digest("found.safetensors")]
 
     for sampler in SAMPLERS:
-        run(
-            "sample",
-            "merged.safetensors",
-            *DRAW,
-            "--sampler",
-            sampler,
-            "-o",
-            f"{sampler}.safetensors",
-        )
+        output = f"{sampler}.safetensors"
+        run("sample", "merged.safetensors", *DRAW, "--sampler", sampler, "-o", output)
         ledger[f"samples: digits, {sampler}"] = digest(f"{sampler}.safetensors")
     run("ensemble-sample", *experts, *DRAW, "-o", "ensemble.safetensors")
     ledger["samples: ensemble"] = digest("ensemble.safetensors")
@@ -162,16 +155,9 @@ def record() -> dict[str, Any]:
 
     run("split", stable_diffusion(Path("sd")), "-o", "text", "-n", 2)
     for sampler in SAMPLERS:
-        words = ("--prompt", "a cat", "--config", "text/deme.toml", "-n", 2, "--steps", 4)
-        run(
-            "sample",
-            "text/base.safetensors",
-            *words,
-            "--sampler",
-            sampler,
-            "-o",
-            f"sd-{sampler}.safetensors",
-        )
+        words = ("--config", "text/deme.toml", "-n", 2, "--steps", 4, "--sampler", sampler)
+        output = f"sd-{sampler}.safetensors"
+        run("sample", "text/base.safetensors", "--prompt", "a cat", *words, "-o", output)
         ledger[f"samples: SD, {sampler}"] = digest(f"sd-{sampler}.safetensors")
 
     rng = np.random.default_rng(0)
