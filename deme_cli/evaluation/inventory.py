@@ -80,20 +80,26 @@ def take_inventory(run: RunFile | None = None) -> Inventory:
 
 
 def device_facts() -> dict[str, Any]:
-    """What `--device auto` takes, and its name and memory where it is a GPU."""
+    """What `--device auto` takes, name and memory where it is a GPU, and how bf16 runs there."""
     import torch
 
     from deme_cli.diffusion.denoiser import choose_device
 
     device = choose_device("auto")
     if device.type != "cuda":
-        return {"auto": device.type, "threads": torch.get_num_threads()}
+        facts = {"auto": device.type, "threads": torch.get_num_threads()}
+        known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        if known:
+            has = any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+            facts["bf16"] = "in hardware" if has else "emulated, slow"
+        return facts
     properties = torch.cuda.get_device_properties(device)
     return {
         "auto": device.type,
         "gpus": torch.cuda.device_count(),
         "name": properties.name,
         "memory_gib": round(properties.total_memory / 2**30, 1),
+        "bf16": "in hardware" if torch.cuda.is_bf16_supported(False) else "emulated, slow",
     }
 
 
