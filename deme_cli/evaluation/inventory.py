@@ -88,8 +88,8 @@ def device_facts() -> dict[str, Any]:
     device = choose_device("auto")
     if device.type != "cuda":
         facts = {"auto": device.type, "threads": torch.get_num_threads()}
-        known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        if known:
+        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        if known and device.type == "cpu":
             has = any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
             facts["bf16"] = "in hardware" if has else "emulated, slow"
         return facts
