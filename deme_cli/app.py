@@ -62,6 +62,13 @@ HOME = {"ensemble-sample": "sample", "import": "import_expert"}
 JOINT = {"finetune", "merge", "sample", "ensemble-sample", "eval", "stats"}
 
 
+_NOT_HERE = {  # options of diffusers' pipelines, and what to do instead
+    "--num-frames": "deme draws one frame; `deme export` the model, and draw videos in diffusers",
+    "--guidance-scale-2": "one --guidance is for all experts; `deme export` two of a WanPipeline, "
+    "and give each its own in diffusers",
+}
+
+
 def build(name: str) -> Any:
     """Import a command, a function of its name in the file of its name or HOME; make its options.
 
@@ -154,6 +161,8 @@ def _usage_told(context: Any, error: Any) -> str:
     text = text[0].lower() + text[1:]
     if hasattr(error, "possibilities"):
         text = f"no option {error.option_name}"
+        if instead := _NOT_HERE.get(error.option_name):
+            return f"{where}{text}: {instead}"
         name = error.option_name.lstrip("-").replace("-", "_")
         table = TABLES.get(HOME.get(command, command), Settings)
         if name in [item.name for item in fields(table) if not item.metadata["option"]]:

@@ -265,3 +265,10 @@ def test_experts_of_other_models_are_not_a_pipeline_of_two(run_folder: Path, dem
         deme("import", path, "--range", span, "-o", f"{index}.safetensors")
     error = deme("export", "0.safetensors", "1.safetensors", "out").exception
     assert "a DDPMPipeline of diffusers" in str(error)
+
+
+def test_what_only_the_pipeline_can_do_says_so(deme: Deme) -> None:
+    for option, words in (("--num-frames", "one frame"), ("--guidance-scale-2", "all experts")):
+        error = str(deme("ensemble-sample", *EXPERTS, option, 3).exception)
+        assert f"no option {option}" in error
+        assert words in error

@@ -1,10 +1,10 @@
-"""Wan 2.1: a flow-matching video transformer, taken as a model of still images.
+"""Wan 2.1 and 2.2: a flow-matching video transformer, taken as a model of still images.
 
 An image is a video of one frame. Latents are (C, h, w) everywhere outside, as those of the other
 backbones; the frame's axis, (C, 1, h, w), is put in before the network and its VAE and taken out
 behind them. Videos are neither trained on nor drawn: an expert learns what the base says of single
-frames, and what becomes of its motion nobody looks at. Wan 2.2 is refused: A14B are two networks
-that divide the timesteps between them already, TI2V-5B has a time for every token.
+frames, and what becomes of its motion nobody looks at. Wan 2.2 A14B are two such networks that
+divide the timesteps between them, experts already; TI2V-5B (a time for every token) is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Wan(Backbone):
     def refusal(self, config: Config) -> str | None:
         if shown := [name for name in ("image_dim", "added_kv_proj_dim") if config.get(name)]:
             return (
-                f"{', '.join(shown)}: an image-to-video or control model; deme takes Wan 2.1's "
+                f"{', '.join(shown)}: an image-to-video or control model; deme takes "
                 f"text-to-video models, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
             )
         if config.get("patch_size", (1,))[0] != 1:
