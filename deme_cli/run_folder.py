@@ -109,8 +109,9 @@ def picture_of(folder: Folder, name: str) -> dict[str, Any] | None:
     there, or with a note where it cannot be shown."""
     from PIL import Image
 
+    picture = None
     if name not in folder.files:
-        return None
+        return picture
     with folder.noting(name):
         data = folder.files[name].read_bytes()
         try:
@@ -118,10 +119,10 @@ def picture_of(folder: Folder, name: str) -> dict[str, Any] | None:
                 if image.width * image.height > _MAX_PIXELS:
                     raise ArtifactError(f"{name}: {image.width} x {image.height} pixels, too many")
                 image.load()
-                return embedded(name, data, image.size)
+                picture = embedded(name, data, image.size)
         except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:
             raise ArtifactError(f"{name}: not a whole PNG file") from error
-    return None
+    return picture
 
 
 def embedded(name: str, data: bytes, size: tuple[int, int]) -> dict[str, Any]:
