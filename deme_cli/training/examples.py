@@ -85,7 +85,7 @@ class PixelExamples:
         return {}
 
 
-class LatentExamples:
+class LatentExamples(PixelExamples):
     """VAE latents (C, h, w) and conditions of images, from the frozen parts or from a `cache`.
 
     Centre crops come with their latents from the cache; of random crops, of which there would be
@@ -96,14 +96,10 @@ class LatentExamples:
         self, data: ImageData, companions: Companions, shape: Shape, *, crop: str = "centre",
         cache: LatentCache | None = None,
     ) -> None:  # fmt: skip
-        self.data, self.companions, self.cache = data, companions, cache
-        self.source, self.fingerprint, self.can_flip = data.source, data.fingerprint, data.can_flip
-        self.shape, self.image_shape, self.crop = shape, data.shape, crop
+        super().__init__(data, crop=crop)
+        self.companions, self.cache, self.shape = companions, cache, shape
         self.runs_vae = cache is None or crop != "centre"
         self._null: Conditions | None = None
-
-    def __len__(self) -> int:
-        return len(self.data)
 
     def draw(
         self, indices: Sequence[int], *, flip: Tensor | None, generator: torch.Generator | None,
@@ -157,12 +153,11 @@ class LatentExamples:
         A mirrored image is the mirror image of the same crop, so its crop begins as far from the
         left as the original's ended from the right.
         """
-        rows = []
+        rows, shape = [], self.data.shape
         for place, size in enumerate(self.data.sizes(indices)):
             x, y = CENTRE if crops is None else crops[place].tolist()
             x = 1 - x if flip is not None and flip[place] else x
-            corner = crop_corner(size, self.data.shape, (x, y))
-            rows.append([*size, *corner, *self.data.shape[1:]])
+            rows.append([*size, *crop_corner(size, shape, (x, y)), *shape[1:]])
         return torch.tensor(rows, dtype=torch.long)
 
     def null(self) -> Conditions:
@@ -172,14 +167,14 @@ class LatentExamples:
         return self._null
 
 
-Examples = PixelExamples | LatentExamples
+Examples = PixelExamples
 
 
 def mirror(images: Tensor, flip: Tensor | None) -> Tensor:
     """`images` (B, C, H, W) with those where `flip` (B,) is true mirrored left to right."""
-    return (
-        images if flip is None else torch.where(flip[:, None, None, None], images.flip(-1), images)
-    )
+    if flip is None:
+        return images
+    return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
 def draw_crops(crop: str, num: int, generator: torch.Generator | None) -> Tensor | None:
@@ -333,18 +328,15 @@ class LatentCache:
     def posterior(self, indices: Sequence[int], flip: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents' posterior.  (B, C, h, w) float32 each"""
         flips = [False] * len(indices) if flip is None else flip.tolist()
-        mean, deviation = (
-            self._rows(indices, [MIRRORED * mirrored + name for mirrored in flips])
-            for name in ("mean", "deviation")
-        )
-        return mean, deviation
+        names = [MIRRORED * mirrored for mirrored in flips]
+        mean = self._rows(indices, [f"{mirrored}mean" for mirrored in names])
+        return mean, self._rows(indices, [f"{mirrored}deviation" for mirrored in names])
 
     def conditions(self, indices: Sequence[int]) -> Conditions:
         """What the network is told of the images, of batch B."""
         names = [name for name in self.open(0).keys() if name.startswith("condition.")]  # noqa: SIM118
         return {
-            name.removeprefix("condition."): self._rows(indices, [name] * len(indices))
-            for name in names
+            n.removeprefix("condition."): self._rows(indices, [n] * len(indices)) for n in names
         }
 
     def null(self) -> Conditions:
@@ -355,11 +347,9 @@ class LatentCache:
 
     def _rows(self, indices: Sequence[int], names: Sequence[str]) -> Tensor:
         """One row of each image, from the tensor of its name."""
-        rows = []
-        for index, name in zip(indices, names, strict=True):
-            shard, row = divmod(int(index), self.key["rows"])
-            rows.append(self.open(shard).get_slice(name)[row])
-        return torch.stack(rows)
+        places = [divmod(int(index), self.key["rows"]) for index in indices]
+        rows = zip(places, names, strict=True)
+        return torch.stack([self.open(shard).get_slice(name)[row] for (shard, row), name in rows])
 
 
 def fill_caches(
@@ -371,11 +361,8 @@ def fill_caches(
     where another process of the launch has ended, ArtifactError for a shard that is corrupt or of
     another cache, MissingError where the disk is too small for the rest.
     """
-    cached, total, before = list[tuple[LatentExamples, LatentCache]](), 0, 0
-    for each in examples:
-        if isinstance(each, LatentExamples) and each.cache is not None:
-            cached.append((each, each.cache))
-            total += each.cache.spans[-1].stop
+    cached = [(one, one.cache) for one in examples if isinstance(one, LatentExamples) and one.cache]
+    total, before = sum(cache.spans[-1].stop for _, cache in cached), 0
     with JointStopRequests(world) as requests:
         for one, cache in cached:
             for done in _fill(one, cache):
@@ -420,8 +407,8 @@ def _fill(examples: LatentExamples, cache: LatentCache) -> Iterator[int]:
                     claimed_by_others.append(shard)
                     continue
                 if not cache.has(shard):
-                    parts: list[dict[str, Tensor]] = []
-                    for num, part in _encode(examples, cache.spans[shard]):
+                    parts, span = list[dict[str, Tensor]](), cache.spans[shard]
+                    for num, part in _encode(examples, span):
                         if null is None:
                             null = examples.companions.null()
                             size = sum(tensor.nbytes for tensor in part.values()) // num
@@ -430,7 +417,6 @@ def _fill(examples: LatentExamples, cache: LatentCache) -> Iterator[int]:
                         yield num_done + num
                     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                     tensors |= {f"null.{name}": value.cpu() for name, value in (null or {}).items()}
-                    span = cache.spans[shard]
                     record = ShardRecord(key=cache.key, start=span.start, stop=span.stop)
                     write_artifact(cache.path(shard), tensors, record)
                     cache.sound.add(shard)

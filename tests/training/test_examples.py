@@ -68,19 +68,13 @@ def test_random_crops_are_drawn_from_the_generator_and_not_for_held_out_images(
     assert torch.equal(one, two)
 
 
-def test_another_column_is_another_caption_and_another_fingerprint(
+def test_a_column_of_captions_is_chosen_and_one_that_a_model_cannot_learn_from_refused(
     examples: Callable[..., Examples], companions: Callable[..., Companions]
 ) -> None:
     usual, other = examples("sd"), examples("sd", captions="other")
     assert usual.fingerprint != other.fingerprint
     found = other.draw([3], flip=None, generator=None)[1]
-    wanted = companions("sd").conditions(["another caption 3"])
-    torch.testing.assert_close(found, wanted)
-
-
-def test_images_that_a_model_cannot_learn_from_are_refused(
-    examples: Callable[..., Examples],
-) -> None:
+    torch.testing.assert_close(found, companions("sd").conditions(["another caption 3"]))
     for name, captions, word in [
         ("sd", "label", "expected text"),
         ("dit", "text", "20 classes, this model knows 10"),

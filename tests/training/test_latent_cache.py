@@ -83,19 +83,17 @@ def test_a_cache_gives_what_the_frozen_parts_give(
     assert torch.equal(draw(again)["x0"], draw(stored)["x0"])
 
 
-def test_a_random_crop_caches_what_is_said_and_nothing_that_is_seen(
-    cached: Callable, examples: Callable
+def test_what_is_not_needed_is_not_cached(
+    cached: Callable, examples: Callable, tmp_path: Path
 ) -> None:
+    """Neither images beyond the first so many, nor latents of random crops."""
+    filled(cached(folder="auto", num_needed=9))
+    (folder,) = (tmp_path / ".deme-cache").iterdir()
+    assert list(shards(folder)) == ["00000.safetensors", "00001.safetensors"]
     stored = filled(cached("sdxl", crop="random"))
     expected = draw(examples("sdxl", crop="random"))
     torch.testing.assert_close(draw(stored), expected, rtol=1e-6, atol=1e-6)
     assert not {"mean", "mirrored_mean"} & set(stored.cache.open(0).keys())
-
-
-def test_only_the_images_that_are_needed_are_cached(cached: Callable, tmp_path: Path) -> None:
-    filled(cached(folder="auto", num_needed=9))
-    (folder,) = (tmp_path / ".deme-cache").iterdir()
-    assert list(shards(folder)) == ["00000.safetensors", "00001.safetensors"]
 
 
 class Killed(Exception):
@@ -112,15 +110,15 @@ def test_a_broken_off_cache_is_finished_to_the_same_bytes(
         write, written = latents.write_artifact, []
 
         def write_or_die(path, tensors, record):
-            if len(written) == 1:
+            if written:
                 (path.parent / f".{path.name}.partial").write_bytes(b"half of it")
                 raise Killed
             written.append(write(path, tensors, record))
 
-        monkeypatch.setattr(latents, "write_artifact", write_or_die)
-        with pytest.raises(Killed):
-            filled(cached())
-        monkeypatch.setattr(latents, "write_artifact", write)
+        with monkeypatch.context() as patch:
+            patch.setattr(latents, "write_artifact", write_or_die)
+            with pytest.raises(Killed):
+                filled(cached())
         assert list(shards(folder)) == ["00000.safetensors"]
     else:
         shutil.copytree(whole.cache.folder, folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deme_cli.artifacts import load_tensors, read_record
+from deme_cli.artifacts import read_record
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
@@ -35,41 +35,33 @@ def run_of(base: Callable[..., Denoiser], captioned: Path, tmp_path: Path) -> Ca
         denoiser = denoiser or base(name)
         companions, config = open_companions(denoiser.record), replace(SHORT, **settings)
         images = DataConfig(source=str(captioned), resolution=16)
-        train_images, held_out = (
+        own, held_out = (
             open_examples(images, companions, split=split, flips=flips, cache="auto",
                           beside=tmp_path)
             for split, flips in (("train", True), ("held-out", False))
         )  # fmt: skip
         choice = parse_range(text, denoiser.record.num_train_timesteps)
         output = tmp_path / f"ft_{choice.label}.safetensors"
-        return Run(
-            denoiser=denoiser, choice=choice, examples=train_images, held_out=held_out, flip=True,
-            config=config, output=output,
-        )  # fmt: skip
+        return Run(denoiser, choice, own, held_out, flip=True, config=config, output=output)
 
     return run
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "dit", "sd3", "flux"])
-def test_two_ranges_of_every_backbone_become_experts(
+def test_a_range_of_every_backbone_becomes_an_expert(
     run_of: Callable[..., Run], base: Callable[..., Denoiser], name: str
 ) -> None:
-    record, moved = base(name).record, []
-    for text in ("1/2", "2/2"):
-        run = run_of(name, text=text)
-        (last,) = train(run)
-        assert last.loss > 0
-        assert last.consistency > 0  # after the first update
-        assert last.held_out is not None
-        expert = read_record(run.output, "expert")
-        assert expert.base == record.fingerprint != expert.fingerprint
-        assert (expert.companions, expert.source) == (record.companions, record.source)
-        assert expert.training["resolution"] == [16, 16]
-        moved.append(load_tensors(run.output))
-        x_t, conditions = run.examples.draw([0, 1], flip=None, generator=None)
-        output = predict(load_denoiser(run.output).network, x_t, torch.tensor(700), conditions)
-        assert output.isfinite().all()
-    assert any(not torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
+    record, run = base(name).record, run_of(name)
+    (last,) = train(run)
+    assert min(last.loss, last.consistency) > 0  # after the first update
+    assert last.held_out is not None
+    expert = read_record(run.output, "expert")
+    assert expert.base == record.fingerprint != expert.fingerprint
+    assert (expert.companions, expert.source) == (record.companions, record.source)
+    assert expert.training["resolution"] == [16, 16]
+    x_t, conditions = run.examples.draw([0, 1], flip=None, generator=None)
+    output = predict(load_denoiser(run.output).network, x_t, torch.tensor(700), conditions)
+    assert output.isfinite().all()
 
 
 def test_a_base_of_ones_own_takes_its_frozen_parts_from_a_pipeline(

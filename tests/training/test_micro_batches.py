@@ -52,33 +52,15 @@ def require_same(found: tuple[list[Tensor], Tensor], wanted: tuple[list[Tensor],
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("micro_batch", "settings"),
-    [(3, {"loss_weighting": "p2", "consistency": 0.0}), (4, {"loss_weighting": "uncertainty"})],
-)
-def test_parts_of_a_batch_have_the_gradient_and_the_losses_of_the_whole(
-    run: Run, micro_batch: int, settings: dict
-) -> None:
-    found = update_of(run, micro_batch=micro_batch, **settings)
-    require_same(found, update_of(run, **settings))
-
-
-def test_unequal_shares_in_parts_add_up_to_the_whole(
-    run: Run, most: Callable[[int], list[int]]
-) -> None:
-    settings = {"batch_size": 5, "accumulation": 1}
-    wanted = update_of(run, **settings)
-    tried = most(1)
-    parts = [update_of(run, World(rank, 2), micro_batch=1, **settings) for rank in (0, 1)]
-    assert tried == [1] * 5
-    summed = [one + other for one, other in zip(parts[0][0], parts[1][0], strict=True)]
-    require_same((summed, parts[0][1] + parts[1][1]), wanted)
-
-
-def test_activations_computed_again_are_the_same_bit_for_bit(run: Run) -> None:
-    found = update_of(run, gradient_checkpointing=True)[0]
-    for one, two in zip(found, update_of(run)[0], strict=True):
-        assert torch.equal(one, two)
+def test_parts_of_a_batch_have_the_gradient_and_the_losses_of_the_whole(run: Run) -> None:
+    for micro_batch, settings in (
+        (3, {"loss_weighting": "p2", "consistency": 0.0}),
+        (4, {"loss_weighting": "uncertainty"}),
+    ):
+        found = update_of(run, micro_batch=micro_batch, **settings)
+        require_same(found, update_of(run, **settings))
+    found, whole = update_of(run, gradient_checkpointing=True)[0], update_of(run)[0]
+    assert all(map(torch.equal, found, whole))  # activations are computed again, bit for bit
 
 
 @pytest.fixture
@@ -160,14 +142,21 @@ def test_a_lack_of_memory_that_parts_do_not_help_is_told_and_other_errors_are_as
         list(train(run))
 
 
+def test_unequal_shares_in_parts_add_up_to_the_whole(
+    run: Run, most: Callable[[int], list[int]]
+) -> None:
+    settings = {"batch_size": 5, "accumulation": 1}
+    wanted = update_of(run, **settings)
+    tried = most(1)
+    parts = [update_of(run, World(rank, 2), micro_batch=1, **settings) for rank in (0, 1)]
+    assert tried == [1] * 5
+    summed = [one + other for one, other in zip(parts[0][0], parts[1][0], strict=True)]
+    require_same((summed, parts[0][1] + parts[1][1]), wanted)
+
+
 def test_a_network_without_gradient_checkpointing_is_named(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(run.denoiser.network), "_supports_gradient_checkpointing", False)
     with pytest.raises(ConfigError, match="UNet2DModel does not support it"):
         open_networks(replace(run, config=replace(CONFIG, gradient_checkpointing=True)))
-
-
-def test_what_leaves_the_result_alone_is_no_part_of_a_run(run: Run) -> None:
-    spared = replace(CONFIG, gradient_checkpointing=True, micro_batch=2)
-    assert replace(run, config=spared, compile="on").identity == run.identity
