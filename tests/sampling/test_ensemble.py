@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import write_tiny_base, write_tiny_expert
@@ -17,10 +16,6 @@ from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
 from deme_cli.sampling.store import first_difference
 
 EXPERTS = [Path(f"ft_{index}of4.safetensors") for index in range(1, 5)]
-
-
-def test_the_order_of_the_arguments_does_not_matter(run_folder: Path) -> None:
-    assert read_ensemble(EXPERTS[::-1]) == read_ensemble(EXPERTS)
 
 
 def test_what_is_no_ensemble_is_refused_and_says_how_to_close_a_gap(run_folder: Path) -> None:
@@ -42,26 +37,21 @@ def test_what_is_no_ensemble_is_refused_and_says_how_to_close_a_gap(run_folder: 
         open_ensemble(EXPERTS, device="warp")
 
 
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        ({"model_config": {"dropout": 0.5}}, "model config"),
-        ({"companions": {"vae": "0" * 64}}, "set of frozen parts"),
-        ({"scheduler_config": {"beta_end": 0.1}}, "scheduler config"),
-    ],
-)
-def test_an_expert_with_other_surroundings_is_refused(
-    run_folder: Path, changes: dict[str, dict[str, Any]], fault: str
-) -> None:
-    record = read_record(EXPERTS[1], "expert")
-    changed = {name: {**getattr(record, name), **value} for name, value in changes.items()}
-    write_artifact(EXPERTS[1], load_tensors(EXPERTS[1]), replace(record, **changed))
-    with pytest.raises(ArtifactError, match=f"another {fault} than"):
-        open_ensemble(EXPERTS)
+def test_an_expert_with_other_surroundings_is_refused(run_folder: Path) -> None:
+    record, weights = read_record(EXPERTS[1], "expert"), load_tensors(EXPERTS[1])
+    for name, change, fault in (
+        ("model_config", {"dropout": 0.5}, "model config"),
+        ("companions", {"vae": "0" * 64}, "set of frozen parts"),
+        ("scheduler_config", {"beta_end": 0.1}, "scheduler config"),
+    ):
+        changed = replace(record, **{name: {**getattr(record, name), **change}})
+        write_artifact(EXPERTS[1], weights, changed)
+        with pytest.raises(ArtifactError, match=f"another {fault} than"):
+            open_ensemble(EXPERTS)
 
 
 def test_the_card_names_every_member_and_the_effective_schedule(run_folder: Path) -> None:
-    records = [member.record for member in read_ensemble(EXPERTS)]
+    records = [member.record for member in read_ensemble(EXPERTS[::-1])]  # in any order
     card = protocol_card(records, SampleConfig(sampler="heun", steps=10), dtype="bf16")
     assert card["model"] == "ensemble"
     assert card["fingerprints"] == [record.fingerprint for record in records]

@@ -55,25 +55,19 @@ def drawn_by(pipeline, config: SampleConfig, **options: float) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])[..., None]
 
 
-@pytest.mark.parametrize(("spacing", "eta"), list(zip(SPACINGS, (0.0, 0.5, 1.0), strict=True)))
-def test_ddim_draws_the_images_of_diffusers_pipeline(
-    denoiser: Denoiser, spacing: str, eta: float
-) -> None:
-    config = SampleConfig(num=2, steps=10, eta=eta, spacing=spacing, seed=3)
-    scheduler = DDIMScheduler.from_config(TINY_SCHEDULER, timestep_spacing=spacing)
-    theirs = drawn_by(DDIMPipeline(denoiser.network, scheduler), config, eta=eta)
-    assert np.array_equal(collect_images(single(denoiser), config), theirs)
-
-
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_ddpm_draws_the_images_of_diffusers_pipeline(
-    denoiser: Denoiser, variance_type: str
-) -> None:
-    schedule = {**TINY_SCHEDULER, "variance_type": variance_type}
-    config = SampleConfig(num=2, sampler="ddpm", steps=10)
-    theirs = drawn_by(DDPMPipeline(denoiser.network, DDPMScheduler.from_config(schedule)), config)
-    model = replace(denoiser, record=replace(denoiser.record, scheduler_config=schedule))
-    assert np.array_equal(collect_images(single(model), config), theirs)
+def test_images_are_those_of_diffusers_pipelines(denoiser: Denoiser) -> None:
+    for spacing, eta in zip(SPACINGS, (0.0, 0.5, 1.0), strict=True):
+        config = SampleConfig(num=2, steps=10, eta=eta, spacing=spacing, seed=3)
+        scheduler = DDIMScheduler.from_config(TINY_SCHEDULER, timestep_spacing=spacing)
+        theirs = drawn_by(DDIMPipeline(denoiser.network, scheduler), config, eta=eta)
+        assert np.array_equal(collect_images(single(denoiser), config), theirs)
+    for variance_type in ("fixed_small", "fixed_large"):
+        schedule = {**TINY_SCHEDULER, "variance_type": variance_type}
+        config = SampleConfig(num=2, sampler="ddpm", steps=10)
+        scheduler = DDPMScheduler.from_config(schedule)
+        theirs = drawn_by(DDPMPipeline(denoiser.network, scheduler), config)
+        model = replace(denoiser, record=replace(denoiser.record, scheduler_config=schedule))
+        assert np.array_equal(collect_images(single(model), config), theirs)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "pndm", "heun"])
@@ -86,6 +80,9 @@ def test_images_depend_on_neither_batch_size_nor_count(denoiser: Denoiser, sampl
     assert largest_difference(images, in_pairs) <= 1
     assert largest_difference(images[:2], first_two) <= 1
     assert largest_difference(images[0], images[1]) > 10
+    seeds = {image_seed(seed, index) for seed in range(10) for index in range(1000)}
+    assert len(seeds) == 10_000
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 class RecordingNetwork(nn.Module):
@@ -154,12 +151,6 @@ def test_progress_counts_every_forward_of_every_image(denoiser: Denoiser) -> Non
     assert done == [0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5]
     batches = [record for record in records if isinstance(record, ImageBatch)]
     assert [(batch.start, len(batch.images)) for batch in batches] == [(0, 2), (2, 2), (4, 1)]
-
-
-def test_image_seeds_differ_and_fit_an_int64() -> None:
-    seeds = [image_seed(seed, index) for seed in range(10) for index in range(1000)]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_images_that_are_not_finite_stop_the_run(denoiser: Denoiser) -> None:

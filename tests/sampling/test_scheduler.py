@@ -6,7 +6,6 @@ from contextlib import suppress
 from itertools import cycle, product
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from conftest import TINY_MODEL, TINY_SCHEDULER
@@ -65,17 +64,6 @@ def test_every_sampler_works_on_the_alphas_that_are_trained_on_or_is_refused() -
         assert scheduler.config.prediction_type == config["prediction_type"]
         assert torch.as_tensor(getattr(scheduler, "sigmas", 0.0)).isfinite().all()
     assert all(sampler in refusal for sampler, refusal in refusals)
-
-
-def test_what_a_config_leaves_open_is_its_own_default_for_the_alphas_alone() -> None:
-    for name in CLASSES:
-        own = getattr(diffusers, name)()
-        for sampler in SAMPLERS:
-            scheduler = build_scheduler({"_class_name": name}, SampleConfig(sampler=sampler))
-            torch.testing.assert_close(scheduler.alphas_cumprod, own.alphas_cumprod)
-            kind = type(scheduler)()
-            for key in ("timestep_spacing", "set_alpha_to_one", "clip_sample", "steps_offset"):
-                assert scheduler.config.get(key) == kind.config.get(key)
 
 
 def named(own: str, *, is_latent: bool = False, config: Any = (), **settings: Any) -> str | None:

@@ -165,12 +165,9 @@ def test_images_are_those_of_diffusers_with_every_scheduler(
 
 @pytest.mark.parametrize(("config", "sampler"), OF_PIPELINES)
 def test_images_are_those_of_the_pipeline_with_that_scheduler(
-    config: str,
-    sampler: str | None,
-    opened: Callable[..., Denoiser],
-    conditioning_for: Any,
+    config: str, sampler: str | None, opened: Callable[..., Denoiser], conditioning_for: Any,
     their_pipeline: Any,
-) -> None:
+) -> None:  # fmt: skip
     about = {"prompts": "text:a fox", "guidance": 1.0}
     drawing = Drawing(opened("sd"), LATENT[config], sampler, **about)
     settings, generators = drawing.settings, drawing.generators
