@@ -72,6 +72,7 @@ class DenoiserRecord(Record):
     `model_config` is the diffusers config (with `_class_name`), `scheduler_config` likewise.
     `companions` holds the SHA-256 of each frozen part of the pipeline around the denoiser (VAE,
     text encoders, tokenizers), by its name; empty for models that draw pixels from noise alone.
+    `single_file` is the path and the SHA-256 of the one that the base came from, if it did.
     """
 
     source: str
@@ -79,6 +80,7 @@ class DenoiserRecord(Record):
     scheduler_config: dict[str, Any]
     num_train_timesteps: int
     companions: dict[str, Any] = field(default_factory=dict)
+    single_file: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,16 +385,21 @@ class ArtifactWriter(Generic[_Written]):
 
     def _header(self) -> bytes:
         record = replace(self.record, fingerprint=self.record.fingerprint or "0" * 64)
-        document: dict[str, Any] = {"__metadata__": {"format": FORMAT, "deme": record.to_json()}}
-        end = 0
-        for spec in self.layout:
-            begin, end = end, end + spec.num_bytes
-            document[spec.name] = {
-                "dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end],
-            }  # fmt: skip
-        text = json.dumps(document, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
+        return header_bytes(self.layout, {"format": FORMAT, "deme": record.to_json()})
+
+
+def header_bytes(layout: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the tensors of a safetensors file, which lie in the order of `layout`."""
+    document: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for spec in layout:
+        begin, end = end, end + spec.num_bytes
+        document[spec.name] = {
+            "dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(document, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def write_artifact(path: Path, tensors: Mapping[str, Any], record: _Written) -> _Written:

@@ -18,8 +18,8 @@ import shutil
 import stat
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,27 @@ def write_whole(path: Path, content: str | bytes | Iterable[bytes]) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path, *, force: bool) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place if the body ends well, else goes."""
+    partial, replaced = (
+        folder.parent / f".{folder.name}.{os.getpid()}.{what}" for what in ("partial", "replaced")
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in filter(Path.is_file, partial.rglob("*")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if force and folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def shown_path(path: Path) -> Path:
@@ -247,11 +268,7 @@ def tensor_bytes(tensor: torch.Tensor | np.ndarray) -> memoryview:
 
 
 _PICKLED_BYTES = 1 << 24  # read of a pickle that is no zip: its names come before its numbers
-_WHOLE = "convert it with diffusers ({}.from_single_file(FILE).save_pretrained(DIR)) and give DIR"
-_NETWORK = (
-    "convert it with diffusers ({}.from_single_file(FILE).save_pretrained(DIR/transformer), DIR "
-    "the folder of its pipeline) and give DIR"
-)
+_SPLIT = "`deme split FILE` starts from one in a .safetensors file (convert a pickle first)"
 _FUSE = (
     "fuse it in diffusers (pipeline.load_lora_weights(FILE); pipeline.fuse_lora(); "
     "pipeline.unload_lora_weights(); pipeline.save_pretrained(DIR)) and give DIR"
@@ -270,17 +287,12 @@ _KINDS = (
     (r"ip_adapter\.|image_proj\.", "an IP-Adapter", _ANOTHER),
     (r"motion_modules\.", "motion modules of AnimateDiff", _ANOTHER),
     (r"emb_params|string_to_param", "a textual inversion", _ANOTHER),
-    (r"joint_blocks\.", "a single-file checkpoint of Stable Diffusion 3",
-     _NETWORK.format("SD3Transformer2DModel")),
-    (r"double_blocks\.", "a single-file checkpoint of Flux",
-     _NETWORK.format("FluxTransformer2DModel")),
-    (r"blocks\.\d+\.self_attn\.norm_q\.", "a single-file checkpoint of Wan",
-     _NETWORK.format("WanTransformer3DModel")),
-    (r"conditioner\.embedders\.1\.", "a single-file checkpoint of SDXL",
-     _WHOLE.format("StableDiffusionXLPipeline")),
+    (r"joint_blocks\.", "a single-file checkpoint of Stable Diffusion 3", _SPLIT),
+    (r"double_blocks\.", "a single-file checkpoint of Flux", _SPLIT),
+    (r"blocks\.\d+\.self_attn\.norm_q\.", "a single-file checkpoint of Wan", _SPLIT),
+    (r"conditioner\.embedders\.1\.", "a single-file checkpoint of SDXL", _SPLIT),
     (r"conditioner\.embedders\.0\.model\.", "the SDXL refiner", "deme takes SDXL's base alone"),
-    (r"diffusion_model\.(input|output)_blocks\.", "a single-file checkpoint of Stable Diffusion",
-     _WHOLE.format("StableDiffusionPipeline")),
+    (r"\b(input|output)_blocks\.", "a single-file checkpoint of Stable Diffusion", _SPLIT),
     (r"\bmodel\.diffusion_model\.", "a single-file checkpoint of another network", _ANOTHER),
     (r"\bfinal_layer\.adaLN|\by_embedder\.", "a DiT in its authors' format",
      "give its diffusers folder or hub id, as facebook/DiT-XL-2-256"),

@@ -22,8 +22,11 @@ def export(
     artifacts: Annotated[list[Path], argument(
         "MERGED", "A merged artifact; a base, an expert, or two (WanPipeline)."
     )],
-    output: Annotated[Path, argument("DIR|FILE", "The pipeline folder, or the LoRA's file.")],
+    output: Annotated[Path, argument("DIR|FILE", "The pipeline folder, or the file.")],
     common: Given,
+    single_file: Annotated[bool, flag(
+        "--single-file", "Write one file with its authors' names, for ComfyUI and others.",
+    )] = False,
     lora: Annotated[int | None, flag(
         "--lora", "Write the difference to the base as a LoRA of this rank.", "LoRA",
         metavar="RANK",
@@ -40,11 +43,16 @@ def export(
     """Write a diffusers pipeline folder with a model card, and check it against the artifact; or
     what it changed of its base as a LoRA.
 
+    A single file has the names and the other parts of the one that the base came
+    from, or of that given with --pipeline.
+
     Example: deme export merged.safetensors my-ddpm
     """
     merged = artifacts[0]
     run, base, pipeline = (common.pop(name) for name in ("run", "base", "pipeline"))
     if lora is not None or explained is not None:
+        if single_file:
+            raise ConfigError("--single-file writes a whole model, --lora a difference; choose one")
         if pipeline:
             raise ConfigError("--pipeline names frozen parts, which a LoRA has not; leave it out")
         if len(artifacts) > 1:
@@ -63,13 +71,15 @@ def export(
     if base or lora_format != "diffusers":
         given = "--base" if base else "--lora-format"
         raise ConfigError(f"{given} is for a LoRA; add --lora RANK or --explained SHARE")
-    check = deme_cli.export(artifacts, output, pipeline=run.pipeline(pipeline), **common)
-    console.note(
-        f"check: the pipeline, loaded again, differs from "
-        f"{', '.join(map(str, artifacts))} by at most "
-        f"{check.max_difference:.3g} at timesteps {', '.join(map(str, check.timesteps))} (float32)"
-    )
-    console.note(f"fill in the licence in {output / 'README.md'} before you share it")
+    parts = pipeline if single_file else run.pipeline(pipeline)  # a file, or a folder
+    check = deme_cli.export(artifacts, output, pipeline=parts, single_file=single_file, **common)
+    if not single_file:
+        console.note(
+            f"check: the pipeline, loaded again, differs from {', '.join(map(str, artifacts))} by "
+            f"at most {check.max_difference:.3g} at timesteps "
+            f"{', '.join(map(str, check.timesteps))} (float32)"
+        )
+        console.note(f"fill in the licence in {output / 'README.md'} before you share it")
     console.result_paths(
         [output], as_json=as_json, max_difference=check.max_difference, timesteps=check.timesteps,
         fingerprint=read_record(merged).fingerprint,

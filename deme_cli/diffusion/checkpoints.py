@@ -57,11 +57,15 @@ from deme_cli.files import DTYPES, read_header
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A denoiser's weights and their record; `notes` tell what was assumed."""
+    """A denoiser's weights and their record; `notes` tell what was assumed.
+
+    parts_like: the pipeline with whose configs a single file's other parts are read, if it has any.
+    """
 
     weights: dict[str, Tensor]
     record: BaseRecord
     notes: tuple[str, ...] = ()
+    parts_like: Path | None = None
 
 
 def import_model(
@@ -126,15 +130,17 @@ def _import_artifact(path: Path, source: str) -> ImportedModel:
     load_weights_into(build_network(record.model_config, source), weights, source)
     if source != "digits" and (isinstance(record, BaseRecord) or record.companions):
         source = record.source  # where its frozen parts still are
-    model = _imported(
+    model = imported_model(
         weights, record.model_config, record.scheduler_config, source, record.companions
     )
     if isinstance(record, BaseRecord):
         model = replace(model, record=replace(model.record, training=record.training))
+    if record.single_file:
+        model = replace(model, record=replace(model.record, single_file=record.single_file))
     return model
 
 
-def _imported(
+def imported_model(
     weights: dict[str, Tensor], model_config: dict[str, Any], scheduler_config: dict[str, Any],
     source: str, companions: dict[str, str], notes: Sequence[str] = (),
 ) -> ImportedModel:  # fmt: skip
@@ -161,7 +167,7 @@ def _import_folder(
         else:
             notes = [f"{source}: a denoiser alone; give the folder of its pipeline: --pipeline"]
         source = str(folder.resolve()) if Path(source).expanduser().is_dir() else source
-    scheduler_config = _read_scheduler(folder, source, pipeline, backbone)
+    scheduler_config = scheduler_config_of(folder, source, pipeline, backbone)
     chosen = weights_of(place, variant)
     require_same_weights(place, chosen.variant)
     weights, model_config = _load_network(place, backbone, chosen)
@@ -175,10 +181,10 @@ def _import_folder(
         notes.append("; ".join([f"{place}: read {chosen}", *told]))
     if not scheduler_config:
         notes.append(f"{source}: {GUESSED}")
-    return _imported(weights, model_config, scheduler_config, source, companions, notes)
+    return imported_model(weights, model_config, scheduler_config, source, companions, notes)
 
 
-def _read_scheduler(
+def scheduler_config_of(
     folder: Path, source: str, pipeline: str | None, backbone: Backbone
 ) -> dict[str, Any]:
     """What the scheduler config beside a model, or else of its pipeline, states; {} for none.
@@ -258,10 +264,12 @@ def _as_stored(weights: dict[str, Tensor], folder: Path, chosen: WeightSet) -> d
             kinds |= {name: tensor.dtype for name, tensor in pickled.items()}
     floats = [kind for kind in kinds.values() if kind.is_floating_point]
     widest = max(floats, key=lambda kind: kind.itemsize, default=torch.float32)
-    return {name: tensor.to(_kept(kinds.get(name, widest))) for name, tensor in weights.items()}
+    return {
+        name: tensor.to(kept_dtype(kinds.get(name, widest))) for name, tensor in weights.items()
+    }
 
 
-def _kept(stored: torch.dtype) -> torch.dtype:
+def kept_dtype(stored: torch.dtype) -> torch.dtype:
     """The dtype that weights stored in another are kept in: one that merges compute with."""
     if stored.itemsize == 1:
         return torch.bfloat16

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from deme_cli.diffusion.model_files import (
 )
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError, writing
 from deme_cli.fetch import is_hub_id
-from deme_cli.files import read_header, require_space
+from deme_cli.files import read_header, require_output, require_space, whole_folder
 from deme_cli.timesteps import require_cover
 
 if TYPE_CHECKING:
@@ -54,19 +53,32 @@ class ExportCheck:
 
 def export(
     artifact: Path | Sequence[Path], folder: Path, *, pipeline: str | None = None,
-    save_dtype: str | None = None, force: bool = False,
+    save_dtype: str | None = None, single_file: bool = False, force: bool = False,
 ) -> ExportCheck:  # fmt: skip
     """Write a diffusers pipeline folder with a model card; load it again and compare.
 
     artifact: a merged artifact, a base or an expert; or two experts that divide the timesteps, for
     a pipeline that gives each its own (WanPipeline).   pipeline: where the frozen parts of a latent
     model are; None for where it came from.   save_dtype: of the denoiser's weights, None for the
-    artifact's own. Raises ArtifactError (block projections, another kind of artifact), ConfigError
-    (the folder exists), MissingError, NumericsError if a denoiser, loaded again, does not give the
-    same outputs; then nothing is written.
+    artifact's own.   single_file: `folder` is a file with its authors' names, for ComfyUI and
+    others, and other parts as in the one that the base came from, or that `pipeline` names. Raises
+    ArtifactError (block projections, another kind of artifact), ConfigError (the folder exists),
+    MissingError, NumericsError if a denoiser, loaded again, does not give the same outputs; then
+    nothing is written.
     """
     artifacts = _by_noise([artifact] if isinstance(artifact, Path) else artifact)
     records = [_require_plain(path) for path in artifacts]
+    if isinstance(record := records[-1], ExpertRecord) and len(records) == 1:
+        console.warn(f"{artifacts[0]} is the expert of timesteps {record.timesteps} only")
+    if single_file:
+        if len(artifacts) > 1:
+            raise ConfigError("a single file holds one network; export each expert on its own")
+        require_output(folder, force=force)
+        from deme_cli.diffusion.single_file import write_single_file
+
+        for note in write_single_file(artifacts[0], record, folder, pipeline, save_dtype):
+            console.note_once(f"{folder}: {note}")
+        return ExportCheck(0.0, [])
     with writing(folder):
         is_there = folder.exists()
     if is_there and not force:
@@ -83,7 +95,7 @@ def export(
     silence_libraries()
     companions = open_companions(records[0], pipeline=pipeline)
     backbone, checks = companions.backbone, []
-    with writing(folder), _whole_folder(folder, force=force) as partial:
+    with writing(folder), whole_folder(folder, force=force) as partial:
         for path, record, part in zip(artifacts, records, (backbone.part, SECOND), strict=False):
             weights = stored_in(load_tensors(path), save_dtype, str(path))
             denoiser = assemble(record, weights, str(path))
@@ -103,8 +115,6 @@ def export(
             companions.require_same()
             _write_parts(records, companions, companions.folder, partial)
         (partial / "README.md").write_text(model_card(records, artifacts[0]), encoding="utf-8")
-    if isinstance(record := records[-1], ExpertRecord) and len(records) == 1:
-        console.warn(f"{artifacts[0]} is the expert of timesteps {record.timesteps} only")
     return max(checks, key=lambda check: check.max_difference)
 
 
@@ -248,27 +258,6 @@ def _write_parts(
         shutil.copytree(source / "scheduler", target / "scheduler")
     else:
         _write_scheduler(config, target)
-
-
-@contextmanager
-def _whole_folder(folder: Path, *, force: bool) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place if the body ends well, else goes."""
-    partial, replaced = (
-        folder.parent / f".{folder.name}.{os.getpid()}.{what}" for what in ("partial", "replaced")
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir()
-    try:
-        yield partial
-        for path in filter(Path.is_file, partial.rglob("*")):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if force and folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # the model card

@@ -43,6 +43,7 @@ from deme_cli.diffusion.model_files import (
     read_scheduler,
 )
 from deme_cli.diffusion.schedule import NoiseSchedule, read_schedule
+from deme_cli.diffusion.single_file import in_diffusers_names
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
 from deme_cli.fetch import sha256_of
 from deme_cli.files import (
@@ -101,8 +102,9 @@ def _expert_of(record: BaseRecord, choice: RangeChoice, imported: dict[str, Any]
     return ExpertRecord(
         source=record.source, model_config=record.model_config,
         scheduler_config=record.scheduler_config, num_train_timesteps=record.num_train_timesteps,
-        companions=record.companions, range=[choice.range.start, choice.range.stop],
-        index=choice.index, of=choice.of, base=record.fingerprint, imported=imported,
+        companions=record.companions, single_file=record.single_file,
+        range=[choice.range.start, choice.range.stop], index=choice.index, of=choice.of,
+        base=record.fingerprint, imported=imported,
     )  # fmt: skip
 
 
@@ -146,9 +148,10 @@ def _read(
     if not path.is_file():
         return _read_folder(find_folder(source), source, record)
     tensors = read_state_dict(path, record)
-    what, todo = foreign_kind(tensors)
+    what, _ = foreign_kind(tensors)
     if what.startswith("a single-file"):
-        raise ArtifactError(f"{path}: {what}; {todo}")
+        weights = in_diffusers_names(tensors, record.model_config, str(path))
+        return weights, {"source": source, "form": "single file", "sha256": sha256_of(path)}
     if is_lora(tensors) or what.startswith("a LoRA"):
         part = backbone_of(record.model_config).part
         told = adapter_settings(path, part)

@@ -204,6 +204,13 @@ def locate_model(source: str, variant: str | None = None, *, takes_two: bool = F
     return folder
 
 
+def is_single_file(source: str) -> bool:
+    """Whether a MODEL argument is a safetensors file that deme did not write."""
+    path = Path(source).expanduser()
+    with reading(path):
+        return path.is_file() and "deme" not in read_header(path).metadata
+
+
 def find_folder(source: str, variant: str | None = None) -> Path:
     """The folder that a path or a hub id names, fetched where it must be.
 

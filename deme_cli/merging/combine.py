@@ -78,6 +78,7 @@ def merge_inputs(
         scheduler_config=base.scheduler_config,
         num_train_timesteps=base.num_train_timesteps,
         companions=base.companions or experts[0].record.companions,
+        single_file=base.single_file,
         base=base.fingerprint,
         parents=[
             {"path": str(expert.path), "kind": expert.record.kind,

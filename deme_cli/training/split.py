@@ -6,6 +6,7 @@ What can be told from options and headers is checked before a heavy library is i
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +16,26 @@ from deme_cli.artifacts import read_record, write_artifact
 from deme_cli.config import AFFINITY_NAME, CONFIG_NAME, ModelConfig, SampleConfig, SplitConfig
 from deme_cli.data.digits import DIGITS_REMARK, DIGITS_SETTINGS
 from deme_cli.data.image_source import KNOWN_DATASETS, find_image_source
-from deme_cli.diffusion.model_files import locate_model, own_ranges, peek_timesteps
+from deme_cli.diffusion.model_files import (
+    is_single_file,
+    locate_model,
+    own_ranges,
+    peek_timesteps,
+)
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, writing
 from deme_cli.files import require_output, write_whole
 from deme_cli.run_file import RunFile, read_run_file, render_run_file
 from deme_cli.timesteps import TimestepRange, require_cover, split_uniform
 
 if TYPE_CHECKING:
-    from deme_cli.artifacts import BaseRecord
+    from torch import Tensor
+
+    from deme_cli.artifacts import BaseRecord, ExpertRecord
+    from deme_cli.diffusion.checkpoints import ImportedModel
     from deme_cli.diffusion.schedule import Schedule
 
 AS_BASE = ("low", "high", "mean")  # of the denoisers of low and of high noise
+PARTS_NAME = "base.pipeline"  # beside the base: the frozen parts of the single file it came from
 # Training data guessed from a model's name, by a word in it.
 _DATA_BY_NAME = {
     "digits": "digits", "cifar10": "cifar10", "cifar-10": "cifar10", "church": "lsun-church",
@@ -68,7 +78,8 @@ def split(
 ) -> SplitResult:  # fmt: skip
     """Import a pretrained model and divide its timesteps [0, T) into ranges, one expert each.
 
-    model: digits (also if None), a diffusers folder, a hub id, or a base or merged artifact.
+    model: digits (also if None), a diffusers folder, a hub id, a single file of the model's authors
+    (ComfyUI's, A1111's), or a base or merged artifact.
     data: where its training images are; None for a guess from the model's name.   gradients: for
     by = gradient, what `deme analyze gradients` wrote.   variant: of a folder's weights, as fp16.
     as_base: of a pipeline of two denoisers, which becomes the base, low (also if None), high, or
@@ -84,27 +95,23 @@ def split(
         path = Path(model).expanduser()
         is_in_place = base.is_file() and path.is_file() and base.samefile(path)
     is_in_place = is_in_place and read_record(base).kind == "base" and save_dtype is None
-    place = locate_model(model, variant, takes_two=True)
+    is_single = is_single_file(model)
+    place = path if is_single else locate_model(model, variant, takes_two=True)
     settings = _with_own_ranges(settings, own := own_ranges(place), model, as_base)
     experts = [output / f"ft_{index}of{len(own)}.safetensors" for index in range(1, len(own) + 1)]
-    for path in (config, *experts) if is_in_place else (base, config, *experts):
-        require_output(path, force=force)
-    if num_timesteps := peek_timesteps(place, pipeline):
+    for file in (config, *experts) if is_in_place else (base, config, *experts):
+        require_output(file, force=force)
+    if not is_single and (num_timesteps := peek_timesteps(place, pipeline)):
         split_uniform(settings.n, num_timesteps)
     measured = gradients or output / AFFINITY_NAME
     command = _require_gradients(settings, gradients, measured, model, data)
 
     from deme_cli.diffusion.backbones import backbone_of
-    from deme_cli.diffusion.checkpoints import import_model
     from deme_cli.diffusion.companions import open_companions
-    from deme_cli.diffusion.foreign import read_pair
     from deme_cli.diffusion.schedule import read_schedule
+    from deme_cli.diffusion.single_file import place_frozen_parts
 
-    if own:
-        choice = as_base or AS_BASE[0]
-        imported, halves = read_pair(model, choice, pipeline, variant, save_dtype)
-    else:
-        imported, halves = import_model(model, pipeline, variant, save_dtype), []
+    imported, halves = _read(model, own, as_base, pipeline, variant, save_dtype)
     record = imported.record
     backbone, schedule = backbone_of(record.model_config), read_schedule(record.scheduler_config)
     ranges = _divide(settings, schedule, record, measured, command)
@@ -112,6 +119,8 @@ def split(
     usual = {**backbone.settings}
     if images == "digits" and not record.companions:
         usual |= DIGITS_SETTINGS
+    if imported.parts_like and not dry_run:
+        record, pipeline = place_frozen_parts(imported, output.resolve() / PARTS_NAME), None
     text = _run_file_text(record, usual, settings, ranges, images, output, pipeline)
     image_shape = sample_shape = backbone.sample_shape(record.model_config)
     if record.companions:
@@ -137,6 +146,24 @@ def split(
         for span, drawn in zip(ranges, map(schedule.indices, ranges), strict=True)
     ]
     return SplitResult(base, config, record, parts, facts, experts)
+
+
+def _read(
+    model: str, own: Sequence[TimestepRange], as_base: str | None, pipeline: str | None,
+    variant: str | None, save_dtype: str | None,
+) -> tuple[ImportedModel, list[tuple[dict[str, Tensor], ExpertRecord]]]:  # fmt: skip
+    """The base, and the experts that come with it where the model's denoisers have ranges."""
+    if own:
+        from deme_cli.diffusion.foreign import read_pair
+
+        return read_pair(model, as_base or AS_BASE[0], pipeline, variant, save_dtype)
+    if is_single_file(model):
+        from deme_cli.diffusion.single_file import import_single_file
+
+        return import_single_file(model, pipeline, save_dtype), []
+    from deme_cli.diffusion.checkpoints import import_model
+
+    return import_model(model, pipeline, variant, save_dtype), []
 
 
 def _default_model(data: str | None, pipeline: str | None) -> str:

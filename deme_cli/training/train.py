@@ -335,7 +335,8 @@ class RunFiles:
 def result_record(run: Run, steps: int, averaging: dict[str, Any]) -> DenoiserRecord:
     """The header of a result after `steps` updates: every setting that is set, and `averaging`."""
     config, examples, record = run.config, run.examples, run.denoiser.record
-    fields = ("source", "model_config", "scheduler_config", "num_train_timesteps", "companions")
+    fields = ("source", "model_config", "scheduler_config", "num_train_timesteps", "companions",
+              "single_file")  # fmt: skip
     model: dict[str, Any] = {name: getattr(record, name) for name in fields}
     data = {"source": examples.source, "fingerprint": examples.fingerprint, "num": len(examples)}
     settings = {name: value for name, value in asdict(config).items() if value is not None}

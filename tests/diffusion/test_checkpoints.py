@@ -122,11 +122,8 @@ def test_a_file_of_another_tool_is_told_for_what_it_is(tmp_path: Path, kind: str
         save_file(weights, path)
     else:
         torch.save({"state_dict": weights}, path, _use_new_zipfile_serialization=kind == "ckpt")
-    with pytest.raises(
-        ArtifactError, match=r"StableDiffusionPipeline\.from_single_file"
-    ) as refused:
+    with pytest.raises(ArtifactError, match=r"`deme split FILE` starts from one"):
         import_model(str(tmp_path if kind == "folder" else path))
-    assert "deme split" not in str(refused.value)
 
 
 def change_weights(path: Path, **changes: torch.Tensor | None) -> None:
