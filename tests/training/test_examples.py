@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from PIL import Image
 from deme_cli.data.images import open_images, to_unit
 from deme_cli.diffusion.companions import Companions
 from deme_cli.diffusion.denoiser import Denoiser
-from deme_cli.errors import ArtifactError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.training.examples import Examples, name_companions
+from deme_cli.training.setup import random_denoiser
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -91,3 +93,18 @@ def test_a_base_imported_without_its_pipeline_gets_its_parts_from_another(
     assert name_companions(alone, str(pipelines("sd"))).companions == known.companions
     with pytest.raises(MissingError, match="--pipeline"):
         name_companions(alone, None)
+
+
+def test_a_base_of_ones_own_takes_its_frozen_parts_from_a_pipeline(
+    pipelines: Callable[..., Path], base: Callable[..., Denoiser], tmp_path: Path
+) -> None:
+    known, folder = base("sd").record, tmp_path / "frozen"
+    shutil.copytree(pipelines("sd"), folder)
+    shutil.rmtree(folder / "unet")  # nobody needs the denoiser of the pipeline
+    description = {"model": known.model_config, "scheduler": known.scheduler_config}
+    record = random_denoiser(description, 3, device="cpu", pipeline=str(folder)).record
+    assert (record.companions, record.source) == (known.companions, str(folder))
+    with pytest.raises(ConfigError, match=r"needs vae, text_encoder, tokenizer: .*--pipeline"):
+        random_denoiser(description, 0, device="cpu")
+    with pytest.raises(MissingError, match="--pipeline"):
+        random_denoiser(description, 0, device="cpu", pipeline=str(tmp_path))
