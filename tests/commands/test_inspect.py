@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deme_cli.artifacts import read_record
-from deme_cli.errors import ArtifactError
 from deme_cli.files import read_header
 
 
@@ -47,7 +46,7 @@ def test_inspect_shows_facts_in_lines_that_can_be_read(run_folder: Path, deme: C
     assert not any("None" in line or "{" in line for line in lines)
 
 
-def test_verify_finds_a_changed_byte(run_folder: Path, deme: Callable) -> None:
+def test_verify_finds_a_changed_byte(run_folder: Path, deme: Callable, refuse: Callable) -> None:
     path = run_folder / "ft_1of4.safetensors"
     result = deme("inspect", "--verify", path)
     assert result.exit_code == 0
@@ -56,7 +55,4 @@ def test_verify_finds_a_changed_byte(run_folder: Path, deme: Callable) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     assert deme("inspect", path).exit_code == 0
-    result = deme("inspect", "--verify", "--json", path)
-    assert isinstance(result.exception, ArtifactError)
-    assert "altered or damaged" in str(result.exception)
-    assert result.stdout == ""
+    refuse(4, "altered or damaged", "inspect", "--verify", "--json", path)

@@ -13,13 +13,14 @@ from conftest import write_tiny_expert
 from deme_cli import merge
 from deme_cli.artifacts import fingerprint_file, load_tensors, read_record, write_artifact
 from deme_cli.config import MergeConfig
-from deme_cli.errors import ConfigError
 from deme_cli.run_file import read_run_file
 
 PAIR = ("ft_1of4.safetensors", "ft_3of4.safetensors")
 
 
-def test_task_vectors_lie_beside_their_experts(run_folder: Path, deme: Callable) -> None:
+def test_task_vectors_lie_beside_their_experts(
+    run_folder: Path, deme: Callable, refuse: Callable
+) -> None:
     result = deme("task-vector", *sorted(run_folder.glob("ft_*")), "--json")
     document = json.loads(result.stdout)
     assert [Path(path).name for path in document["paths"]] == [
@@ -29,15 +30,12 @@ def test_task_vectors_lie_beside_their_experts(run_folder: Path, deme: Callable)
     record = read_record(run_folder / "tv_2of4.safetensors", "task-vector")
     assert record.norms == document["norms"][1]
     assert "Cosines" in result.stderr
-    result = deme("task-vector", PAIR[0])
-    assert isinstance(result.exception, ConfigError)
-    assert "--force" in str(result.exception)
+    refuse(2, "--force", "task-vector", PAIR[0])
     result = deme("task-vector", PAIR[0], "-o", "vectors")
     assert result.stdout.strip() == "vectors/tv_1of4.safetensors"
     twin = run_folder / "more" / PAIR[0]
     write_tiny_expert(twin, run_folder / "base.safetensors", index=1, of=4, scale=0.1)
-    result = deme("task-vector", PAIR[0], twin, "-o", "others")
-    assert "would both be written" in str(result.exception)
+    refuse(2, "would both be written", "task-vector", PAIR[0], twin, "-o", "others")
 
 
 def test_a_free_span_names_its_vector(run_folder: Path, deme: Callable) -> None:

@@ -124,8 +124,5 @@ def test_a_base_that_is_not_finite_ends_a_search_with_5(run_folder: Path, deme: 
         write_tiny_expert(path, Path("base.safetensors"), index=index, of=4)
     search = ("--search", "random", "--evaluations", "3", "--num", "8")
     for words in ((*search, "--objective", "fid", "--steps", "2"), ("-w", "0,0", "--report")):
-        result = deme("merge", *PAIR, *words)
-        assert isinstance(result.exception, NumericsError)
-        assert result.exception.exit_code == 5
-        assert "not finite" in str(result.exception)
+        assert deme("merge", *PAIR, *words).exception.exit_code == 5
     assert not MERGED.exists()

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from typer.testing import Result
 
-from deme_cli.errors import ConfigError
-
 Deme = Callable[..., Result]
 
 
@@ -35,14 +33,12 @@ def test_the_page_the_notes_and_the_document(deme: Deme, run_folder: Path) -> No
 
 
 def test_a_report_goes_into_its_folder_and_replaces_nothing_unasked(
-    deme: Deme, run_folder: Path
+    deme: Deme, refuse: Callable, run_folder: Path
 ) -> None:
     Path("elsewhere").mkdir()
     assert deme("report", run_folder, "-q").stdout == f"{run_folder / 'report.html'}\n"
     first = (run_folder / "report.html").read_bytes()
-    result = deme("report", run_folder)
-    assert isinstance(result.exception, ConfigError)
-    assert "report.html exists; add --force" in str(result.exception)
+    refuse(2, "report.html exists; add --force", "report", run_folder)
     assert deme("report", run_folder, "-o", "elsewhere/mine.html").exit_code == 0
     assert [path.name for path in Path("elsewhere").iterdir()] == ["mine.html"]
     assert deme("report", run_folder, "--force").exit_code == 0
