@@ -228,8 +228,11 @@ def _fits(value: Any, declared: str) -> bool:
     return False
 
 
-def record_of(header: Header) -> Record:
-    """The typed record in a header. Raises ArtifactError if deme did not write the file."""
+def record_of(header: Header, *kinds: str) -> Any:
+    """The typed record in a header, checked to be one of `kinds` (any if none is given).
+
+    Raises ArtifactError if deme did not write the file, or another kind.
+    """
     if "deme" not in header.metadata:
         raise ArtifactError(foreign_message(header.path, header.tensors))
     if (found := header.metadata.get("format")) != FORMAT:
@@ -237,7 +240,13 @@ def record_of(header: Header) -> Record:
             f"{header.path}: its metadata should have format {FORMAT!r}, found {found!r}; the file "
             f"was altered or damaged, make it again"
         )
-    return parse_record(header.metadata["deme"], str(header.path))
+    record = parse_record(header.metadata["deme"], str(header.path))
+    if kinds and record.kind not in kinds:
+        expected = " or ".join(repr(kind) for kind in kinds)
+        raise ArtifactError(
+            f"{header.path}: expected an artifact of kind {expected}, found {record.kind!r}"
+        )
+    return record
 
 
 @overload
@@ -253,13 +262,8 @@ def read_record(path: Path, kind: _DenoiserKind, /, *others: _DenoiserKind) -> D
 @overload
 def read_record(path: Path, *kinds: str) -> Record: ...
 def read_record(path: Path, *kinds: str) -> Record:
-    """The record of the artifact at `path`, checked to be one of `kinds` (any if none is given)."""
-    record = record_of(read_header(path))
-    if kinds and record.kind not in kinds:
-        expected = " or ".join(repr(kind) for kind in kinds)
-        raise ArtifactError(
-            f"{path}: expected an artifact of kind {expected}, found {record.kind!r}"
-        )
+    """The record of the artifact at `path`; see `record_of`."""
+    record: Record = record_of(read_header(path), *kinds)
     return record
 
 

@@ -130,7 +130,11 @@ def work_off(jobs: Sequence[Job], at_once: int, progress: Progress) -> None:
                     running[job.folder] = (job, _start(job, at_once), time.monotonic())
                     del waiting[job.folder]
                 settled = total - len(waiting) - len(running)
-                progress(Step(settled, total, "comparison", "job", detail=_told(running)))
+                at_work = [job for job, _, _ in running.values()]
+                done = sum(last_step(curve) for job in at_work for curve in job.curves)
+                updates = sum(job.updates for job in at_work)
+                detail = f"{len(at_work)} running" + f", {done}/{updates} updates" * bool(updates)
+                progress(Step(settled, total, "comparison", "job", detail=detail))
                 if not running:
                     return
                 time.sleep(_POLL_SECONDS)
@@ -166,10 +170,3 @@ def _outcome(job: Job, process: subprocess.Popen[bytes]) -> str:
     failure = Failure(f"{message} (see {log})" if code < 0 else message, code if code > 0 else 1)
     write_whole(job.folder / FAILED_NAME, [json.dumps(asdict(failure)).encode()])
     return f"FAILED: {failure.message}"
-
-
-def _told(running: Mapping[Path, tuple[Job, Any, float]]) -> str:
-    jobs = [job for job, _, _ in running.values()]
-    done = sum(last_step(curve) for job in jobs for curve in job.curves)
-    updates = sum(job.updates for job in jobs)
-    return f"{len(jobs)} running" + (f", {done}/{updates} updates" if updates else "")

@@ -32,7 +32,7 @@ from deme_cli.merging.inputs import COMPUTED_IN, Inputs
 from deme_cli.merging.methods import LINEAR, METHODS, MethodSettings, fit_coefficients
 from deme_cli.merging.objectives import ExpertsLoss, GeneratedDistance, HeldOutLoss, Objective
 from deme_cli.merging.plan import SEARCH, MergePlan
-from deme_cli.merging.search import SOUP_NAME, Evaluate, Stage
+from deme_cli.merging.search import SOUP_NAME, Stage
 from deme_cli.merging.tensor_stream import PIECE, Run, TensorStream, float_runs
 from deme_cli.sampling.conditioning import open_conditioning
 from deme_cli.sampling.ensemble import SamplingExpert, single
@@ -215,19 +215,16 @@ class Workbench:
         opened = open_reference(reference, self.extractor, shape, needs_images=is_kernel)
         return GeneratedDistance(self.extractor, opened, sample=sample, conditioning=conditioning)
 
-    def evaluator(self, objectives: Sequence[Objective], check: Check) -> Evaluate:
-        """What gives the objective of a stage at a point, and in a descent its slopes."""
-        search = self.plan.search
+    def evaluate(
+        self, objectives: Sequence[Objective], check: Check, stage: int, point: Point, name: str
+    ) -> tuple[float, list[float] | None]:
+        """The objective of a stage at a point of the search, and in a descent its slopes."""
+        search, objective = self.plan.search, objectives[stage]
         assert search, "only a search has points"
-
-        def evaluate(stage: int, point: Point, name: str) -> tuple[float, list[float] | None]:
-            objective = objectives[stage]
-            denoiser = self.network().at(search.space.coefficients(point))
-            if stage or search.method != "gradient" or name == SOUP_NAME:
-                return objective(single(denoiser), check), None
-            assert isinstance(objective, HeldOutLoss)
-            value = objective.draws.loss_and_gradient(denoiser.network, check)
-            slopes = search.space.slopes(self.network().slopes()) if math.isfinite(value) else None
-            return value, slopes
-
-        return evaluate
+        denoiser = self.network().at(search.space.coefficients(point))
+        if stage or search.method != "gradient" or name == SOUP_NAME:
+            return objective(single(denoiser), check), None
+        assert isinstance(objective, HeldOutLoss)
+        value = objective.draws.loss_and_gradient(denoiser.network, check)
+        slopes = search.space.slopes(self.network().slopes()) if math.isfinite(value) else None
+        return value, slopes

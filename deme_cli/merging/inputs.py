@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from deme_cli.artifacts import BaseRecord, ExpertRecord, TaskVectorRecord, record_of
+from deme_cli.artifacts import BaseRecord, ExpertRecord, record_of
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.files import Header, TensorSpec, read_header
 from deme_cli.run_file import RunFile
@@ -104,15 +104,9 @@ def open_experts(paths: Sequence[Path], *kinds: str) -> list[Expert]:
     experts: list[Expert] = []
     for path in paths:
         header = read_header(path)
-        record = record_of(header)
-        if record.kind not in kinds:
-            expected = " or ".join(repr(kind) for kind in kinds)
-            raise ArtifactError(
-                f"{path}: expected an artifact of kind {expected}, found {record.kind!r}"
-            )
-        assert isinstance(record, ExpertRecord)
+        record = record_of(header, *kinds)
         is_vector = record.kind == "task-vector"
-        fingerprint = record.expert if isinstance(record, TaskVectorRecord) else record.fingerprint
+        fingerprint = record.expert if is_vector else record.fingerprint
         for other in experts:
             if (fingerprint, record.range) == (other.fingerprint, other.record.range):
                 raise ConfigError(f"{other.path} and {path} are the same expert; give it once")
@@ -162,9 +156,7 @@ def open_inputs(base: Path, experts: Sequence[Expert]) -> Inputs:
     Raises ArtifactError naming the file and the first tensor, or the fingerprints, that disagree.
     """
     header = read_header(base)
-    record = record_of(header)
-    if not isinstance(record, BaseRecord):
-        raise ArtifactError(f"{base}: expected an artifact of kind 'base', found {record.kind!r}")
+    record = record_of(header, "base")
     inputs = Inputs(header, record, tuple(experts))
     for expert in experts:
         if expert.record.base != record.fingerprint:

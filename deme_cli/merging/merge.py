@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +189,8 @@ def _search(plan: MergePlan, search: Search, world: World, progress: Progress) -
         names = [one.name for one in objectives]
         tell = _teller(search, journal, names, progress)
         check = _checker(stop, journal, world)
-        search.run(journal, bench.evaluator(objectives, check), lambda: tell(check))
+        evaluate = partial(bench.evaluate, objectives, check)
+        search.run(journal, evaluate, lambda: tell(check))
         if not world.is_first:
             return MergeResult(plan.output, is_written=False)
         best, record, warnings = conclude(search, journal.trials(), names)
@@ -307,11 +308,7 @@ def replay(
     output = output or merged.with_name(f"{merged.stem}.replayed.safetensors")
     require_output(output, force=force)
     header = read_header(merged)
-    record = record_of(header)
-    if not isinstance(record, MergedRecord):
-        raise ArtifactError(
-            f"{merged}: expected an artifact of kind 'merged', found {record.kind!r}"
-        )
+    record: MergedRecord = record_of(header, "merged")
     if record.method not in METHODS:
         raise ArtifactError(
             f"{merged}: was merged by method {record.method!r}, which this deme does not have "

@@ -202,23 +202,15 @@ def test_a_job_says_all_that_is_done_there(base: Path) -> None:
     assert "merge" not in ensemble.task["tables"]
     assert before.task["models"] == [os.path.relpath(base, before.folder)]
     for job in (merged, ensemble, before):
-        first, second = job.task["measures"]
-        assert (first["sample"]["steps"], first["eval"]["num"]) == (3, 6), "the same, whatever row"
-        assert (first["eval"]["fid"], second["sample"]["steps"]) == ("digits", 2)
-        assert (second["eval"]["num"], "fid" in second["eval"]) == (9, False)
+        assert job.task["measures"] == merged.task["measures"], "the same, whatever row"
         assert len(job.outputs) == 2
+    told = [(one["sample"]["steps"], one["eval"]["num"], one["eval"].get("fid"))
+            for one in merged.task["measures"]]  # fmt: skip
+    assert told == [(3, 6, "digits"), (2, 9, None)]
     tables = merged.needs.task["tables"]
     assert tables["split"]["ranges"] == ["0:25", "25:50", "50:75", "75:100"]
     row = PLAN.rows[3]
     assert FinetuneConfig(**tables["finetune"]) == replace(opened(base).finetune(row), seed=7)
-
-
-def test_a_row_is_divided_as_it_says(base: Path) -> None:
-    stage = opened(base, with_row("Merged", by="log-snr", n=3))
-    edges = [int(str(span).split(":")[0]) for span in stage.ranges["log-snr", 3]] + [100]
-    assert edges[0] == 0
-    assert edges == sorted(set(edges)), "they cover [0, T) once"
-    assert edges != [0, 33, 66, 100], "the noise decides, not the count"
 
 
 @pytest.mark.parametrize("name", ["table1", "table3", "sensitivity"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ def open_bench(
     )  # fmt: skip
     bench = Workbench(plan)
     objective = bench.open(plan.stages[0], plan.settings)
-    return bench, objective, bench.evaluator([objective] * 2, lambda *progress: None)
+    return bench, objective, partial(bench.evaluate, [objective] * 2, lambda *progress: None)
 
 
 def float64_loss(bench: Workbench, objective: Objective) -> Callable[[Sequence[float]], float]:

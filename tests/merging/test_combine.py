@@ -179,20 +179,6 @@ def test_tensors_side_by_side_take_their_own_coefficients(
         merge_inputs(inputs, Coefficients((0.5, 0.5), {"layers.*": (1.0, 1.0)}), output)
 
 
-def test_projections_that_nothing_moves_are_left_out(
-    write_inputs: Callable, weights: Callable, tmp_path: Path
-) -> None:
-    thetas = [projected(weights(seed), seed) for seed in (1, 2)]
-    base, experts = write_inputs(weights(0), thetas, projection="block")
-    inputs = open_inputs(base, open_experts(experts, "expert"))
-    output, name = tmp_path / "merged.safetensors", f"{PREFIX}.mid_block.weight"
-    plain = merge_inputs(inputs, Coefficients((0.5, 0.5), {f"{PREFIX}.*": (0.0, 0.0)}), output)
-    assert (plain.projection, name in load_tensors(output)) == ("none", False)
-    kept = merge_inputs(inputs, Coefficients((0.0, 0.0), {f"{PREFIX}.*": (1.0, 0.0)}), output)
-    assert kept.projection == "block"
-    assert torch.equal(load_tensors(output)[name], thetas[0][name])
-
-
 def test_what_does_not_belong_together_is_named(
     write_inputs: Callable, weights: Callable, tmp_path: Path
 ) -> None:
