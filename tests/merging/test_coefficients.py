@@ -149,17 +149,6 @@ def test_what_is_fixed_is_decided_first_and_without_a_rest_the_mean_is_shown() -
     assert CLOSED.coefficients((1.0, 0.0, 0.0, 0.0, 1.0, 0.0)).values == (0.5, 0.5, 0.0)
 
 
-def test_slopes_are_summed_by_group_and_fixed_tensors_left_out() -> None:
-    space = Space(
-        ("a", "b"), ((0.0, 1.0),) * 2, (0.5, 0.5), ("mid_block.*",), fixed={"*.bias": (1.0, 1.0)}
-    )
-    by_tensor = {
-        "mid_block.a.weight": (1.0, 2.0), "mid_block.b.weight": (10.0, 20.0),
-        "mid_block.b.bias": (1e3, 1e3), "conv_in.weight": (5.0, 7.0), "conv_in.bias": (1e3, 1e3),
-    }  # fmt: skip
-    assert space.slopes(by_tensor) == [11.0, 22.0, 5.0, 7.0]
-
-
 def test_the_points_of_a_grid_are_all_combinations_and_the_default_is_affordable() -> None:
     grid = resolve_grid([[1, 0, 0.5], [0.25, 0.25]], 2)
     assert grid == ((0.0, 0.5, 1.0), (0.25,))

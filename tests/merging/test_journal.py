@@ -50,13 +50,11 @@ def add(journal: Journal, point: tuple[float, ...], value: float) -> None:
     journal.finish(number, value)
 
 
-def write(path: Path, *values: float, what: dict | None = None, merged: bool = False) -> None:
+def write(path: Path, *values: float, what: dict | None = None) -> None:
     """A journal with a trial for each value."""
     with opened(path, what=what) as journal:
         for index, value in enumerate(values):
             add(journal, (index / 3, 1.0), value)
-        if merged:
-            journal.mark_merged("abc")
 
 
 def values_in(path: Path, **options: object) -> list[float]:
@@ -107,17 +105,9 @@ def test_the_trials_of_another_search_are_refused_and_force_keeps_a_copy_of_them
     with pytest.raises(ConfigError, match=r"differ in parents, seed\); add --force"):
         values_in(path, what={**what, "bounds": [[0.0, 1.0]]})
     assert path.read_bytes() == text
+    assert values_in(path, what={**WHAT, "bounds": [[0.0, 1.0]]}, force=True) == [1.0, 2.0]
     assert values_in(path, what=what, force=True) == []
     assert old.read_bytes() == text
-
-
-def test_force_goes_on_with_an_unfinished_search_and_repeats_a_finished_one(path: Path) -> None:
-    write(path, 1.0, 2.0)
-    assert values_in(path, force=True) == [1.0, 2.0], "without its merged file it is unfinished"
-    write(path, merged=True)
-    assert values_in(path) == [1.0, 2.0], "the merged file was removed: the trials still hold"
-    assert values_in(path, force=True) == []
-    assert path.with_name(f"{path.name}.old").exists()
 
 
 @pytest.mark.parametrize("text", ['{"index": 0, "x": [0]}\n', "torn"])

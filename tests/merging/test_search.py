@@ -147,19 +147,6 @@ def test_the_start_comes_first_or_the_first_generation_is_drawn_around_it() -> N
     assert np.linalg.norm(np.mean(points_of(asked), axis=0) - (1.25, -0.25)) < 25
 
 
-@pytest.mark.parametrize("name", ["cmaes", "grid"])
-def test_groups_are_searched_on_their_own(name: str) -> None:
-    """Two experts, three groups, six numbers; what is fixed is no number."""
-    space = space_of(2, groups=("down_blocks.0.*", "mid_block.*"), fixed={"conv_out.*": (1.0, 0.0)})
-    asked = drive(search_of(name, space, 60), lambda p: math.dist(p, (0, 1, 0.2, 0.7, 0.4, 0.4)))
-    assert {len(one.point) for one in asked} == {6}
-    assert points_of(asked)[:2] == [(0.0,) * 6, (0.5,) * 6]
-    best = min(asked, key=lambda one: one.value)
-    found = space.coefficients(best.point)
-    assert found.of("conv_out.weight") == (1.0, 0.0)
-    assert found.of("mid_block.x.weight") == best.point[2:4]
-
-
 def share_out(searches: Sequence[Search], function: Function, seed: int) -> list[Trial]:
     """Trials of workers whose steps alternate at random; some die in the middle of one."""
     draw, asked = random.Random(seed), list[Trial]()
@@ -205,11 +192,6 @@ def test_a_raised_budget_goes_on_with_the_same_points(name: str) -> None:
     asked = drive(search_of(name, space_of(2), 5), bent)
     assert sum(not one.name for one in asked) <= 5
     assert drive(search_of(name, space_of(2), 7), bent)[: len(asked)] == asked
-
-
-def test_a_budget_of_time_is_that_of_all_trials() -> None:
-    asked = drive(search_of("random", space_of(2), seconds=5.5), bent)
-    assert len(asked) == 6, "each takes a second; the sixth ends it"
 
 
 def recipe(function: Function, count: int) -> tuple[Point, list[Point]]:
