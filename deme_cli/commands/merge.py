@@ -17,8 +17,6 @@ from deme_cli.errors import ConfigError
 from deme_cli.merging.journal import Trial
 
 _SHOWN = 10  # trials of each stage
-_OF_SEARCH = ("objective", "grid", "num", "steps", "seed", "evaluations")
-_OF_ROWS = ("objective", "num", "steps")  # what a report alone reads as well
 
 
 @command("base config device dtype save_dtype force dry_run")
@@ -108,22 +106,19 @@ def _parse_coefficients_for(texts: Sequence[str]) -> dict[str, tuple[float, ...]
 
 def _require_use(settings: MergeConfig, given: Mapping[str, Any]) -> None:
     """Every option that was given, by its setting, has something to act on."""
-    searches = settings.search != "none"
+    a_search = settings.search != "none", "a search; add --search grid"
+    a_row = a_search[0] or bool(settings.report), a_search[1]  # which a report alone reads as well
+    samples = any(name in settings.objective for name in ("kid", "fid"))
+    needs = {
+        "seed": [a_search], "evaluations": [a_search], "objective": [a_row], "num": [a_row],
+        "grid": [a_search, (settings.search == "grid", "a search grid; add --search grid")],
+        "steps": [a_row, (samples, "sampling; add --objective fid or kid")],
+        "density": [(settings.method in ("ties", "dare"), "ties and dare; add --method ties")],
+    }  # fmt: skip
     for item in fields(MergeConfig):
-        name = item.name
-        is_read, what = True, ""
-        if name in _OF_SEARCH:
-            is_read = searches or (bool(settings.report) and name in _OF_ROWS)
-            what = "a search; add --search grid"
-        if name == "density":
-            is_read, what = settings.method in ("ties", "dare"), "ties and dare; add --method ties"
-        if name == "grid" and is_read:
-            is_read, what = settings.search == "grid", "a search grid; add --search grid"
-        if name == "steps" and is_read:
-            is_read = any(name in settings.objective for name in ("kid", "fid"))
-            what = "sampling; add --objective fid or kid"
-        if given.get(name) is not None and not is_read:
-            raise ConfigError(f"{flags_of(item)[0]} belongs to {what}")
+        for is_there, what in needs.get(item.name, ()) if given.get(item.name) is not None else ():
+            if not is_there:
+                raise ConfigError(f"{flags_of(item)[0]} belongs to {what}")
 
 
 def _show_search(search: deme_cli.ShownSearch, *, as_json: bool) -> None:

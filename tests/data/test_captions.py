@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded import encoded as encoded_pixels
+from encoded import parquet
 from PIL import Image
 
 from deme_cli.artifacts import SamplesRecord, write_artifact
@@ -21,10 +23,8 @@ from deme_cli.errors import ArtifactError, DemeError
 
 
 def encoded(number: int, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
+    return encoded_pixels(pixels, kind)
 
 
 def write(folder: Path, files: Mapping[str | bytes, str | bytes]) -> None:
@@ -34,20 +34,10 @@ def write(folder: Path, files: Mapping[str | bytes, str | bytes]) -> None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def plain_table(**columns: list) -> bytes:
-    """A parquet file of these columns."""
-    import pyarrow
-    import pyarrow.parquet
-
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
-    return buffer.getvalue()
-
-
 def table(**columns: list) -> bytes:
     """A parquet file, of as many images as the columns have rows."""
     rows = [{"bytes": encoded(n), "path": None} for n, _ in enumerate(next(iter(columns.values())))]
-    return plain_table(image=rows, **columns)
+    return parquet(image=rows, **columns)
 
 
 def tar(files: Mapping[str, str | bytes]) -> bytes:
@@ -118,15 +108,15 @@ LAYOUTS: dict[str, tuple[list[str], dict[str | bytes, str | bytes], Told]] = {
         ["of a", "of b", "of d"]),
     "metadata.parquet": (
         ["a/2.png", "a/10.png", "b.png"],
-        {"metadata.parquet": plain_table(file_name=["b.png", "a/10.png", "a/2.png"],
+        {"metadata.parquet": parquet(file_name=["b.png", "a/10.png", "a/2.png"],
                                          text=["c", "b", "a"])}, ["a", "b", "c"]),
     "img2dataset, files": (
         ["00000/000000000.jpg", "00000/000000002.jpg", "00001/000010001.jpg"],
         {"00000/000000000.txt": "c 0", "00000/000000000.json": '{"caption": "no", "url": "u"}',
          "00000/000000002.json": '{"caption": "c 1", "url": "u", "status": "success"}',
          "00001/000010001.txt": "c 2", "00000_stats.json": "{}",
-         "00000.parquet": plain_table(key=["0", "1"], status=["success", "failed"]),
-         "00001.parquet": plain_table(key=["0", "1"], status=["success", "failed"])},
+         "00000.parquet": parquet(key=["0", "1"], status=["success", "failed"]),
+         "00001.parquet": parquet(key=["0", "1"], status=["success", "failed"])},
         ["c 0", "c 1", "c 2"]),
     "labels": (["a/0.png", "b/1.png", "b/2.png"],  # floats, as pandas writes them
                {"metadata.csv": "file_name,label\na/0.png,10.0\nb/1.png,2.0\nb/2.png,9.0\n"},
@@ -183,7 +173,7 @@ def test_shards_of_img2dataset_are_read_with_their_captions(tmp_path: Path) -> N
             content.append(image)
             samples.append({"jpg": image, "txt": f"{part} {number}", "json": json.dumps(meta)})
         write(tmp_path, {f"{part:05d}.tar": shard(*samples), f"{part:05d}_stats.json": "{}"})
-        write(tmp_path, {f"{part:05d}.parquet": plain_table(key=["0"], caption=["wrong"])})
+        write(tmp_path, {f"{part:05d}.parquet": parquet(key=["0"], caption=["wrong"])})
     compare(tmp_path, content, [f"{part} {number}" for part in range(2) for number in range(3)])
 
 
@@ -191,7 +181,7 @@ def test_tables_of_img2dataset_are_read_without_what_was_not_downloaded(tmp_path
     content = [encoded(0, "JPEG"), None, encoded(2, "JPEG")]
     status = ["success", "failed_to_download", "success"]
     columns = {"key": ["0", "1", "2"], "url": ["u"] * 3, "caption": list("abc"), "status": status}
-    write(tmp_path, {"00000.parquet": plain_table(**columns, jpg=content)})
+    write(tmp_path, {"00000.parquet": parquet(**columns, jpg=content)})
     compare(tmp_path, [encoded(0, "JPEG"), encoded(2, "JPEG")], ["a", "c"])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoded import encoded, parquet
 from PIL import Image, ImageCms
 
 from deme_cli.artifacts import BaseRecord, SamplesRecord, write_artifact
@@ -24,26 +25,10 @@ def all_images(data: ImageData) -> torch.Tensor:
     return data.batch(range(len(data)))
 
 
-def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def table(**columns: list) -> bytes:
-    """A parquet file, as any writer of tables would make it."""
-    import pyarrow
-    import pyarrow.parquet
-
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
-    return buffer.getvalue()
-
-
 def write_parquet(path: Path, pixels: np.ndarray) -> Path:
     rows = [{"bytes": encoded(image), "path": None} for image in pixels]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(table(label=list(range(len(rows))), img=rows))
+    path.write_bytes(parquet(label=list(range(len(rows))), img=rows))
     return path
 
 
@@ -326,11 +311,11 @@ NOTHING = {"bytes": None, "path": None}
         ({"d/0.png": encoded(np.ones((4, 4), dtype=np.int32), "TIFF"), "d/1.png": PNG}, "d",
          ArtifactError, r"0\.png: .*save it with 8 or 16 bits"),
         ({"t.parquet": b"no table"}, "t.parquet", ArtifactError, "broken or not parquet"),
-        ({"t.parquet": table(text=["a"])}, "t.parquet", ArtifactError,
+        ({"t.parquet": parquet(text=["a"])}, "t.parquet", ArtifactError,
          "no column holds images; columns: text"),
-        ({"t.parquet": table(image=[{"bytes": b"x", "path": None}] * 2)}, "t.parquet",
+        ({"t.parquet": parquet(image=[{"bytes": b"x", "path": None}] * 2)}, "t.parquet",
          ArtifactError, r"t\.parquet: row 0: not a readable image"),
-        ({"t.parquet": table(image=[{"bytes": PNG, "path": None}, NOTHING])}, "t.parquet",
+        ({"t.parquet": parquet(image=[{"bytes": PNG, "path": None}, NOTHING])}, "t.parquet",
          ArtifactError, "row 1 holds no image"),
     ],
 )  # fmt: skip

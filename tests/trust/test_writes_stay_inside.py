@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from encoded import encoded, parquet
 
 from deme_cli.data.images import open_images
 from deme_cli.errors import ArtifactError, MissingError
@@ -114,9 +114,7 @@ def test_links_that_go_in_a_circle_are_told_or_replaced(run_folder: Path, deme: 
 
 
 def png(level: int = 9) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(np.full((8, 8), level, np.uint8), mode="L").save(stream, "PNG")
-    return stream.getvalue()
+    return encoded(np.full((8, 8), level, np.uint8))
 
 
 def add(shard: tarfile.TarFile, name: str, data: bytes = b"", **changes: object) -> None:
@@ -165,11 +163,8 @@ def test_names_and_links_in_a_shard_lead_nowhere(home: Path, tmp_path: Path) -> 
 
 def write_rows(path: Path, named: str) -> None:
     """A table of an image, and of a row that names a file instead."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = [{"bytes": png(7), "path": "a.png"}, {"bytes": None, "path": named}]
-    pq.write_table(pa.table({"image": rows}), path)
+    path.write_bytes(parquet(image=rows))
 
 
 def test_rows_of_a_table_read_only_files_that_datasets_fetched(home: Path, tmp_path: Path) -> None:
