@@ -19,6 +19,9 @@ def import_expert(
     range: Annotated[str, flag("--range", "Its timesteps: i/N as in 2/4, or start:stop.")],
     common: Given,
     base: Annotated[Path | None, flag("--base", "Its base [default: that of deme.toml].")] = None,
+    variant: Annotated[str | None, flag(
+        "--variant", "Of a folder with several sets of weights: which, as fp16 or non_ema."
+    )] = None,
     output: Annotated[Path | None, flag(
         "--output -o", "Artifact to write [default: ft_{i}of{N}.safetensors]."
     )] = None,
@@ -31,7 +34,9 @@ def import_expert(
 
     Example: deme import unet_ema --base base.safetensors --range 750:1000
     """
-    path = deme_cli.import_expert(source, range, base=base, output=output, **common)
+    path = deme_cli.import_expert(
+        source, range, base=base, output=output, variant=variant, **common
+    )
     record = read_record(path, "expert")
     told = record.imported or {}
     console.note(

@@ -63,13 +63,15 @@ _FREE = ("sample_size", "upcast_attention")  # in which the configs of one netwo
 
 def import_expert(
     source: str | Path, range: str, *, base: Path | None = None, output: Path | None = None,
-    run: RunFile | None = None, save_dtype: str | None = None, force: bool = False,
+    run: RunFile | None = None, variant: str | None = None, save_dtype: str | None = None,
+    force: bool = False,
 ) -> Path:  # fmt: skip
     """Write weights that were trained elsewhere as the expert of a range of `base`; returns where.
 
     source: a file with a state dict or a LoRA, or a diffusers folder or hub id.   range: `i/N`,
     `start:stop`, or `1/1` for all timesteps.   base: None for that of `run`.   output: None for
-    ft_{i}of{N}.safetensors.   save_dtype: of floating-point tensors; None for the base's.
+    ft_{i}of{N}.safetensors.   variant: of a folder's weights, as fp16.   save_dtype: of
+    floating-point tensors; None for the base's.
 
     Raises ConfigError for a range that the base has not, MissingError, ArtifactError naming the
     first parameter that is not the base's, NumericsError for one that is not finite.
@@ -89,12 +91,12 @@ def import_expert(
     output = output or Path(f"ft_{choice.label}.safetensors")
     require_output(output, force=force)
     require_space(output, sum(spec.num_bytes for spec in header.tensors.values()))
-    weights, imported = _read(str(source), header, record)
+    weights, imported = _read(str(source), header, record, variant)
     weights = _fitted(weights, header, save_dtype, str(source))
     require_finite(weights, str(source))
-    if fingerprint(weights) == record.fingerprint:
-        console.warn(f"{source}: the very weights of {header.path}; its task vector will be zero")
-    write_artifact(output, weights, _expert_of(record, choice, imported))
+    written = write_artifact(output, weights, _expert_of(record, choice, imported))
+    if written.fingerprint == record.fingerprint:
+        console.warn(f"{source}: the very weights of {header.path}; its task vector is zero")
     return output
 
 
@@ -138,15 +140,16 @@ def read_pair(
 
 
 def _read(
-    source: str, base: Header, record: BaseRecord
+    source: str, base: Header, record: BaseRecord, variant: str | None
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """The weights that `source` names, and what the record is to tell of where they are from."""
     path = Path(source).expanduser()
-    if path.is_dir() and not any(path.rglob("config.json")):  # what a trainer left of one file
+    if path.is_dir() and not [*path.glob("config.json"), *path.glob("*/config.json")]:
         files = [file for file in path.glob("*") if file.suffix in (".safetensors", *PICKLED)]
-        path = files[0] if len(files) == 1 else path
+        path = files[0] if len(files) == 1 else path  # all that a trainer left
     if not path.is_file():
-        return _read_folder(find_folder(source), source, record)
+        return _read_folder(find_folder(source, variant), source, record, variant)
+    _require_no_other_base(path, record)
     tensors = read_state_dict(path, record)
     what, _ = foreign_kind(tensors)
     if what.startswith("a single-file"):
@@ -156,7 +159,7 @@ def _read(
         part = backbone_of(record.model_config).part
         told = adapter_settings(path, part)
         factors = low_rank_factors(tensors, record.model_config, str(path), told)
-        weights = fuse({n: t.float() for n, t in load_tensors(base.path).items()}, factors)
+        weights = fuse(stored_in(load_tensors(base.path), "fp32", str(base.path)), factors)
         form = f"LoRA of {len(factors)} layers, fused"
         return weights, {"source": source, "form": form, "sha256": sha256_of(path)}
     weights, prefix = _below_prefix(tensors, base, path)
@@ -164,8 +167,20 @@ def _read(
     return weights, {"source": source, "form": form, "sha256": sha256_of(path)}
 
 
+def _require_no_other_base(path: Path, record: BaseRecord) -> None:
+    """Of a file that deme wrote: check that it holds weights, and none of another base."""
+    if path.suffix in PICKLED or "deme" not in read_header(path).metadata:
+        return
+    own = read_record(path, "base", "expert", "merged")
+    theirs = getattr(own, "base", record.fingerprint)
+    if theirs != record.fingerprint:
+        raise ArtifactError(
+            f"{path}: was finetuned from base {theirs[:12]}, this is {record.fingerprint[:12]}"
+        )
+
+
 def _read_folder(
-    folder: Path, source: str, record: BaseRecord
+    folder: Path, source: str, record: BaseRecord, variant: str | None
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """A pipeline's folder, or that of a network alone."""
     place = denoiser_folder(folder)
@@ -173,7 +188,7 @@ def _read_folder(
         raise ArtifactError(
             f"{folder}: a pipeline of two denoisers; name one of them, {place} or {folder / SECOND}"
         )
-    weights, config = read_network(place)
+    weights, config = read_network(place, variant)
     _require_same_config(config, record, place)
     stated, where = read_scheduler(folder)
     if stated:

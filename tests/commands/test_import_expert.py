@@ -71,6 +71,7 @@ FORMS: dict[str, Callable[[str, Weights], Any]] = {
     "ema.pt": average,
     "legacy.bin": lambda path, w: torch.save(w, path, _use_new_zipfile_serialization=False),
     "unet": lambda path, weights: network().save_pretrained(path, safe_serialization=False),
+    "variant": lambda path, weights: network().save_pretrained(path, variant="non_ema"),
     "unet_ema": average_folder,
     "pipeline": pipeline,
     "alone": lambda path, w: (Path(path).mkdir(), save_file(w, f"{path}/model.safetensors")),
@@ -136,7 +137,7 @@ def test_weights_come_in_the_dtype_of_the_base(trained: Weights, deme: Deme) -> 
     assert deme("import", "wide.safetensors", *OPTIONS, *half).exit_code == 0
     assert {t.dtype for t in load_tensors(Path("half.safetensors")).values()} == {torch.float16}
     result = deme("import", "base.safetensors", *OPTIONS, "-o", "same.safetensors")
-    assert "its task vector will be zero" in result.stderr
+    assert "its task vector is zero" in result.stderr
 
 
 def test_a_lora_is_fused_into_the_base(run_folder: Path, deme: Deme) -> None:
@@ -228,6 +229,12 @@ def test_what_is_not_of_the_base_is_refused_by_name(
         (2, "ft_4of4.safetensors exists; add --force", ("--range", "4/4")),
         (3, "none.safetensors: no base there", ("--range", "1/2", "--base", "none.safetensors")),
         (4, "'base', found 'expert'", ("--range", "1/2", "--base", "ft_1of4.safetensors")),
+        (4, "expected an artifact of kind", ("tv_1of4.safetensors", "--range", "1/2")),
+        (
+            4,
+            "was finetuned from base",
+            ("ft_1of4.safetensors", "--range", "1/2", "--base", "other.safetensors"),
+        ),
         (4, "which other.safetensors lacks", ("--range", "1/2", "--base", "other.safetensors")),
     ],
 )
@@ -236,7 +243,9 @@ def test_a_range_or_a_base_that_does_not_fit_is_told(
 ) -> None:
     write_tiny_base(Path("other.safetensors"), block_out_channels=[16, 16])
     save_file(trained, "theirs.safetensors")
-    error = deme("import", "theirs.safetensors", *options).exception
+    deme("task-vector", "ft_1of4.safetensors")
+    source = () if options[0].endswith(".safetensors") else ("theirs.safetensors",)
+    error = deme("import", *source, *options).exception
     assert isinstance(error, DemeError), repr(error)
     assert error.exit_code == exit_code, error
     assert words in str(error)
