@@ -16,9 +16,10 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, overload
 
@@ -37,8 +38,10 @@ from deme_cli.files import (
     require_space,
     tensor_bytes,
     with_checksum,
+    write_whole,
 )
 from deme_cli.jobs import claim
+from deme_cli.model_spec import model_spec
 from deme_cli.timesteps import TimestepRange
 
 if TYPE_CHECKING:
@@ -389,7 +392,10 @@ class ArtifactWriter(Generic[_Written]):
 
     def _header(self) -> bytes:
         record = replace(self.record, fingerprint=self.record.fingerprint or "0" * 64)
-        return header_bytes(self.layout, {"format": FORMAT, "deme": record.to_json()})
+        metadata = {"format": FORMAT, "deme": record.to_json()}
+        if isinstance(record, MergedRecord):
+            metadata |= model_spec(record)
+        return header_bytes(self.layout, metadata)
 
 
 def header_bytes(layout: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
@@ -404,6 +410,19 @@ def header_bytes(layout: Sequence[TensorSpec], metadata: Mapping[str, str]) -> b
     text = json.dumps(document, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def add_metadata(path: Path, told: Mapping[str, str]) -> None:
+    """Put entries into the metadata of a safetensors file; its tensors stay where they are."""
+    header = read_header(path)
+    layout = sorted(header.tensors.values(), key=lambda spec: spec.begin)
+
+    def tensors() -> Iterator[bytes]:
+        with path.open("rb") as file:
+            file.seek(layout[0].begin)
+            yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
+
+    write_whole(path, chain([header_bytes(layout, {**header.metadata, **told})], tensors()))
 
 
 def write_artifact(path: Path, tensors: Mapping[str, Any], record: _Written) -> _Written:
@@ -447,6 +466,13 @@ def inspect(
                 f"{path}: its tensors have fingerprint {computed}, its record says "
                 f"{one.record.fingerprint}; the file was altered or damaged, make it again"
             )
+        if isinstance(one.record, MergedRecord) and one.record.created_by == Record.created_by:
+            told = one.header.metadata  # a tool may have added to it, or left all of it out
+            if not model_spec(one.record).items() <= told.items() and "modelspec." in str(told):
+                raise ArtifactError(
+                    f"{path}: its metadata (modelspec) do not follow from its record; the file was "
+                    f"altered or damaged, make it again"
+                )
         progress(Step(note=f"{path}: the fingerprint is right"))
     return found
 

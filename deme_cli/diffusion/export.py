@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from deme_cli import console
-from deme_cli.artifacts import DenoiserRecord, ExpertRecord, MergedRecord, load_tensors, read_record
+from deme_cli.artifacts import (
+    DenoiserRecord,
+    ExpertRecord,
+    MergedRecord,
+    add_metadata,
+    load_tensors,
+    read_record,
+)
 from deme_cli.diffusion.model_files import (
     INDEX,
     SECOND,
@@ -31,6 +38,7 @@ from deme_cli.diffusion.model_files import (
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError, writing
 from deme_cli.fetch import is_hub_id
 from deme_cli.files import read_header, require_output, require_space, whole_folder
+from deme_cli.model_spec import model_spec
 from deme_cli.timesteps import require_cover
 
 if TYPE_CHECKING:
@@ -104,6 +112,8 @@ def export(
                     _write_pixel_pipeline(denoiser, partial)
                 else:
                     cast(Any, denoiser.network).save_pretrained(partial / part)
+            for file in (partial / part).glob("*.safetensors"):
+                add_metadata(file, model_spec(record, folder.name, artifact=path))
             again = backbone.network_class.from_pretrained(partial / part, local_files_only=True)
             checks.append(compare(denoiser, again))
             if not checks[-1].max_difference <= LARGEST_DIFFERENCE:

@@ -60,6 +60,7 @@ from deme_cli.files import (
     whole_folder,
     write_whole,
 )
+from deme_cli.model_spec import model_spec
 
 PREFIX = "model.diffusion_model."  # before the denoiser's names, where other parts are there
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -446,6 +447,7 @@ def write_single_file(
         total.update(part)
     told = {k: v for k, v in header.metadata.items() if k != "deme_record"}
     told |= {"format": FORMAT, "deme_record": record.to_json()}
+    told |= model_spec(record, output.stem, artifact=artifact, single_file=True)
     told["modelspec.hash_sha256"] = f"0x{total.hexdigest()}"
     write_whole(output, chain([header_bytes(specs, told)], content()))
     left = sorted(header.tensors.keys() - denoiser.taken)

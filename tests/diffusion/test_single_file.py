@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -81,7 +82,11 @@ def test_a_file_goes_in_and_comes_out_byte_for_byte(
     before, after = load_file(file), load_file("out.safetensors")
     assert list(before) == list(after)
     assert all(t.dtype == after[n].dtype and torch.equal(t, after[n]) for n, t in before.items())
-    assert read_header(Path("out.safetensors")).metadata["author"] == "somebody"
+    told = read_header(Path("out.safetensors")).metadata
+    assert told["author"] == "somebody"
+    header_size = int.from_bytes(Path("out.safetensors").read_bytes()[:8], "little") + 8
+    tensors = Path("out.safetensors").read_bytes()[header_size:]
+    assert told["modelspec.hash_sha256"] == f"0x{hashlib.sha256(tensors).hexdigest()}"
     kind = getattr(diffusers, record.model_config["_class_name"])
     network = kind.from_single_file("out.safetensors", config=str(folder), local_files_only=True)
     assert all(torch.equal(t.float(), own[n].float()) for n, t in network.state_dict().items())
