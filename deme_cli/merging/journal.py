@@ -123,9 +123,12 @@ class Journal:
             ) from error
         try:
             with writing(self.path):
-                data = self.path.read_bytes()
-                if data.startswith(_OPERATION):  # what a killed process left of a line
-                    os.truncate(self.path, data.rfind(b"\n") + 1)
+                with self.path.open("r+b") as file:
+                    is_ours = file.read(len(_OPERATION)) == _OPERATION
+                    file.seek(-min(1, file.seek(0, os.SEEK_END)), os.SEEK_END)
+                    if is_ours and file.read() != b"\n":  # what a killed process left of a line
+                        file.seek(0)
+                        file.truncate(file.read().rfind(b"\n") + 1)
                 yield
         finally:
             self._lock.release()
