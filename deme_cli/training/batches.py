@@ -58,13 +58,12 @@ class Batch:
 
     def on(self, device: torch.device) -> Batch:
         """The batch on a device; a GPU is not waited for, as copies from pinned memory do not."""
-
-        def moved(tensor: Tensor) -> Tensor:
+        tensors = {"x0": self.x0, "eps": self.eps, "t": self.t, **self.conditions}
+        for name, tensor in tensors.items():
             is_copied = device.type == "cuda" and tensor.device.type == "cpu"
-            return (tensor.pin_memory() if is_copied else tensor).to(device, non_blocking=True)
-
-        conditions = {name: moved(value) for name, value in self.conditions.items()}
-        return Batch(moved(self.x0), moved(self.eps), moved(self.t), conditions)
+            pinned = tensor.pin_memory() if is_copied else tensor
+            tensors[name] = pinned.to(device, non_blocking=True)
+        return Batch(tensors.pop("x0"), tensors.pop("eps"), tensors.pop("t"), tensors)
 
 
 Draw = Callable[[int, int], Batch]  # of update `step` (from 0), accumulation part `micro`

@@ -47,13 +47,7 @@ from deme_cli.errors import (
 )
 from deme_cli.files import write_whole
 from deme_cli.jobs import claim
-from deme_cli.training.batches import (
-    Batch,
-    Draw,
-    derived_generator,
-    draws_of_range,
-    open_batches,
-)
+from deme_cli.training.batches import Draw, derived_generator, draws_of_range, open_batches
 from deme_cli.training.examples import fill_caches
 from deme_cli.training.objective import expert_losses
 from deme_cli.training.power_profile import gamma_of
@@ -207,32 +201,33 @@ class Gradients:
         Over the parts and the processes, losses and gradients add up to the batch's. Those that
         gather a divided network together go in the same number of parts, each with an image.
         """
-        batch = self.draw(self.state.step, micro)
+        run, state, config, device = self.run, self.state, self.run.config, self.state.device
+        batch, found = self.draw(state.step, micro).on(device), []
         num = len(batch.t)
         num_parts = -(-num // self.at_once)
-        if self.run.shard:
-            smallest_share = self.run.config.batch_size // self.world.size
+        if run.shard:
+            smallest_share = config.batch_size // self.world.size
             num_parts = min(-(-self._largest_share // self.at_once), smallest_share)
-        edges = [num * i // num_parts for i in range(num_parts + 1)]
-        parts = [slice(*edges[i : i + 2]) for i in range(num_parts)]
-        return torch.stack([self._of_part(batch.part(part), micro) for part in parts]).sum(0)
-
-    def _of_part(self, batch: Batch, micro: int) -> Tensor:
-        run, state, config, device = self.run, self.state, self.run.config, self.state.device
-        batch = batch.on(device)
-        with torch.autocast(device.type, TORCH_DTYPES[run.dtype], enabled=run.dtype != "fp32"):
-            losses = expert_losses(
-                state.network, state.base, self.schedule, x0=batch.x0, eps=batch.eps, t=batch.t,
-                conditions=to(batch.conditions, device, torch.float32),
-                consistency=config.consistency,
+        for i in range(num_parts):
+            part = batch.part(slice(num * i // num_parts, num * (i + 1) // num_parts))
+            with torch.autocast(device.type, TORCH_DTYPES[run.dtype], enabled=run.dtype != "fp32"):
+                losses = expert_losses(
+                    state.network, state.base, self.schedule, x0=part.x0, eps=part.eps, t=part.t,
+                    conditions=to(part.conditions, device, torch.float32),
+                    consistency=config.consistency,
+                )  # fmt: skip
+            of_such = config.batch_size / len(part.t)  # 2.5 for two images of five
+            weight = config.accumulation * of_such
+            order = derived_generator(config.seed, run.choice.range, state.step, micro, "order")
+            total = state.reduction.backward(
+                losses.total, part.t, list(state.parameters.values()), step=state.step,
+                generator=order,
+                scale=lambda loss: state.scaler.scale(loss / weight),  # noqa: B023
             )  # fmt: skip
-        num_parts = config.batch_size / len(batch.t)  # 2.5 for two images of five
-        total = state.reduction.backward(
-            losses.total, batch.t, list(state.parameters.values()), step=state.step,
-            generator=derived_generator(config.seed, run.choice.range, state.step, micro, "order"),
-            scale=lambda loss: state.scaler.scale(loss / (config.accumulation * num_parts)),
-        )  # fmt: skip
-        return torch.stack([total, losses.denoising.mean(), losses.consistency.mean()]) / num_parts
+            means = (total, losses.denoising.mean(), losses.consistency.mean())
+            found.append(torch.stack(means) / of_such)
+            del losses  # its graph, before the next one grows
+        return torch.stack(found).sum(0)
 
     def record(self) -> TrainStep:
         """The means of the losses since the last record, the same in all processes.
