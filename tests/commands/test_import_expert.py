@@ -153,14 +153,19 @@ def test_a_lora_is_fused_into_the_base(run_folder: Path, deme: Deme) -> None:
     assert imported["form"] == "LoRA of 1 layers, fused"
 
 
-def changed(path: str, weights: Weights, change: Callable[[Weights], Any]) -> None:
-    weights = dict(weights)
-    change(weights)
-    save_file(weights, path)
+def altered(**changes: torch.Tensor | None) -> Callable[[str, Weights], Any]:
+    """Write the weights with others in place of some; `__` for a dot, None for none."""
+    others = {name.replace("__", "."): tensor for name, tensor in changes.items()}
+
+    def write(path: str, weights: Weights) -> None:
+        kept = {**weights, **others}
+        save_file({name: tensor for name, tensor in kept.items() if tensor is not None}, path)
+
+    return write
 
 
-def other_config(path: str, weights: Weights) -> None:
-    build_network({**TINY_MODEL, "attention_head_dim": 4}).save_pretrained(path)
+def alone(**tensors: torch.Tensor) -> Callable[[str, Weights], Any]:
+    return lambda path, weights: altered(**tensors)(path, {})
 
 
 def other_schedule(path: str, weights: Weights) -> None:
@@ -168,39 +173,31 @@ def other_schedule(path: str, weights: Weights) -> None:
     DDPMPipeline(network(), scheduler).save_pretrained(path)
 
 
-def code(path: str, weights: Weights) -> None:
-    torch.save({**weights, "config": Path("x")}, path)
-
-
+ONE, EIGHT = torch.ones(1, 1), torch.ones(8)
 REFUSED: dict[str, tuple[int, str, Callable[[str, Weights], Any]]] = {
     "lacks.safetensors": (4, "lacks 'conv_in.bias', which base.safetensors has; the nearest name "
-        "there: 'conv_in.biass'", lambda path, w: changed(path, w, lambda weights:
-        weights.update({"conv_in.biass": weights.pop("conv_in.bias")}))),
-    "partial.safetensors": (4, "lacks 'conv_in.bias', which base.safetensors has",
-        lambda path, w: changed(path, w, lambda weights: weights.pop("conv_in.bias"))),
+                          "there: 'conv_in.biass'",
+                          altered(conv_in__bias=None, conv_in__biass=EIGHT)),
+    "partial.safetensors": (4, "lacks 'conv_in.bias', which base", altered(conv_in__bias=None)),
     "more.safetensors": (4, "has 'conv_out.bia', which base.safetensors lacks; the nearest name of "
-        "it: 'conv_out.bias'", lambda path, w: changed(path, w, lambda weights:
-        weights.update({"conv_out.bia": torch.zeros(1)}))),
-    "shape.safetensors": (4, "'conv_in.bias' has shape [9], base.safetensors has [8]",
-        lambda path, w: changed(path, w, lambda weights:
-        weights.update({"conv_in.bias": torch.zeros(9)}))),
-    "kind.safetensors": (4, "'conv_in.bias' is torch.int64", lambda path, w: changed(path, w,
-        lambda weights: weights.update({"conv_in.bias": torch.zeros(8, dtype=torch.long)}))),
-    "nan.safetensors": (5, "'conv_in.bias' holds numbers that are not finite", lambda path, w:
-        changed(path, w, lambda weights: weights.update(
-        {"conv_in.bias": torch.full((8,), torch.nan)}))),
+                         "it: 'conv_out.bias'", altered(conv_out__bia=EIGHT)),
+    "shape.safetensors": (4, "'conv_in.bias' has shape [1, 1], base.safetensors has [8]",
+                          altered(conv_in__bias=ONE)),
+    "kind.safetensors": (4, "'conv_in.bias' is torch.int64", altered(conv_in__bias=EIGHT.long())),
+    "nan.safetensors": (5, "'conv_in.bias' holds numbers that are not finite",
+                        altered(conv_in__bias=EIGHT * torch.nan)),
     "twice.pt": (4, "more than once, below 'model.', 'ema.'",
-        lambda path, w: torch.save({"model": w, "ema": w}, path)),
+                 lambda path, weights: torch.save({"model": weights, "ema": weights}, path)),
     "wan.safetensors": (4, "the weights of a WanTransformer3DModel alone; none of its tensors is",
-        lambda path, w: save_file({"condition_embedder.x": torch.zeros(1)}, path)),
-    "lora.safetensors": (4, "conv_im' is no linear layer", lambda path, w: save_file(
-        {"unet.conv_im.lora_A.weight": torch.ones(1, 1), "unet.conv_im.lora_B.weight":
-         torch.ones(8, 1)}, path)),
-    "loha.safetensors": (4, "is LoHa; deme takes pairs", lambda path, w: save_file(
-        {"lora_unet_conv_in.hada_w1_a": torch.ones(1, 1)}, path)),
-    "code.pt": (4, "a pickle of more than tensors (nothing in it was run)", code),
+                        alone(condition_embedder__x=ONE)),
+    "lora.safetensors": (4, "conv_im' is no linear layer",
+                         alone(conv_im__lora_A__weight=ONE, conv_im__lora_B__weight=ONE.clone())),
+    "loha.safetensors": (4, "is LoHa; deme takes pairs", alone(lora_unet_conv_in__hada_w1_a=ONE)),
+    "code.pt": (4, "a pickle of more than tensors (nothing in it was run)",
+                lambda path, weights: torch.save({**weights, "config": Path("x")}, path)),
     "text.bin": (4, "the weights cannot be read", lambda path, w: Path(path).write_text("none")),
-    "heads": (4, "attention_head_dim = 4, the base has 8", other_config),
+    "heads": (4, "attention_head_dim = 4, the base has 8", lambda path, weights: build_network(
+        {**TINY_MODEL, "attention_head_dim": 4}).save_pretrained(path)),
     "velocity": (4, "another noise schedule or prediction than the base's", other_schedule),
     "nowhere": (3, "no such file or folder", lambda path, weights: None),
     "empty": (3, "not a diffusers model", lambda path, weights: Path(path).mkdir()),

@@ -112,8 +112,7 @@ def theirs(
     ).frames[:, :, 0]  # fmt: skip
 
 
-@pytest.mark.parametrize("guidance", [5.0, 1.0])
-@pytest.mark.parametrize("scheduler", ["unipc", "euler"])
+@pytest.mark.parametrize(("scheduler", "guidance"), [("unipc", 5.0), ("euler", 1.0)])
 def test_an_ensemble_draws_what_the_pipeline_draws(
     folder: Path, deme: Deme, monkeypatch: Any, scheduler: str, guidance: float
 ) -> None:
