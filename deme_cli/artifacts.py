@@ -100,7 +100,8 @@ class ExpertRecord(DenoiserRecord):
 
     `projection` is `block`, `fold` or `none`; an expert trained with `fold` is already folded.
     `training` holds every setting; `data` names the images and their fingerprint. Of one that was
-    trained elsewhere nothing is known of these, and `imported` tells what it was made of.
+    trained elsewhere nothing is known of these, and `imported` tells what it was made of. `holds`:
+    `all` of the denoiser, or `adapter`: low-rank factors alone, with their {rank, alpha, targets}.
     """
 
     kind: ClassVar[str] = "expert"
@@ -115,6 +116,8 @@ class ExpertRecord(DenoiserRecord):
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     imported: dict[str, Any] | None = None
+    holds: str = "all"
+    adapter: dict[str, Any] | None = None
 
     @property
     def timesteps(self) -> TimestepRange:

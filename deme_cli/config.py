@@ -179,6 +179,13 @@ class FinetuneConfig(Settings):
         1.0, "weight of the consistency loss (Eq. 4); 0: none", within=FROM_0
     )
     projection: str = setting("fold", "place of the channel-wise projection", choices=PROJECTIONS)
+    lora: int | None = setting(
+        None, "rank of adapters to train in place of the weights (LoRA); unset: the weights"
+    )
+    lora_alpha: float | None = setting(None, "adapters count alpha / rank times; unset: once")
+    lora_targets: str | None = setting(
+        None, "layers with adapters: linear, all (convolutions too), a glob; unset: attention"
+    )
     timesteps: str = setting(
         "per-sample",
         "what p is drawn for: each image, or a batch as in the official code",
@@ -252,6 +259,7 @@ class FinetuneConfig(Settings):
         "multitask clusters cluster_by multitask_lr multitask_every",
         "Images and captions": "caption_dropout cache",
         "Memory": "gradient_checkpointing micro_batch",
+        "Adapters": "lora lora_alpha lora_targets",
         "More": "timesteps antithetic checkpoint_every snapshot_every held_out seed",
     }
 
@@ -273,6 +281,11 @@ class FinetuneConfig(Settings):
                     f"{name} belongs to {', '.join(weightings)}, not to loss_weighting = "
                     f"{weighting!r}"
                 )
+        if self.lora and self.projection == "block":
+            yield "lora trains adapters alone; --projection block adds full matrices"
+        for name in ("lora_alpha", "lora_targets"):
+            if not self.lora and getattr(self, name) is not None:
+                yield f"{name} belongs to lora = RANK, which is not set"
         if self.multitask == "none":
             return
         if not 2 <= self.clusters <= self.batch_size:

@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from deme_cli.console import Progress, Step, silent
@@ -198,3 +199,9 @@ def is_model_cached(hub_id: str) -> bool:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").exists()
+
+
+def require_peft() -> None:
+    """Check that the library of adapters is installed; raises MissingError if not."""
+    if find_spec("peft") is None:
+        raise MissingError("adapters (LoRA) need peft: pip install 'deme[lora]'")

@@ -12,8 +12,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deme_cli.artifacts import BaseRecord, record_of
 from deme_cli.config import CONFIG_NAME, TABLES, FromFile, ModelConfig, Settings
-from deme_cli.errors import ConfigError, MissingError, nearest, reading, shown
+from deme_cli.errors import (
+    ArtifactError,
+    ConfigError,
+    MissingError,
+    nearest,
+    reading,
+    shown,
+)
+from deme_cli.files import read_header
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 # What a declared type is called, and what an unset setting of it may look like.
@@ -94,6 +103,36 @@ def read_run_file(path: Path | None) -> RunFile:
             raise ConfigError(f"{chosen}: unknown table [{table}]{nearest(table, TABLES)}")
         document[table] = checked_table(table, values, str(chosen))
     return RunFile(chosen.parent, document, chosen)
+
+
+def locate_base(
+    path: Path, wanted: str, run: RunFile, given: Path | None, beside: Path | None = None
+) -> Path:
+    """The base of the artifact at `path`: `given`, else the run's, else one beside it.
+
+    wanted: its fingerprint.   beside: another folder to look in.   Raises ArtifactError if what is
+    found is another base, MissingError if nothing is found.
+    """
+    places = [given] if given else [run.base]
+    for folder in () if given else dict.fromkeys((beside, path.parent)):
+        if folder is not None:
+            places += [folder / ModelConfig.base, *sorted(folder.glob("*base*.safetensors"))]
+    others = []
+    for place in filter(Path.is_file, places):
+        record = record_of(read_header(place))
+        if isinstance(record, BaseRecord) and record.fingerprint == wanted:
+            return place
+        others.append(f"{place} ({record.kind} {record.fingerprint[:12]})")
+    if others:
+        raise ArtifactError(
+            f"{path}: was finetuned from base {wanted[:12]}, found "
+            f"{', '.join(dict.fromkeys(others))}; put the right one beside it, or name it with "
+            f"--base"
+        )
+    raise MissingError(
+        f"{given or run.base}: no such file; {path} was finetuned from base "
+        f"{wanted[:12]}; put it beside the expert, or name it with --base"
+    )
 
 
 def checked_table(table: str, values: Any, where: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from deme_cli.artifacts import BaseRecord, ExpertRecord, load_tensors, read_record, write_artifact
-from deme_cli.diffusion.denoiser import build_network
+from deme_cli.diffusion.denoiser import build_network, load_denoiser
 from deme_cli.errors import DemeError
 from deme_cli.timesteps import split_uniform
 
@@ -72,6 +72,33 @@ def write_tiny_expert(
         data={"source": "digits", "fingerprint": ""}, training={},
     )  # fmt: skip
     return write_artifact(path, weights, record)
+
+
+def write_adapter_expert(
+    path: Path, base_path: Path, *, index: int, of: int, rank: int = 2, targets: str = "all"
+) -> ExpertRecord:
+    """An expert artifact of random adapters, seeded by its index."""
+    from deme_cli.diffusion.adapters import adapter_tensors, attach_adapters, target_layers
+
+    base = load_denoiser(base_path)
+    attach_adapters(base.network, target_layers(base.network, targets), rank=rank)
+    generator = torch.Generator().manual_seed(200 + index)
+    drawn = {
+        name: 0.3 * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in base.network.named_parameters()
+    }
+    span = split_uniform(of, base.record.num_train_timesteps)[index - 1]
+    fields = ("source", "model_config", "scheduler_config", "num_train_timesteps", "companions")
+    record = ExpertRecord(
+        **{name: getattr(base.record, name) for name in fields},
+        range=[span.start, span.stop],
+        index=index,
+        of=of,
+        base=base.record.fingerprint,
+        holds="adapter",
+        adapter={"rank": rank, "alpha": rank, "targets": targets},
+    )
+    return write_artifact(path, adapter_tensors(drawn, scale=1, part=base.backbone.part), record)
 
 
 def collect_images(experts: Sequence, config: object, **options: object) -> np.ndarray:

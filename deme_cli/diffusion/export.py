@@ -25,7 +25,6 @@ from deme_cli.artifacts import (
     ExpertRecord,
     MergedRecord,
     add_metadata,
-    load_tensors,
     read_record,
 )
 from deme_cli.diffusion.model_files import (
@@ -98,14 +97,14 @@ def export(
     require_space(folder, sum(path.stat().st_size for path in artifacts))
 
     from deme_cli.diffusion.companions import open_companions
-    from deme_cli.diffusion.denoiser import assemble, stored_in
+    from deme_cli.diffusion.denoiser import assemble, stored_in, whole_weights
 
     silence_libraries()
     companions = open_companions(records[0], pipeline=pipeline)
     backbone, checks = companions.backbone, []
     with writing(folder), whole_folder(folder, force=force) as partial:
         for path, record, part in zip(artifacts, records, (backbone.part, SECOND), strict=False):
-            weights = stored_in(load_tensors(path), save_dtype, str(path))
+            weights = stored_in(whole_weights(path, record), save_dtype, str(path))
             denoiser = assemble(record, weights, str(path))
             with _in_dtypes_of(weights, denoiser.network):
                 if companions.folder is None:

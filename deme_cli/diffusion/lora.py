@@ -36,6 +36,7 @@ _FACTOR = re.compile(
     r"(?P<layer>.+?)[._]lora(?:_linear_layer)?[._](?P<side>A|B|down|up)(?:\.\w+)?\.weight"
 )
 _DOWN = ("A", "down")
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that have factors
 _TEXT = re.compile(r"lora_te\d?_|(base_model\.model\.)?text_(encoder|model)")
 _OTHERS = {  # what else adapters hold, by a part of the names
     "dora_scale": "DoRA", "magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr",
@@ -65,9 +66,8 @@ def layers_of(model_config: Config) -> dict[str, tuple[int, ...]]:
     """The shape of the weight of each linear layer and convolution of a network, by its name."""
     with torch.device("meta"):
         network = build_network(model_config)
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     modules = network.named_modules()
-    return {name: tuple(one.weight.shape) for name, one in modules if isinstance(one, kinds)}
+    return {name: tuple(one.weight.shape) for name, one in modules if isinstance(one, LAYERS)}
 
 
 def is_lora(names: Iterable[str]) -> bool:

@@ -34,7 +34,7 @@ from deme_cli.diffusion.checkpoints import (
     kept_dtype,
     scheduler_config_of,
 )
-from deme_cli.diffusion.denoiser import Weights, require_finite, stored_in
+from deme_cli.diffusion.denoiser import Weights, require_finite, stored_in, whole_weights
 from deme_cli.diffusion.model_files import (
     INDEX,
     UNUSED_PARTS,
@@ -54,6 +54,7 @@ from deme_cli.files import (
     Header,
     cast_specs,
     foreign_kind,
+    layout_of,
     read_header,
     require_space,
     tensor_bytes,
@@ -423,15 +424,14 @@ def write_single_file(
         )
     denoiser = match(_shapes_of(header), record.model_config, str(header.path))
     pieces = _backwards(denoiser, header)
-    stored = {
-        one.name: one for one in cast_specs(read_header(artifact).tensors.values(), save_dtype)
-    }
+    weights = whole_weights(artifact, record)
+    stored = {one.name: one for one in cast_specs(layout_of(weights), save_dtype)}
     specs = []
     for spec in sorted(header.tensors.values(), key=lambda one: one.begin):
         codes = [stored[piece.name].dtype for piece in pieces.get(spec.name, [])] or [spec.dtype]
         specs.append(replace(spec, dtype=max(codes, key=lambda code: DTYPE_BYTES[code])))
     require_space(output, sum(spec.num_bytes for spec in specs))
-    weights, others = load_tensors(artifact), load_tensors(header.path)
+    others = load_tensors(header.path)
 
     def content() -> Iterator[Any]:
         for spec in specs:

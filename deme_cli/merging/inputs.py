@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from deme_cli.artifacts import BaseRecord, ExpertRecord, record_of
-from deme_cli.errors import ArtifactError, ConfigError, MissingError
+from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.files import Header, TensorSpec, read_header
-from deme_cli.run_file import RunFile
+from deme_cli.run_file import RunFile, locate_base
 from deme_cli.timesteps import TimestepRange, require_cover
 
-BASE_NAME = "base.safetensors"
 PROJECTION = "channel_projection."  # diffusion.projection.PREFIX, which lies behind torch
 COMPUTED_IN: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f4"), "BF16": np.dtype("<f4"),
@@ -44,6 +43,11 @@ class Expert:
     @property
     def path(self) -> Path:
         return self.header.path
+
+    @property
+    def holds_adapters(self) -> bool:
+        """Whether its file has low-rank factors alone, from which its differences are made."""
+        return self.record.holds == "adapter"
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ def open_experts(paths: Sequence[Path], *kinds: str) -> list[Expert]:
     for path in paths:
         header = read_header(path)
         record = record_of(header, *kinds)
-        is_vector = record.kind == "task-vector"
-        fingerprint = record.expert if is_vector else record.fingerprint
+        is_vector = record.kind == "task-vector" or record.holds == "adapter"
+        fingerprint = record.expert if record.kind == "task-vector" else record.fingerprint
         for other in experts:
             if (fingerprint, record.range) == (other.fingerprint, other.record.range):
                 raise ConfigError(f"{other.path} and {path} are the same expert; give it once")
@@ -119,35 +123,6 @@ def find_base(
 ) -> Path:
     """The base the experts were finetuned from, as `locate_base` finds it."""
     return locate_base(experts[0].path, experts[0].record.base, run, given, beside)
-
-
-def locate_base(
-    path: Path, wanted: str, run: RunFile, given: Path | None, beside: Path | None = None
-) -> Path:
-    """The base of the artifact at `path`: `given`, else the run's, else one beside it.
-
-    wanted: its fingerprint.   beside: another folder to look in.   Raises ArtifactError if what is
-    found is another base, MissingError if nothing is found.
-    """
-    places = [given] if given else [run.base]
-    for folder in () if given else dict.fromkeys((beside, path.parent)):
-        if folder is not None:
-            places += [folder / BASE_NAME, *sorted(folder.glob("*base*.safetensors"))]
-    others = []
-    for place in filter(Path.is_file, places):
-        record = record_of(read_header(place))
-        if isinstance(record, BaseRecord) and record.fingerprint == wanted:
-            return place
-        others.append(f"{place} ({record.kind} {record.fingerprint[:12]})")
-    if others:
-        raise ArtifactError(
-            f"{path}: was finetuned from base {wanted[:12]}, found "
-            f"{', '.join(dict.fromkeys(others))}; name the right one with --base"
-        )
-    raise MissingError(
-        f"{given or run.base}: no such file; {path} was finetuned from base "
-        f"{wanted[:12]}; name its file with --base"
-    )
 
 
 def open_inputs(base: Path, experts: Sequence[Expert]) -> Inputs:
@@ -164,7 +139,10 @@ def open_inputs(base: Path, experts: Sequence[Expert]) -> Inputs:
                 f"{expert.path}: was finetuned from base {expert.record.base[:12]}, "
                 f"{base} is {record.fingerprint[:12]}; merge experts of one base"
             )
-        require_same_tensors(header, expert.header, projections=False)
+        if expert.holds_adapters:
+            _require_fitting(header, expert.header)
+        else:
+            require_same_tensors(header, expert.header, projections=False)
         require_same_tensors(experts[0].header, expert.header, projections=True)
     for spec in inputs.specs:
         if spec.dtype not in COMPUTED_IN and (
@@ -181,6 +159,35 @@ def open_inputs(base: Path, experts: Sequence[Expert]) -> Inputs:
                 f"a channel projection is a square matrix"
             )
     return inputs
+
+
+def changed_by(adapters: Header) -> dict[str, tuple[str, str]]:
+    """The names of A and B for each tensor that the adapters in a file change.
+
+    They are called unet.LAYER.lora_A.weight, or of another part of the pipeline.
+    """
+    ends = (".lora_A.weight", ".lora_B.weight")
+    names = [name.removesuffix(ends[0]) for name in adapters.tensors if name.endswith(ends[0])]
+    return {f"{name.partition('.')[2]}.weight": (name + ends[0], name + ends[1]) for name in names}
+
+
+def _require_fitting(base: Header, adapters: Header) -> None:
+    """Check that adapters are pairs of factors of the base's tensors."""
+    changed = changed_by(adapters)
+    alone = adapters.tensors.keys() - {name for pair in changed.values() for name in pair}
+    for name in sorted(alone):
+        raise ArtifactError(f"{adapters.path}: {name!r} is no factor of a pair")
+    for name, pair in changed.items():
+        down, up = (adapters.tensors.get(side) for side in pair)
+        shape = base.tensors[name].shape if name in base.tensors else None
+        made = None
+        if up is not None and down is not None and up.shape[1:2] == down.shape[:1]:
+            made = (up.shape[0], *down.shape[1:])
+        if made is None or made != shape:
+            raise ArtifactError(
+                f"{adapters.path}: {pair[0]!r} and its partner are no factors of {name!r} "
+                f"{list(shape or ())} in {base.path}"
+            )
 
 
 def require_same_tensors(first: Header, other: Header, *, projections: bool) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deme_cli.artifacts import ExpertRecord, MergedRecord, TaskVectorRecord, record_of
+from deme_cli.artifacts import FORMAT, ExpertRecord, MergedRecord, TaskVectorRecord, record_of
 from deme_cli.console import Progress, Step, silent
 from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.denoiser import TORCH_DTYPES
@@ -28,6 +28,7 @@ from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.files import Header, read_header, require_output, write_whole
 from deme_cli.merging.inputs import is_projection, locate_base, require_same_tensors
 from deme_cli.merging.task_vectors import block_of
+from deme_cli.model_spec import model_spec
 from deme_cli.run_file import RunFile
 
 FORMATS = ("diffusers", "kohya")
@@ -69,6 +70,10 @@ def export_lora(
             f"{artifact}: expected an artifact of kind 'merged', 'expert' or 'task-vector', found "
             f"{record.kind!r}"
         )
+    if isinstance(record, ExpertRecord) and record.holds == "adapter":
+        raise ArtifactError(
+            f"{artifact}: holds adapters, and is a LoRA as it is: load_lora_weights takes the file"
+        )
     if any(map(is_projection, header.tensors)):
         raise ArtifactError(
             f"{artifact}: carries block projections, which no LoRA holds; finetune with "
@@ -109,7 +114,9 @@ def export_lora(
         raise ArtifactError(f"{artifact}: no layer differs from its base {origin.path}")
     from safetensors.torch import save
 
-    write_whole(output, save(state, {"format": "pt"}))
+    told = model_spec(record, output.stem, artifact=artifact)
+    told["modelspec.architecture"] += "/lora"
+    write_whole(output, save(state, {"format": FORMAT, **told}))
     whole, gone = (sum(column) for column in zip(*squares.values(), strict=True))
     kept = {block: 1 - lost / square for block, (square, lost) in squares.items() if square}
     left = sum(left_out.values()) / whole

@@ -119,6 +119,8 @@ def open_plan(
     require_output(output, force=force)
     experts = open_experts(paths, "expert", "task-vector")
     inputs = open_inputs(find_base(experts, run, base), experts)
+    if len({expert.holds_adapters for expert in experts}) > 1:
+        console.note("some experts hold adapters, others whole weights: merged as whole weights")
     specs = cast_specs(inputs.base.tensors.values(), save_dtype)
     require_space(output, num_bytes := sum(spec.num_bytes for spec in specs))
     labels = [[expert.record.label for expert in experts], [path.stem for path in paths]]

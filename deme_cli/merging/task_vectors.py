@@ -91,7 +91,9 @@ def _difference_layout(
     inputs: Inputs, expert: Expert, save_dtype: str | None = None
 ) -> list[TensorSpec]:
     """The tensors of a task vector: in `save_dtype`, else in the wider of the two dtypes."""
-    theirs = expert.header.tensors
+    theirs = dict(expert.header.tensors)
+    if expert.holds_adapters:
+        theirs = {spec.name: spec for spec in cast_specs(inputs.specs, "fp32")}
     wider = (
         max(spec, theirs[spec.name], key=lambda one: DTYPE_BYTES[one.dtype])
         for spec in inputs.specs
@@ -149,9 +151,11 @@ def write_task_vector(
     expert = inputs.experts[index]
     alone = Inputs(inputs.base, inputs.base_record, (expert,))
     fields = asdict(expert.record)
+    fields = {**fields, "holds": "all", "adapter": None}
     fields.pop("created_by")
     record = TaskVectorRecord(**fields, expert=expert.record.fingerprint, norms=norms)
-    difference = {spec.name: ((1, 1.0), (0, -1.0)) for spec in alone.specs}
+    terms = ((1, 1.0),) if expert.is_vector else ((1, 1.0), (0, -1.0))
+    difference = {spec.name: terms for spec in alone.specs}
     layout = layout or _difference_layout(inputs, expert)
     return write_sums(
         alone, difference, layout, record, output, is_difference=True, advance=advance

@@ -19,7 +19,7 @@ import numpy as np
 
 from deme_cli.errors import ArtifactError, NumericsError, reading
 from deme_cli.files import DTYPE_BYTES, Header, TensorSpec
-from deme_cli.merging.inputs import COMPUTED_IN, INTEGERS, Inputs
+from deme_cli.merging.inputs import COMPUTED_IN, INTEGERS, Inputs, changed_by
 
 Terms = tuple[tuple[int, float], ...]  # (k: 0 the base, then the experts; c_k), no c_k of 0
 Transform = Callable[[str, int, np.ndarray], None]  # of a tensor's tau_i from an element on
@@ -93,6 +93,10 @@ class TensorStream:
         self._raw = np.empty(PIECE * max(DTYPE_BYTES.values()), np.uint8)
         self._scratch = np.empty(PIECE, np.float32)
         self._buffers: dict[np.dtype, np.ndarray] = {}
+        self._products = {
+            source: Products(expert.header)
+            for source, expert in enumerate(inputs.experts, start=1) if expert.holds_adapters
+        }  # fmt: skip
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
@@ -109,11 +113,14 @@ class TensorStream:
     def numbers(self, source: int, run: Run, start: int, size: int) -> np.ndarray:
         """What an input says of the run's elements from `start` on: (n,) float32, float64 for F64.
 
-        An expert gives its weights, a task vector its differences (`Expert.is_vector`); where the
-        file lacks the run, it stands for an identity matrix (a projection the base has not).
+        An expert gives its weights, a task vector its differences (`Expert.is_vector`), as does one
+        that holds adapters: their product. Where another file lacks the run, it stands for an
+        identity matrix (a projection the base has not).
         """
         dtype = run.dtypes[source]
         if run.begins[source] is None:
+            if source in self._products:
+                return self._products[source].numbers(run.specs[0], start, size)
             numbers, width = np.zeros(size, COMPUTED_IN[dtype]), run.specs[0].shape[0]
             numbers[-start % (width + 1) :: width + 1] = 1
             return numbers
@@ -129,6 +136,9 @@ class TensorStream:
         begin, dtype = run.begins[source], run.dtypes[source]
         if begin is None:
             size = out.size // DTYPE_BYTES[dtype]
+            if dtype in INTEGERS:  # that no adapter changes
+                out[:] = 0
+                return
             to_bytes(self.numbers(source, run, start, size), dtype, out)
             return
         file, position = self._files[source], begin + start * DTYPE_BYTES[dtype]
@@ -180,6 +190,40 @@ class TensorStream:
             np.multiply(numbers, c, out=numbers if place else total)
             if place:
                 np.add(total, numbers, out=total)
+
+
+class Products:
+    """B A of the adapters in a file, computed where it is asked for, in float32.
+
+    Rows go together in blocks with edges of their own, so that no number depends on how a tensor is
+    cut into pieces: a product of matrices rounds by the number of its rows.
+    """
+
+    def __init__(self, header: Header) -> None:
+        self._factors = dict[str, np.ndarray]()
+        with reading(header.path), open(header.path, "rb") as file:
+            for name, spec in header.tensors.items():
+                file.seek(spec.begin)
+                raw = np.frombuffer(file.read(spec.num_bytes), np.uint8)
+                numbers = to_numbers(raw, spec.dtype, np.empty(spec.num_elements, np.float32))
+                self._factors[name] = numbers.reshape(spec.shape[0], -1).astype(np.float32)
+        self._names = changed_by(header)
+        self._last: tuple[str, int, np.ndarray] = "", 0, np.empty(0)
+
+    def numbers(self, spec: TensorSpec, start: int, size: int) -> np.ndarray:
+        """The elements of a tensor's change from `start` on: zeros where no adapter is."""
+        found = np.zeros(size, COMPUTED_IN[spec.dtype])
+        if spec.name in self._names:
+            down, up = (self._factors[name] for name in self._names[spec.name])
+            width = down.shape[1]
+            block = max(BLOCK // width, 1) * width
+            for begin in range(start // block * block, start + size, block):
+                if self._last[:2] != (spec.name, begin):
+                    rows = up[begin // width : (begin + block) // width]
+                    self._last = spec.name, begin, (rows @ down).reshape(-1)
+                first, last = max(start, begin), min(start + size, begin + block)
+                found[first - start : last - start] = self._last[2][first - begin : last - begin]
+        return found
 
 
 def float_specs(inputs: Inputs) -> list[TensorSpec]:

@@ -100,15 +100,22 @@ def open_ensemble(
 ) -> list[SamplingExpert]:
     """The experts of an ensemble, ready to be loaded when their timesteps come.
 
-    Raises what `read_ensemble` raises, and what `choose_device` says of the device.
+    Those that hold adapters share one base in memory. Raises what `read_ensemble` raises, and what
+    `choose_device` says of the device.
     """
     from deme_cli.diffusion.denoiser import choose_device, load_denoiser
 
     choose_device(device)
-    return [
-        SamplingExpert(
-            member.record.timesteps,
-            partial(load_denoiser, member.path, device=device, dtype=dtype),
-        )
-        for member in read_ensemble(paths)
-    ]
+    members, load = read_ensemble(paths), partial(load_denoiser, device=device, dtype=dtype)
+    if any(member.record.holds == "adapter" for member in members):
+        from deme_cli.diffusion.adapters import open_adapted
+
+        with_adapters = open_adapted(load)
+        return [
+            SamplingExpert(
+                one.record.timesteps,
+                partial(with_adapters if one.record.holds == "adapter" else load, one.path),
+            )
+            for one in members
+        ]
+    return [SamplingExpert(one.record.timesteps, partial(load, one.path)) for one in members]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from deme_cli.artifacts import BaseRecord, DenoiserRecord, fingerprint, read_record
 from deme_cli.config import AFFINITY_NAME, NOT_RESULT, DataConfig, FinetuneConfig, SplitConfig
 from deme_cli.errors import ConfigError, MissingError, nearest, reading
+from deme_cli.fetch import require_peft
 from deme_cli.files import cast_specs, read_header, require_output, require_space
 from deme_cli.timesteps import RangeChoice, TimestepRange, parse_range
 
@@ -189,6 +190,10 @@ def plan_experts(
         num_ranges = len(split.timestep_ranges) or split.n
         texts = [f"{index}/{num_ranges}" for index in range(1, num_ranges + 1)]
     plans, config = [], plan.config
+    if config.lora:
+        require_peft()
+        config = replace(config, projection="none")  # which is folded into weights that stay
+        plan = replace(plan, config=config)
     for text in texts:
         choice = parse_range(text, record.num_train_timesteps, split.timestep_ranges)
         path, span = output or Path(f"ft_{choice.label}.safetensors"), choice.range
@@ -211,6 +216,8 @@ def plan_experts(
 
 def plan_base(plan: Plan, description: Path, output: Path) -> Plan:
     """`plan` for a base of the [model] and [scheduler] in a TOML or JSON file."""
+    if plan.config.lora:
+        raise ConfigError("--lora trains adapters of a base, and --from-scratch has none; choose")
     config = replace(plan.config, p=0.0, consistency=0.0, projection="none")
     document = read_description(description)
     plan = replace(plan, config=config, output=output, description=document)
@@ -229,6 +236,8 @@ def require_processes(plan: Plan, size: int) -> None:
          "out"),
         (plan.shard and plan.dtype == "fp16", "--shard with --dtype fp16: choose bf16, which needs "
          "no loss scale"),
+        (plan.shard and config.lora, "--shard divides weights that are trained, and --lora trains "
+         "none of them; choose one"),
         (plan.shard and plan.compile == "on", "--shard with --compile on: what is divided is not "
          "compiled; choose one"),
         (size > 1 and config.multitask != "none", f"multitask = {config.multitask!r} needs the "
@@ -362,6 +371,10 @@ def prepare(plan: Plan) -> Run:
 
         draws, affinity = schedule.indices(choice.range), _read_affinity(plan, record)
         clusters = cluster_draws(draws, config.clusters, config.cluster_by, schedule, affinity)
+    if config.lora:
+        from deme_cli.diffusion.adapters import target_layers
+
+        target_layers(denoiser.network, config.lora_targets)  # known now, not after the caches
     if plan.force:
         checkpoint_path(plan.output).unlink(missing_ok=True)
     flip = plan.images.horizontal_flip

@@ -151,8 +151,11 @@ def write_gathered(path: Path, tensors: Mapping[str, Tensor], record: Record, wo
 @contextmanager
 @torch.no_grad()
 def holding(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the network has `weights`, which are divided like its own if it is."""
-    state = network.state_dict()
+    """Inside, the network has `weights`, which are divided like its own if it is.
+
+    What they lack stays as it is.
+    """
+    state = {name: own for name, own in network.state_dict().items() if name in weights}
     own = {name: tensor.clone() for name, tensor in state.items()}
     for name, tensor in state.items():
         tensor.copy_(weights[name])

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from deme_cli.artifacts import Record, fingerprint_file
 from deme_cli.config import FinetuneConfig
+from deme_cli.diffusion.adapters import attach_adapters, shared_copy, target_layers
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, kept_in_float32
 from deme_cli.diffusion.projection import attach_projections
 from deme_cli.distributed import ALONE, World
@@ -48,14 +49,17 @@ def open_networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
 
     As they run fastest: in half precision the base that is run becomes a copy (unless it is to be
     divided), and on a GPU the denoiser's own network moves to the processor; convolutions there
-    keep their channels last, the order in which tensor cores take them (files are the same).
+    keep their channels last, the order in which tensor cores take them (files are the same). With
+    adapters both share one set of weights, at rest in half precision where it is run so.
     Raises ConfigError where gradient checkpointing is asked of a network that has none.
     """
     original, half, device = run.denoiser.network, TORCH_DTYPES[run.dtype], run.denoiser.device
+    config = run.config
     if half != torch.float32:
         keep_in_float32(original)
-    network: Any = copy.deepcopy(original).train().requires_grad_(True)
-    if run.config.gradient_checkpointing:
+    network: Any = shared_copy(original) if config.lora else copy.deepcopy(original)
+    network.train().requires_grad_(not config.lora)
+    if config.gradient_checkpointing:
         try:
             network.enable_gradient_checkpointing()
         except ValueError as error:
@@ -63,12 +67,18 @@ def open_networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
                 f"gradient_checkpointing: {type(network).__name__} does not support it; leave it "
                 f"out, and use --micro-batch or --dtype bf16 for less memory"
             ) from error
-    attach_projections(network, run.config.projection)
+    base = original if config.consistency else None
+    if config.lora:
+        if half != torch.float32:
+            hold_in(network, half)  # and with it the base, whose tensors these are
+        layers, alpha = target_layers(network, config.lora_targets), config.lora_alpha
+        attach_adapters(network, layers, rank=config.lora, alpha=alpha, seed=config.seed)
+    else:
+        attach_projections(network, config.projection)
     network.to(device)
-    base = original if run.config.consistency else None
     if half == torch.float32:
         return network, base
-    if base is not None:
+    if base is not None and not config.lora:
         base = hold_in(base if run.shard else copy.deepcopy(base), half)
         if device.type == "cuda":
             original.cpu()

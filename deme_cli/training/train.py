@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from deme_cli.artifacts import BaseRecord, DenoiserRecord, ExpertRecord, write_artifact
+from deme_cli.diffusion.adapters import adapter_tensors
 from deme_cli.diffusion.conditions import Conditions, to
 from deme_cli.diffusion.denoiser import TORCH_DTYPES, stored_in
 from deme_cli.diffusion.execution import (
@@ -314,7 +315,11 @@ class RunFiles:
             weights = gather(self.state.weights(length), self.world)
             if not self.world.is_first:
                 continue
-            if run.config.projection == "fold":
+            if rank := run.config.lora:
+                scale = (run.config.lora_alpha or rank) / rank
+                part = run.denoiser.backbone.part
+                weights = adapter_tensors(weights, scale=scale, part=part)
+            elif run.config.projection == "fold":
                 weights = fold_weights(weights, self.state.network)
             weights = stored_in(weights, run.save_dtype, str(run.output))
             path = variant_path(run.output, step=step, length=length)
@@ -344,10 +349,15 @@ def result_record(run: Run, steps: int, averaging: dict[str, Any]) -> DenoiserRe
     if run.from_scratch:
         return BaseRecord(**model, training={**settings, "data": data})
     span, index, of = run.choice.range, run.choice.index, run.choice.of
+    held: dict[str, Any] = {}
+    if config.lora:
+        alpha, targets = config.lora_alpha or config.lora, config.lora_targets or "attention"
+        adapter = {"rank": config.lora, "alpha": alpha, "targets": targets}
+        held = {"holds": "adapter", "adapter": adapter}
     return ExpertRecord(
         **model, range=[span.start, span.stop], index=index, of=of, base=record.fingerprint,
         p=config.p, steps=steps, seed=config.seed, projection=config.projection, data=data,
-        training=settings,
+        training=settings, **held,
     )  # fmt: skip
 
 

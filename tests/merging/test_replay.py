@@ -71,7 +71,7 @@ def test_parents_are_found_here_beside_the_file_or_as_given(
     with pytest.raises(MissingError, match=r"ft_2of4.safetensors: not found.*fingerprint \w{12}\)"):
         replay(run_folder / MERGED, AGAIN, force=True)
     base = shutil.move(run_folder / "base.safetensors", apart / "start.safetensors")
-    with pytest.raises(MissingError, match="name its file with --base"):
+    with pytest.raises(MissingError, match="or name it with --base"):
         replay(run_folder / MERGED, AGAIN, experts=moved, force=True)
     replay(run_folder / MERGED, AGAIN, experts=moved, base=Path(base), force=True)
     assert AGAIN.read_bytes() == (run_folder / MERGED).read_bytes()

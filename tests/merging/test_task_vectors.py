@@ -109,8 +109,8 @@ def test_the_base_is_the_one_named_the_runs_own_or_one_beside_the_experts(
     renamed = base.rename(base.with_name("my-base.safetensors"))
     assert find_base(experts, run, None) == renamed
     renamed.unlink()
-    with pytest.raises(MissingError, match="name its file with --base"):
+    with pytest.raises(MissingError, match="or name it with --base"):
         find_base(experts, run, None)
     (tmp_path / "deme.toml").write_text('[model]\nbase = "other/base.safetensors"\n')
-    with pytest.raises(ArtifactError, match="name the right one with --base"):
+    with pytest.raises(ArtifactError, match="or name it with --base"):
         find_base(experts, read_run_file(None), None)
