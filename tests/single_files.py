@@ -12,7 +12,7 @@ import diffusers
 import torch
 from safetensors.torch import save_file
 
-from deme_cli.diffusion.single_file import PREFIX, Denoiser, _backwards, learn_layout
+from deme_cli.diffusion.single_file import PREFIX, Match, _backwards, learn_layout
 from deme_cli.files import Header, TensorSpec
 
 Named = Iterator[tuple[str, tuple[int, ...]]]
@@ -243,9 +243,7 @@ def renamed(network: torch.nn.Module, held: dict[str, tuple[int, ...]]) -> dict[
     config = {**network.config, "_class_name": type(network).__name__}
     layout = learn_layout(held, config)
     weights = network.state_dict()
-    denoiser = Denoiser(
-        config, {n: tuple(t.shape) for n, t in weights.items()}, layout, frozenset()
-    )
+    denoiser = Match(config, {n: tuple(t.shape) for n, t in weights.items()}, layout, frozenset())
     return {
         name: torch.cat([weights[one.name].reshape(-1)[one.start : one.stop] for one in pieces])
         .reshape(held[name]).clone()

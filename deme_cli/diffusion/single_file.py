@@ -172,8 +172,8 @@ def learn_layout(held: Shapes, config: Config) -> Layout:
 
 
 @dataclass(frozen=True)
-class Denoiser:
-    """What a file holds of a network: `shapes` of parameters, `taken` are the file's tensors."""
+class Match:
+    """A network in a file: the `shapes` of its parameters, the tensors `taken` for them."""
 
     model_config: dict[str, Any]
     shapes: Shapes
@@ -181,7 +181,7 @@ class Denoiser:
     taken: frozenset[str]
 
 
-def match(held: Shapes, config: Config, where: str) -> Denoiser:
+def match(held: Shapes, config: Config, where: str) -> Match:
     """The denoiser that tensors of these shapes hold, by its config.
 
     Raises ArtifactError naming the first parameter that is not there, or in another shape.
@@ -215,10 +215,10 @@ def match(held: Shapes, config: Config, where: str) -> Denoiser:
         )
     kept = {k: v for k, v in backbone.corrected(network.config).items() if not k.startswith("_")}
     whole = json.loads(json.dumps({"_class_name": backbone.class_name, **kept}))
-    return Denoiser(whole, shapes, layout, frozenset(taken))
+    return Match(whole, shapes, layout, frozenset(taken))
 
 
-def take(tensors: Weights, denoiser: Denoiser) -> dict[str, Tensor]:
+def take(tensors: Weights, denoiser: Match) -> dict[str, Tensor]:
     """The denoiser's parameters by their names in diffusers."""
     weights = {}
     for name, shape in denoiser.shapes.items():
@@ -288,7 +288,7 @@ def import_single_file(
     return replace(model, record=record, parts_like=folder if has_parts else None)
 
 
-def _published(header: Header) -> tuple[Denoiser, dict[str, Any], list[str]]:
+def _published(header: Header) -> tuple[Match, dict[str, Any], list[str]]:
     """The published network that a file holds, its scheduler, and what was assumed."""
     path, held, known = header.path, _shapes_of(header), {one.class_name for one in KNOWN}
     for name, (config, scheduler) in PUBLISHED.items():
@@ -459,7 +459,7 @@ def write_single_file(
     return notes
 
 
-def _backwards(denoiser: Denoiser, header: Header) -> dict[str, list[Span]]:
+def _backwards(denoiser: Match, header: Header) -> dict[str, list[Span]]:
     """By a tensor's name in the file: the elements of parameters that make it, in their order.
 
     Raises ArtifactError where some of its rows are in no parameter, or in two.

@@ -143,6 +143,24 @@ def test_an_expert_comes_from_a_single_file_as_from_its_folder(
     )
 
 
+def test_float8_is_kept_as_bfloat16_and_refused_where_it_is_scaled(
+    pipelines: Callable, deme: Callable
+) -> None:
+    source = pipelines("wan")
+    tensors = load_file(write_single_file(source, "wan", Path("f.safetensors")))
+    small = {n: t if "norm" in n else t.to(torch.float8_e4m3fn) for n, t in tensors.items()}
+    save_file(small, "f8.safetensors")
+    done = deme("split", "f8.safetensors", "--pipeline", source)
+    assert "float8_e4m3fn is kept as torch.bfloat16" in done.stderr
+    assert deme("export", "base.safetensors", "out.safetensors", "--single-file").exit_code == 0
+    after = load_file("out.safetensors")
+    assert all(torch.equal(t.to(after[n].dtype), after[n]) for n, t in small.items())
+    save_file({**small, "scaled_fp8": torch.zeros(2)}, "scaled.safetensors")
+    error = deme("split", "scaled.safetensors", "--pipeline", source, "-o", "a").exception
+    assert isinstance(error, ArtifactError)
+    assert "scaled_fp8" in str(error)
+
+
 def test_what_cannot_be_known_or_does_not_fit_is_told(pipelines: Callable, deme: Callable) -> None:
     source = pipelines("sd")
     file = write_single_file(source, "sd", Path("f.safetensors"))
