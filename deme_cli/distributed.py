@@ -17,6 +17,9 @@ import json
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -336,6 +339,27 @@ def meet(device: str, environ: Mapping[str, str] = os.environ) -> World:
     store = dist.PrefixStore("deme", store)
     _joined = World(launch.rank, launch.world_size, store, control, str(state.device))
     return _joined
+
+
+def start_others(count: int) -> None:
+    """Make of this process the first of a launch of `count` on this machine, all with its command
+    line, and start the others. Raises ConfigError where it is of a launch."""
+    if (size := read_launch(os.environ).world_size) > 1:
+        raise ConfigError(f"--jobs {count}: this is one of {size} processes already; leave it out")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    pairs = zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)
+    own = [word for last, word in pairs if last != "--jobs" and word.split("=")[0] != "--jobs"]
+    for rank in range(1, count):
+        subprocess.Popen(
+            [sys.executable, "-m", "deme_cli", *own], stdout=subprocess.DEVNULL,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )  # fmt: skip
 
 
 def only_first() -> None:

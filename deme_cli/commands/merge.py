@@ -12,7 +12,7 @@ import deme_cli
 from deme_cli import console
 from deme_cli.commands.options import Given, OptionsOf, argument, command, flag, flags_of
 from deme_cli.config import MergeConfig, parse_numbers
-from deme_cli.distributed import joined, meet, only_first
+from deme_cli.distributed import joined, meet, only_first, start_others
 from deme_cli.errors import ConfigError
 from deme_cli.merging.journal import Trial
 
@@ -41,6 +41,9 @@ def merge(
     replay: Annotated[Path | None, flag(
         "--replay", "Build a merged file again from its experts, bit for bit, and stop.",
     )] = None,
+    jobs: Annotated[
+        int, flag("--jobs", "Processes on this machine that share a search's trials.", min=1)
+    ] = 1,
     output: Annotated[
         Path | None, flag("--output -o", "Artifact to write [default: merged.safetensors].")
     ] = None,
@@ -57,8 +60,12 @@ def merge(
     run, dry_run = common["run"], common["dry_run"]
     wanted = given["search"] or run.tables.get("merge", {}).get("search", MergeConfig.search)
     if wanted == "none" or given["coefficients"] or dry_run or show or replay:
+        if jobs > 1:
+            raise ConfigError("--jobs belongs to a search; add --search grid")
         only_first()  # known before the settings are, so that one process speaks of what is wrong
     else:
+        if jobs > 1:
+            start_others(jobs)
         common["device"] = meet(common["device"]).device or common["device"]
     if dry_run and (show or replay):
         raise ConfigError("--dry-run goes with a merge, not with --show or --replay")
