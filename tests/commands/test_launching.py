@@ -143,6 +143,19 @@ def test_two_processes_find_what_one_does(
     assert not [name for name in names if name.startswith(".")], "nothing hidden is left"
 
 
+def test_jobs_are_a_launch_of_the_same_command_line(run_folder: Path) -> None:
+    words = ["merge", *EXPERTS, "--search", "grid", "--num", "512", "--no-report", "--jobs", "2"]
+    (alone,) = launch(run_folder, *words, num=1)
+    said = alone.communicate(timeout=120)
+    assert alone.returncode == 0, said
+    assert said[0].split()[0] == str(MERGED)
+    assert "2 processes work together" in said[1]
+    assert len(workers_of(JOURNAL.read_text())) == 2
+    code, why = ends(launch(run_folder, *words, "--force"))
+    assert code == [2, 2]
+    assert "this is one of 2 processes already" in why[0]
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_a_search_and_one_process_ends_it(
     deme: Callable, run_folder: Path
