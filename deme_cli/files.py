@@ -282,7 +282,8 @@ _UNKNOWN = (
 _ANOTHER = "deme takes the networks of diffusers pipelines alone"
 # What is part of some tensor's name, what then the file is, what to do. The first that fits.
 _KINDS = (
-    (r"\blora_|_lora\b|\.lora\b|hada_w|lokr_w|oft_blocks", "a LoRA, not a whole model", _FUSE),
+    (r"hada_w|lokr_w|oft_blocks", "a LoRA of LyCORIS, not a whole model", _FUSE),
+    (r"\blora_|_lora\b|\.lora\b", "a LoRA, not a whole model", f"take it {_EXPERT}"),
     (r"control_model\.|controlnet_", "a ControlNet", _ANOTHER),
     (r"ip_adapter\.|image_proj\.", "an IP-Adapter", _ANOTHER),
     (r"motion_modules\.", "motion modules of AnimateDiff", _ANOTHER),

@@ -9,6 +9,7 @@ its own. So consistency needs no second network, and an ensemble one base.
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.diffusion.denoiser import Denoiser, Weights
 from deme_cli.diffusion.lora import LAYERS, low_rank_factors
-from deme_cli.errors import ConfigError, nearest
+from deme_cli.errors import ConfigError
 from deme_cli.fetch import require_peft
 from deme_cli.run_file import locate_base, read_run_file
 
@@ -46,9 +47,10 @@ def target_layers(network: nn.Module, targets: str | None) -> list[str]:
         "linear": linear, "all": layers,
     }.get(targets, [name for name in layers if fnmatchcase(name, targets)])  # fmt: skip
     if not chosen:
-        hint = nearest(targets.strip("*."), layers) or "; linear, all, or a glob of their names"
+        near = difflib.get_close_matches(targets.strip("*."), layers, n=1)
         raise ConfigError(
-            f"lora_targets = {targets!r}: no layer of this {type(network).__name__} is meant{hint}"
+            f"lora_targets = {targets!r}: no layer of this {type(network).__name__} is meant; "
+            f"expected attention, linear, all, or a glob of names as {(near or layers)[0]!r}"
         )
     return chosen
 

@@ -23,7 +23,7 @@ from deme_cli.diffusion.adapters import (
 )
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.distributed import ALONE
-from deme_cli.errors import ConfigError
+from deme_cli.errors import ConfigError, DemeError, MissingError
 from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble
 from deme_cli.training.batches import open_batches
 from deme_cli.training.setup import Run
@@ -196,8 +196,8 @@ def test_targets_are_attention_linear_all_or_a_glob(base: Callable[..., Denoiser
     assert all(name.startswith("mid_block.") for name in found["mid_block.*"])
     for name in ("sd3", "dit", "flux", "wan"):
         assert all("attn" in layer for layer in target_layers(base(name).network, "attention"))
-    with pytest.raises(ConfigError, match=r"did you mean 'down_blocks\.1\.attentions\.0\."):
-        target_layers(network, "down_blocks.1.attention.0.*to_q")
+    with pytest.raises(ConfigError, match=r"a glob of names as 'down_blocks\.1\.attentions\.0\."):
+        target_layers(network, "down_blocks.1.attention.0.proj_i")
 
 
 @pytest.mark.parametrize(
@@ -247,3 +247,25 @@ def test_low_rank_experts_go_the_whole_way(
     assert record.adapter == {"rank": 2, "alpha": 4.0, "targets": "all"}
     assert "adapter" in deme("inspect", experts[0]).stdout
     assert deme("export", experts[0], "x.safetensors", "--lora", 4).exit_code != 0
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "word"),
+    [
+        ("--range 1/2 --lora 2 --lora-targets x.*", ConfigError, "a glob of names as"),
+        ("--from-scratch base.json --lora 2", ConfigError, "adapters of a base"),
+        ("--range 1/2 --lora 2", MissingError, "pip install 'deme"),
+    ],
+)
+def test_finetune_says_what_adapters_need(
+    words: str, kind: type[DemeError], word: str, digits_base: Path, deme: Callable[..., Result],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.json").write_text('{"model": {}, "scheduler": {}}')
+    if kind is MissingError:
+        monkeypatch.setattr("deme_cli.fetch.find_spec", lambda name: None)
+    given = ("--base", digits_base) if "--range" in words else ()
+    error = deme("finetune", *words.split(), "--data", "digits", "--steps", 1, *given).exception
+    assert isinstance(error, kind)
+    assert word in str(error)
