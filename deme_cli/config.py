@@ -25,6 +25,7 @@ TIMESTEP_DRAWS = ("per-sample", "per-batch")
 WEIGHTINGS = (
     "none", "uniform", "snr+1", "truncated-snr", "min-snr", "soft-min-snr", "p2", "uncertainty",
 )  # fmt: skip
+TRACKERS = ("tensorboard", "wandb", "trackio")
 MULTITASK = ("none", "uw", "nashmtl", "pcgrad")
 DIVISIONS = ("uniform", "snr", "log-snr", "gradient")
 SEARCHES = ("none", "grid", "random", "cmaes", "tpe", "gradient")
@@ -37,7 +38,7 @@ PROTOCOLS = (
 RESIZES = ("clean", "legacy_pytorch", "legacy_tensorflow")
 CROPS = ("centre", "random")
 NOT_RESULT = (  # of FinetuneConfig: they leave the weights alone, but for rounding
-    "checkpoint_every", "held_out", "cache", "gradient_checkpointing", "micro_batch",
+    "checkpoint_every", "held_out", "cache", "gradient_checkpointing", "micro_batch", "log_with",
 )  # fmt: skip
 
 
@@ -250,6 +251,9 @@ class FinetuneConfig(Settings):
         None,
         "images per forward and backward; changes rounding alone; unset: the whole batch. "
         "Halved where a GPU's memory runs out",
+    )
+    log_with: str | None = setting(
+        None, "where the curve of *.metrics.jsonl goes as well; unset: nowhere", choices=TRACKERS
     )
     seed: int = setting(0, "seed of data order, timesteps, noise and flips", within=FROM_0)
     PANELS: ClassVar = {

@@ -145,3 +145,4 @@ def test_every_setting_of_finetune_has_an_option_of_its_name_and_help_lists_32_a
     for item in fields(TABLES["finetune"]):
         assert f"--{item.name.replace('_', '-')}" in flags, item.name
     assert sum(not option.hidden for option in options) < 32  # with --help
+    assert sum(not option.hidden for option in build("merge").params) < 26 + 1  # and an argument

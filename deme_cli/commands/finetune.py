@@ -13,7 +13,7 @@ from deme_cli.distributed import joined
 
 LISTED = (  # of the settings; the others are options as well, and have their sentence in deme.toml
     "p", "steps", "batch_size", "accumulation", "lr", "lr_schedule", "consistency",
-    "projection", "lora", "loss_weighting", "multitask",
+    "projection", "lora", "loss_weighting", "log_with",
     "gradient_checkpointing", "seed", "source", "resolution",
 )  # fmt: skip
 

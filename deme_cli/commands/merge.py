@@ -17,11 +17,15 @@ from deme_cli.errors import ConfigError
 from deme_cli.merging.journal import Trial
 
 _SHOWN = 10  # trials of each stage
+LISTED = (  # of the settings, as in finetune
+    "coefficients", "method", "density", "per", "search", "objective", "grid", "evaluations", "num",
+    "seed", "report",
+)  # fmt: skip
 
 
 @command("base config device dtype save_dtype force dry_run")
 def merge(
-    given: Annotated[Given, OptionsOf(MergeConfig)],
+    given: Annotated[Given, OptionsOf(MergeConfig, listed=LISTED)],
     common: Given,
     experts: Annotated[list[Path] | None, argument(
         "EXPERT|VECTOR...", "Experts or task vectors of one base."
@@ -33,7 +37,7 @@ def merge(
     )] = None,
     ema_length: Annotated[float | None, flag(
         "--ema-length", "The arguments are snapshots of one run's power-function averages: combine "
-        "them into the average of this relative length (EDM2, post-hoc EMA).", "Method",
+        "them into the average of this relative length (EDM2, post-hoc EMA).", hidden=True,
     )] = None,
     show: Annotated[Path | None, flag(
         "--show", "Print and draw the trials of a search, by its journal or merged file, and stop.",

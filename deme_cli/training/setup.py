@@ -20,6 +20,7 @@ from deme_cli.errors import ConfigError, MissingError, nearest, reading
 from deme_cli.fetch import require_peft
 from deme_cli.files import cast_specs, read_header, require_output, require_space
 from deme_cli.timesteps import RangeChoice, TimestepRange, parse_range
+from deme_cli.training.trackers import require_tracker
 
 if TYPE_CHECKING:
     from deme_cli.diffusion.denoiser import Denoiser
@@ -271,6 +272,8 @@ def _require_free(plan: Plan) -> None:
     """Check that there are images, that every output may be written, and room for an expert's."""
     if not plan.images.source:
         raise ConfigError("no training images: set [data] source in deme.toml, or use --data")
+    if plan.config.log_with:
+        require_tracker(plan.config.log_with)
     require_output(plan.output, force=plan.force)
     is_kept = checkpoint_path(plan.output).exists()  # then its snapshots so far are its own
     num_files = _FILES_BESIDE + len(plan.config.ema_lengths or [])

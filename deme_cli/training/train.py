@@ -55,6 +55,7 @@ from deme_cli.training.power_profile import gamma_of
 from deme_cli.training.setup import Run, checkpoint_path, metrics_path, snapshot_steps, variant_path
 from deme_cli.training.sharding import add_up_gradients, gather, holding, joint_passes
 from deme_cli.training.state import TrainingState, learning_rate, open_state
+from deme_cli.training.trackers import tracking
 
 _REPORT_EVERY = 10  # updates; reading a loss makes a GPU wait
 
@@ -109,6 +110,8 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
                 num_forwards = (config.steps - state.step) * config.accumulation
                 compile_network(network, run.compile, num_forwards=num_forwards)
         gradients = Gradients(run, state, draw, world)
+        is_told = bool(config.log_with) and world.is_first
+        tell = stack.enter_context(tracking(run, state.step)) if is_told else None
         while state.step < config.steps:
             if state.step in snapshots:  # its state is saved: a resumed run comes here too
                 files.write_results(step=state.step)
@@ -129,6 +132,8 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
                     files.save()
                     record = replace(record, held_out=files.held_out_loss(gradients.at_once))
                 files.log(record)
+                if tell:
+                    tell(record)
                 yield record
             if requests.is_agreed:
                 files.save()
