@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -33,15 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deme_cli.analysis.figure import BLACK, BLUE, DIVERGING, VERMILION, open_axis, render, shorten
-from deme_cli.analysis.result import (
-    Analysis,
-    Arrays,
-    Kept,
-    check_inputs,
-    keeping,
-    peek,
-    write_analysis,
-)
+from deme_cli.analysis.result import Analysis, Kept, check_inputs, keeping, peek, write_analysis
 from deme_cli.analysis.settings import ActivationConfig
 from deme_cli.artifacts import ExpertRecord
 from deme_cli.config import DataConfig, SplitConfig
@@ -59,9 +51,9 @@ if TYPE_CHECKING:
     from deme_cli.training.batches import FixedDraws
 
 Row = dict[str, Any]
+Arrays = Mapping[str, np.ndarray]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PARTS = ("channel", "place", "rest")
-_LEVEL = 0.95  # of the interval in which chance puts one more share
 _ROOM = 60  # characters of names beside each other under an axis
 
 
@@ -92,10 +84,8 @@ def analyze_activations(
     span = _span(run, second, range, whole)
     stems = [Path(model).name.removesuffix(".safetensors") for model in pair]
     names = stems if stems[0] != stems[1] else pair
-    progress(Step(note=(
-        f"{names[1]} against {names[0]}: {settings.num:,} draws of {span or 'the timesteps'} from "
-        f"{images.source} ({split})"
-    )))  # fmt: skip
+    told = f"{settings.num:,} draws of {span or 'the timesteps'} from {images.source} ({split})"
+    progress(Step(note=f"{names[1]} against {names[0]}: {told}"))
     if dry_run:
         return Analysis(output, facts={"dry_run": True})
 
@@ -122,8 +112,7 @@ def analyze_activations(
     with keeping(
         output, {**protocol, **seen}, "activations", "draw", total, progress=progress, force=force
     ) as kept:
-        networks = before.network, after.network
-        passes = _passes(networks, blocks, draws, settings, names=names, kept=kept)
+        passes = _passes((before.network, after.network), names, blocks, draws, settings, kept)
         return _written(output, passes, names, block, protocol)
 
 
@@ -148,8 +137,8 @@ def _span(run: RunFile, record: Any, text: str | None, whole: int | None) -> Tim
 
 
 def _passes(
-    networks: tuple[nn.Module, nn.Module], blocks: Sequence[Site], draws: FixedDraws,
-    settings: ActivationConfig, *, names: Sequence[str], kept: Kept,
+    networks: tuple[nn.Module, nn.Module], names: Sequence[str], blocks: Sequence[Site],
+    draws: FixedDraws, settings: ActivationConfig, kept: Kept,
 ) -> list[list[Row]]:  # fmt: skip
     """The blocks of the expert, then those of each control.
 
@@ -315,11 +304,10 @@ def _parts(values: np.ndarray) -> dict[str, float]:
     return dict(zip(PARTS, values.tolist(), strict=True))
 
 
-def _mean_shares(rows: Iterable[Row]) -> dict[str, float]:
+def _mean_shares(rows: Sequence[Row]) -> dict[str, float]:
     """Means over the rows of which they can be told, nan where there are none."""
-    table = np.array([list(row["shares"].values()) for row in rows])
-    known = table[np.isfinite(table).all(axis=1)]
-    return _parts(known.mean(axis=0) if len(known) else np.full(3, np.nan))
+    known = [[*row["shares"].values()] for row in rows if math.isfinite(row["shares"]["channel"])]
+    return _parts(np.mean(known or [[math.nan] * 3], axis=0))
 
 
 def _written(
@@ -346,9 +334,8 @@ def _written(
         channel, place, _ = map(_percent, summary["shares"].values())
         reading += f": {channel} of the change in channels, {place} in places"
         if chance:
-            mean, reach = chance_interval([one["channel"] for one in chance])
-            near = f" ± {100 * reach:.0f}" if reach == reach else ""
-            reading += f" (random changes of this size: {100 * mean:.0f}{near} % in channels)"
+            ends = " to ".join(_percent(end([c["channel"] for c in chance])) for end in (min, max))
+            reading += f" (random changes of this size: {ends} in channels)"
     document = {
         "reading": reading, "protocol": protocol, "summary": summary,
         "controls": chance, "blocks": blocks, "quantiles": QUANTILES,
@@ -360,29 +347,17 @@ def _written(
         f"{shorten(data['source'], 40)} ({data['split']}), the same for every model"
     )
     title = f"Features changed by finetuning: {expert} against {base}"
-    lines = []
-    for row in blocks:
-        shares = [*row["shares"].values(), *([row["controls"]["channel"]] if controls else [])]
-        lines.append([row["name"], f"{row['size']:.2g}", *map(_percent, shares)])
-    columns = ["block", "change, sd", "channels", "places", "neither", "random: channels"]
+    random = [[row["controls"]["channel"]] if controls else [] for row in blocks]
     return write_analysis(
         output, "activations", document, draw_activations(blocks, drawn, title=title, foot=foot),
-        shown=("summary", "controls"), columns=columns if controls else columns[:-1], rows=lines,
+        shown=("summary", "controls"),
+        columns=["block", "change, sd", "channels", "places", "neither"]
+        + ["random: channels"] * bool(controls),
+        rows=[
+            [row["name"], f"{row['size']:.2g}", *map(_percent, [*row["shares"].values(), *beside])]
+            for row, beside in zip(blocks, random, strict=True)
+        ],
     )  # fmt: skip
-
-
-def chance_interval(shares: Sequence[float]) -> tuple[float, float]:
-    """Mean of the controls' shares, and how far from it one more would lie at most (95 %).
-
-    The prediction interval t_{k-1} s sqrt(1 + 1/k) of k controls; nan for fewer than two.
-    """
-    from scipy.special import stdtrit
-
-    k, mean = len(shares), float(np.mean(shares))
-    if k < 2:
-        return mean, math.nan
-    t = float(stdtrit(k - 1, (1 + _LEVEL) / 2))
-    return mean, t * float(np.std(shares, ddof=1)) * math.sqrt(1 + 1 / k)
 
 
 def _percent(share: float) -> str:
@@ -429,9 +404,8 @@ def _finish(axis: Axes, blocks: Sequence[Row], title: str) -> None:
 def _draw_shares(axis: Axes, blocks: Sequence[Row]) -> None:
     """Stacked bars; a line across each where the controls' share of channels ends."""
     places, bottom = np.arange(len(blocks)), np.zeros(len(blocks))
-    for part, color, label in zip(
-        PARTS, (BLUE, VERMILION, "0.8"), ("channels", "places", "neither"), strict=True
-    ):
+    looks = {"channels": BLUE, "places": VERMILION, "neither": "0.8"}
+    for part, (label, color) in zip(PARTS, looks.items(), strict=True):
         heights = np.nan_to_num([row["shares"][part] for row in blocks])
         axis.bar(places, heights, 0.8, bottom, color=color, label=label)
         bottom += heights
@@ -475,22 +449,21 @@ def _draw_block(figure: SubFigure, row: Row) -> None:
     upper.stairs(before, edges, color="0.8", fill=True, label="base")
     upper.stairs(before + change, edges, color=BLUE, baseline=None, label="expert")
     upper.legend(frameon=False, fontsize=7.5, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    upper.set_title("Channel activations", fontsize=9, loc="left")
     lower.stairs(change, edges, color=BLUE, fill=True)
-    lower.set_title("Their difference", fontsize=9, loc="left")
     lower.set_xlabel("channel")
-    for axis in (upper, lower):
+    for axis, title in ((upper, "Channel activations"), (lower, "Their difference")):
+        axis.set_title(title, fontsize=9, loc="left")
         axis.set_xlim(edges[0], edges[-1])
         open_axis(axis)
     before, change = (maps[f"place_{what}"].reshape(rows, columns) for what in ("base", "change"))
-    images = {"base": before, "expert": before + change, "difference": change}
-    for place, (name, image) in enumerate(images.items(), start=1):
-        colors, (low, high) = "cividis", np.quantile([before, before + change], (0, 1))
-        if name == "difference":
-            colors, high = DIVERGING, np.abs(change).max()
-            low = -high
+    low, high = np.quantile([before, before + change], (0, 1))
+    reach = np.abs(change).max()
+    for place, (name, image, colors, *ends) in enumerate((
+        ("base", before, "cividis", low, high), ("expert", before + change, "cividis", low, high),
+        ("difference", change, DIVERGING, -reach, reach),
+    ), start=1):  # fmt: skip
         axis = figure.add_subplot(grid[:, place], aspect="auto" if rows == 1 else "equal")
-        shown = axis.imshow(image, cmap=colors, vmin=low, vmax=high, aspect=None)
+        shown = axis.imshow(image, cmap=colors, vmin=ends[0], vmax=ends[1], aspect=None)
         axis.set(xticks=[], yticks=[])
         axis.set_title(f"Spatial activations:\n{name}", fontsize=9)
         bar = figure.colorbar(shown, ax=axis, orientation="horizontal", fraction=0.05, pad=0.03)

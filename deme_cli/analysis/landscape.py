@@ -12,7 +12,6 @@ n draws, G groups: all timesteps, then each range.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,7 +23,6 @@ import numpy as np
 from deme_cli.analysis.figure import BLACK, DIVERGING, color_of, render, shorten
 from deme_cli.analysis.result import (
     Analysis,
-    Arrays,
     Kept,
     check_inputs,
     keeping,
@@ -74,11 +72,18 @@ def analyze_landscape(
     """
     run, settings = run or RunFile(), settings or LandscapeConfig()
     images = check_inputs(output, images, run, split=split, force=force)
-    arguments, is_random = _arguments(run, models, marks)
+    named = [str(model) for model in models] or [own_base(run)]
+    if len(named) not in (1, 3):
+        raise ConfigError(
+            f"{len(named)} models given: expected one, for random directions, or three: the origin "
+            f"and two finetuned from it"
+        )
+    if len(named) == 1 and marks:
+        raise ConfigError("--mark: models are marked on the plane of three models, not on random")
+    arguments, along = [*named, *map(str, marks)], "random" if len(named) == 1 else "vectors"
     records, (whole, *_) = zip(*map(peek, arguments), strict=True)
     ranges = ranges_of(run, records, num_ranges, whole) if whole else []
     spans = f"each of {', '.join(map(str, ranges))}" if ranges else "each range"
-    along = "random" if is_random else "vectors"
     progress(Step(note=(
         f"{along}, {', '.join(arguments)}: {settings.points**2:,} points of {settings.num:,} draws "
         f"from {images.source} ({split}), for all timesteps and {spans}"
@@ -99,7 +104,7 @@ def analyze_landscape(
     )  # fmt: skip
     fresh = replace(settings, num=settings.report_num, seed=settings.seed + 1)
     draws = [spread_draws(examples, origin.schedule, groups[:1], one) for one in (settings, fresh)]
-    directions, rows = _plane(opened, arguments, is_random, settings.seed)
+    directions, rows = _plane(opened, arguments, settings.seed)
     axes = axes_of([row["coordinates"] for row in rows], settings)
     protocol = {
         "along": along, "models": {row["name"]: row["fingerprint"] for row in rows}, "data": data,
@@ -116,40 +121,24 @@ def analyze_landscape(
         return _written(output, axes, result, protocol)
 
 
-def _arguments(
-    run: RunFile, models: Sequence[str | Path], marks: Sequence[str | Path]
-) -> tuple[list[str], bool]:
-    """Models and marks, and whether the directions are random. Raises ConfigError."""
-    named = [str(model) for model in models] or [own_base(run)]
-    if len(named) not in (1, 3):
-        raise ConfigError(
-            f"{len(named)} models given: expected one, for random directions, or three: the origin "
-            f"and two finetuned from it"
-        )
-    if len(named) == 1 and marks:
-        raise ConfigError("--mark: models are marked on the plane of three models, not on random")
-    return [*named, *map(str, marks)], len(named) == 1
-
-
 def _plane(
-    opened: Sequence[Denoiser], arguments: Sequence[str], is_random: bool, seed: int
+    opened: Sequence[Denoiser], arguments: Sequence[str], seed: int
 ) -> tuple[list[Weights], list[Row]]:
-    """The directions; of each model its name, its place on the plane and how far off it that is."""
+    """The directions, random ones of a model alone; of each model its name, its place on the plane
+    and how far off it that is."""
     stems = [Path(argument).stem for argument in arguments]
     names = stems if len(set(stems)) == len(stems) else arguments
     origin, *others = (one.network.state_dict() for one in opened)
     vectors = [task_vector(origin, other) for other in others]
-    if is_random:
-        directions = [random_direction(origin, seed, axis) for axis in (0, 1)]
-    else:
+    if vectors:
         directions = spanned(vectors[0], vectors[1], names)
+    else:
+        directions = [random_direction(origin, seed, axis) for axis in (0, 1)]
     places = [((0.0, 0.0), 0.0), *(seen_on(directions, vector) for vector in vectors)]
     return directions, [
         {"name": name, "source": argument, "fingerprint": one.record.fingerprint,
-         "coordinates": place, "distance_from_landscape": distance}
-        for name, argument, one, (place, distance) in zip(
-            names, arguments, opened, places, strict=True
-        )
+         "coordinates": place, "distance_from_landscape": off}
+        for name, argument, one, (place, off) in zip(names, arguments, opened, places, strict=True)
     ]  # fmt: skip
 
 
@@ -270,71 +259,64 @@ def _measure(
     """
     import torch
 
-    from deme_cli.analysis.draws import draws_in
+    from deme_cli.analysis.draws import draws_in, estimate
 
     same, fresh = draws
     masks, fresh_masks = (draws_in(one, groups, least=2) for one in draws)
     eps = same.noise(torch.arange(len(same.t)))  # asked for at every point
     same = replace(same, noise=eps.__getitem__)
 
-    def losses_at(place: Place) -> Arrays:
-        plane.put(place)
-        return {"losses": _means(same.errors(plane.network, check=kept.check).numpy(), masks)}
-
-    def fresh_errors(spot: Place | nn.Module) -> Arrays:
+    def errors_at(spot: Place | nn.Module, some: FixedDraws) -> np.ndarray:
         if isinstance(spot, tuple):
             plane.put(spot)
         else:  # a model itself, which may lie off the plane
             plane.network.load_state_dict(spot.state_dict())
-        return {"errors": fresh.errors(plane.network, check=kept.check).numpy()}
+        return some.errors(plane.network, check=kept.check).numpy()
+
+    def losses_at(index: int) -> np.ndarray:
+        def measure() -> Row:
+            return {"losses": _means(errors_at(grid[index], same), masks)}
+
+        return kept.unit(f"point {index}", 1, measure)["losses"]
 
     def again(name: str, spot: Place | nn.Module) -> np.ndarray:
-        return kept.unit(name, 1, lambda: fresh_errors(spot))["errors"]
+        return kept.unit(name, 1, lambda: {"errors": errors_at(spot, fresh)})["errors"]
+
+    def percent(errors: np.ndarray) -> np.ndarray:
+        """How much larger errors (n,) are than the origin's own, in per cent, and half of the
+        95 % interval of that, by group: (2, G)."""
+        pairs = [estimate((errors - own)[mask], fresh.images.numpy()[mask]) for mask in fresh_masks]
+        return 100 * np.array(pairs).T / own_losses
 
     grid = [(float(x), float(y)) for x in axes[0] for y in axes[1]]
     zero = grid.index((0.0, 0.0))
     own = again(f"fresh {zero}", grid[zero])
-    for span, loss in zip(groups, _means(own, fresh_masks), strict=True):
+    own_losses = _means(own, fresh_masks)
+    for span, loss in zip(groups, own_losses, strict=True):
         if not np.isfinite(loss):
             raise NumericsError(
                 f"{models[0]['source']}: the loss of timesteps {span} is not finite; the model's "
                 f"weights are broken"
             )
-    points = [
-        kept.unit(f"point {index}", 1, functools.partial(losses_at, place))["losses"]
-        for index, place in enumerate(grid)
-    ]
-    losses = np.array(points).T  # (G, points^2)
-    lowest = [int(np.nanargmin(column)) for column in losses]
-    errors = [again(f"fresh {index}", grid[index]) for index in lowest]
-    percent = _compared(errors, own, fresh_masks, fresh.images.numpy())
+    losses = np.array([losses_at(index) for index in range(len(grid))]).T  # (G, points^2)
     described: list[Row] = []
-    for g, (span, index, mask) in enumerate(zip(groups, lowest, fresh_masks, strict=True)):
-        place = zip(divmod(index, len(axes[1])), axes, strict=True)
+    for g, (span, mask) in enumerate(zip(groups, fresh_masks, strict=True)):
+        lowest = int(np.nanargmin(losses[g]))
+        change, half = percent(again(f"fresh {lowest}", grid[lowest]))[:, g]
+        place = zip(divmod(lowest, len(axes[1])), axes, strict=True)
         described.append({
             "timesteps": str(span), "draws": int(mask.sum()), "loss": float(own[mask].mean()),
-            "lowest": grid[index], "at_edge": any(i in (0, len(axis) - 1) for i, axis in place),
-            "percent": percent[g, 0, g], "percent_interval": percent[g, 1, g],
+            "lowest": grid[lowest], "at_edge": any(i in (0, len(axis) - 1) for i, axis in place),
+            "percent": change, "percent_interval": half,
         })  # fmt: skip
-    errors = [own, *(again(f"model {i}", one) for i, one in enumerate(networks) if i)]
-    percent = _compared(errors, own, fresh_masks, fresh.images.numpy())
-    rows = [
-        {**model, "losses": _means(one, fresh_masks), "percent": change, "percent_interval": half}
-        for model, one, (change, half) in zip(models, errors, percent, strict=True)
-    ]
+    rows = []
+    for i, (model, network) in enumerate(zip(models, networks, strict=True)):
+        errors = again(f"model {i}", network) if i else own
+        change, half = percent(errors)
+        told = {"losses": _means(errors, fresh_masks), "percent": change, "percent_interval": half}
+        rows.append({**model, **told})
     surfaces = losses.reshape(len(groups), len(axes[0]), -1)
     return {"groups": described, "models": rows, "losses": surfaces}
-
-
-def _compared(
-    errors: Sequence[np.ndarray], own: np.ndarray, masks: np.ndarray, images: np.ndarray
-) -> np.ndarray:
-    """How much larger errors (n,) are than the origin's own, in per cent, and half of the
-    95 % interval of that, by group: (k, 2, G) of k models."""
-    from deme_cli.analysis.draws import estimate
-
-    pairs = [[estimate((row - own)[mask], images[mask]) for mask in masks] for row in errors]
-    return 100 * np.array(pairs).transpose(0, 2, 1) / _means(own, masks)
 
 
 def _means(errors: np.ndarray, masks: np.ndarray) -> np.ndarray:
@@ -358,10 +340,8 @@ def _written(
             f"L2 distance along {names[1]} - {names[0]}", f"L2 distance, what {names[2]} adds"
         ]  # fmt: skip
     lowest = result["groups"][0]
-    reading = f"{place} no point has a lower loss over all timesteps than {names[0]}"
-    if any(lowest["lowest"]):
-        reading = f"{place} the lowest loss over all timesteps is {_percent(lowest)} % off that of "
-        reading += names[0]
+    told = f"is {_percent(lowest)} % off that" if any(lowest["lowest"]) else "is that"
+    reading = f"{place} the lowest loss over all timesteps {told} of {names[0]}"
     described = [{"label": x, "values": axis} for x, axis in zip(labels, axes, strict=True)]
     data = protocol["data"]
     foot = (

@@ -10,7 +10,7 @@ m draws in all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,7 +37,7 @@ from deme_cli.analysis.result import (
     write_analysis,
 )
 from deme_cli.analysis.settings import LossConfig, bucket_ranges
-from deme_cli.artifacts import DenoiserRecord, ExpertRecord
+from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import DataConfig
 from deme_cli.console import Progress, Step, plain, signed, silent
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from deme_cli.diffusion.denoiser import Denoiser
-    from deme_cli.sampling.ensemble import Member
     from deme_cli.training.batches import FixedDraws
 
 _BATCHES = 8  # that are kept as one
@@ -80,15 +79,15 @@ def analyze_losses(
     """
     run, settings = run or RunFile(), settings or LossConfig()
     images = check_inputs(output, images, run, split=split, force=force)
-    named = [str(model) for model in models] or _folder_models(run.base)
-    opened = _open_models(named, pipeline=run.pipeline(pipeline), device=device, dtype=dtype)
-    record, records = opened[0].record, [model.record for model in opened]
+    opened = _open_models(
+        list(map(str, models)), run, pipeline=run.pipeline(pipeline), device=device, dtype=dtype
+    )
+    records = [record for model in opened for record in model.records.values()]
+    record, names = records[0], ", ".join(model.name for model in opened)
     buckets = bucket_ranges(settings.buckets, record.num_train_timesteps)
     ranges = ranges_of(run, records, num_ranges, record.num_train_timesteps)
-    progress(Step(note=(
-        f"{', '.join(model.name for model in opened)}: {settings.buckets * settings.num:,} draws "
-        f"each from {images.source} ({split})"
-    )))  # fmt: skip
+    total = settings.buckets * settings.num
+    progress(Step(note=f"{names}: {total:,} draws each from {images.source} ({split})"))
     if dry_run:
         return Analysis(output, facts={"dry_run": True})
 
@@ -102,12 +101,12 @@ def analyze_losses(
     schedule = read_schedule(record.scheduler_config)
     draws = spread_draws(examples, schedule, buckets, settings)
     inside, clusters = draws_in(draws, ranges), draws.images.numpy()
-    prints = {model.name: model.fingerprints for model in opened}
     protocol = {
-        "models": prints, "data": data, "images": len(np.unique(clusters)), **asdict(settings),
+        "models": {one.name: [r.fingerprint for r in one.records.values()] for one in opened},
+        "data": data, "images": len(np.unique(clusters)), **asdict(settings),
         "dtype": dtype, "intervals": INTERVALS,
     }  # fmt: skip
-    total = len(draws.t) * sum(model.load is not None for model in opened)
+    total *= sum(model.load is not None for model in opened)
     with keeping(
         output, {**protocol, **seen}, "losses", "draw", total, progress=progress, force=force
     ) as kept:
@@ -126,72 +125,47 @@ def analyze_losses(
         )  # fmt: skip
 
 
-def _folder_models(base: Path) -> list[str]:
-    """What lies in a run's folder. Raises MissingError where there is none of it."""
-    folder = base.parent
-    paths = [base, *sorted(folder.glob("ft_*.safetensors")), folder / "merged.safetensors"]
-    names = [str(path) for path in paths if path.exists()]
-    if not names:
-        raise MissingError(
-            f"no models in {folder.resolve()}: no {base.name}, no ft_*.safetensors, no "
-            f"merged.safetensors; name models, or make a base with `deme split`"
-        )
-    return names
-
-
 class _Model(NamedTuple):
-    """kind: base, expert, ensemble, merged or model. An ensemble has members, whose own rows come
-    before it; the others are loaded when they are measured."""
+    """kind: base, expert, ensemble, merged or model. An ensemble has the records of its experts,
+    whose own rows come before it; the others have one, and are loaded when they are measured."""
 
     name: str
     kind: str
-    record: DenoiserRecord
+    records: Mapping[str, DenoiserRecord]
     load: Callable[[], Denoiser] | None
-    members: Sequence[Member] = ()
-
-    @property
-    def fingerprints(self) -> list[str]:
-        members = [member.record.fingerprint for member in self.members]
-        return members or [self.record.fingerprint]
-
-    @property
-    def span(self) -> str | None:
-        """The range that an expert was finetuned on, if that is not all of [0, T)."""
-        record = self.record
-        if self.kind != "expert" or not isinstance(record, ExpertRecord):
-            return None
-        is_all = len(record.timesteps) == record.num_train_timesteps
-        return None if is_all else str(record.timesteps)
 
 
 def _open_models(
-    arguments: Sequence[str], *, pipeline: str | None, device: str, dtype: str
+    arguments: Sequence[str], run: RunFile, *, pipeline: str | None, device: str, dtype: str
 ) -> list[_Model]:
-    """A model per argument in the order given; experts that make an ensemble, and then it.
-
-    Raises what `plan_rows` raises, ArtifactError where two cannot be asked the same.
-    """
+    """A model per argument in the order given; experts that make an ensemble, and then it."""
     from deme_cli.analysis.draws import require_alike
-    from deme_cli.evaluation.rows import ENSEMBLE, plan_rows
+    from deme_cli.evaluation.rows import ENSEMBLE, folder_models, plan_rows
     from deme_cli.sampling.ensemble import open_single, read_ensemble
 
+    if not (arguments := arguments or folder_models(run.base)):
+        raise MissingError(
+            f"no models in {run.base.parent.resolve()}: no {run.base.name}, no ft_*.safetensors, "
+            f"no merged.safetensors; name models, or make a base with `deme split`"
+        )
     models: list[_Model] = []
     for plan in plan_rows(arguments)[0]:
         if plan.kind == "samples":
             raise ArtifactError(f"{plan.arguments[0]}: images, not a model; give models")
-        members: list[Member] = []
+        own = {plan.name: plan.arguments[0]}
         if plan.kind == ENSEMBLE:
             members = read_ensemble([Path(argument).expanduser() for argument in plan.arguments])
-        alone = [(member.path.stem, str(member.path)) for member in members]
-        for name, argument in alone or [(plan.name, plan.arguments[0])]:
+            own = {member.path.stem: str(member.path) for member in members}
+        for name, argument in own.items():
             experts, record = open_single(argument, pipeline=pipeline, device=device, dtype=dtype)
-            models.append(_Model(name, record.kind, record, experts[0].load))
-        if members:
-            models.append(_Model(plan.name, ENSEMBLE, members[0].record, None, members))
+            models.append(_Model(name, record.kind, {name: record}, experts[0].load))
+        if plan.kind == ENSEMBLE:
+            records = {member.path.stem: member.record for member in members}
+            models.append(_Model(plan.name, ENSEMBLE, records, None))
     names = [model.name for model in models]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"two models are called {twice}; give their files names of their own")
-    require_alike([(model.name, model.record) for model in models])
+    require_alike([named for model in models for named in model.records.items()])
     return models
 
 
@@ -201,28 +175,23 @@ def _measure(models: Sequence[_Model], draws: FixedDraws, kept: Kept) -> dict[st
 
     from deme_cli.analysis.draws import draws_in
 
+    def measured(name: str, load: Callable[[], Denoiser], chosen: torch.Tensor) -> Row:
+        values = draws.errors(load().network, chosen=chosen, check=kept.check).numpy()
+        if not np.isfinite(values).all():
+            raise NumericsError(f"{name}: the loss is not finite; the model's weights are broken")
+        return {"errors": values}
+
     errors: dict[str, np.ndarray] = {}
     parts = torch.arange(len(draws.t)).split(draws.batch_size * _BATCHES)
-    for model in models:
-        if model.load is None:  # at each draw the error of its expert
-            owned = draws_in(draws, [member.record.timesteps for member in model.members])
-            errors[model.name] = np.select([*owned], [errors[m.path.stem] for m in model.members])
+    for name, _, records, load in models:
+        if load is None:  # at each draw the error of its expert
+            owned = draws_in(draws, [record.timesteps for record in records.values()])
+            errors[name] = np.select([*owned], [errors[expert] for expert in records])
             continue
-        load = functools.cache(model.load)
-
-        def measured(
-            chosen: torch.Tensor, model: _Model = model, load: Any = load
-        ) -> dict[str, np.ndarray]:
-            values = draws.errors(load().network, chosen=chosen, check=kept.check).numpy()
-            if not np.isfinite(values).all():
-                raise NumericsError(
-                    f"{model.name}: the loss is not finite; the model's weights are broken"
-                )
-            return {"errors": values}
-
-        errors[model.name] = np.concatenate([
-            kept.unit(f"{model.name} {i}", len(part), functools.partial(measured, part))["errors"]
-            for i, part in enumerate(parts)
+        measure = functools.partial(measured, name, functools.cache(load))
+        errors[name] = np.concatenate([
+            kept.unit(f"{name} {i}", len(one), functools.partial(measure, one))["errors"]
+            for i, one in enumerate(parts)
         ])  # fmt: skip
     return errors
 
@@ -233,30 +202,29 @@ def _rows(
 ) -> list[Row]:  # fmt: skip
     """What is known of each model, lists by bucket; the first is what the others differ from."""
     from deme_cli.analysis.draws import estimate
+    from deme_cli.evaluation.rows import is_partial
 
-    def by_bucket(values: np.ndarray) -> list[tuple[float, ...]]:
+    def by_bucket(values: np.ndarray) -> tuple[Any, ...]:
         pairs = zip(values.reshape(-1, num), images.reshape(-1, num), strict=True)
-        means, halves = zip(*(estimate(*pair) for pair in pairs), strict=True)
-        return [means, halves]
+        return tuple(zip(*(estimate(*pair) for pair in pairs), strict=True))
 
     rows, first = [], models[0].name
-    for model in models:
-        own = errors[model.name]
+    for name, kind, records, load in models:
+        record, own = next(iter(records.values())), errors[name]
         means, halves = by_bucket(own)
         row: Row = {
-            "name": model.name, "kind": model.kind, "range": model.span, "loss": float(own.mean()),
-            "loss_by_range": [float(own[mine].mean()) for mine in inside],
+            "name": name, "kind": kind,
+            "range": str(record.timesteps) if load and is_partial(record) else None,
+            "loss": float(own.mean()), "loss_by_range": [float(own[m].mean()) for m in inside],
             "losses": means, "halves": halves,
         }  # fmt: skip
-        if model.name != first:
+        if name != first:
             paired = own - errors[first]
             means, halves = by_bucket(paired)
+            by_range = [estimate(paired[mine], images[mine])._asdict() for mine in inside]
             row |= {
                 "minus": first, "difference": estimate(paired, images)._asdict(),
-                "difference_by_range": [
-                    estimate(paired[mine], images[mine])._asdict() for mine in inside
-                ],
-                "differences": means, "difference_halves": halves,
+                "difference_by_range": by_range, "differences": means, "difference_halves": halves,
             }  # fmt: skip
         rows.append(row)
     return rows
@@ -265,9 +233,8 @@ def _rows(
 def _changes(first: Row, row: Row) -> list[tuple[float, float]]:
     """Change and half-width in per cent of the first model's loss: all timesteps, then by range."""
     estimates = [row["difference"], *row["difference_by_range"]]
-    scales = [100 / loss for loss in (first["loss"], *first["loss_by_range"])]
-    pairs = zip(estimates, scales, strict=True)
-    return [(one["mean"] * scale, one["half"] * scale) for one, scale in pairs]
+    pairs = zip(estimates, (first["loss"], *first["loss_by_range"]), strict=True)
+    return [(one["mean"] * (100 / loss), one["half"] * (100 / loss)) for one, loss in pairs]
 
 
 def _change(mean: float, half: float, sign: str = " ± ") -> str:
@@ -330,11 +297,14 @@ def draw_losses(
 
 
 def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Label, colour, width and dashes of each model."""
+    usual: dict[str, Any] = {"color": OTHER, "linewidth": 1.6, "linestyle": (0, (5, 1, 1, 1))}
+    by_kind: dict[str, Any] = {
+        "ensemble": {"color": ENSEMBLE, "linewidth": 1.0, "zorder": 3},  # on its experts' lines
+        "merged": {"color": MERGED, "linewidth": 1.6, "zorder": 3},
+    }
     styles, place = [], 0
     for index, row in enumerate(rows):
-        style: dict[str, Any] = {"color": OTHER, "linewidth": 1.6, "linestyle": (0, (5, 1, 1, 1))}
-        label = shorten(row["name"], _NAME)
+        style, label = by_kind.get(row["kind"], usual), shorten(row["name"], _NAME)
         if row["range"] is not None:
             label += f", {row['range']}"
             dashes = "-" if place < 6 else (0, (4, 1.5))
@@ -342,9 +312,6 @@ def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
             place += 1
         if index == 0:
             style = {"color": BASE, "linewidth": 2.2}
-        elif row["kind"] in ("ensemble", "merged"):  # the ensemble runs on its experts' lines
-            color, width = (ENSEMBLE, 1.0) if row["kind"] == "ensemble" else (MERGED, 1.6)
-            style = {"color": color, "linewidth": width, "zorder": 3}
         styles.append({**style, "label": label})
     return styles
 

@@ -22,16 +22,15 @@ from typing import Any
 import numpy as np
 
 from deme_cli.analysis.settings import SPLITS
-from deme_cli.artifacts import ExpertRecord, Record
+from deme_cli.artifacts import Record
 from deme_cli.config import DataConfig, SplitConfig
-from deme_cli.console import Progress, Step
+from deme_cli.console import SCHEMA_VERSION, Progress, Step
 from deme_cli.errors import ConfigError, MissingError
 from deme_cli.files import require_output, write_whole
 from deme_cli.jobs import StopRequests, claim
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, split_uniform
 
-SCHEMA_VERSION = 1
 _KEEP_SECONDS = 30.0  # between two writings of what is kept
 Arrays = Mapping[str, np.ndarray]
 
@@ -107,12 +106,13 @@ def ranges_of(
     A split that lacks the range of an expert among `records` is not theirs; then it is the experts'
     own. Raises ConfigError where one reaches past T.
     """
+    from deme_cli.evaluation.rows import is_partial
+
     if n is not None:
         return split_uniform(n, num_train_timesteps)
     split = run.settings(SplitConfig)
     ranges = split.timestep_ranges or split_uniform(split.n, num_train_timesteps)
-    own = {record.timesteps for record in records if isinstance(record, ExpertRecord)}
-    parts = {span for span in own if len(span) < num_train_timesteps}
+    parts = {record.timesteps for record in records if is_partial(record)}
     if not parts <= set(ranges):
         ranges = sorted(parts)
     if past := next((span for span in ranges if span.stop > num_train_timesteps), None):
@@ -123,17 +123,20 @@ def ranges_of(
     return list(ranges)
 
 
+@dataclass
 class Kept:
     """The arrays that were measured so far, by the name of a unit of work; see `keeping`."""
 
-    def __init__(
-        self, path: Path, identity: str, requests: StopRequests, step: Step, progress: Progress
-    ) -> None:
-        self._path, self._identity, self._requests = path, identity, requests
-        self._step, self._progress = step, progress
-        self._units: dict[str, dict[str, np.ndarray]] = {}
-        self._saved = time.monotonic()
-        if path.exists():
+    _path: Path
+    _identity: str
+    _requests: StopRequests
+    _step: Step
+    _progress: Progress
+    _units: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    _saved: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self._path.exists():
             self._restore()
 
     def unit(self, name: str, size: int, measure: Callable[[], Arrays]) -> Arrays:
@@ -150,22 +153,17 @@ class Kept:
 
     def check(self, *_: int) -> None:
         """To be called within a unit: saves now and then, and before it raises Stopped."""
-        if not self._requests.asked:
-            if time.monotonic() - self._saved > _KEEP_SECONDS:
-                self._save()
-            return
-        self._save()
-        done = f"{self._step.done} of {self._step.total} {self._step.unit}s"
-        raise self._requests.stopped(f"stopped after {done}; run the same command again to go on")
-
-    def _save(self) -> None:
-        stream = io.BytesIO()
-        arrays: dict[str, Any] = {"identity": np.array(self._identity)}
-        for unit, measured in self._units.items():
-            arrays |= {f"{unit}|{name}": array for name, array in measured.items()}
-        np.savez(stream, **arrays)
-        write_whole(self._path, [stream.getvalue()])
-        self._saved = time.monotonic()
+        if self._requests.asked or time.monotonic() - self._saved > _KEEP_SECONDS:
+            stream, arrays = io.BytesIO(), {"identity": np.array(self._identity)}
+            for unit, measured in self._units.items():
+                arrays |= {f"{unit}|{name}": array for name, array in measured.items()}
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+            write_whole(self._path, [stream.getvalue()])
+            self._saved = time.monotonic()
+        if self._requests.asked:
+            done = f"{self._step.done} of {self._step.total} {self._step.unit}s"
+            text = f"stopped after {done}; run the same command again to go on"
+            raise self._requests.stopped(text)
 
     def _restore(self) -> None:
         note = "what was measured before was of other settings; measuring all of it anew"

@@ -64,7 +64,7 @@ def plan_rows(arguments: Sequence[str]) -> tuple[list[RowPlan], list[str]]:
             plans.append(RowPlan(name, ENSEMBLE, group))
         elif argument not in grouped:
             plans.append(_plan(argument, record))
-            if _is_partial(record):
+            if is_partial(record):
                 warnings.append(
                     f"{argument}: the expert of timesteps {record.timesteps} will denoise all "
                     f"{record.num_train_timesteps}: it makes no ensemble with the others given"
@@ -79,17 +79,22 @@ def plan_rows(arguments: Sequence[str]) -> tuple[list[RowPlan], list[str]]:
     return plans, warnings
 
 
+def folder_models(base: Path) -> list[str]:
+    """Base, experts and merged model of a run's folder, whichever are there."""
+    folder = base.parent
+    found = [base, *sorted(folder.glob("ft_*.safetensors")), folder / "merged.safetensors"]
+    return [str(path) for path in found if path.exists()]
+
+
 def folder_rows(base: Path) -> tuple[list[RowPlan], list[str]]:
     """The rows of a run's folder: base, experts and merged model, whichever are there.
 
     Experts that do not make an ensemble yet are left out, with a warning.
     """
-    folder = base.parent
-    found = [base, *sorted(folder.glob("ft_*.safetensors")), folder / "merged.safetensors"]
-    plans, warnings = plan_rows([str(path) for path in found if path.exists()])
+    plans, warnings = plan_rows(folder_models(base))
     if warnings:
         experts = [plan for plan in plans if plan.kind == "expert"]
-        alone = [plan for plan in experts if _is_partial(record_of_file(plan.arguments[0]))]
+        alone = [plan for plan in experts if is_partial(record_of_file(plan.arguments[0]))]
         warnings = [
             f"no row for the ensemble: {', '.join(plan.name for plan in alone)} do not cover all "
             f"timesteps once; name a file to measure it alone"
@@ -98,7 +103,8 @@ def folder_rows(base: Path) -> tuple[list[RowPlan], list[str]]:
     if not plans:
         raise MissingError(
             f"nothing to measure: no {base.name}, no experts that cover all timesteps, no "
-            f"merged.safetensors in {folder.resolve()}; name models or samples, or run `deme split`"
+            f"merged.safetensors in {base.parent.resolve()}; name models or samples, or run "
+            f"`deme split`"
         )
     return plans, warnings
 
@@ -127,14 +133,14 @@ def _plan(argument: str, record: Record | None) -> RowPlan:
     return RowPlan(path.stem, record.kind, (argument,))
 
 
-def _is_partial(record: Record | None) -> TypeGuard[ExpertRecord]:
+def is_partial(record: Record | None) -> TypeGuard[ExpertRecord]:
     """Whether it is of an expert of a part of [0, T)."""
     return isinstance(record, ExpertRecord) and len(record.timesteps) < record.num_train_timesteps
 
 
 def _ensembles(records: Mapping[str, Record | None]) -> Iterator[tuple[str, ...]]:
     """Groups of arguments whose experts cover [0, T) once: of one base, then of one N."""
-    experts = {argument: record for argument, record in records.items() if _is_partial(record)}
+    experts = {argument: record for argument, record in records.items() if is_partial(record)}
     by_base: dict[str, list[str]] = {}
     for argument, record in experts.items():
         by_base.setdefault(record.base, []).append(argument)

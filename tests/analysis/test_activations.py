@@ -18,7 +18,6 @@ from deme_cli.analysis.activations import (
     as_places,
     block_change,
     block_sums,
-    chance_interval,
     listening,
     randomly_changed,
     short_name,
@@ -188,16 +187,6 @@ def test_what_cannot_be_compared_is_an_error(
     write_changed(str(EXPERT), str(EXPERT), 1e25)
     with pytest.raises(NumericsError, match="ft_2of4: the features after down_blocks"):
         analyze()
-
-
-def test_chance_is_taken_for_more_than_chance_one_time_in_twenty() -> None:
-    draws = np.random.default_rng(0).normal(0.3, 0.05, (400, 5))
-    beyond = []
-    for own, *controls in draws.tolist():
-        mean, reach = chance_interval(controls)
-        beyond.append(abs(own - mean) > reach)
-    assert np.mean(beyond) == pytest.approx(0.05, abs=0.03)
-    assert np.isnan(chance_interval([0.3])[1])
 
 
 def test_blocks_have_short_names() -> None:
