@@ -11,9 +11,10 @@ n buckets with mean gradients g_i, m numbers per sketch.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deme_cli.analysis.figure import BLUE, DIVERGING, EDGE, VERMILION, open_axis, render, shorten
-from deme_cli.analysis.result import (
-    Analysis,
-    Kept,
-    check_inputs,
-    keeping,
-    own_base,
-    peek,
-    write_analysis,
-)
+from deme_cli.analysis.result import Analysis, check_inputs, keeping, own_base, peek, write_analysis
 from deme_cli.analysis.settings import GradientConfig, bucket_ranges
 from deme_cli.config import AFFINITY_NAME, DataConfig, SplitConfig
 from deme_cli.console import Progress, Step, silent
@@ -47,7 +40,6 @@ if TYPE_CHECKING:
 
 SKETCH_SIZE = 65_536
 _NOISY = 0.5  # halves that agree less have more noise than signal
-_NOISE = "noise in the gradients draws all cosines towards 0; raise --num for more draws"
 
 
 def analyze_gradients(
@@ -72,14 +64,11 @@ def analyze_gradients(
             f"cannot form {num_ranges} ranges of {settings.buckets} buckets; choose a smaller -n "
             f"or more --buckets"
         )
-    _, whole = peek(model)
-    if whole:
+    if whole := peek(model)[1]:
         bucket_ranges(settings.buckets, whole)
     total = settings.buckets * settings.num
-    progress(Step(note=(
-        f"{model}: {whole or 'all'} timesteps in {settings.buckets} buckets, {total:,} draws from "
-        f"{images.source}"
-    )))  # fmt: skip
+    parts = f"{whole or 'all'} timesteps in {settings.buckets} buckets"
+    progress(Step(note=f"{model}: {parts}, {total:,} draws from {images.source}"))
     if dry_run:
         return Analysis(output, facts={"dry_run": True})
 
@@ -107,15 +96,20 @@ def analyze_gradients(
         measured = []
         for bucket in buckets:
             draws = spread_draws(examples, schedule, [bucket], settings)
-            measured.append(_mean_gradient(f"{model}: timesteps {bucket}", network, draws, kept))
+            where = f"{model}: timesteps {bucket}"
+            measure = functools.partial(_mean_gradient, where, network, draws, kept.check)
+            measured.append(kept.unit(where, settings.num, measure))
         affinity = _affinity(buckets, measured, network, protocol)
         affinity = replace(affinity, ranges=split_times(num_ranges, "gradient", schedule, affinity))
         if np.median(affinity.reliability) < _NOISY:
-            progress(Step(note=_NOISE))
+            note = "noise in the gradients draws all cosines towards 0; raise --num for more draws"
+            progress(Step(note=note))
         means = cosine_means(affinity)
+        near, far = (f"{means[key] or 0:.2f}" for key in ("neighbouring", "distant"))
+        reading = f"mean cosine {near} of neighbouring buckets, {far} of distant ones; "
+        reading += f"{num_ranges} ranges by gradient: {', '.join(map(str, affinity.ranges))}"
         document = json.loads(affinity.to_json()) | means
-        document["reading"] = _headline(affinity, means)
-        document["protocol"] = {**protocol, "n": num_ranges}
+        document |= {"reading": reading, "protocol": {**protocol, "n": num_ranges}}
         return write_analysis(
             output, "gradients", document, draw_gradients(affinity),
             shown=("ranges", "buckets", "norms", "reliability", *means),
@@ -149,45 +143,41 @@ def sketch(
 
 
 def _mean_gradient(
-    where: str, network: nn.Module, draws: FixedDraws, kept: Kept
-) -> tuple[np.ndarray, float, float]:
+    where: str, network: nn.Module, draws: FixedDraws, check: Callable[[], None]
+) -> dict[str, np.ndarray]:
     """The sketch (m,) of a bucket's mean gradient, the cosine of its halves, the loss."""
     import torch
 
     from deme_cli.analysis.draws import part
 
-    num = len(draws.t)
+    num, losses, halves = len(draws.t), [], []
     size = sum(p.numel() for p in network.parameters())
-
-    def measure() -> dict[str, np.ndarray]:
-        losses, halves = [], []
-        for half in (range(num // 2), range(num // 2, num)):
-            losses.append(part(draws, half).loss_and_gradient(network, kept.check))
-            gradients = {
-                name: torch.zeros_like(p) if p.grad is None else p.grad
-                for name, p in network.named_parameters()
-            }
-            halves.append(sketch(gradients.items(), size, SKETCH_SIZE))
-        network.zero_grad(set_to_none=True)
-        if not np.isfinite([*losses, *map(np.sum, halves)]).all():
-            raise NumericsError(f"{where}: the gradient is not finite; the weights are broken")
-        share = [num // 2, num - num // 2]
-        return {
-            "sketch": np.average(halves, axis=0, weights=share).astype(np.float32),
-            "reliability": cosines_of(np.array(halves))[0, 1],
-            "loss": np.average(losses, weights=share),
+    for half in (range(num // 2), range(num // 2, num)):
+        losses.append(part(draws, half).loss_and_gradient(network, check))
+        gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in network.named_parameters()
         }
-
-    found = kept.unit(where, num, measure)
-    return found["sketch"], float(found["reliability"]), float(found["loss"])
+        halves.append(sketch(gradients.items(), size, SKETCH_SIZE))
+    network.zero_grad(set_to_none=True)
+    if not np.isfinite([*losses, *map(np.sum, halves)]).all():
+        raise NumericsError(f"{where}: the gradient is not finite; the weights are broken")
+    share = [num // 2, num - num // 2]
+    return {
+        "sketch": np.average(halves, axis=0, weights=share).astype(np.float32),
+        "reliability": cosines_of(np.array(halves))[0, 1],
+        "loss": np.average(losses, weights=share),
+    }
 
 
 def _affinity(
-    buckets: list[TimestepRange], measured: Sequence[tuple[np.ndarray, float, float]],
+    buckets: list[TimestepRange], measured: Sequence[Mapping[str, np.ndarray]],
     network: nn.Module, protocol: dict[str, Any],
 ) -> Affinity:  # fmt: skip
     """What the sketches, reliabilities and losses of the buckets say together."""
-    vectors, reliability, losses = map(np.array, zip(*measured, strict=True))
+    vectors, reliability, losses = (
+        np.array([one[name] for one in measured]) for name in ("sketch", "reliability", "loss")
+    )
     parameters, size = sum(p.numel() for p in network.parameters()), vectors.shape[1]
     return Affinity(
         buckets=buckets, cosines=cosines_of(vectors).round(6).tolist(), ranges=[],
@@ -226,14 +216,6 @@ def cosine_means(affinity: Affinity) -> dict[str, float | None]:
         "distant": values[np.triu_indices(n, -(-n // 2))],
     }  # fmt: skip
     return {name: float(one.mean()) if one.size else None for name, one in groups.items()}
-
-
-def _headline(affinity: Affinity, means: dict[str, float | None]) -> str:
-    near, far = (f"{means[key] or 0:.2f}" for key in ("neighbouring", "distant"))
-    return (
-        f"mean cosine {near} of neighbouring buckets, {far} of distant ones; "
-        f"{len(affinity.ranges)} ranges by gradient: {', '.join(map(str, affinity.ranges))}"
-    )
 
 
 def _table(affinity: Affinity) -> list[list[str]]:
@@ -287,8 +269,8 @@ def _draw_cosines(figure: SubFigure, edges: np.ndarray, affinity: Affinity) -> N
     bar.set_label("cosine (red: alike, blue: opposed)")
     bar.outline.set_visible(False)
     axis.set(xlabel="timestep t (0 = clean)", ylabel="timestep t (0 = clean)")
-    count = len(affinity.ranges)
-    axis.set_title(f"Cosine of mean gradients; lines: {count} suggested ranges", fontsize=9)
+    lines = f"lines: {len(affinity.ranges)} suggested ranges"
+    axis.set_title(f"Cosine of mean gradients; {lines}", fontsize=9)
 
 
 def _draw_distributions(axis: Axes, affinity: Affinity) -> None:

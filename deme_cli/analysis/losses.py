@@ -37,7 +37,6 @@ from deme_cli.analysis.result import (
     write_analysis,
 )
 from deme_cli.analysis.settings import LossConfig, bucket_ranges
-from deme_cli.artifacts import DenoiserRecord
 from deme_cli.config import DataConfig
 from deme_cli.console import Progress, Step, plain, signed, silent
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
@@ -131,7 +130,7 @@ class _Model(NamedTuple):
 
     name: str
     kind: str
-    records: Mapping[str, DenoiserRecord]
+    records: Mapping[str, Any]
     load: Callable[[], Denoiser] | None
 
 

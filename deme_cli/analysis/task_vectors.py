@@ -51,7 +51,13 @@ def analyze_task_vectors(
     """
     run = run or RunFile()
     check_output(output, force=force)
-    paths = [Path(expert) for expert in experts] or _own_experts(run)
+    folder = run.base.parent
+    paths = [Path(one) for one in experts] or sorted(folder.glob("ft_*.safetensors"))
+    if not paths:
+        raise MissingError(
+            f"{folder.resolve()}: no experts (ft_*.safetensors) there; name EXPERTs, or train "
+            f"them with `deme finetune --range all`"
+        )
     parents = open_experts(paths, "expert", "task-vector")
     inputs = open_inputs(find_base(parents, run, base), parents)
     inputs = replace(inputs, experts=tuple(inputs.experts[i] for i in inputs.by_range))
@@ -62,18 +68,14 @@ def analyze_task_vectors(
             f"{inputs.base.path}: {foreign.name!r} of {foreign.dtype} cannot be subtracted; "
             f"analyze experts in F32, F16 or BF16"
         )
-    size = sum(spec.num_elements for spec in specs)
+    tensors = f"{len(specs)} tensors, {sum(spec.num_elements for spec in specs):,} parameters"
     count = f"{len(parents)} experts" if len(parents) > 1 else "1 expert"
-    told = f"{count} of {inputs.base.path}: {len(specs)} tensors, {size:,} parameters"
-    progress(Step(note=told))
+    progress(Step(note=f"{count} of {inputs.base.path}: {tensors}"))
     if dry_run:
         return Analysis(output, facts={"dry_run": True})
     with claim(output):
         document = _document(inputs, specs, _measure(inputs, specs, progress))
-        foot = (
-            f"{len(specs)} tensors, {size:,} parameters; boxes: quartiles, whiskers to 1.5 "
-            f"quartile distances, dots beyond"
-        )
+        foot = f"{tensors}; boxes: quartiles, whiskers to 1.5 quartile distances, dots beyond"
         title = f"What {count} changed: {inputs.base.path}"
         rows = [
             [row["name"], f"{row['norm']:.3g}", f"{100 * row['relative_norm']:.2g} %",
@@ -87,18 +89,6 @@ def analyze_task_vectors(
             output, "task-vectors", document, draw_task_vectors(document, title=title, foot=foot),
             shown=("experts", "pairs"), columns=columns, rows=rows,
         )  # fmt: skip
-
-
-def _own_experts(run: RunFile) -> list[Path]:
-    """The experts beside the base of deme.toml. Raises MissingError where there are none."""
-    folder = run.base.parent
-    paths = sorted(folder.glob("ft_*.safetensors"))
-    if not paths:
-        raise MissingError(
-            f"{folder.resolve()}: no experts (ft_*.safetensors) there; name EXPERTs, or train "
-            f"them with `deme finetune --range all`"
-        )
-    return paths
 
 
 def _measure(inputs: Inputs, specs: Sequence[TensorSpec], progress: Progress) -> Sums:
@@ -128,7 +118,7 @@ def _measure(inputs: Inputs, specs: Sequence[TensorSpec], progress: Progress) ->
 
 
 def _document(inputs: Inputs, specs: Sequence[TensorSpec], sums: Sums) -> dict[str, Any]:
-    """Rows by expert and tensor; lists in the order of `experts`."""
+    """Rows by expert, by tensor, and by two experts (N, N); nan where something is unknown."""
     norms = np.sqrt(np.diagonal(sums["products"], axis1=1, axis2=2))  # (T, N)
     own = np.array([not is_projection(spec.name) for spec in specs])  # |theta| of the base's alone
     total = np.sqrt((norms**2).sum(axis=0))
@@ -141,7 +131,16 @@ def _document(inputs: Inputs, specs: Sequence[TensorSpec], sums: Sums) -> dict[s
          "source": str(parent.path), "fingerprint": parent.record.fingerprint}
         for i, (span, parent) in enumerate(zip(ranges, inputs.experts, strict=True))
     ]  # fmt: skip
-    pairs = _pairs(sums)
+    products = sums["products"].sum(axis=0)
+    lengths = np.sqrt(np.diag(products))
+    cosines = np.clip(_ratio(products, np.outer(lengths, lengths)), -1, 1)
+    conflicts = _ratio(sums["opposed"].sum(axis=0), sums["both"].sum(axis=0))
+    known = np.tril(np.isfinite(cosines), -1)
+    means = [float(one[known].mean()) if known.any() else None for one in (cosines, conflicts)]
+    pairs = {
+        "cosines": cosines, "sign_conflicts": conflicts, "mean_cosine": means[0],
+        "mean_sign_conflict": means[1],
+    }  # fmt: skip
     base = {"source": str(inputs.base.path), "fingerprint": inputs.base_record.fingerprint}
     return {
         "reading": _headline(experts, pairs),
@@ -152,21 +151,6 @@ def _document(inputs: Inputs, specs: Sequence[TensorSpec], sums: Sums) -> dict[s
              "norms": norms[i], "relative_norms": by_tensor[i]}
             for i, spec in enumerate(specs)
         ],
-    }  # fmt: skip
-
-
-def _pairs(sums: Sums) -> dict[str, Any]:
-    """Of every two experts (N, N) over these tensors together; nan where it is unknown. Means over
-    the pairs."""
-    products = sums["products"].sum(axis=0)
-    lengths = np.sqrt(np.diag(products))
-    cosines = np.clip(_ratio(products, np.outer(lengths, lengths)), -1, 1)
-    conflicts = _ratio(sums["opposed"].sum(axis=0), sums["both"].sum(axis=0))
-    known = np.tril(np.isfinite(cosines), -1)
-    means = [float(one[known].mean()) if known.any() else None for one in (cosines, conflicts)]
-    return {
-        "cosines": cosines, "sign_conflicts": conflicts, "mean_cosine": means[0],
-        "mean_sign_conflict": means[1],
     }  # fmt: skip
 
 
