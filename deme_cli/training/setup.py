@@ -367,7 +367,13 @@ def prepare(plan: Plan) -> Run:
     else:
         choice = plan.choice
         record, examples, held_out = open_plan_examples(plan)
-        denoiser = replace(load_denoiser(plan.base, device=device), record=record)
+        rests = plan.config.lora is not None and plan.dtype != "fp32"
+        denoiser = load_denoiser(plan.base, device="cpu" if rests else device)
+        if rests:  # it never gets to the device in float32
+            from deme_cli.training.state import hold_at_rest
+
+            hold_at_rest(denoiser.network, plan.dtype).to(device)
+        denoiser = replace(denoiser, record=record)
     schedule, config, clusters = denoiser.schedule, plan.config, list[TimestepRange]()
     if config.multitask != "none":
         from deme_cli.training.clusters import cluster_draws

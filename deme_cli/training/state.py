@@ -55,7 +55,9 @@ def open_networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
     """
     original, half, device = run.denoiser.network, TORCH_DTYPES[run.dtype], run.denoiser.device
     config = run.config
-    if half != torch.float32:
+    if config.lora:
+        hold_at_rest(original, run.dtype)  # also the base's, whose tensors are shared
+    elif half != torch.float32:
         keep_in_float32(original)
     network: Any = shared_copy(original) if config.lora else copy.deepcopy(original)
     network.train().requires_grad_(not config.lora)
@@ -69,8 +71,6 @@ def open_networks(run: Run) -> tuple[nn.Module, nn.Module | None]:
             ) from error
     base = original if config.consistency else None
     if config.lora:
-        if half != torch.float32:
-            hold_in(network, half)  # and with it the base, whose tensors these are
         layers, alpha = target_layers(network, config.lora_targets), config.lora_alpha
         attach_adapters(network, layers, rank=config.lora, alpha=alpha, seed=config.seed)
     else:
@@ -111,6 +111,14 @@ def hold_in(network: nn.Module, half: torch.dtype) -> nn.Module:
         if isinstance(module, _CAST) and not isinstance(module, _Float32Linear):
             module.to(half)
     return network
+
+
+def hold_at_rest(network: nn.Module, dtype: str) -> nn.Module:
+    """`network` as it is run in a dtype, frozen: what diffusers keeps in float32 stays so."""
+    if dtype == "fp32":
+        return network
+    keep_in_float32(network)
+    return hold_in(network, TORCH_DTYPES[dtype])
 
 
 def learning_rate(step: int, config: FinetuneConfig) -> float:

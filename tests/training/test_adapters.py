@@ -16,7 +16,7 @@ from stand_ins import save_script
 from typer.testing import Result
 
 from deme_cli.artifacts import fingerprint, load_tensors, read_record, write_artifact
-from deme_cli.config import FinetuneConfig, SampleConfig
+from deme_cli.config import DataConfig, FinetuneConfig, SampleConfig
 from deme_cli.diffusion.adapters import (
     open_adapted,
     target_layers,
@@ -25,8 +25,9 @@ from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
 from deme_cli.distributed import ALONE
 from deme_cli.errors import ConfigError, DemeError, MissingError
 from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble
+from deme_cli.timesteps import parse_range
 from deme_cli.training.batches import open_batches
-from deme_cli.training.setup import Run
+from deme_cli.training.setup import Plan, Run, prepare
 from deme_cli.training.state import open_networks, open_state
 from deme_cli.training.train import Gradients, train
 
@@ -100,6 +101,15 @@ def test_the_base_costs_no_second_network_and_says_what_it_said(run: Run) -> Non
     assert kinds["conv_in.base_layer.weight"] == base.conv_in.weight.dtype == torch.bfloat16
     assert {kind for name, kind in kinds.items() if ".lora_" in name} == {torch.float32}
     list(train(half))
+
+
+def test_a_base_in_half_precision_reaches_the_device_so(digits_base: Path, tmp_path: Path) -> None:
+    config, images = replace(LORA, held_out=0), DataConfig(source="digits")
+    plan = Plan(digits_base, images, config, tmp_path / "x.safetensors", parse_range("1/2", 100))
+    for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        network = prepare(replace(plan, dtype=dtype)).denoiser.network
+        assert network.conv_in.weight.dtype == kind
+        assert network.conv_norm_out.weight.dtype == torch.float32
 
 
 def test_a_resumed_run_ends_in_the_same_file_bit_for_bit(run: Run) -> None:
