@@ -200,6 +200,64 @@ def test_a_bf16_base_takes_the_sum_rounded_once(pipelines: Pipelines) -> None:
         )
 
 
+SDXL = {
+    "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "sample_size": 128,
+    "layers_per_block": 2, "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20],
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816, "use_linear_projection": True,
+}  # fmt: skip
+FLUX = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
+FULL_SIZE: list[tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], str]]]] = [
+    (SDXL, {
+        "input_blocks_8_1_transformer_blocks_9_attn2_to_v":
+            ((1280, 2048), "down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_v"),
+        "output_blocks_2_2_conv": ((1280, 1280, 3, 3), "up_blocks.0.upsamplers.0.conv"),
+        "input_blocks_3_0_op": ((320, 320, 3, 3), "down_blocks.0.downsamplers.0.conv"),
+        "output_blocks_3_0_skip_connection":
+            ((640, 1920, 1, 1), "up_blocks.1.resnets.0.conv_shortcut"),
+        "input_blocks_4_0_emb_layers_1": ((640, 1280), "down_blocks.1.resnets.0.time_emb_proj"),
+        "out_2": ((4, 320, 3, 3), "conv_out"),
+        "label_emb_0_0": ((1280, 2816), "add_embedding.linear_1"),
+    }),
+    (FLUX, {
+        "single_blocks_37_linear2": ((3072, 15360), "single_transformer_blocks.37.proj_out"),
+        "double_blocks_18_img_mod_lin": ((18432, 3072), "transformer_blocks.18.norm1.linear"),
+        "final_layer_linear": ((64, 3072), "proj_out"),
+        "time_in_in_layer": ((3072, 256), "time_text_embed.timestep_embedder.linear_1"),
+    }),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "layers"), FULL_SIZE, ids=["sdxl", "flux"])
+def test_the_names_of_networks_of_full_size_are_found_and_alpha_counts_in_all(
+    config: dict[str, Any], layers: dict[str, tuple[tuple[int, ...], str]]
+) -> None:
+    tensors = factors(
+        {f"lora_unet_{name}": shape for name, (shape, _) in layers.items()}, KOHYA, alpha=True
+    )
+    found = low_rank_factors(tensors, config, "kohya")
+    for name, (shape, layer) in layers.items():
+        down, up = (tensors[f"lora_unet_{name}{side}"].flatten(1) for side in KOHYA)
+        change = (ALPHA / RANK * (up @ down)).view(shape)
+        torch.testing.assert_close(found[layer].change(), change, rtol=1e-4, atol=1e-4)
+    assert len(found) == len(layers)
+
+
+def test_flux_s_fused_projections_come_apart() -> None:
+    shape = {"lora_unet_single_blocks_0_linear1": (21504, 3072)}
+    tensors = factors(shape, KOHYA, alpha=True)
+    found = low_rank_factors(tensors, FLUX, "kohya")
+    down, up = (tensors[f"lora_unet_single_blocks_0_linear1{side}"] for side in KOHYA)
+    rows = {"attn.to_q": (0, 3072), "attn.to_v": (6144, 9216), "proj_mlp": (9216, 21504)}
+    for layer, (start, stop) in rows.items():
+        change = ALPHA / RANK * (up[start:stop] @ down)
+        ours = found[f"single_transformer_blocks.0.{layer}"].change()
+        torch.testing.assert_close(ours, change, rtol=1e-4, atol=1e-4)
+
+
 PLACE = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 SQUARE = {f"{PLACE}.lora_A.weight": (2, 16), f"{PLACE}.lora_B.weight": (16, 2)}
 
