@@ -83,7 +83,7 @@ def check_inputs(
 def peek(model: str) -> tuple[Record | None, int | None]:
     """The record of a model that is a file, and its T where files tell it; torch is not needed."""
     from deme_cli.diffusion.model_files import locate_model, peek_timesteps
-    from deme_cli.evaluation.rows import record_of_file
+    from deme_cli.evaluation.references import record_of_file
 
     whole = peek_timesteps(locate_model(model))
     return record_of_file(model), whole

@@ -19,7 +19,7 @@ import difflib
 import logging
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,10 +106,7 @@ def find_clip(model: str, weights: str) -> ClipWeights:
 
 
 def _find_tag(model: str, tag: str) -> ClipWeights:
-    """The weights of a tag of open_clip, with what it says of its images.
-
-    Raises MissingError within seconds where nobody answers.
-    """
+    """The weights of a tag of open_clip, with what it says of its images."""
     from huggingface_hub.utils import disable_progress_bars
 
     published = open_clip.get_pretrained_cfg(model, tag)
@@ -158,9 +155,8 @@ def _require_activation(model: str, weights: str, quick: bool | None) -> None:
             f"give --clip-model {other}"
         )
     console.warn(
-        f"{weights}: does not tell the activation it was trained with; computed with "
-        f"{'QuickGELU' if is_quick else 'GELU'}, as {model} does (--clip-model {other} for the "
-        f"other)"
+        f"{weights}: does not tell the activation it was trained with; computed as {model} does "
+        f"(--clip-model {other} for the other)"
     )
 
 
@@ -170,13 +166,10 @@ def quick_gelu_of(path: Path) -> bool | None:
     OpenAI's own files tell by their code or their names of tensors, files of open_clip's folders by
     the config beside them.
     """
-    if path.suffix == ".safetensors":
-        names: Iterable[str] = read_header(path).tensors
-    elif code := _script_code(path):
+    if code := _script_code(path):
         return b"1.702" in code  # QuickGELU(x) = x sigmoid(1.702 x)
-    else:
-        names = pickled_names(path)
-    if set(names) >= _OPENAI:
+    is_safe = path.suffix == ".safetensors"
+    if set(read_header(path).tensors if is_safe else pickled_names(path)) >= _OPENAI:
         return True
     beside = path.parent / CONFIG_NAME
     if path.name in CLIP_FILES and beside.is_file():
@@ -219,13 +212,11 @@ class ClipScorer:
     @torch.inference_mode()
     def _image_features(self, images: np.ndarray) -> Tensor:
         """Unit vectors (B, d) float64."""
-        x = torch.from_numpy(map_images(self._prepare, images)).to(self.device)
+        shown = images[..., 0] if images.shape[-1] == 1 else images
+        prepared = map_images(lambda one: self.preprocess(Image.fromarray(one)).numpy(), shown)
         with full_float32(self.device):
-            return functional.normalize(self.model.encode_image(x).cpu().double(), dim=-1)
-
-    def _prepare(self, image: np.ndarray) -> np.ndarray:
-        shown = image[..., 0] if image.shape[-1] == 1 else image
-        return self.preprocess(Image.fromarray(shown)).numpy()
+            features = self.model.encode_image(torch.from_numpy(prepared).to(self.device))
+        return functional.normalize(features.cpu().double(), dim=-1)
 
     @torch.inference_mode()
     def _text_features(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -258,11 +249,9 @@ def open_clip_scorer(
         if any(name.startswith("hf_") for name in text) and offline_reason():
             stay_offline()  # the hub's libraries would ask for half a minute
         model, _, preprocess = open_clip.create_model_and_transforms(
-            weights.architecture,
-            pretrained=None if is_local or script else str(weights.path),
-            device=place,
-            **weights.preprocessing,
-        )
+            weights.architecture, None if is_local or script else str(weights.path),
+            device=place, **weights.preprocessing,
+        )  # fmt: skip
         if script:
             state = load_script(weights.path, place).state_dict()
             model.load_state_dict({n: tensor for n, tensor in state.items() if n not in _OPENAI})

@@ -33,13 +33,7 @@ from deme_cli.evaluation.references import (
     reference_assets,
     weights_assets,
 )
-from deme_cli.evaluation.rows import (
-    compare_rows,
-    find_prompts,
-    folder_rows,
-    open_rows,
-    plan_rows,
-)
+from deme_cli.evaluation.rows import compare_rows, find_prompts, folder_rows, open_rows, plan_rows
 from deme_cli.fetch import fetch
 from deme_cli.run_file import RunFile
 
@@ -62,17 +56,13 @@ class Evaluation:
     @property
     def document(self) -> dict[str, Any]:
         """The rows as `deme eval --json` gives them."""
-        return {
-            "rows": [
-                {
-                    "name": name,
-                    "kind": self.kinds[name],
-                    "metrics": {metric: figure.document for metric, figure in row.items()},
-                    "protocol": self.protocols[name],
-                }
-                for name, row in self.figures.items()
-            ]
-        }
+        rows = [
+            {"name": name, "kind": self.kinds[name],
+             "metrics": {metric: figure.document for metric, figure in row.items()},
+             "protocol": self.protocols[name]}
+            for name, row in self.figures.items()
+        ]  # fmt: skip
+        return {"rows": rows}
 
     def require_at_most(self, max_fid: float) -> None:
         """Raises GateError if a row's distance is above the one allowed."""
@@ -84,13 +74,10 @@ class Evaluation:
 
 
 def evaluate(
-    models: Sequence[str | Path] = (),
-    settings: EvalConfig | None = None,
-    *,
-    sampling: SampleConfig | None = None,
-    weights: Path | None = None, run: RunFile | None = None, pipeline: str | None = None,
-    device: str = "auto", dtype: str = "fp32", compile: str = "auto", dry_run: bool = False,
-    progress: Progress = silent,
+    models: Sequence[str | Path] = (), settings: EvalConfig | None = None, *,
+    sampling: SampleConfig | None = None, weights: Path | None = None, run: RunFile | None = None,
+    pipeline: str | None = None, device: str = "auto", dtype: str = "fp32", compile: str = "auto",
+    dry_run: bool = False, progress: Progress = silent,
 ) -> Evaluation | None:  # fmt: skip
     """Measure images of models: distances to reference images, CLIP score.
 
@@ -131,13 +118,13 @@ def evaluate(
 
             clip = find_clip(settings.clip_model, run.seen(settings.clip_weights))
     if dry_run:
-        measures = [*references, *(["clip_score"] if clip else [])]
-        sources = [reference.source for reference in references.values()]
+        measures = ", ".join([*references, *["clip_score"] * bool(clip)])
+        sources = ", ".join(reference.source for reference in references.values())
+        against = f" against {sources}" if sources else ""
         sampler = f"{sampling.sampler} " if sampling.sampler else ""
         console.note(
-            f"would measure {', '.join(measures)} of {', '.join(plan.name for plan in plans)}"
-            f"{' against ' if sources else ''}{', '.join(sources)}: {settings.num} images, "
-            f"{settings.repeats} repeats, {sampler}{sampling.steps} steps"
+            f"would measure {measures} of {', '.join(plan.name for plan in plans)}{against}: "
+            f"{settings.num} images, {settings.repeats} repeats, {sampler}{sampling.steps} steps"
         )
         return Evaluation({plan.name: plan.kind for plan in plans})
 
@@ -171,16 +158,15 @@ def _find_features(
     """The features of the distances that are asked for, and the references by metric."""
     asked = {name: getattr(settings, name) for name in DISTANCES}
     sources = {metric: run.seen(source) for metric, source in asked.items() if source}
+    if not sources and not settings.clip_score:
+        raise ConfigError(
+            "nothing to measure: add --fid, --kid or --prc REF, as in --fid digits, or --clip-score"
+        )
+    if not sources and weights_path is not None:
+        raise ConfigError(
+            "--weights goes with --fid, --kid or --prc; those of CLIP are --clip-weights"
+        )
     if not sources:
-        if not settings.clip_score:
-            raise ConfigError(
-                "nothing to measure: add --fid, --kid or --prc REF, as in --fid digits, or "
-                "--clip-score"
-            )
-        if weights_path is not None:
-            raise ConfigError(
-                "--weights goes with --fid, --kid or --prc; those of CLIP are --clip-weights"
-            )
         return None, {}
     features, resize = choose_features(settings.features, [*sources.values()]), settings.resize
     assets = weights_assets(features, resize, weights_path)
@@ -190,10 +176,9 @@ def _find_features(
             find_reference(source, features, resize, needs_images=metric != "fid")
         assets += published
     fetch(assets, progress)
-    weights = find_weights(features, resize, weights_path)
-    return weights, {
-        weights.name_of(metric): find_reference(
+    weights, references = find_weights(features, resize, weights_path), {}
+    for metric, source in sources.items():
+        references[weights.name_of(metric)] = find_reference(
             source, features, resize, weights=weights, needs_images=metric != "fid"
         )
-        for metric, source in sources.items()
-    }
+    return weights, references

@@ -88,14 +88,9 @@ class Extractor:
 
 
 def look_at(
-    data: ImageData,
-    extractor: Extractor,
-    label: str,
-    world: World = ALONE,
-    progress: Progress = silent,
-    *,
-    keep: bool = False,
-) -> tuple[RunningStatistics, list[np.ndarray]]:
+    data: ImageData, extractor: Extractor, label: str, world: World = ALONE,
+    progress: Progress = silent, *, keep: bool = False,
+) -> tuple[RunningStatistics, list[np.ndarray]]:  # fmt: skip
     """Mean and covariance of the features of a set, and, with `keep`, themselves in float32.
 
     Processes of `world` share the batches, and the first one gets all features, in the set's order.

@@ -65,12 +65,10 @@ class Metrics:
         if self.extractor is not None:
             weights = self.extractor.weights
             told = {
-                "features": weights.name,
-                "weights_sha256": weights.sha256,
-                "weights_published": weights.published,
-                "resize": weights.resize,
+                "features": weights.name, "weights_sha256": weights.sha256,
+                "weights_published": weights.published, "resize": weights.resize,
                 "references": {name: one.card for name, one in self.references.items()},
-            }
+            }  # fmt: skip
             if any(name.startswith("prc") for name in self.references):
                 told["neighbours"] = self.neighbours
         if self.clip is not None:
@@ -122,15 +120,10 @@ class Measured:
 
 
 def measure_rows(
-    rows: Sequence[Row],
-    metrics: Metrics,
-    cards: Mapping[str, Mapping[str, Any]],
-    config: EvalConfig,
-    sampling: SampleConfig,
-    *,
-    compile: str = "off",
+    rows: Sequence[Row], metrics: Metrics, cards: Mapping[str, Mapping[str, Any]],
+    config: EvalConfig, sampling: SampleConfig, *, compile: str = "off",
     progress: Progress = silent,
-) -> list[Measured]:
+) -> list[Measured]:  # fmt: skip
     """The scores of every row in every repeat; the first process has them all.
 
     In one repeat all rows start from the same noise. What an earlier, stopped run under the same
@@ -149,12 +142,8 @@ def measure_rows(
         with suppress(OSError, ValueError, TypeError):  # absent, or of a run that was killed
             records = [Measured(**entry) for entry in json.loads(path.read_text())]
             known = {(record.row, record.repeat): record for record in records}
-    turns = [
-        (row, repeat)
-        for repeat in range(config.repeats)
-        for row in rows
-        if not (repeat and row.finished is not None)
-    ]
+    repeats = range(config.repeats)
+    turns = [(row, r) for r in repeats for row in rows if not r or row.finished is None]
     drawn = [row.num_images(config) for row, _ in turns if row.finished is None]
     num_batches = -(-max(drawn, default=0) // (sampling.batch_size * world.size))
     compiled = CompiledSteps(
@@ -166,7 +155,7 @@ def measure_rows(
         for num_kept, (row, repeat) in enumerate(turns):
             if not world.largest(int((row.name, repeat) in known)):
                 for record in _measure_row(row, repeat, metrics, config, sampling, compiled):
-                    if isinstance(record, Measured):
+                    if is_done := isinstance(record, Measured):
                         known[row.name, repeat] = record
                         if os.access(".", os.W_OK):
                             document = json.dumps([asdict(one) for one in known.values()])
@@ -174,10 +163,8 @@ def measure_rows(
                     else:
                         detail = f"{row.name}, repeat {repeat + 1}"
                         progress(Step(before + record, total, "measuring", "image", detail=detail))
-                    stop.go_on(
-                        f"stopped; {num_kept + isinstance(record, Measured)} measurements are "
-                        f"kept, run the same command again to go on"
-                    )
+                    kept = f"{num_kept + is_done} measurements are kept"
+                    stop.go_on(f"stopped; {kept}, run the same command again to go on")
                 world.wait()  # until the first one has kept it
             before += row.num_images(config)
     if world.is_first:
@@ -224,12 +211,14 @@ def _measure_row(
         if (other := reference.statistics) is not None:
             own = running.statistics(row.name)
             values[metric] = frechet_distance(own.mu, own.sigma, other.mu, other.sigma)
-        elif reference.features is not None and metric.startswith("prc"):
-            k, made = metrics.neighbours, np.concatenate(kept)
-            for name, value in neighbour_metrics(made, reference.features, k).items():
+            continue
+        made, real = np.concatenate(kept), reference.features
+        assert real is not None, "opened with one or the other"
+        if metric.startswith("prc"):
+            for name, value in neighbour_metrics(made, real, metrics.neighbours).items():
                 values[name + metric.removeprefix("prc")] = value
-        elif reference.features is not None:
-            values[metric] = kernel_distance(np.concatenate(kept), reference.features, seed=seed)
+        else:
+            values[metric] = kernel_distance(made, real, seed=seed)
     if metrics.clip is not None:
         cosines, is_cut = np.concatenate(pairs).T
         values["clip_score"] = 100 * float(cosines.mean())
@@ -269,13 +258,9 @@ class Figure:
     def document(self) -> dict[str, Any]:
         """As `--json` shows it."""
         shown: dict[str, Any] = {
-            "value": self.value,
-            "sd": self.sd,
-            "n": self.n,
-            "repeats": len(self.values),
-            "values": list(self.values),
-            **self.details,
-        }
+            "value": self.value, "sd": self.sd, "n": self.n, "repeats": len(self.values),
+            "values": list(self.values), **self.details,
+        }  # fmt: skip
         if self.difference is not None:
             interval = list(self.difference.interval)
             shown["difference"] = {**asdict(self.difference), "interval": interval}
@@ -291,34 +276,24 @@ def summarise(measured: Sequence[Measured]) -> dict[str, dict[str, Figure]]:
     rows: dict[str, list[Measured]] = {}
     for record in measured:
         rows.setdefault(record.row, []).append(record)
-    first = {record.repeat: record for record in next(iter(rows.values()))}
+    first = next(iter(rows))
+    theirs = {record.repeat: record.values for record in rows[first]}
     figures: dict[str, dict[str, Figure]] = {}
     for name, records in rows.items():
+        shared = [record for record in records if record.repeat in theirs and name != first]
         figures[name] = {}
         for metric in records[0].values:
             values = tuple(record.values[metric] for record in records)
-            pairs = [
-                record.values[metric] - first[record.repeat].values[metric]
-                for record in records
-                if record.repeat in first and name != first[record.repeat].row
-            ]
+            pairs = [record.values[metric] - theirs[record.repeat][metric] for record in shared]
+            sds = [float(np.std(s, ddof=1)) if len(s) > 1 else None for s in (values, pairs)]
             difference = None
-            if len(pairs) > 1:
-                to, mean = first[records[0].repeat].row, float(np.mean(pairs))
-                difference = Difference(to, mean, _sd(pairs), interval_of(pairs))
+            if sds[1] is not None:
+                difference = Difference(first, float(np.mean(pairs)), sds[1], interval_of(pairs))
+            details = records[0].details.get(metric, {})
             figures[name][metric] = Figure(
-                value=float(np.mean(values)),
-                sd=_sd(values) if len(values) > 1 else None,
-                n=records[0].n,
-                values=values,
-                difference=difference,
-                details=records[0].details.get(metric, {}),
+                float(np.mean(values)), sds[0], records[0].n, values, difference, details
             )
     return figures
-
-
-def _sd(sample: Sequence[float]) -> float:
-    return float(np.std(sample, ddof=1))
 
 
 def interval_of(sample: Sequence[float]) -> tuple[float, float]:
@@ -326,5 +301,5 @@ def interval_of(sample: Sequence[float]) -> tuple[float, float]:
     from scipy.special import stdtrit
 
     count, mean = len(sample), float(np.mean(sample))
-    half = float(stdtrit(count - 1, 0.975)) * _sd(sample) / count**0.5
+    half = float(stdtrit(count - 1, 0.975)) * float(np.std(sample, ddof=1)) / count**0.5
     return mean - half, mean + half

@@ -12,7 +12,7 @@ may the seed, but then rows are not paired. Nothing here imports torch.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -34,10 +34,9 @@ _SHOWN = 40  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Protocol:
-    """Settings that belong together. `source` says whose they are, `open` what that leaves open.
+    """Settings that belong together. source: whose they are.   open: what that leaves open.
 
-    `reference` describes the images that the user has to give with --fid; None where the protocol
-    names them itself, or needs none.
+    reference: the images that the user has to give with --fid; None where there are none to give.
     """
 
     name: str
@@ -178,13 +177,9 @@ def settings_under_protocol(
 def under_protocol(protocol: Protocol | None, settings: AnySettings, run: RunFile) -> AnySettings:
     """The settings with what the protocol fixes. Raises ConfigError where they say otherwise, and
     neither the run's file nor the defaults do."""
-    kind = type(settings)
-    usual = asdict(kind()), asdict(run.settings(kind))
-    given = {
-        name: value
-        for name, value in asdict(settings).items()
-        if all(value != values[name] for values in usual)
-    }
+    kind, own = type(settings), asdict(run.settings(type(settings)))
+    usual = asdict(kind())
+    given = {n: v for n, v in asdict(settings).items() if v != usual[n] and v != own[n]}
     return replace(settings, **apply_protocol(protocol, kind, given))
 
 
@@ -207,13 +202,10 @@ def evaluation_card(
     """
     if not seeds and protocol is not None and not protocol.drew(card):
         protocol = None
-    return {
-        **card,
-        **({"seeds": seeds} if seeds else {}),
-        "protocol": protocol.name if protocol else None,
-        **measured,
-        "versions": {"deme": __version__, **{name: library_version(name) for name in LIBRARIES}},
-    }
+    drawn = {**card, "seeds": seeds} if seeds else card
+    versions = {"deme": __version__, **{name: library_version(name) for name in LIBRARIES}}
+    named = {"protocol": protocol.name if protocol else None}
+    return {**drawn, **named, **measured, "versions": versions}
 
 
 def library_version(name: str) -> str | None:
@@ -234,12 +226,18 @@ def require_one_protocol(
     first, *others = cards
     remarks = []
     for name in others:
-        found = compare(cards[first], cards[name], counts[first], counts[name])
-        if found is None:
-            what = "nobody noted how the images of one of them were drawn: it has no protocol card"
-        else:
-            what = "; ".join(f"{field} {_shown(a)} and {_shown(b)}" for field, a, b in found)
-        if what:
+        card, other = cards[first], cards[name]
+        told = [f"n {counts[first]} and {counts[name]}"] * (counts[first] != counts[name])
+        for field in dict.fromkeys([*card, *other]):
+            a, b = card.get(field), other.get(field)
+            if field not in WHO_AND_WHENCE and a != b:
+                told.append(f"{field} {_shown(a)} and {_shown(b)}")
+        if is_known(card) != is_known(other):
+            told = [
+                "nobody noted how the images of one of them were drawn: it has no protocol card"
+            ]
+        if told:
+            what = "; ".join(told)
             remarks.append(f"{first} and {name} are of different protocols: {what}")
     if remarks and not mixed:
         raise ConfigError(f"{remarks[0]}; measure them in separate runs, or add --mixed")
@@ -252,17 +250,6 @@ def require_one_protocol(
     return remarks
 
 
-def compare(
-    card: Card, other: Card, count: int, other_count: int
-) -> list[tuple[str, Any, Any]] | None:
-    """(field, value, other value) of all that differs; None where one of the two has no card."""
-    if is_known(card) != is_known(other):
-        return None
-    fields = [field for field in dict.fromkeys([*card, *other]) if field not in WHO_AND_WHENCE]
-    pairs = [("n", count, other_count), *((f, card.get(f), other.get(f)) for f in fields)]
-    return [pair for pair in pairs if pair[1] != pair[2]]
-
-
 def is_known(card: Card) -> bool:
     """Whether a card tells how images were drawn."""
     return all(name in card for name in _HOW)
@@ -270,28 +257,25 @@ def is_known(card: Card) -> bool:
 
 def describe_cards(cards: Mapping[str, Card]) -> list[str]:
     """Lines for the terminal: what all rows share once, then what tells them apart."""
-    groups: dict[str, list[str]] = {}
-    for name, card in cards.items():
-        groups.setdefault(_drawn(card), []).append(name)
-    drawn = [f"{', '.join(names)}: {text}" for text, names in groups.items()]
-    return [*_measured_with(next(iter(cards.values()))), *drawn]
-
-
-def _measured_with(card: Card) -> Iterator[str]:
+    lines, card = [], next(iter(cards.values()))
     if "features" in card:
         remark = " (NOT the published weights)" if card["weights_published"] is False else ""
-        yield (
+        lines.append(
             f"features {card['features']}, resize {card['resize']}, "
             f"weights sha256 {card['weights_sha256'][:12]}{remark}"
         )
     for metric, reference in card.get("references", {}).items():
-        parts = [reference["file"], reference["split"]]
-        parts = [part for part in parts if part and part != reference["source"]]
         count = f"{reference['n']} images" if reference["n"] else "images not counted"
+        parts = dict.fromkeys((reference["source"], reference["file"], reference["split"], count))
         k = f", {card['neighbours']} neighbours" if metric.startswith("prc") else ""
-        yield f"{metric} against {', '.join([reference['source'], *parts, count])}{k}"
+        lines.append(f"{metric} against {', '.join(filter(None, parts))}{k}")
     if clip := card.get("clip_score"):
-        yield f"clip_score by {clip['model']}, {clip['weights']}, sha256 {clip['sha256'][:12]}"
+        model = f"{clip['model']}, {clip['weights']}"
+        lines.append(f"clip_score by {model}, sha256 {clip['sha256'][:12]}")
+    groups: dict[str, list[str]] = {}
+    for name, own in cards.items():
+        groups.setdefault(_drawn(own), []).append(name)
+    return lines + [f"{', '.join(names)}: {text}" for text, names in groups.items()]
 
 
 def _drawn(card: Card) -> str:
@@ -302,9 +286,8 @@ def _drawn(card: Card) -> str:
     eta = f", eta {card['eta']:g}" if card.get("eta") else ""
     spacing = f", {card['spacing']} spacing" if card["spacing"] else ""
     guidance = f", guidance {card['guidance']:g}" if card.get("guidance") else ""
-    return (
-        f"{card['sampler']} {card['steps']} steps{spacing}{eta}{guidance}, {card['dtype']}, {span}"
-    )
+    drawn = f"{card['sampler']} {card['steps']} steps{spacing}{eta}{guidance}"
+    return f"{drawn}, {card['dtype']}, {span}"
 
 
 def _shown(value: Any) -> str:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deme_cli.artifacts import StatisticsRecord, read_record, record_of, write_artifact
+from deme_cli.artifacts import Record, StatisticsRecord, read_record, write_artifact
 from deme_cli.config import EvalConfig
 from deme_cli.console import Progress, silent
 from deme_cli.data.digits import EMBEDDED
@@ -30,7 +30,7 @@ from deme_cli.data.image_source import FOLDERS_ONLY, find_image_source
 from deme_cli.distributed import ALONE, World, joined
 from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.fetch import Asset, cache_folder, fetch, sha256_of, user_cache
-from deme_cli.files import read_header, require_output
+from deme_cli.files import require_output
 from deme_cli.run_file import RunFile
 
 if TYPE_CHECKING:
@@ -92,11 +92,16 @@ def choose_features(features: str | None, references: Sequence[str]) -> str:
     for reference in references if features is None else ():
         if reference == "digits":
             return "digits"
-        if reference.endswith(".safetensors") and Path(reference).is_file():
-            record = read_record(Path(reference))
-            if isinstance(record, StatisticsRecord) and record.extractor.get("name") in NAMED:
-                return record.extractor["name"]
+        record = record_of_file(reference)
+        if isinstance(record, StatisticsRecord) and record.extractor.get("name") in NAMED:
+            return record.extractor["name"]
     return features or "inception"
+
+
+def record_of_file(argument: str) -> Record | None:
+    """The record of an artifact; None for what is no file."""
+    path = Path(argument).expanduser()
+    return read_record(path) if path.suffix == ".safetensors" and path.is_file() else None
 
 
 def weights_assets(features: str, resize: str, weights: Path | None) -> list[Asset]:
@@ -165,47 +170,33 @@ def published_weights(features: str, resize: str) -> Asset | None:
     CLIP ViT-B/32, as in clean-fid's `clip_vit_b_32`, OpenAI's file, or the copy that open_clip has
     fetched from the hub. Of DINOv2 ViT-L/14, as in EDM2's FD-DINOv2, that of transformers.
     """
+    digest = None
     if features == "dinov2":
+        name, what = "dinov2-large.safetensors", "DINOv2 ViT-L/14 weights"
+        url = "https://huggingface.co/facebook/dinov2-large/resolve/main/model.safetensors"
         repository = "models--facebook--dinov2-large/snapshots/*/model.safetensors"
-        return Asset(
-            "dinov2-large.safetensors",
-            "DINOv2 ViT-L/14 weights",
-            "https://huggingface.co/facebook/dinov2-large/resolve/main/model.safetensors",
-            copies=tuple(sorted(hub_cache().glob(repository))),
-        )
-    if features == "clip":
+        copies = sorted(hub_cache().glob(repository))
+    elif features == "clip":
+        name, what = "ViT-B-32.pt", "CLIP ViT-B/32 weights"
         digest = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
-        copies = hub_cache().glob(
-            "models--timm--vit_base_patch32_clip_224.openai/snapshots/*/open_clip_model.safetensors"
-        )
-        return Asset(
-            "ViT-B-32.pt",
-            "CLIP ViT-B/32 weights",
-            f"https://openaipublic.azureedge.net/clip/models/{digest}/ViT-B-32.pt",
-            digest,
-            (user_cache() / "clip" / "ViT-B-32.pt", *sorted(copies)),
-        )
-    if features != "inception":
+        url = f"https://openaipublic.azureedge.net/clip/models/{digest}/{name}"
+        repository = "models--timm--vit_base_patch32_clip_224.openai/snapshots/*"
+        hub = hub_cache().glob(f"{repository}/open_clip_model.safetensors")
+        copies = [user_cache() / "clip" / name, *sorted(hub)]
+    elif features != "inception":
         return None
-    if resize == "legacy_pytorch":
-        name = "pt_inception-2015-12-05-6726825d.pth"
+    elif resize == "legacy_pytorch":
+        name, what = "pt_inception-2015-12-05-6726825d.pth", "Inception weights of pytorch-fid"
+        digest = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+        url = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{name}"
         torch_home = Path(os.environ.get("TORCH_HOME") or user_cache() / "torch").expanduser()
-        return Asset(
-            name,
-            "Inception weights of pytorch-fid",
-            f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{name}",
-            "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-            (torch_home / "hub" / "checkpoints" / name,),
-        )
-    name = "inception-2015-12-05.pt"
-    own = Path("." if platform.system() == "Windows" else "/tmp")  # clean-fid's fixed place
-    return Asset(
-        name,
-        "Inception weights",
-        f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{name}",
-        "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
-        (own / name,),
-    )
+        copies = [torch_home / "hub" / "checkpoints" / name]
+    else:
+        name, what = "inception-2015-12-05.pt", "Inception weights"
+        digest = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+        url = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{name}"
+        copies = [Path("." if platform.system() == "Windows" else "/tmp") / name]  # clean-fid's
+    return Asset(name, what, url, digest, tuple(copies))
 
 
 def hub_cache() -> Path:
@@ -219,13 +210,12 @@ def clip_asset(name: str, repository: str) -> Asset:
     that has them, or in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    own = [cache_folder() / repository.split("/")[-1] / file for file in CLIP_FILES]
-    cached = (
-        try_to_load_from_cache(repository, file, cache_dir=hub_cache()) for file in CLIP_FILES
-    )
-    copies = (*own, *(Path(path) for path in cached if isinstance(path, str)))
+    copies = [cache_folder() / repository.split("/")[-1] / file for file in CLIP_FILES]
+    for file in CLIP_FILES:
+        cached = try_to_load_from_cache(repository, file, cache_dir=hub_cache())
+        copies += [Path(cached)] if isinstance(cached, str) else []
     address = f"https://huggingface.co/{repository}"
-    return Asset(name, "CLIP score's weights", address, copies=copies)
+    return Asset(name, "CLIP score's weights", address, copies=tuple(copies))
 
 
 @dataclass(frozen=True)
@@ -263,12 +253,10 @@ def statistics_asset(dataset: str, resize: str) -> Asset:
     file_name = f"{name}_{resize}_{split}_{size}.npz"
     package = importlib.util.find_spec("cleanfid")
     folders = package.submodule_search_locations if package else None
-    return Asset(
-        file_name,
-        f"statistics of {num} images of {dataset} ({split})",
-        f"https://www.cs.cmu.edu/~clean-fid/stats/{file_name}",
-        copies=tuple(Path(folder) / "stats" / file_name for folder in folders or ()),
-    )
+    copies = tuple(Path(folder) / "stats" / file_name for folder in folders or ())
+    what = f"statistics of {num} images of {dataset} ({split})"
+    address = f"https://www.cs.cmu.edu/~clean-fid/stats/{file_name}"
+    return Asset(file_name, what, address, copies=copies)
 
 
 def reference_assets(
@@ -281,14 +269,9 @@ def reference_assets(
 
 
 def find_reference(
-    source: str,
-    features: str,
-    resize: str = "clean",
-    *,
-    weights: FeatureWeights | None = None,
-    needs_images: bool = False,
-    split: str | None = None,
-) -> Reference:
+    source: str, features: str, resize: str = "clean", *, weights: FeatureWeights | None = None,
+    needs_images: bool = False, split: str | None = None,
+) -> Reference:  # fmt: skip
     """The reference that an argument names, with its headers checked.
 
     weights: what statistics must have been made with, if that is to be checked now. needs_images:
@@ -310,18 +293,16 @@ def find_reference(
             f"{source}: no statistics of {FOLDERS_ONLY[source]} are published for these features; "
             f"get the images and make them: deme stats FOLDER -o {source}.safetensors"
         )
-    path, record = Path(source).expanduser(), None
-    if path.suffix == ".safetensors" and path.is_file():
-        record = record_of(read_header(path))
-    if path.suffix != ".npz" and not isinstance(record, StatisticsRecord):
-        return find_images(source, split)  # samples are; anything else is refused as such
+    path, record = Path(source).expanduser(), record_of_file(source)
     if isinstance(record, StatisticsRecord):
         if weights is not None:
             require_same_extractor(record, weights, source)
         found = Reference(source, "statistics", path, n=record.n)
-    else:
+    elif path.suffix == ".npz":
         _require_npz(path)
         found = Reference(source, "npz", path)
+    else:
+        return find_images(source, split)  # samples are; anything else is refused as such
     if needs_images:
         raise ConfigError(f"{source}: holds a mean and covariance; --kid and --prc need images")
     return found
@@ -346,21 +327,16 @@ def _require_npz(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         raise ArtifactError(f"{path}: not a whole .npz file; fetch or make it again")
     with zipfile.ZipFile(path) as archive:
-        names = set(archive.namelist())
-    if not {"mu.npy", "sigma.npy"} <= names:
-        found = ", ".join(sorted(name.removesuffix(".npy") for name in names)) or "nothing"
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+    if not {"mu", "sigma"} <= names:
+        found = ", ".join(sorted(names)) or "nothing"
         raise ArtifactError(f"{path}: expected the arrays mu and sigma, found {found}")
 
 
 def open_reference(
-    reference: Reference,
-    extractor: Extractor,
-    shape: tuple[int, int, int] | None = None,
-    *,
-    needs_images: bool = False,
-    world: World = ALONE,
-    progress: Progress = silent,
-) -> Reference:
+    reference: Reference, extractor: Extractor, shape: tuple[int, int, int] | None = None, *,
+    needs_images: bool = False, world: World = ALONE, progress: Progress = silent,
+) -> Reference:  # fmt: skip
     """The reference with its statistics, or with its features, where images are needed.
 
     shape: (C, H, W) that images come at; None for their own size. Processes of `world` share the
@@ -368,12 +344,9 @@ def open_reference(
     """
     if reference.path is not None:
         statistics = _read_statistics(reference.path, reference.n or 0)
-        d = len(statistics.mu)
-        if shape is not None and d != (num_features := extractor.num_features(shape)):
-            raise ArtifactError(
-                f"{reference.path}: statistics of {d} features, {extractor.weights.name} has "
-                f"{num_features}"
-            )
+        own, d = f"statistics of {len(statistics.mu)} features", len(statistics.mu)
+        if shape is not None and d != (num := extractor.num_features(shape)):
+            raise ArtifactError(f"{reference.path}: {own}, {extractor.weights.name} has {num}")
         return replace(reference, sha256=sha256_of(reference.path), statistics=statistics)
     import numpy as np
 
@@ -415,10 +388,7 @@ def _read_statistics(path: Path, n: int) -> Statistics:
 
 
 def reference_statistics(
-    data: str,
-    output: Path,
-    settings: EvalConfig | None = None,
-    *,
+    data: str, output: Path, settings: EvalConfig | None = None, *,
     split: str | None = None, size: int | None = None, squeeze: bool = False,
     weights: Path | None = None, run: RunFile | None = None, device: str = "auto",
     force: bool = False, progress: Progress = silent,
@@ -467,13 +437,10 @@ def reference_statistics(
     made = None
     if world.is_first:
         statistics = running.statistics(data)
-        described = {
-            "fingerprint": images.fingerprint, "split": split, "shape": list(images.shape),
-            "squeezed": images.squeeze,
-        }  # fmt: skip
         record = StatisticsRecord(
             n=statistics.n, extractor=found.extractor, resize=found.resize, source=images.source,
-            data=described,
+            data={"fingerprint": images.fingerprint, "split": split, "shape": list(images.shape),
+                  "squeezed": images.squeeze},
         )  # fmt: skip
         n = np.array(statistics.n, dtype=np.int64)
         tensors = {"mu": statistics.mu, "sigma": statistics.sigma, "n": n}

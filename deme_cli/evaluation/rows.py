@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from deme_cli.artifacts import DenoiserRecord, ExpertRecord, Record, SamplesRecord, read_record
+from deme_cli.artifacts import DenoiserRecord, ExpertRecord, Record, SamplesRecord
 from deme_cli.config import EVAL_NUM, EvalConfig, SampleConfig
 from deme_cli.console import Progress, silent
 from deme_cli.data.image_source import find_files, image_suffixes
@@ -24,6 +24,7 @@ from deme_cli.data.prompts import PromptSet, prompt_assets, read_prompts, select
 from deme_cli.diffusion.model_files import locate_model, read_json
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, MissingError
 from deme_cli.evaluation.protocols import require_one_protocol
+from deme_cli.evaluation.references import record_of_file
 from deme_cli.fetch import fetch
 from deme_cli.run_file import RunFile
 from deme_cli.run_folder import CARD_NAME
@@ -70,12 +71,13 @@ def plan_rows(arguments: Sequence[str]) -> tuple[list[RowPlan], list[str]]:
                     f"{record.num_train_timesteps}: it makes no ensemble with the others given"
                 )
     names = Counter(plan.name for plan in plans)
-    for index, plan in enumerate(plans):
-        if names[plan.name] > 1:
-            plans[index] = replace(plan, name=", ".join(plan.arguments))
-    (twice, count), *_ = Counter(plan.name for plan in plans).most_common(1) or [("", 0)]
-    if count > 1:
-        raise ConfigError(f"{twice} is given twice")
+    plans = [
+        plan if names[plan.name] == 1 else replace(plan, name=", ".join(plan.arguments))
+        for plan in plans
+    ]
+    for name, count in Counter(plan.name for plan in plans).items():
+        if count > 1:
+            raise ConfigError(f"{name} is given twice")
     return plans, warnings
 
 
@@ -109,12 +111,6 @@ def folder_rows(base: Path) -> tuple[list[RowPlan], list[str]]:
     return plans, warnings
 
 
-def record_of_file(argument: str) -> Record | None:
-    """The record of an artifact; None for what is no file."""
-    path = Path(argument).expanduser()
-    return read_record(path) if path.is_file() and path.suffix == ".safetensors" else None
-
-
 def _plan(argument: str, record: Record | None) -> RowPlan:
     path = Path(argument).expanduser()
     if record is None:
@@ -140,26 +136,18 @@ def is_partial(record: Record | None) -> TypeGuard[ExpertRecord]:
 
 def _ensembles(records: Mapping[str, Record | None]) -> Iterator[tuple[str, ...]]:
     """Groups of arguments whose experts cover [0, T) once: of one base, then of one N."""
-    experts = {argument: record for argument, record in records.items() if is_partial(record)}
-    by_base: dict[str, list[str]] = {}
-    for argument, record in experts.items():
-        by_base.setdefault(record.base, []).append(argument)
-    for group in by_base.values():
-        if _cover(group):
-            yield tuple(group)
-            continue
-        by_count: dict[int | None, list[str]] = {}
-        for argument in group:
-            by_count.setdefault(experts[argument].of, []).append(argument)
-        yield from (tuple(part) for part in by_count.values() if _cover(part))
-
-
-def _cover(arguments: Sequence[str]) -> bool:
-    try:
-        read_ensemble([Path(argument).expanduser() for argument in arguments])
-    except DemeError:
-        return False
-    return True
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for argument, record in records.items():
+        if is_partial(record):
+            for key in ((record.base,), (record.base, record.of)):
+                groups.setdefault(key, []).append(argument)
+    whole = set()
+    for key, group in sorted(groups.items(), key=lambda one: len(one[0])):
+        if key[:1] not in whole:
+            with suppress(DemeError):
+                read_ensemble([Path(argument).expanduser() for argument in group])
+                whole.add(key)
+                yield tuple(group)
 
 
 @dataclass(frozen=True)
@@ -208,11 +196,9 @@ def find_prompts(
 
 
 def open_rows(
-    plans: Sequence[RowPlan],
-    sample: SampleConfig,
-    *,
-    prompts: PromptSet | None = None, needs_prompts: bool = False,
-    pipeline: str | None = None, device: str = "cpu", dtype: str = "fp32",
+    plans: Sequence[RowPlan], sample: SampleConfig, *, prompts: PromptSet | None = None,
+    needs_prompts: bool = False, pipeline: str | None = None, device: str = "cpu",
+    dtype: str = "fp32",
 ) -> list[Row]:  # fmt: skip
     """What the plans need to be measured. Models in artifacts are loaded when sampled.
 
@@ -229,10 +215,8 @@ def open_rows(
         rows.append(row)
         if row.shape[1:] != rows[0].shape[1:]:
             own, first = (f"{r.shape[2]}x{r.shape[1]}" for r in (row, rows[0]))
-            raise ArtifactError(
-                f"{row.name} has {own} images, {rows[0].name} {first}; "
-                f"measure them in separate runs"
-            )
+            told = f"{row.name} has {own} images, {rows[0].name} {first}"
+            raise ArtifactError(f"{told}; measure them in separate runs")
         if needs_prompts and row.prompts is None:
             raise ConfigError(
                 f"{row.name}: the prompts of its images are not known, --clip-score needs them; "
@@ -253,8 +237,9 @@ def _open_model(
         records = [member.record for member in read_ensemble(paths)]
         experts = open_ensemble(paths, device=device, dtype=dtype)
     else:
-        (argument,) = plan.arguments
-        experts, record = open_single(argument, pipeline=pipeline, device=device, dtype=dtype)
+        experts, record = open_single(
+            plan.arguments[0], pipeline=pipeline, device=device, dtype=dtype
+        )
         records = [record]
     first = records[0]
     key = json.dumps([first.source, first.model_config, first.companions], sort_keys=True)
@@ -282,10 +267,8 @@ def _open_samples(
     if isinstance(record, SamplesRecord):
         card, prompts = record.protocol, record.prompts
         if prompts is not None and list(map(type, prompts)) != [str] * len(data):
-            raise ArtifactError(
-                f"{argument}: expected {len(data)} prompts, one for each image, "
-                f"found {len(prompts)}"
-            )
+            expected = f"expected {len(data)} prompts, one for each image"
+            raise ArtifactError(f"{argument}: {expected}, found {len(prompts)}")
     else:
         path = Path(argument).expanduser() / CARD_NAME
         card = read_json(path).get("protocol", {}) if path.is_file() else {}
@@ -338,18 +321,18 @@ def compare_rows(
             f"{features.path}: not the published {features.name} weights (sha256 "
             f"{features.sha256[:12]}); figures cannot be compared with others'"
         )
-    counts = {row.name: row.num_images(config) for row in rows}
+    counts, cards = (
+        {row.name: row.num_images(config) for row in rows},
+        {r.name: r.card for r in rows},
+    )
     for row in rows:
         num = counts[row.name]
         if features is not None and num != config.num:
-            told.append(
-                f"{row.name} has {num} images, not {config.num}: "
-                f"fewer images make a distance larger"
-            )
+            fewer = f"{row.name} has {num} images, not {config.num}"
+            told.append(f"{fewer}: fewer images make a distance larger")
         if row.finished is not None and num < len(row.finished):
             told.append(
                 f"{row.name}: the first {num} of its {len(row.finished)} images are taken, "
                 f"{row.finished.name(0)} to {row.finished.name(num - 1)}"
             )
-    cards = {row.name: row.card for row in rows}
     return told + require_one_protocol(cards, counts, mixed=config.mixed)
