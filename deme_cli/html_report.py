@@ -20,14 +20,7 @@ from typing import Any
 
 from deme_cli.analysis.figure import color_of, open_axis, render
 from deme_cli.analysis.settings import ANALYSES
-from deme_cli.artifacts import (
-    KINDS,
-    BaseRecord,
-    ExpertRecord,
-    MergedRecord,
-    SamplesRecord,
-    TaskVectorRecord,
-)
+from deme_cli.artifacts import KINDS, BaseRecord, ExpertRecord, MergedRecord, SamplesRecord
 from deme_cli.console import decimals, fixed, plain, signed, size_of
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.evaluation.protocols import WHO_AND_WHENCE
@@ -137,21 +130,19 @@ def _metric(title: str, metric: str, figures: Sequence[Json | None]) -> Columns:
 
     figures: value, sd, and difference (mean, sd, interval) of each row; None where it has none.
     """
-    sign = -1 if metric in _HIGHER else 1
-    values = [math.nan if one is None else _number(one["value"]) for one in figures]
-    finite = [sign * value for value in values if math.isfinite(value)]
-    sds = [_number(one["sd"]) for one in figures if one and one.get("sd") is not None]
-    digits = decimals(sds or finite, 2 if sds else 4)
-    others = [(one or {}).get("difference") for one in figures]
-    spreads = [_number(one["sd"]) for one in others if one and one.get("sd") is not None]
-    places = decimals(spreads, 2) if spreads else digits
+    sign, some = -1 if metric in _HIGHER else 1, [one or {} for one in figures]
+    values, sds = ([_number(one.get(name)) for one in some] for name in ("value", "sd"))
+    finite, spread = ([*filter(math.isfinite, numbers)] for numbers in (values, sds))
+    best = min(finite, key=lambda value: sign * value) if len(finite) > 1 else None
+    digits = decimals(spread or finite, 2 if spread else 4)
+    others = [one.get("difference") for one in some]
+    spread = [_number(one["sd"]) for one in others if one and one.get("sd") is not None]
+    places = decimals(spread, 2) if spread else digits
     cells = []
-    for one, value, other in zip(figures, values, others, strict=True):
-        told = "" if one is None else fixed(value, digits)
-        if one and one.get("sd") is not None:
-            told += f" ± {fixed(_number(one['sd']), digits)}{one.get('mark', '')}"
-        is_best = len(finite) > 1 and sign * value == min(finite)
-        line = [(told, "best" if is_best else "")]
+    for one, value, sd, other in zip(some, values, sds, others, strict=True):
+        told = fixed(value, digits) if one else ""
+        told += f" ± {fixed(sd, digits)}{one.get('mark', '')}" if math.isfinite(sd) else ""
+        line = [(told, "best" if value == best else "")]
         if other:
             mean, low, high = map(_number, (other["mean"], *other["interval"]))
             side = "" if low <= 0 <= high else "better" if sign * mean < 0 else "worse"
@@ -227,13 +218,11 @@ def _cards(cards: Sequence[tuple[str, Json]]) -> list[Card]:
     """A card per row; marked are fields in which rows differ, but for who drew and from where."""
     flat = [(title, dict(_flat(card))) for title, card in cards]
     names = dict.fromkeys(name for _, fields in flat for name in fields)
-    differs = {
-        name: name.split(".")[0] not in WHO_AND_WHENCE
-        and len({fields.get(name) for _, fields in flat}) > 1
-        for name in names
-    }
+    seen = {name: {fields.get(name) for _, fields in flat} for name in names}
+    differs = [n for n, texts in seen.items()
+               if len(texts) > 1 and n.split(".")[0] not in WHO_AND_WHENCE]  # fmt: skip
     return [
-        (title, [(name, fields.get(name, "absent"), differs[name]) for name in names])
+        (title, [(name, fields.get(name, "absent"), name in differs) for name in names])
         for title, fields in flat
         if fields
     ]
@@ -274,14 +263,13 @@ def _public(text: str) -> str:
 def _analyses(folder: Folder) -> Iterator[tuple[tuple[int, str], dict[str, Any]]]:
     """A figure for each document of an analysis, in the order of the paper."""
     for name, document in folder.documents.items():
-        kind = document.get("kind")
+        kind, protocol = document.get("kind"), document.get("protocol")
         if not isinstance(kind, str) or "schema_version" not in document:
             continue
         if not is_current(document):
             folder.unread[name] = f"schema_version {document['schema_version']!r}, expected 1"
             continue
-        place = [*ANALYSES].index(kind) if kind in ANALYSES else len(ANALYSES)
-        protocol = document.get("protocol")
+        place = [*ANALYSES, kind].index(kind)
         yield (place, name), {
             "title": kind.replace("-", " ").capitalize(), "text": str(document.get("reading", "")),
             "picture": picture_of(folder, f"{name.removesuffix('.json')}.png"), "name": name,
@@ -320,8 +308,8 @@ def _merge(folder: Folder, path: Path, record: MergedRecord) -> dict[str, Any]:
         text += f", coefficients by {search.get('method')} search"
     if "evaluations" in search:
         text += f" of {search.get('objective')}: {int(search['evaluations']):,} evaluations"
-    if journal := folder.files.get(f"{path.stem}{JOURNAL}"):
-        text += f"; trials in {journal.name}"
+    if (journal := f"{path.stem}{JOURNAL}") in folder.files:
+        text += f"; trials in {journal}"
     told = {"Search": {k: v for k, v in search.items() if k != "trials"},
             "Settings": record.settings,
             "Coefficients by pattern, the first that matches": record.coefficients_for}  # fmt: skip
@@ -402,8 +390,8 @@ def _artifacts(folder: Folder) -> list[list[str]]:
         marks: Any = []
         if isinstance(record, MergedRecord):
             marks = [one.get("fingerprint") for one in record.parents if isinstance(one, dict)]
-        elif isinstance(record, (TaskVectorRecord, ExpertRecord)):
-            marks = [record.expert if isinstance(record, TaskVectorRecord) else record.base]
+        elif isinstance(record, ExpertRecord):
+            marks = [getattr(record, "expert", record.base)]  # of a task vector
         elif isinstance(record, SamplesRecord):
             marks = record.protocol.get("fingerprints")
         made_of = ", ".join(names.get(str(mark), str(mark)[:12]) for mark in marks or [])
@@ -417,14 +405,13 @@ def _missing(
     folder: Folder, tables: Sequence[Any], figures: Sequence[Any], samples: Sequence[Any]
 ) -> list[tuple[str, str]]:
     """What a reader might expect and is not there, with the command that makes it."""
-    experts = [record for _, record in folder.of(ExpertRecord)]
-    there = {(record.index, record.of) for record in experts}
+    there = {(record.index, record.of) for _, record in folder.of(ExpertRecord)}
     wanted = [
         (folder.of(BaseRecord), "the base", "deme split MODEL -n 4"),
-        (experts, "experts", "deme finetune --range all"),
+        (there, "experts", "deme finetune --range all"),
         *(
             ((i, n) in there, f"expert {i} of {n}", f"deme finetune --range {i}/{n}")
-            for n in sorted({record.of for record in experts if record.of and record.of > 1})
+            for n in sorted({n for _, n in there if n and n > 1})
             for i in range(1, min(n, 64) + 1)
         ),
         (folder.of(MergedRecord), "a merged model", "deme merge ft_*.safetensors --search grid"),

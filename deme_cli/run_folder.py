@@ -81,8 +81,7 @@ def open_folder(path: Path) -> Folder:
             with folder.noting(name):
                 document = json.loads(text_of(entry))
                 json.dumps(document)  # what is nested too deeply to be shown fails here
-                if isinstance(document, dict):
-                    folder.documents[name] = document
+                folder.documents |= {name: document} if isinstance(document, dict) else {}
         elif entry.suffix == ".png" or name.endswith((METRICS, JOURNAL)):
             folder.files[name] = entry
     ours = any("rows" in d or "kind" in d for d in folder.documents.values() if is_current(d))
@@ -109,20 +108,18 @@ def picture_of(folder: Folder, name: str) -> dict[str, Any] | None:
     there, or with a note where it cannot be shown."""
     from PIL import Image
 
-    picture = None
     if name not in folder.files:
-        return picture
-    with folder.noting(name):
+        return None
+    try:
         data = folder.files[name].read_bytes()
-        try:
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                if image.width * image.height > _MAX_PIXELS:
-                    raise ArtifactError(f"{name}: {image.width} x {image.height} pixels, too many")
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.width * image.height <= _MAX_PIXELS:
                 image.load()
-                picture = embedded(name, data, image.size)
-        except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:
-            raise ArtifactError(f"{name}: not a whole PNG file") from error
-    return picture
+                return embedded(name, data, image.size)
+            folder.unread[name] = f"{image.width} x {image.height} pixels, too many"
+    except (SyntaxError, ValueError, OSError, Image.DecompressionBombError):
+        folder.unread[name] = "not a whole PNG file"
+    return None
 
 
 def embedded(name: str, data: bytes, size: tuple[int, int]) -> dict[str, Any]:
