@@ -250,6 +250,17 @@ def require_one_protocol(
     return remarks
 
 
+def compare(
+    card: Card, other: Card, count: int, other_count: int
+) -> list[tuple[str, Any, Any]] | None:
+    """(field, value, other value) of all that differs; None where one of the two has no card."""
+    if is_known(card) != is_known(other):
+        return None
+    fields = [field for field in dict.fromkeys([*card, *other]) if field not in WHO_AND_WHENCE]
+    pairs = [("n", count, other_count), *((f, card.get(f), other.get(f)) for f in fields)]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
 def is_known(card: Card) -> bool:
     """Whether a card tells how images were drawn."""
     return all(name in card for name in _HOW)

@@ -39,24 +39,19 @@ def test_the_folder_is_measured_against_the_digits(run_folder: Path, deme: Deme)
     assert [row["name"] for row in document(planned)["rows"]] == ["base", "ensemble"]
     assert "would measure frechet_digits of base, ensemble against digits" in planned.stderr
     shown = deme("eval", "--fid", "digits", *FEW, "--repeats", "2", "--json")
-    found = document(shown)
-    assert found["schema_version"] == 1
-    base, ensemble = found["rows"]
+    base, ensemble = document(shown)["rows"]
     assert (base["name"], base["kind"]) == ("base", "base")
     assert (ensemble["name"], ensemble["kind"]) == ("ensemble", "ensemble")
     figure = ensemble["metrics"]["frechet_digits"]
     assert (figure["n"], figure["repeats"]) == (6, 2)
     assert figure["value"] == pytest.approx(np.mean(figure["values"]))
-    assert figure["sd"] > 0
     assert figure["difference"]["to"] == "base"
     protocol = base["protocol"]
-    assert protocol["seeds"] == [0, 1]
+    assert (protocol["seeds"], protocol["features"]) == ([0, 1], "digits")
     assert protocol["references"]["frechet_digits"]["n"] == 359
-    assert protocol["features"] == "digits"
     assert (protocol["sampler"], protocol["steps"]) == ("ddim", 2)
     assert protocol["versions"]["torch"]
-    assert "fid" not in base["metrics"]
-    assert not list(run_folder.glob(".deme-eval*"))
+    assert set(base["metrics"]) == {"frechet_digits"}
     for words in ("frechet_digits", "minus base", "ensemble", "6 x 2", "±", "ddim 2 steps",
                   "held-out, 359 images", "seeds 0 to 1"):  # fmt: skip
         assert words in shown.stderr
@@ -83,16 +78,12 @@ def test_cifar10_runs_through_with_a_stand_in_and_statistics(
     run_folder: Path, cache: Path, stand_in: Path, deme: Deme
 ) -> None:
     write_statistics_npz(cache / "cifar10_clean_train_32.npz")
-    shown = deme(
-        "eval", "base.safetensors", "--fid", "cifar10", "--weights", stand_in, *FEW, "--json"
-    )
+    cifar = ("--fid", "cifar10", "--weights", stand_in)
+    shown = deme("eval", "base.safetensors", *cifar, *FEW, "--json")
     (row,) = document(shown)["rows"]
-    assert set(row["metrics"]) == {"fid"}
     assert row["metrics"]["fid"]["value"] > 0
-    protocol = row["protocol"]
-    assert protocol["weights_published"] is False
-    assert len(protocol["weights_sha256"]) == 64
-    assert protocol["references"]["fid"]["file"] == "cifar10_clean_train_32.npz"
+    assert row["protocol"]["weights_published"] is False
+    assert row["protocol"]["references"]["fid"]["file"] == "cifar10_clean_train_32.npz"
     assert "not the published inception weights" in shown.stderr
 
 
@@ -155,8 +146,6 @@ def test_the_clip_score_of_samples_that_know_their_prompts_or_are_given_them(
     assert score["value"] == pytest.approx(100 * cosines.mean(), abs=1e-9)
     assert (score["n"], score["repeats"], score["sd"], score["truncated"]) == (40, 1, None, 0)
     assert (score["model"], score["weights"]) == ("clip", "open_clip_model.safetensors")
-    assert set(row["metrics"]) == {"clip_score"}
-    assert row["protocol"]["clip_score"]["sha256"] == score["sha256"]
     assert "clip_score by clip" in shown.stderr
     write_artifact(Path("bare.safetensors"), {"images": images}, SamplesRecord(protocol={}))
     Path("prompts.txt").write_text("\n".join(record.prompts))
@@ -165,25 +154,17 @@ def test_the_clip_score_of_samples_that_know_their_prompts_or_are_given_them(
     refuse(2, "bare: the prompts of its images are not known", "eval", "bare.safetensors", *scoring)
 
 
-def test_a_text_model_draws_the_prompts_and_is_scored_by_them(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    deme: Deme,
-    refuse: Callable,
-    pipelines: Callable[..., Path],
-) -> None:  # fmt: skip
-    """As are its images where they were kept."""
-    monkeypatch.chdir(tmp_path)
+def test_a_text_model_and_its_kept_images_are_scored_by_their_prompts(
+    run_folder: Path, deme: Deme, refuse: Callable, pipelines: Callable[..., Path]
+) -> None:
     Path("prompts.txt").write_text("a red cat\na seven\n")
-    clip, shown = f"local-dir:{write_clip(tmp_path / 'clip')}", ("--prompts", "prompts.txt")
-    drawing = (pipelines("sd"), *shown, "--per-prompt", 2, "--steps", 2, "--guidance", 3)
+    shown = (pipelines("sd"), "--prompts", "prompts.txt", "--per-prompt", 2)
+    drawing = (*shown, "--steps", 2, "--guidance", 3)
     for output in ("drawn.safetensors", "pictures"):
-        drawn = deme("sample", *drawing, "-o", output)
-        assert drawn.exit_code == 0, drawn.exception
-    scoring = ("--clip-score", "--clip-weights", clip)
-    rows = document(
-        deme("eval", "drawn.safetensors", "pictures", *drawing, *scoring, "--repeats", 2, "--json")
-    )["rows"]
+        assert deme("sample", *drawing, "-o", output).exit_code == 0
+    scoring = ("--clip-score", "--clip-weights", f"local-dir:{write_clip(Path('clip'))}")
+    words = ("eval", "drawn.safetensors", "pictures", *drawing, *scoring, "--repeats", 2, "--json")
+    rows = document(deme(*words))["rows"]
     *samples, own = [row["metrics"]["clip_score"] for row in rows]
     assert (own["n"], own["repeats"]) == (4, 2)
     protocol = rows[-1]["protocol"]
@@ -225,12 +206,8 @@ def test_a_protocol_fixes_what_is_measured_and_how(
     refuse(2, "measures against ImageNet-1k", *arguments)
     shown = deme(*arguments, "--fid", "imagenet.npz")
     assert document(shown)["protocol"] == "imagenet"
-    for words in (
-        "DeMe, Table 2",
-        "not told there: number of images",
-        "would measure fid, clip_score of sd against imagenet.npz: 50000 images",
-        "pndm 25 steps",
-    ):
+    for words in ("DeMe, Table 2", "not told there: number of images", "pndm 25 steps",
+                  "would measure fid, clip_score of sd against imagenet.npz: 50000"):  # fmt: skip
         assert words in shown.stderr
     told = "--steps 50: the protocol imagenet has 25"
     refuse(2, told, *arguments, "--fid", "imagenet.npz", "--steps", "50")
@@ -240,14 +217,12 @@ def test_a_protocols_name_is_on_the_card_of_its_rows(
     run_folder: Path, cache: Path, deme: Deme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = replace(
-        PROTOCOLS["ddim-cifar10"],
-        sample={"sampler": "ddim", "steps": 2, "eta": 0.0, "num": 6},
+        PROTOCOLS["ddim-cifar10"], sample={"sampler": "ddim", "steps": 2, "num": 6},
         evaluation={"fid": "digits", "features": "digits", "resize": "clean"},
-    )
+    )  # fmt: skip
     monkeypatch.setitem(PROTOCOLS, "ddim-cifar10", short)
-    (row,) = document(deme("eval", "base.safetensors", "--protocol", "ddim-cifar10", "--json"))[
-        "rows"
-    ]
+    shown = deme("eval", "base.safetensors", "--protocol", "ddim-cifar10", "--json")
+    (row,) = document(shown)["rows"]
     assert row["protocol"]["protocol"] == "ddim-cifar10"
     assert (row["protocol"]["steps"], row["metrics"]["frechet_digits"]["n"]) == (2, 6)
 
