@@ -226,18 +226,12 @@ def require_one_protocol(
     first, *others = cards
     remarks = []
     for name in others:
-        card, other = cards[first], cards[name]
-        told = [f"n {counts[first]} and {counts[name]}"] * (counts[first] != counts[name])
-        for field in dict.fromkeys([*card, *other]):
-            a, b = card.get(field), other.get(field)
-            if field not in WHO_AND_WHENCE and a != b:
-                told.append(f"{field} {_shown(a)} and {_shown(b)}")
-        if is_known(card) != is_known(other):
-            told = [
-                "nobody noted how the images of one of them were drawn: it has no protocol card"
-            ]
-        if told:
-            what = "; ".join(told)
+        found = compare(cards[first], cards[name], counts[first], counts[name])
+        if found is None:
+            what = "nobody noted how the images of one of them were drawn: it has no protocol card"
+        else:
+            what = "; ".join(f"{field} {_shown(a)} and {_shown(b)}" for field, a, b in found)
+        if what:
             remarks.append(f"{first} and {name} are of different protocols: {what}")
     if remarks and not mixed:
         raise ConfigError(f"{remarks[0]}; measure them in separate runs, or add --mixed")

@@ -243,7 +243,7 @@ def test_wrong_files_of_weights_and_what_does_not_go_together_are_refused(
         (("digits", "clean", path), ConfigError, "--weights goes with"),
         (("digits", "legacy_pytorch"), ConfigError, "--resize legacy_pytorch goes with"),
         (("clip",), MissingError, r"ViT-B-32\.pt"),
-        (("incepton",), MissingError, "expected inception, clip, digits"),
+        (("incepton",), MissingError, "expected inception, clip, dinov2"),
     ):
         with pytest.raises(kind, match=words):
             find_weights(*given)
