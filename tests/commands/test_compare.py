@@ -303,6 +303,6 @@ REFUSED = [
 def test_wrong_input_is_one_clear_line(empty: Path, refuse: Callable) -> None:
     """A reference that is not there is missed before anything trains."""
     (empty / "far.toml").write_text(PLAN.replace('fid = "digits"', 'fid = "no/such/folder"'))
-    refuse(3, "[eval]: ", "compare", "far.toml")
+    refuse(3, "[eval]: ", "compare", "far.toml", "--dry-run")
     for options, exit_code, word in REFUSED:
         refuse(exit_code, word, "compare", "tiny.toml", "--dry-run", *options)

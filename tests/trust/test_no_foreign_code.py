@@ -25,6 +25,7 @@ ALLOWED = {
     ("evaluation/features.py", "imports pickle"),  # for the errors that torch raises
     ("evaluation/clip_score.py", "imports pickle"),
     ("jobs.py", "starts a process"),  # only ever another deme: a list of words, no shell
+    ("distributed.py", "starts a process"),  # likewise
     # files of code by their nature, which the user names: examples/security.md says what they run
     ("evaluation/features.py", "loads a TorchScript"),
 }
