@@ -76,33 +76,25 @@ def test_a_statistics_artifact_stands_for_its_images(tmp_path: Path, stand_in: P
 
 def test_an_npz_needs_mu_and_sigma_that_fit(tmp_path: Path) -> None:
     path = tmp_path / "ref.npz"
-    np.savez(path, mean=np.zeros(3))
-    with pytest.raises(ArtifactError, match="expected the arrays mu and sigma, found mean"):
-        find_reference(str(path), "digits")
-    np.savez(path, mu=np.zeros(3), sigma=np.eye(4))
-    with pytest.raises(ArtifactError, match=r"found \(3,\), \(4, 4\)"):
-        opened(path)
-    np.savez(path, mu=np.array([{}]), sigma=np.eye(4))
-    with pytest.raises(ArtifactError, match="cannot be read"):
-        opened(path)
-    path.write_bytes(b"no zip")
-    with pytest.raises(ArtifactError, match=r"not a whole \.npz"):
-        find_reference(str(path), "digits")
-    write_statistics_npz(path, num_features=7)
-    with pytest.raises(ArtifactError, match="statistics of 7 features, digits has 64"):
-        opened(path, shape=(1, 8, 8))
+    for arrays, words in (
+        ({"mean": np.zeros(3)}, "expected the arrays mu and sigma, found mean"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"found \(3,\), \(4, 4\)"),
+        ({"mu": np.array([{}]), "sigma": np.eye(4)}, "cannot be read"),
+        ({"mu": np.zeros(7), "sigma": np.eye(7)}, "statistics of 7 features, digits has 64"),
+        ({}, r"not a whole \.npz"),
+    ):
+        np.savez(path, **arrays) if arrays else path.write_bytes(b"no zip")
+        with pytest.raises(ArtifactError, match=words):
+            opened(path, shape=(1, 8, 8))
 
 
 def test_reference_images_come_at_the_size_of_the_rows(image_folder: Path) -> None:
     told: list[Step] = []
     reference = opened(image_folder, shape=(1, 8, 8), progress=told.append)
     assert [(step.done, step.total) for step in told] == [(10, 10)]
-    assert reference.n == 10
     data = open_images(str(image_folder), shape=(3, 8, 8), split="all", keep=False)
-    assert reference.sha256 == data.fingerprint
-    assert reference.features is None
+    assert (reference.n, reference.sha256, reference.features) == (10, data.fingerprint, None)
     kernel = opened(image_folder, shape=(1, 8, 8), needs_images=True)
-    assert kernel.statistics is None
-    assert kernel.features.shape == (10, 64)
+    assert (kernel.statistics, kernel.features.shape) == (None, (10, 64))
     with pytest.raises(ArtifactError, match="fails on 16x16"):
         opened(image_folder, shape=(1, 16, 16))

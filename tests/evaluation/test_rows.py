@@ -94,29 +94,30 @@ def table(*arguments: str) -> list[tuple[str, str]]:
 
 
 def test_experts_that_cover_all_timesteps_are_one_row(run_folder: Path) -> None:
-    plans, warnings = plan_rows(["base.safetensors", *EXPERTS])
+    plans, _ = folder_rows(Path("base.safetensors"))
     assert [(plan.name, plan.kind) for plan in plans] == [("base",) * 2, ("ensemble",) * 2]
     assert plans[1].arguments == tuple(EXPERTS)
-    assert warnings == []
     base, ensemble = open_rows(plans, SampleConfig())
     assert base.conditioning is ensemble.conditioning
-    assert ensemble.card["model"] == "ensemble"
     own = [read_record(Path(path)).fingerprint for path in EXPERTS]
-    assert ensemble.card["fingerprints"] == own
+    assert (ensemble.card["model"], ensemble.card["fingerprints"]) == ("ensemble", own)
     plans, warnings = plan_rows(EXPERTS[:3])  # which leave a gap
     assert [plan.kind for plan in plans] == ["expert"] * 3
-    assert len(warnings) == 3
-    assert "timesteps 0:25" in warnings[0]
+    assert [warning.split()[5] for warning in warnings] == ["0:25", "25:50", "50:75"]
+    Path(EXPERTS[0]).unlink()
+    plans, (warning,) = folder_rows(Path("base.safetensors"))
+    assert [plan.name for plan in plans] == ["base"]
+    assert "ft_2of4" in warning
 
 
 def test_every_division_and_every_base_makes_an_ensemble_of_its_own(run_folder: Path) -> None:
     base, other = Path("base.safetensors"), Path("other.safetensors")
     write_tiny_base(other, seed=1)
-    for index in range(1, 3):
-        write_tiny_expert(Path(f"ft_{index}of2.safetensors"), base, index=index, of=2)
-    for index in range(1, 5):
-        write_tiny_expert(Path(f"other_{index}.safetensors"), other, index=index, of=4)
-    write_tiny_expert(Path("control.safetensors"), base, index=1, of=1)
+    names = {"ft_{}of2": (base, 2), "other_{}": (other, 4), "control": (base, 1)}
+    for name, (parent, of) in names.items():
+        for index in range(1, of + 1):
+            path = Path(f"{name.format(index)}.safetensors")
+            write_tiny_expert(path, parent, index=index, of=of)
     two = ["ft_1of2.safetensors", "ft_2of2.safetensors"]
     assert table("control.safetensors", *EXPERTS, *two) == [
         ("control", "expert"), ("ensemble-4", "ensemble"), ("ensemble-2", "ensemble"),
@@ -125,53 +126,30 @@ def test_every_division_and_every_base_makes_an_ensemble_of_its_own(run_folder: 
     assert [kind for _, kind in table(*EXPERTS, *others)] == ["ensemble", "ensemble"]
 
 
-def test_without_arguments_the_folder_makes_the_rows(run_folder: Path) -> None:
-    plans, _ = folder_rows(Path("base.safetensors"))
-    assert [plan.name for plan in plans] == ["base", "ensemble"]
-    Path(EXPERTS[0]).unlink()
-    plans, (warning,) = folder_rows(Path("base.safetensors"))
-    assert [plan.name for plan in plans] == ["base"]
-    assert "ft_2of4" in warning
-    with pytest.raises(MissingError, match="nothing to measure"):
-        folder_rows(run_folder / "elsewhere" / "base.safetensors")
-
-
-def test_samples_and_image_folders_are_rows(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    images = np.zeros((3, 8, 8, 1), np.uint8)
-    write_artifact(Path("drawn.safetensors"), {"images": images}, SamplesRecord(protocol={}))
-    assert table("drawn.safetensors", "images") == [("drawn", "samples"), ("images", "samples")]
-    (image_folder / "samples.json").write_text('{"protocol": null}')
-    with pytest.raises(ArtifactError, match="expected a table under protocol, found None"):
-        open_rows(plan_rows(["images"])[0], SampleConfig())
-
-
-def test_rows_of_one_name_are_told_apart_by_their_paths(run_folder: Path) -> None:
-    Path("other").mkdir()
-    write_tiny_base(Path("other/base.safetensors"), seed=1)
-    names = [name for name, _ in table("base.safetensors", "other/base.safetensors")]
-    assert names == ["base.safetensors", "other/base.safetensors"]
-    with pytest.raises(ConfigError, match="given twice"):
-        table("base.safetensors", "base.safetensors")
-
-
-def test_what_cannot_be_measured_is_refused(run_folder: Path) -> None:
-    with pytest.raises(MissingError, match="nowhere"):
-        table("nowhere.safetensors")
-    Path("broken.safetensors").write_bytes(b"12")
-    with pytest.raises(ArtifactError, match="not a whole safetensors"):
-        table("broken.safetensors")
+def test_what_is_a_row_and_what_cannot_be_measured(run_folder: Path, image_folder: Path) -> None:
+    images = {"images": np.zeros((3, 8, 8, 1), np.uint8)}
+    write_artifact(Path("drawn.safetensors"), images, SamplesRecord(protocol={}))
+    write_artifact(Path("told.safetensors"), images, SamplesRecord(protocol={}, prompts=["a"]))
     record = StatisticsRecord(n=2, extractor={}, resize="none", source="x")
     write_artifact(Path("ref.safetensors"), {"mu": np.zeros(2)}, record)
-    with pytest.raises(ArtifactError, match="kind 'statistics' cannot be measured"):
-        table("ref.safetensors")
+    Path("broken.safetensors").write_bytes(b"12")
     write_tiny_base(Path("large.safetensors"), sample_size=16)
-    plans, _ = plan_rows(["base.safetensors", "large.safetensors"])
-    with pytest.raises(ArtifactError, match="large has 16x16 images, base 8x8"):
-        open_rows(plans, SampleConfig())
-    record = SamplesRecord(protocol={}, prompts=["a"])
-    write_artifact(Path("drawn.safetensors"), {"images": np.zeros((3, 8, 8, 1), np.uint8)}, record)
-    with pytest.raises(ArtifactError, match="expected 3 prompts"):
-        open_rows(plan_rows(["drawn.safetensors"])[0], SampleConfig())
+    Path("other").mkdir()
+    write_tiny_base(Path("other/base.safetensors"), seed=1)
+    assert table("drawn.safetensors", "images") == [("drawn", "samples"), ("images", "samples")]
+    paths = "base.safetensors", "other/base.safetensors"
+    assert table(*paths) == [(path, "base") for path in paths], "of one name"
+    (image_folder / "samples.json").write_text('{"protocol": null}')
+    for arguments, kind, words in (
+        ("images", ArtifactError, "expected a table under protocol, found None"),
+        ("base.safetensors base.safetensors", ConfigError, "given twice"),
+        ("nowhere.safetensors", MissingError, "nowhere"),
+        ("broken.safetensors", ArtifactError, "not a whole safetensors"),
+        ("ref.safetensors", ArtifactError, "kind 'statistics' cannot be measured"),
+        ("base.safetensors large.safetensors", ArtifactError, "large has 16x16 images, base 8x8"),
+        ("told.safetensors", ArtifactError, "expected 3 prompts"),
+    ):
+        with pytest.raises(kind, match=words):
+            open_rows(plan_rows(arguments.split())[0], SampleConfig())
+    with pytest.raises(MissingError, match="nothing to measure"):
+        folder_rows(run_folder / "elsewhere" / "base.safetensors")
