@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from deme_cli.analysis.activations import (
     block_sums,
     listening,
     randomly_changed,
-    short_name,
 )
 from deme_cli.analysis.draws import open_models, spread_draws
 from deme_cli.analysis.result import Analysis
@@ -127,7 +125,8 @@ def test_blocks_are_told_as_a_plain_loop_tells_them(
         assert shares[0] != shares[1]
         means = [row["controls"]["channel"] for row in document["blocks"]]
         assert np.mean(means) == pytest.approx(np.mean(shares))
-        assert "(random changes of this size: " in document["reading"]
+        low, high = (f"{100 * share:.0f} %" for share in sorted(shares))
+        assert f"(random changes of this size: {low} to {high} in ch" in document["reading"]
 
 
 def told(delta: Tensor) -> dict[str, Any]:
@@ -189,11 +188,6 @@ def test_what_cannot_be_compared_is_an_error(
         analyze()
 
 
-def test_blocks_have_short_names() -> None:
-    names = ["down_blocks.0", "mid_block", "transformer_blocks.12", "single_transformer_blocks.3"]
-    assert [short_name(name) for name in names] == ["down 0", "mid", "12", "single 3"]
-
-
 def changes(network: nn.Module, base: nn.Module) -> dict[str, Tensor]:
     before = base.state_dict()
     return {name: tensor - before[name] for name, tensor in network.state_dict().items()}
@@ -207,12 +201,7 @@ def test_a_random_change_moves_every_tensor_as_far_as_the_expert(run_folder: Pat
     first = changes(randomly_changed(base, expert, seed=0, k=1), base)
     for name, change in changes(expert, base).items():
         assert float(first[name].norm()) == pytest.approx(float(change.norm()), rel=1e-3, abs=1e-9)
-    name, *others = (name for name, change in first.items() if change.norm() > 0)
-    again = copy.deepcopy(expert)
-    again.state_dict()[name].mul_(1.1)
-    after = changes(randomly_changed(base, again, seed=0, k=1), base)
-    assert not torch.equal(after[name], first[name])
-    assert all(torch.equal(after[other], first[other]) for other in others)
+    name = "conv_in.weight"
     for seed, k in ((0, 2), (1, 1)):
         other = changes(randomly_changed(base, expert, seed=seed, k=k), base)
         cosine = torch.cosine_similarity(other[name].flatten(), first[name].flatten(), dim=0)

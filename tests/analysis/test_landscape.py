@@ -29,7 +29,7 @@ from deme_cli.artifacts import load_tensors
 from deme_cli.config import DataConfig
 from deme_cli.data.images import open_images
 from deme_cli.diffusion.denoiser import assemble, load_denoiser, predict
-from deme_cli.diffusion.projection import attach_projections
+from deme_cli.diffusion.projection import PREFIX, attach_projections
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.timesteps import TimestepRange
 from deme_cli.training.batches import FixedDraws
@@ -108,10 +108,8 @@ def test_points_and_models_are_those_of_a_loop_over_the_draws(
 def test_lowest_points_are_told_by_fresh_draws_on_a_random_plane(run_folder: Path) -> None:
     document = analyze(BASE, settings=settings(span=0.3)).document
     row, grid = document["groups"][2], np.array(document["losses"][2])
-    x, y = (
-        axis["values"].index(c) for axis, c in zip(document["axes"], row["lowest"], strict=True)
-    )
-    assert grid[x, y] == grid.min()
+    axes = zip(document["axes"], row["lowest"], strict=True)
+    assert grid[*(axis["values"].index(c) for axis, c in axes)] == grid.min()
     theta, draws = load_tensors(Path(BASE)), draws_of(fresh=True)
     directions = [random_direction(theta, 0, axis) for axis in (0, 1)]
     moved = dict(theta)
@@ -141,13 +139,10 @@ def test_a_point_that_is_not_finite_is_left_blank(
 def test_axes_hold_the_origin_and_all_models() -> None:
     places = [(0.0, 0.0), (1.0, 0.0), (-0.1, 1.2)]
     for points in (3, 4, 15, 21):
-        for axis, low, high in zip(
-            axes_of(places, settings(points=points)), (-0.1, 0.0), (1.0, 1.2), strict=True
-        ):
-            assert len(axis) == points
-            assert (axis == 0).sum() == 1
-            assert axis[0] < low
-            assert axis[-1] > high
+        x, y = axes_of(places, settings(points=points))
+        for axis, low, high in ((x, -0.1, 1.0), (y, 0.0, 1.2)):
+            assert (len(axis), (axis == 0).sum()) == (points, 1)
+            assert axis[0] < low < high < axis[-1]
             assert np.allclose(np.diff(axis), axis[1] - axis[0])
     wide = axes_of(places[:1], settings(points=5, span=2))
     assert np.allclose(wide, [[-2, -1, 0, 1, 2]] * 2)
@@ -206,12 +201,8 @@ def test_projections_that_some_lack_are_the_identity_there(
 ) -> None:
     network = load_denoiser(Path(BASE)).network
     attach_projections(network, "block")
-    generator = torch.Generator().manual_seed(0)
-    projections = {
-        name: theta + 0.1 * torch.randn(theta.shape, generator=generator)
-        for name, theta in network.state_dict().items()
-        if name.startswith("channel_projection.")
-    }
+    own = {n: theta for n, theta in network.state_dict().items() if n.startswith(PREFIX)}
+    projections = {name: theta + 0.1 * torch.rand_like(theta) for name, theta in own.items()}
     block = str(write_changed("block.safetensors", EXPERTS[0], **projections))
     for order, sign in (([BASE, block], 1), ([block, BASE], -1)):
         origin, other = (one.network.state_dict() for one in open_models(order, pipeline=None))
