@@ -94,7 +94,6 @@ def report(
 
 
 def _page(folder: Folder) -> dict[str, Any]:
-    """Everything that the page shows, by section."""
     tables, searches = [], []
     for name in sorted(folder.documents, key=lambda n: ("columns" in folder.documents[n], n)):
         document = folder.documents[name]
@@ -166,7 +165,6 @@ def _table(
 
 
 def _evaluation(name: str, document: Json) -> dict[str, Any]:
-    """The table that `deme eval --output` left."""
     rows = document["rows"]
     metrics = list(dict.fromkeys(metric for row in rows for metric in row["metrics"]))
     if not metrics:
@@ -296,7 +294,6 @@ def _samples(folder: Folder) -> Iterator[dict[str, Any]]:
 
 
 def _merge(folder: Folder, path: Path, record: MergedRecord) -> dict[str, Any]:
-    """A merged model: its coefficients, the search of them, what was reported afterwards."""
     names = [
         (_public(str(one["path"])), ":".join(map(str, one["range"]))) for one in record.parents
     ]
@@ -383,7 +380,6 @@ def _curves(folder: Folder) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _artifacts(folder: Folder) -> list[list[str]]:
-    """Every artifact that can be read: what it is, of what, how large."""
     names = {record.fingerprint: path.stem for path, record in reversed(folder.artifacts)}
     rows = []
     for path, record in sorted(folder.artifacts, key=lambda one: [*KINDS].index(one[1].kind)):

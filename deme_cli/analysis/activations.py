@@ -314,7 +314,6 @@ def _written(
     output: Path, passes: Sequence[Sequence[Row]], names: Sequence[str], block: str | None,
     protocol: dict[str, Any],
 ) -> Analysis:  # fmt: skip
-    """The files; `block` is drawn, or the one that changed most."""
     rows, controls = passes[0], passes[1:]
     most = max(rows, key=lambda row: np.nan_to_num(row["size"]))
     drawn = next((row for row in rows if row["name"] == block), most)
@@ -386,7 +385,6 @@ def short_name(name: str) -> str:
 
 
 def _finish(axis: Axes, blocks: Sequence[Row], title: str) -> None:
-    """A title, a legend below it, and as many names of blocks as there is room for."""
     open_axis(axis)
     axis.set_title(title, fontsize=9.5, pad=22)
     axis.legend(
@@ -402,7 +400,6 @@ def _finish(axis: Axes, blocks: Sequence[Row], title: str) -> None:
 
 
 def _draw_shares(axis: Axes, blocks: Sequence[Row]) -> None:
-    """Stacked bars; a line across each where the controls' share of channels ends."""
     places, bottom = np.arange(len(blocks)), np.zeros(len(blocks))
     looks = {"channels": BLUE, "places": VERMILION, "neither": "0.8"}
     for part, (label, color) in zip(PARTS, looks.items(), strict=True):
@@ -418,7 +415,6 @@ def _draw_shares(axis: Axes, blocks: Sequence[Row]) -> None:
 
 
 def _draw_differences(axis: Axes, blocks: Sequence[Row]) -> None:
-    """5 to 95 %, quartiles and median of the C and P differences of each block."""
     wide = min(5.0, 120 / len(blocks))
     for part, shift, color, label in (
         ("channel", -0.2, BLUE, "channel activations (mean over places)"),
@@ -435,7 +431,6 @@ def _draw_differences(axis: Axes, blocks: Sequence[Row]) -> None:
 
 
 def _draw_block(figure: SubFigure, row: Row) -> None:
-    """Channels of base and expert, and their difference; the same of places as maps."""
     maps, (rows, columns) = row["maps"], row["grid"]
     figure.suptitle(
         f"After {shorten(row['name'], 40)}: {row['channels']} channels, {rows} x {columns} places, "

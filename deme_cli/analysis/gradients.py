@@ -174,7 +174,6 @@ def _affinity(
     buckets: list[TimestepRange], measured: Sequence[Mapping[str, np.ndarray]],
     network: nn.Module, protocol: dict[str, Any],
 ) -> Affinity:  # fmt: skip
-    """What the sketches, reliabilities and losses of the buckets say together."""
     vectors, reliability, losses = (
         np.array([one[name] for one in measured]) for name in ("sketch", "reliability", "loss")
     )
@@ -274,7 +273,6 @@ def _draw_cosines(figure: SubFigure, edges: np.ndarray, affinity: Affinity) -> N
 
 
 def _draw_distributions(axis: Axes, affinity: Affinity) -> None:
-    """Densities of the cosines of two buckets in one range, and in two."""
     within, across = pair_cosines(affinity, affinity.ranges)
     bins = np.linspace(-1, 1, 41)
     for values, color, name in (

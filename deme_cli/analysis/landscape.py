@@ -448,7 +448,6 @@ def _contours(
 
 
 def _mark(panel: Axes, models: Sequence[Row], lowest: Sequence[float]) -> None:
-    """The origin, the other models where they lie, the lowest point of this panel."""
     style: dict[str, Any] = {"edgecolors": BLACK, "linewidths": 0.9, "zorder": 5, "clip_on": False}
     name = f"{shorten(models[0]['name'], 18)} (origin)"
     panel.scatter(0, 0, s=42, c="white", marker="o", label=name, **style)

@@ -252,7 +252,6 @@ def _table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _headline(rows: Sequence[Row]) -> str:
-    """The change of each model of all timesteps; of one model alone its loss."""
     first, *others = rows
     if not others:
         return f"the loss of {first['name']} is {plain(first['loss'])} over all timesteps"

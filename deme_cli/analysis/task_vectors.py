@@ -193,7 +193,6 @@ def draw_task_vectors(document: dict[str, Any], *, title: str, foot: str) -> byt
 
 
 def _draw_norms(axis: Axes, document: dict[str, Any], names: Sequence[str]) -> None:
-    """A box per expert, a diamond for the whole vector."""
     relative = np.array([row["relative_norms"] for row in document["tensors"]], dtype=float)
     columns = [column[np.isfinite(column) & (column > 0)] for column in relative.T]
     axis.set_yscale("log")

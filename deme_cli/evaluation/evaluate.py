@@ -139,8 +139,11 @@ def evaluate(
     for text in (*warnings, *compare_rows(rows, settings, features)):
         console.warn(text)
     metrics = open_metrics(features, references, clip, rows[0].shape, settings, place, progress)
+    seeds = [settings.seed + repeat for repeat in range(settings.repeats)]
     cards = {
-        row.name: evaluation_card(row.card, metrics.card, named, seeds=row.seeds(settings))
+        row.name: evaluation_card(
+            row.card, metrics.card, named, seeds=seeds if row.finished is None else []
+        )
         for row in rows
     }
     measured = measure_rows(

@@ -12,7 +12,7 @@ tells the rank, and the matrix has the size of the smaller rank.
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 _INDEFINITE = 1e-4  # largest remainder of the factorisation, as a share of the largest variance
 TRIAL_SIZE = 384  # of the problem that threads are tried on: about 10 ms on one core
 _CLEARLY_WORSE = 1.3
+_pools = cache(ThreadpoolController)  # looking for them takes longer than a small problem
 
 
 @dataclass(frozen=True)
@@ -169,24 +170,15 @@ def fitting_threads(size: int) -> Iterator[None]:
         yield
 
 
-@cache
-def _pools() -> ThreadpoolController:
-    """The thread pools of this process; looking for them takes longer than a small problem."""
-    return ThreadpoolController()
-
-
 def _all_are_worse(pools: ThreadpoolController) -> bool:
     """Whether all threads take clearly longer than one for a small problem."""
     if all(pool["num_threads"] == 1 for pool in pools.info() if pool["user_api"] == "blas"):
         return False
     matrix = np.random.default_rng(0).standard_normal((TRIAL_SIZE, TRIAL_SIZE))
+
+    def seconds() -> float:
+        return min(timeit.repeat(lambda: eigvalsh(matrix, driver="ev"), number=1, repeat=2))
+
     with pools.limit(limits=1, user_api="blas"):
-        _seconds(matrix)  # the first one pays for waking up
-        one = _seconds(matrix)
-    return _seconds(matrix) > _CLEARLY_WORSE * one
-
-
-def _seconds(matrix: np.ndarray) -> float:
-    began = time.perf_counter()
-    eigvalsh(matrix, driver="ev", check_finite=False)
-    return time.perf_counter() - began
+        one = seconds()  # of two, for the first one pays for waking up
+    return seconds() > _CLEARLY_WORSE * one

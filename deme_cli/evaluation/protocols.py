@@ -52,14 +52,6 @@ class Protocol:
         found["prompts"] = (card.get("prompts") or {}).get("source")
         return all(found.get(name) == value for name, value in self.sample.items())
 
-    def settings(self, config: type[Settings]) -> dict[str, Any]:
-        """What it fixes of one table; the number of images and the seed are settings of both."""
-        if config is SampleConfig:
-            return dict(self.sample)
-        assert config is EvalConfig, config
-        shared = {name: self.sample[name] for name in ("num", "seed") if name in self.sample}
-        return {**shared, **self.evaluation}
-
 
 # Inception as pytorch-fid runs it, which clean-fid's mode of this name is nearest to.
 _PYTORCH_FID = {"features": "inception", "resize": "legacy_pytorch"}
@@ -148,7 +140,10 @@ def apply_protocol(
     """
     if protocol is None:
         return dict(options)
-    fixed = protocol.settings(config)
+    fixed = dict(protocol.sample)
+    if config is EvalConfig:  # the number of images and the seed are settings of both
+        shared = {name: fixed[name] for name in ("num", "seed") if name in fixed}
+        fixed = {**shared, **protocol.evaluation}
     for item in fields(config):
         value, given = fixed.get(item.name), options.get(item.name)
         if item.name in fixed and given is not None and given != value:

@@ -171,10 +171,6 @@ class Row:
         assert config.num is not None, "known once the prompts are"
         return config.num if self.finished is None else min(config.num, len(self.finished))
 
-    def seeds(self, config: EvalConfig) -> list[int]:
-        """The seed of every repeat; none for finished images, which are measured once."""
-        return [] if self.finished is not None else [config.seed + r for r in range(config.repeats)]
-
 
 def find_prompts(
     run: RunFile, config: EvalConfig, sample: SampleConfig, progress: Progress = silent
@@ -256,7 +252,6 @@ def _open_model(
 def _open_samples(
     plan: RowPlan, given: PromptSet | None, sample: SampleConfig, *, needs_prompts: bool
 ) -> Row:
-    """Finished images: a samples artifact, or a folder of image files."""
     from deme_cli.data.captions import NoAnnotations
     from deme_cli.data.images import open_images
 
