@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -36,8 +37,7 @@ from deme_cli.evaluation.references import FeatureWeights, find_weights
 from deme_cli.sampling.sampler import Shares
 
 CLIP_MODEL = "ViT-B-32-quickgelu"  # OpenAI trained with QuickGELU
-CLIP_SIZE = 224
-DINO_SIZE = 224
+_SIZE = 224  # of the images that CLIP and DINOv2 take
 Network = Callable[[Tensor], Tensor]  # float32 (B, 3, H, W) in [0, 255] -> (B, d)
 Resizer = Callable[[np.ndarray], np.ndarray]  # uint8 (B, H, W, C) -> (B, C, H', W')
 INCEPTION_SIZE = (299, 299)
@@ -164,16 +164,13 @@ def _load_pytorch_inception(path: Path) -> nn.Module:
     with quiet_clean_fid():
         from cleanfid import inception_pytorch
 
-        fetch = inception_pytorch.load_state_dict_from_url
-        inception_pytorch.load_state_dict_from_url = lambda *args, **options: state
         try:
-            return inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False).eval()
+            with patch.object(inception_pytorch, "load_state_dict_from_url", return_value=state):
+                return inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False).eval()
         except (RuntimeError, AttributeError) as error:
             raise ArtifactError(
                 f"{path}: not the weights of pytorch-fid's Inception ({last_line(error)})"
             ) from error
-        finally:
-            inception_pytorch.load_state_dict_from_url = fetch
 
 
 def _load_clip(path: Path, device: str) -> tuple[Network, Resizer]:
@@ -191,11 +188,9 @@ def _load_clip(path: Path, device: str) -> tuple[Network, Resizer]:
         )
     weights = ClipWeights(CLIP_MODEL, CLIP_MODEL, path.name, path, "")
     tower = open_clip_scorer(weights, device=device).model.visual
-    mean, std = (
-        torch.tensor(values, device=choose_device(device)).view(3, 1, 1)
-        for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    )
-    steps = Compose([Resize(CLIP_SIZE, InterpolationMode.BICUBIC), CenterCrop(CLIP_SIZE)])
+    usual = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    mean, std = torch.tensor(usual, device=choose_device(device)).view(2, 3, 1, 1)
+    steps = Compose([Resize(_SIZE, InterpolationMode.BICUBIC), CenterCrop(_SIZE)])
 
     def resize(images: np.ndarray) -> np.ndarray:
         coloured = np.broadcast_to(images, (*images.shape[:3], 3))
@@ -214,29 +209,26 @@ def _load_dinov2(path: Path, device: torch.device) -> Network:
     from safetensors.torch import load_file
     from transformers import Dinov2Config, Dinov2Model
 
-    large: dict[str, Any] = {
-        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518,
-        "patch_size": 14,
-    }  # fmt: skip
-    beside = path.with_name("config.json")
-    config = Dinov2Config.from_json_file(beside) if beside.exists() else Dinov2Config(**large)
+    config = Dinov2Config(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518,
+        patch_size=14,
+    )  # fmt: skip
+    if (beside := path.with_name("config.json")).exists():
+        config = Dinov2Config.from_json_file(beside)
+    loading: Any = Dinov2Model.from_pretrained  # which knows the names of old versions
     try:
-        loaded: Any = Dinov2Model.from_pretrained(  # which knows the names of old versions
-            None, config=config, state_dict=load_file(path), output_loading_info=True
-        )
+        state = load_file(path)
+        network, told = loading(None, config=config, state_dict=state, output_loading_info=True)
     except (SafetensorError, RuntimeError) as error:
         raise ArtifactError(f"{path}: not the weights of DINOv2 ({last_line(error)})") from error
-    network, told = loaded
     if lacking := sorted(told["missing_keys"]):
         raise ArtifactError(f"{path}: not the weights of DINOv2 (it lacks {lacking[0]})")
     network.to(device).eval()
-    mean, std = (
-        torch.tensor(values, device=device).view(3, 1, 1)
-        for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet
-    )
+    of_imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mean, std = torch.tensor(of_imagenet, device=device).view(2, 3, 1, 1)
 
     def features(x: Tensor) -> Tensor:
-        x = nn.functional.interpolate(x, (DINO_SIZE, DINO_SIZE), mode="bicubic", antialias=True)
+        x = nn.functional.interpolate(x, (_SIZE, _SIZE), mode="bicubic", antialias=True)
         return network((x / 255 - mean) / std).pooler_output
 
     return features

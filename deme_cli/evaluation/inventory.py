@@ -71,11 +71,8 @@ def take_inventory(run: RunFile | None = None) -> Inventory:
     items = list(known_files())
     if run.base.is_file():
         items += companions_of(run.base, run.pipeline())
-    versions = {
-        "deme": __version__,
-        "python": platform.python_version(),
-        **{name: library_version(name) for name in LIBRARIES},
-    }
+    versions = {"deme": __version__, "python": platform.python_version()}
+    versions |= {name: library_version(name) for name in LIBRARIES}
     return Inventory(versions, device_facts(), items, cache_folder())
 
 
@@ -95,12 +92,10 @@ def device_facts() -> dict[str, Any]:
         return facts
     properties = torch.cuda.get_device_properties(device)
     return {
-        "auto": device.type,
-        "gpus": torch.cuda.device_count(),
-        "name": properties.name,
+        "auto": device.type, "gpus": torch.cuda.device_count(), "name": properties.name,
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "bf16": "in hardware" if torch.cuda.is_bf16_supported(False) else "emulated, slow",
-    }
+    }  # fmt: skip
 
 
 def known_files() -> Iterator[Item]:
@@ -115,24 +110,21 @@ def known_files() -> Iterator[Item]:
         (digits, "the embedded data digits", "pip install scikit-learn"),
     ):
         yield Item(path.name, needed_for, path if path.is_file() else None, whence)
-    assets = [
+    clip = f"{EvalConfig().clip_model}/{EvalConfig().clip_weights}"
+    for asset, needed_for in (
         (published_weights("inception", "clean"), "--fid, --kid (resize clean, legacy_tensorflow)"),
         (published_weights("inception", "legacy_pytorch"), "--fid, --kid (resize legacy_pytorch)"),
-    ]
-    for dataset, resize in product(PUBLISHED_STATISTICS, RESIZES):
-        assets.append((statistics_asset(dataset, resize), f"--fid {dataset} (resize {resize})"))
-    for features in ("clip", "dinov2"):
-        assets.append((published_weights(features, "clean"), f"--features {features}"))
-    for name in KNOWN_PROMPTS:
-        assets += [(asset, f"--prompts {name}") for asset in prompt_assets(name)]
-    clip = f"{EvalConfig().clip_model}/{EvalConfig().clip_weights}"
-    assets.append((clip_asset(clip, CLIP_REPOSITORY), "--clip-score"))
-    for asset, needed_for in assets:
-        if asset is not None:
-            copy, intact = asset.find(), None
-            if copy is not None and copy.suffix == Path(asset.name).suffix and asset.sha256:
-                intact = sha256_of(copy) == asset.sha256
-            yield Item(asset.name, needed_for, copy, asset.url, asset.sha256, intact)
+        *((statistics_asset(dataset, resize), f"--fid {dataset} (resize {resize})")
+          for dataset, resize in product(PUBLISHED_STATISTICS, RESIZES)),
+        *((published_weights(name, "clean"), f"--features {name}") for name in ("clip", "dinov2")),
+        *((asset, f"--prompts {name}") for name in KNOWN_PROMPTS for asset in prompt_assets(name)),
+        (clip_asset(clip, CLIP_REPOSITORY), "--clip-score"),
+    ):  # fmt: skip
+        assert asset is not None, "of a name that is published"
+        copy, intact = asset.find(), None
+        if copy is not None and copy.suffix == Path(asset.name).suffix and asset.sha256:
+            intact = sha256_of(copy) == asset.sha256
+        yield Item(asset.name, needed_for, copy, asset.url, asset.sha256, intact)
 
 
 def companions_of(base: Path, pipeline: str | None) -> Iterator[Item]:

@@ -43,9 +43,7 @@ CASES = {  # one of each, cheap, and what it says in a dry run
 def test_each_writes_a_document_and_a_picture_once(deme: Deme, run_folder: Path, kind: str) -> None:
     typed, told = CASES[kind]
     before = sorted(Path().iterdir())
-    dry = deme("analyze", kind, *typed.split(), "--dry-run")
-    assert dry.exit_code == 0
-    assert told in dry.stderr
+    assert told in deme("analyze", kind, *typed.split(), "--dry-run").stderr
     assert sorted(Path().iterdir()) == before
     made = deme("analyze", kind, *typed.split(), "--json")
     assert made.exit_code == 0, made.exception
@@ -53,14 +51,11 @@ def test_each_writes_a_document_and_a_picture_once(deme: Deme, run_folder: Path,
     assert printed.pop("paths") == [f"{kind}.json", f"{kind}.png"]
     assert (document["kind"], document["schema_version"]) == (kind, 1)
     assert printed == {name: document[name] for name in printed}
-    assert "reading" in printed
-    assert "protocol" in document
+    assert {"reading", "protocol"} <= {*document}
     assert document["reading"].split()[0] in made.stderr
     assert "nan" not in made.stderr
     assert Path(f"{kind}.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(Path().iterdir())) == len(before) + 2
-    again = deme("analyze", kind, *typed.split())
-    assert f"{kind}.json exists" in str(again.exception)
 
 
 REFUSALS = [
@@ -137,10 +132,9 @@ def test_a_split_by_gradient_takes_the_measured_ranges(
     assert command in str(deme(*split, "-o", "other").exception)
     assert deme(*split, "-o", "other", "--gradients", "gradients.json").exit_code == 0
     measured["model"] |= {"source": FIRST, "fingerprint": "0" * 64}
-    Path("gradients.json").write_text(json.dumps(measured))
-    refuse(4, f"measured on another model, {FIRST}", *split, "--force")
-    Path("gradients.json").write_text("{")
-    refuse(4, "measure anew", *split, "--force")
+    for text, words in ((json.dumps(measured), f"on another model, {FIRST}"), ("{", "anew")):
+        Path("gradients.json").write_text(text)
+        refuse(4, words, *split, "--force")
 
 
 @pytest.mark.parametrize(
@@ -157,18 +151,15 @@ def test_latents_captions_classes_and_flow_are_measured_too(
     options: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(image_folder.parent)
-    rows = [
-        json.dumps({"file_name": f"{i:02d}.png", "text": f"thing {i}", "label": i % 5})
-        for i in range(10)
+    lines = [
+        f'{{"file_name": "{i:02d}.png", "text": "thing", "label": {i % 5}}}' for i in range(10)
     ]
-    (image_folder / "metadata.jsonl").write_text("\n".join(rows))
+    (image_folder / "metadata.jsonl").write_text("\n".join(lines))
     models = [pipelines(name)]
     if kind == "activations":  # tokens are places; the first block is before any change
         model = import_model(str(models[0]))
-        changed = {
-            name: weight * (1.05 if name.startswith("transformer_blocks.1") else 1)
-            for name, weight in model.weights.items()
-        }
+        second = {n: w for n, w in model.weights.items() if n.startswith("transformer_blocks.1")}
+        changed = {**model.weights, **{n: 1.05 * weight for n, weight in second.items()}}
         write_artifact(Path("changed.safetensors"), changed, model.record)
         models.append(Path("changed.safetensors"))
     result = deme("analyze", kind, *models, "--data", image_folder, *options.split())
@@ -181,7 +172,6 @@ def test_latents_captions_classes_and_flow_are_measured_too(
         assert (first["size"], first["controls"]) == (0, None)
         assert first["shares"] == {"channel": None, "place": None, "rest": None}
         assert (drawn["name"], drawn["grid"]) == ("transformer_blocks.1", [4, 4])
-        assert document["protocol"]["range"] == "0:1000"
 
 
 def test_one_vector_alone_has_no_pairs_and_one_model_alone_no_changes(
