@@ -71,8 +71,8 @@ def take_inventory(run: RunFile | None = None) -> Inventory:
     items = list(known_files())
     if run.base.is_file():
         items += companions_of(run.base, run.pipeline())
-    versions = {"deme": __version__, "python": platform.python_version()}
-    versions |= {name: library_version(name) for name in LIBRARIES}
+    own = {"deme": __version__, "python": platform.python_version()}
+    versions = {**own, **{name: library_version(name) for name in LIBRARIES}}
     return Inventory(versions, device_facts(), items, cache_folder())
 
 

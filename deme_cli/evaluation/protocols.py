@@ -142,8 +142,8 @@ def apply_protocol(
         return dict(options)
     fixed = dict(protocol.sample)
     if config is EvalConfig:  # the number of images and the seed are settings of both
-        shared = {name: fixed[name] for name in ("num", "seed") if name in fixed}
-        fixed = {**shared, **protocol.evaluation}
+        fixed = {name: value for name, value in fixed.items() if name in ("num", "seed")}
+        fixed |= protocol.evaluation
     for item in fields(config):
         value, given = fixed.get(item.name), options.get(item.name)
         if item.name in fixed and given is not None and given != value:
