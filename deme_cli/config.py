@@ -434,7 +434,7 @@ class EvalConfig(Settings):
     )
     fid: str | None = setting(
         None,
-        "reference of the Fréchet distance: digits, cifar10, a folder, samples, statistics, .npz",
+        "reference of the Fréchet distance: digits, cifar10, images, samples, statistics, .npz",
     )
     kid: str | None = setting(None, "reference of the kernel distance: images, as for fid")
     prc: str | None = setting(

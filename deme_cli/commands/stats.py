@@ -15,7 +15,8 @@ from deme_cli.files import read_header
 @command("config device force", meets=True)
 def stats(
     data: Annotated[str, argument(
-        "DATA", "Images: a folder, parquet file, hub dataset id, samples, digits or cifar10.",
+        "DATA", "Images: a folder, zip, LMDB, .npz, parquet file, hub dataset id, samples, digits "
+        "or cifar10.",
     )],
     given: Annotated[Given, OptionsOf(EvalConfig, ("features", "resize", "batch_size"))],
     common: Given,

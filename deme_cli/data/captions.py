@@ -25,10 +25,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from deme_cli import console
+from deme_cli.data.archives import exists, read_bytes
 from deme_cli.data.image_source import ImageSource
 from deme_cli.data.prompts import (
     TextTable,
@@ -228,7 +230,9 @@ def _read_metadata(path: Path) -> TextTable:
 
     if path.suffix == ".parquet":
         try:
-            table = TextTable(path, pyarrow.parquet.ParquetFile(path).read().to_pylist())
+            table = TextTable(
+                path, pyarrow.parquet.ParquetFile(BytesIO(read_bytes(path))).read().to_pylist()
+            )
         except (pyarrow.ArrowException, OSError) as error:
             raise ArtifactError(f"{path}: broken or not parquet: {error}") from error
     else:
@@ -265,7 +269,7 @@ def _add_rows(
         path = Path(os.path.normpath(table.path.parent / file_name))
         value = row.get(column) if column else None
         if path not in images:
-            is_there = path.is_relative_to(table.path.parent) and path.exists()
+            is_there = path.is_relative_to(table.path.parent) and exists(path)
             strangers += [] if is_there else [file_name]  # else of no kind or split that is read
         elif value != values.setdefault(path, value):
             raise NoAnnotations(

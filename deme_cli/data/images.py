@@ -26,6 +26,8 @@ from deme_cli.data.sources import (
     Images,
     array_images,
     folder_images,
+    lmdb_images,
+    npz_images,
     read_tables,
     table_images,
 )
@@ -167,11 +169,13 @@ def _open_split(source: ImageSource, split: str) -> tuple[Images, Sequence[int]]
         digits, labels = load_digits({"held-out": "test"}.get(split, split))
         named = [DIGIT_CAPTIONS[label] for label in labels]
         images = array_images("digits", digits, captions=named, labels=labels, num_classes=10)
-    elif source.kind == "folder":
+    elif source.kind in ("folder", "lmdb"):
         has_split = bool(source.held_out)
         wanted = {"train": (False,), "held-out": (True,), "all": (False, True)}[split]
         files = [f for f in source.files if not has_split or (f in source.held_out) in wanted]
-        images = folder_images(source, files)
+        images = (folder_images if source.kind == "folder" else lmdb_images)(source, files)
+    elif source.kind == "npz":
+        has_split, images = False, npz_images(source)
     elif source.kind == "samples":
         has_split, images = False, _samples(source)
     else:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deme_cli.data.archives import read_bytes
 from deme_cli.data.digits import DIGIT_CAPTIONS
-from deme_cli.errors import ArtifactError, ConfigError, MissingError, reading
+from deme_cli.errors import ArtifactError, ConfigError, MissingError
 from deme_cli.fetch import Asset, missing, sha256_of
 
 KNOWN_PROMPTS = ("parti", "coco", "imagenet", "digits")
@@ -96,10 +97,9 @@ def read_text_table(path: Path) -> TextTable:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises MissingError or ArtifactError naming it."""
+    """The text of a UTF-8 file, or one in a zip. Raises MissingError, ArtifactError naming it."""
     try:
-        with reading(path):
-            return path.read_bytes().decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         what = f"not UTF-8 at byte {error.start}; save it as UTF-8 text"
         raise ArtifactError(f"{path}: {what}") from error

@@ -1,4 +1,4 @@
-"""Where encoded images lie: an array, a folder, rows of a table. Nothing here resizes.
+"""Where encoded images lie: an array, a folder, an archive, rows of a table. Nothing resizes here.
 
 A source has images by number, a name for each (for messages), a fingerprint, and the captions or
 classes that lie with them. EXIF orientation is applied here; levels and shape are fitting.py's.
@@ -14,10 +14,11 @@ import logging
 import os
 import sys
 import tarfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deme_cli import console
+from deme_cli.data import archives
 from deme_cli.data.captions import (
     COLUMNS,
     JSON_FIELDS,
@@ -32,7 +34,7 @@ from deme_cli.data.captions import (
     RawAnnotations,
     folder_annotations,
 )
-from deme_cli.data.fitting import is_grey, to_srgb
+from deme_cli.data.fitting import Shape, is_grey, to_srgb
 from deme_cli.data.image_source import (
     ImageSource,
     file_digests,
@@ -57,6 +59,7 @@ class Images:
     encoded: the file of an image, its bytes, or itself.   name: an image as messages call it.
     annotate: captions (wants `text`) or classes (wants `class`), of a column where one is named;
     raises ArtifactError without any.   file_names: below their folder, of images that are files.
+    shape: (C, H, W) of all, of arrays.
     """
 
     label: str
@@ -66,6 +69,7 @@ class Images:
     encoded: Callable[[int], Path | io.BytesIO | Image.Image]
     annotate: Callable[[str, str | None], RawAnnotations]
     file_names: Sequence[str] | None = None
+    shape: Shape | None = None
 
     def decode(self, index: int) -> Image.Image:
         """The image in L or RGB, upright. Raises ArtifactError naming it if it is broken."""
@@ -81,6 +85,8 @@ class Images:
 
     def size(self, index: int) -> tuple[int, int, int]:
         """(C, H, W) from the image's header, C = 1 for grey and 3 for anything else."""
+        if self.shape is not None:
+            return self.shape
         with _open(self.name(index), self.encoded(index)) as image:
             width, height = image.size
             if image.getexif().get(_ORIENTATION, 1) >= 5:
@@ -115,31 +121,95 @@ def array_images(
     digest = hashlib.sha256(f"{images.shape}\n".encode())
     digest.update(images.data.cast("B"))
 
-    def encoded(index: int) -> Image.Image:
-        return Image.fromarray(images[index, ..., 0] if images.shape[-1] == 1 else images[index])
-
-    def annotate(wants: str, column: str | None) -> RawAnnotations:
-        values, what = (captions, "captions") if wants == "text" else (labels, "classes")
-        if values is None or len(values) != len(images) or column is not None:
-            missing = f"no column {column!r}" if column else f"no {what}, one for each image"
-            raise NoAnnotations(
-                f"{label}: {missing}; give images with {what}: a folder with metadata.jsonl, "
-                f"a parquet file or webdataset shards"
-            )
-        return RawAnnotations(values, label, names=[*map(str, range(num_classes))])
-
-    return Images(
-        label, len(images), digest.hexdigest(), lambda index: f"{label}: image {index}",
-        encoded, annotate,
+    return _pixel_images(
+        label, images.shape, images.__getitem__, digest.hexdigest(),
+        lambda wants: captions if wants == "text" else labels, num_classes,
     )  # fmt: skip
 
 
+def npz_images(source: ImageSource) -> Images:
+    """The array `arr_0` of an .npz and the classes `arr_1`; the fingerprint is of the file."""
+    path = source.path
+    shape, pixels = archives.npz_images(path)
+    (digest,) = file_digests(path.parent, [path]).values()
+    return _pixel_images(
+        source.name, shape, pixels, digest,
+        lambda wants: None if wants == "text" else archives.npz_classes(path, shape[0]),
+    )  # fmt: skip
+
+
+def _pixel_images(
+    label: str, shape: Sequence[int], pixels: Callable[[int], np.ndarray], fingerprint: str,
+    values: Callable[[str], Sequence[Any] | None], num_classes: int = 0,
+) -> Images:  # fmt: skip
+    """Images from pixels (H, W, C) by number; `values(wants)` are what they show, if known."""
+    count, height, width, channels = shape
+
+    def encoded(index: int) -> Image.Image:
+        image = pixels(index)
+        return Image.fromarray(image[..., 0] if channels == 1 else image)
+
+    def annotate(wants: str, column: str | None) -> RawAnnotations:
+        told = values(wants)
+        if told is None or len(told) != count or column is not None:
+            what = "captions" if wants == "text" else "classes"
+            raise _untold(label, column, f"no {what}, one for each image")
+        return RawAnnotations(told, label, names=[*map(str, range(num_classes))])
+
+    return Images(
+        label, count, fingerprint, lambda index: f"{label}: image {index}", encoded, annotate,
+        shape=(channels, height, width),
+    )  # fmt: skip
+
+
+def _untold(label: str, column: str | None, what: str) -> NoAnnotations:
+    missing = f"no column {column!r}" if column else what
+    return NoAnnotations(
+        f"{label}: {missing}; give images with them: a folder with metadata.jsonl, a parquet file "
+        f"or webdataset shards"
+    )
+
+
+def lmdb_images(source: ImageSource, files: Sequence[Path]) -> Images:
+    """The values of one or more LMDBs, in the order of keys; the fingerprint is of their files."""
+    opened = [archives.open_lmdb(file) for file in files]
+    keys = [archives.lmdb_keys(file, own) for file, own in zip(files, opened, strict=True)]
+    *starts, count = accumulate(map(len, keys), initial=0)
+
+    def find(index: int) -> tuple[int, bytes]:
+        place = bisect_right(starts, index) - 1
+        return place, keys[place][index - starts[place]]
+
+    def name(index: int) -> str:
+        place, key = find(index)
+        return f"{files[place].parent}: key {key.decode(errors='backslashreplace')}"
+
+    def encoded(index: int) -> io.BytesIO:
+        place, key = find(index)
+        return io.BytesIO(archives.lmdb_value(files[place], opened[place], key))
+
+    def annotate(wants: str, column: str | None) -> RawAnnotations:
+        what = "captions" if wants == "text" else "classes"
+        raise _untold(source.name, column, f"an LMDB holds images alone, no {what}")
+
+    root = source.path if source.path.is_dir() else source.path.parent
+    digests = file_digests(root, files)
+    return Images(
+        source.name, count, _fingerprint(map("\0".join, digests.items())), name, encoded, annotate
+    )
+
+
 def folder_images(source: ImageSource, paths: Sequence[Path]) -> Images:
-    """Image files under a folder; the fingerprint is of their names and bytes."""
+    """Image files under a folder or in a zip; the fingerprint is of their names and bytes."""
+
+    def encoded(index: int) -> Path | io.BytesIO:
+        path = paths[index]
+        return path if source.path.is_dir() else io.BytesIO(archives.read_bytes(path))
+
     digests = file_digests(source.path, paths)
     return Images(
         source.name, len(paths), _fingerprint(map("\0".join, digests.items())),
-        name=lambda index: str(paths[index]), encoded=lambda index: paths[index],
+        name=lambda index: str(paths[index]), encoded=encoded,
         annotate=lambda wants, column: folder_annotations(
             source, paths, wants=wants, column=column
         ),
@@ -280,7 +350,8 @@ def _is_fetched(path: str) -> bool:
 
 
 def read_tables(source: ImageSource) -> Mapping[str, Dataset]:
-    """The tables of a parquet file or shard, a folder of them, or a hub dataset, by split name.
+    """The tables of a parquet file or shard, a folder of them or of `save_to_disk`, or a hub
+    dataset, by split name.
 
     Files whose name or folder says test or validation are `test`. Raises ArtifactError for files
     that are not what they say, MissingError for what cannot be had.
@@ -299,6 +370,8 @@ def read_tables(source: ImageSource) -> Mapping[str, Dataset]:
                 f"{source.name}: {source.hub_id} cannot be had from the hub: {error}; "
                 f"give a folder of images or a parquet file instead"
             ) from error
+    if source.kind == "disk":
+        return _from_disk(source)
     root = source.path if source.path.is_dir() else source.path.parent
     files: dict[str, list[str]] = {"train": [], "test": []}
     for path in source.files:
@@ -328,6 +401,20 @@ def read_tables(source: ImageSource) -> Mapping[str, Dataset]:
                 console.note_once(note)
                 tables[split] = table.select(kept)
     return tables
+
+
+def _from_disk(source: ImageSource) -> Mapping[str, Dataset]:
+    """What `save_to_disk` of `datasets` wrote, one table or several splits."""
+    import datasets
+
+    try:
+        tables = datasets.load_from_disk(source.path)
+    except (FileNotFoundError, PermissionError) as error:
+        raise MissingError(f"{source.name}: cannot be read: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        cause = (str(error) or type(error).__name__).split("\n")[0]
+        raise ArtifactError(f"{source.name}: broken or not of save_to_disk: {cause}") from error
+    return tables if isinstance(tables, datasets.DatasetDict) else {"train": tables}
 
 
 def _read_shards(files: Mapping[str, list[str]], name: str) -> Mapping[str, Dataset]:

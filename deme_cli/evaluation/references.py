@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from deme_cli.artifacts import Record, StatisticsRecord, read_record, write_artifact
 from deme_cli.config import EvalConfig
-from deme_cli.console import Progress, silent
+from deme_cli.console import Progress, note_once, silent
+from deme_cli.data.archives import PIXELS, STATISTICS_PICKLES, npz_names, pickled_statistics
 from deme_cli.data.digits import EMBEDDED
 from deme_cli.data.image_source import FOLDERS_ONLY, find_image_source
 from deme_cli.distributed import ALONE, World, joined
@@ -281,7 +282,7 @@ def find_reference(
     for asset in reference_assets(source, features, resize, needs_images=needs_images):
         if (published := asset.find()) is None:
             raise MissingError(f"{source}: {asset.name} is missing; fetch {asset.url}")
-        _require_npz(published)
+        _require_statistics(published)
         return Reference(source, "published", published, n=PUBLISHED_STATISTICS[source][3])
     if source == "parti":
         raise MissingError(
@@ -294,12 +295,14 @@ def find_reference(
             f"get the images and make them: deme stats FOLDER -o {source}.safetensors"
         )
     path, record = Path(source).expanduser(), record_of_file(source)
+    if path.suffix in STATISTICS_PICKLES and path.is_file():
+        raise ConfigError(pickled_statistics(path, features))
     if isinstance(record, StatisticsRecord):
         if weights is not None:
             require_same_extractor(record, weights, source)
         found = Reference(source, "statistics", path, n=record.n)
-    elif path.suffix == ".npz":
-        _require_npz(path)
+    elif path.suffix == ".npz" and not _takes_pixels(path, needs_images):
+        _require_statistics(path)
         found = Reference(source, "npz", path)
     else:
         return find_images(source, split)  # samples are; anything else is refused as such
@@ -320,17 +323,25 @@ def find_images(source: str, split: str | None = None) -> Reference:
     return Reference(source, "images", split=SPLITS[split] if split else default)
 
 
-def _require_npz(path: Path) -> None:
+def _takes_pixels(path: Path, needs_images: bool) -> bool:
+    """Whether the images of an .npz are meant, not statistics; tells which, where it has both."""
+    names = npz_names(path)
+    has_both = {PIXELS, "mu", "sigma"} <= names
+    if has_both:
+        taken, left = (PIXELS, "mu and sigma") if needs_images else ("mu and sigma", PIXELS)
+        way = "" if needs_images else f"; for those of its images: deme stats {path} -o FILE"
+        note_once(f"{path}: holds images and statistics: {taken} taken, {left} left out{way}")
+    return needs_images if has_both else PIXELS in names
+
+
+def _require_statistics(path: Path) -> None:
     """Check that an .npz holds mu and sigma, from its table of contents."""
-    if not path.is_file():
-        raise MissingError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise ArtifactError(f"{path}: not a whole .npz file; fetch or make it again")
-    with zipfile.ZipFile(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
+    names = npz_names(path)
     if not {"mu", "sigma"} <= names:
         found = ", ".join(sorted(names)) or "nothing"
-        raise ArtifactError(f"{path}: expected the arrays mu and sigma, found {found}")
+        raise ArtifactError(
+            f"{path}: expected the arrays mu and sigma, or images as {PIXELS}, found {found}"
+        )
 
 
 def open_reference(
@@ -395,11 +406,10 @@ def reference_statistics(
 ) -> StatisticsRecord | None:  # fmt: skip
     """Make the reference statistics that `evaluate` takes distances to.
 
-    data: a folder, parquet file, hub dataset id, samples, digits or cifar10.   settings: of which
-    features, resize and batch_size count; those of `run` if None.   split: train, test or all; None
-    for the usual one.   size: bring images to that many pixels a side first, cropped, or with
-    `squeeze` squeezed.   weights: the file of the Inception or CLIP features.   progress: is
-    told how far it is.
+    data: images as any image argument names them.   settings: of which features, resize and
+    batch_size count; those of `run` if None.   split: train, test or all; None for the usual one.
+    size: bring images to that many pixels a side first, cropped, or with `squeeze` squeezed.
+    weights: the file of the Inception or CLIP features.   progress: is told how far it is.
 
     The processes that this one has joined share the images. Returns the record, None in all but the
     first of them. Raises ConfigError, MissingError, ArtifactError, NumericsError; then no output

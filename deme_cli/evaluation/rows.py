@@ -119,6 +119,8 @@ def _plan(argument: str, record: Record | None) -> RowPlan:
         files = find_files(path) if path.is_dir() and not is_model else ()
         if any(file.suffix.lower() in image_suffixes() for file in files):
             return RowPlan(path.resolve().name, "samples", (argument,))
+        if path.suffix in (".npz", ".zip") and path.is_file():
+            return RowPlan(path.stem, "samples", (argument,))
         locate_model(argument)
         return RowPlan(path.name, "model", (argument,))
     if record.kind not in ("base", "expert", "merged", "samples"):

@@ -299,7 +299,7 @@ NOTHING = {"bytes": None, "path": None}
         ({}, "cifar10", MissingError, r"HF_HUB_OFFLINE is set; .*give a folder of images"),
         ({}, "somebody/some-images", MissingError, r"HF_HUB_OFFLINE is set; .*give a folder"),
         ({"d/.hidden": PNG}, "d", MissingError, r"no images.*no parquet"),
-        ({"x.zip": b"PK"}, "x.zip", ConfigError, r"x\.zip: expected a folder of images"),
+        ({"x.rar": b"Rar"}, "x.rar", ConfigError, r"x\.rar: expected a folder or \.zip of images"),
         ({"base.safetensors": b""}, "base.safetensors", ArtifactError, "kind 'samples'.*'base'"),
         ({"d/0.png": PNG}, "d", ArtifactError, "too few images"),
         ({"d/0.png": PNG, "d/1.png": PNG[:42]}, "d", ArtifactError, r"1\.png: .*remove or mend"),

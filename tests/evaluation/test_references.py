@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from stand_ins import write_statistics_npz
 
 import deme_cli
+from deme_cli.config import EvalConfig, SampleConfig
 from deme_cli.console import Step
 from deme_cli.data.digits import load_digits
 from deme_cli.data.images import open_images
@@ -23,6 +28,9 @@ from deme_cli.evaluation.references import (
     open_reference,
     reference_assets,
 )
+from deme_cli.evaluation.rows import open_rows, plan_rows
+
+DIGITS = EvalConfig(features="digits")
 
 
 def opened(source: str | Path | Reference, **options: object) -> Reference:
@@ -77,7 +85,7 @@ def test_a_statistics_artifact_stands_for_its_images(tmp_path: Path, stand_in: P
 def test_an_npz_needs_mu_and_sigma_that_fit(tmp_path: Path) -> None:
     path = tmp_path / "ref.npz"
     for arrays, words in (
-        ({"mean": np.zeros(3)}, "expected the arrays mu and sigma, found mean"),
+        ({"mean": np.zeros(3)}, "mu and sigma, or images as arr_0, found mean"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"found \(3,\), \(4, 4\)"),
         ({"mu": np.array([{}]), "sigma": np.eye(4)}, "cannot be read"),
         ({"mu": np.zeros(7), "sigma": np.eye(7)}, "statistics of 7 features, digits has 64"),
@@ -86,6 +94,46 @@ def test_an_npz_needs_mu_and_sigma_that_fit(tmp_path: Path) -> None:
         np.savez(path, **arrays) if arrays else path.write_bytes(b"no zip")
         with pytest.raises(ArtifactError, match=words):
             opened(path, shape=(1, 8, 8))
+
+
+def test_of_a_reference_batch_of_adm_it_is_told_what_was_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch, alone, folder = (tmp_path / name for name in ("batch.npz", "alone.npz", "folder"))
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)
+    folder.mkdir()
+    for index, image in enumerate(pixels):
+        Image.fromarray(image[..., 0]).save(folder / f"{index}.png")
+    both = {"mu": np.zeros(64), "sigma": np.eye(64)}
+    np.savez(batch, arr_0=pixels, **both, mu_s=np.zeros(3), sigma_s=np.eye(3))
+    np.savez(alone, pixels)
+    assert np.array_equal(opened(batch).statistics.sigma, np.eye(64))
+    assert (
+        ": mu and sigma taken, arr_0 left out; for those of its images: deme stats"
+        in capsys.readouterr().err
+    )
+    found = find_reference(str(batch), "digits", needs_images=True)
+    images = opened(found, needs_images=True)
+    assert ": arr_0 taken, mu and sigma left out" in capsys.readouterr().err
+    assert np.array_equal(images.features, opened(folder, needs_images=True).features)
+    assert (find_reference(str(alone), "digits").kind, opened(alone).n) == ("images", 9)
+    made = deme_cli.reference_statistics(str(batch), tmp_path / "s.safetensors", DIGITS)
+    assert (made.n, made.data["shape"]) == (9, [1, 8, 8])
+    (row,) = open_rows(plan_rows([str(alone)])[0], SampleConfig())
+    assert (row.name, row.shape, len(row.finished)) == ("alone", (1, 8, 8), 9)
+
+
+@pytest.mark.parametrize("name", ["edm2.pkl", "fidelity.pt"])
+def test_the_command_told_for_pickled_statistics_makes_an_npz(tmp_path: Path, name: str) -> None:
+    path, statistics = tmp_path / name, {"mu": np.zeros(64), "sigma": np.eye(64)}
+    if path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps({"fid": statistics, "fd_dinov2": {}}))
+    else:
+        torch.save(statistics, path)
+    with pytest.raises(ConfigError, match="a pickle") as told:
+        find_reference(str(path), "digits")
+    exec(shlex.split(str(told.value).split("if you trust it: ")[1])[2], {})
+    assert np.array_equal(opened(path.with_suffix(".npz")).statistics.sigma, np.eye(64))
 
 
 def test_reference_images_come_at_the_size_of_the_rows(image_folder: Path) -> None:
