@@ -143,7 +143,8 @@ class MergedRecord(DenoiserRecord):
     """theta + sum_i w_i tau_i. `parents` are {path, kind, fingerprint, range} in the order of
     `coefficients`; `coefficients_for` holds others for the tensors that a glob matches, the first
     glob that does. `method` says what became of the tau_i before, and `settings` with which
-    settings. `search` is None for given coefficients; `report` is what was measured afterwards."""
+    settings. `search` is None for given coefficients; `report` is what was measured afterwards.
+    `holds`: `all`, or `adapter`: one LoRA of {rank}, which has the share {kept} of the sum."""
 
     kind: ClassVar[str] = "merged"
     base: str
@@ -155,6 +156,8 @@ class MergedRecord(DenoiserRecord):
     settings: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] | None = None
     report: dict[str, Any] | None = None
+    holds: str = "all"
+    adapter: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

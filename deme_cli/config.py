@@ -329,6 +329,11 @@ class MergeConfig(Settings):
     )
     mask_seed: int = setting(0, "seed of what dare drops", option=False, within=FROM_0)
     per: str = setting("model", "what shares its coefficients", choices=("model", "block", "layer"))
+    lora: int | None = setting(
+        None,
+        "of adapters: write one LoRA of this rank, exact from the sum of theirs on; unset: the "
+        "whole weights",
+    )
     search: str = setting(
         "none", "how to choose the coefficients", choices=SEARCHES, instead_of="coefficients"
     )
@@ -378,7 +383,7 @@ class MergeConfig(Settings):
     report_repeats: int = setting(3, "seeds of the report", option=False)
     report_seed: int = setting(2_000_003, "first seed of the report", option=False, within=FROM_0)
     PANELS: ClassVar = {
-        "Method": "method density",
+        "Method": "method density lora",
         "Search": "per search objective grid evaluations num steps seed",
         "Report": "report",
     }

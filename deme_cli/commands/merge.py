@@ -18,8 +18,8 @@ from deme_cli.merging.journal import Trial
 
 _SHOWN = 10  # trials of each stage
 LISTED = (  # of the settings, as in finetune
-    "coefficients", "method", "density", "per", "search", "objective", "grid", "evaluations", "num",
-    "seed", "report",
+    "coefficients", "method", "density", "lora", "per", "search", "objective", "grid",
+    "evaluations", "num", "report",
 )  # fmt: skip
 
 
@@ -197,6 +197,11 @@ def _show_merged(merged: deme_cli.MergeResult, *, as_json: bool) -> None:
         [[":".join(map(str, parent["range"])), f"{w:.{places}f}", parent["path"]]
          for parent, w in sorted(pairs, key=lambda pair: pair[0]["range"])],
     )  # fmt: skip
+    if record.adapter:
+        console.note(
+            f"{merged.path}: one LoRA of rank {record.adapter['rank']} at most, which keeps "
+            f"{record.adapter['kept']:.2%} of the squared change"
+        )
     if record.report:
         console.note(f"{merged.path}: {record.report['verdict']}")
     elif search and search["evaluations"]:
@@ -212,6 +217,7 @@ def _show_merged(merged: deme_cli.MergeResult, *, as_json: bool) -> None:
         coefficients=record.coefficients, coefficients_for=record.coefficients_for,
         objective=search["best"] if search else None,
         evaluations=search["evaluations"] if search else 0, search=search, report=record.report,
+        adapter=record.adapter,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deme_cli import console
-from deme_cli.artifacts import BaseRecord, fingerprint, load_tensors, read_record
+from deme_cli.artifacts import BaseRecord, fingerprint, read_record
 from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.backbones.backbone import Backbone
 from deme_cli.diffusion.denoiser import (
@@ -33,6 +33,7 @@ from deme_cli.diffusion.denoiser import (
     load_weights_into,
     require_finite,
     stored_in,
+    whole_weights,
 )
 from deme_cli.diffusion.model_files import (
     INDEX,
@@ -121,7 +122,7 @@ def read_network(
 def _import_artifact(path: Path, source: str) -> ImportedModel:
     """A base as it is, with its own source; a merged model as the base of another round."""
     record = read_record(path, "base", "merged")
-    weights = load_tensors(path)
+    weights = whole_weights(path, record)
     if has_projections(weights):
         raise ArtifactError(
             f"{path}: carries block projections, which a plain base cannot hold; "

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from deme_cli import console
-from deme_cli.artifacts import DenoiserRecord, ExpertRecord, load_tensors, read_record
+from deme_cli.artifacts import (
+    DenoiserRecord,
+    ExpertRecord,
+    MergedRecord,
+    load_tensors,
+    read_record,
+)
 from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.backbones.backbone import Backbone, Shape
 from deme_cli.diffusion.conditions import Conditions
@@ -183,7 +189,7 @@ def whole_weights(path: Path, record: DenoiserRecord) -> dict[str, Tensor]:
     The base is looked for as `locate_base` does, and floating-point sums come in float32.
     """
     tensors = load_tensors(path)
-    if not (isinstance(record, ExpertRecord) and record.holds == "adapter"):
+    if not isinstance(record, ExpertRecord | MergedRecord) or record.holds == "all":
         return tensors
     from deme_cli.diffusion.lora import fuse, low_rank_factors
 

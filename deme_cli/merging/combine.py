@@ -22,6 +22,7 @@ from deme_cli.artifacts import ArtifactWriter, MergedRecord, Record
 from deme_cli.errors import ArtifactError, NumericsError
 from deme_cli.files import DTYPE_BYTES, Header, TensorSpec, cast_specs
 from deme_cli.merging.coefficients import Coefficients
+from deme_cli.merging.factors import merged_factors
 from deme_cli.merging.inputs import COMPUTED_IN, INTEGERS, Inputs
 from deme_cli.merging.methods import LINEAR, METHODS, MethodSettings, fit_coefficients
 from deme_cli.merging.methods.linear import BASE
@@ -47,14 +48,15 @@ def merge_inputs(
     inputs: Inputs, coefficients: Coefficients | Sequence[float] | None, output: Path, *,
     method: MethodSettings = LINEAR, search: dict[str, Any] | None = None,
     report: dict[str, Any] | None = None, like: Header | None = None, save_dtype: str | None = None,
-    advance: Advance = lambda done: None,
+    lora: int | None = None, advance: Advance = lambda done: None,
 ) -> MergedRecord:  # fmt: skip
     """Merge experts or task vectors with their base into `output` (Eq. 8), by any method.
 
     coefficients: None for 1/N each, and for a method that finds its own.   `search` and `report` go
     into the record.   like: a merged file whose order and dtypes of tensors are taken.
-    save_dtype: of floating-point tensors, None for those of the base.   `advance` is told the
-    number of bytes written so far.
+    save_dtype: of floating-point tensors, None for those of the base.   lora: write the sum of
+    adapters as one LoRA of this rank at most, in float32 without a `save_dtype`.   `advance` is
+    told the number of bytes written so far.
 
     Raises ArtifactError, ConfigError or NumericsError; then no output appears.
     """
@@ -62,7 +64,11 @@ def merge_inputs(
     opened = METHODS[method.name](inputs, method)
     terms = {spec.name: opened.terms(spec.name, given.of(spec.name)) for spec in inputs.specs}
     moves = any(terms[spec.name] != BASE for spec in inputs.projections)
-    specs = inputs.specs if moves else inputs.base.tensors.values()
+    specs, adapter = inputs.specs if moves else inputs.base.tensors.values(), None
+    if lora:
+        factors, kept = merged_factors(inputs, terms, lora)
+        specs = [TensorSpec(name, "F32", side.shape) for name, side in factors.items()]
+        adapter = {"rank": lora, "kept": kept}
     layout = in_file_order(cast_specs(specs, save_dtype))
     if like is not None:
         if like.tensors.keys() != {spec.name for spec in layout}:
@@ -92,10 +98,33 @@ def merge_inputs(
         projection=placements.pop() if len(placements) == 1 else "mixed",
         search=search,
         report=report,
+        holds="adapter" if lora else "all",
+        adapter=adapter,
     )  # fmt: skip
+    if lora:
+        return _write_factors(factors, layout, record, output, advance)
     return write_sums(
         inputs, terms, layout, record, output, transform=opened.transform, advance=advance
     )
+
+
+def _write_factors(
+    factors: Mapping[str, np.ndarray], layout: Sequence[TensorSpec], record: AnyRecord,
+    output: Path, advance: Advance,
+) -> AnyRecord:  # fmt: skip
+    """Write factors, all in memory, under `record`; returns it with the fingerprint they have."""
+    written = 0
+    with ArtifactWriter(output, layout, record) as writer:
+        for spec in layout:
+            block = np.empty(spec.num_bytes, np.uint8)
+            with np.errstate(over="ignore"):  # looked for in the result
+                to_bytes(factors[spec.name].astype(np.float32).ravel(), spec.dtype, block)
+            scratch = np.empty(spec.num_elements, np.float32)
+            if not np.isfinite(to_numbers(block, spec.dtype, scratch)).all():
+                raise NumericsError(f"{output}: {spec.name!r} would not be finite in {spec.dtype}")
+            writer.write(block)
+            advance(written := written + block.size)
+    return writer.record
 
 
 def write_sums(

@@ -12,27 +12,35 @@ the difference is told.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from deme_cli.artifacts import FORMAT, ExpertRecord, MergedRecord, TaskVectorRecord, record_of
+from deme_cli.artifacts import (
+    FORMAT,
+    ExpertRecord,
+    MergedRecord,
+    TaskVectorRecord,
+    load_tensors,
+    record_of,
+)
 from deme_cli.console import Progress, Step, silent
 from deme_cli.diffusion.backbones import backbone_of
+from deme_cli.diffusion.backbones.backbone import Backbone
 from deme_cli.diffusion.denoiser import TORCH_DTYPES
-from deme_cli.diffusion.lora import LowRank, layers_of
+from deme_cli.diffusion.lora import LowRank, layers_of, low_rank_factors
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
 from deme_cli.files import Header, read_header, require_output, write_whole
+from deme_cli.merging.factors import ROUNDING, truncated
 from deme_cli.merging.inputs import is_projection, locate_base, require_same_tensors
 from deme_cli.merging.task_vectors import block_of
 from deme_cli.model_spec import model_spec
 from deme_cli.run_file import RunFile
 
 FORMATS = ("diffusers", "kohya")
-_ROUNDING = 1e-14  # of a sum of squares: below what float32 holds of its largest terms
 
 
 @dataclass(frozen=True)
@@ -70,36 +78,29 @@ def export_lora(
             f"{artifact}: expected an artifact of kind 'merged', 'expert' or 'task-vector', found "
             f"{record.kind!r}"
         )
-    if isinstance(record, ExpertRecord) and record.holds == "adapter":
-        raise ArtifactError(
-            f"{artifact}: holds adapters, and is a LoRA as it is: load_lora_weights takes the file"
-        )
     if any(map(is_projection, header.tensors)):
         raise ArtifactError(
             f"{artifact}: carries block projections, which no LoRA holds; finetune with "
             f"--projection fold to export"
         )
-    origin = read_header(locate_base(artifact, record.base, run or RunFile(), base))
-    require_same_tensors(origin, header, projections=False)
-    backbone, layers = (
-        backbone_of(record.model_config, str(artifact)),
-        layers_of(record.model_config),
-    )
-    if format == "kohya" and backbone.part != "unet":
-        raise ConfigError(
-            f"--lora-format kohya: kohya's names for a {backbone.class_name} are those of another "
-            f"network; leave it out: ComfyUI reads diffusers' names too"
-        )
+    config, factors = record.model_config, dict[str, LowRank]()
+    if record.holds == "adapter":  # neither a base nor a decomposition of whole weights
+        factors = low_rank_factors(load_tensors(artifact), config, str(artifact))
+        changes = _products(artifact, factors)
+    else:
+        origin = read_header(locate_base(artifact, record.base, run or RunFile(), base))
+        changes = _differences(origin, header, is_vector=isinstance(record, TaskVectorRecord))
+    backbone, layers = backbone_of(config, str(artifact)), layers_of(config)
+    _require_names(format, backbone)
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     squares: dict[str, list[float]] = {}  # by block: of the difference, of what is lost of it
     left_out: dict[str, float] = {}
-    changes = _differences(origin, header, is_vector=isinstance(record, TaskVectorRecord))
     for done, (name, change) in enumerate(changes, 1):
         square = lost = change.square().sum().item()
         layer = name.removesuffix(".weight")
         if square and layer in layers and layer != name:
-            pair = low_rank(change, rank=rank, explained=explained)
+            pair = low_rank(change, rank=rank, explained=explained, of=factors.get(layer))
             pair = LowRank(*(side.to(TORCH_DTYPES[save_dtype or "fp32"]) for side in pair.sides))
             held = LowRank(*(side.double() for side in pair.sides)).change()
             lost = (change - held).square().sum().item()
@@ -111,7 +112,7 @@ def export_lora(
         block[0], block[1] = block[0] + square, block[1] + lost
         progress(Step(done, len(header.tensors), "factors", "tensor"))
     if not state:
-        raise ArtifactError(f"{artifact}: no layer differs from its base {origin.path}")
+        raise ArtifactError(f"{artifact}: no layer differs from its base")
     from safetensors.torch import save
 
     told = model_spec(record, output.stem, artifact=artifact)
@@ -136,6 +137,14 @@ def _check(rank: int | None, explained: float | None, format: str, output: Path)
         raise ConfigError(f"{output}: a LoRA is one file; give it a name that ends in .safetensors")
 
 
+def _require_names(format: str, backbone: Backbone) -> None:
+    if format == "kohya" and backbone.part != "unet":
+        raise ConfigError(
+            f"--lora-format kohya: kohya's names for a {backbone.class_name} are those of another "
+            f"network; leave it out: ComfyUI reads diffusers' names too"
+        )
+
+
 def _named(layer: str, pair: LowRank, format: str, part: str) -> dict[str, Tensor]:
     """The factors under the names of a format; alpha is the rank, which scales by 1."""
     up = pair.up.view(*pair.up.shape, *[1] * (pair.down.ndim - 2)).contiguous()
@@ -150,19 +159,26 @@ def _named(layer: str, pair: LowRank, format: str, part: str) -> dict[str, Tenso
     }  # fmt: skip
 
 
-def low_rank(change: Tensor, *, rank: int | None = None, explained: float | None = None) -> LowRank:
+def low_rank(
+    change: Tensor, *, rank: int | None = None, explained: float | None = None,
+    of: LowRank | None = None,
+) -> LowRank:  # fmt: skip
     """The best factors of a rank, or of the least rank that keeps a share of the squares.
 
-    change: (out, in, *kernel), float64. Both factors have columns and rows of the same length, so
-    that half precision holds either.
+    change: (out, in, *kernel), float64.   of: factors of the change, if it is known to have some.
+    Both factors have columns and rows of the same length, so that half precision holds either.
     """
+    if of is not None:
+        sides = (side.double().flatten(1).numpy() for side in of.sides)
+        down, up = map(torch.from_numpy, truncated(*sides, rank=rank, explained=explained))
+        return LowRank(down.unflatten(1, change.shape[1:]), up)
     matrix = change.flatten(1)
     is_wide = matrix.shape[0] <= matrix.shape[1]
     matrix = matrix if is_wide else matrix.T
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     squares = values.flip(0).clamp(min=0)
     shares = squares.cumsum(0) / squares.sum()
-    least = int((shares < (explained or 1) - _ROUNDING).sum()) + 1
+    least = int((shares < (explained or 1) - ROUNDING).sum()) + 1
     left = vectors.flip(1)[:, : min(least, rank or least, len(squares))]  # (side, r)
     right = left.T @ matrix
     lengths = right.norm(dim=1).sqrt().clamp(min=torch.finfo(matrix.dtype).tiny)
@@ -171,10 +187,20 @@ def low_rank(change: Tensor, *, rank: int | None = None, explained: float | None
     return LowRank(down.unflatten(1, change.shape[1:]), up)
 
 
+def _products(artifact: Path, factors: Mapping[str, LowRank]) -> Iterator[tuple[str, Tensor]]:
+    """B A of each layer, float64, one after another."""
+    for layer, pair in factors.items():
+        change = LowRank(*(side.double() for side in pair.sides)).change()
+        if not change.isfinite().all():
+            raise NumericsError(f"{artifact}: the factors of {layer!r} are not finite")
+        yield f"{layer}.weight", change
+
+
 def _differences(base: Header, model: Header, *, is_vector: bool) -> Iterator[tuple[str, Tensor]]:
     """Each floating-point tensor's difference, float64, one after another."""
     from safetensors import safe_open
 
+    require_same_tensors(base, model, projections=False)
     with safe_open(model.path, "pt") as theirs, safe_open(base.path, "pt") as own:
         for name in base.tensors:
             tensor = theirs.get_tensor(name)

@@ -154,7 +154,7 @@ def _write(
         document = make_report(bench, given, progress)
     return merge_inputs(
         plan.inputs, given, plan.output, method=plan.method, search=origin, report=document,
-        save_dtype=plan.save_dtype,
+        save_dtype=plan.save_dtype, lora=plan.settings.lora,
         advance=lambda done: progress(Step(done, plan.num_bytes, "merging", "byte")),
     )  # fmt: skip
 
@@ -327,7 +327,7 @@ def replay(
     try:
         made = merge_inputs(
             inputs, None if method.name == "model-stock" else given, partial, method=method,
-            like=header,
+            like=header, lora=(record.adapter or {}).get("rank"),
         ).fingerprint  # fmt: skip
         if made != record.fingerprint:
             raise _culprit(inputs, merged, record, made)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def open_plan(
     inputs = open_inputs(find_base(experts, run, base), experts)
     if len({expert.holds_adapters for expert in experts}) > 1:
         console.note("some experts hold adapters, others whole weights: merged as whole weights")
-    specs = cast_specs(inputs.base.tensors.values(), save_dtype)
+    written = [header.tensors.values() for header in inputs.headers]
+    specs = cast_specs(chain(*written[1:]) if settings.lora else written[0], save_dtype)
     require_space(output, num_bytes := sum(spec.num_bytes for spec in specs))
     labels = [[expert.record.label for expert in experts], [path.stem for path in paths]]
     searches = settings.search != "none"
@@ -206,7 +208,14 @@ def _contradictions(
     searches, is_closed = search != "none", method in ("slerp", "model-stock")
     horizon = plan.inputs.base_record.num_train_timesteps
     span = parse_span(settings.loss_range or f"0:{horizon}", "loss_range")
+    whole = next((one.path for one in plan.inputs.experts if not one.holds_adapters), None)
+    instead = "leave out --lora, and write the merge as a LoRA with `deme export --lora`"
     return [
+        (settings.lora is not None and method != "linear",
+         f"--lora stacks the factors of a linear merge, and what {method} makes has none; "
+         f"{instead}"),
+        (settings.lora is not None and whole is not None,
+         f"{whole}: holds no adapters, whose factors --lora stacks; {instead}"),
         (is_closed and searches,
          f"method {method} has a closed form, there is nothing to search for; use --search none"),
         (is_closed and per != "model", f"--per {per} goes with methods linear, ties and dare"),

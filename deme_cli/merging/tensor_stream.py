@@ -210,11 +210,16 @@ class Products:
         self._names = changed_by(header)
         self._last: tuple[str, int, np.ndarray] = "", 0, np.empty(0)
 
+    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A (r, n) and B (out, r) of a tensor that has an adapter."""
+        down, up = (self._factors[side] for side in self._names[name])
+        return down, up
+
     def numbers(self, spec: TensorSpec, start: int, size: int) -> np.ndarray:
         """The elements of a tensor's change from `start` on: zeros where no adapter is."""
         found = np.zeros(size, COMPUTED_IN[spec.dtype])
         if spec.name in self._names:
-            down, up = (self._factors[name] for name in self._names[spec.name])
+            down, up = self.factors(spec.name)
             width = down.shape[1]
             block = max(BLOCK // width, 1) * width
             for begin in range(start // block * block, start + size, block):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -143,3 +144,23 @@ def test_adapters_that_do_not_fit_their_base_are_refused_by_name(
     write_artifact(ADAPTERS[0], held, record)
     with pytest.raises(ArtifactError, match=word):
         opened(ADAPTERS)
+
+
+@pytest.mark.parametrize("method", METHODS[1:3], ids=lambda method: method.name)
+def test_methods_on_dense_differences_of_adapters_take_bounded_memory(
+    method: MethodSettings, write_inputs: Callable[..., tuple[Path, list[Path]]]
+) -> None:
+    names, side, rank = [f"{i}.weight" for i in range(24)], 1024, 2
+    base, paths = write_inputs(dict.fromkeys(names, torch.zeros(side, side)), [{}, {}])
+    for path in paths:
+        held = {}
+        for name in names:
+            held[f"unet.{name.replace('weight', 'lora_A.weight')}"] = torch.randn(rank, side)
+            held[f"unet.{name.replace('weight', 'lora_B.weight')}"] = torch.randn(side, rank)
+        write_artifact(path, held, replace(read_record(path, "expert"), holds="adapter"))
+    inputs = open_inputs(base, open_experts(paths, "expert"))
+    tracemalloc.start()
+    merge_inputs(inputs, (0.3, 0.7), Path("m.safetensors"), method=method)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(names) * side * side * 4 / 3  # of one dense difference of the two

@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny_base, write_tiny_expert
+from conftest import write_adapter_expert, write_tiny_base, write_tiny_expert
 from torch.func import functional_call
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
@@ -121,30 +122,36 @@ def open_bench(
     return bench, objective, partial(bench.evaluate, [objective] * 2, lambda *progress: None)
 
 
-def float64_loss(bench: Workbench, objective: Objective) -> Callable[[Sequence[float]], float]:
-    """The loss at theta + sum_i w_i tau_i as a function of the point, all of it in float64."""
+def float64_loss(
+    bench: Workbench, objective: Objective, taus: Sequence[dict] | None = None
+) -> Callable[[Sequence[Any]], torch.Tensor]:
+    """The loss at theta + sum_i w_i tau_i as a function of the point, all of it in float64.
+
+    taus: of experts whose files hold no weights.
+    """
     draws, schedule = objective.draws, objective.draws.schedule
     x0, _ = draws.examples.draw(draws.images.tolist(), flip=None, generator=None)
     eps, t = draws.noise(torch.arange(NUM)), draws.t
     x_t = schedule.add_noise(x0, eps, t).double()
     target = schedule.target(x0, eps, t) if draws.targets is None else draws.targets
     theta = load_tensors(bench.inputs.base.path)
-    taus = [
+    taus = taus or [
         {name: value - theta[name] for name, value in load_tensors(expert.path).items()}
         for expert in bench.inputs.experts
     ]
-    network, space = bench.network().at([0.0] * 3).network, bench.plan.search.space
+    network = bench.network().at([0.0] * len(taus)).network.requires_grad_(False)
+    space = bench.plan.search.space
 
-    @torch.no_grad()
-    def loss(point: Sequence[float]) -> float:
+    def loss(point: Sequence[Any]) -> torch.Tensor:
         w = space.coefficients(tuple(point))
         weights = {
-            name: value + sum(c * tau[name] for c, tau in zip(w.of(name), taus, strict=True))
+            name: value
+            + sum(c * tau[name] for c, tau in zip(w.of(name), taus, strict=True) if name in tau)
             for name, value in theta.items()
         }
         output = functional_call(network, weights, (x_t, schedule.times(t))).sample
         assert output.dtype == torch.float64
-        return (output - target.double()).square().mean().item()
+        return (output - target.double()).square().mean()
 
     return loss
 
@@ -158,7 +165,7 @@ def central_differences(
         for sign in (1, -1):
             moved = list(point)
             moved[index] += sign * step
-            ends.append(loss(moved))
+            ends.append(float(loss(moved)))
         slopes.append((ends[0] - ends[1]) / (2 * step))
     return np.array(slopes)
 
@@ -191,8 +198,42 @@ def test_the_gradient_is_that_of_central_differences(
     assert np.count_nonzero(expected) == len(places)
     assert distance(np.array(exact[1])[places], expected) < 1e-6
     assert distance(np.array(found[1])[places], expected) < 1e-4
-    assert exact[0] == pytest.approx(loss(point), rel=1e-6)
-    assert found[0] == pytest.approx(loss(point), rel=1e-5)
+    assert exact[0] == pytest.approx(loss(point).item(), rel=1e-6)
+    assert found[0] == pytest.approx(loss(point).item(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor")
+@pytest.mark.parametrize("per", ["model", "block", "layer"])
+def test_slopes_through_factors_are_those_of_autograd_on_dense_weights(
+    per: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = write_tiny_base(Path("base.safetensors"))
+    wide = {k: v.double() for k, v in load_tensors(Path("base.safetensors")).items()}
+    write_artifact(Path("base.safetensors"), wide, record)
+    paths, taus = [Path("a_1of2.safetensors"), Path("a_2of2.safetensors")], []
+    for index, path in enumerate(paths, 1):
+        targets = ("all", "linear")[index - 1]
+        write_adapter_expert(path, Path("base.safetensors"), index=index, of=2, targets=targets)
+        held = {name: side.double().flatten(1) for name, side in load_tensors(path).items()}
+        taus.append({
+            f"{name[5:-14]}.weight": (held[name.replace("lora_A", "lora_B")] @ down).view_as(
+                wide[f"{name[5:-14]}.weight"])
+            for name, down in held.items() if ".lora_A." in name
+        })  # fmt: skip
+    bench, opened, evaluate = open_bench(paths, per=per)
+    count, generator = len(bench.plan.search.space.labels), torch.Generator().manual_seed(0)
+    point = torch.rand(count, generator=generator, dtype=torch.float64, requires_grad=True)
+    bench.network()._denoiser.network.double()
+    loss = float64_loss(bench, opened, taus)
+    with torch.enable_grad():
+        value = loss(list(point))
+        value.backward()
+    bench.network()._denoiser.network.requires_grad_(True)
+    found = evaluate(0, tuple(point.tolist()), "")
+    assert found[0] == pytest.approx(value.item(), rel=1e-6)
+    assert np.count_nonzero(found[1]) > count / 2
+    np.testing.assert_allclose(found[1], point.grad.numpy(), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare"])
