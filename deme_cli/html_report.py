@@ -190,10 +190,9 @@ def _comparison(name: str, document: Json) -> dict[str, Any]:
             for cell in cells
         ]  # fmt: skip
         columns.append(_metric(str(column["title"]), str(column["metric"]), figures))
-    costs = []
-    for row in rows:
-        num = sum(one["seed"] is not None for one in row["results"])
-        costs.append([(str(num or ""), ""), (f"{int(row['updates'] or 0):,}" if num else "", "")])
+    nums = [sum(one["seed"] is not None for one in row["results"]) for row in rows]
+    costs = [[(str(num), ""), (f"{int(row['updates'] or 0):,}", "")] if num else [("", "")] * 2
+             for num, row in zip(nums, rows, strict=True)]  # fmt: skip
     columns.append((["training seeds", "updates"], costs))
     names = [
         (str(row["name"]), "; ".join([str(row["kind"]), *map(_public, row.get("failures") or [])]))

@@ -22,11 +22,7 @@ BLACK, BLUE, VERMILION = "#000000", "#0072B2", "#D55E00"
 BASE, ENSEMBLE, MERGED, OTHER, LINE = "0.45", BLACK, VERMILION, "#F0A000", "0.25"
 # Experts in order of their ranges (Okabe and Ito, from clean to noise); more begin anew, dashed.
 EXPERTS = ("#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#8C6D31")
-EDGE: dict[str, Any] = {
-    "color": LINE,
-    "linewidth": 0.8,
-    "linestyle": (0, (4, 3)),
-}  # between two ranges
+EDGE: dict[str, Any] = {"color": LINE, "linewidth": 0.8, "linestyle": (0, (4, 3))}  # of ranges
 _LONGEST = 90  # characters of a title
 _DEMO_COLUMNS = 12  # images of each model
 

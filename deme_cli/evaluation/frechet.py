@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from scipy.linalg import eigvalsh, lapack
@@ -39,16 +40,16 @@ class Statistics:
     n: int
 
 
+@dataclass
 class RunningStatistics:
     """Mean and covariance of features that come in batches.
 
     The sum of squares is kept about the running mean (Chan et al. 1983), so nothing cancels.
     """
 
-    def __init__(self) -> None:
-        self.n = 0
-        self._mean = np.zeros(0)
-        self._scatter = np.zeros((0, 0))
+    n: int = 0
+    _mean: Any = 0.0  # (d,) once there are features
+    _scatter: Any = 0.0  # (d, d)
 
     def add(self, features: np.ndarray) -> None:
         """Take in features (B, d). Raises NumericsError if they are not finite."""
@@ -56,19 +57,13 @@ class RunningStatistics:
         if not np.isfinite(features).all():
             raise NumericsError("the features are not finite; the images or the extractor are bad")
         n, total = len(features), self.n + len(features)
-        if not n:
-            return
-        mean = features.mean(axis=0)
-        centred = features - mean
-        scatter = centred.T @ centred
-        if self.n:
-            shift = mean - self._mean
-            self._scatter += scatter
+        if n:
+            mean = features.mean(axis=0)
+            centred, shift = features - mean, mean - self._mean
+            self._scatter += centred.T @ centred
             self._scatter += np.outer(shift, shift * (self.n * n / total))
             self._mean = self._mean + shift * (n / total)
-        else:
-            self._mean, self._scatter = mean, scatter
-        self.n = total
+            self.n = total
 
     def statistics(self, source: str = "") -> Statistics:
         """The mean and the unbiased covariance. source: of the images, for the message.

@@ -15,13 +15,9 @@ SUBSET_SIZE = 1000
 
 
 def kernel_distance(
-    features1: np.ndarray,
-    features2: np.ndarray,
-    *,
-    num_subsets: int = NUM_SUBSETS,
-    subset_size: int = SUBSET_SIZE,
-    seed: int = 0,
-) -> float:
+    features1: np.ndarray, features2: np.ndarray, *, num_subsets: int = NUM_SUBSETS,
+    subset_size: int = SUBSET_SIZE, seed: int = 0,
+) -> float:  # fmt: skip
     """The mean over `num_subsets` of the unbiased squared discrepancy of random subsets.
 
     features: (n, d) and (m, d), n, m >= 2; subsets have min(n, m, subset_size) rows, drawn without
@@ -34,9 +30,7 @@ def kernel_distance(
         )
     size = min(len(features1), len(features2), subset_size)
     if size < 2:
-        raise ConfigError(
-            f"a kernel distance needs at least 2 images on each side, there are {size}"
-        )
+        raise ConfigError(f"a kernel distance needs 2 images or more on each side, found {size}")
     if not (np.isfinite(features1).all() and np.isfinite(features2).all()):
         raise NumericsError("the features are not finite; the images or the extractor are bad")
     draw = np.random.default_rng(seed)

@@ -40,12 +40,8 @@ def neighbour_metrics(made: np.ndarray, real: np.ndarray, k: int) -> dict[str, f
         inside_real += is_inside.sum(axis=0)
         is_covered.append(is_inside.any(axis=1))
         is_recalled.append((squares <= made_radii).any(axis=1))
-    figures = (
-        (inside_real > 0).mean(),
-        np.concatenate(is_recalled).mean(),
-        inside_real.mean() / k,
-        np.concatenate(is_covered).mean(),
-    )
+    recall, coverage = (np.concatenate(one).mean() for one in (is_recalled, is_covered))
+    figures = (inside_real > 0).mean(), recall, inside_real.mean() / k, coverage
     return dict(zip(NAMES, map(float, figures), strict=True))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -36,19 +37,9 @@ def clean_fid_distance(*statistics: np.ndarray) -> float:
     """clean-fid's own figure; it asks scipy for `disp=False`, which scipy 1.18 no longer takes."""
     from cleanfid import fid
 
-    def sqrtm(matrix: np.ndarray, disp: bool = True) -> object:
-        root = scipy.linalg.sqrtm(matrix)
-        return root if disp else (root, 0.0)
-
-    class Linalg:
-        pass
-
-    Linalg.sqrtm = staticmethod(sqrtm)
-    before, fid.linalg = fid.linalg, Linalg
-    try:
+    linalg = Mock(sqrtm=lambda matrix, disp: (scipy.linalg.sqrtm(matrix), 0.0))
+    with patch.object(fid, "linalg", linalg):
         return float(fid.frechet_distance(*statistics))
-    finally:
-        fid.linalg = before
 
 
 def test_gaussians_are_apart_by_the_closed_forms() -> None:
@@ -109,17 +100,11 @@ def test_the_way_for_lower_ranks_is_taken_where_an_eigenvalue_is_not_positive(
     first: list[float], second: list[float], is_singular: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is slower; the other one would take the root of rounding noise."""
-    taken: list[bool] = []
-    singular = frechet._eigenvalues_singular
-
-    def watched(*sigmas: np.ndarray) -> np.ndarray:
-        taken.append(True)
-        return singular(*sigmas)
-
-    monkeypatch.setattr(frechet, "_eigenvalues_singular", watched)
+    singular = Mock(side_effect=frechet._eigenvalues_singular)
+    monkeypatch.setattr(frechet, "_eigenvalues_singular", singular)
     found = trace_of_root(np.diag(first), np.diag(second))
     assert found == pytest.approx(np.sqrt(np.multiply(first, second)).sum(), rel=1e-8)
-    assert bool(taken) is is_singular
+    assert singular.called is is_singular
 
 
 def test_what_has_no_distance_is_refused() -> None:

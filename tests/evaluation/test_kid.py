@@ -52,7 +52,7 @@ def test_the_same_seed_gives_the_same_kernel_distance() -> None:
 
 def test_what_has_no_kernel_distance_is_refused() -> None:
     for features, kind, words in (
-        (draw(1, 0, seed=0), ConfigError, "at least 2 images"),
+        (draw(1, 0, seed=0), ConfigError, "2 images or more"),
         (draw(9, 0, seed=0, d=8), ArtifactError, "8 and 16 features"),
         (draw(9, np.nan, seed=0), NumericsError, "not finite"),
     ):
