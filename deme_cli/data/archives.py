@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 STATISTICS_PICKLES = (".pkl", ".pt", ".pth")
 PIXELS, CLASSES = "arr_0", "arr_1"  # as np.savez names what it is given, and ADM leaves it
-_BLOCK_BYTES = 32 << 20
+_BLOCK_BYTES = 8 << 20
 _LARGE_BYTES = 2 << 30  # decoded images of more are not kept in memory
 _BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, ValueError)
 
