@@ -105,6 +105,9 @@ def read_run_file(path: Path | None) -> RunFile:
     return RunFile(chosen.parent, document, chosen)
 
 
+_NAMED = "name it with --base (for sample and eval: base in [model] of deme.toml)"
+
+
 def locate_base(
     path: Path, wanted: str, run: RunFile, given: Path | None, beside: Path | None = None
 ) -> Path:
@@ -126,12 +129,11 @@ def locate_base(
     if others:
         raise ArtifactError(
             f"{path}: was finetuned from base {wanted[:12]}, found "
-            f"{', '.join(dict.fromkeys(others))}; put the right one beside it, or name it with "
-            f"--base"
+            f"{', '.join(dict.fromkeys(others))}; put the right one beside it, or {_NAMED}"
         )
     raise MissingError(
         f"{given or run.base}: no such file; {path} was finetuned from base "
-        f"{wanted[:12]}; put it beside the expert, or name it with --base"
+        f"{wanted[:12]}; put it beside the file, or {_NAMED}"
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,11 @@ from deme_cli.run_file import locate_base, read_run_file
 _TRAINED = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.default\.weight")
 
 
-def target_layers(network: nn.Module, targets: str | None) -> list[str]:
+def target_layers(network: nn.Module, targets: str | None, rank: int = 1) -> list[str]:
     """The names of the layers that `targets` means: `attention` (its linear layers; None as well),
     `linear`, `all` (convolutions too), or a glob of names.
 
-    Raises ConfigError where none is meant, with the nearest names.
+    Raises ConfigError where none is meant, with the nearest name, and for a rank above all theirs.
     """
     modules, targets = dict(network.named_modules()), targets or "attention"
     layers = [name for name, one in modules.items() if isinstance(one, LAYERS)]
@@ -42,15 +43,24 @@ def target_layers(network: nn.Module, targets: str | None) -> list[str]:
     blocks = tuple(
         f"{name}." for name, one in modules.items() if type(one).__name__.endswith("Attention")
     )
-    chosen = {
+    meant = {
         "attention": [name for name in linear if name.startswith(blocks)],
         "linear": linear, "all": layers,
-    }.get(targets, [name for name in layers if fnmatchcase(name, targets)])  # fmt: skip
+    }  # fmt: skip
+    chosen = meant.get(targets, [name for name in layers if fnmatchcase(name, targets)])
     if not chosen:
-        near = difflib.get_close_matches(targets.strip("*."), layers, n=1)
+        ends = (f"*.{name.rpartition('.')[2]}" for name in layers)
+        above = (f"{name}.*" for name in modules if name and name not in layers)
+        near = difflib.get_close_matches(targets, dict.fromkeys((*layers, *above, *ends, *meant)))
         raise ConfigError(
             f"lora_targets = {targets!r}: no layer of this {type(network).__name__} is meant; "
             f"expected attention, linear, all, or a glob of names as {(near or layers)[0]!r}"
+        )
+    shapes = [cast(Tensor, modules[name].weight).flatten(1).shape for name in chosen]
+    if rank > (most := max(map(min, shapes))):
+        raise ConfigError(
+            f"lora = {rank}: the layers of lora_targets = {targets!r} have a rank of {most} at "
+            f"most; expected less, or train whole weights and leave it out"
         )
     return chosen
 

@@ -120,7 +120,7 @@ def open_plan(
     require_output(output, force=force)
     experts = open_experts(paths, "expert", "task-vector")
     inputs = open_inputs(find_base(experts, run, base), experts)
-    if len({expert.holds_adapters for expert in experts}) > 1:
+    if not settings.lora and len({expert.holds_adapters for expert in experts}) > 1:
         console.note("some experts hold adapters, others whole weights: merged as whole weights")
     written = [header.tensors.values() for header in inputs.headers]
     specs = cast_specs(chain(*written[1:]) if settings.lora else written[0], save_dtype)

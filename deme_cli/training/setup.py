@@ -383,7 +383,8 @@ def prepare(plan: Plan) -> Run:
     if config.lora:
         from deme_cli.diffusion.adapters import target_layers
 
-        target_layers(denoiser.network, config.lora_targets)  # known now, not after the caches
+        # known now, not after the caches
+        target_layers(denoiser.network, config.lora_targets, config.lora)
     if plan.force:
         checkpoint_path(plan.output).unlink(missing_ok=True)
     flip = plan.images.horizontal_flip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -206,8 +207,14 @@ def test_targets_are_attention_linear_all_or_a_glob(base: Callable[..., Denoiser
     assert all(name.startswith("mid_block.") for name in found["mid_block.*"])
     for name in ("sd3", "dit", "flux", "wan"):
         assert all("attn" in layer for layer in target_layers(base(name).network, "attention"))
-    with pytest.raises(ConfigError, match=r"a glob of names as 'down_blocks\.1\.attentions\.0\."):
-        target_layers(network, "down_blocks.1.attention.0.proj_i")
+    for wrong, near in (
+        ("down_blocks.1.attention.0.proj_i", "down_blocks.1.attentions.0.proj_in"),
+        ("mid_blok.*", "mid_block.*"), ("*.to_qq", "*.to_q"), ("attnetion", "attention"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"a glob of names as {re.escape(repr(near))}"):
+            target_layers(network, wrong)
+    with pytest.raises(ConfigError, match=r"lora = 1000: .* a rank of 16 at most"):
+        target_layers(network, "attention", 1000)
 
 
 @pytest.mark.parametrize(
