@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -202,6 +203,10 @@ def test_a_random_change_moves_every_tensor_as_far_as_the_expert(run_folder: Pat
     for name, change in changes(expert, base).items():
         assert float(first[name].norm()) == pytest.approx(float(change.norm()), rel=1e-3, abs=1e-9)
     name = "conv_in.weight"
+    again = copy.deepcopy(expert)
+    again.state_dict()[name].mul_(1.1)
+    after = changes(randomly_changed(base, again, seed=0, k=1), base)
+    assert {other for other in first if not after[other].equal(first[other])} == {name}
     for seed, k in ((0, 2), (1, 1)):
         other = changes(randomly_changed(base, expert, seed=seed, k=k), base)
         cosine = torch.cosine_similarity(other[name].flatten(), first[name].flatten(), dim=0)
