@@ -83,7 +83,7 @@ def test_a_search_finds_what_brute_force_finds_and_tells_of_it(
     result = deme("merge", *PAIR, "--search", "grid", "--grid", "0,0.5;0,1", *FAST, "--json")
     document = json.loads(result.stdout)
     assert set(document) == {
-        "schema_version", "path", "fingerprint", "parents", "method", "coefficients",
+        "schema_version", "path", "fingerprint", "parents", "method", "adapter", "coefficients",
         "coefficients_for", "objective", "evaluations", "search", "report", "paths",
     }  # fmt: skip
     assert "loss: the best of 5" in result.stderr
