@@ -57,7 +57,7 @@ def model_spec(
         "sai_model_spec": "1.0.0",
         "architecture": architecture,
         "implementation": implementation if single_file else "diffusers",
-        "title": title or f"{_name(record.source)}, merged",
+        "title": title or f"{_base_name(record)}, merged",
         "date": date,
         "resolution": _SIZES.get(size) if isinstance(size, int) else None,
         "prediction_type": predicts,
@@ -74,7 +74,12 @@ def _merged_from(record: DenoiserRecord) -> str | None:
         return None
     parents = zip(record.coefficients, record.parents, strict=True)
     summands = [f"{w:g} * {_name(parent['path'])}" for w, parent in parents]
-    return ", ".join([_name(record.source), *summands])
+    return ", ".join([_base_name(record), *summands])
+
+
+def _base_name(record: DenoiserRecord) -> str:
+    """Of the single file that the base came from, or of its folder or hub id."""
+    return _name((record.single_file or {}).get("path", record.source))
 
 
 def _name(path: str) -> str:

@@ -43,7 +43,7 @@ from deme_cli.diffusion.model_files import (
     read_scheduler,
 )
 from deme_cli.diffusion.schedule import NoiseSchedule, read_schedule
-from deme_cli.diffusion.single_file import in_diffusers_names
+from deme_cli.diffusion.single_file import PREFIX, in_diffusers_names
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
 from deme_cli.fetch import sha256_of
 from deme_cli.files import (
@@ -152,7 +152,8 @@ def _read(
     _require_no_other_base(path, record)
     tensors = read_state_dict(path, record)
     what, _ = foreign_kind(tensors)
-    if what.startswith("a single-file"):
+    if what.startswith("a single-file"):  # in a checkpoint of Lightning below state_dict
+        tensors = {name[max(name.find(PREFIX), 0) :]: one for name, one in tensors.items()}
         weights = in_diffusers_names(tensors, record.model_config, str(path))
         return weights, {"source": source, "form": "single file", "sha256": sha256_of(path)}
     if is_lora(tensors) or what.startswith("a LoRA"):
@@ -237,7 +238,9 @@ def read_state_dict(path: Path, record: BaseRecord) -> dict[str, Tensor]:
         with torch.device("meta"):
             network = build_network(record.model_config)
         names = [name for name, _ in network.named_parameters()]
-        document = dict(zip(names, document["shadow_params"], strict=False))
+        shadows = document["shadow_params"]
+        names += [f"shadow_params.{index}" for index in range(len(names), len(shadows))]
+        document = dict(zip(names, shadows, strict=False))
     return dict(_flat(document))
 
 
@@ -309,7 +312,9 @@ def _fitted(
             rounded.add(f"{tensor.dtype} to {dtype}".replace("torch.", ""))
         fitted[name] = tensor.to(dtype).contiguous()
         if not fitted[name].isfinite().all() and tensor.isfinite().all():
-            raise NumericsError(f"{where}: {name!r} is too large for {dtype}; add --save-dtype")
+            raise NumericsError(
+                f"{where}: {name!r} is too large for {dtype}; choose another --save-dtype"
+            )
     if rounded:
         console.note(f"{where}: rounded, {', '.join(sorted(rounded))}")
     return fitted

@@ -182,6 +182,9 @@ def _with_alpha(
                 scale = told.item() / rank
                 state[f"{layer}.alpha"] = torch.tensor(float(rank))
             state[name] = tensor.float() * scale
+    for layer in (name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")):
+        if f"{layer}.alpha" not in state:
+            raise ArtifactError(f"{where}: '{layer}.alpha' scales no factors that are there")
     return state
 
 

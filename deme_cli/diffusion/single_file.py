@@ -385,16 +385,23 @@ def _part_in_file(
     if not holds:
         return None
     dtypes = {t.dtype for n, t in tensors.items() if _is_of_part(n) and t.is_floating_point()}
+    where = (
+        f"{file}: its {name} is not that of {pipeline / name}; give a pipeline of the same model"
+    )
     try:
-        return load_single_file_sub_model(
+        part: Any = load_single_file_sub_model(
             library, kind, name, dict(tensors), diffusers.pipelines, False, str(pipeline),
             local_files_only=True, torch_dtype=kept_dtype(max(dtypes, key=lambda d: d.itemsize)),
         )  # fmt: skip
     except (of_files.SingleFileComponentError, ValueError, KeyError, RuntimeError) as error:
         raise ArtifactError(
-            f"{file}: its {name} is not that of {pipeline / name}; give a pipeline of the same "
-            f"model with --pipeline ({str(error).splitlines()[0][:200]})"
+            f"{where} with --pipeline ({str(error).splitlines()[0][:200]})"
         ) from error
+    if library == "transformers":
+        part.tie_weights()  # of T5, one of whose two tables of words files hold
+    if lacks := next((own for own, tensor in part.named_parameters() if tensor.is_meta), None):
+        raise ArtifactError(f"{where} with --pipeline, or a whole file (nothing makes {lacks!r})")
+    return part
 
 
 # out

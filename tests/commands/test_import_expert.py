@@ -192,6 +192,11 @@ REFUSED: dict[str, tuple[int, str, Callable[[str, Weights], Any]]] = {
                         alone(condition_embedder__x=ONE)),
     "lora.safetensors": (4, "conv_im' is no linear layer",
                          alone(conv_im__lora_A__weight=ONE, conv_im__lora_B__weight=ONE.clone())),
+    "alpha.safetensors": (4, "'conv_im.alpha' scales no factors that are there",
+                          alone(conv_in__lora_A__weight=ONE, conv_in__lora_B__weight=ONE.clone(),
+                                conv_im__alpha=torch.tensor(1.0))),
+    "average.pt": (4, "has 'shadow_params.", lambda path, weights: torch.save(
+        {"shadow_params": [*weights.values(), EIGHT]}, path)),
     "loha.safetensors": (4, "is LoHa; deme takes pairs", alone(lora_unet_conv_in__hada_w1_a=ONE)),
     "code.pt": (4, "a pickle of more than tensors (nothing in it was run)",
                 lambda path, weights: torch.save({**weights, "config": Path("x")}, path)),

@@ -136,6 +136,9 @@ def test_an_expert_comes_from_a_single_file_as_from_its_folder(
     assert expert.fingerprint == base.fingerprint
     assert expert.imported["form"] == "single file"
     tensors = load_file(file)
+    torch.save({"state_dict": tensors, "global_step": 3}, "f.ckpt")
+    assert deme("import", "f.ckpt", "--range", "2/2").exit_code == 0
+    assert read_record(Path("ft_2of2.safetensors")).fingerprint == base.fingerprint
     unet = diffusers.UNet2DConditionModel.from_pretrained(source / "unet")
     weights = in_diffusers_names(tensors, {**unet.config, "_class_name": type(unet).__name__}, "f")
     assert all(
@@ -168,6 +171,9 @@ def test_what_cannot_be_known_or_does_not_fit_is_told(pipelines: Callable, deme:
     first = f"{PREFIX}input_blocks.1.0.in_layers.2.weight"
     save_file({n: t for n, t in tensors.items() if n != first}, "lacks.safetensors")
     save_file({**tensors, "v_pred": torch.ones(1)}, "v.safetensors")
+    whole = load_file(write_single_file(source, "sd", Path("whole.safetensors"), whole=True))
+    words = next(name for name in whole if name.endswith("layers.1.mlp.fc1.weight"))
+    save_file({n: t for n, t in whole.items() if n != words}, "words.safetensors")
     two = {PREFIX + n: torch.zeros(1).expand(s) for n, s in FULL["Stable Diffusion 2"]()}
     assert deme("split", file, "--pipeline", source).exit_code == 0
     Path("deme.toml").unlink()
@@ -177,6 +183,8 @@ def test_what_cannot_be_known_or_does_not_fit_is_told(pipelines: Callable, deme:
          "lacks what makes 'down_blocks.0.resnets.0.conv1.weight'"),
         (["split", file, "--pipeline", pipelines("sdxl"), "-o", "a"], ArtifactError,
          "lacks what makes 'add_embedding.linear_1.bias'"),
+        (["split", "words.safetensors", "--pipeline", source, "-o", "a"], ArtifactError,
+         "layers.1.mlp.fc1.weight"),
         (["split", "v.safetensors", "--pipeline", source, "-o", "a"], ArtifactError,
          "says that it predicts v"),
         (["sample", file, "-n", 1], ArtifactError, "`deme split FILE` starts from one"),
