@@ -87,6 +87,7 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_peft_waits_until_a_network_has_an_adapter_and_is_then_itself() -> None:
     run(ADAPTERS_WAIT)
 
@@ -113,7 +114,6 @@ run()
 @pytest.mark.parametrize(
     "arguments",
     [
-        "sample base.safetensors --steps 1 -n 2",
         "finetune --range 1/2 --steps 1 -b 2 --held-out 4",
         "eval base.safetensors --fid digits --steps 1 -n 40",
     ],

@@ -79,6 +79,7 @@ def test_a_process_that_ends_at_once_has_written_all_and_cleared_up() -> None:
     assert not Path(folder).exists()
 
 
+@pytest.mark.slow
 def test_a_profiled_command_tells_its_profile() -> None:
     command = [sys.executable, "-m", "cProfile", "-m", "deme_cli", "--version"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -239,6 +239,7 @@ def test_a_search_stopped_in_its_report_measures_it_again(run_folder: Path, deme
     assert read_record(MERGED).report["protocols"][0]["num"] == 8
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_search_and_end_with_one_file(run_folder: Path) -> None:
     words = ("merge", *PAIR, "--search", "grid", "--grid", "0,0.3,0.6,1", "--num", "512",
              "--no-report", "--json")  # fmt: skip

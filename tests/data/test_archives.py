@@ -97,6 +97,7 @@ def test_lmdbs_side_by_side_split_as_their_names_say(tmp_path: Path) -> None:
     assert len(open_images(str(tmp_path / "bedroom_val_lmdb"), shape=None)) == 1
 
 
+@pytest.mark.slow
 def test_an_lmdb_is_read_in_threads_and_processes_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,6 +232,7 @@ FULL_SIZE: list[tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], str]]]] =
 
 
 @pytest.mark.parametrize(("config", "layers"), FULL_SIZE, ids=["sdxl", "flux"])
+@pytest.mark.slow
 def test_the_names_of_networks_of_full_size_are_found_and_alpha_counts_in_all(
     config: dict[str, Any], layers: dict[str, tuple[tuple[int, ...], str]]
 ) -> None:

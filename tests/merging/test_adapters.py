@@ -146,6 +146,7 @@ def test_adapters_that_do_not_fit_their_base_are_refused_by_name(
         opened(ADAPTERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS[1:3], ids=lambda method: method.name)
 def test_methods_on_dense_differences_of_adapters_take_bounded_memory(
     method: MethodSettings, write_inputs: Callable[..., tuple[Path, list[Path]]]

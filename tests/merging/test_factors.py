@@ -203,6 +203,7 @@ def test_pefts_own_weighted_sums_are_others(folder: Path, deme: Deme) -> None:
             assert is_right == (kind == "cat"), (kind, w)
 
 
+@pytest.mark.slow
 def test_searches_find_their_coefficients_and_write_one_lora(
     digits_adapters: list[Path], deme: Deme
 ) -> None:
