@@ -23,11 +23,13 @@ from deme_cli.data.prompts import PromptSet, read_prompts
 from deme_cli.diffusion.backbones import backbone_of
 from deme_cli.diffusion.companions import open_companions
 from deme_cli.diffusion.denoiser import Denoiser, assemble
+from deme_cli.diffusion.lora import low_rank_factors
 from deme_cli.diffusion.schedule import read_schedule
 from deme_cli.errors import ArtifactError, ConfigError
 from deme_cli.evaluation.features import Extractor, load_extractor
 from deme_cli.evaluation.references import open_reference
 from deme_cli.merging.coefficients import Coefficients, Point
+from deme_cli.merging.factors import merged_factors
 from deme_cli.merging.inputs import COMPUTED_IN, Inputs
 from deme_cli.merging.methods import LINEAR, METHODS, MethodSettings, fit_coefficients
 from deme_cli.merging.objectives import ExpertsLoss, GeneratedDistance, HeldOutLoss, Objective
@@ -73,6 +75,25 @@ class CandidateNetwork:
                 stream.add_up(run, start, terms, total)
                 flat[start:stop].copy_(torch.from_numpy(total))
         return self._denoiser
+
+    @torch.no_grad()
+    def as_lora(self, coefficients: Coefficients | Sequence[float] | None, rank: int) -> Denoiser:
+        """The denoiser of these coefficients as a LoRA of `rank` holds it; valid until the next call.
+
+        The experts hold adapters, of which a lower rank than the sum of theirs keeps a part.
+        """
+        fitted = fit_coefficients(self._inputs, coefficients, self._settings)
+        terms = {spec.name: self._method.terms(spec.name, fitted.of(spec.name))
+                 for spec in self._inputs.specs}  # fmt: skip
+        sides, _ = merged_factors(self._inputs, terms, rank)
+        tensors = {name: torch.from_numpy(side) for name, side in sides.items()}
+        denoiser = self.at([0.0] * len(self._inputs.experts))
+        record, weights = self._inputs.base_record, denoiser.network.state_dict()
+        factors = low_rank_factors(tensors, record.model_config, "the merge")
+        for layer, pair in factors.items():
+            weight = weights[f"{layer}.weight"]
+            weight.add_(pair.change().view_as(weight).to(weight))
+        return denoiser
 
     def slopes(self) -> dict[str, tuple[float, ...]]:
         """dL/dw_i by tensor: the N inner products <grad, tau_i> of each parameter with a `.grad`.
@@ -131,6 +152,12 @@ class Workbench:
         """The network for these coefficients, None for those its method finds itself or 1/N; valid
         until the next one is asked for. method: another than the plan's."""
         return single(self.network(method).at(coefficients))
+
+    def written(self, coefficients: Coefficients | None) -> list[SamplingExpert]:
+        """The network as the merged file holds it: with `--lora`, what its rank keeps."""
+        if rank := self.plan.settings.lora:
+            return single(self.network().as_lora(coefficients, rank))
+        return self.at(coefficients)
 
     def ensemble(self) -> list[SamplingExpert]:
         """The experts, each in its range, taking turns in the one network (Eq. 7).

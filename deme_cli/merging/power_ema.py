@@ -6,8 +6,9 @@ of the length wanted, so is sum_i w_i theta_i to the weights under that EMA; ove
 Eq. 8 of the paper. The w_i need not sum to 1, and then theta + sum_i w_i tau_i leaves the rest
 to the base, where the run stood at the first of its updates: for lengths beyond those saved that is
 the right place, as the mass that no p_i reaches lies there. Weights are combined as they were
-saved; folding the projections multiplies two averages, so that after `fold` the result differs
-from the EMA itself also in the second order of how far both moved. No torch.
+saved; folding the projections multiplies two averages, and so do the factors of a LoRA, so that
+after `fold` and of adapters the result differs from the EMA itself also in the second order of how
+far both moved. No torch.
 n snapshots.
 """
 

@@ -117,7 +117,7 @@ def report_rows(bench: Workbench, given: Coefficients | None) -> list[Row]:
         rows.insert(len(plain), (SOUP, values, partial(bench.at, found)))
     if bench.inputs.ensemble is not None:
         rows.insert(1, (ENSEMBLE, None, bench.ensemble))
-    return [*rows, (MERGED, given.values if given else None, partial(bench.at, given))]
+    return [*rows, (MERGED, given.values if given else None, partial(bench.written, given))]
 
 
 def measure_rows(

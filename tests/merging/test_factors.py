@@ -16,10 +16,16 @@ from conftest import write_adapter_expert, write_tiny_base, write_tiny_expert
 from typer.testing import Result
 
 from deme_cli.artifacts import load_tensors, read_record, write_artifact
+from deme_cli.config import MergeConfig
 from deme_cli.diffusion.denoiser import load_denoiser
 from deme_cli.diffusion.lora import low_rank_factors
 from deme_cli.errors import ArtifactError, ConfigError, DemeError, NumericsError
+from deme_cli.merging.candidates import Workbench
 from deme_cli.merging.factors import truncated
+from deme_cli.merging.plan import REPORT, open_plan
+from deme_cli.merging.search import Stage
+from deme_cli.run_file import RunFile
+from deme_cli.sampling.ensemble import single
 
 Deme = Callable[..., Result]
 ADAPTERS = ("a_1of2.safetensors", "a_2of2.safetensors")
@@ -219,6 +225,27 @@ def test_searches_find_their_coefficients_and_write_one_lora(
         assert outputs[0][0] == outputs[1][0]
         assert len(outputs[0][0]) > 3
         torch.testing.assert_close(outputs[0][1], outputs[1][1], rtol=0, atol=1e-6)
+
+
+def test_a_report_measures_the_lora_that_is_written(
+    digits_adapters: list[Path], deme: Deme
+) -> None:
+    found = {}
+    for rank in (1, 4):
+        words = ("-w", "1.5,-2", "--lora", rank, "--report", "-n", 32, "--force", "--json")
+        told = deme("merge", *digits_adapters, *words)
+        assert told.exit_code == 0, told.exception
+        row = json.loads(told.stdout)["report"]["rows"][-1]
+        plan = open_plan(
+            digits_adapters, MergeConfig(num=32), output=Path("other.safetensors"),
+            run=RunFile(tables={"data": {"source": "digits"}}),
+        )  # fmt: skip
+        config = replace(plan.settings, seed=plan.settings.report_seed)
+        objective = Workbench(plan).open(Stage("loss", 32, 1), config, REPORT)
+        held = objective(single(load_denoiser(Path("merged.safetensors"))), lambda *done: None)
+        found[rank] = row["metrics"]["loss"]["values"][0]
+        assert found[rank] == pytest.approx(held, rel=1e-5)
+    assert found[1] != pytest.approx(found[4], rel=1e-3)
 
 
 @pytest.fixture
