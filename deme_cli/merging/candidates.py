@@ -78,7 +78,7 @@ class CandidateNetwork:
 
     @torch.no_grad()
     def as_lora(self, coefficients: Coefficients | Sequence[float] | None, rank: int) -> Denoiser:
-        """The denoiser of these coefficients as a LoRA of `rank` holds it; valid until the next call.
+        """The denoiser of these coefficients as a LoRA of `rank` holds it, until the next call.
 
         The experts hold adapters, of which a lower rank than the sum of theirs keeps a part.
         """
