@@ -105,7 +105,7 @@ def read_run_file(path: Path | None) -> RunFile:
     return RunFile(chosen.parent, document, chosen)
 
 
-_NAMED = "name it with --base (for sample and eval: base in [model] of deme.toml)"
+_NAMED = "name it with --base (for sample, eval and export: base in [model] of deme.toml)"
 
 
 def locate_base(

@@ -92,7 +92,9 @@ def analyze_activations(
     from deme_cli.analysis.draws import open_images, open_models, spread_draws
     from deme_cli.diffusion.projection import sites
 
-    before, after = open_models(pair, pipeline=run.pipeline(pipeline), device=device, dtype=dtype)
+    before, after = open_models(
+        pair, run=run, pipeline=run.pipeline(pipeline), device=device, dtype=dtype
+    )
     span = span or _span(run, after.record, range, after.record.num_train_timesteps)
     assert span is not None
     blocks = sites(before.network, "block")

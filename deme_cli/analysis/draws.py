@@ -39,8 +39,9 @@ INTERVALS = "95 %, over images (draws of one image are a cluster)"
 
 
 def open_models(
-    arguments: Sequence[str], *, pipeline: str | None, device: str = "cpu", dtype: str = "fp32"
-) -> list[Denoiser]:
+    arguments: Sequence[str], *, run: RunFile | None = None, pipeline: str | None,
+    device: str = "cpu", dtype: str = "fp32",
+) -> list[Denoiser]:  # fmt: skip
     """The denoisers that these arguments name, of one shape; block projections that some lack are
     added to them.
 
@@ -48,7 +49,9 @@ def open_models(
     that they do not share.
     """
     place = str(choose_device(device))
-    opened = [open_denoiser(a, pipeline=pipeline, device=place, dtype=dtype) for a in arguments]
+    opened = [
+        open_denoiser(a, run=run, pipeline=pipeline, device=place, dtype=dtype) for a in arguments
+    ]
     require_alike(list(zip(arguments, (one.record for one in opened), strict=True)))
     have = [has_projections(one.network.state_dict()) for one in opened]
     for one, has_own in zip(opened, have, strict=True):

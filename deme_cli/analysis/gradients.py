@@ -77,7 +77,7 @@ def analyze_gradients(
     from deme_cli.diffusion.denoiser import choose_device
 
     place = str(choose_device(device))
-    denoiser = open_denoiser(model, pipeline=run.pipeline(pipeline), device=place)
+    denoiser = open_denoiser(model, run=run, pipeline=run.pipeline(pipeline), device=place)
     examples, data, seen = open_images(
         denoiser.record, images, "train", run=run, output=output, pipeline=pipeline,
         device=device, progress=progress,

@@ -94,7 +94,7 @@ def analyze_landscape(
     from deme_cli.analysis.draws import INTERVALS, open_images, open_models, spread_draws
     from deme_cli.diffusion.denoiser import choose_device
 
-    opened = open_models(arguments, pipeline=run.pipeline(pipeline))
+    opened = open_models(arguments, run=run, pipeline=run.pipeline(pipeline))
     origin = opened[0]
     groups = [TimestepRange(0, origin.record.num_train_timesteps)]
     groups += ranges or ranges_of(run, records, num_ranges, len(groups[0]))

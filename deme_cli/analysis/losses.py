@@ -156,7 +156,9 @@ def _open_models(
             members = read_ensemble([Path(argument).expanduser() for argument in plan.arguments])
             own = {member.path.stem: str(member.path) for member in members}
         for name, argument in own.items():
-            experts, record = open_single(argument, pipeline=pipeline, device=device, dtype=dtype)
+            experts, record = open_single(
+                argument, run=run, pipeline=pipeline, device=device, dtype=dtype
+            )
             models.append(_Model(name, record.kind, {name: record}, experts[0].load))
         if plan.kind == ENSEMBLE:
             records = {member.path.stem: member.record for member in members}

@@ -72,7 +72,9 @@ def export(
         given = "--base" if base else "--lora-format"
         raise ConfigError(f"{given} is for a LoRA; add --lora RANK or --explained SHARE")
     parts = pipeline if single_file else run.pipeline(pipeline)  # a file, or a folder
-    check = deme_cli.export(artifacts, output, pipeline=parts, single_file=single_file, **common)
+    check = deme_cli.export(
+        artifacts, output, run=run, pipeline=parts, single_file=single_file, **common
+    )
     if not single_file:
         console.note(
             f"check: the pipeline, loaded again, differs from {', '.join(map(str, artifacts))} by "

@@ -26,7 +26,7 @@ from deme_cli.diffusion.denoiser import Denoiser, Weights
 from deme_cli.diffusion.lora import LAYERS, low_rank_factors
 from deme_cli.errors import ConfigError
 from deme_cli.fetch import require_peft
-from deme_cli.run_file import locate_base, read_run_file
+from deme_cli.run_file import RunFile, locate_base
 
 _TRAINED = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.default\.weight")
 
@@ -105,7 +105,9 @@ def adapter_tensors(trained: Weights, *, scale: float, part: str) -> dict[str, T
     return held
 
 
-def open_adapted(load: Callable[[Path], Denoiser]) -> Callable[[Path], Denoiser]:
+def open_adapted(
+    load: Callable[[Path], Denoiser], run: RunFile | None = None
+) -> Callable[[Path], Denoiser]:
     """What loads the experts of one base that hold adapters: each a shared copy of it with theirs.
 
     load: gives the base of an artifact; called once.
@@ -115,7 +117,7 @@ def open_adapted(load: Callable[[Path], Denoiser]) -> Callable[[Path], Denoiser]
     def adapted(path: Path) -> Denoiser:
         record = read_record(path, "expert")
         if record.base not in bases:
-            bases[record.base] = load(locate_base(path, record.base, read_run_file(None), None))
+            bases[record.base] = load(locate_base(path, record.base, run or RunFile(), None))
         base = bases[record.base]
         factors = low_rank_factors(load_tensors(path), record.model_config, str(path))
         rank, network = max(len(pair.down) for pair in factors.values()), shared_copy(base.network)

@@ -54,6 +54,7 @@ from deme_cli.diffusion.projection import has_projections
 from deme_cli.diffusion.schedule import FLOW_SCHEDULER, read_schedule
 from deme_cli.errors import ArtifactError, MissingError
 from deme_cli.files import DTYPES, read_header
+from deme_cli.run_file import RunFile
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def import_model(
 
 
 def open_denoiser(
-    argument: str, *, pipeline: str | None = None, device: str = "cpu", dtype: str = "fp32"
-) -> Denoiser:
+    argument: str, *, run: RunFile | None = None, pipeline: str | None = None,
+    device: str = "cpu", dtype: str = "fp32",
+) -> Denoiser:  # fmt: skip
     """The denoiser that any MODEL argument names: an artifact, a diffusers folder, a hub id.
 
     pipeline: where its frozen parts and scheduler are, if not there. Raises what `import_model` and
@@ -103,7 +105,7 @@ def open_denoiser(
     """
     place = locate_model(argument)
     if place.is_file():
-        return load_denoiser(place, device=device, dtype=dtype)
+        return load_denoiser(place, run=run, device=device, dtype=dtype)
     model = _import_folder(place, argument, pipeline)
     for note in model.notes:
         console.note_once(note)

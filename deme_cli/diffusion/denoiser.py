@@ -29,7 +29,7 @@ from deme_cli.diffusion.projection import attach_projections, backbone_of_networ
 from deme_cli.diffusion.schedule import Schedule, read_schedule
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsError
 from deme_cli.files import cast_specs
-from deme_cli.run_file import locate_base, read_run_file
+from deme_cli.run_file import RunFile, locate_base
 
 Weights = Mapping[str, Tensor]
 GUESSED = (
@@ -177,23 +177,28 @@ def cast(network: nn.Module, dtype: torch.dtype, kept: Set[str]) -> None:
             )
 
 
-def load_denoiser(path: Path, *, device: str = "cpu", dtype: str = "fp32") -> Denoiser:
-    """The denoiser in an artifact of kind base, expert or merged."""
+def load_denoiser(
+    path: Path, *, run: RunFile | None = None, device: str = "cpu", dtype: str = "fp32"
+) -> Denoiser:
+    """The denoiser in an artifact of kind base, expert or merged; as `whole_weights`."""
     record = read_record(path, "base", "expert", "merged")
-    return assemble(record, whole_weights(path, record), str(path), device=device, dtype=dtype)
+    return assemble(record, whole_weights(path, record, run), str(path), device=device, dtype=dtype)
 
 
-def whole_weights(path: Path, record: DenoiserRecord) -> dict[str, Tensor]:
+def whole_weights(
+    path: Path, record: DenoiserRecord, run: RunFile | None = None
+) -> dict[str, Tensor]:
     """All weights of the denoiser in an artifact: of one that holds adapters, fused into its base.
 
-    The base is looked for as `locate_base` does, and floating-point sums come in float32.
+    The base is that of `run`, else looked for as `locate_base` does; floating-point sums come in
+    float32.
     """
     tensors = load_tensors(path)
     if not isinstance(record, ExpertRecord | MergedRecord) or record.holds == "all":
         return tensors
     from deme_cli.diffusion.lora import fuse, low_rank_factors
 
-    base = load_tensors(locate_base(path, record.base, read_run_file(None), None))
+    base = load_tensors(locate_base(path, record.base, run or RunFile(), None))
     wide = {name: t.float() if t.is_floating_point() else t for name, t in base.items()}
     return fuse(wide, low_rank_factors(tensors, record.model_config, str(path)))
 

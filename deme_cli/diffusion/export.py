@@ -38,6 +38,7 @@ from deme_cli.errors import ArtifactError, ConfigError, NumericsError, writing
 from deme_cli.fetch import is_hub_id
 from deme_cli.files import read_header, require_output, require_space, whole_folder
 from deme_cli.model_spec import model_spec
+from deme_cli.run_file import RunFile
 from deme_cli.timesteps import require_cover
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ class ExportCheck:
 
 
 def export(
-    artifact: Path | Sequence[Path], folder: Path, *, pipeline: str | None = None,
-    save_dtype: str | None = None, single_file: bool = False, force: bool = False,
+    artifact: Path | Sequence[Path], folder: Path, *, run: RunFile | None = None,
+    pipeline: str | None = None, save_dtype: str | None = None,
+    single_file: bool = False, force: bool = False,
 ) -> ExportCheck:  # fmt: skip
     """Write a diffusers pipeline folder with a model card; load it again and compare.
 
@@ -83,7 +85,7 @@ def export(
         require_output(folder, force=force)
         from deme_cli.diffusion.single_file import write_single_file
 
-        for note in write_single_file(artifacts[0], record, folder, pipeline, save_dtype):
+        for note in write_single_file(artifacts[0], record, folder, run, pipeline, save_dtype):
             console.note_once(f"{folder}: {note}")
         return ExportCheck(0.0, [])
     with writing(folder):
@@ -104,7 +106,7 @@ def export(
     backbone, checks = companions.backbone, []
     with writing(folder), whole_folder(folder, force=force) as partial:
         for path, record, part in zip(artifacts, records, (backbone.part, SECOND), strict=False):
-            weights = stored_in(whole_weights(path, record), save_dtype, str(path))
+            weights = stored_in(whole_weights(path, record, run), save_dtype, str(path))
             denoiser = assemble(record, weights, str(path))
             with _in_dtypes_of(weights, denoiser.network):
                 if companions.folder is None:

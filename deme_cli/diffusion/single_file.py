@@ -62,6 +62,7 @@ from deme_cli.files import (
     write_whole,
 )
 from deme_cli.model_spec import model_spec
+from deme_cli.run_file import RunFile
 
 PREFIX = "model.diffusion_model."  # before the denoiser's names, where other parts are there
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -408,8 +409,8 @@ def _part_in_file(
 
 
 def write_single_file(
-    artifact: Path, record: DenoiserRecord, output: Path, like: str | None = None,
-    save_dtype: str | None = None,
+    artifact: Path, record: DenoiserRecord, output: Path, run: RunFile | None = None,
+    like: str | None = None, save_dtype: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Write an artifact as a single file; returns what is to be said of it.
 
@@ -431,7 +432,7 @@ def write_single_file(
         )
     denoiser = match(_shapes_of(header), record.model_config, str(header.path))
     pieces = _backwards(denoiser, header)
-    weights = whole_weights(artifact, record)
+    weights = whole_weights(artifact, record, run)
     stored = {one.name: one for one in cast_specs(layout_of(weights), save_dtype)}
     specs = []
     for spec in sorted(header.tensors.values(), key=lambda one: one.begin):

@@ -134,7 +134,7 @@ def evaluate(
     place = world.device or device
     rows = open_rows(
         plans, sampling, prompts=prompts, needs_prompts=settings.clip_score,
-        pipeline=run.pipeline(pipeline), device=place, dtype=dtype,
+        run=run, pipeline=run.pipeline(pipeline), device=place, dtype=dtype,
     )  # fmt: skip
     for text in (*warnings, *compare_rows(rows, settings, features)):
         console.warn(text)

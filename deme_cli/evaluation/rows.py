@@ -195,8 +195,8 @@ def find_prompts(
 
 def open_rows(
     plans: Sequence[RowPlan], sample: SampleConfig, *, prompts: PromptSet | None = None,
-    needs_prompts: bool = False, pipeline: str | None = None, device: str = "cpu",
-    dtype: str = "fp32",
+    needs_prompts: bool = False, run: RunFile | None = None, pipeline: str | None = None,
+    device: str = "cpu", dtype: str = "fp32",
 ) -> list[Row]:  # fmt: skip
     """What the plans need to be measured. Models in artifacts are loaded when sampled.
 
@@ -209,7 +209,7 @@ def open_rows(
         if plan.kind == "samples":
             row = _open_samples(plan, prompts, sample, needs_prompts=needs_prompts)
         else:
-            row = _open_model(plan, sample, conditionings, pipeline, device, dtype)
+            row = _open_model(plan, sample, conditionings, run, pipeline, device, dtype)
         rows.append(row)
         if row.shape[1:] != rows[0].shape[1:]:
             own, first = (f"{r.shape[2]}x{r.shape[1]}" for r in (row, rows[0]))
@@ -225,7 +225,7 @@ def open_rows(
 
 def _open_model(
     plan: RowPlan, sample: SampleConfig, conditionings: dict[str, Conditioning],
-    pipeline: str | None, device: str, dtype: str,
+    run: RunFile | None, pipeline: str | None, device: str, dtype: str,
 ) -> Row:  # fmt: skip
     from deme_cli.sampling.conditioning import open_conditioning, protocol_card
 
@@ -233,10 +233,10 @@ def _open_model(
     if plan.kind == ENSEMBLE:
         paths = [Path(argument).expanduser() for argument in plan.arguments]
         records = [member.record for member in read_ensemble(paths)]
-        experts = open_ensemble(paths, device=device, dtype=dtype)
+        experts = open_ensemble(paths, run=run, device=device, dtype=dtype)
     else:
         experts, record = open_single(
-            plan.arguments[0], pipeline=pipeline, device=device, dtype=dtype
+            plan.arguments[0], run=run, pipeline=pipeline, device=device, dtype=dtype
         )
         records = [record]
     first = records[0]

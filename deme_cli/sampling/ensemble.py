@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from deme_cli.artifacts import DenoiserRecord, ExpertRecord, read_record
 from deme_cli.errors import ArtifactError
+from deme_cli.run_file import RunFile
 from deme_cli.timesteps import TimestepRange, require_cover
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ def single(denoiser: Denoiser) -> list[SamplingExpert]:
 
 
 def open_single(
-    argument: str, *, pipeline: str | None = None, device: str = "cpu", dtype: str = "fp32"
-) -> tuple[list[SamplingExpert], DenoiserRecord]:
+    argument: str, *, run: RunFile | None = None, pipeline: str | None = None,
+    device: str = "cpu", dtype: str = "fp32",
+) -> tuple[list[SamplingExpert], DenoiserRecord]:  # fmt: skip
     """The model that an argument names, and its record.
 
     An artifact is loaded when its weights are needed; a folder at once, for it tells its
@@ -55,7 +57,7 @@ def open_single(
 
     choose_device(device)
     path = locate_model(argument)
-    load = partial(open_denoiser, argument, pipeline=pipeline, device=device, dtype=dtype)
+    load = partial(open_denoiser, argument, run=run, pipeline=pipeline, device=device, dtype=dtype)
     if not path.is_file():
         denoiser = load()
         return single(denoiser), denoiser.record
@@ -96,7 +98,7 @@ def read_ensemble(paths: Sequence[Path]) -> list[Member]:
 
 
 def open_ensemble(
-    paths: Sequence[Path], *, device: str = "cpu", dtype: str = "fp32"
+    paths: Sequence[Path], *, run: RunFile | None = None, device: str = "cpu", dtype: str = "fp32"
 ) -> list[SamplingExpert]:
     """The experts of an ensemble, ready to be loaded when their timesteps come.
 
@@ -110,7 +112,7 @@ def open_ensemble(
     if any(member.record.holds == "adapter" for member in members):
         from deme_cli.diffusion.adapters import open_adapted
 
-        with_adapters = open_adapted(load)
+        with_adapters = open_adapted(load, run)
         return [
             SamplingExpert(
                 one.record.timesteps,

@@ -72,7 +72,9 @@ def sample(
     def open_model(pipeline: str | None, device: str) -> Opened:
         from deme_cli.sampling.ensemble import open_single
 
-        experts, record = open_single(str(model), pipeline=pipeline, device=device, dtype=dtype)
+        experts, record = open_single(
+            str(model), run=run, pipeline=pipeline, device=device, dtype=dtype
+        )
         if isinstance(record, ExpertRecord) and len(record.timesteps) < record.num_train_timesteps:
             console.warn(
                 f"{model} is the expert of timesteps {record.timesteps} and will denoise all "
@@ -104,7 +106,7 @@ def ensemble_sample(
         from deme_cli.sampling.ensemble import open_ensemble, read_ensemble
 
         records = [member.record for member in read_ensemble(experts)]
-        return open_ensemble(experts, device=device, dtype=dtype), records
+        return open_ensemble(experts, run=run, device=device, dtype=dtype), records
 
     return _draw(
         open_experts, settings, output=output, run=run, pipeline=pipeline, device=device,

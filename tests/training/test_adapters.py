@@ -23,9 +23,12 @@ from deme_cli.diffusion.adapters import (
     target_layers,
 )
 from deme_cli.diffusion.denoiser import Denoiser, load_denoiser, predict
+from deme_cli.diffusion.export import export
 from deme_cli.distributed import ALONE
 from deme_cli.errors import ConfigError, DemeError, MissingError
+from deme_cli.run_file import RunFile
 from deme_cli.sampling.ensemble import SamplingExpert, open_ensemble
+from deme_cli.sampling.sample import ensemble_sample, sample
 from deme_cli.timesteps import parse_range
 from deme_cli.training.batches import open_batches
 from deme_cli.training.setup import Plan, Run, prepare
@@ -192,6 +195,26 @@ def test_an_ensemble_has_one_base_in_memory_and_draws_what_fused_experts_draw(
     )
     opened = open_adapted(load_denoiser)(paths[0])
     assert opened.record == read_record(paths[0], "expert")
+
+
+def test_adapters_that_lie_apart_from_their_base_are_read_with_that_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, expert = Path("bases/ours.safetensors"), Path("experts/ft_1of1.safetensors")
+    for path in (base, expert):
+        path.parent.mkdir()
+    write_tiny_base(base)
+    write_adapter_expert(expert, base, index=1, of=1)
+    run, config = RunFile(tables={"model": {"base": str(base)}}), SampleConfig(num=2, steps=2)
+    drawn = [
+        draw(argument, config, output=Path(draw.__name__), run=run, device="cpu")
+        for draw, argument in ((sample, str(expert)), (ensemble_sample, [expert]))
+    ]
+    assert [images.shape for images in drawn] == [(8, 8, 1)] * 2
+    assert export(expert, Path("pipeline"), run=run).max_difference < 1e-5
+    with pytest.raises(MissingError, match=r"for sample, eval and export: base in \[model\]"):
+        load_denoiser(expert)
 
 
 def test_targets_are_attention_linear_all_or_a_glob(base: Callable[..., Denoiser]) -> None:
