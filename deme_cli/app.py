@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib import import_module
-from typing import Annotated, Any, cast
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, cast, get_args
 
 import typer
 import typer.core
@@ -87,6 +90,35 @@ def build(name: str) -> Any:
     return typer.main.get_command(one)
 
 
+def _convert_plainly(parameters: Sequence[Any]) -> None:
+    """Have texts, readable paths and what is absent converted without pydantic, which Typer 0.29
+    imports for every value, and which takes as long as numpy; the rest, and what is wrong, as ever.
+    """
+    for parameter in parameters:
+        if hasattr(parameter, "get_runtime_param"):
+            parameter.get_runtime_param = _plain_or(parameter)
+
+
+def _plain_or(parameter: Any) -> Callable[[], Any]:
+    by_typer, annotation = parameter.get_runtime_param, parameter.type_descriptor.annotation
+    kind = (*get_args(annotation), annotation)[0]  # of each value of a list
+
+    def is_plain(value: Any) -> bool:
+        if type(value) is str and kind is Path:
+            return os.access(value, os.R_OK) or not os.path.exists(value)
+        return type(value) is kind
+
+    def coerce(value: Any, param: Any, ctx: Any) -> Any:
+        takes_many = param.multiple or param.nargs == -1
+        values = [] if value is None else value if takes_many else [value]
+        if not isinstance(values, (list, tuple)) or not all(map(is_plain, values)):
+            return by_typer().coerce(value, param=param, ctx=ctx)
+        found = tuple(Path(one) if kind is Path else one for one in values)
+        return found if takes_many else next(iter(found), None)
+
+    return lambda: SimpleNamespace(coerce=coerce)
+
+
 class Command(typer.core.TyperCommand):
     """A command whose usage errors are one line, as all others are."""
 
@@ -97,6 +129,7 @@ class Command(typer.core.TyperCommand):
                     f"{os.fsencode(word)!r}: this name is not UTF-8, which files of weights and of "
                     f"settings cannot hold; rename it"
                 )
+        _convert_plainly(self.get_params(ctx))
         try:
             return super().parse_args(ctx, args)
         except USAGE_ERROR as error:
@@ -118,6 +151,7 @@ class Group(typer.core.TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         is_alone = not args
+        _convert_plainly(self.get_params(ctx))
         try:
             return super().parse_args(ctx, args)
         except USAGE_ERROR as error:

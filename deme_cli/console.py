@@ -126,6 +126,8 @@ def result_json(document: dict[str, Any]) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stderr: first column left-aligned, the others right-aligned."""
+    if _quiet:
+        return
     from rich import box
     from rich.table import Table
 

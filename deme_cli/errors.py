@@ -6,7 +6,6 @@ Anything that is not a `DemeError` is a bug and keeps its traceback (exit code 1
 
 from __future__ import annotations
 
-import difflib
 import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -173,13 +172,15 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
     Dashes, underscores and capitals are all one.
     """
+    from difflib import get_close_matches
+
     own = {name.lower().lstrip("-").replace("-", "_"): name for name in known}
     meant = dict(own)
     for name, others in OTHER_WORDS.items():
         if (name := name.replace("-", "_")) in own:
             meant |= {other: own[name] for other in others.split() if other not in own}
     plain = word.lower().lstrip("-").replace("-", "_")
-    found = difflib.get_close_matches(plain, meant, n=1, cutoff=0.6)
+    found = get_close_matches(plain, meant, n=1, cutoff=0.6)
     return meant[found[0]] if found else None
 
 

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import pickletools
 import re
 import shutil
 import stat
@@ -327,6 +326,8 @@ def foreign_kind(names: Iterable[str]) -> tuple[str, str]:
 
 def pickled_names(path: Path) -> list[str]:
     """The words in a pickle or in a zip of one, tensors' names among them; [] of another file."""
+    import pickletools  # a few milliseconds that only a pickle is worth
+
     with path.open("rb") as file:
         head = file.read(4)
         if head[:2] == b"\x80\x02":

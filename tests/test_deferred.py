@@ -127,3 +127,12 @@ def test_of_what_is_heavy_a_command_on_pixels_loads_torch_alone(
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # as many as are tried, and counted
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "loaded torch")
+
+
+def test_a_plain_merge_loads_nothing_that_its_sum_does_not_need(run_folder: Path) -> None:
+    left_out = {"torch", "pydantic", "rich.console", "deme_cli.evaluation.references"}
+    code = f"import sys; heavy = {left_out!r}\n{COMMAND.replace(repr(HEAVY), 'heavy')}"
+    merge = ["merge", "ft_1of4.safetensors", "ft_3of4.safetensors", "-w", "0.25,0.5", "--quiet"]
+    command = [sys.executable, "-c", code, *merge]
+    done = subprocess.run(command, cwd=run_folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "merged.safetensors\n", "loaded\n")

@@ -10,7 +10,6 @@ N experts (experts or task vectors).
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import re
@@ -110,7 +109,9 @@ def require_matches(globs: Sequence[str], names: Iterable[str]) -> None:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             known = [*groups_of(names, "block"), *groups_of(names, "layer")]
-            near = difflib.get_close_matches(glob, known, n=3, cutoff=0.3) or known[:3]
+            from difflib import get_close_matches
+
+            near = get_close_matches(glob, known, n=3, cutoff=0.3) or known[:3]
             raise ConfigError(
                 f"{glob!r} matches no tensor of this model; near names: {', '.join(near)}"
             )

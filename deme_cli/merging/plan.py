@@ -17,18 +17,11 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deme_cli import console
 from deme_cli.config import DataConfig, EvalConfig, FromFile, MergeConfig
-from deme_cli.data.image_source import find_image_source
 from deme_cli.errors import ConfigError
-from deme_cli.evaluation.references import (
-    Reference,
-    choose_features,
-    find_reference,
-    find_weights,
-)
 from deme_cli.files import cast_specs, require_output, require_space
 from deme_cli.merging.coefficients import (
     Coefficients,
@@ -44,7 +37,9 @@ from deme_cli.merging.power_ema import coefficients_for_length
 from deme_cli.merging.search import Search, Stage, parse_stages
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import parse_span
-from deme_cli.training.setup import require_companions
+
+if TYPE_CHECKING:
+    from deme_cli.evaluation.references import Reference
 
 SEARCH, REPORT = 0, 1  # the part of the held-out images, and which reference
 _TIME = re.compile(r"(\d+\.?\d*|\.\d+)\s*([smh]?)")
@@ -91,11 +86,15 @@ class MergePlan:
     @property
     def features(self) -> str:
         """What distances are taken on."""
+        from deme_cli.evaluation.references import choose_features
+
         return choose_features(self.run.settings(EvalConfig).features, [self.images.source])
 
     def reference(self, distance: str, part: int) -> Reference:
         """What `kid` or `fid` is taken to: the training images; in a report that of [eval], or the
         test images."""
+        from deme_cli.evaluation.references import find_reference, find_weights
+
         config = self.run.settings(EvalConfig)
         source, named = self.images.source, config.kid if distance == "kid" else config.fid
         split: str | None = "train" if part == SEARCH else "test"
@@ -244,6 +243,9 @@ def _require_measurable(plan: MergePlan) -> None:
 
     Raises MissingError naming what is not there.
     """
+    from deme_cli.data.image_source import find_image_source
+    from deme_cli.training.setup import require_companions
+
     evaluation, seed, source = plan.run.settings(EvalConfig), plan.settings.seed, plan.images.source
     find_image_source(source)
     for stage in plan.stages:
