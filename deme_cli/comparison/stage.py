@@ -105,7 +105,7 @@ class Stage:
         if row.kind == "base":
             return 0.0
         config = self.finetune(row)
-        return flops_per_update(config, passes_of(self, config.projection))
+        return flops_per_update(config, passes_of(self, config))
 
 
 def open_stage(
@@ -313,15 +313,17 @@ class PassCost:
     base: int
 
 
-def passes_of(stage: Stage, projection: str) -> PassCost:
-    """The costs of one image through `stage`'s base, counted once and kept in its folder."""
+def passes_of(stage: Stage, config: FinetuneConfig) -> PassCost:
+    """The costs of one image through `stage`'s base and what `config` adds to it, counted once and
+    kept in its folder."""
     path, kept = stage.folder / "passes.json", {}
-    key = f"{projection} {stage.record.fingerprint} {json.dumps(stage.tables['data'])}"
+    added = {name: getattr(config, name) for name in ("projection", "lora", "lora_targets")}
+    key = f"{json.dumps(added)} {stage.record.fingerprint} {json.dumps(stage.tables['data'])}"
     with suppress(OSError, ValueError):  # not there, or damaged
         kept = json.loads(path.read_text())
     if key in kept:
         return PassCost(**kept[key])
-    settings = FinetuneConfig(projection=projection, held_out=0, cache="off", batch_size=1)
+    settings = FinetuneConfig(**added, held_out=0, cache="off", batch_size=1)
     whole = TimestepRange(0, stage.record.num_train_timesteps)
     plan = TrainingPlan(
         stage.base, DataConfig(**stage.tables["data"]), settings, Path("unused.safetensors"),

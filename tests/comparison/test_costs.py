@@ -82,6 +82,7 @@ def count_updates(run: Run, num: int) -> int:
 
 UPDATES = {
     "fold": {"projection": "fold", "consistency": 1.0, "accumulation": 2},
+    "lora": {"lora": 2, "lora_targets": "all", "consistency": 1.0},
     "pcgrad": {"multitask": "pcgrad", "accumulation": 2},
     "nashmtl": {"multitask": "nashmtl", "consistency": 1.0, "accumulation": 2},
 }
@@ -139,7 +140,7 @@ def test_equal_compute_is_that_of_plain_finetuning_within_one_update(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = "deme_cli.comparison.stage.passes_of"
-    monkeypatch.setattr(passes, lambda stage, projection: PASSES[projection])
+    monkeypatch.setattr(passes, lambda stage, config: PASSES[config.projection])
     plan = Plan("All", ROWS, updates=1000, budget="compute", tables={"data": {"source": "digits"}})
     stage = open_stage(plan, RunFile(), tmp_path, base=base)
     assert stage.updates["Plain"] == 1000
@@ -154,12 +155,15 @@ def test_equal_compute_is_that_of_plain_finetuning_within_one_update(
 def test_passes_are_counted_once_and_again_for_another_base(base: Path, tmp_path: Path) -> None:
     plan = Plan("Two", ROWS[:2], tables={"data": {"source": "digits"}})
     stage = open_stage(plan, RunFile(), tmp_path, base=base)
-    first = passes_of(stage, "none")
+    first = passes_of(stage, PLAIN)
     assert 0 < first.forward == first.base < first.backward
     kept = tmp_path / "passes.json"
     kept.write_text(kept.read_text().replace(f'"forward": {first.forward}', '"forward": 1'))
-    assert passes_of(stage, "none").forward == 1, "read, not counted"
+    assert passes_of(stage, PLAIN).forward == 1, "read, not counted"
+    low = passes_of(stage, replace(PLAIN, lora=2, lora_targets="all"))
+    assert low.forward > first.forward
+    assert low.backward < first.backward, "the base is frozen"
     kept.write_text("{")
     other = replace(stage, record=replace(stage.record, fingerprint="e" * 64))
-    assert passes_of(other, "none") == first
+    assert passes_of(other, PLAIN) == first
     assert len(json.loads(kept.read_text())) == 1
