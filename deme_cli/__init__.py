@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from deme_cli.analysis.losses import analyze_losses as analyze_losses
     from deme_cli.analysis.result import Analysis as Analysis
     from deme_cli.analysis.task_vectors import analyze_task_vectors as analyze_task_vectors
-    from deme_cli.artifacts import Inspected as Inspected
-    from deme_cli.artifacts import inspect as inspect
     from deme_cli.comparison.compare import Compared as Compared
     from deme_cli.comparison.compare import compare as compare
     from deme_cli.console import set_quiet as set_quiet
@@ -49,6 +47,8 @@ if TYPE_CHECKING:
     from deme_cli.evaluation.references import reference_statistics as reference_statistics
     from deme_cli.html_report import WrittenReport as WrittenReport
     from deme_cli.html_report import report as report
+    from deme_cli.inspection import Inspected as Inspected
+    from deme_cli.inspection import inspect as inspect
     from deme_cli.merging.low_rank import export_lora as export_lora
     from deme_cli.merging.merge import MergeResult as MergeResult
     from deme_cli.merging.merge import merge as merge

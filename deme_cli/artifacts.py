@@ -24,15 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, overload
 
 from deme_cli import __version__
-from deme_cli.console import Progress, Step, silent
 from deme_cli.errors import ArtifactError, shown, writing
 from deme_cli.files import (
     Header,
     TensorSpec,
-    foreign_kind,
     foreign_message,
     layout_of,
-    pickled_names,
     read_header,
     require_intact,
     require_space,
@@ -41,13 +38,14 @@ from deme_cli.files import (
     write_whole,
 )
 from deme_cli.jobs import claim
-from deme_cli.model_spec import model_spec
+from deme_cli.model_spec import DIGEST, model_spec
 from deme_cli.timesteps import TimestepRange
 
 if TYPE_CHECKING:
     import torch
 
 VERSION = 1
+EXPORTED = "deme_record"  # in the metadata of an export: the record of what it was made of
 FORMAT = "pt"  # by which other readers of safetensors know the layout of weights
 _CHUNK_BYTES = 1 << 22
 _WRITEBACK_BYTES = 1 << 23
@@ -243,7 +241,8 @@ def record_of(header: Header, *kinds: str) -> Any:
     Raises ArtifactError if deme did not write the file, or another kind.
     """
     if "deme" not in header.metadata:
-        raise ArtifactError(foreign_message(header.path, header.tensors))
+        is_export = EXPORTED in header.metadata
+        raise ArtifactError(foreign_message(header.path, header.tensors, is_export=is_export))
     if (found := header.metadata.get("format")) != FORMAT:
         raise ArtifactError(
             f"{header.path}: its metadata should have format {FORMAT!r}, found {found!r}; the file "
@@ -431,6 +430,11 @@ def add_metadata(path: Path, told: Mapping[str, str]) -> None:
     write_whole(path, chain([header_bytes(layout, {**header.metadata, **told})], tensors()))
 
 
+def export_metadata(record: DenoiserRecord, told: Mapping[str, str], digest: str) -> dict[str, str]:
+    """The metadata of an export of one file; told: its own.   digest: SHA-256 of its tensors."""
+    return {**told, "format": FORMAT, EXPORTED: record.to_json(), DIGEST: f"0x{digest}"}
+
+
 def write_artifact(path: Path, tensors: Mapping[str, Any], record: _Written) -> _Written:
     """Write torch or numpy tensors as one artifact; returns the record with its fingerprint."""
     layout = layout_of(tensors)
@@ -438,58 +442,3 @@ def write_artifact(path: Path, tensors: Mapping[str, Any], record: _Written) -> 
         for spec in layout:
             writer.write(tensor_bytes(tensors[spec.name]))
     return writer.record
-
-
-@dataclass(frozen=True)
-class Inspected:
-    """A file's header and the record in it; of one that deme did not write, what it is instead.
-
-    A pickle has no header that could be read: its own is empty.
-    """
-
-    header: Header
-    record: Record | None
-    foreign: str = ""
-    todo: str = ""
-
-
-def inspect(
-    files: Sequence[Path], *, verify: bool = False, progress: Progress = silent
-) -> list[Inspected]:
-    """Read the headers and records of artifacts of any kind; tell what other files of weights are.
-
-    verify: compute every fingerprint again, which reads all tensors. Raises ArtifactError for a
-    file without tensors, or whose tensors are not those of its record; MissingError.
-    """
-    found = [_inspect(Path(path)) for path in files]
-    for one in found if verify else ():
-        path = one.header.path
-        if one.record is None:  # also a damaged name of the record
-            raise ArtifactError(f"{path}: {one.foreign}, without a fingerprint to verify")
-        computed = fingerprint_file(path)
-        if computed != one.record.fingerprint:
-            raise ArtifactError(
-                f"{path}: its tensors have fingerprint {computed}, its record says "
-                f"{one.record.fingerprint}; the file was altered or damaged, make it again"
-            )
-        if isinstance(one.record, MergedRecord) and one.record.created_by == Record.created_by:
-            told = one.header.metadata  # a tool may have added to it, or left all of it out
-            if not model_spec(one.record).items() <= told.items() and "modelspec." in str(told):
-                raise ArtifactError(
-                    f"{path}: its metadata (modelspec) do not follow from its record; the file was "
-                    f"altered or damaged, make it again"
-                )
-        progress(Step(note=f"{path}: the fingerprint is right"))
-    return found
-
-
-def _inspect(path: Path) -> Inspected:
-    try:
-        header = read_header(path)
-    except ArtifactError:
-        if not path.is_file() or not (names := pickled_names(path)):
-            raise
-        return Inspected(Header(path, {}, {}), None, *foreign_kind(names))
-    if "deme" in header.metadata:
-        return Inspected(header, record_of(header))
-    return Inspected(header, None, *foreign_kind(header.tensors))

@@ -309,10 +309,11 @@ _KINDS = (
 )  # fmt: skip
 
 
-def foreign_message(path: Path, names: Iterable[str]) -> str:
-    """The message that refuses a file with tensors of these names."""
+def foreign_message(path: Path, names: Iterable[str], *, is_export: bool = False) -> str:
+    """The message that refuses a file with tensors of these names, which is no artifact."""
     what, todo = foreign_kind(names)
-    return f"{path}: {what}, not written by deme; {todo}"
+    by = "exported by deme, no artifact" if is_export else "not written by deme"
+    return f"{path}: {what}, {by}; {todo}"
 
 
 def foreign_kind(names: Iterable[str]) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 sai_model_spec 1.0.0 (Stability AI, https://github.com/Stability-AI/ModelSpec), beside the metadata
 `deme`. Artifacts have no date and no hash of all bytes: equal merges are equal files, and a second
-hash would cost what the first does. Exports have a date, single files also that hash.
+hash would cost what the first does. Exports have a date, those of one file also that hash.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from deme_cli.artifacts import DenoiserRecord
 
+DIGEST = "modelspec.hash_sha256"  # of all bytes behind the header, as kohya writes it
 _FLUX, _STABILITY = "https://github.com/black-forest-labs/flux", "https://github.com/Stability-AI/"
 # By class of diffusers: the name of the architecture, and whose names of tensors single files have.
 _KNOWN = {

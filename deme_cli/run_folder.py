@@ -18,7 +18,7 @@ from typing import Any
 
 from deme_cli.artifacts import Record, record_of
 from deme_cli.errors import ArtifactError, DemeError, MissingError, reading
-from deme_cli.files import read_header
+from deme_cli.inspection import Inspected, inspect
 
 METRICS, JOURNAL = ".metrics.jsonl", ".trials.jsonl"
 CARD_NAME = "samples.json"  # of a folder of images
@@ -36,6 +36,7 @@ class Folder:
 
     path: Path
     artifacts: list[tuple[Path, Record]] = field(default_factory=list)
+    exports: list[Inspected] = field(default_factory=list)  # of one file
     documents: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)  # pictures, curves, journals by name
     image_folders: list[Path] = field(default_factory=list)
@@ -76,7 +77,11 @@ def open_folder(path: Path) -> Folder:
             continue  # a pipe or a device would keep us waiting
         elif entry.suffix == ".safetensors":
             with folder.noting(name):
-                folder.artifacts.append((entry, record_of(read_header(entry))))
+                (found,) = inspect([entry])
+                if found.origin:
+                    folder.exports.append(found)
+                else:
+                    folder.artifacts.append((entry, found.record or record_of(found.header)))
         elif entry.suffix == ".json":
             with folder.noting(name):
                 document = json.loads(text_of(entry))
@@ -86,7 +91,7 @@ def open_folder(path: Path) -> Folder:
             folder.files[name] = entry
     ours = any("rows" in d or "kind" in d for d in folder.documents.values() if is_current(d))
     lines = any(name.endswith((METRICS, JOURNAL)) for name in folder.files)
-    if not (folder.artifacts or ours or lines or folder.image_folders):
+    if not (folder.artifacts or folder.exports or ours or lines or folder.image_folders):
         told = [f" that can be read ({name}: {why})" for name, why in folder.unread.items()]
         begin = "; a run begins with `deme split digits -n 4`, or run `deme demo`"
         raise MissingError(f"{path}: nothing of deme's here{(*told, begin)[0]}")

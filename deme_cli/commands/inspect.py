@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import deme_cli
 from deme_cli import console
+from deme_cli.artifacts import EXPORTED
 from deme_cli.commands.options import argument, command, flag
 
 if TYPE_CHECKING:
@@ -23,13 +24,13 @@ _UNSHOWN = ("created_by", "fingerprint", "model_config", "scheduler_config", "pr
 def inspect(
     files: Annotated[list[Path], argument("FILE", "Artifacts, or other weights.")],
     verify: Annotated[
-        bool, flag("--verify", "Recompute each fingerprint; exit 4 if one differs.")
+        bool, flag("--verify", "Recompute each fingerprint or hash; exit 4 if one differs.")
     ] = False,
     as_json: bool = False,
 ) -> None:
     """Show kind, size, fingerprint, range, norms, parents and coefficients of artifacts.
 
-    Of a file that deme did not write: what it is, as far as its names tell.
+    Of an export, or a file that deme did not write: what it is, by its names.
 
     Example: deme inspect --verify base.safetensors
     """
@@ -38,7 +39,7 @@ def inspect(
     artifacts = [
         {
             "path": str(one.header.path),
-            "kind": one.record.kind if one.record else "foreign",
+            "kind": one.record.kind if one.record else "export" if one.origin else "foreign",
             "parameters": one.header.num_parameters,
             "tensors": len(one.header.tensors),
             "fingerprint": one.record.fingerprint if one.record else None,
@@ -53,11 +54,13 @@ def inspect(
 
 
 def _foreign(one: Inspected) -> dict[str, Any]:
-    """What can be told of a file that deme did not write, in place of its record."""
+    """What can be told of a file that is no artifact, in place of its record."""
     counts = Counter(spec.dtype for spec in one.header.tensors.values())
+    made_of = one.origin and f"{one.origin.kind} {one.origin.fingerprint}"
+    told = {name: text for name, text in one.header.metadata.items() if name != EXPORTED}
     return {
-        "what": one.foreign, "dtypes": dict(counts), "metadata": dict(one.header.metadata),
-        "use": one.todo,
+        "what": one.foreign, **({"exported_from": made_of} if made_of else {}),
+        "dtypes": dict(counts), "metadata": told, "use": one.todo,
     }  # fmt: skip
 
 

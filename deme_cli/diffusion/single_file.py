@@ -25,7 +25,13 @@ import torch
 from torch import Tensor
 
 from deme_cli import console
-from deme_cli.artifacts import FORMAT, BaseRecord, DenoiserRecord, header_bytes, load_tensors
+from deme_cli.artifacts import (
+    BaseRecord,
+    DenoiserRecord,
+    export_metadata,
+    header_bytes,
+    load_tensors,
+)
 from deme_cli.diffusion.backbones import KNOWN, backbone_of
 from deme_cli.diffusion.backbones.backbone import Config
 from deme_cli.diffusion.checkpoints import (
@@ -453,10 +459,8 @@ def write_single_file(
     total = hashlib.sha256()
     for part in content():
         total.update(part)
-    told = {k: v for k, v in header.metadata.items() if k != "deme_record"}
-    told |= {"format": FORMAT, "deme_record": record.to_json()}
-    told |= model_spec(record, output.stem, artifact=artifact, single_file=True)
-    told["modelspec.hash_sha256"] = f"0x{total.hexdigest()}"
+    told = model_spec(record, output.stem, artifact=artifact, single_file=True)
+    told = export_metadata(record, {**header.metadata, **told}, total.hexdigest())
     write_whole(output, chain([header_bytes(specs, told)], content()))
     left = sorted(header.tensors.keys() - denoiser.taken)
     notes = [f"the denoiser alone, as in {header.path}"]

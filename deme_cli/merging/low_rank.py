@@ -12,6 +12,7 @@ the difference is told.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor
 
 from deme_cli.artifacts import (
-    FORMAT,
     ExpertRecord,
     MergedRecord,
     TaskVectorRecord,
+    export_metadata,
     load_tensors,
     record_of,
 )
@@ -117,7 +118,9 @@ def export_lora(
 
     told = model_spec(record, output.stem, artifact=artifact)
     told["modelspec.architecture"] += "/lora"
-    write_whole(output, save(state, {"format": FORMAT, **told}))
+    plain = save(state)
+    digest = hashlib.sha256(memoryview(plain)[8 + int.from_bytes(plain[:8], "little") :])
+    write_whole(output, save(state, export_metadata(record, told, digest.hexdigest())))
     whole, gone = (sum(column) for column in zip(*squares.values(), strict=True))
     kept = {block: 1 - lost / square for block, (square, lost) in squares.items() if square}
     left = sum(left_out.values()) / whole

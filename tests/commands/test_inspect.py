@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from deme_cli import report
 from deme_cli.artifacts import read_record
 from deme_cli.files import read_header
 
@@ -56,3 +57,21 @@ def test_verify_finds_a_changed_byte(run_folder: Path, deme: Callable, refuse: C
     path.write_bytes(content)
     assert deme("inspect", path).exit_code == 0
     refuse(4, "altered or damaged", "inspect", "--verify", "--json", path)
+
+
+def test_an_export_is_known_as_one_and_verified_by_its_hash(
+    run_folder: Path, deme: Callable, refuse: Callable
+) -> None:
+    assert deme("export", "ft_2of4.safetensors", "lora.safetensors", "--lora", 2).exit_code == 0
+    result = deme("inspect", "--verify", "lora.safetensors", "--json")
+    assert (result.exit_code, result.stderr.count("SHA-256 of its tensors")) == (0, 1)
+    (told,) = json.loads(result.stdout)["artifacts"]
+    of_expert = read_record(run_folder / "ft_2of4.safetensors").fingerprint
+    assert (told["kind"], told["record"]["exported_from"]) == ("export", f"expert {of_expert}")
+    refuse(4, "exported by deme", "merge", "lora.safetensors", "ft_2of4.safetensors")
+    page = report(run_folder)
+    assert not page.unread
+    assert "exported: a LoRA" in page.path.read_text()
+    path = run_folder / "lora.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    refuse(4, "altered or damaged", "inspect", "--verify", path)

@@ -87,6 +87,7 @@ def test_a_file_goes_in_and_comes_out_byte_for_byte(
     header_size = int.from_bytes(Path("out.safetensors").read_bytes()[:8], "little") + 8
     tensors = Path("out.safetensors").read_bytes()[header_size:]
     assert told["modelspec.hash_sha256"] == f"0x{hashlib.sha256(tensors).hexdigest()}"
+    assert deme("inspect", "--verify", "out.safetensors").exit_code == 0
     kind = getattr(diffusers, record.model_config["_class_name"])
     network = kind.from_single_file("out.safetensors", config=str(folder), local_files_only=True)
     assert all(torch.equal(t.float(), own[n].float()) for n, t in network.state_dict().items())
