@@ -92,7 +92,7 @@ class Companions:
         kind, index = getattr(diffusers, self.backbone.pipeline), read_index(self._whole)
         left_out = [self.backbone.part]
         left_out += [name for name in (SECOND, *UNUSED_PARTS) if name in index]
-        given = {**dict.fromkeys(left_out), **self.unusual_parts(index)}
+        given = {**dict.fromkeys(left_out), **self.networks(index)}
         pipeline = kind.from_pretrained(self._whole, local_files_only=True, **given)
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
@@ -104,17 +104,30 @@ class Companions:
                 part.to(self.device).eval().requires_grad_(False)
         return pipeline
 
-    def unusual_parts(self, index: Mapping[str, Any]) -> dict[str, Any]:
-        """The parts whose weights no pipeline looks for: of a variant alone, or pickled shards."""
+    def networks(self, index: Mapping[str, Any], *, unusual: bool = False) -> dict[str, Any]:
+        """VAE and text encoders; those alone whose weights no pipeline looks for: of a variant
+        alone, or in pickled shards.
+
+        Raises ArtifactError where a tensor is missing, which libraries make up.
+        """
         parts = {}
         for name in self.record.companions:
             sets = sets_of_variant(file_names(self._whole / name))
-            if sets and (sets[0].variant or (sets[0].ending == "bin" and sets[0].num_shards)):
-                library, kind = index[name]
-                parts[name] = getattr(importlib.import_module(library), kind).from_pretrained(
-                    self._whole / name, local_files_only=True, variant=sets[0].variant or None,
-                    use_safetensors=sets[0].ending == "safetensors",
-                )  # fmt: skip
+            if not sets:
+                continue
+            is_sharded = sets[0].ending == "bin" and sets[0].num_shards
+            if unusual and not sets[0].variant and not is_sharded:
+                continue
+            library, kind = index[name]
+            parts[name], told = getattr(importlib.import_module(library), kind).from_pretrained(
+                self._whole / name, local_files_only=True, variant=sets[0].variant or None,
+                use_safetensors=sets[0].ending == "safetensors", output_loading_info=True,
+            )  # fmt: skip
+            if lacks := sorted(told["missing_keys"]):
+                raise ArtifactError(
+                    f"{self._whole / name}: lacks the tensor {lacks[0]!r}; get this {name} "
+                    f"({kind}) anew, or give a whole pipeline with --pipeline"
+                )
         return parts
 
     def require_same(self, *parts: str) -> None:
@@ -278,3 +291,53 @@ def open_companions(
     parts = backbone_of(record.model_config).parts
     folder = locate_parts(pipeline or record.source, parts) if parts else None
     return Companions(record, folder, device=device, dtype=dtype)
+
+
+def part_in_file(
+    file: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, pipeline: Path, name: str
+) -> Any:
+    """A frozen part as diffusers reads it from a single file; None where the file has it not.
+
+    Raises ArtifactError naming the first tensor that is missing, or what else diffusers refuses.
+    """
+    import diffusers
+    import transformers
+    from diffusers.loaders import single_file_utils as of_files
+    from diffusers.loaders.single_file import load_single_file_sub_model
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    library, kind = read_index(pipeline)[name]
+    known: Any = SINGLE_FILE_LOADABLE_CLASSES
+    holds = any(one.startswith(tuple(of_files.LDM_VAE_KEYS)) for one in tensors)
+    holds &= kind == "AutoencoderKL"
+    if library == "transformers" and name.startswith("text_encoder"):
+        encoder = getattr(transformers, kind)
+        holds = of_files.is_clip_model_in_single_file(encoder, tensors)
+        holds |= "T5" in kind and of_files.is_t5_in_single_file(tensors)
+    if not holds:
+        return None
+    lacks = None
+    try:
+        if kind == "AutoencoderKL":  # of which diffusers does not say what nothing makes
+            config = read_json(pipeline / name / "config.json")
+            made = known[kind]["checkpoint_mapping_fn"](checkpoint=dict(tensors), config=config)
+            with torch.device("meta"):
+                whole = diffusers.AutoencoderKL.from_config(config).state_dict()
+            lacks = next((one for one in whole if made.get(one) is None), None)
+        if lacks is None:
+            part: Any = load_single_file_sub_model(
+                library, kind, name, dict(tensors), diffusers.pipelines, False, str(pipeline),
+                local_files_only=True, torch_dtype=dtype,
+            )  # fmt: skip
+            if library == "transformers":
+                part.tie_weights()  # of T5, one of whose two tables of words files hold
+            lacks = next((one for one, held in part.named_parameters() if held.is_meta), None)
+        told = f"nothing makes {lacks!r}"
+    except (of_files.SingleFileComponentError, ValueError, KeyError, RuntimeError) as error:
+        lacks, told = "", str(error).splitlines()[0][:200]
+    if lacks is not None:
+        raise ArtifactError(
+            f"{file}: its {name} is not that of {pipeline / name} ({told}); give a whole file, or "
+            f"the pipeline of the same model with --pipeline"
+        )
+    return part

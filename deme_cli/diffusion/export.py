@@ -242,7 +242,7 @@ def _write_parts(
 
     backbone, config = companions.backbone, records[0].scheduler_config
     index = read_json(source / INDEX)
-    unusual = companions.unusual_parts(index)
+    unusual = companions.networks(index, unusual=True)
     for name, value in index.items():
         listed = isinstance(value, list) and bool(value[0])
         if not listed or name in (backbone.part, SECOND, "scheduler"):

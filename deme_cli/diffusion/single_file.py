@@ -40,6 +40,7 @@ from deme_cli.diffusion.checkpoints import (
     kept_dtype,
     scheduler_config_of,
 )
+from deme_cli.diffusion.companions import part_in_file
 from deme_cli.diffusion.denoiser import Weights, require_finite, stored_in, whole_weights
 from deme_cli.diffusion.model_files import (
     INDEX,
@@ -353,6 +354,8 @@ def place_frozen_parts(model: ImportedModel, target: Path) -> BaseRecord:
     assert record.single_file is not None
     file, denoiser = Path(record.single_file["path"]), backbone_of(record.model_config).part
     index, tensors = read_index(pipeline), load_tensors(file)
+    stored = {t.dtype for n, t in tensors.items() if _is_of_part(n) and t.is_floating_point()}
+    dtype = kept_dtype(max(stored, key=lambda one: one.itemsize))
     silence_libraries()
     with whole_folder(target, force=target.exists()) as partial:
         for name, listed in index.items():
@@ -361,7 +364,7 @@ def place_frozen_parts(model: ImportedModel, target: Path) -> BaseRecord:
             if name in UNUSED_PARTS:
                 index[name] = [None, None]
                 continue
-            part = _part_in_file(file, tensors, pipeline, name, listed)
+            part = part_in_file(file, tensors, dtype, pipeline, name)
             if part is not None:
                 part.save_pretrained(partial / name)
                 continue
@@ -371,44 +374,6 @@ def place_frozen_parts(model: ImportedModel, target: Path) -> BaseRecord:
             shutil.copytree(pipeline / name, partial / name)
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return replace(record, source=str(target), companions=digests_of(target))
-
-
-def _part_in_file(
-    file: Path, tensors: Weights, pipeline: Path, name: str, listed: Sequence[str]
-) -> Any:
-    """A frozen part as diffusers reads it from a single file; None where the file has it not."""
-    import diffusers
-    import transformers
-    from diffusers.loaders import single_file_utils as of_files
-    from diffusers.loaders.single_file import load_single_file_sub_model
-
-    library, kind = listed
-    holds = any(one.startswith(tuple(of_files.LDM_VAE_KEYS)) for one in tensors)
-    holds &= kind == "AutoencoderKL"
-    if library == "transformers" and name.startswith("text_encoder"):
-        encoder = getattr(transformers, kind)
-        holds = of_files.is_clip_model_in_single_file(encoder, tensors)
-        holds |= "T5" in kind and of_files.is_t5_in_single_file(tensors)
-    if not holds:
-        return None
-    dtypes = {t.dtype for n, t in tensors.items() if _is_of_part(n) and t.is_floating_point()}
-    where = (
-        f"{file}: its {name} is not that of {pipeline / name}; give a pipeline of the same model"
-    )
-    try:
-        part: Any = load_single_file_sub_model(
-            library, kind, name, dict(tensors), diffusers.pipelines, False, str(pipeline),
-            local_files_only=True, torch_dtype=kept_dtype(max(dtypes, key=lambda d: d.itemsize)),
-        )  # fmt: skip
-    except (of_files.SingleFileComponentError, ValueError, KeyError, RuntimeError) as error:
-        raise ArtifactError(
-            f"{where} with --pipeline ({str(error).splitlines()[0][:200]})"
-        ) from error
-    if library == "transformers":
-        part.tie_weights()  # of T5, one of whose two tables of words files hold
-    if lacks := next((own for own, tensor in part.named_parameters() if tensor.is_meta), None):
-        raise ArtifactError(f"{where} with --pipeline, or a whole file (nothing makes {lacks!r})")
-    return part
 
 
 # out

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL
+from safetensors.torch import save_file
 from tiny_pipelines import BUILDERS
 from typer.testing import Result
 
@@ -142,6 +143,20 @@ def test_parts_of_another_model_are_refused_by_what_does_not_fit(pipelines: Pipe
     deep = {**record.model_config, "in_channels": 16, "out_channels": 16}
     with pytest.raises(ArtifactError, match="4 latent channels, this network denoises 16"):
         open_companions(replace(record, model_config=deep))
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_tensor_that_a_part_lacks_is_named_and_never_made_up(
+    pipelines: Pipelines, part: str
+) -> None:
+    shutil.copytree(pipelines("sd"), "pipe")
+    (file,) = Path("pipe", part).glob("*.safetensors")
+    tensors = load_tensors(file)
+    lost = min(tensors)
+    save_file({n: t for n, t in tensors.items() if n != lost}, file, {"format": "pt"})
+    record = open_denoiser("pipe").record
+    with pytest.raises(ArtifactError, match=f"{part}: lacks the tensor {lost!r}"):
+        open_companions(record).pipeline  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,8 @@ def test_what_cannot_be_known_or_does_not_fit_is_told(pipelines: Callable, deme:
     whole = load_file(write_single_file(source, "sd", Path("whole.safetensors"), whole=True))
     words = next(name for name in whole if name.endswith("layers.1.mlp.fc1.weight"))
     save_file({n: t for n, t in whole.items() if n != words}, "words.safetensors")
+    norm = "first_stage_model.decoder.norm_out.weight"
+    save_file({n: t for n, t in whole.items() if n != norm}, "vae.safetensors")
     two = {PREFIX + n: torch.zeros(1).expand(s) for n, s in FULL["Stable Diffusion 2"]()}
     assert deme("split", file, "--pipeline", source).exit_code == 0
     Path("deme.toml").unlink()
@@ -186,6 +188,8 @@ def test_what_cannot_be_known_or_does_not_fit_is_told(pipelines: Callable, deme:
          "lacks what makes 'add_embedding.linear_1.bias'"),
         (["split", "words.safetensors", "--pipeline", source, "-o", "a"], ArtifactError,
          "layers.1.mlp.fc1.weight"),
+        (["split", "vae.safetensors", "--pipeline", source, "-o", "a"], ArtifactError,
+         "nothing makes 'decoder.conv_norm_out.weight'"),
         (["split", "v.safetensors", "--pipeline", source, "-o", "a"], ArtifactError,
          "says that it predicts v"),
         (["sample", file, "-n", 1], ArtifactError, "`deme split FILE` starts from one"),
