@@ -7,6 +7,7 @@ Anything that is not a `DemeError` is a bug and keeps its traceback (exit code 1
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,10 +82,14 @@ _STORAGE = {  # by the names of what the operating system says
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Translate what the operating system says while `path` is written into a `MissingError`."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
-        name = errno.errorcode.get(error.errno or 0)
+    except (OSError, SafetensorError) as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # all that safetensors tells of it
+        number = error.errno if isinstance(error, OSError) else told and int(told[1])
+        name = errno.errorcode.get(number or 0)
         for names, what in _STORAGE.items():
             if name in names.split():
                 raise MissingError(f"{path}: {what}; choose another --output") from error

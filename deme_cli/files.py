@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def require_output(path: Path, *, force: bool) -> None:
-    """Check that `path` may be written: absent or `force`, in a folder that takes files."""
+def require_output(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Check that `path` may be written: absent or `force`, in a folder that takes files, and none
+    of the `inputs` that it is to be made of."""
     path = Path(path)
     with writing(path):
         if path.is_dir():
@@ -39,6 +40,10 @@ def require_output(path: Path, *, force: bool) -> None:
         if path.exists() and not force:
             raise ConfigError(
                 f"{path} exists; add --force to replace it, or choose another --output"
+            )
+        if path.exists() and any(one.exists() and one.samefile(path) for one in inputs):
+            raise ConfigError(
+                f"{path} is read, so it cannot be written as well; choose another --output"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.parent / f".{path.name}.{os.getpid()}.probe"

@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import write_tiny_base
 from diffusers import UNet2DModel
+from safetensors import SafetensorError
 
 from deme_cli.__main__ import main
-from deme_cli.errors import is_out_of_memory
+from deme_cli.errors import MissingError, is_out_of_memory, writing
 
 LACKS = [
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total",
@@ -85,3 +86,8 @@ def test_a_profiled_command_tells_its_profile() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "function calls" in done.stdout
+
+
+def test_a_full_disk_is_told_whatever_library_meets_it() -> None:
+    with pytest.raises(MissingError, match="no space left on the disk"), writing(Path("out")):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")

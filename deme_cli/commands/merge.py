@@ -65,7 +65,10 @@ def merge(
     wanted = given["search"] or run.tables.get("merge", {}).get("search", MergeConfig.search)
     if wanted == "none" or given["coefficients"] or dry_run or show or replay:
         if jobs > 1:
-            raise ConfigError("--jobs belongs to a search; add --search grid")
+            raise ConfigError(
+                "--jobs shares the trials of a search, and none is run here; leave it out, or "
+                "give --search grid alone"
+            )
         only_first()  # known before the settings are, so that one process speaks of what is wrong
     else:
         if jobs > 1:

@@ -82,7 +82,7 @@ def export(
     if single_file:
         if len(artifacts) > 1:
             raise ConfigError("a single file holds one network; export each expert on its own")
-        require_output(folder, force=force)
+        require_output(folder, force=force, inputs=artifacts)
         from deme_cli.diffusion.single_file import write_single_file
 
         for note in write_single_file(artifacts[0], record, folder, run, pipeline, save_dtype):

@@ -89,7 +89,7 @@ def import_expert(
         range, record.num_train_timesteps, run.settings(SplitConfig).timestep_ranges
     )
     output = output or Path(f"ft_{choice.label}.safetensors")
-    require_output(output, force=force)
+    require_output(output, force=force, inputs=(Path(source), header.path))
     require_space(output, sum(spec.num_bytes for spec in header.tensors.values()))
     weights, imported = _read(str(source), header, record, variant)
     weights = _fitted(weights, header, save_dtype, str(source))
@@ -149,8 +149,13 @@ def _read(
         path = files[0] if len(files) == 1 else path  # all that a trainer left
     if not path.is_file():
         return _read_folder(find_folder(source, variant), source, record, variant)
+    if variant is not None:
+        raise ConfigError(f"--variant {variant}: {source} is a file, not a folder; leave it out")
     _require_no_other_base(path, record)
-    tensors = read_state_dict(path, record)
+    tensors = {
+        name: tensor.bfloat16() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        for name, tensor in read_state_dict(path, record).items()
+    }  # as `import_model` keeps float8
     what, _ = foreign_kind(tensors)
     if what.startswith("a single-file"):  # in a checkpoint of Lightning below state_dict
         tensors = {name[max(name.find(PREFIX), 0) :]: one for name, one in tensors.items()}

@@ -95,6 +95,15 @@ def adapter_settings(path: Path, part: str) -> dict[str, Any]:
     ):
         if is_other:
             raise ArtifactError(f"{path}: {what}; deme takes plain LoRA and rsLoRA")
+    own = found.get("alpha_pattern") or {}
+    try:
+        [alpha + 0.0 for alpha in (found.get("lora_alpha", 1), *own.values())]
+        list(map(re.compile, own))
+    except (AttributeError, TypeError, re.error) as error:
+        raise ArtifactError(
+            f"{path}: lora_alpha and alpha_pattern beside it or in its header: expected a number, "
+            f"and numbers by patterns of names ({error})"
+        ) from error
     return found
 
 
@@ -170,8 +179,9 @@ def _with_alpha(
             )
         if match is None:
             continue
-        if tensor.ndim < 2 or not tensor.numel():
-            raise ArtifactError(f"{where}: {name!r} has shape {list(tensor.shape)}: no factor")
+        if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
+            kind = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ArtifactError(f"{where}: {name!r} is {kind}: no factor")
         state[name] = tensor.float()
         if match["side"] in _DOWN:
             layer, rank = match["layer"], tensor.shape[0]

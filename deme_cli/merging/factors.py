@@ -21,6 +21,7 @@ ROUNDING = 1e-14  # of a sum of squares: below what float32 holds of its largest
 Pair = tuple[np.ndarray, np.ndarray]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # looked for in the result
 def merged_factors(
     inputs: Inputs, terms: Mapping[str, Terms], rank: int
 ) -> tuple[dict[str, np.ndarray], float]:
@@ -48,6 +49,8 @@ def merged_factors(
         up = np.concatenate([by_source.get(k, 0.0) * pair[1].astype(np.float64)
                              for k, pair in pairs], axis=1)  # fmt: skip
         whole += square(down, up)
+        if not np.isfinite(whole):  # of which LAPACK never finds the singular values
+            raise NumericsError(f"{name!r} would not be finite; take smaller coefficients")
         if rank < len(down):
             down, up = truncated(down, up, rank=rank)
         kept += square(down, up)

@@ -112,7 +112,9 @@ def open_experts(paths: Sequence[Path], *kinds: str) -> list[Expert]:
         is_vector = record.kind == "task-vector" or record.holds == "adapter"
         fingerprint = record.expert if record.kind == "task-vector" else record.fingerprint
         for other in experts:
-            if (fingerprint, record.range) == (other.fingerprint, other.record.range):
+            if (fingerprint, record.base, record.range) == (
+                other.fingerprint, other.record.base, other.record.range
+            ):  # fmt: skip
                 raise ConfigError(f"{other.path} and {path} are the same expert; give it once")
         experts.append(Expert(header, record, fingerprint, is_vector))
     return experts

@@ -71,7 +71,7 @@ def export_lora(
     difference), NumericsError for a difference that is not finite.
     """
     _check(rank, explained, format, output)
-    require_output(output, force=force)
+    require_output(output, force=force, inputs=[artifact])
     header = read_header(artifact)
     record = record_of(header)
     if not isinstance(record, MergedRecord | ExpertRecord):
@@ -90,6 +90,7 @@ def export_lora(
         changes = _products(artifact, factors)
     else:
         origin = read_header(locate_base(artifact, record.base, run or RunFile(), base))
+        require_output(output, force=force, inputs=[origin.path])
         changes = _differences(origin, header, is_vector=isinstance(record, TaskVectorRecord))
     backbone, layers = backbone_of(config, str(artifact)), layers_of(config)
     _require_names(format, backbone)

@@ -116,9 +116,10 @@ def open_plan(
 
     fixed: coefficients given for globs of tensors.
     """
-    require_output(output, force=force)
+    require_output(output, force=force, inputs=paths)
     experts = open_experts(paths, "expert", "task-vector")
     inputs = open_inputs(find_base(experts, run, base), experts)
+    require_output(output, force=force, inputs=[inputs.base.path])
     if not settings.lora and len({expert.holds_adapters for expert in experts}) > 1:
         console.note("some experts hold adapters, others whole weights: merged as whole weights")
     written = [header.tensors.values() for header in inputs.headers]

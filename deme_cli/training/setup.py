@@ -274,7 +274,7 @@ def _require_free(plan: Plan) -> None:
         raise ConfigError("no training images: set [data] source in deme.toml, or use --data")
     if plan.config.log_with:
         require_tracker(plan.config.log_with)
-    require_output(plan.output, force=plan.force)
+    require_output(plan.output, force=plan.force, inputs=[plan.base])
     is_kept = checkpoint_path(plan.output).exists()  # then its snapshots so far are its own
     num_files = _FILES_BESIDE + len(plan.config.ema_lengths or [])
     for path in variant_paths(plan.output, plan.config):

@@ -140,6 +140,23 @@ def test_weights_come_in_the_dtype_of_the_base(trained: Weights, deme: Deme) -> 
     assert "its task vector is zero" in result.stderr
 
 
+def test_float8_comes_in_by_way_of_bfloat16(trained: Weights, deme: Deme) -> None:
+    kept = {name: one.to(torch.float8_e4m3fn) for name, one in trained.items()}
+    save_file(kept, "small.safetensors")
+    assert deme("import", "small.safetensors", *OPTIONS).exit_code == 0
+    own = load_tensors(Path("ft_75-100.safetensors"))
+    assert all(torch.equal(own[name], one.float()) for name, one in kept.items())
+
+
+def test_the_current_folder_is_a_model(
+    trained: Weights, monkeypatch: pytest.MonkeyPatch, deme: Deme
+) -> None:
+    network().save_pretrained("bare")
+    monkeypatch.chdir("bare")
+    words = ("--base", "../base.safetensors", "--range", "1/2", "-o", "../own.safetensors")
+    assert deme("import", ".", *words).exit_code == 0
+
+
 def test_a_lora_is_fused_into_the_base(run_folder: Path, deme: Deme) -> None:
     down, up = torch.randn(2, 1, 3, 3), torch.randn(8, 2, 1, 1)
     factors = {"conv_in.lora_A.weight": down, "conv_in.lora_B.weight": up}
@@ -166,6 +183,12 @@ def altered(**changes: torch.Tensor | None) -> Callable[[str, Weights], Any]:
 
 def alone(**tensors: torch.Tensor) -> Callable[[str, Weights], Any]:
     return lambda path, weights: altered(**tensors)(path, {})
+
+
+def told_alphas(**settings: Any) -> Callable[[str, Weights], Any]:
+    told = json.dumps({f"unet.{name}": value for name, value in settings.items()})
+    sides = {f"conv_in.lora_{side}.weight": ONE.clone() for side in "AB"}
+    return lambda path, weights: save_file(sides, path, {"lora_adapter_metadata": told})
 
 
 def other_schedule(path: str, weights: Weights) -> None:
@@ -197,6 +220,12 @@ REFUSED: dict[str, tuple[int, str, Callable[[str, Weights], Any]]] = {
                                 conv_im__alpha=torch.tensor(1.0))),
     "average.pt": (4, "has 'shadow_params.", lambda path, weights: torch.save(
         {"shadow_params": [*weights.values(), EIGHT]}, path)),
+    "whole.safetensors": (4, "is torch.int64 [1, 1]: no factor",
+                          alone(conv_in__lora_A__weight=ONE.long(), conv_in__lora_B__weight=ONE)),
+    "none.safetensors": (4, "expected a number", told_alphas(lora_alpha=None)),
+    "text.safetensors": (4, "expected a number", told_alphas(alpha_pattern={"conv": "x"})),
+    "pattern.safetensors": (4, "unterminated", told_alphas(alpha_pattern={"(": 1})),
+    "list.safetensors": (4, "expected a number", told_alphas(alpha_pattern=[1])),
     "loha.safetensors": (4, "is LoHa; deme takes pairs", alone(lora_unet_conv_in__hada_w1_a=ONE)),
     "code.pt": (4, "a pickle of more than tensors (nothing in it was run)",
                 lambda path, weights: torch.save({**weights, "config": Path("x")}, path)),
@@ -230,6 +259,8 @@ def test_what_is_not_of_the_base_is_refused_by_name(
         (2, "--range all: weights are the expert of one range", ("--range", "all")),
         (2, "ft_4of4.safetensors exists; add --force", ("--range", "4/4")),
         (3, "none.safetensors: no base there", ("--range", "1/2", "--base", "none.safetensors")),
+        (2, "base.safetensors is read,", ("--range", "1/2", "-o", "base.safetensors", "--force")),
+        (2, "theirs.safetensors is a file", ("--range", "1/2", "--variant", "fp16")),
         (4, "'base', found 'expert'", ("--range", "1/2", "--base", "ft_1of4.safetensors")),
         (4, "expected an artifact of kind", ("tv_1of4.safetensors", "--range", "1/2")),
         (

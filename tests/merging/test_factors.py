@@ -268,6 +268,8 @@ def digits_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Pat
         ("--lora 0", ConfigError, "lora = 0: expected a number above 0"),
         ("--lora -1", ConfigError, "lora = -1: expected a number above 0"),
         ("full --lora 4", ConfigError, "full.safetensors: holds no adapters"),
+        ("-w 1e308,1e308 --lora 4", NumericsError, "would not be finite; take smaller"),
+        ("--lora 4 -o a_1of2.safetensors --force", ConfigError, "a_1of2.safetensors is read"),
         ("nan --lora 4", NumericsError, "lora_A.weight' is not finite"),
         ("-w 1e6,1e6 --lora 9 --save-dtype fp16", NumericsError, "would not be finite in F16"),
     ],
