@@ -83,6 +83,11 @@ class DenoiserRecord(Record):
     companions: dict[str, Any] = field(default_factory=dict)
     single_file: dict[str, Any] | None = None
 
+    @property
+    def origin(self) -> str:
+        """What the base was imported from; `source` is where its frozen parts are."""
+        return str(self.single_file["path"]) if self.single_file else self.source
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRecord(DenoiserRecord):

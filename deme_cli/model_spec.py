@@ -80,7 +80,7 @@ def _merged_from(record: DenoiserRecord) -> str | None:
 
 def _base_name(record: DenoiserRecord) -> str:
     """Of the single file that the base came from, or of its folder or hub id."""
-    return _name((record.single_file or {}).get("path", record.source))
+    return _name(record.origin)
 
 
 def _name(path: str) -> str:

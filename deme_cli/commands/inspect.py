@@ -67,6 +67,9 @@ def _foreign(one: Inspected) -> dict[str, Any]:
 def _as_text(artifact: dict[str, Any]) -> str:
     """Facts in lines, the record's last; what no person reads is left to --json."""
     record = artifact["record"]
+    if record.get("single_file"):
+        parts = {"frozen_parts": record["source"]} if record["companions"] else {}
+        record = {**record, "source": record["single_file"]["path"], **parts}
     facts = {"kind": artifact["kind"]}
     if artifact["tensors"]:
         facts["parameters"] = f"{artifact['parameters']:,} in {artifact['tensors']} tensors"

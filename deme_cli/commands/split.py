@@ -54,7 +54,7 @@ def split(
     if record.companions:
         shape += f", latents {' x '.join(map(str, facts['sample_shape']))}"
     console.note(
-        f"{record.source}: {record.model_config['_class_name']}, "
+        f"{record.origin}: {record.model_config['_class_name']}, "
         f"{facts['parameters']:,} parameters, T = {record.num_train_timesteps}, "
         f"predicts {facts['prediction_type']}, images {shape}"
     )

@@ -152,7 +152,7 @@ def assemble(
 ) -> Denoiser:
     """The denoiser that a record and its tensors describe, in evaluation mode."""
     if not record.scheduler_config:
-        console.note_once(f"{record.source}: {GUESSED}")
+        console.note_once(f"{record.origin}: {GUESSED}")
     network = build_network(record.model_config, where)
     load_weights_into(network, weights, where)
     cast(network, TORCH_DTYPES[dtype], kept_in_float32(network))

@@ -322,13 +322,13 @@ def model_card(records: Sequence[DenoiserRecord], path: Path) -> str:
     shown, task = _CALLS[backbone.wants]
     front = [  # what the hub reads
         "---", "library_name: diffusers", "license: unknown", f"pipeline_tag: {task}",
-        *([f"base_model: {record.source}"] if is_hub_id(record.source) else []),
+        *([f"base_model: {record.origin}"] if is_hub_id(record.origin) else []),
         "tags:", "- diffusers", "- deme", "- decouple-then-merge",
         *(["- model-merging"] if isinstance(record, MergedRecord) else []), "---",
     ]  # fmt: skip
     is_flow = flow_config(scheduler) is not None  # whose betas, if any, are unused
     facts: dict[str, Any] = {
-        "starting point": _public_name(record.source),
+        "starting point": _public_name(record.origin),
         "network": record.model_config.get("_class_name"),
         "timesteps T": record.num_train_timesteps,
         "beta schedule": None if is_flow else alphas_config(scheduler)["beta_schedule"],

@@ -126,7 +126,7 @@ def split(
     if record.companions:
         image_shape = open_companions(record, pipeline=pipeline).image_shape(sample_shape)
     facts = {
-        "source": record.source, "data": images, "fingerprint": record.fingerprint,
+        "source": record.origin, "data": images, "fingerprint": record.fingerprint,
         "parameters": sum(tensor.numel() for tensor in imported.weights.values()),
         "num_train_timesteps": record.num_train_timesteps,
         "prediction_type": schedule.prediction_type, "wants": backbone.wants,
@@ -261,7 +261,7 @@ def _run_file_text(
     if output.resolve() != Path.cwd():
         images, pipeline = _absolute(images), pipeline and _absolute(pipeline)
     live: dict[str, dict[str, Any]] = {
-        "model": {"source": record.source, "base": ModelConfig.base},
+        "model": {"source": record.origin, "base": ModelConfig.base},
         "data": {"source": images},
         "split": {"n": settings.n, "by": settings.by, "ranges": [str(span) for span in ranges]},
         "sample": {},

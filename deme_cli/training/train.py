@@ -88,7 +88,7 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
     """
     config, snapshots = run.config, snapshot_steps(run.config)
     too_many_weights = (
-        f"{run.denoiser.record.source}: the weights with their moments and averages do not fit "
+        f"{run.denoiser.record.origin}: the weights with their moments and averages do not fit "
         f"into the device's memory; use fewer --ema-lengths, divide the network among more "
         f"processes with --shard, or use a device with more memory"
     )
@@ -194,7 +194,7 @@ class Gradients:
                 torch.get_device_module(self.state.device).empty_cache()
             if self.at_once == 1 or run.clusters or run.shard:
                 raise MissingError(
-                    f"{run.denoiser.record.source}: training does not fit into the device's "
+                    f"{run.denoiser.record.origin}: training does not fit into the device's "
                     f"memory with {self.at_once} images at a time; use --gradient-checkpointing, "
                     f"--dtype bf16, a smaller --micro-batch (with --multitask: --batch-size) or "
                     f"--resolution, more processes, or a device with more memory"

@@ -102,6 +102,10 @@ def test_frozen_parts_are_those_of_the_file_and_a_merge_changes_the_denoiser_alo
     assert done.exit_code == 0, done.output
     base = read_record(Path("base.safetensors"), "base")
     assert base.source == str(Path("base.pipeline").resolve())
+    assert f"{file.resolve()}: UNet2DConditionModel" in done.stderr
+    shown = " ".join(deme("inspect", "base.safetensors").stdout.split())
+    assert f" source {file.resolve()} " in shown
+    assert f" frozen parts {base.source} " in shown
     for part in ("vae", "text_encoder"):
         held = load_file(next(Path("base.pipeline", part).glob("*.safetensors")))
         theirs = load_file(next((source / part).glob("*.safetensors")))
@@ -115,6 +119,7 @@ def test_frozen_parts_are_those_of_the_file_and_a_merge_changes_the_denoiser_alo
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) != name.startswith(PREFIX), name
     assert deme("export", "moved.safetensors", "folder").exit_code == 0
+    assert "| starting point | whole.safetensors |" in Path("folder/README.md").read_text()
     whole = diffusers.DiffusionPipeline.from_pretrained("folder")
     single = diffusers.StableDiffusionPipeline.from_single_file(
         "out.safetensors", config="folder", local_files_only=True
