@@ -203,7 +203,13 @@ def read_header(path: Path) -> Header:
                 document = json.loads(file.read(length), object_pairs_hook=_each_once)
     except SafetensorError as error:
         if names := pickled_names(path):
-            raise ArtifactError(foreign_message(path, names)) from error
+            hint = "" if path.suffix in PICKLED else "; it is a pickle: end its name in .bin first"
+            raise ArtifactError(foreign_message(path, names) + hint) from error
+        with path.open("rb") as file:
+            if re.match(rb"\x80[\x02-\x05]", file.read(2)):
+                raise ArtifactError(
+                    f"{path}: a pickle, but not of weights that torch saved; give a .safetensors"
+                ) from error
         raise ArtifactError(
             f"{path}: not a whole safetensors file ({shown(str(error))}); copy or make it again"
         ) from error
@@ -271,6 +277,7 @@ def tensor_bytes(tensor: torch.Tensor | np.ndarray) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PICKLED_BYTES = 1 << 24  # read of a pickle that is no zip: its names come before its numbers
 _SPLIT = "`deme split FILE` starts from one in a .safetensors file (convert a pickle first)"
 _FUSE = (

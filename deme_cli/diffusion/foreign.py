@@ -34,7 +34,6 @@ from deme_cli.diffusion.checkpoints import ImportedModel, import_model, read_net
 from deme_cli.diffusion.denoiser import build_network, require_finite, stored_in
 from deme_cli.diffusion.lora import adapter_settings, fuse, is_lora, low_rank_factors
 from deme_cli.diffusion.model_files import (
-    PICKLED,
     SECOND,
     denoiser_folder,
     digest_of_part,
@@ -48,6 +47,7 @@ from deme_cli.errors import ArtifactError, ConfigError, MissingError, NumericsEr
 from deme_cli.fetch import sha256_of
 from deme_cli.files import (
     DTYPES,
+    PICKLED,
     Header,
     cast_specs,
     foreign_kind,

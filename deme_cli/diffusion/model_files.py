@@ -24,14 +24,13 @@ from deme_cli.data.digits import BASE_PATH
 from deme_cli.data.prompts import parse_json, read_text
 from deme_cli.errors import ArtifactError, MissingError, reading
 from deme_cli.fetch import is_hub_id, is_model_cached, offline_reason, sha256_of
-from deme_cli.files import read_header
+from deme_cli.files import PICKLED, read_header
 from deme_cli.timesteps import TimestepRange
 
 INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")  # the part that is trained
 SECOND = "transformer_2"  # beside `transformer`, for the timesteps of low noise
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _ROOT = (INDEX, "config.json", "scheduler_config.json")
 _NOTHING = [None, None]  # a part that a pipeline has not
 _SECONDS = 10.0

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from deme_cli import report
-from deme_cli.artifacts import read_record
+from deme_cli.artifacts import load_tensors, read_record
 from deme_cli.files import read_header
 
 
@@ -75,3 +78,10 @@ def test_an_export_is_known_as_one_and_verified_by_its_hash(
     path = run_folder / "lora.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     refuse(4, "altered or damaged", "inspect", "--verify", path)
+
+
+def test_a_pickle_is_called_one_whatever_its_name(run_folder: Path, refuse: Callable) -> None:
+    torch.save(load_tensors(Path("base.safetensors")), "weights.tmp")
+    Path("numbers").write_bytes(pickle.dumps([1, 2], protocol=4))
+    refuse(4, "it is a pickle: end its name in .bin first", "merge", "weights.tmp")
+    refuse(4, "a pickle, but not of weights that torch saved", "sample", "numbers")
