@@ -82,10 +82,11 @@ def finetune(
         if resume and not checkpoint_path(plan.output).exists():
             raise MissingError(f"{plan.output}: no unfinished run is kept here; leave out --resume")
     if dry_run:
+        image_shape: tuple[int, ...] = ()
         if waiting and waiting[0].has_companions:  # whether images and captions can be opened
-            open_plan_examples(waiting[0])
+            image_shape = open_plan_examples(waiting[0])[1].image_shape
         for plan in plans:
-            progress(Step(note=plan.describe()))
+            progress(Step(note=plan.describe(image_shape)))
         return []
     if jobs > 1 and len(waiting) > 1:
         _train_side_by_side(waiting, split, jobs, progress)
@@ -102,6 +103,7 @@ def _train_in_turn(plans: Sequence[Plan], world: World, progress: Progress) -> N
         from deme_cli.training.train import train
 
         run, steps = prepare(plan), plan.config.steps
+        progress(Step(note=plan.describe(run.examples.image_shape)))
         fill_caches(run.examples, run.held_out, world=world, progress=progress)
         label = f"expert {plan.range_text}" if plan.choice else "base"
         progress(Step(0, steps, label, "update"))

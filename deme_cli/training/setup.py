@@ -117,15 +117,17 @@ class Plan:
         """Whether the base has frozen parts around it."""
         return self.choice is not None and bool(read_record(self.base, "base").companions)
 
-    def describe(self) -> str:
-        """One line that says what would run."""
+    def describe(self, image_shape: Sequence[int] = ()) -> str:
+        """One line that says what runs; image_shape: (C, H, W), where it is known."""
         config = self.config
         span = f"timesteps {self.choice.range}" if self.choice else "all timesteps, from scratch"
-        images = config.steps * config.batch_size * config.accumulation
+        images = f"{config.steps * config.batch_size * config.accumulation} images"
+        if image_shape:
+            images += f" of {image_shape[1]} x {image_shape[2]} pixels"
         num_more = len(variant_paths(self.output, config))
         more = f", {num_more} more files" if num_more else ""
         state = "; done" if self.is_done else ""
-        return f"{self.output}: {span}, {config.steps} updates, {images} images{more}{state}"
+        return f"{self.output}: {span}, {config.steps} updates, {images}{more}{state}"
 
 
 @dataclass(frozen=True)

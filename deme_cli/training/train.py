@@ -57,7 +57,7 @@ from deme_cli.training.sharding import add_up_gradients, gather, holding, joint_
 from deme_cli.training.state import TrainingState, learning_rate, open_state
 from deme_cli.training.trackers import tracking
 
-_REPORT_EVERY = 10  # updates; reading a loss makes a GPU wait
+_REPORT_EVERY = 10  # batches; reading a loss makes a GPU wait
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
     are not full yet are filled first.
     """
     config, snapshots = run.config, snapshot_steps(run.config)
+    report_every = math.ceil(_REPORT_EVERY / config.accumulation)
     too_many_weights = (
         f"{run.denoiser.record.origin}: the weights with their moments and averages do not fit "
         f"into the device's memory; use fewer --ema-lengths, divide the network among more "
@@ -126,7 +127,7 @@ def train(run: Run, world: World = ALONE) -> Iterator[TrainStep]:
                 state.step % config.checkpoint_every == 0 or state.step in snapshots
                 or bool(at_end and config.ema_lengths)
             )  # fmt: skip
-            if state.step % _REPORT_EVERY == 0 or at_checkpoint or at_end:
+            if state.step % report_every == 0 or at_checkpoint or at_end:
                 record = gradients.record()
                 if at_checkpoint:
                     files.save()

@@ -96,6 +96,13 @@ def test_a_lack_of_memory_is_told_with_what_is_done_about_it(
     assert [json.loads(line)["halved_to"] for line in curve] == [2, None]
 
 
+def test_it_tells_its_size_and_reports_by_batches_not_by_updates(deme, folder: Path) -> None:
+    done = deme("finetune", "--range", "1/2", *QUICK, "--accumulation", 5)
+    assert "ft_1of2.safetensors: timesteps 0:50, 3 updates, 60 images of 8 x 8" in done.stderr
+    curve = (folder / "ft_1of2.metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in curve] == [2, 3]
+
+
 def test_a_dry_run_says_what_would_run_and_changes_nothing(deme, folder: Path) -> None:
     kept = folder / ".ft_1of4.checkpoint"
     kept.write_bytes(b"kept")
