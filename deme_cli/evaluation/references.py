@@ -422,7 +422,7 @@ def reference_statistics(
         "batch_size": settings.batch_size,
     })  # fmt: skip
     if world.is_first:
-        require_output(output, force=force)
+        require_output(output, force=force, inputs=[Path(data)])
     if size is not None and size < 1:
         raise ConfigError(f"--size {size}: expected a number of pixels above 0")
     if squeeze and size is None:

@@ -72,7 +72,7 @@ def task_vector(
     for index, path in enumerate(paths):
         if path in paths[:index]:
             raise ConfigError(f"two experts would both be written to {path}; choose other folders")
-        require_output(path, force=force)
+        require_output(path, force=force, inputs=[*experts, inputs.base.path])
         beside = (n for n, one in zip(sizes, paths, strict=True) if one.parent == path.parent)
         require_space(path, sum(beside))
 

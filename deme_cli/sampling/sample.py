@@ -86,7 +86,7 @@ def sample(
         name = Path(model).expanduser().resolve().name.removesuffix(".safetensors")
         output = Path(f"{name}-samples.safetensors")
     return _draw(
-        open_model, settings, output=output, run=run, pipeline=pipeline, device=device,
+        open_model, settings, inputs=[Path(model)], output=output, run=run, pipeline=pipeline, device=device,
         dtype=dtype, compile=compile, force=force, dry_run=dry_run, progress=progress,
     )  # fmt: skip
 
@@ -109,15 +109,15 @@ def ensemble_sample(
         return open_ensemble(experts, run=run, device=device, dtype=dtype), records
 
     return _draw(
-        open_experts, settings, output=output, run=run, pipeline=pipeline, device=device,
+        open_experts, settings, inputs=experts, output=output, run=run, pipeline=pipeline, device=device,
         dtype=dtype, compile=compile, force=force, dry_run=dry_run, progress=progress,
     )  # fmt: skip
 
 
 def _draw(
     open_models: Callable[[str | None, str], Opened], settings: SampleConfig | None, *,
-    output: Path, run: RunFile | None, pipeline: str | None, device: str, dtype: str, compile: str,
-    force: bool, dry_run: bool, progress: Progress,
+    inputs: Sequence[Path], output: Path, run: RunFile | None, pipeline: str | None, device: str,
+    dtype: str, compile: str, force: bool, dry_run: bool, progress: Progress,
 ) -> Images:  # fmt: skip
     """Draw what is missing of the images of experts, whose records are those of one base.
 
@@ -131,7 +131,8 @@ def _draw(
     config = replace(config, prompts=config.prompts and run.seen(config.prompts))
     with world.first_before_others():
         if world.is_first and not is_folder(output):
-            require_output(output, force=force)
+            prompts = [Path(config.prompts)] if config.prompts else []
+            require_output(output, force=force, inputs=[*inputs, *prompts])
         if config.prompts:
             fetch(prompt_assets(config.prompts), progress)
     progress(Step(label="loading the libraries and the model"))
