@@ -95,7 +95,7 @@ def _convert_plainly(parameters: Sequence[Any]) -> None:
     imports for every value, and which takes as long as numpy; the rest, and what is wrong, as ever.
     """
     for parameter in parameters:
-        if hasattr(parameter, "get_runtime_param"):
+        if hasattr(parameter, "get_runtime_param") and hasattr(parameter, "type_descriptor"):
             parameter.get_runtime_param = _plain_or(parameter)
 
 

@@ -94,6 +94,7 @@ def export_lora(
         changes = _differences(origin, header, is_vector=isinstance(record, TaskVectorRecord))
     backbone, layers = backbone_of(config, str(artifact)), layers_of(config)
     _require_names(format, backbone)
+    dtype = TORCH_DTYPES[save_dtype or "fp32"]
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     squares: dict[str, list[float]] = {}  # by block: of the difference, of what is lost of it
@@ -103,11 +104,12 @@ def export_lora(
         layer = name.removesuffix(".weight")
         if square and layer in layers and layer != name:
             pair = low_rank(change, rank=rank, explained=explained, of=factors.get(layer))
-            pair = LowRank(*(side.to(TORCH_DTYPES[save_dtype or "fp32"]) for side in pair.sides))
-            held = LowRank(*(side.double() for side in pair.sides)).change()
-            lost = (change - held).square().sum().item()
-            state |= _named(layer, pair, format, backbone.part)
             ranks[layer] = len(pair.down)
+            scale = 1 / len(pair.down) if format == "kohya" else 1.0
+            down, up = (side.to(dtype) for side in (pair.down, pair.up / scale))
+            held = LowRank(down.double(), up.double() * scale).change()
+            lost = (change - held).square().sum().item()
+            state |= _named(layer, LowRank(down, up), format, backbone.part)
         elif square:
             left_out[name] = square
         block = squares.setdefault(block_of(name), [0.0, 0.0])
@@ -150,13 +152,16 @@ def _require_names(format: str, backbone: Backbone) -> None:
 
 
 def _named(layer: str, pair: LowRank, format: str, part: str) -> dict[str, Tensor]:
-    """The factors under the names of a format; alpha is the rank, which scales by 1."""
+    """The factors under the names of a format.
+
+    Those of kohya with its usual alpha of 1: where it differs by layer, diffusers loses some.
+    """
     up = pair.up.view(*pair.up.shape, *[1] * (pair.down.ndim - 2)).contiguous()
     down = pair.down.contiguous()
     if format == "diffusers":
         name = f"{part}.{layer}"
         return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-    name, alpha = f"lora_unet_{layer.replace('.', '_')}", torch.tensor(float(len(down)))
+    name, alpha = f"lora_unet_{layer.replace('.', '_')}", torch.tensor(1.0)
     return {
         f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up,
         f"{name}.alpha": alpha.to(down.dtype),

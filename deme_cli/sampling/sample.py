@@ -86,8 +86,9 @@ def sample(
         name = Path(model).expanduser().resolve().name.removesuffix(".safetensors")
         output = Path(f"{name}-samples.safetensors")
     return _draw(
-        open_model, settings, inputs=[Path(model)], output=output, run=run, pipeline=pipeline, device=device,
-        dtype=dtype, compile=compile, force=force, dry_run=dry_run, progress=progress,
+        open_model, settings, inputs=[Path(model)], output=output, run=run, pipeline=pipeline,
+        device=device, dtype=dtype, compile=compile, force=force, dry_run=dry_run,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -109,8 +110,9 @@ def ensemble_sample(
         return open_ensemble(experts, run=run, device=device, dtype=dtype), records
 
     return _draw(
-        open_experts, settings, inputs=experts, output=output, run=run, pipeline=pipeline, device=device,
-        dtype=dtype, compile=compile, force=force, dry_run=dry_run, progress=progress,
+        open_experts, settings, inputs=experts, output=output, run=run, pipeline=pipeline,
+        device=device, dtype=dtype, compile=compile, force=force, dry_run=dry_run,
+        progress=progress,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -156,3 +157,13 @@ def test_every_command_of_the_pages_and_scripts_has_its_options() -> None:
                     assert word.partition("=")[0] in known | {"--help"}, f"{page.name}: {line}"
                     count += 1
     assert count > 50
+
+
+@pytest.mark.parametrize("words", [
+    "sample base.safetensors -n 1 -o base.safetensors",
+    "ensemble-sample ft_1of4.safetensors -n 1 -o ft_1of4.safetensors",
+    "stats base.safetensors -o base.safetensors",
+    "merge --replay ft_1of4.safetensors -o ft_1of4.safetensors",
+])  # fmt: skip
+def test_what_is_read_is_not_written_over(run_folder: Path, refuse: Callable, words: str) -> None:
+    refuse(2, "is read, so it cannot be written as well", *words.split(), "--force")

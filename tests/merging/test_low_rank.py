@@ -98,7 +98,8 @@ def test_what_a_lora_keeps_is_what_it_says_it_keeps(sd: Path, deme: Deme) -> Non
     difference = sum(float((expected[n] - base[n]).square().sum()) for n in base)
     layers = layers_of(read_record(Path("base.safetensors"), "base").model_config)
     for words in (("--lora", 3), ("--explained", 0.9), ("--lora", 9, "--save-dtype", "fp16"),
-                  ("--lora", 10_000)):  # fmt: skip
+                  ("--lora", 10_000), ("--lora", 12, "--lora-format", "kohya"),
+                  ("--explained", 0.9, "--lora-format", "kohya")):  # fmt: skip
         result = deme("export", "ft.safetensors", "b.safetensors", *words, "--force", "--json")
         told = json.loads(result.stdout)
         fused = fused_by_diffusers(sd, "b.safetensors")
