@@ -306,9 +306,7 @@ def replay(
     from deme_cli.merging.methods import METHODS, USES, MethodSettings
 
     output = output or merged.with_name(f"{merged.stem}.replayed.safetensors")
-    require_output(
-        output, force=force, inputs=[merged, *(experts or ()), *([base] if base else ())]
-    )
+    require_output(output, force=force, inputs=[*experts, *filter(None, [base])])
     header = read_header(merged)
     record: MergedRecord = record_of(header, "merged")
     if record.method not in METHODS:

@@ -163,7 +163,6 @@ def test_every_command_of_the_pages_and_scripts_has_its_options() -> None:
     "sample base.safetensors -n 1 -o base.safetensors",
     "ensemble-sample ft_1of4.safetensors -n 1 -o ft_1of4.safetensors",
     "stats base.safetensors -o base.safetensors",
-    "merge --replay ft_1of4.safetensors -o ft_1of4.safetensors",
 ])  # fmt: skip
 def test_what_is_read_is_not_written_over(run_folder: Path, refuse: Callable, words: str) -> None:
     refuse(2, "is read, so it cannot be written as well", *words.split(), "--force")

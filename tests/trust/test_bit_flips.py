@@ -19,13 +19,13 @@ from deme_cli.artifacts import (
     SamplesRecord,
     StatisticsRecord,
     TaskVectorRecord,
-    inspect,
     parse_record,
     read_record,
     write_artifact,
 )
 from deme_cli.errors import ArtifactError
 from deme_cli.files import read_header, require_intact, with_checksum
+from deme_cli.inspection import inspect
 
 MARK = "ab" * 32
 MODEL = {"source": "tiny", "model_config": {"sample_size": 8}, "num_train_timesteps": 100,
