@@ -394,7 +394,7 @@ def _artifacts(folder: Folder) -> list[list[str]]:
         size = size_of(path.stat().st_size)
         rows.append([path.name, record.kind, span, made_of, size, record.fingerprint[:12]])
     for one in folder.exports:
-        path, mark = one.header.path, one.origin.fingerprint if one.origin else ""
+        path, mark = one.header.path, one.made_of.fingerprint if one.made_of else ""
         size = size_of(path.stat().st_size)
         rows.append(
             [path.name, f"exported: {one.foreign}", "", names.get(mark, mark[:12]), size, ""]

@@ -27,7 +27,7 @@ _DAMAGED = "the file was altered or damaged, make it again"
 class Inspected:
     """A file's header and the record in it; of one that is no artifact, what it is instead.
 
-    origin: of one that `deme export` wrote, the record of what it was made of.   A pickle has no
+    made_of: of one that `deme export` wrote, the record of what it was made of.   A pickle has no
     header that could be read: its own is empty.
     """
 
@@ -35,7 +35,7 @@ class Inspected:
     record: Record | None
     foreign: str = ""
     todo: str = ""
-    origin: Record | None = None
+    made_of: Record | None = None
 
 
 def inspect(

@@ -18,6 +18,7 @@ from typing import Any
 
 from deme_cli.artifacts import Record, record_of
 from deme_cli.errors import ArtifactError, DemeError, MissingError, reading
+from deme_cli.files import read_header
 from deme_cli.inspection import Inspected, inspect
 
 METRICS, JOURNAL = ".metrics.jsonl", ".trials.jsonl"
@@ -78,10 +79,10 @@ def open_folder(path: Path) -> Folder:
         elif entry.suffix == ".safetensors":
             with folder.noting(name):
                 (found,) = inspect([entry])
-                if found.origin:
+                if found.made_of:
                     folder.exports.append(found)
                 else:
-                    folder.artifacts.append((entry, found.record or record_of(found.header)))
+                    folder.artifacts.append((entry, found.record or record_of(read_header(entry))))
         elif entry.suffix == ".json":
             with folder.noting(name):
                 document = json.loads(text_of(entry))

@@ -39,7 +39,7 @@ def inspect(
     artifacts = [
         {
             "path": str(one.header.path),
-            "kind": one.record.kind if one.record else "export" if one.origin else "foreign",
+            "kind": one.record.kind if one.record else "export" if one.made_of else "foreign",
             "parameters": one.header.num_parameters,
             "tensors": len(one.header.tensors),
             "fingerprint": one.record.fingerprint if one.record else None,
@@ -56,7 +56,7 @@ def inspect(
 def _foreign(one: Inspected) -> dict[str, Any]:
     """What can be told of a file that is no artifact, in place of its record."""
     counts = Counter(spec.dtype for spec in one.header.tensors.values())
-    made_of = one.origin and f"{one.origin.kind} {one.origin.fingerprint}"
+    made_of = one.made_of and f"{one.made_of.kind} {one.made_of.fingerprint}"
     told = {name: text for name, text in one.header.metadata.items() if name != EXPORTED}
     return {
         "what": one.foreign, **({"exported_from": made_of} if made_of else {}),

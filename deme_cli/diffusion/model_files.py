@@ -217,7 +217,9 @@ def find_folder(source: str, variant: str | None = None) -> Path:
     """
     path = Path(source).expanduser()
     if source and path.is_dir():
-        return path if path.name else path.resolve()  # what lies beside it is named after it
+        return (
+            path.resolve() if path.name in ("", "..") else path
+        )  # what lies beside it is named after it
     if not is_hub_id(source) or path.suffix in (".safetensors", *PICKLED):
         raise MissingError(
             f"{source}: no such file or folder; a model is an artifact, a diffusers folder, "

@@ -105,12 +105,12 @@ def network_order(glob: str) -> tuple:
 
 def require_matches(globs: Sequence[str], names: Iterable[str]) -> None:
     """Check that every glob matches a tensor. Raises ConfigError offering the nearest names."""
+    from difflib import get_close_matches
+
     names = list(names)
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             known = [*groups_of(names, "block"), *groups_of(names, "layer")]
-            from difflib import get_close_matches
-
             near = get_close_matches(glob, known, n=3, cutoff=0.3) or known[:3]
             raise ConfigError(
                 f"{glob!r} matches no tensor of this model; near names: {', '.join(near)}"

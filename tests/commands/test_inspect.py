@@ -72,8 +72,10 @@ def test_an_export_is_known_as_one_and_verified_by_its_hash(
     of_expert = read_record(run_folder / "ft_2of4.safetensors").fingerprint
     assert (told["kind"], told["record"]["exported_from"]) == ("export", f"expert {of_expert}")
     refuse(4, "exported by deme", "merge", "lora.safetensors", "ft_2of4.safetensors")
+    torch.save({"conv_in.weight": torch.ones(1)}, "pickle.safetensors")
     page = report(run_folder)
-    assert not page.unread
+    assert page.unread.keys() == {"pickle.safetensors"}
+    assert "it is a pickle" in page.unread["pickle.safetensors"]
     assert "exported: a LoRA" in page.path.read_text()
     path = run_folder / "lora.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
