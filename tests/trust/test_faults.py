@@ -1,7 +1,7 @@
 """Faults on purpose: whatever is killed, filled up or altered, nothing half-written is left.
 
 Slow; run it by hand with `pytest -n 0 -m slow tests/trust/test_faults.py`. A process is forked from
-this one, so that it starts in milliseconds and a fault hits its work rather than its imports.
+one that has imported everything, so that a fault hits its work rather than its imports.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -64,34 +66,38 @@ WRITERS = [name for name in COMMANDS if name != "eval"]
 
 @dataclass
 class Forked:
-    """A command in a process of its own: its number, and the files with what it said."""
+    """A command in a process of its own, and the files with what it said."""
 
-    pid: int
+    process: ForkServerProcess
     said: Path
     printed: Path
 
     def wait(self) -> int:
         """The exit code; minus the signal that killed it. Fails where it hangs."""
-        end = time.monotonic() + DEADLINE
-        while time.monotonic() < end:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.005)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        raise AssertionError(f"hangs: {self.said.read_text()}")
+        self.process.join(DEADLINE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"hangs: {self.said.read_text()}")
+        return self.process.exitcode
 
 
 def fork(words: Sequence[str], folder: Path, prepare: Callable[[], None] | None = None) -> Forked:
     """Start `deme` with these words in `folder`; `prepare` is called in the new process first."""
     number = next(_NUMBERS)
     said, printed = (LOGS / f"{number}.{end}" for end in ("err", "out"))
-    pid = os.fork()
-    if pid:
-        return Forked(pid, said, printed)
+    server = get_context("forkserver")  # this process has run autograd, whose threads do not fork
+    server.set_forkserver_preload(["deme_cli.__main__", "torch", "diffusers", __name__])
+    process = server.Process(target=_command, args=(words, folder, prepare, said, printed))
+    process.start()
+    return Forked(process, said, printed)
+
+
+def _command(
+    words: Sequence[str], folder: Path, prepare: Callable[[], None] | None, said: Path,
+    printed: Path,
+) -> None:  # fmt: skip
     code = 1
-    try:  # the child: nothing of pytest may run here
+    try:
         os.setsid()
         for descriptor, path in ((2, said), (1, printed)):
             os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
@@ -221,7 +227,7 @@ def test_a_signal_at_any_moment_loses_nothing(
         folder, seconds = run(), whole(name)[2]
         process = fork(COMMANDS[name][0], folder)
         time.sleep(draws.uniform(0.05, 1.0) * seconds)
-        os.kill(process.pid, number)
+        os.kill(process.process.pid, number)
         code, said = process.wait(), process.said.read_text()
         # 0: done before the signal came; minus the signal: it came before or after the work
         assert code in (0, -number, STOPPED.get(number)), said[-2000:]
