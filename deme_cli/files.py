@@ -280,10 +280,7 @@ def tensor_bytes(tensor: torch.Tensor | np.ndarray) -> memoryview:
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PICKLED_BYTES = 1 << 24  # read of a pickle that is no zip: its names come before its numbers
 _SPLIT = "`deme split FILE` starts from one in a .safetensors file (convert a pickle first)"
-_FUSE = (
-    "fuse it in diffusers (pipeline.load_lora_weights(FILE); pipeline.fuse_lora(); "
-    "pipeline.unload_lora_weights(); pipeline.save_pretrained(DIR)) and give DIR"
-)
+_FUSE = "fuse it where it was trained, and import the whole network"
 _EXPERT = "as an expert: deme import FILE --base BASE --range START:STOP"
 _FOLDER = f"give the folder that holds them beside config.json, or take them {_EXPERT}"
 _UNKNOWN = (
@@ -293,8 +290,9 @@ _UNKNOWN = (
 _ANOTHER = "deme takes the networks of diffusers pipelines alone"
 # What is part of some tensor's name, what then the file is, what to do. The first that fits.
 _KINDS = (
-    (r"hada_w|lokr_w|oft_blocks", "a LoRA of LyCORIS, not a whole model", _FUSE),
+    (r"\b(hada|lokr|oft|ia3)_", "an adapter (LoHa, LoKr, OFT, IA3), not a whole model", _FUSE),
     (r"\blora_|_lora\b|\.lora\b", "a LoRA, not a whole model", f"take it {_EXPERT}"),
+    (r"\bbase_model\.model\.", "an adapter of PEFT, not a whole model", _FUSE),
     (r"control_model\.|controlnet_", "a ControlNet", _ANOTHER),
     (r"ip_adapter\.|image_proj\.", "an IP-Adapter", _ANOTHER),
     (r"motion_modules\.", "motion modules of AnimateDiff", _ANOTHER),

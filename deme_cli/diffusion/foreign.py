@@ -58,6 +58,7 @@ from deme_cli.files import (
 from deme_cli.run_file import RunFile
 from deme_cli.timesteps import RangeChoice, parse_range
 
+_ADAPTERS = ("adapter_model", "pytorch_lora_weights")  # as PEFT and diffusers name their files
 _FREE = ("sample_size", "upcast_attention")  # in which the configs of one network may differ
 
 
@@ -146,7 +147,8 @@ def _read(
     path = Path(source).expanduser()
     if path.is_dir() and not [*path.glob("config.json"), *path.glob("*/config.json")]:
         files = [file for file in path.glob("*") if file.suffix in (".safetensors", *PICKLED)]
-        path = files[0] if len(files) == 1 else path  # all that a trainer left
+        named = [file for file in files if file.stem in _ADAPTERS]  # beside an optimizer's state
+        path = one[0] if len(one := named or files) == 1 else path  # all that a trainer left
     if not path.is_file():
         return _read_folder(find_folder(source, variant), source, record, variant)
     if variant is not None:
@@ -156,14 +158,13 @@ def _read(
         name: tensor.bfloat16() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
         for name, tensor in read_state_dict(path, record).items()
     }  # as `import_model` keeps float8
+    told = adapter_settings(path, backbone_of(record.model_config).part)
     what, _ = foreign_kind(tensors)
     if what.startswith("a single-file"):  # in a checkpoint of Lightning below state_dict
         tensors = {name[max(name.find(PREFIX), 0) :]: one for name, one in tensors.items()}
         weights = in_diffusers_names(tensors, record.model_config, str(path))
         return weights, {"source": source, "form": "single file", "sha256": sha256_of(path)}
-    if is_lora(tensors) or what.startswith("a LoRA"):
-        part = backbone_of(record.model_config).part
-        told = adapter_settings(path, part)
+    if told or is_lora(tensors) or what.startswith(("a LoRA", "an adapter")):
         factors = low_rank_factors(tensors, record.model_config, str(path), told)
         weights = fuse(stored_in(load_tensors(base.path), "fp32", str(base.path)), factors)
         form = f"LoRA of {len(factors)} layers, fused"

@@ -40,8 +40,14 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that have factors
 _TEXT = re.compile(r"lora_te\d?_|(base_model\.model\.)?text_(encoder|model)")
 _OTHERS = {  # what else adapters hold, by a part of the names
     "dora_scale": "DoRA", "magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr",
-    "oft_": "OFT", "lora_mid": "a core between its factors", "bias": "a bias", "diff_b": "a bias",
-    ".diff": "a whole difference", "lora_embedding": "an embedding",
+    "oft_": "OFT", "ia3_": "IA3", ".on_input": "IA3", "lora_mid": "a core between its factors",
+    "bias": "a bias", "diff_b": "a bias", ".diff": "a whole difference",
+    "lora_embedding": "an embedding",
+}  # fmt: skip
+_VARIANTS = {  # of LoRA, whose factors alone say something else, by the setting of PEFT
+    "use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA", "arrow_config": "Arrow", "alora_invocation_tokens": "aLoRA",
+    "layer_replication": "LoRA on layers that it doubles",
 }  # fmt: skip
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # that change W before they train
 
@@ -78,7 +84,7 @@ def is_lora(names: Iterable[str]) -> bool:
 def adapter_settings(path: Path, part: str) -> dict[str, Any]:
     """What PEFT's adapter_config.json beside a file, or diffusers in its header, says of alpha.
 
-    part: unet or transformer, as diffusers prefixes it.
+    part: unet or transformer, as pipelines of diffusers prefix it; its networks alone do not.
     """
     beside, found = path.parent / "adapter_config.json", {}
     if path.name.startswith("adapter_model.") and beside.exists():
@@ -86,12 +92,20 @@ def adapter_settings(path: Path, part: str) -> dict[str, Any]:
     elif path.suffix == ".safetensors":
         text = read_header(path).metadata.get("lora_adapter_metadata", "{}")
         told = parse_json(text, f"{path}: lora_adapter_metadata is")
-        found = {k.removeprefix(f"{part}."): told[k] for k in told if k.startswith(f"{part}.")}
-    start = found.get("init_lora_weights")
+        if not isinstance(told, dict):
+            raise ArtifactError(f"{path}: lora_adapter_metadata is no table of settings")
+        found = {
+            name.removeprefix(f"{part}."): value
+            for name, value in told.items() if name.rpartition(".")[0] in ("", part)
+        }  # fmt: skip
+    kind, start = found.get("peft_type") or "LORA", found.get("init_lora_weights")
     for is_other, what in (
-        (found.get("peft_type", "LORA") != "LORA", f"an adapter of type {found.get('peft_type')}"),
-        (found.get("use_dora"), "DoRA"),
-        (str(start).startswith(_OTHER_BASE), f"made with {start}, which changes the base too"),
+        (kind != "LORA", f"an adapter of type {kind}"),
+        *((found.get(name), variant) for name, variant in _VARIANTS.items()),
+        (
+            str(start).lower().startswith(_OTHER_BASE),
+            f"made with {start}, which changes the base too",
+        ),
     ):
         if is_other:
             raise ArtifactError(f"{path}: {what}; deme takes plain LoRA and rsLoRA")
@@ -136,7 +150,7 @@ def low_rank_factors(
     for layer in layers:
         for start in ("lora_unet_", "lora_transformer_"):
             names[start + layer.replace(".", "_")] = layer
-    state = _with_alpha(own, names, where, settings or {})
+    state = _with_alpha(own, names, where, settings)
     pairs = _pairs(state, where)
     if pairs and not pairs.keys() <= names.keys():
         converted = _pairs(_converted(state, backbone, model_config, where), where)
@@ -162,13 +176,14 @@ def low_rank_factors(
 
 
 def _with_alpha(
-    tensors: Weights, names: Mapping[str, str], where: str, settings: Config
+    tensors: Weights, names: Mapping[str, str], where: str, settings: Config | None
 ) -> dict[str, Tensor]:
     """The tensors in float32, A times alpha / r (or alpha / sqrt(r)), and alpha = r where told.
 
-    Raises ArtifactError for a tensor that is neither a factor nor an alpha.
+    Notes where `settings` were looked for and nothing says an alpha. Raises ArtifactError for a
+    tensor that is neither a factor nor an alpha.
     """
-    state = {}
+    state, num_guessed = {}, 0
     for name, tensor in tensors.items():
         match = _FACTOR.fullmatch(name)
         if match is None and not (name.endswith(".alpha") and tensor.numel() == 1):
@@ -187,7 +202,8 @@ def _with_alpha(
             layer, rank = match["layer"], tensor.shape[0]
             told = tensors.get(f"{layer}.alpha")
             if told is None:
-                scale = _scale(names.get(layer, layer), rank, settings)
+                scale = _scale(names.get(layer, layer), rank, settings or {})
+                num_guessed += "lora_alpha" not in (settings or {})
             else:
                 scale = told.item() / rank
                 state[f"{layer}.alpha"] = torch.tensor(float(rank))
@@ -195,6 +211,11 @@ def _with_alpha(
     for layer in (name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")):
         if f"{layer}.alpha" not in state:
             raise ArtifactError(f"{where}: '{layer}.alpha' scales no factors that are there")
+    if num_guessed and settings is not None:
+        console.note(
+            f"{where}: neither it nor PEFT's adapter_config.json beside it says alpha of "
+            f"{num_guessed} layers: taken as plain LoRA with alpha = rank, as diffusers takes it"
+        )
     return state
 
 

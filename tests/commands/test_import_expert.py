@@ -226,7 +226,6 @@ REFUSED: dict[str, tuple[int, str, Callable[[str, Weights], Any]]] = {
     "text.safetensors": (4, "expected a number", told_alphas(alpha_pattern={"conv": "x"})),
     "pattern.safetensors": (4, "unterminated", told_alphas(alpha_pattern={"(": 1})),
     "list.safetensors": (4, "expected a number", told_alphas(alpha_pattern=[1])),
-    "loha.safetensors": (4, "is LoHa; deme takes pairs", alone(lora_unet_conv_in__hada_w1_a=ONE)),
     "code.pt": (4, "a pickle of more than tensors (nothing in it was run)",
                 lambda path, weights: torch.save({**weights, "config": Path("x")}, path)),
     "text.bin": (4, "the weights cannot be read", lambda path, w: Path(path).write_text("none")),

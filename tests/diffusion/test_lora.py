@@ -148,31 +148,6 @@ def test_a_lora_of_any_trainer_fuses_as_diffusers_fuses_it(
     assert any(not torch.equal(base[name], ours[name]) for name in base)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_the_alphas_of_peft_and_of_diffusers_files_count(
-    rslora: bool, pipelines: Pipelines, tmp_path: Path
-) -> None:
-    folder = pipelines("sd")
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=["to_q", "conv1", "proj_in"], use_rslora=rslora,
-        rank_pattern={"conv1": 2}, alpha_pattern={"to_q": 1}, init_lora_weights=False,
-    )  # fmt: skip
-    model = peft.get_peft_model(pipeline.unet, config)
-    model.save_pretrained(tmp_path / "peft")
-    layers = peft.get_peft_model_state_dict(model)
-    metadata = {**config.to_dict(), "target_modules": sorted(config.target_modules)}
-    diffusers.StableDiffusionPipeline.save_lora_weights(
-        tmp_path, {n.removeprefix("base_model.model."): t for n, t in layers.items()},
-        unet_lora_adapter_metadata=metadata,
-    )  # fmt: skip
-    expected = model.merge_and_unload().state_dict()
-    for file in ("peft/adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
-        torch.testing.assert_close(
-            fused_here(folder, tmp_path / file), expected, rtol=1e-5, atol=1e-5
-        )
-
-
 def test_unets_of_pixels_and_dits_which_have_no_loader_are_fused_as_peft_fuses_them(
     pipelines: Pipelines,
 ) -> None:
@@ -266,12 +241,6 @@ SQUARE = {f"{PLACE}.lora_A.weight": (2, 16), f"{PLACE}.lora_B.weight": (16, 2)}
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({**SQUARE, f"{PLACE}.dora_scale": (16,)}, "dora_scale' is DoRA"),
-        ({f"{PLACE}.lora_magnitude_vector": (16,)}, "is DoRA"),
-        ({"lora_unet_conv_in.hada_w1_a": (8, 2)}, "is LoHa"),
-        ({"lora_unet_conv_in.lokr_w1": (2, 2)}, "is LoKr"),
-        ({**SQUARE, f"{PLACE}.lora_B.bias": (16,)}, "is a bias"),
-        ({"lora_unet_conv_in.diff": (8, 4, 3, 3)}, "is a whole difference"),
         ({f"{PLACE}.lora_A.weight": (2, 16)}, "has one of its two factors"),
         ({f"{PLACE}.lora_A.weight": (0, 16), f"{PLACE}.lora_B.weight": (16, 0)}, "no factor"),
         ({k.replace("to_q", "to_qq"): v for k, v in SQUARE.items()}, "the nearest name: 'down_"),
@@ -288,21 +257,3 @@ def test_what_is_no_pair_of_factors_of_this_network_is_refused_by_name(
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     with pytest.raises(ArtifactError, match=message):
         low_rank_factors(tensors, config, "lora.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"use_dora": True}, "DoRA"),
-        ({"init_lora_weights": "pissa"}, "changes the base too"),
-        ({"peft_type": "LOHA"}, "of type LOHA"),
-    ],
-)
-def test_adapters_that_are_no_plain_lora_are_refused_by_their_settings(
-    settings: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    import json
-
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ArtifactError, match=message):
-        adapter_settings(tmp_path / "adapter_model.safetensors", "unet")
