@@ -109,13 +109,16 @@ def test_norms_products_and_task_vectors_are_those_of_the_weights(deme: Deme) ->
     )
 
 
-def test_a_bf16_base_and_full_experts_beside_adapters_are_merged_densely() -> None:
+def test_a_bf16_base_and_full_experts_beside_adapters_are_merged_densely(deme: Deme) -> None:
     base = read_record(Path("base.safetensors"), "base")
     half = stored_in(load_tensors(Path("base.safetensors")), "bf16", "base")
     base = write_artifact(Path("base.safetensors"), half, base)
     record = write_adapter_expert(ADAPTERS[0], Path("base.safetensors"), index=1, of=2)
     write_tiny_expert(Path("b.safetensors"), Path("base.safetensors"), index=2, of=2)
-    merge_inputs(opened([ADAPTERS[0], Path("b.safetensors")]), (0.4, 0.6), Path("m.safetensors"))
+    said = deme(
+        "merge", ADAPTERS[0], "b.safetensors", "-w", "0.4,0.6", "-o", "m.safetensors"
+    ).stderr
+    assert "some experts hold adapters, others whole weights: merged as" in " ".join(said.split())
     fused = load_denoiser(ADAPTERS[0]).network.state_dict()
     other, merged = load_tensors(Path("b.safetensors")), load_tensors(Path("m.safetensors"))
     for name, theta in half.items():
