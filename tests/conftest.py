@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -168,35 +169,43 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def refuse(deme: Callable[..., Result]) -> Callable[..., None]:
+def refuse(deme: Callable[..., Result]) -> Callable[..., str]:
     """Check that a command line ends with a code and one line with some words, and changes nothing
-    in the current folder."""
+    in the current folder; gives back that line."""
 
-    def check(exit_code: int, words: str, *arguments: object) -> None:
+    def check(exit_code: int, words: str, *arguments: object) -> str:
         before = contents(Path())
         result = deme(*arguments)
         error = result.exception
-        assert isinstance(error, DemeError), repr(error) or result.output
-        assert error.exit_code == exit_code, error
-        assert words in str(error)
-        assert "\n" not in str(error)
-        assert result.stdout == ""
-        assert contents(Path()) == before
+        assert isinstance(error, DemeError), (arguments, error, result.output)
+        assert error.exit_code == exit_code, (arguments, error)
+        assert words in str(error), arguments
+        assert "\n" not in str(error), arguments
+        assert result.stdout == "", arguments
+        assert contents(Path()) == before, arguments
+        return str(error)
 
     return check
 
 
 @pytest.fixture(scope="session")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of a tiny pipeline by name (see tiny_pipelines.BUILDERS), each made once."""
-    from tiny_pipelines import BUILDERS
-
-    made: dict[str, Path] = {}
+def pipelines(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
+    """The folder of a tiny pipeline by name (see tiny_pipelines.BUILDERS), each made once for all
+    the processes of a session; nothing may change it."""
+    root = tmp_path_factory.getbasetemp()
+    shared = (root if worker_id == "master" else root.parent) / "pipelines"
 
     def folder(name: str, **options: object) -> Path:
-        key = f"{name} {sorted(options.items())}"
-        if key not in made:
-            made[key] = BUILDERS[name](tmp_path_factory.mktemp(name) / name, **options)
-        return made[key]
+        place = shared / "-".join([name, *(f"{k}={options[k]}" for k in sorted(options))])
+        if not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            with FileLock(f"{place}.lock"):
+                if not place.exists():
+                    from tiny_pipelines import BUILDERS
+
+                    partial = Path(f"{place}.partial")
+                    BUILDERS[name](partial / name, **options)
+                    partial.rename(place)
+        return place / name
 
     return folder

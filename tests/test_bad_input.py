@@ -217,11 +217,12 @@ def rows() -> Iterator[tuple[int, str, tuple]]:
         yield 3, "choose another", WRITERS["merge"]("/proc/deme/out")
 
 
-@pytest.mark.parametrize(("exit_code", "words", "arguments"), list(rows()))
-def test_it_is_refused_in_one_line(
-    in_bad_folder: None, refuse: Callable[..., None], exit_code: int, words: str, arguments: tuple
+def test_each_is_refused_in_one_line(
+    in_bad_folder: None, refuse: Callable[..., None], subtests: pytest.Subtests
 ) -> None:
-    refuse(exit_code, words, *arguments)
+    for exit_code, words, arguments in rows():
+        with subtests.test(repr(arguments)):
+            refuse(exit_code, words, *arguments)
 
 
 EARLY = (

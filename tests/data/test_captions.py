@@ -318,49 +318,48 @@ def labelled(value: object) -> dict[str, bytes | str]:
     return {**TWO, "metadata.jsonl": lines(*rows)}
 
 
-@pytest.mark.parametrize(
-    ("files", "wants", "match"),
-    [
-        (ONE, "text", r"no captions: looked for metadata\.jsonl or metadata\.csv.*caption"),
-        ({**ONE, "x.txt": "\n"}, "text", r"captions missing for 1 of 1.*x\.png"),
-        ({**ONE, "x.txt": b"\xff\xff"}, "text", r"x\.txt: not UTF-8 at byte 0"),
-        ({**ONE, "metadata.parquet": "PAR"}, "text", r"metadata\.parquet: broken"),
-        ({**ONE, "metadata.jsonl": "\n"}, "text", r"metadata\.jsonl: the file is empty"),
-        ({**ONE, "metadata.csv": "a,b\nx,y\n"}, "text", "no column file_name.*columns: a, b"),
-        ({**ONE, "metadata.jsonl": "[1]\n"}, "text", "line 1: expected a JSON object"),
-        ({**ONE, "metadata.jsonl": '{"text": "x"}\n{"file_name": "x.png"}'}, "text",
-         "row 1 has no file_name"),
-        ({**ONE, "metadata.jsonl": '{"file_name": "x.png", "alt": "x"}'}, "text",
-         "no column text or.*columns: file_name, alt"),
-        ({**ONE, "metadata.jsonl": '{"file_name": "x.png", "text": 7}'}, "text",
-         "expected text .*found int"),
-        ({**ONE, "metadata.csv": "file_name,text\ngone.png,b\n"}, "text",
-         r"1 of 1 rows name .*not there.*gone\.png"),
-        ({**ONE, "metadata.csv": "file_name,text\nx.png,b\nx.png,c\n"}, "text",
-         r"row 2 names x\.png again"),
-        ({"a/x.png": PNG, "x.png": PNG}, "class", r"labels missing for 1 of 2.*the names of sub-"),
-        ({"1_a/x.png": PNG, "1_a/x.txt": "t"}, "class", "folders of repeats"),
-        ({"0/0.png": PNG, "dataset.json": '{"labels": null}'}, "class", "no labels in it"),
-        ({"0.png": PNG, "dataset.json": '{"labels": [1]}'}, "class", "expected labels as pairs"),
-        (labelled(2.5), "class", r"y\.png: 2\.5 in column 'label' .*is no class"),
-        (labelled("cat"), "class", r"y\.png: 'cat'.*is no class"),
-        (labelled(-7), "class", r"y\.png: -7.*is no class"),
-        (labelled(-1), "class", r"labels missing for 1 of 2 images, the first .*y\.png"),
-        ({"t.parquet": table(alt=["x"])}, "text", "no column text or caption.*columns: image, alt"),
-        ({"t.parquet": table(text=["x", None, ""])}, "text",
-         "captions missing for 2 of 3 images.*row 1; .*column 'text'"),
-        ({"0.tar": "no archive"}, "text", r"broken or not webdataset"),
-        ({"x.heic": "x", "y.zip": "x"}, "nothing", r"no images that Pillow.*1 \.heic, 1 \.zip"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_told_is_refused(
-    tmp_path: Path, files: dict, wants: str, match: str
-) -> None:
-    write(tmp_path, files)
-    with pytest.raises(DemeError, match=match) as refused:
-        open_all(tmp_path, wants)
-    without = any(word in match for word in ("no labels in", "repeats", "looked for"))
-    assert not without or isinstance(refused.value, NoAnnotations)
+UNTOLD: list[tuple[dict[str, str | bytes], str, str]] = [
+    (ONE, "text", r"no captions: looked for metadata\.jsonl or metadata\.csv.*caption"),
+    ({**ONE, "x.txt": "\n"}, "text", r"captions missing for 1 of 1.*x\.png"),
+    ({**ONE, "x.txt": b"\xff\xff"}, "text", r"x\.txt: not UTF-8 at byte 0"),
+    ({**ONE, "metadata.parquet": "PAR"}, "text", r"metadata\.parquet: broken"),
+    ({**ONE, "metadata.jsonl": "\n"}, "text", r"metadata\.jsonl: the file is empty"),
+    ({**ONE, "metadata.csv": "a,b\nx,y\n"}, "text", "no column file_name.*columns: a, b"),
+    ({**ONE, "metadata.jsonl": "[1]\n"}, "text", "line 1: expected a JSON object"),
+    ({**ONE, "metadata.jsonl": '{"text": "x"}\n{"file_name": "x.png"}'}, "text",
+     "row 1 has no file_name"),
+    ({**ONE, "metadata.jsonl": '{"file_name": "x.png", "alt": "x"}'}, "text",
+     "no column text or.*columns: file_name, alt"),
+    ({**ONE, "metadata.jsonl": '{"file_name": "x.png", "text": 7}'}, "text",
+     "expected text .*found int"),
+    ({**ONE, "metadata.csv": "file_name,text\ngone.png,b\n"}, "text",
+     r"1 of 1 rows name .*not there.*gone\.png"),
+    ({**ONE, "metadata.csv": "file_name,text\nx.png,b\nx.png,c\n"}, "text",
+     r"row 2 names x\.png again"),
+    ({"a/x.png": PNG, "x.png": PNG}, "class", r"labels missing for 1 of 2.*the names of sub-"),
+    ({"1_a/x.png": PNG, "1_a/x.txt": "t"}, "class", "folders of repeats"),
+    ({"0/0.png": PNG, "dataset.json": '{"labels": null}'}, "class", "no labels in it"),
+    ({"0.png": PNG, "dataset.json": '{"labels": [1]}'}, "class", "expected labels as pairs"),
+    (labelled(2.5), "class", r"y\.png: 2\.5 in column 'label' .*is no class"),
+    (labelled("cat"), "class", r"y\.png: 'cat'.*is no class"),
+    (labelled(-7), "class", r"y\.png: -7.*is no class"),
+    (labelled(-1), "class", r"labels missing for 1 of 2 images, the first .*y\.png"),
+    ({"t.parquet": table(alt=["x"])}, "text", "no column text or caption.*columns: image, alt"),
+    ({"t.parquet": table(text=["x", None, ""])}, "text",
+     "captions missing for 2 of 3 images.*row 1; .*column 'text'"),
+    ({"0.tar": "no archive"}, "text", r"broken or not webdataset"),
+    ({"x.heic": "x", "y.zip": "x"}, "nothing", r"no images that Pillow.*1 \.heic, 1 \.zip"),
+]  # fmt: skip
+
+
+def test_what_cannot_be_told_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for index, (files, wants, match) in enumerate(UNTOLD):
+        write(folder := tmp_path / str(index), files)
+        with subtests.test(match):
+            with pytest.raises(DemeError, match=match) as refused:
+                open_all(folder, wants)
+            without = any(word in match for word in ("no labels in", "repeats", "looked for"))
+            assert not without or isinstance(refused.value, NoAnnotations)
 
 
 # columns that are asked for, fingerprints, splits of tables, what deme itself has

@@ -291,54 +291,54 @@ WIDE = encoded(np.zeros((4, 5), dtype=np.uint8))
 NOTHING = {"bytes": None, "path": None}
 
 
-@pytest.mark.parametrize(
-    ("files", "argument", "error", "match"),
-    [
-        ({}, "photos", MissingError, r"no such file or folder.*digits"),
-        ({}, "lsun-church", MissingError, "give the folder"),
-        ({}, "cifar10", MissingError, r"HF_HUB_OFFLINE is set; .*give a folder of images"),
-        ({}, "somebody/some-images", MissingError, r"HF_HUB_OFFLINE is set; .*give a folder"),
-        ({"d/.hidden": PNG}, "d", MissingError, r"no images.*no parquet"),
-        ({"x.rar": b"Rar"}, "x.rar", ConfigError, r"x\.rar: expected a folder or \.zip of images"),
-        ({"base.safetensors": b""}, "base.safetensors", ArtifactError, "kind 'samples'.*'base'"),
-        ({"d/0.png": PNG}, "d", ArtifactError, "too few images"),
-        ({"d/0.png": PNG, "d/1.png": PNG[:42]}, "d", ArtifactError, r"1\.png: .*remove or mend"),
-        ({"d/0.png": PNG, "d/1.png": b"x"}, "d", ArtifactError, r"1\.png: not a readable image"),
-        ({"d/0.png": PNG, "d/1.png": None}, "d", MissingError, r"1\.png: no such file"),
-        ({"d/0.png": PNG, "d/1.png": WIDE}, "d", ArtifactError, r"1\.png is 5x4.*one size"),
-        ({"d/0.png": encoded(np.ones((4, 4), dtype=np.float32), "TIFF"), "d/1.png": PNG}, "d",
-         ArtifactError, r"0\.png: .*floats.*save it with 8 or 16 bits"),
-        ({"d/0.png": encoded(np.ones((4, 4), dtype=np.int32), "TIFF"), "d/1.png": PNG}, "d",
-         ArtifactError, r"0\.png: .*save it with 8 or 16 bits"),
-        ({"t.parquet": b"no table"}, "t.parquet", ArtifactError, "broken or not parquet"),
-        ({"t.parquet": parquet(text=["a"])}, "t.parquet", ArtifactError,
-         "no column holds images; columns: text"),
-        ({"t.parquet": parquet(image=[{"bytes": b"x", "path": None}] * 2)}, "t.parquet",
-         ArtifactError, r"t\.parquet: row 0: not a readable image"),
-        ({"t.parquet": parquet(image=[{"bytes": PNG, "path": None}, NOTHING])}, "t.parquet",
-         ArtifactError, "row 1 holds no image"),
-    ],
-)  # fmt: skip
+BROKEN: list[tuple[dict[str, bytes | None], str, type[DemeError], str]] = [
+    ({}, "photos", MissingError, r"no such file or folder.*digits"),
+    ({}, "lsun-church", MissingError, "give the folder"),
+    ({}, "cifar10", MissingError, r"HF_HUB_OFFLINE is set; .*give a folder of images"),
+    ({}, "somebody/some-images", MissingError, r"HF_HUB_OFFLINE is set; .*give a folder"),
+    ({"d/.hidden": PNG}, "d", MissingError, r"no images.*no parquet"),
+    ({"x.rar": b"Rar"}, "x.rar", ConfigError, r"x\.rar: expected a folder or \.zip of images"),
+    ({"base.safetensors": b""}, "base.safetensors", ArtifactError, "kind 'samples'.*'base'"),
+    ({"d/0.png": PNG}, "d", ArtifactError, "too few images"),
+    ({"d/0.png": PNG, "d/1.png": PNG[:42]}, "d", ArtifactError, r"1\.png: .*remove or mend"),
+    ({"d/0.png": PNG, "d/1.png": b"x"}, "d", ArtifactError, r"1\.png: not a readable image"),
+    ({"d/0.png": PNG, "d/1.png": None}, "d", MissingError, r"1\.png: no such file"),
+    ({"d/0.png": PNG, "d/1.png": WIDE}, "d", ArtifactError, r"1\.png is 5x4.*one size"),
+    ({"d/0.png": encoded(np.ones((4, 4), dtype=np.float32), "TIFF"), "d/1.png": PNG}, "d",
+     ArtifactError, r"0\.png: .*floats.*save it with 8 or 16 bits"),
+    ({"d/0.png": encoded(np.ones((4, 4), dtype=np.int32), "TIFF"), "d/1.png": PNG}, "d",
+     ArtifactError, r"0\.png: .*save it with 8 or 16 bits"),
+    ({"t.parquet": b"no table"}, "t.parquet", ArtifactError, "broken or not parquet"),
+    ({"t.parquet": parquet(text=["a"])}, "t.parquet", ArtifactError,
+     "no column holds images; columns: text"),
+    ({"t.parquet": parquet(image=[{"bytes": b"x", "path": None}] * 2)}, "t.parquet",
+     ArtifactError, r"t\.parquet: row 0: not a readable image"),
+    ({"t.parquet": parquet(image=[{"bytes": PNG, "path": None}, NOTHING])}, "t.parquet",
+     ArtifactError, "row 1 holds no image"),
+]  # fmt: skip
+
+
 def test_what_is_no_image_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict, argument: str,
-    error: type[DemeError], match: str,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    for name, content in files.items():
-        path = Path(name)
-        path.parent.mkdir(exist_ok=True)
-        if name == "base.safetensors":
-            record = BaseRecord(
-                source="x", model_config={}, scheduler_config={}, num_train_timesteps=1
-            )
-            write_artifact(path, {"w": np.zeros(1)}, record)
-        elif content is None:
-            path.symlink_to("gone.png")
-        else:
-            path.write_bytes(content)
-    split = "train" if "too few" in match else "all"
-    with pytest.raises(error, match=match):
-        open_images(argument, shape=None, split=split)
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
+) -> None:
+    for index, (files, argument, error, match) in enumerate(BROKEN):
+        (folder := tmp_path / str(index)).mkdir()
+        monkeypatch.chdir(folder)
+        for name, content in files.items():
+            path = Path(name)
+            path.parent.mkdir(exist_ok=True)
+            if name == "base.safetensors":
+                record = BaseRecord(
+                    source="x", model_config={}, scheduler_config={}, num_train_timesteps=1
+                )
+                write_artifact(path, {"w": np.zeros(1)}, record)
+            elif content is None:
+                path.symlink_to("gone.png")
+            else:
+                path.write_bytes(content)
+        split = "train" if "too few" in match else "all"
+        with subtests.test(match), pytest.raises(error, match=match):
+            open_images(argument, shape=None, split=split)
 
 
 def test_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
