@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 
@@ -112,6 +113,14 @@ def collect_images(experts: Sequence, config: object, **options: object) -> np.n
 
 def largest_difference(images: np.ndarray, others: np.ndarray) -> int:
     return int(np.abs(images.astype(int) - others.astype(int)).max())
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: the collector need not look at it again and again
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

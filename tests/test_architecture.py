@@ -47,20 +47,22 @@ def tree_of(path: Path) -> ast.Module:
 @cache
 def imports_of(path: Path) -> list[tuple[str, bool]]:
     """Modules imported anywhere in a file, and whether that happens when the file is imported."""
-    tree = tree_of(path)
-    inside = {
-        id(node)
-        for scope in ast.walk(tree)
-        if isinstance(scope, (ast.FunctionDef, ast.If))
-        and (isinstance(scope, ast.FunctionDef) or "TYPE_CHECKING" in ast.dump(scope.test))
-        for node in ast.walk(scope)
-    }
-    found = []
-    for node in ast.walk(tree):
+    found: list[tuple[str, bool]] = []
+
+    def visit(node: ast.AST, at_import: bool) -> None:
         if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) not in inside) for alias in node.names]
+            found.extend((alias.name, at_import) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append((node.module, id(node) not in inside))
+            found.append((node.module, at_import))
+        elif isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        ):
+            at_import = False
+        if isinstance(node, ast.stmt | ast.mod | ast.excepthandler):  # others hold no imports
+            for child in ast.iter_child_nodes(node):
+                visit(child, at_import)
+
+    visit(tree_of(path), True)
     return found
 
 

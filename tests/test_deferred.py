@@ -92,6 +92,7 @@ def test_peft_waits_until_a_network_has_an_adapter_and_is_then_itself() -> None:
     run(ADAPTERS_WAIT)
 
 
+@pytest.mark.slow
 def test_packages_wait_until_they_are_asked_and_are_then_themselves() -> None:
     run(WAITS)
 

@@ -44,7 +44,7 @@ def told_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             ["merge", *EXPERTS, "--search", "random", "--evaluations", "3", "--num", "16"],
             ["merge", *EXPERTS, "-w", "0.4,0.1,0.2,0.3", "-o", "given.safetensors"],
             ["sample", "given.safetensors", "-n", "4"],
-            ["eval", "base.safetensors", "given.safetensors", "--fid", "digits", "-n", "70",
+            ["eval", "base.safetensors", "given.safetensors", "--fid", "digits", "-n", "20",
              "--repeats", "2", "-o", "eval.json"],
         ):  # fmt: skip
             result = CliRunner().invoke(app, line)

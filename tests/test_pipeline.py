@@ -30,7 +30,7 @@ def test_split_finetune_task_vector_merge_sample_eval_export(walk, tmp_path: Pat
     assert vectors.stdout.split() == ["tv_1of2.safetensors", "tv_2of2.safetensors"]
     walk(
         "merge ft_1of2.safetensors ft_2of2.safetensors --search grid --objective fid "
-        "--grid 0,1 --num 40 --steps 2"
+        "--grid 0,1 --num 20 --steps 2 --no-report"
     )
     record = read_record(tmp_path / "merged.safetensors", "merged")
     assert record.search is not None
@@ -41,7 +41,7 @@ def test_split_finetune_task_vector_merge_sample_eval_export(walk, tmp_path: Pat
     assert load_tensors(tmp_path / "merged-samples.safetensors")["images"].shape == (6, 8, 8, 1)
     walk("ensemble-sample ft_1of2.safetensors ft_2of2.safetensors -n 6 --steps 3")
 
-    measured = json.loads(walk("eval --fid digits --num 80 --repeats 2 --steps 2 --json").stdout)
+    measured = json.loads(walk("eval --fid digits --num 20 --repeats 2 --steps 2 --json").stdout)
     assert [row["name"] for row in measured["rows"]] == ["base", "ensemble", "merged"]
     for row in measured["rows"]:
         assert row["metrics"]["frechet_digits"]["repeats"] == 2

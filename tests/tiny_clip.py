@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import open_clip
 import torch
 from safetensors.torch import save_file
 
@@ -21,6 +20,8 @@ PREPROCESSING = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolat
 
 def write_clip(folder: Path) -> Path:
     """A folder as open_clip's `local-dir:` takes it."""
+    import open_clip
+
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = open_clip.CLIP(**CONFIG)

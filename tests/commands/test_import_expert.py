@@ -106,7 +106,8 @@ def test_an_imported_expert_is_taken_as_any_other(trained: Weights, deme: Deme) 
         ("task-vector", *experts), ("analyze", "task-vectors"), ("merge", *experts),
         ("inspect", "ft_4of4.safetensors", "tv_4of4.safetensors"),
         ("ensemble-sample", *experts, *draw), ("export", "ft_4of4.safetensors", "exported"),
-        ("analyze", "losses", "base.safetensors", *experts, "--data", "digits", "-n", 4),
+        ("analyze", "losses", "base.safetensors", *experts, "--data", "digits", "-n", 4,
+         "--buckets", 4, "--num", 4),
         ("eval", *experts, "--fid", "digits", "--features", "digits", *draw), ("report",),
     ):  # fmt: skip
         result = deme(*words)

@@ -144,7 +144,7 @@ def test_two_processes_find_what_one_does(
 
 
 def test_jobs_are_a_launch_of_the_same_command_line(run_folder: Path) -> None:
-    words = ["merge", *EXPERTS, "--search", "grid", "--num", "512", "--no-report", "--jobs", "2"]
+    words = ["merge", *EXPERTS, *GRID[:4], "--num", "256", "--no-report", "--jobs", "2"]
     (alone,) = launch(run_folder, *words, num=1)
     said = alone.communicate(timeout=120)
     assert alone.returncode == 0, said

@@ -31,7 +31,7 @@ from deme_cli.training.examples import PixelExamples
 
 PAIR = ("ft_1of4.safetensors", "ft_3of4.safetensors")
 FAST = ("--num", "16", "--no-report")
-GRID = ("--search", "grid", "--grid", "0,0.2,0.4,0.6,0.8,1", "--num", "64", "--no-report")
+GRID = ("--search", "grid", "--grid", "0,0.3,0.6,1", "--num", "64", "--no-report")
 MERGED, JOURNAL = Path("merged.safetensors"), Path("merged.trials.jsonl")
 
 
@@ -201,8 +201,8 @@ def stop_after(deme: Callable, trials: int, *words: object) -> Result:
 @pytest.mark.parametrize(
     "words",
     [
-        ("--search", "cmaes", "--evaluations", "30", "--num", "64", "--no-report"),
-        ("--search", "gradient", "--evaluations", "9", "--per", "block", "--num", "128",
+        ("--search", "cmaes", "--evaluations", "18", "--num", "32", "--no-report"),
+        ("--search", "gradient", "--evaluations", "7", "--per", "block", "--num", "64",
          "--no-report"),
     ],
     ids=["cmaes", "gradient"],
@@ -282,8 +282,7 @@ def test_a_finished_search_is_repeated_by_force_alone_and_another_one_is_refused
         ((*words, "--method", "ties"), "combination"),
         ((*words, "--coefficients-for", "conv_in.*=1,1"), "fixed"),
     ):
-        refuse(2, "holds the trials of another search", *other)
-        assert differs in str(deme(*other).exception)
+        assert differs in refuse(2, "holds the trials of another search", *other)
     assert deme(*other, "--force").exit_code == 0
 
 
@@ -303,4 +302,4 @@ def test_what_is_tried_is_shown_while_it_runs_and_when_it_has_ended(
     deme("merge", *PAIR, *GRID)
     ended = json.loads(deme("merge", "--show", MERGED, "--json").stdout)
     assert ended["finished"] is True
-    assert len(ended["trials"]) == 36 + 1
+    assert len(ended["trials"]) == 16 + 1

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import md5, sha1
 from pathlib import Path
 
-import datasets
 import lmdb
 import numpy as np
 import pytest
@@ -165,6 +164,8 @@ def test_captions_and_splits_of_a_zip_are_those_of_a_folder(tmp_path: Path) -> N
 
 
 def test_folders_of_save_to_disk_are_read_with_their_splits(tmp_path: Path) -> None:
+    import datasets
+
     def table(chosen: slice) -> datasets.Dataset:
         shown = [Image.fromarray(image) for image in PIXELS[chosen]]
         return datasets.Dataset.from_dict({"image": shown, "label": [*range(6)][chosen]})
@@ -245,6 +246,8 @@ def npz(path: Path, save=np.savez, **arrays: np.ndarray) -> Path:
 
 
 def saved(path: Path) -> Path:
+    import datasets
+
     shown = [Image.fromarray(image) for image in PIXELS]
     datasets.Dataset.from_dict({"image": shown}).save_to_disk(path / "d")
     return path / "d"

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._inductor.graph import GraphLowering
 
 from deme_cli.diffusion import execution
 from deme_cli.diffusion.execution import compile_calls, uncompiled
@@ -133,6 +132,8 @@ def test_a_network_that_fails_at_a_later_shape_goes_on_uncompiled(
 def test_a_backward_pass_that_cannot_be_compiled_is_found_by_the_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from torch._inductor.graph import GraphLowering
+
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     run = GraphLowering.run
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from deme_cli.artifacts import fingerprint, fingerprint_file, load_tensors, read_record
 from deme_cli.config import FinetuneConfig
@@ -176,6 +175,8 @@ def test_compiled_training_gives_the_same_expert_under_the_same_names(run: Run) 
 )
 def test_an_update_asks_the_device_nothing(run: Run, settings: dict) -> None:
     """Tensors without numbers refuse whatever would make a processor wait for a GPU's."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
     config = replace(SHORT, clusters=2, p=0.0, ema_lengths=[0.1], **settings)
     schedule, span = run.denoiser.schedule, run.choice.range
     clusters = cluster_draws(span, 2, "uniform", schedule, None) if config.multitask == "uw" else ()

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deme_cli.errors import MissingError
 
@@ -18,6 +17,8 @@ WORDS = ("finetune", "--range", "1/2", "--steps", "4", "--batch-size", "4", "--h
 def test_the_curve_is_that_of_the_metrics_and_a_run_that_goes_on_tells_no_step_twice(
     deme: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     monkeypatch.chdir(tmp_path)
     assert deme("split", "digits", "-n", "2").exit_code == 0
     assert deme(*WORDS, "--checkpoint-every", "2", "--log-with", "tensorboard").exit_code == 0

@@ -39,8 +39,15 @@ def constant(call: ast.Call, name: str) -> object:
     return False
 
 
+def dotted(node: ast.expr) -> str:
+    """A name such as `os.path.join`; of what is no chain of names, the attributes at its end."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def forbidden_in_call(call: ast.Call) -> Iterator[str]:
-    name = ast.unparse(call.func) if isinstance(call.func, (ast.Name, ast.Attribute)) else ""
+    name = dotted(call.func)
     if name in FORBIDDEN_CALLS:
         yield f"calls {name}"
     for flag in ("shell", "trust_remote_code", "allow_pickle"):
