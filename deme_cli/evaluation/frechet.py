@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy.linalg import eigvalsh, lapack
+import scipy  # its `linalg` is loaded when asked for
 from threadpoolctl import ThreadpoolController
 
 from deme_cli.errors import ArtifactError, ConfigError, NumericsError
@@ -116,12 +116,15 @@ def _eigenvalues_regular(sigma1: np.ndarray, sigma2: np.ndarray) -> np.ndarray |
     makes large: a single one that is not positive sends both to the other way. LAPACK is called as
     it likes it best: upper halves in Fortran order, which is what the transposes are.
     """
-    factor, failed = lapack.dpotrf(sigma1.T, lower=0)  # L^T
+    factor, failed = scipy.linalg.lapack.dpotrf(sigma1.T, lower=0)  # L^T
     tiny = len(sigma1) * np.finfo(np.float64).eps * np.diagonal(sigma1).max(initial=0)
     if failed or (np.diagonal(factor) ** 2).min(initial=np.inf) <= tiny:
         return None
-    inner, _ = lapack.dsygst(sigma2.T, factor, itype=3, lower=0)  # L^T S_2 L, its upper half
-    eigenvalues = eigvalsh(inner, lower=False, driver="ev", overwrite_a=True, check_finite=False)
+    # L^T S_2 L, its upper half
+    inner, _ = scipy.linalg.lapack.dsygst(sigma2.T, factor, itype=3, lower=0)
+    eigenvalues = scipy.linalg.eigvalsh(
+        inner, lower=False, driver="ev", overwrite_a=True, check_finite=False
+    )
     return eigenvalues if eigenvalues[0] > 0 else None
 
 
@@ -130,7 +133,7 @@ def _eigenvalues_singular(sigma1: np.ndarray, sigma2: np.ndarray) -> np.ndarray:
     factor, sigma = _factor(sigma1), sigma2
     if (other := _factor(sigma2)).shape[1] < factor.shape[1]:
         factor, sigma = other, sigma1
-    return eigvalsh(factor.T @ sigma @ factor) if factor.size else np.zeros(0)
+    return scipy.linalg.eigvalsh(factor.T @ sigma @ factor) if factor.size else np.zeros(0)
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
@@ -138,7 +141,7 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
 
     Raises NumericsError if S is not positive semi-definite.
     """
-    packed, pivots, rank, _ = lapack.dpstrf(sigma, lower=1)
+    packed, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
     factor = np.empty((len(sigma), rank))
     factor[pivots - 1] = np.tril(packed[:, :rank])
     if rank < len(sigma):
@@ -172,7 +175,9 @@ def _all_are_worse(pools: ThreadpoolController) -> bool:
     matrix = np.random.default_rng(0).standard_normal((TRIAL_SIZE, TRIAL_SIZE))
 
     def seconds() -> float:
-        return min(timeit.repeat(lambda: eigvalsh(matrix, driver="ev"), number=1, repeat=2))
+        return min(
+            timeit.repeat(lambda: scipy.linalg.eigvalsh(matrix, driver="ev"), number=1, repeat=2)
+        )
 
     with pools.limit(limits=1, user_api="blas"):
         one = seconds()  # of two, for the first one pays for waking up
