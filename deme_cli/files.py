@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deme_cli.console import size_of
 from deme_cli.errors import ArtifactError, ConfigError, MissingError, reading, shown, writing
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def require_space(path: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise MissingError(
-            f"{path}: needs {num_bytes / 1e6:,.2f} MB, the disk has {free / 1e6:,.2f} MB free; "
-            f"free some space or choose another --output"
+            f"{path}: needs {size_of(num_bytes)}, {size_of(num_bytes - free)} more than the disk "
+            f"has free; free some space or choose another --output"
         )
 
 

@@ -207,8 +207,8 @@ def select_prompts(
     if num is not None and num != total and not prompts.cycles:
         each = f", {per_prompt} images each make {total}" if per_prompt > 1 else ""
         raise ConfigError(
-            f"{prompts.source} holds {count} prompts{each}, -n says {num}; leave -n out, "
-            f"give -n {total}, or give a file of as many prompts as you want"
+            f"{prompts.source} holds {count} prompt{'s' * (count > 1)}{each}, -n says {num}; leave "
+            f"-n out, give -n {total}, or give a file of as many prompts as you want"
         )
     chosen = range(total if num is None else num)
     order = [i % count if prompts.cycles else i // per_prompt for i in chosen]
