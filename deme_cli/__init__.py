@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deme_cli.analysis.activations import analyze_activations as analyze_activations
+    from deme_cli.analysis.forecast import analyze_forecast as analyze_forecast
     from deme_cli.analysis.gradients import analyze_gradients as analyze_gradients
     from deme_cli.analysis.landscape import analyze_landscape as analyze_landscape
     from deme_cli.analysis.losses import analyze_losses as analyze_losses

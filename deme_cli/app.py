@@ -58,7 +58,7 @@ PANELS = {
     },
 }
 COMMANDS = [name for lines in PANELS.values() for name in lines]
-PARTS = {"analyze": ("losses", "gradients", "activations", "landscape", "task-vectors")}
+PARTS = {"analyze": ("losses", "forecast", "gradients", "activations", "landscape", "task-vectors")}
 # What the processes of a launch do together; each of these meets the others itself.
 # commands in the file, and with the settings, of another
 HOME = {"ensemble-sample": "sample", "import": "import_expert"}

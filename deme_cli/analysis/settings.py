@@ -11,7 +11,8 @@ from deme_cli.config import FROM_0, FROM_2, Range, Settings, setting
 from deme_cli.errors import ConfigError
 from deme_cli.timesteps import TimestepRange, split_uniform
 
-ANALYSES = ("losses", "gradients", "activations", "landscape", "task-vectors")  # as documents say
+# as documents say
+ANALYSES = ("losses", "forecast", "gradients", "activations", "landscape", "task-vectors")
 SPLITS = ("train", "held-out")  # of the images that are looked at
 _BATCH = "--batch-size -b"
 
@@ -32,6 +33,19 @@ class LossConfig(Settings):
 
     buckets: int = setting(50, "parts of [0, T) whose losses are shown")
     num: int = setting(128, "draws (image, timestep, noise) per bucket")
+    batch_size: int = setting(256, "draws per forward; changes rounding alone", flags=_BATCH)
+    seed: int = setting(0, "seed of the draws", within=FROM_0)
+
+
+@dataclass(frozen=True)
+class ForecastConfig(Settings):
+    """`deme analyze forecast`."""
+
+    updates: int = setting(
+        100, "updates of each short expert", within=Range("at least 10", lambda num: num >= 10)
+    )
+    buckets: int = setting(20, "parts of [0, T) whose losses are compared")
+    num: int = setting(512, "draws (image, timestep, noise) per bucket", within=FROM_2)
     batch_size: int = setting(256, "draws per forward; changes rounding alone", flags=_BATCH)
     seed: int = setting(0, "seed of the draws", within=FROM_0)
 

@@ -15,6 +15,7 @@ from deme_cli import console
 from deme_cli.analysis.settings import (
     SPLITS,
     ActivationConfig,
+    ForecastConfig,
     GradientConfig,
     LandscapeConfig,
     LossConfig,
@@ -57,6 +58,23 @@ def losses(
     run = common["run"]
     _show(lambda progress: deme_cli.analyze_losses(
         models or (), run.settings(LossConfig, **given), split=split, num_ranges=n, output=output,
+        images=run.settings(DataConfig, source=data), progress=progress, **common,
+    ), as_json=as_json)  # fmt: skip
+
+
+@command("pipeline config device dtype force dry_run")
+def forecast(
+    given: Annotated[Given, OptionsOf(ForecastConfig)],
+    common: Given, data: Data = None, n: NumRanges = None,
+    output: Output = Path("forecast.json"), as_json: bool = False,
+) -> None:  # fmt: skip
+    """Tell from short experts of deme.toml's base what experts could win. Look here first.
+
+    Example: deme analyze forecast --updates 100
+    """
+    run = common["run"]
+    _show(lambda progress: deme_cli.analyze_forecast(
+        run.settings(ForecastConfig, **given), num_ranges=n, output=output,
         images=run.settings(DataConfig, source=data), progress=progress, **common,
     ), as_json=as_json)  # fmt: skip
 

@@ -28,6 +28,7 @@ VERBS = {
     "export": "export base.safetensors out",
     "export_lora": "export ft_1of4.safetensors x.safetensors --lora 2",
     "analyze_losses": "analyze losses base.safetensors",
+    "analyze_forecast": "analyze forecast",
     "analyze_gradients": "analyze gradients base.safetensors",
     "analyze_activations": "analyze activations ft_1of4.safetensors",
     "analyze_landscape": "analyze landscape base.safetensors",

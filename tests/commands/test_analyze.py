@@ -21,6 +21,10 @@ CASES = {  # one of each, cheap, and what it says in a dry run
         f"{BASE} {FIRST} --data digits --buckets 4 --num 4 -n 2",
         "base, ft_1of4: 16 draws each from digits (held-out)",
     ),
+    "forecast": (
+        "--data digits --updates 10 --buckets 4 --num 4 -n 2 --config short.toml",
+        "2 short experts of 10 updates, plain finetuning of 20; rate 5e-05, batches of 4",
+    ),
     "gradients": (
         "--data digits --buckets 4 --num 4 -n 2",
         "100 timesteps in 4 buckets, 16 draws from digits",
@@ -42,6 +46,7 @@ CASES = {  # one of each, cheap, and what it says in a dry run
 @pytest.mark.parametrize("kind", ANALYSES)
 def test_each_writes_a_document_and_a_picture_once(deme: Deme, run_folder: Path, kind: str) -> None:
     typed, told = CASES[kind]
+    Path("short.toml").write_text("[finetune]\nbatch_size = 4\n")
     before = sorted(Path().iterdir())
     assert told in deme("analyze", kind, *typed.split(), "--dry-run").stderr
     assert sorted(Path().iterdir()) == before
@@ -66,6 +71,9 @@ REFUSALS = [
     ("losses", f"{BASE} other.safetensors", 4, "another shape of x_t"),
     ("losses", "none.safetensors", 3, "no such file"),
     ("losses", f"{BASE} --config bad.toml", 2, "50:200 reaches past the 100 timesteps"),
+    ("forecast", "--updates 9", 2, "updates = 9: expected at least 10"),
+    ("forecast", "-n 200", 2, "cannot divide 100 timesteps into 200 ranges"),
+    ("forecast", "--config empty/deme.toml", 3, "make a base with `deme split`"),
     ("gradients", "--buckets 1", 2, "expected at least 2"),
     ("gradients", "--buckets 3 -n 4", 2, "4 ranges of 3 buckets"),
     ("gradients", "-o x.png", 2, "ends in .json"),
