@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deme_cli.console import plain
 from deme_cli.errors import MissingError
 from deme_cli.files import write_whole
 from deme_cli.merging.journal import Trial, ranked, read_journal
@@ -86,7 +87,8 @@ def _draw(
         for name, color, dashes in REFERENCES:
             for trial in last:
                 if trial.name == name:
-                    left.axhline(trial.value, color=color, linestyle=dashes, label=name)
+                    label = f"{name}: {plain(trial.value)}"  # which may be outside what is shown
+                    left.axhline(trial.value, color=color, linestyle=dashes, label=label)
         left.set(xlabel="trial", ylabel=objectives[best.stage])
         left.set_ylim(*_span(values))
         left.legend(loc="upper right", fontsize="small")
