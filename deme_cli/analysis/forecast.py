@@ -2,9 +2,8 @@
 
 Every range gets a short expert, trained on its own timesteps alone (p = 0, no consistency loss),
 and plain finetuning as many updates in total. Their losses on held-out images, all on the same
-draws, say what there is to win by dividing the timesteps: the relative difference of the ensemble
-from plain finetuning, a mean over the buckets of timesteps. Relative, because near t = T the loss
-is a hundred times smaller than near t = 0, and both decide what images look like.
+draws, say what there is to win by dividing the timesteps: the change of the ensemble's loss from
+that of plain finetuning, over all timesteps and by range.
 
 It says how far ranges are from what they could be, not what a distance of images will be:
 examples/when.md has both side by side, for the points of a study.
@@ -13,16 +12,13 @@ examples/when.md has both side by side, for the points of a study.
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from deme_cli.analysis.losses import analyze_losses, draw_losses
+from deme_cli.analysis.losses import analyze_losses, changes, draw_losses
 from deme_cli.analysis.result import (
     Analysis,
     check_inputs,
@@ -88,22 +84,19 @@ def analyze_forecast(
     )  # fmt: skip
     rows = measured.document["models"]
     ensemble = next(row for row in rows if row["kind"] == "ensemble")
-    changes = {
-        name: [change(row, rows[0]["losses"], buckets, span) for span in (None, *ranges)]
-        for name, row in (("base", rows[1]), ("short experts", ensemble))
-    }  # fmt: skip
+    compared = {"base": changes(rows[0], rows[1]), "short experts": changes(rows[0], ensemble)}
     document = {
-        "reading": headline(changes["short experts"], ranges),
+        "reading": headline(compared["short experts"], ranges),
         "protocol": {**measured.document["protocol"], **trained, "plain_updates": plain.steps},
-        "ranges": trained["ranges"], "changes": changes, "models": rows,
+        "ranges": trained["ranges"], "changes": compared, "models": rows,
     }  # fmt: skip
     foot = f"{short.steps} updates of each range, {plain.steps} of plain finetuning"
     made = write_analysis(
         output, "forecast", document, draw_losses(rows, buckets, ranges, foot=foot),
-        shown=["ranges", "changes"], columns=["against plain, %", "all", *trained["ranges"]],
+        shown=["ranges", "changes"], columns=["loss against plain, %", "all", *trained["ranges"]],
         rows=[
             [name, *(f"{signed(mean, 1)}±{half:.1f}" for mean, half in pairs)]
-            for name, pairs in changes.items()
+            for name, pairs in compared.items()
         ],
     )  # fmt: skip
     shutil.rmtree(folder)
@@ -119,22 +112,9 @@ def short_settings(settings: FinetuneConfig, updates: int) -> FinetuneConfig:
     )  # fmt: skip
 
 
-def change(
-    row: dict[str, Any], plain: Sequence[float], buckets: Sequence[TimestepRange],
-    span: TimestepRange | None,
-) -> tuple[float, float]:  # fmt: skip
-    """The mean over the buckets in a range of the relative change of the loss against plain
-    finetuning, and half of its 95 % interval (of buckets as if independent), in per cent."""
-    inside = [i for i, one in enumerate(buckets) if span is None or one.start in span]
-    share = 100 / (np.array(plain)[inside] * len(inside))
-    halves = np.array(row["difference_halves"], float)[inside]
-    mean = float(share @ np.array(row["differences"])[inside])
-    return mean, math.sqrt(float(np.square(share * halves).sum()))
-
-
-def headline(changes: Sequence[tuple[float, float]], ranges: Sequence[TimestepRange]) -> str:
+def headline(compared: Sequence[tuple[float, float]], ranges: Sequence[TimestepRange]) -> str:
     """What the short experts won in all, and where most."""
-    (mean, half), *by_range = changes
+    (mean, half), *by_range = compared
     best = min(range(len(ranges)), key=lambda index: by_range[index][0])
     told = f"short experts change the held-out loss by {signed(mean, 1)} ± {half:.1f} % against "
     return f"{told}plain finetuning, on {ranges[best]} by {signed(by_range[best][0], 1)} %"
