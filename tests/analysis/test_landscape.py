@@ -40,7 +40,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def settings(**options: Any) -> LandscapeConfig:
-    return LandscapeConfig(**{"points": 3, "num": 12, "report_num": 16, "batch_size": 5} | options)
+    return LandscapeConfig(**{"points": 3, "num": 8, "report_num": 8, "batch_size": 5} | options)
 
 
 def analyze(*models: str | Path, **options: Any) -> Analysis:
@@ -51,7 +51,7 @@ def analyze(*models: str | Path, **options: Any) -> Analysis:
 def draws_of(*, fresh: bool) -> FixedDraws:
     denoiser = load_denoiser(Path(BASE))
     examples = PixelExamples(open_images("digits", shape=denoiser.sample_shape))
-    config = settings(num=16, seed=1) if fresh else settings()
+    config = settings(seed=1) if fresh else settings()
     return spread_draws(examples, denoiser.schedule, [TimestepRange(0, 100)], config)
 
 

@@ -21,12 +21,12 @@ from deme_cli.errors import ConfigError, NumericsError
 from deme_cli.timesteps import split_uniform
 from deme_cli.training.examples import PixelExamples
 
-CONFIG = LossConfig(buckets=8, num=6, batch_size=4)
+CONFIG = LossConfig(buckets=8, num=3, batch_size=4)
 analyze = partial(analyze_losses, settings=CONFIG, images=DataConfig(source="digits"))
 
 
 def test_losses_are_those_of_a_plain_loop_over_the_draws(run_folder: Path, resumed: Any) -> None:
-    made = resumed(analyze, 100)
+    made = resumed(analyze, 50)
     assert made.document == analyze(output=Path("whole.json")).document
     assert not list(Path().glob(".losses*"))
     rows = {row["name"]: row for row in made.document["models"]}
@@ -46,9 +46,9 @@ def test_losses_are_those_of_a_plain_loop_over_the_draws(run_folder: Path, resum
                 said = predict(network, draws.schedule.add_noise(x0, eps, t), t)
             own.append(float((said - eps).square().mean()))
         errors[name] = np.array(own)
-        assert rows[name]["losses"] == pytest.approx(errors[name].reshape(8, 6).mean(1), rel=1e-5)
+        assert rows[name]["losses"] == pytest.approx(errors[name].reshape(8, 3).mean(1), rel=1e-5)
     first, ensemble = rows["ft_1of4"], rows["ensemble"]
-    paired = (errors["ft_1of4"] - errors["base"]).reshape(8, 6)
+    paired = (errors["ft_1of4"] - errors["base"]).reshape(8, 3)
     assert first["differences"] == pytest.approx(paired.mean(1), rel=1e-3, abs=1e-7)
     assert first["difference"]["mean"] == pytest.approx(paired.mean(), rel=1e-3, abs=1e-8)
     in_second = first["difference_by_range"][1]["mean"]
