@@ -68,7 +68,7 @@ def forecast(
     common: Given, data: Data = None, n: NumRanges = None,
     output: Output = Path("forecast.json"), as_json: bool = False,
 ) -> None:  # fmt: skip
-    """Tell from short experts of deme.toml's base what experts could win. Look here first.
+    """Tell from short experts of deme.toml's base what experts could win, before you train.
 
     Example: deme analyze forecast --updates 100
     """
