@@ -59,9 +59,9 @@ PANELS = {
 }
 COMMANDS = [name for lines in PANELS.values() for name in lines]
 PARTS = {"analyze": ("losses", "forecast", "gradients", "activations", "landscape", "task-vectors")}
-# What the processes of a launch do together; each of these meets the others itself.
 # commands in the file, and with the settings, of another
 HOME = {"ensemble-sample": "sample", "import": "import_expert"}
+# What the processes of a launch do together; each of these meets the others itself.
 JOINT = {"finetune", "merge", "sample", "ensemble-sample", "eval", "stats"}
 
 

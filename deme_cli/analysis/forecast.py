@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deme_cli.analysis.losses import analyze_losses, changes, draw_losses
+from deme_cli.analysis.losses import analyze_losses, change_text, draw_losses, relative_changes
 from deme_cli.analysis.result import (
     Analysis,
     check_inputs,
@@ -31,10 +30,7 @@ from deme_cli.analysis.settings import ForecastConfig, LossConfig, bucket_ranges
 from deme_cli.config import DataConfig, FinetuneConfig
 from deme_cli.console import Progress, Step, signed, silent
 from deme_cli.run_file import RunFile
-from deme_cli.timesteps import TimestepRange
 from deme_cli.training.finetune import finetune
-
-PLAIN = "plain"
 
 
 def analyze_forecast(
@@ -53,7 +49,7 @@ def analyze_forecast(
     """
     run, settings = run or RunFile(), settings or ForecastConfig()
     images, base = check_inputs(output, images, run, split="held-out", force=force), own_base(run)
-    whole = peek(base)[1]
+    record, whole = peek(base)
     assert whole, "a base tells its timesteps"
     ranges, buckets = ranges_of(run, [], num_ranges, whole), bucket_ranges(settings.buckets, whole)
     short = short_settings(run.settings(FinetuneConfig), settings.updates)
@@ -63,44 +59,53 @@ def analyze_forecast(
     if dry_run:
         return Analysis(output, facts={"dry_run": True})
     trained: dict[str, Any] = {"finetune": asdict(short), "ranges": list(map(str, ranges))}
-    known = [peek(base)[0], asdict(images), trained, dtype]
-    digest = hashlib.sha256(repr(known).encode()).hexdigest()[:8]
-    folder = output.parent / f".{output.stem}-{digest}"
+    kept = output.parent / f".{output.stem}.unfinished"
+    if force:
+        shutil.rmtree(kept, ignore_errors=True)
+    known = repr([record, asdict(images), trained, dtype, run.pipeline(pipeline)])
+    folder = kept / hashlib.sha256(known.encode()).hexdigest()[:8]
     common: dict[str, Any] = {
         "images": images, "run": run, "pipeline": pipeline, "device": device, "dtype": dtype,
         "progress": progress,
     }  # fmt: skip
-    short_names = [f"short_{index}of{len(ranges)}" for index in range(1, len(ranges) + 1)]
-    plan = [("1/1", plain), *((str(span), short) for span in ranges)]
-    models = [folder / f"{name}.safetensors" for name in (PLAIN, *short_names)]
-    for path, (span, training) in zip(models, plan, strict=True):
+    models = {"plain": ("1/1", plain)}
+    models |= {f"short_{i}": (str(span), short) for i, span in enumerate(ranges, 1)}
+    paths = [folder / f"{name}.safetensors" for name in models]
+    for path, (span, training) in zip(paths, models.values(), strict=True):
         if not path.exists():  # else done before
             finetune(span, training, output=path, **common)
-    models.insert(1, Path(base))
     draws = {name: value for name, value in asdict(settings).items() if name != "updates"}
     measured = analyze_losses(
-        list(map(str, models)), LossConfig(**draws), num_ranges=num_ranges,
+        [paths[0], base, *paths[1:]], LossConfig(**draws), num_ranges=num_ranges,
         output=folder / "losses.json", force=True, **common,
     )  # fmt: skip
     rows = measured.document["models"]
-    ensemble = next(row for row in rows if row["kind"] == "ensemble")
-    compared = {"base": changes(rows[0], rows[1]), "short experts": changes(rows[0], ensemble)}
-    document = {
-        "reading": headline(compared["short experts"], ranges),
-        "protocol": {**measured.document["protocol"], **trained, "plain_updates": plain.steps},
-        "ranges": trained["ranges"], "changes": compared, "models": rows,
-    }  # fmt: skip
+    document = {"protocol": {**measured.document["protocol"], **trained}, "models": rows}
     foot = f"{short.steps} updates of each range, {plain.steps} of plain finetuning"
-    made = write_analysis(
-        output, "forecast", document, draw_losses(rows, buckets, ranges, foot=foot),
-        shown=["ranges", "changes"], columns=["loss against plain, %", "all", *trained["ranges"]],
+    made = _write(output, document, draw_losses(rows, buckets, ranges, foot=foot))
+    shutil.rmtree(kept)
+    return made
+
+
+def _write(output: Path, document: dict[str, Any], picture: bytes) -> Analysis:
+    """Write what base and ensemble of the short experts lose less or more than plain finetuning."""
+    plain, base, *_, ensemble = document["models"]
+    ranges = document["protocol"]["ranges"]
+    changes = {
+        "base": relative_changes(plain, base), "short experts": relative_changes(plain, ensemble),
+    }  # fmt: skip
+    whole, *by_range = changes["short experts"]
+    most, best = min(zip(by_range, ranges, strict=True))
+    reading = f"short experts change the held-out loss by {change_text(*whole)} % against plain "
+    reading += f"finetuning, on {best} by {signed(most[0], 1)} %"
+    return write_analysis(
+        output, "forecast", {"reading": reading, **document, "changes": changes}, picture,
+        shown=["changes"], columns=["loss against plain, %", "all", *ranges],
         rows=[
-            [name, *(f"{signed(mean, 1)}±{half:.1f}" for mean, half in pairs)]
-            for name, pairs in compared.items()
+            [name, *(change_text(*pair, sign="±") for pair in pairs)]
+            for name, pairs in changes.items()
         ],
     )  # fmt: skip
-    shutil.rmtree(folder)
-    return made
 
 
 def short_settings(settings: FinetuneConfig, updates: int) -> FinetuneConfig:
@@ -110,11 +115,3 @@ def short_settings(settings: FinetuneConfig, updates: int) -> FinetuneConfig:
         projection="none", multitask="none", held_out=0, checkpoint_every=max(updates, 100),
         snapshot_every=None, ema_lengths=None, log_with=None,
     )  # fmt: skip
-
-
-def headline(compared: Sequence[tuple[float, float]], ranges: Sequence[TimestepRange]) -> str:
-    """What the short experts won in all, and where most."""
-    (mean, half), *by_range = compared
-    best = min(range(len(ranges)), key=lambda index: by_range[index][0])
-    told = f"short experts change the held-out loss by {signed(mean, 1)} ± {half:.1f} % against "
-    return f"{told}plain finetuning, on {ranges[best]} by {signed(by_range[best][0], 1)} %"

@@ -231,14 +231,14 @@ def _rows(
     return rows
 
 
-def changes(first: Row, row: Row) -> list[tuple[float, float]]:
+def relative_changes(first: Row, row: Row) -> list[tuple[float, float]]:
     """Change and half-width in per cent of the first model's loss: all timesteps, then by range."""
     estimates = [row["difference"], *row["difference_by_range"]]
     pairs = zip(estimates, (first["loss"], *first["loss_by_range"]), strict=True)
     return [(one["mean"] * (100 / loss), one["half"] * (100 / loss)) for one, loss in pairs]
 
 
-def _change(mean: float, half: float, sign: str = " ± ") -> str:
+def change_text(mean: float, half: float, sign: str = " ± ") -> str:
     return f"{signed(mean, 1)}{sign}{half:.1f}" if half == half else signed(mean, 1)
 
 
@@ -248,7 +248,7 @@ def _table(rows: Sequence[Row]) -> list[list[str]]:
     blank = [""] * len(first["loss_by_range"])
     lines = [[first["name"], plain(first["loss"]), "", *blank]]
     for row in others:
-        told = [_change(*pair, sign="±") for pair in changes(first, row)]
+        told = [change_text(*pair, sign="±") for pair in relative_changes(first, row)]
         lines.append([row["name"], plain(row["loss"]), *told])
     return lines
 
@@ -258,7 +258,7 @@ def _headline(rows: Sequence[Row]) -> str:
     if not others:
         return f"the loss of {first['name']} is {plain(first['loss'])} over all timesteps"
     shown = [row for row in others if row["range"] is None] or others
-    told = [f"{row['name']} {_change(*changes(first, row)[0])} %" for row in shown]
+    told = [f"{row['name']} {change_text(*relative_changes(first, row)[0])} %" for row in shown]
     return f"loss over all timesteps against {first['name']}: {', '.join(told)}"
 
 
@@ -277,7 +277,7 @@ def draw_losses(
 
     def draw(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
-        _drawchanges(upper, rows, middles, inside, styles)
+        _draw_changes(upper, rows, middles, inside, styles)
         for row, mine, style in zip(rows, inside, styles, strict=True):
             lower.plot(middles, np.where(mine, row["losses"], np.nan), **style)
         lower.set(yscale="log", xlim=(0, edges[-1]), xlabel="timestep t (0 = clean)")
@@ -316,7 +316,7 @@ def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return styles
 
 
-def _drawchanges(
+def _draw_changes(
     axis: Axes, rows: Sequence[Row], middles: np.ndarray, inside: Sequence[np.ndarray],
     styles: Sequence[dict[str, Any]],
 ) -> None:  # fmt: skip

@@ -93,7 +93,7 @@ def own_base(run: RunFile) -> str:
     """The base of deme.toml. Raises MissingError where there is none."""
     if not run.base.exists():
         raise MissingError(
-            f"{run.base}: no base there; name a MODEL, or make a base with `deme split`"
+            f"{run.base}: no base there; make one with `deme split`, or correct [model] base"
         )
     return str(run.base)
 

@@ -215,15 +215,15 @@ def _load_dinov2(path: Path, device: torch.device) -> Network:
     )  # fmt: skip
     if (beside := path.with_name("config.json")).exists():
         config = Dinov2Config.from_json_file(beside)
-    wanted = "not the weights of DINOv2; give model.safetensors of facebook/dinov2-large"
+    wrong, advice = f"{path}: not the weights of DINOv2", "give those of facebook/dinov2-large"
     loading: Any = Dinov2Model.from_pretrained  # which knows the names of old versions
     try:
         state = load_file(path)
         network, told = loading(None, config=config, state_dict=state, output_loading_info=True)
     except (SafetensorError, RuntimeError) as error:
-        raise ArtifactError(f"{path}: {wanted} ({last_line(error)})") from error
+        raise ArtifactError(f"{wrong} ({last_line(error)}); {advice}") from error
     if lacking := sorted(told["missing_keys"]):
-        raise ArtifactError(f"{path}: {wanted} (it lacks {lacking[0]})")
+        raise ArtifactError(f"{wrong} (it lacks {lacking[0]}); {advice}")
     network.to(device).eval()
     of_imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     mean, std = torch.tensor(of_imagenet, device=device).view(2, 3, 1, 1)

@@ -19,8 +19,8 @@ def test_a_stopped_forecast_goes_on_and_equals_the_commands_by_hand(
     with monkeypatch.context() as patch:
         patch.setattr("deme_cli.analysis.forecast.analyze_losses", None)
         deme(*forecast)
-    (kept,) = Path().glob(".forecast-*")
-    assert len(list(kept.glob("*.safetensors"))) == 3
+    kept = Path(".forecast.unfinished")
+    assert len(list(kept.glob("*/*.safetensors"))) == 3
     with monkeypatch.context() as patch:
         patch.setattr("deme_cli.analysis.forecast.finetune", None)  # all of them are there
         assert deme(*forecast).exit_code == 0

@@ -139,9 +139,7 @@ def test_clip_features_are_those_of_open_clip(tmp_path: Path) -> None:
     assert published_weights("clip", "clean").url == published
 
 
-def test_dinov2_features_are_the_class_token_of_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dinov2_features_are_the_class_token_of_transformers(tmp_path: Path) -> None:
     from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
     from transformers import Dinov2Config, Dinov2Model
 
@@ -162,7 +160,6 @@ def test_dinov2_features_are_the_class_token_of_transformers(
     extractor = load_extractor("dinov2", weights=tmp_path / "model.safetensors")
     np.testing.assert_allclose(extractor.features(images), expected, rtol=1e-4, atol=1e-5)
     (tmp_path / "config.json").unlink()  # then ViT-L/14's is expected
-    monkeypatch.setattr(Dinov2Model, "_init_weights", lambda *modules: None)  # takes seconds
     with pytest.raises(ArtifactError, match="not the weights of DINOv2"):
         load_extractor("dinov2", weights=tmp_path / "model.safetensors")
 
